@@ -1,0 +1,1 @@
+"""A channel layer for Django Channels on PostgreSQL alone."""
