@@ -1,0 +1,14 @@
+DO $$
+DECLARE
+    _function regprocedure;
+BEGIN
+    FOR _function IN
+        SELECT p.oid FROM pg_proc AS p
+        WHERE p.proname LIKE 'pg\_layer\_%' AND p.pronamespace = (
+            SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = 'pg_layer_message'::regclass)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', _function);
+    END LOOP;
+END
+$$;
+DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client;

@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class PgLayerConfig(AppConfig):
+    name = "pg_layer"
+    verbose_name = "PostgreSQL channel layer"
+    default_auto_field = "django.db.models.BigAutoField"

@@ -1,0 +1,60 @@
+"""The layer's tables as Django knows them: for ``flush``, routers and the admin.
+
+The layer itself never goes through these models, and the tables are made by the SQL of the migrations. Writing
+through a model rings no doorbell: send messages with the layer.
+"""
+
+from __future__ import annotations
+
+from django.db import models
+
+
+class Message(models.Model):
+    """A message that waits in an inbox."""
+
+    id = models.BigAutoField(primary_key=True)
+    inbox = models.TextField(db_collation="C")
+    nonce = models.BigIntegerField()
+    kind = models.TextField(db_collation="C", default="message")
+    channel = models.TextField(db_collation="C", null=True)
+    group_name = models.TextField(db_collation="C", null=True)
+    payload = models.BinaryField(default=b"")
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "pg_layer_message"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id} for {self.inbox}"
+
+
+class Membership(models.Model):
+    """A channel that belongs to a group."""
+
+    pk = models.CompositePrimaryKey("group_name", "inbox", "channel")
+    group_name = models.TextField(db_collation="C")
+    inbox = models.TextField(db_collation="C")
+    channel = models.TextField(db_collation="C")
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "pg_layer_membership"
+
+    def __str__(self) -> str:
+        return f"{self.channel} in {self.group_name}"
+
+
+class Client(models.Model):
+    """The lease of one process that uses the layer."""
+
+    inbox = models.TextField(primary_key=True, db_collation="C")
+    host = models.TextField(default="")
+    pid = models.IntegerField(default=0)
+    started_at = models.DateTimeField()
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "pg_layer_client"
+
+    def __str__(self) -> str:
+        return f"{self.inbox} ({self.host}, process {self.pid})"
