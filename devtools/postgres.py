@@ -1,0 +1,457 @@
+"""Throw-away PostgreSQL servers for tests, demo and benchmarks.
+
+    with PostgresServer() as server:
+        psycopg.connect(server.dsn())
+
+A server lives in a temporary folder of its own, listens on the loopback address and on a Unix socket, and
+goes with everything it wrote when it is closed, or when the process that started it dies in whatever way.
+
+`python -m devtools.postgres` runs one until it is interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote, urlencode
+
+import psycopg
+from psycopg import sql
+
+from devtools import _postgres_guard
+from devtools._postgres_binaries import (
+    BinariesNotFound,
+    PostgresServerError,
+    clean_environment,
+    find_binaries,
+    run_as,
+    server_user,
+    temporary_folders,
+    usable_binaries,
+)
+
+__all__ = ["BinariesNotFound", "PostgresServer", "PostgresServerError", "StopMode", "find_binaries"]
+
+StopMode = Literal["smart", "fast", "immediate"]
+Setting = str | int | float | bool
+T = TypeVar("T")
+
+HOST = "127.0.0.1"
+SUPERUSER = "postgres"
+CONFIG_FILE = "pg_layer_devtools.conf"
+STOP_SIGNALS: dict[StopMode, signal.Signals] = {
+    "smart": signal.SIGTERM,
+    "fast": signal.SIGINT,
+    "immediate": signal.SIGQUIT,
+}
+# Below the range that Linux takes outgoing ports from (32768 and up): while the server is down, a client that
+# keeps trying to reconnect could otherwise be given the server's own port, and connect to itself.
+PORTS = range(20000, 32000)
+
+
+class PostgresServer:
+    """One PostgreSQL server, a child of this process.
+
+    `binaries`, `version`: as for `find_binaries`; found when the server starts first.
+    `max_connections`, `fsync`, `settings`: configuration; `settings` wins, and ALTER SYSTEM over all of them.
+    `data_dir`: where the data lives; created if it is missing, and kept. By default in a temporary folder,
+    which `close` removes.
+    `port`: on 127.0.0.1; by default a free one. It stays the same across restarts.
+    `primary`: start as a hot standby that streams from this running server, from a fresh base backup of it.
+    `timeout`: seconds that starting and stopping may take.
+
+    Not thread-safe. In a forked child `stop` and `close` do nothing: the server is the parent's.
+    """
+
+    def __init__(
+        self,
+        *,
+        binaries: str | Path | None = None,
+        version: str | None = None,
+        max_connections: int = 200,
+        fsync: bool = True,
+        settings: Mapping[str, Setting] | None = None,
+        data_dir: str | Path | None = None,
+        port: int | None = None,
+        primary: PostgresServer | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        self.timeout = timeout
+        self.password: str = primary.password if primary else secrets.token_urlsafe(16)
+        self._binaries_wanted = (primary.binaries if primary and binaries is None else binaries, version)
+        self._settings: dict[str, Setting] = {"max_connections": max_connections, "fsync": fsync}
+        if not fsync:
+            self._settings["full_page_writes"] = False  # guards against what fsync=off allows anyway
+        self._settings |= dict(settings or {})
+        self._data_dir = Path(data_dir).absolute() if data_dir is not None else None
+        self._keep_data = data_dir is not None
+        self._port = port
+        self._primary = primary
+        self._folder: Path | None = None
+        self._binaries: Path | None = None
+        self._user = server_user()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: _postgres_guard.Guard | None = None
+        self._owner = os.getpid()
+
+    def __enter__(self) -> PostgresServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What it is and where
+
+    @property
+    def binaries(self) -> Path:
+        """The folder of PostgreSQL's programs, readable by the server's user."""
+        return self._known(self._binaries)
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder of socket, log and (unless given) data. The server's user may write there."""
+        return self._known(self._folder)
+
+    @property
+    def data_dir(self) -> Path:
+        return self._known(self._data_dir)
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "postgresql.log"
+
+    @property
+    def port(self) -> int:
+        return self._known(self._port)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The postmaster's. Raises `PostgresServerError` if the server does not run."""
+        if self._process is None or not self.running:
+            raise PostgresServerError("the server is not running")
+        return self._process.pid
+
+    def dsn(self, dbname: str = "postgres", **params: str | int) -> str:
+        """A URI of the server over TCP, with password; `params` are further parameters of libpq."""
+        query = f"?{urlencode(params)}" if params else ""
+        return f"postgresql://{SUPERUSER}:{quote(self.password)}@{HOST}:{self.port}/{quote(dbname)}{query}"
+
+    def socket_dsn(self, dbname: str = "postgres", **params: str | int) -> str:
+        """A URI of the server over its Unix socket; it asks for no password."""
+        query = urlencode({"host": str(self.folder), "port": self.port, **params})
+        return f"postgresql://{SUPERUSER}@/{quote(dbname)}?{query}"
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last `lines` lines of the server's log, "" before there is any."""
+        if self._folder is None or not self.log_path.exists():
+            return ""
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+
+    # What can be done with it
+
+    def start(self) -> None:
+        """Start the server and return when it takes connections; its data is made if there is none.
+
+        Raises `BinariesNotFound`, or `PostgresServerError` with the end of the log. When the first start
+        fails, nothing is left behind.
+        """
+        if self.running:
+            raise PostgresServerError("the server is running already")
+        first = self._folder is None
+        try:
+            if first:
+                self._prepare()
+            self._launch()
+        except BaseException:
+            if first:
+                self.close()
+            else:
+                self._kill()
+            raise
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop the server, keep its data; does nothing if it does not run.
+
+        "smart" waits for all clients to leave, "fast" disconnects them, "immediate" is a crash, from which
+        the next start recovers. Raises `PostgresServerError` if it still runs after `timeout` seconds.
+        """
+        if self._process is None or self._owner != os.getpid():
+            return
+        if self.running:
+            self._process.send_signal(STOP_SIGNALS[mode])
+        try:
+            self._process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            raise self._failed(f"still runs {self.timeout:g} s after a {mode} stop") from None
+        self._forget_process()
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """`stop(mode)`, then `start()`: the same data at the same port."""
+        self.stop(mode)
+        self.start()
+
+    def close(self) -> None:
+        """End the server, whatever it does, and remove what it left. `start` then begins from nothing."""
+        if self._owner != os.getpid():
+            return
+        try:
+            self.stop("fast" if self._keep_data else "immediate")
+        except PostgresServerError:
+            pass
+        finally:
+            self._kill()
+            if self._folder is not None:
+                _postgres_guard.remove(str(self._folder))
+                self._folder = None
+            if not self._keep_data:
+                self._data_dir = None
+            if self._guard is not None:
+                self._guard.dismiss()
+                self._guard = None
+
+    def execute(self, statement: str, *, dbname: str = "postgres") -> list[tuple[Any, ...]]:
+        """Run one statement in autocommit as superuser, and return its rows, if it has any."""
+        with psycopg.connect(self.socket_dsn(dbname), autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def create_database(self, name: str) -> str:
+        """Create a database and return its DSN."""
+        with psycopg.connect(self.socket_dsn(), autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self.dsn(name)
+
+    def run(self, program: str, *arguments: str | Path) -> str:
+        """Run a program of the same installation, such as `pg_basebackup`, as the server's user; its output.
+
+        Raises `PostgresServerError` with the output if it fails.
+        """
+        result = run_as(self._user, self.binaries / program, *arguments, cwd=self.folder)
+        if result.returncode != 0:
+            raise PostgresServerError(f"{program} failed:\n{result.stdout.strip()}")
+        return result.stdout
+
+    # How it is done
+
+    def _known(self, value: T | None) -> T:
+        if value is None:
+            raise PostgresServerError("the server has not been started")
+        return value
+
+    def _failed(self, what: str) -> PostgresServerError:
+        return PostgresServerError(f"the server {what}; its log ends with:\n{self.log_tail()}")
+
+    def _prepare(self) -> None:
+        """Folder, guard and data: everything that outlives a restart."""
+        found = find_binaries(*self._binaries_wanted)
+        self._binaries = usable_binaries(found, self._user)
+        parent = next(temporary_folders(), None)
+        if parent is None:
+            raise PostgresServerError(
+                "there is no temporary folder with a path short enough for a Unix socket"
+            )
+        self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
+        self._own(self._folder)
+        self._guard = _postgres_guard.Guard(str(self._folder))
+        if self._data_dir is None:
+            self._data_dir = self._folder / "data"
+        if (self._data_dir / "PG_VERSION").exists():
+            return
+        if not self._data_dir.exists():
+            self._data_dir.mkdir(mode=0o700, parents=True)
+            self._own(self._data_dir)
+        if self._primary is not None:
+            self.run(
+                *("pg_basebackup", "--dbname", self._primary.socket_dsn(), "--pgdata", self._data_dir),
+                *("--write-recovery-conf", "--checkpoint=fast", "--no-sync"),
+            )
+        else:
+            self._initdb()
+
+    def _initdb(self) -> None:
+        password_file = self.folder / "password"
+        password_file.touch(mode=0o600)
+        password_file.write_text(self.password)
+        self._own(password_file)
+        try:
+            self.run(
+                *("initdb", "--pgdata", self.data_dir, "--username", SUPERUSER, "--pwfile", password_file),
+                *("--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"),
+                *("--auth-local=trust", "--auth-host=scram-sha-256"),
+            )
+        finally:
+            password_file.unlink()
+
+    def _launch(self) -> None:
+        fixed_port = self._port
+        for attempt in range(5):
+            self._port = fixed_port or free_port()
+            self._write_config()
+            log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+            self._spawn()
+            if self._wait_until_ready():
+                break
+            log = self.log_path.read_bytes()[log_start:].decode(errors="replace")
+            self._forget_process()
+            # Somebody took the port since we looked, or a killed server's last children are not gone yet.
+            fleeting = "pre-existing shared memory" in log or (fixed_port is None and "could not bind" in log)
+            if not fleeting or attempt == 4:
+                self._port = fixed_port
+                raise self._failed("did not start")
+            time.sleep(0.2 * attempt)
+        if self._keep_data and self._primary is None:
+            # The data may be older than this object's password.
+            self.execute(f"ALTER ROLE {SUPERUSER} PASSWORD '{self.password}'")
+
+    def _write_config(self) -> None:
+        # A file of its own, rewritten at each start, because a standby's copy comes with its primary's.
+        settings = self._settings | {
+            "listen_addresses": HOST,
+            "port": self.port,
+            "unix_socket_directories": str(self.folder),
+        }
+        config = self.data_dir / CONFIG_FILE
+        config.write_text("".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items()))
+        self._own(config)
+        main = self.data_dir / "postgresql.conf"
+        include = f"include_if_exists = '{CONFIG_FILE}'\n"
+        if include not in main.read_text():
+            with main.open("a") as file:
+                file.write(f"\n{include}")
+
+    def _spawn(self) -> None:
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self.binaries / "postgres"), "-D", str(self.data_dir)],
+                user=self._user.uid if self._user else None,
+                group=self._user.gid if self._user else None,
+                extra_groups=[] if self._user else None,
+                cwd=self.folder,
+                env=clean_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C is for us to act on, not for the server
+            )
+        signum = STOP_SIGNALS["fast" if self._keep_data else "immediate"]
+        if self._guard is not None:
+            self._guard.watch(self._process.pid, signum)
+
+    def _wait_until_ready(self) -> bool:
+        """True when the server takes connections, False if it ended instead."""
+        deadline = time.monotonic() + self.timeout
+        while self.running:
+            try:
+                psycopg.connect(self.socket_dsn(connect_timeout=5)).close()
+            except psycopg.OperationalError as error:
+                if time.monotonic() > deadline:
+                    raise self._failed(f"is not ready after {self.timeout:g} s") from error
+                time.sleep(0.02)  # nothing announces a server's readiness
+            else:
+                return True
+        return False
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._forget_process()
+
+    def _forget_process(self) -> None:
+        self._process = None
+        if self._guard is not None:
+            self._guard.forget()
+
+    def _own(self, path: Path) -> None:
+        if self._user is not None:
+            os.chown(path, self._user.uid, self._user.gid)
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on at this moment."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise PostgresServerError(f"no free port among {PORTS.start}-{PORTS.stop - 1}")
+
+
+def _quoted(value: Setting) -> str:
+    """`value` as postgresql.conf writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = str(value).replace("\\", "\\\\").replace("'", "''")
+    return f"'{text}'"
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m devtools.postgres",
+        description="Run a throw-away PostgreSQL server until interrupted.",
+    )
+    parser.add_argument("--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16")
+    parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
+    parser.add_argument("--data-dir", help="keep the data in this folder; thrown away by default")
+    parser.add_argument("--no-fsync", action="store_true", help="faster, and lost if the machine crashes")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a line of postgresql.conf"
+    )
+    options = parser.parse_args(arguments)
+    settings = {}
+    for setting in options.set:
+        name, found, value = setting.partition("=")
+        if not found:
+            parser.error(f"--set {setting}: NAME=VALUE expected")
+        settings[name] = value
+    signal.signal(signal.SIGTERM, _interrupt)
+    server = PostgresServer(
+        version=options.pg_version,
+        port=options.port,
+        data_dir=options.data_dir,
+        fsync=not options.no_fsync,
+        settings=settings,
+    )
+    try:
+        with server:
+            print(server.dsn(), flush=True)
+            print(f"log: {server.log_path}", file=sys.stderr, flush=True)
+            os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+            print(f"The server ended by itself:\n{server.log_tail()}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt:
+        return 0
+    except PostgresServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
