@@ -16,15 +16,15 @@ import psutil
 import psycopg
 import pytest
 
-from devtools import _postgres_binaries
 from devtools.postgres import (
     BinariesNotFound,
     PostgresServer,
     PostgresServerError,
     StopMode,
     find_binaries,
-    main,
 )
+from devtools.postgres.__main__ import main
+from devtools.postgres.binaries import WHEEL
 
 # Starts a server, says where it is, and waits to be killed.
 PARENT = """
@@ -78,9 +78,7 @@ def test_a_server_takes_connections_over_tcp_and_over_its_socket(server: Postgre
 
 def test_the_network_needs_the_password(server: PostgresServer) -> None:
     with pytest.raises(psycopg.OperationalError, match="password"):
-        psycopg.connect(
-            host="127.0.0.1", port=server.port, user="postgres", password="wrong", dbname="postgres"
-        )
+        psycopg.connect(server.dsn(password="wrong"))
 
 
 def test_settings_reach_the_server() -> None:
@@ -252,7 +250,7 @@ def test_binaries_are_taken_from_where_they_are_asked_for(
 
 @pytest.mark.parametrize("version", ["16", "18"])
 def test_the_wheel_brings_two_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(_postgres_binaries.WHEEL)
+    pytest.importorskip(WHEEL)
     monkeypatch.delenv("PG_LAYER_TEST_PGBIN", raising=False)
     with PostgresServer(fsync=False, version=version) as server:
         assert server.execute("SHOW server_version_num")[0][0].startswith(version)
@@ -273,10 +271,10 @@ def test_binaries_that_the_other_user_cannot_read_are_copied() -> None:
     original = find_binaries()
     secret = Path(tempfile.mkdtemp(prefix="pg-secret-"))  # mode 0700: closed to everybody but root
     try:
-        inside = secret / "site-packages" / _postgres_binaries.WHEEL
+        inside = secret / "site-packages" / WHEEL
         inside.mkdir(parents=True)
         (inside / original.parent.name).symlink_to(original.parent)
-        libraries = original.parent.parent.parent / f"{_postgres_binaries.WHEEL}.libs"
+        libraries = original.parent.parent.parent / f"{WHEEL}.libs"
         if libraries.is_dir():
             (inside.parent / libraries.name).symlink_to(libraries)
         hidden = inside / original.parent.name / "bin"

@@ -1,38 +1,26 @@
-"""Throw-away PostgreSQL servers for tests, demo and benchmarks.
-
-    with PostgresServer() as server:
-        psycopg.connect(server.dsn())
-
-A server lives in a temporary folder of its own, listens on the loopback address and on a Unix socket, and
-goes with everything it wrote when it is closed, or when the process that started it dies in whatever way.
-
-`python -m devtools.postgres` runs one until it is interrupted.
-"""
+"""The server: started as a child of this process, configured, stopped and cleared away."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import secrets
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import psycopg
 from psycopg import sql
 
-from devtools import _postgres_guard
-from devtools._postgres_binaries import (
-    BinariesNotFound,
+from devtools.postgres import guard
+from devtools.postgres.binaries import (
     PostgresServerError,
     clean_environment,
     find_binaries,
@@ -41,8 +29,6 @@ from devtools._postgres_binaries import (
     temporary_folders,
     usable_binaries,
 )
-
-__all__ = ["BinariesNotFound", "PostgresServer", "PostgresServerError", "StopMode", "find_binaries"]
 
 StopMode = Literal["smart", "fast", "immediate"]
 Setting = str | int | float | bool
@@ -103,7 +89,7 @@ class PostgresServer:
         self._binaries: Path | None = None
         self._user = server_user()
         self._process: subprocess.Popen[bytes] | None = None
-        self._guard: _postgres_guard.Guard | None = None
+        self._guard: guard.Guard | None = None
         self._owner = os.getpid()
 
     def __enter__(self) -> PostgresServer:
@@ -220,7 +206,7 @@ class PostgresServer:
         finally:
             self._kill()
             if self._folder is not None:
-                _postgres_guard.remove(str(self._folder))
+                guard.remove(str(self._folder))
                 self._folder = None
             if not self._keep_data:
                 self._data_dir = None
@@ -271,7 +257,7 @@ class PostgresServer:
             )
         self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
         self._own(self._folder)
-        self._guard = _postgres_guard.Guard(str(self._folder))
+        self._guard = guard.Guard(str(self._folder))
         if self._data_dir is None:
             self._data_dir = self._folder / "data"
         if (self._data_dir / "PG_VERSION").exists():
@@ -405,53 +391,3 @@ def _quoted(value: Setting) -> str:
         return "on" if value else "off"
     text = str(value).replace("\\", "\\\\").replace("'", "''")
     return f"'{text}'"
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m devtools.postgres",
-        description="Run a throw-away PostgreSQL server until interrupted.",
-    )
-    parser.add_argument("--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16")
-    parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
-    parser.add_argument("--data-dir", help="keep the data in this folder; thrown away by default")
-    parser.add_argument("--no-fsync", action="store_true", help="faster, and lost if the machine crashes")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a line of postgresql.conf"
-    )
-    options = parser.parse_args(arguments)
-    settings = {}
-    for setting in options.set:
-        name, found, value = setting.partition("=")
-        if not found:
-            parser.error(f"--set {setting}: NAME=VALUE expected")
-        settings[name] = value
-    signal.signal(signal.SIGTERM, _interrupt)
-    server = PostgresServer(
-        version=options.pg_version,
-        port=options.port,
-        data_dir=options.data_dir,
-        fsync=not options.no_fsync,
-        settings=settings,
-    )
-    try:
-        with server:
-            print(server.dsn(), flush=True)
-            print(f"log: {server.log_path}", file=sys.stderr, flush=True)
-            os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
-            print(f"The server ended by itself:\n{server.log_tail()}", file=sys.stderr)
-            return 1
-    except KeyboardInterrupt:
-        return 0
-    except PostgresServerError as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

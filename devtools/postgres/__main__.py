@@ -1,0 +1,61 @@
+"""`python -m devtools.postgres`: a server until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from types import FrameType
+
+from devtools.postgres import PostgresServer, PostgresServerError
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m devtools.postgres",
+        description="Run a throw-away PostgreSQL server until interrupted.",
+    )
+    parser.add_argument("--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16")
+    parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
+    parser.add_argument("--data-dir", help="keep the data in this folder; thrown away by default")
+    parser.add_argument("--no-fsync", action="store_true", help="faster, and lost if the machine crashes")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a line of postgresql.conf"
+    )
+    options = parser.parse_args(arguments)
+    settings = {}
+    for setting in options.set:
+        name, found, value = setting.partition("=")
+        if not found:
+            parser.error(f"--set {setting}: NAME=VALUE expected")
+        settings[name] = value
+    signal.signal(signal.SIGTERM, _interrupt)
+    server = PostgresServer(
+        version=options.pg_version,
+        port=options.port,
+        data_dir=options.data_dir,
+        fsync=not options.no_fsync,
+        settings=settings,
+    )
+    try:
+        with server:
+            print(server.dsn(), flush=True)
+            print(f"log: {server.log_path}", file=sys.stderr, flush=True)
+            os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+            print(f"The server ended by itself:\n{server.log_tail()}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt:
+        return 0
+    except PostgresServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
