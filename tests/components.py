@@ -1,8 +1,8 @@
 """Components that tests can do without: a browser, a Redis server.
 
 A test that needs one is marked with the component's name and asks for it here. Where the component is missing
-the test is skipped, unless the environment's PG_LAYER_REQUIRE names it ("browser,redis"): then it fails, so that
-continuous integration notices when it tests less than it should.
+the test is skipped, unless the environment's PG_LAYER_REQUIRE names it ("browser,redis"): then it fails, so
+that continuous integration notices when it tests less than it should.
 """
 
 from __future__ import annotations
