@@ -1,0 +1,18 @@
+# The demo's image. The commands that run in it are those of example/commands.py.
+FROM python:3.13.7-slim-bookworm
+
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# Built in a folder of its own: where the demo runs, the source of pg_layer would hide the installed package, which
+# has its migrations in another place.
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY pg_layer pg_layer
+COPY migrations migrations
+RUN pip install ".[demo]" && rm -rf /src
+
+RUN useradd --system --no-create-home demo
+USER demo
+WORKDIR /app
+COPY example example
+ENV DJANGO_SETTINGS_MODULE=example.settings
