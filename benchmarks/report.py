@@ -1,0 +1,226 @@
+"""The results: a table for the terminal, JSON for everything else, and progress in between."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from benchmarks.layers import KINDS
+from benchmarks.scenarios.base import Scenario
+from benchmarks.statistics import Figure, Outcome, Summary, Tally, ratio, summarise
+
+_PACKAGES = (
+    "pg-layer",
+    "channels",
+    "channels-redis",
+    "redis",
+    "hiredis",
+    "psycopg",
+    "psycopg-pool",
+    "Django",
+)
+
+
+@dataclass
+class Results:
+    """All outcomes of a run: scenario name -> layer name -> one outcome for each round."""
+
+    layers: Sequence[str]
+    scenarios: Sequence[Scenario]
+    outcomes: dict[str, dict[str, list[Outcome]]] = field(default_factory=dict)
+
+    def add(self, scenario: Scenario, layer: str, outcome: Outcome) -> None:
+        self.outcomes.setdefault(scenario.name, {}).setdefault(layer, []).append(outcome)
+
+    def summary(self, scenario: Scenario, layer: str) -> Summary:
+        return summarise(self.outcomes.get(scenario.name, {}).get(layer, []), scenario.figures)
+
+    @property
+    def failed(self) -> bool:
+        """Did pg_layer fail, or lose, double or reorder anything?"""
+        ours = [outcome for layers in self.outcomes.values() for outcome in layers.get("pg", [])]
+        return any(outcome.error is not None or outcome.tally for outcome in ours)
+
+    def ratios(self, scenario: Scenario, figure: Figure) -> dict[str, float]:
+        """How many times better pg_layer is than each other layer."""
+        if "pg" not in self.layers:
+            return {}
+        ours = self.summary(scenario, "pg").figures[figure.name]
+        return {
+            layer: ratio(ours, self.summary(scenario, layer).figures[figure.name], figure.better)
+            for layer in self.layers
+            if layer != "pg"
+        }
+
+    def as_json(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole run; NaN becomes null."""
+        scenarios = {}
+        for scenario in self.scenarios:
+            layers = {
+                layer: {
+                    "median": asdict(self.summary(scenario, layer)),
+                    "rounds": [asdict(outcome) for outcome in outcomes],
+                }
+                for layer, outcomes in self.outcomes.get(scenario.name, {}).items()
+            }
+            scenarios[scenario.name] = {
+                "title": scenario.title,
+                "figures": [asdict(figure) for figure in scenario.figures],
+                "layers": layers,
+                "ratios": {figure.name: self.ratios(scenario, figure) for figure in scenario.figures},
+            }
+        plain = _plain({**context, "layers": {name: KINDS[name].title for name in self.layers}})
+        return {**plain, "scenarios": _plain(scenarios)}
+
+    def as_table(self) -> str:
+        """One line for each figure, with the layers side by side; below it what went wrong."""
+        others = [layer for layer in self.layers if layer != "pg"] if "pg" in self.layers else []
+        head = ["scenario", "", *(KINDS[layer].title for layer in self.layers)]
+        rows = [[*head, *(f"vs {KINDS[layer].title}" for layer in others)]]
+        for scenario in self.scenarios:
+            if scenario.name not in self.outcomes:
+                continue
+            summaries = [self.summary(scenario, layer) for layer in self.layers]
+            for index, figure in enumerate(scenario.figures):
+                ratios = self.ratios(scenario, figure)
+                name = scenario.name if index == 0 else ""
+                cells = [_number(summary.figures[figure.name]) for summary in summaries]
+                rows.append([name, figure.label, *cells, *(_times(ratios[layer]) for layer in others)])
+            rows.append(["", "faults", *(faults(summary) for summary in summaries), *("" for _ in others)])
+        return _align(rows)
+
+
+def faults(summary: Summary) -> str:
+    """In words, what must not happen: losses, second copies, disorder, failed rounds."""
+    tally: Tally = summary.tally
+    counts = (
+        (tally.lost, "lost"),
+        (tally.twice, "twice"),
+        (tally.disorder, "disorder"),
+        (tally.stray, "stray"),
+    )
+    words = [f"{count:,} {name}" for count, name in counts if count]
+    words += [f"{len(summary.errors)} failed"] if summary.errors else []
+    if not any(not math.isnan(value) for value in summary.figures.values()) and not words:
+        return "not run"
+    return ", ".join(words) or "none"
+
+
+def context(options: Mapping[str, Any], servers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """What a reader must know to judge the figures: machine, versions, settings, options."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.release()}",
+            "python": platform.python_version(),
+        },
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "servers": {name: dict(settings) for name, settings in servers.items()},
+        "options": dict(options),
+    }
+
+
+def headline(context: Mapping[str, Any]) -> str:
+    """The context in two lines above the table."""
+    machine = context["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in context["packages"].items())
+    servers = "; ".join(
+        f"{name} " + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
+        for name, settings in context["servers"].items()
+    )
+    return f"{machine['cores']} x {machine['cpu']}, Python {machine['python']}, {packages}\n{servers}"
+
+
+class Progress:
+    """Says what is running: on a terminal in a line that changes, elsewhere a line for each measurement."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._label = ""
+
+    def begin(self, label: str) -> None:
+        self._label = label
+        self._draw("")
+
+    def update(self, deliveries: int) -> None:
+        if deliveries:
+            self._draw(f"{deliveries:,} delivered")
+
+    def end(self, scenario: Scenario, outcome: Outcome) -> None:
+        figures = ", ".join(
+            f"{_number(outcome.figures[f.name])} {f.label}" for f in scenario.figures if outcome.figures
+        )
+        result = outcome.error or figures
+        wrong = faults(Summary(outcome.figures, outcome.tally, {}, []))
+        notes = [f"{name} {value:g}" for name, value in outcome.notes.items() if value]
+        rest = [wrong] if outcome.tally else []
+        line = "; ".join([result, *rest, *notes])
+        print(
+            f"\r\x1b[K{self._label}: {line}" if self._live else f"{self._label}: {line}",
+            file=self._stream,
+            flush=True,
+        )
+
+    def _draw(self, text: str) -> None:
+        if self._live:
+            print(f"\r\x1b[K{self._label} … {text}", end="", file=self._stream, flush=True)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
+
+
+def _times(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}x"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        texts = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(texts).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

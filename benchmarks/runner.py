@@ -1,0 +1,156 @@
+"""One measurement: starts the processes of a scenario on one layer, and ends them whatever happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.board import Board
+from benchmarks.layers import LayerSpec
+from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes
+from benchmarks.statistics import Outcome
+from benchmarks.worker import Part, play
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+#: How long all of a measurement but the sending itself may take.
+_OVERHEAD_LIMIT = 90.0
+#: After the last expected delivery: wait so long for a second copy.
+_SETTLE = 0.3
+#: Messages are missing and nothing arrives any more: wait so long for them.
+_GRACE = 3.0
+#: Messages keep arriving after the sender's end: read on for so long.
+_DRAIN_LIMIT = 30.0
+_LEAVE_LIMIT = 10.0
+_TICK = 0.05
+
+
+class Failed(Exception):
+    """The measurement yielded nothing; the message says why."""
+
+
+@dataclass
+class _Player:
+    part: Part
+    process: Any
+    pipe: Connection
+
+    @classmethod
+    def start(cls, part: Part, board: Board) -> _Player:
+        ours, theirs = _SPAWN.Pipe()
+        process = _SPAWN.Process(target=play, args=(part, board, theirs), name=part.label, daemon=True)
+        process.start()
+        theirs.close()
+        return cls(part, process, ours)
+
+    def leave(self) -> bool:
+        """Wait until it has ended; False if it had to be killed."""
+        self.process.join(_LEAVE_LIMIT)
+        left = self.process.exitcode is not None
+        if not left:
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+        return left
+
+
+class Measurement:
+    """A scenario on one layer, once. ``on_progress`` is told the deliveries so far, many times a second."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        spec: LayerSpec,
+        sizes: Sizes,
+        *,
+        profile: str | None = None,
+        on_progress: Callable[[int], None] = lambda deliveries: None,
+    ) -> None:
+        self._scenario = scenario
+        self._spec = spec
+        self._sizes = sizes
+        self._profile = profile
+        self._on_progress = on_progress
+        self._board = Board(sizes.processes)
+        self._end = time.monotonic() + sizes.seconds + _OVERHEAD_LIMIT
+
+    def run(self) -> Outcome:
+        """Never raises for what the layer does: a failure becomes the outcome's error."""
+        players: list[_Player] = []
+        try:
+            readers = [self._start("receive", index, players) for index in range(self._sizes.processes)]
+            sender = self._start("send", 0, players)
+            announced = [self._hear(reader, "ready") for reader in readers]
+            sender.pipe.send(announced)
+            sent: Sent = self._hear(sender, "report")
+            self._drain(self._scenario.expected(sent, self._sizes))
+            self._board.stop()
+            receipts = [self._hear(reader, "report") for reader in readers]
+            run = Run(
+                self._sizes,
+                sent,
+                receipts,
+                self._board.deliveries,
+                self._board.start_ns,
+                self._board.latest_ns,
+            )
+            outcome = self._scenario.summarise(run)
+        except Failed as failure:
+            outcome = Outcome(error=str(failure))
+            _kill(players)
+        except BaseException:
+            _kill(players)
+            raise
+        left = [player.leave() for player in players]
+        if outcome.error is None and not all(left):
+            notes = {**outcome.notes, "processes killed": left.count(False)}
+            outcome = Outcome(outcome.figures, outcome.tally, notes)
+        return outcome
+
+    def _start(self, role: Any, index: int, players: list[_Player]) -> _Player:
+        part = Part(role, index, self._scenario.name, self._spec, self._sizes, self._profile)
+        player = _Player.start(part, self._board)
+        players.append(player)
+        return player
+
+    def _hear(self, player: _Player, wanted: str) -> Any:
+        while not player.pipe.poll(_TICK):
+            self._on_progress(self._board.deliveries)
+            if time.monotonic() > self._end:
+                raise Failed(f"{player.part.role}: no {wanted} in time")
+        try:
+            word, value = player.pipe.recv()
+        except EOFError:
+            player.process.join(1)
+            raise Failed(
+                f"{player.part.role}: the process ended (exit code {player.process.exitcode})"
+            ) from None
+        if word == "error":
+            raise Failed(value)
+        if word != wanted:
+            raise Failed(f"{player.part.role}: said {word} where {wanted} was due")
+        return value
+
+    def _drain(self, expected: int) -> None:
+        """Let the readers go on until everything has come, or until nothing comes any more."""
+        limit = time.monotonic() + _DRAIN_LIMIT
+        seen, since = -1, time.monotonic()
+        while (now := time.monotonic()) < limit:
+            deliveries = self._board.deliveries
+            self._on_progress(deliveries)
+            if deliveries != seen:
+                seen, since = deliveries, now
+            if now - since > (_SETTLE if deliveries >= expected else _GRACE):
+                return
+            time.sleep(_TICK)
+
+
+def _kill(players: Sequence[_Player]) -> None:
+    for player in players:
+        with suppress(Exception):
+            player.process.kill()

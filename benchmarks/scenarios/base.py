@@ -1,0 +1,228 @@
+"""What a scenario is made of: sizes, the roles that its processes play, the reading loop they share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from channels.exceptions import ChannelFull  # type: ignore[import-untyped]
+
+from benchmarks.board import Board
+from benchmarks.layers import Layer, LayerSpec
+from benchmarks.statistics import Figure, Outcome, Stream, Tally, tally_channel
+
+Scale = Literal["full", "quick", "tiny"]
+
+PAYLOAD = "x" * 100
+_STOP_CHECK = 0.05
+_FULL_WAIT = 0.005
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; a scenario uses what it needs.
+
+    ``seconds``: how long the sender sends; ``processes``: receiving ones; ``members``: channels in each of
+    them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
+    flight at most.
+    """
+
+    seconds: float
+    processes: int = 1
+    members: int = 1
+    tasks: int = 1
+    rate: float = 0
+    window: int = 0
+
+
+@dataclass
+class Sent:
+    """What the sending process reports: messages by sender, and what only it can know."""
+
+    by_sender: list[int] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def counts(self) -> dict[int, int]:
+        return dict(enumerate(self.by_sender))
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_sender)
+
+
+@dataclass
+class Receipt:
+    """What one receiving process reports: the streams of each channel.
+
+    Where the scenario asks for them: each message's age in nanoseconds, and every (sender, number) in order.
+    """
+
+    streams: list[dict[int, Stream]]
+    ages: array[int] = field(default_factory=lambda: array("q"))
+    log: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one measurement yielded."""
+
+    sizes: Sizes
+    sent: Sent
+    receipts: Sequence[Receipt]
+    deliveries: int
+    start_ns: int
+    latest_ns: int
+
+    @property
+    def ages_ms(self) -> list[float]:
+        return [age / 1e6 for receipt in self.receipts for age in receipt.ages]
+
+
+@dataclass
+class Stage:
+    """What a role is given. ``peers`` is what the receiving processes announced, in order."""
+
+    spec: LayerSpec
+    layer: Layer
+    sizes: Sizes
+    board: Board
+    index: int = 0
+    peers: Sequence[Any] = ()
+    announce: Callable[[Any], None] = lambda value: None
+    report: Callable[[Receipt], None] = lambda receipt: None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One comparison.
+
+    Roles are coroutine functions; a ``send`` that is a plain function runs in a thread without event loop.
+    ``expected`` says how many deliveries a run should see once the sender is done.
+    """
+
+    name: str
+    title: str
+    figures: Sequence[Figure]
+    scales: Mapping[Scale, Sizes]
+    send: Callable[[Stage], Awaitable[Sent]] | Callable[[Stage], Sent]
+    receive: Callable[[Stage], Awaitable[None]] | None
+    expected: Callable[[Sent, Sizes], int]
+    summarise: Callable[[Run], Outcome]
+
+
+def message(sender: int, number: int, sent_ns: int) -> dict[str, Any]:
+    """The numbered message that every scenario sends. A negative number is a warm-up and is not counted."""
+    return {"type": "bench.message", "s": sender, "n": number, "t": sent_ns, "p": PAYLOAD}
+
+
+def warm_up_message() -> dict[str, Any]:
+    return message(0, -1, 0)
+
+
+async def send_retrying(send: Callable[[], Awaitable[None]]) -> int:
+    """Send, again after a short wait while the channel is full; returns how often it was."""
+    full = 0
+    while True:
+        try:
+            await send()
+        except ChannelFull:
+            full += 1
+            await asyncio.sleep(_FULL_WAIT)
+        else:
+            return full
+
+
+async def pace(seconds: float, rate: float, send: Callable[[int, int], Awaitable[None]]) -> int:
+    """Call ``send(number, sent_ns)`` ``rate`` times a second for so long; returns how many were sent.
+
+    A message's time is when it was handed to the layer, but when it was due if an earlier send held it up, so
+    that a layer which stalls shows it in its latency.
+    """
+    start = time.monotonic_ns()
+    count = max(int(seconds * rate), 1)
+    for number in range(count):
+        due = start + int(number * 1e9 / rate)
+        wait = due - time.monotonic_ns()
+        if wait > 0:
+            await asyncio.sleep(wait / 1e9)
+            due = time.monotonic_ns()
+        await send(number, due)
+    return count
+
+
+async def read_all(
+    stage: Stage, channels: Sequence[str], *, ages: bool = False, log: bool = False, announce: Any = None
+) -> None:
+    """Read each channel in a loop of its own until the runner says stop, and report what came."""
+    receipt = Receipt(streams=[{} for _ in channels])
+    readers = [
+        asyncio.ensure_future(_read(stage, channel, streams, receipt, ages=ages, log=log))
+        for channel, streams in zip(channels, receipt.streams, strict=True)
+    ]
+    stopped = asyncio.ensure_future(_stopped(stage.board))
+    await asyncio.sleep(0)
+    stage.announce(announce)
+    try:
+        done, _ = await asyncio.wait([stopped, *readers], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        stage.report(receipt)
+    finally:
+        await cancel([stopped, *readers])
+
+
+async def _read(
+    stage: Stage, channel: str, streams: dict[int, Stream], receipt: Receipt, *, ages: bool, log: bool
+) -> None:
+    board, index, receive = stage.board, stage.index, stage.layer.receive
+    warm = False
+    while True:
+        incoming = await receive(channel)
+        number = incoming["n"]
+        if number < 0:
+            if not warm:
+                warm = True
+                board.warm(index)
+            continue
+        now = time.monotonic_ns()
+        sender = incoming["s"]
+        if sender not in streams:
+            streams[sender] = Stream()
+        streams[sender].see(number)
+        if ages:
+            receipt.ages.append(now - incoming["t"])
+        if log:
+            receipt.log.append((sender, number))
+        board.deliver(index, now)
+
+
+async def _stopped(board: Board) -> None:
+    while not board.stopped:  # noqa: ASYNC110  no event reaches across processes
+        await asyncio.sleep(_STOP_CHECK)
+
+
+async def cancel(tasks: Iterable[asyncio.Future[Any]], *, patience: float = 5.0) -> None:
+    """Cancel and wait a little; how the layer takes it is not what is measured."""
+    pending = list(tasks)
+    for task in pending:
+        task.cancel()
+    done, _ = await asyncio.wait(pending, timeout=patience)
+    for task in done:
+        if not task.cancelled():
+            task.exception()
+
+
+def tally_receipts(run: Run, sent: Callable[[int, int], Mapping[int, int]]) -> Tally:
+    """The balance over all channels; ``sent(process, channel)`` says how many each sender sent there."""
+    total = run.sent.tally
+    for process, receipt in enumerate(run.receipts):
+        for channel, streams in enumerate(receipt.streams):
+            total += tally_channel(streams, sent(process, channel))
+    return total

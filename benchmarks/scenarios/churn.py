@@ -1,0 +1,95 @@
+"""Channels that join and leave without a pause; afterwards, who stayed must hear and who left must not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes, Stage, cancel, message
+from benchmarks.statistics import Figure, Outcome, Stream, Tally, rate, tally_channel
+
+_CHECKS = 3
+_PATIENCE = 3.0
+_SETTLE = 0.3
+
+
+async def _churn(stage: Stage) -> Sent:
+    channels = [await stage.layer.new_channel() for _ in range(stage.sizes.tasks)]
+    groups = [f"bench.room.{index}" for index in range(stage.sizes.tasks)]
+    for group, channel in zip(groups, channels, strict=True):  # everybody's connections and statements exist
+        await stage.layer.group_add(group, channel)
+        await stage.layer.group_discard(group, channel)
+    start = stage.board.start()
+    end = start + int(stage.sizes.seconds * 1e9)
+
+    async def come_and_go(group: str, channel: str) -> int:
+        operations = 0
+        while time.monotonic_ns() < end:
+            await stage.layer.group_add(group, channel)
+            await stage.layer.group_discard(group, channel)
+            operations += 2
+        return operations
+
+    counts = await asyncio.gather(*map(come_and_go, groups, channels))
+    speed = rate(sum(counts), start, time.monotonic_ns())
+    return Sent(figures={"ops/s": speed}, tally=await _check(stage, groups, channels))
+
+
+async def _check(stage: Stage, groups: list[str], channels: list[str]) -> Tally:
+    """Every second channel joins for good; a numbered message to every group must reach exactly those."""
+    streams = [Stream() for _ in channels]
+    arrived = 0
+    complete = asyncio.Event()
+
+    async def read(channel: str, stream: Stream) -> None:
+        nonlocal arrived
+        while True:
+            stream.see((await stage.layer.receive(channel))["n"])
+            arrived += 1
+            if arrived == len(staying) * _CHECKS:
+                complete.set()
+
+    staying = range(0, len(channels), 2)
+    readers = [asyncio.ensure_future(read(*pair)) for pair in zip(channels, streams, strict=True)]
+    try:
+        for index in staying:
+            await stage.layer.group_add(groups[index], channels[index])
+        for number in range(_CHECKS):
+            for group in groups:
+                await stage.layer.group_send(group, message(0, number, 0))
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(complete.wait(), _PATIENCE)
+        await asyncio.sleep(_SETTLE)
+    finally:
+        await cancel(readers)
+    total = Tally()
+    for index, stream in enumerate(streams):
+        total += tally_channel({0: stream}, {0: _CHECKS if index in staying else 0})
+    return total
+
+
+def _none(sent: Sent, sizes: Sizes) -> int:
+    return 0
+
+
+def _summarise(run: Run) -> Outcome:
+    return Outcome(figures=run.sent.figures, tally=run.sent.tally)
+
+
+_SIZES = Sizes(seconds=5, processes=0, tasks=50)
+CHURN = Scenario(
+    name="churn",
+    title="churn: group_add + group_discard, 50 concurrent, a group each",
+    figures=(Figure("ops/s", "ops/s", "higher"),),
+    scales={
+        "full": _SIZES,
+        "quick": replace(_SIZES, seconds=2),
+        "tiny": replace(_SIZES, seconds=0.3, tasks=6),
+    },
+    send=_churn,
+    receive=None,
+    expected=_none,
+    summarise=_summarise,
+)

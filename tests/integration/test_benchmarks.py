@@ -1,0 +1,58 @@
+"""The benchmark harness on pg_layer, in sizes that say nothing about speed but all about delivery."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.scenarios import SCENARIOS
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one tiny run of everything, on a server of its own, wrote as JSON."""
+    file = tmp_path_factory.mktemp("benchmarks") / "results.json"
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    written: dict[str, Any] = json.loads(file.read_text())
+    written["stdout"] = done.stdout
+    return written
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_message_arrives_once_and_in_order(results: dict[str, Any], name: str) -> None:
+    (outcome,) = results["scenarios"][name]["layers"]["pg"]["rounds"]
+    assert outcome["error"] is None
+    assert outcome["tally"] == {"lost": 0, "twice": 0, "disorder": 0, "stray": 0}
+    assert set(outcome["figures"]) == {figure.name for figure in SCENARIOS[name].figures}
+    assert all(value > 0 for value in outcome["figures"].values())
+    assert not outcome["notes"].get("processes killed")
+
+
+def test_a_process_keeps_within_its_connection_budget(results: dict[str, Any]) -> None:
+    (outcome,) = results["scenarios"]["connections"]["layers"]["pg"]["rounds"]
+    assert outcome["figures"]["peak"] <= 3
+
+
+def test_says_what_it_ran_on(results: dict[str, Any]) -> None:
+    assert results["servers"]["postgres"]["fsync"] == "on"
+    assert results["machine"]["cores"] >= 1
+    assert "pg-layer" in results["packages"]
+    assert all(name in results["stdout"] for name in SCENARIOS)
+
+
+def test_refuses_unknown_names() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--scenarios", "sleep"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "unknown: sleep; choose from latency" in done.stderr

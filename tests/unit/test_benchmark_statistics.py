@@ -1,0 +1,240 @@
+"""The benchmarks' arithmetic: what they report must be right before it can be honest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.board import Board, Window, warm_up
+from benchmarks.report import Results, faults
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.statistics import (
+    Figure,
+    Outcome,
+    Stream,
+    Summary,
+    Tally,
+    median,
+    percentile,
+    rate,
+    ratio,
+    summarise,
+    tally_channel,
+    tally_competing,
+)
+
+SPEED = Figure("msg/s", "msg/s", "higher")
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [
+        ([5.0], 99, 5.0),
+        ([3.0, 1.0, 2.0], 50, 2.0),
+        ([1.0, 2.0, 3.0, 4.0], 50, 2.5),
+        ([float(n) for n in range(101)], 99, 99.0),
+        ([1.0, 2.0], 0, 1.0),
+        ([1.0, 2.0], 100, 2.0),
+    ],
+)
+def test_percentile(values: list[float], percent: float, expected: float) -> None:
+    assert percentile(values, percent) == pytest.approx(expected)
+
+
+def test_percentile_of_nothing_is_not_a_number() -> None:
+    assert math.isnan(percentile([], 50))
+
+
+@pytest.mark.parametrize("percent", [-1, 100.1])
+def test_percentile_refuses_what_is_no_percentage(percent: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        percentile([1.0], percent)
+
+
+def test_median_ignores_rounds_without_a_figure() -> None:
+    assert median([math.nan, 1.0, 3.0]) == 2.0
+    assert math.isnan(median([math.nan]))
+
+
+def test_ratio_says_how_many_times_better() -> None:
+    assert ratio(20, 10, "higher") == 2
+    assert ratio(2, 1, "lower") == 0.5
+    assert ratio(0, 10, "higher") == 0
+    assert math.isnan(ratio(10, 0, "higher"))
+    assert math.isnan(ratio(math.nan, 1, "lower"))
+
+
+def test_rate() -> None:
+    assert rate(100, 1_000_000_000, 3_000_000_000) == 50
+    assert rate(0, 0, 10) == 0
+    assert rate(5, 10, 10) == 0
+    assert rate(5, 10, 0) == 0
+
+
+@given(
+    sent=st.integers(0, 12),
+    arrived=st.lists(st.integers(0, 14), max_size=40),
+)
+def test_stream_balances_like_counting_everything(sent: int, arrived: list[int]) -> None:
+    stream = Stream()
+    for number in arrived:
+        stream.see(number)
+    tally = stream.tally(sent)
+
+    counts = Counter(arrived)
+    firsts = [number for index, number in enumerate(arrived) if number not in arrived[:index]]
+    assert tally.lost == sum(1 for number in range(sent) if number not in counts)
+    assert tally.twice == sum(count - 1 for count in counts.values())
+    assert tally.stray == sum(1 for number in counts if number >= sent)
+    assert tally.disorder == sum(
+        1 for index, number in enumerate(firsts) if any(earlier > number for earlier in firsts[:index])
+    )
+
+
+@given(st.integers(0, 50), st.randoms(use_true_random=False))
+def test_stream_loses_nothing_when_everything_comes_in_any_order(count: int, shuffler: random.Random) -> None:
+    numbers = list(range(count))
+    shuffler.shuffle(numbers)
+    stream = Stream()
+    for number in numbers:
+        stream.see(number)
+    tally = stream.tally(count)
+    assert (tally.lost, tally.twice, tally.stray) == (0, 0, 0)
+    assert bool(tally.disorder) == (numbers != sorted(numbers))
+
+
+def test_channel_counts_silent_and_foreign_senders() -> None:
+    heard, foreign = Stream(), Stream()
+    heard.see(0)
+    foreign.see(0)
+    assert tally_channel({1: heard, 9: foreign}, {1: 2, 2: 3}) == Tally(lost=1 + 3, stray=1)
+
+
+def test_competing_readers_share_the_numbers() -> None:
+    readers = [[(0, 0), (0, 2)], [(0, 1), (1, 0)]]
+    assert tally_competing(readers, {0: 3, 1: 1}) == Tally()
+
+
+def test_competing_readers_lose_double_and_reorder() -> None:
+    readers = [[(0, 0), (0, 2), (0, 1)], [(0, 1), (0, 7)]]
+    assert tally_competing(readers, {0: 4}) == Tally(lost=1, twice=1, disorder=1, stray=1)
+
+
+def test_tallies_add_up_and_are_true_when_something_is_wrong() -> None:
+    assert sum([Tally(1, 2, 3, 4), Tally(1, 1, 1, 1)], Tally()) == Tally(2, 3, 4, 5)
+    assert not Tally()
+    assert all([Tally(lost=1), Tally(twice=1), Tally(disorder=1), Tally(stray=1)])
+
+
+def test_summary_takes_medians_of_rounds_and_adds_faults() -> None:
+    outcomes = [
+        Outcome({"msg/s": 10}, Tally(lost=1), {"full": 2}),
+        Outcome({"msg/s": 30}, Tally(twice=2), {"full": 3}),
+        Outcome(error="no message came"),
+        Outcome({"msg/s": 20}),
+    ]
+    summary = summarise(outcomes, [SPEED])
+    assert summary.figures == {"msg/s": 20}
+    assert summary.tally == Tally(lost=1, twice=2)
+    assert summary.notes == {"full": 5}
+    assert summary.errors == ["no message came"]
+
+
+def test_faults_in_words() -> None:
+    assert faults(Summary({"msg/s": 1.0}, Tally(), {}, [])) == "none"
+    assert faults(Summary({"msg/s": 1.0}, Tally(lost=1200, disorder=3), {}, [])) == "1,200 lost, 3 disorder"
+    assert faults(Summary({"msg/s": math.nan}, Tally(), {}, ["broken"])) == "1 failed"
+    assert faults(Summary({"msg/s": math.nan}, Tally(), {}, [])) == "not run"
+
+
+def test_results_put_layers_and_ratios_side_by_side() -> None:
+    latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
+    results = Results(["pg", "core"], [latency, throughput])
+    results.add(latency, "pg", Outcome({"p50": 0.5, "p99": 2.0}))
+    results.add(latency, "core", Outcome({"p50": 1.0, "p99": 2.0}, Tally(lost=4)))
+    results.add(throughput, "pg", Outcome({"msg/s": 30_000.0}))
+    results.add(throughput, "core", Outcome(error="it broke"))
+
+    lines = [line.split() for line in results.as_table().splitlines()]
+    assert ["latency", "p50", "ms", "0.50", "1", "2.00x"] in lines
+    assert ["p99", "ms", "2", "2", "1.00x"] in lines
+    assert ["faults", "none", "4", "lost"] in lines
+    assert ["throughput", "msg/s", "30,000", "-", "-"] in lines
+    assert not results.failed
+
+    written = json.loads(json.dumps(results.as_json({"machine": "any"}), allow_nan=False))
+    assert written["layers"] == {"pg": "pg_layer", "core": "redis core"}
+    assert written["scenarios"]["latency"]["ratios"] == {"p50": {"core": 2.0}, "p99": {"core": 1.0}}
+    assert written["scenarios"]["latency"]["layers"]["core"]["median"]["tally"]["lost"] == 4
+    assert written["scenarios"]["throughput"]["layers"]["core"]["median"]["figures"] == {"msg/s": None}
+    assert written["scenarios"]["throughput"]["layers"]["core"]["rounds"][0]["error"] == "it broke"
+
+
+@pytest.mark.parametrize("outcome", [Outcome({"msg/s": 1.0}, Tally(twice=1)), Outcome(error="it broke")])
+def test_results_fail_when_pg_layer_does(outcome: Outcome) -> None:
+    results = Results(["pg"], [SCENARIOS["throughput"]])
+    results.add(SCENARIOS["throughput"], "pg", outcome)
+    assert results.failed
+
+
+def test_board_counts_by_reader() -> None:
+    board = Board(2)
+    board.deliver(0, 5)
+    board.deliver(1, 7)
+    board.deliver(1, 9)
+    board.warm(1)
+    assert (board.delivered(0), board.delivered(1), board.deliveries) == (1, 2, 3)
+    assert (board.warmed(0), board.warmed(1)) == (0, 1)
+    assert board.latest_ns == 9
+    assert not board.stopped
+    board.stop()
+    assert board.stopped
+    assert Board(0).latest_ns == 0
+
+
+async def test_warm_up_repeats_until_everybody_has_heard() -> None:
+    board = Board(1)
+    calls = 0
+
+    async def send() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            board.warm(0)
+
+    await warm_up(board, [1], send)
+    assert calls == 2
+
+
+async def test_warm_up_gives_up() -> None:
+    async def send() -> None:
+        pass
+
+    with pytest.raises(TimeoutError, match=r"\[0\] of \[1\]"):
+        await warm_up(Board(1), [1], send, time_limit=0.01)
+
+
+async def test_window_waits_for_arrivals() -> None:
+    arrived = 0
+    async with Window(2, lambda: arrived) as window:
+        await window.take()
+        await window.take()
+        third = asyncio.ensure_future(window.take())
+        assert third not in (await asyncio.wait([third], timeout=0.05))[0]
+        arrived = 1
+        await asyncio.wait_for(third, 5)
+        assert window.written_off == 0
+
+
+async def test_window_writes_off_what_never_arrives() -> None:
+    async with Window(2, lambda: 0, patience=0.02) as window:
+        for _ in range(4):
+            await asyncio.wait_for(window.take(), 5)
+        assert window.written_off >= 2
