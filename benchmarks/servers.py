@@ -132,8 +132,11 @@ def postgres_server(dsn: str | None) -> Iterator[str]:
 @contextmanager
 def _scratch_database(dsn: str) -> Iterator[str]:
     name = f"pg_layer_bench_{uuid.uuid4().hex[:8]}"
-    with psycopg.connect(dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    try:
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    except psycopg.Error as error:
+        raise Unavailable(f"PostgreSQL: {error}") from error
     try:
         scratch = make_conninfo(dsn, dbname=name)
         _migrate(scratch)
@@ -159,12 +162,8 @@ def redis_server(url: str | None = None) -> Iterator[str]:
     The latter listens on a free loopback port and keeps nothing.
     """
     if url is not None:
-        with closing(RedisObserver(url)) as observer:
-            if keys := observer.keys():
-                raise Unavailable(
-                    f"{url} holds {keys} keys; the benchmarks want a Redis database of their own"
-                )
-        yield url
+        with _empty_redis(url):
+            yield url
         return
     program = shutil.which("redis-server")
     if program is None:
@@ -194,6 +193,23 @@ def redis_server(url: str | None = None) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(10)
+
+
+@contextmanager
+def _empty_redis(url: str) -> Iterator[None]:
+    """Somebody else's server: only if there is nothing in the database, and nothing stays in it."""
+    import redis
+
+    try:
+        observer = RedisObserver(url)
+        keys = observer.keys()
+    except redis.RedisError as error:
+        raise Unavailable(f"Redis: {error}") from error
+    with closing(observer):
+        if keys:
+            raise Unavailable(f"{url} holds {keys} keys; the benchmarks want a Redis database of their own")
+        yield
+        observer.reset()
 
 
 def _free_port() -> int:
