@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev ## check style and formatting
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 
-types: $(VENV)/.installed-dev ## check the types
+types: $(VENV)/.installed-dev $(VENV)/.installed-bench $(VENV)/.installed-browser ## check the types
 	$(python) -m mypy
 
 demo: $(VENV)/.installed-demo ## run the chat in two processes, with a PostgreSQL server of its own
