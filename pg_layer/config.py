@@ -1,0 +1,408 @@
+"""CHANNEL_LAYERS' CONFIG, checked once and then constant.
+
+What is wrong with it is said when the layer is made, as Django's `ImproperlyConfigured`, with the option's
+name, its value and what is allowed. Passwords and keys are shown nowhere: not in an error, not in its causes,
+not in a `repr`. Nothing here reads Django's settings before a connection opens, so that a layer with a `dsn`
+needs none, and one with `using` follows test databases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+import psycopg
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.utils.connection import ConnectionDoesNotExist
+from psycopg.conninfo import conninfo_to_dict
+
+# Longer than any use, and far within what PostgreSQL's intervals and C's integers hold. In seconds: 31 years.
+MAX_SECONDS = 1_000_000_000
+MAX_COUNT = 2**31 - 1
+MAX_MESSAGE_SIZE = 512 * 1024 * 1024
+
+# Specific channel names are made without end, so only this many answers are remembered.
+_REMEMBERED_CAPACITIES = 4096
+
+# What to assume about a connection where neither the options nor the environment say it: notice within
+# seconds, not hours, that the other side is gone.
+_CONNECTION_DEFAULTS: Mapping[str, str | int] = {
+    "application_name": "pg_layer",
+    "connect_timeout": 5,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+_ENVIRONMENT = {"application_name": "PGAPPNAME", "connect_timeout": "PGCONNECT_TIMEOUT"}
+
+# In Django's OPTIONS, but meant for its own use of psycopg: how it adapts, prepares, pools and begins
+# transactions.
+_DJANGO_ONLY = frozenset(
+    (
+        "assume_role",
+        "autocommit",
+        "context",
+        "cursor_factory",
+        "isolation_level",
+        "pool",
+        "prepare_threshold",
+        "row_factory",
+        "server_side_binding",
+    )
+)
+
+_SECRET_PARAMETERS = frozenset(
+    ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
+)
+# libpq's words for what is wrong with a connection string quote it. These replace them.
+_DSN_FAULTS = {
+    'missing "="': "a part has no '='; a value with a space in it needs quotes, as in password='a b'",
+    "invalid connection option": "it has an unknown option; a value with a space in it needs quotes",
+    "invalid URI query parameter": "it has an unknown option",
+    "invalid percent-encoded token": "it has a '%' with no code after it; write '%25'",
+    "unterminated quoted string": "a quote is opened and not closed",
+}
+_LOOKS_SECRET = re.compile(r"passw|secret|://|\bpwd", re.IGNORECASE)
+_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,50}")
+_PORTS = re.compile(r"[0-9]{0,5}(,[0-9]{0,5})*")
+_URL = re.compile(r"postgres(?:ql)?://")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
+class Config:
+    """The layer's options, valid if it exists. Times are in seconds (int or float), sizes in bytes.
+
+    `load` makes one from CONFIG; made directly, it checks the same. Raises `ImproperlyConfigured`.
+
+    - `dsn`: a PostgreSQL connection string or URL. Or
+    - `using`: an alias in DATABASES; "default" if neither is given.
+    - `listen_dsn`: a connection string for the listening connection alone, to lead it past a pooler.
+    - `prefix`: sets layers in one database apart; 1 to 50 letters, digits, `-`, `_`, `.`.
+    - `expiry`: for how long a message may wait unread.
+    - `group_expiry`: how long a membership lasts after its last `group_add`; None: as long as its process.
+    - `capacity`: how many messages may wait on a channel.
+    - `channel_capacity`: other capacities, by glob or compiled pattern; the first that matches counts.
+    - `symmetric_encryption_keys`: a list; messages are encrypted with its first key and read with any.
+    - `serializer_format`: "msgpack" or "json".
+    - `max_message_size`: of a serialised message; up to 512 MiB.
+    - `lease`: how long a process that shows no life still counts as living.
+    - `heartbeat`: how often it shows life; at most half the lease.
+    - `send_timeout`: for how long a send is tried.
+    - `poll_interval`: how often to look for messages instead of listening; None: listen.
+    - `pool_max_size`: the most connections in the pool.
+    - `sweep_interval`: how often to remove what has expired; 0: never.
+    """
+
+    dsn: str | None = None
+    using: str | None = None
+    listen_dsn: str | None = None
+    prefix: str = "asgi"
+    expiry: float = 60
+    group_expiry: float | None = 86400
+    capacity: int = 100
+    channel_capacity: Mapping[str | re.Pattern[str], int] | None = None
+    symmetric_encryption_keys: tuple[str | bytes, ...] | None = None
+    serializer_format: Literal["msgpack", "json"] = "msgpack"
+    max_message_size: int = 8 * 1024 * 1024
+    lease: float = 60
+    heartbeat: float = 20
+    send_timeout: float = 10
+    poll_interval: float | None = None
+    pool_max_size: int = 2
+    sweep_interval: float = 600
+    _capacity_of: Callable[[str], int] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_database()
+        if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix):
+            raise _bad("prefix", self.prefix, "1 to 50 letters, digits, '-', '_' or '.'")
+        for name in ("expiry", "lease", "heartbeat", "send_timeout"):
+            _check_seconds(name, getattr(self, name))
+        for name in ("group_expiry", "poll_interval"):
+            if getattr(self, name) is not None:
+                _check_seconds(name, getattr(self, name), or_else=" or None")
+        if not (_is_number(self.sweep_interval) and 0 <= self.sweep_interval <= MAX_SECONDS):
+            raise _bad("sweep_interval", self.sweep_interval, "a number of seconds, or 0 for never")
+        if self.heartbeat > self.lease / 2:
+            raise ImproperlyConfigured(
+                f"pg_layer: CONFIG['heartbeat'] must be at most half of 'lease' ({self.lease!r} seconds), "
+                f"not {self.heartbeat!r}: one late heartbeat must not end a lease."
+            )
+        _check_count("capacity", self.capacity)
+        _check_count("pool_max_size", self.pool_max_size)
+        _check_count("max_message_size", self.max_message_size, MAX_MESSAGE_SIZE, "bytes, an integer")
+        if self.serializer_format not in ("msgpack", "json"):
+            raise _bad("serializer_format", self.serializer_format, "'msgpack' or 'json'")
+        _set(self, "symmetric_encryption_keys", _checked_keys(self.symmetric_encryption_keys))
+        patterns = _compiled_capacities(self.channel_capacity)
+        if self.channel_capacity is not None:
+            _set(self, "channel_capacity", MappingProxyType(dict(self.channel_capacity)))
+        _set(self, "_capacity_of", _capacity_function(patterns, self.capacity))
+
+    def _check_database(self) -> None:
+        if self.dsn is not None and self.using is not None:
+            raise ImproperlyConfigured(
+                "pg_layer: CONFIG must not have both 'dsn' and 'using': "
+                "give a connection string or an alias in DATABASES."
+            )
+        for name in ("dsn", "listen_dsn"):
+            if getattr(self, name) is not None:
+                _check_dsn(name, getattr(self, name))
+        if self.using is not None:
+            alias = "an alias in DATABASES (for a connection string there is 'dsn')"
+            if not isinstance(self.using, str) or not self.using or "://" in self.using or "=" in self.using:
+                # Not even a part of it: most likely it is a connection string.
+                raise _bad("using", self.using, alias, shown=f"this {type(self.using).__name__}")
+        elif self.dsn is None:
+            _set(self, "using", "default")
+
+    def __repr__(self) -> str:
+        shown = []
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if value is not None and name in ("dsn", "listen_dsn"):
+                value = _without_secrets(value)
+            elif value is not None and name == "symmetric_encryption_keys":
+                shown.append(f"{name}=<{len(value)} keys>")
+                continue
+            elif value is not None and name == "channel_capacity":
+                value = dict(value)
+            shown.append(f"{name}={value!r}")
+        return f"Config({', '.join(shown)})"
+
+    def capacity_of(self, channel: str) -> int:
+        """How many messages may wait on `channel`: as `channel_capacity` says, or else `capacity`.
+
+        Patterns are tried in their order at the beginning of the whole name, as Channels does it
+        (`BaseChannelLayer.get_capacity`). Safe from any thread.
+        """
+        return self._capacity_of(channel)
+
+    def connect_kwargs(self, role: Literal["pool", "listen"]) -> dict[str, Any]:
+        """The arguments for `psycopg.connect`, as they are now: call it for each connection that is opened.
+
+        `role` is what the connection is for; "listen" goes by `listen_dsn` if that is set. The values hold
+        the password. Timeouts and keepalives are added where neither the options nor libpq's environment
+        variables set them; a service file is not looked into, what is added takes precedence over it.
+
+        Raises `ImproperlyConfigured` if `using` names no alias in DATABASES, or one that is no PostgreSQL.
+        """
+        dsn = self.listen_dsn if role == "listen" and self.listen_dsn is not None else self.dsn
+        kwargs = _django_parameters(self.using or "default") if dsn is None else _parsed(dsn)
+        for name, value in _CONNECTION_DEFAULTS.items():
+            if _ENVIRONMENT.get(name, "") not in os.environ:
+                kwargs.setdefault(name, value)
+        return kwargs
+
+
+OPTIONS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Config) if field.init)
+
+
+def load(options: Mapping[str, object]) -> Config:
+    """CONFIG, as Channels hands it to the layer, made into a `Config`.
+
+    Raises `ImproperlyConfigured` for an unknown option, naming it and the nearest known one, and for any
+    option that `Config` does not accept.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
+            raise ImproperlyConfigured(f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}")
+    return Config(**cast("dict[str, Any]", dict(options)))
+
+
+def _bad(name: str, value: object, allowed: str, *, shown: str | None = None) -> ImproperlyConfigured:
+    return ImproperlyConfigured(
+        f"pg_layer: CONFIG[{name!r}] must be {allowed}, not {shown or _shown(value)}."
+    )
+
+
+def _shown(value: object) -> str:
+    """The value for an error message, unless it could be a secret in the wrong place, or is long."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = ""
+    if not text or len(text) > 100 or _LOOKS_SECRET.search(text):
+        return f"this {type(value).__name__}"
+    return text
+
+
+def _set(config: Config, name: str, value: object) -> None:
+    # Only while it is being made; see "frozen" in the dataclasses' documentation.
+    object.__setattr__(config, name, value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_seconds(name: str, value: Any, or_else: str = "") -> None:
+    # NaN fails every comparison, and so it fails here.
+    if not (_is_number(value) and 0 < value <= MAX_SECONDS):
+        raise _bad(name, value, f"a number of seconds above 0, at most {MAX_SECONDS}{or_else}")
+
+
+def _check_count(name: str, value: Any, most: int = MAX_COUNT, what: str = "an integer") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise _bad(name, value, f"{what} from 1 to {most}")
+
+
+def _checked_keys(keys: object) -> tuple[str | bytes, ...] | None:
+    name = "symmetric_encryption_keys"
+    if keys is None:
+        return None
+    # Of these values nothing is shown but the type.
+    if not isinstance(keys, (list, tuple)):
+        raise _bad(name, keys, "a list of keys (str or bytes)", shown=f"a single {type(keys).__name__}")
+    if not keys:
+        raise _bad(
+            name, keys, "a list with at least one key, or None for no encryption", shown="an empty list"
+        )
+    for index, key in enumerate(keys):
+        if not isinstance(key, (str, bytes)):
+            raise _bad(f"{name}[{index}]", key, "a str or bytes", shown=f"this {type(key).__name__}")
+        if not key:
+            raise _bad(f"{name}[{index}]", key, "a non-empty str or bytes", shown="empty")
+        if isinstance(key, str) and not _is_utf8(key):
+            raise _bad(f"{name}[{index}]", key, "text that UTF-8 can carry", shown="this str")
+    try:
+        import cryptography.fernet  # noqa: F401
+    except ImportError as error:
+        raise ImproperlyConfigured(
+            f"pg_layer: CONFIG[{name!r}] needs the package cryptography: pip install pg-layer[encryption]"
+        ) from error
+    return tuple(keys)
+
+
+def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]]:
+    name = "channel_capacity"
+    if capacities is None:
+        return []
+    if not isinstance(capacities, Mapping):
+        raise _bad(name, capacities, "a dict of globs or compiled patterns to integers, or None")
+    patterns = []
+    for pattern, capacity in capacities.items():
+        if isinstance(pattern, str) and pattern:
+            compiled = re.compile(fnmatch.translate(pattern))
+        elif isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+            compiled = pattern
+        else:
+            raise ImproperlyConfigured(
+                f"pg_layer: the keys of CONFIG[{name!r}] must be globs (str) or compiled patterns of str, "
+                f"not {_shown(pattern)}."
+            )
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or not 1 <= capacity <= MAX_COUNT:
+            raise ImproperlyConfigured(
+                f"pg_layer: CONFIG[{name!r}][{_shown(pattern)}] must be an integer from 1 to {MAX_COUNT}, "
+                f"not {_shown(capacity)}."
+            )
+        patterns.append((compiled, capacity))
+    return patterns
+
+
+def _capacity_function(patterns: list[tuple[re.Pattern[str], int]], default: int) -> Callable[[str], int]:
+    def capacity_of(channel: str) -> int:
+        for pattern, capacity in patterns:
+            if pattern.match(channel):
+                return capacity
+        return default
+
+    return functools.lru_cache(_REMEMBERED_CAPACITIES)(capacity_of) if patterns else capacity_of
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_dsn(name: str, dsn: object) -> None:
+    allowed = "a connection string: 'postgresql://user:password@host/name' or 'host=... dbname=...'"
+    if not isinstance(dsn, str):
+        raise _bad(name, dsn, allowed, shown=f"this {type(dsn).__name__}")
+    fault = _dsn_fault(dsn)
+    if fault is not None:
+        raise ImproperlyConfigured(f"pg_layer: CONFIG[{name!r}] must be {allowed}; {fault}.")
+
+
+def _dsn_fault(dsn: str) -> str | None:
+    """What is wrong with a connection string, in words that hold no part of it.
+
+    Stricter than libpq where a password that was not percent-encoded is cut at an `@` or `/` and its rest
+    taken for the host, the port or the database: that would fail later, and be shown.
+    """
+    if not dsn.strip():
+        return "it is empty (is the environment variable set that it comes from?)"
+    if "\0" in dsn or not _is_utf8(dsn):
+        return "it has a NUL or a lone surrogate in it"
+    try:
+        parameters = _parsed(dsn)
+    except (psycopg.Error, UnicodeError) as error:
+        text = str(error)
+    else:
+        url = _URL.match(dsn)
+        if url is None:
+            misplaced = False
+        else:
+            # As libpq looks for the end of user and password: an "@", unless a "/" comes first.
+            before, at, rest = dsn[url.end() :].partition("@")
+            misplaced = "@" in rest or bool(at and "/" in before)
+        if misplaced:
+            return "special characters in user, password and options must be percent-encoded ('@' as '%40')"
+        if not _PORTS.fullmatch(str(parameters.get("port", ""))):
+            return (
+                "its port is no number (in a URL, special characters must be percent-encoded: '/' as '%2F')"
+            )
+        return None
+    for beginning, fault in _DSN_FAULTS.items():
+        if text.startswith(beginning):
+            return fault
+    return "libpq does not understand it"
+
+
+def _parsed(dsn: str) -> dict[str, Any]:
+    return dict(conninfo_to_dict(dsn))
+
+
+def _without_secrets(dsn: str) -> str:
+    """The connection string in libpq's `key=value` form, with `***` for whatever is, or looks, secret."""
+    parts = []
+    for name, value in _parsed(dsn).items():
+        if name in _SECRET_PARAMETERS or _LOOKS_SECRET.search(value):
+            value = "***"
+        elif not value or re.search(r"[\s'\\]", value):
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            value = f"'{escaped}'"
+        parts.append(f"{name}={value}")
+    return " ".join(parts)
+
+
+def _django_parameters(alias: str) -> dict[str, Any]:
+    try:
+        connection = connections[alias]
+    except ConnectionDoesNotExist as error:
+        raise ImproperlyConfigured(
+            f"pg_layer: CONFIG['using'] must be an alias in DATABASES, not {alias!r}. "
+            f"There are: {', '.join(connections)}."
+        ) from error
+    if connection.vendor != "postgresql":
+        raise ImproperlyConfigured(
+            f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has the ENGINE "
+            f"{connection.settings_dict['ENGINE']!r}. Name another alias in 'using', or a database in 'dsn'."
+        )
+    parameters = connection.get_connection_params()
+    return {name: value for name, value in parameters.items() if name not in _DJANGO_ONLY}

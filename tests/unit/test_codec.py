@@ -1,0 +1,486 @@
+"""The codec: what goes in comes out, what must not go in is named, and no bytes whatever break the reader."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import enum
+import math
+import sys
+import traceback
+import uuid
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import pytest
+from channels.exceptions import MessageTooLarge  # type: ignore[import-untyped]
+from cryptography.fernet import Fernet
+from django.utils.functional import lazystr
+from django.utils.safestring import mark_safe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pg_layer.codec import Codec
+from pg_layer.exceptions import InvalidMessage, PgLayerError, UndecodableMessage
+
+LIMIT = 1024 * 1024
+MAX_DEPTH = 200
+MSGPACK = Codec("msgpack", LIMIT)
+JSON = Codec("json", LIMIT)
+SECRET = Codec("msgpack", LIMIT, ["first key"])
+SECRET_JSON = Codec("json", LIMIT, [b"first key"])
+ALL = [MSGPACK, JSON, SECRET, SECRET_JSON]
+ALL_IDS = ["msgpack", "json", "msgpack-encrypted", "json-encrypted"]
+
+INTS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def messages(*, as_json: bool) -> st.SearchStrategy[dict[str, Any]]:
+    leaves: st.SearchStrategy[Any] = st.none() | st.booleans() | INTS | TEXTS
+    if as_json:
+        leaves |= st.floats(allow_nan=False, allow_infinity=False)
+    else:
+        leaves |= st.floats() | st.binary()
+    values = st.recursive(leaves, lambda v: st.lists(v) | st.dictionaries(TEXTS, v), max_leaves=12)
+    return st.dictionaries(TEXTS.filter(lambda key: not key.startswith("__asgi_")), values, max_size=5)
+
+
+def same(left: object, right: object) -> bool:
+    """Equal in type too, NaN to NaN, 0.0 not to -0.0."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict) and isinstance(right, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, float) and isinstance(right, float):
+        return math.copysign(1, left) == math.copysign(1, right) and (left == right or left != left != right)
+    return left == right
+
+
+def there_and_back(codec: Codec, message: object) -> dict[str, Any]:
+    return codec.decode(codec.open(codec.encode(message)))
+
+
+# --- Round trips
+
+
+@given(messages(as_json=False))
+def test_msgpack_carries_every_type_of_the_specification(message: dict[str, Any]) -> None:
+    assert same(there_and_back(MSGPACK, message), message)
+
+
+@given(messages(as_json=True))
+def test_json_carries_all_but_bytes(message: dict[str, Any]) -> None:
+    assert same(there_and_back(JSON, message), message)
+
+
+@given(messages(as_json=True))
+def test_encrypted_messages_come_back(message: dict[str, Any]) -> None:
+    assert same(there_and_back(SECRET, message), message)
+    assert same(there_and_back(SECRET_JSON, message), message)
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
+@pytest.mark.parametrize("number", [-(2**63), -1, 0, 2**53 + 1, 2**63 - 1])
+def test_64_bit_integers_arrive_exactly(codec: Codec, number: int) -> None:
+    assert there_and_back(codec, {"n": number}) == {"n": number}
+
+
+@pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
+@pytest.mark.parametrize("reader", [MSGPACK, JSON], ids=["msgpack", "json"])
+def test_every_reader_understands_every_format(writer: Codec, reader: Codec) -> None:
+    # The sizes at which msgpack changes the first byte of a map.
+    for size in (0, 1, 15, 16, 65_535, 65_536):
+        message = {str(n): n for n in range(size)}
+        assert reader.decode(reader.open(writer.encode(message))) == message
+
+
+def test_formats_can_be_told_by_their_first_byte() -> None:
+    assert JSON.encode({"a": "é"}) == '{"a":"é"}'.encode()
+    assert MSGPACK.encode({"a": 1}) == b"\x81\xa1a\x01"
+    assert SECRET.encode({"a": 1})[:1] == b"g"
+
+
+def test_json_written_by_other_hands_is_read() -> None:
+    assert MSGPACK.decode(MSGPACK.open(b'{"type": "chat.message", "n": [1, 2.5, null]}')) == {
+        "type": "chat.message",
+        "n": [1, 2.5, None],
+    }
+
+
+class Colour(enum.IntEnum):
+    RED = 7
+
+
+class Kind(str, enum.Enum):
+    CHAT = "chat"
+
+
+class Metres(float):
+    pass
+
+
+class Plain(enum.Enum):
+    A = 1
+
+
+class Big(enum.IntEnum):
+    A = 2**64
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+class Presenting(dict[str, Any]):
+    """Like Django's QueryDict: stores lists, shows their last value."""
+
+    def items(self) -> Any:
+        return [(key, values[-1]) for key, values in super().items()]
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
+def test_subclasses_arrive_as_the_plain_type(codec: Codec) -> None:
+    message = collections.OrderedDict(
+        colour=Colour.RED,
+        kind=Kind.CHAT,
+        html=mark_safe("<b>"),
+        height=Metres(1.5),
+        tuple=(1, (2,)),
+        point=Point(1, 2),
+        counts=collections.Counter("aab"),
+        form=Presenting(a=[{1}, 2]),
+    )
+    expected = {
+        "colour": 7,
+        "kind": "chat",
+        "html": "<b>",
+        "height": 1.5,
+        "tuple": [1, [2]],
+        "point": [1, 2],
+        "counts": {"a": 2, "b": 1},
+        "form": {"a": 2},
+    }
+    assert same(there_and_back(codec, message), expected)
+
+
+def test_all_kinds_of_bytes_arrive_as_bytes() -> None:
+    message = {"a": b"\x00\xff", "b": bytearray(b"xy"), "c": memoryview(b"zz")}
+    assert there_and_back(MSGPACK, message) == {"a": b"\x00\xff", "b": b"xy", "c": b"zz"}
+
+
+def test_each_decode_makes_a_new_message() -> None:
+    plaintext = MSGPACK.open(MSGPACK.encode({"list": [1]}))
+    MSGPACK.decode(plaintext)["list"].append(2)
+    assert MSGPACK.decode(plaintext) == {"list": [1]}
+
+
+def test_encoding_leaves_the_message_alone() -> None:
+    message = {"tuple": (1, 2), "dict": {"a": [1]}}
+    for codec in ALL:
+        codec.encode(message)
+    assert message == {"tuple": (1, 2), "dict": {"a": [1]}}
+
+
+# --- What is refused
+
+
+class Model:
+    _meta = pk = None
+
+
+class Index:
+    def __index__(self) -> int:
+        raise NotImplementedError
+
+
+# (message, what the error must say, as regular expression)
+REFUSED: list[tuple[Any, str]] = [
+    (
+        {"user": {"ids": [1, 2, 3, uuid.UUID(int=0)]}},
+        r'^message\["user"\]\["ids"\]\[3\] .*uuid\.UUID.*str\(\)',
+    ),
+    ({"at": datetime.datetime(2024, 1, 1)}, r'^message\["at"\] .*datetime\.datetime.*isoformat'),
+    ({"at": datetime.date(2024, 1, 1)}, r"datetime\.date.*isoformat"),
+    ({"for": datetime.timedelta(1)}, r"timedelta.*total_seconds"),
+    ({"price": decimal.Decimal("1.5")}, r'^message\["price"\] .*Decimal.*str\(\)'),
+    ({"tags": {"a"}}, r'^message\["tags"\] .*set.*a list'),
+    ({"keys": {}.keys()}, r"dict_keys.*a list"),
+    ({"text": lazystr("hello")}, r'^message\["text"\] .*str\(\)'),
+    ({"object": Model()}, r"Model.*primary key"),
+    ({"n": Index()}, r"Index.*int\(\)"),
+    ({"n": 1j}, r'^message\["n"\] .*complex'),
+    ({"kind": Plain.A}, r"Plain.*\.value"),
+    ({"ext": msgpack.ExtType(5, b"x")}, r"ExtType"),
+    ({"ext": msgpack.Timestamp(5)}, r"Timestamp"),
+    ({"a": [(object(),)]}, r'^message\["a"\]\[0\]\[0\] .*builtins\.object'),
+    ({"a": [1, {2}], "b": {3}, "c": 4j}, r'^message\["a"\]\[1\] '),  # the first of several
+    ({1: "a"}, r"^message has a key of type int: keys must be str"),
+    ({None: "a"}, r"^message has a key of type NoneType"),
+    ({b"a": "a"}, r"^message has a key of type bytes"),
+    ({"a": {uuid.UUID(int=1): 1}}, r'^message\["a"\] has a key of type UUID'),
+    ({"a": collections.OrderedDict({2: 1})}, r'^message\["a"\] has a key of type int'),
+    ({"n": 2**63}, r'^message\["n"\] .*64 bits'),
+    ({"n": [-(2**63) - 1]}, r'^message\["n"\]\[0\] .*64 bits'),
+    ({"n": Big.A}, r'^message\["n"\] .*64 bits'),
+    ({"text": ["ok", "a\ud800b"]}, r'^message\["text"\]\[1\] .*lone surrogate'),
+    ({"a": {"k\udfff": 1}}, r'^message\["a"\] .*key with a lone surrogate'),
+    ({"a\ud800": {1: 2}}, r"^message has a key with a lone surrogate"),
+    ({"__asgi_channel__": "x"}, r"__asgi_"),
+    ({'a"b': {1}}, r'^message\["a\\"b"\] '),
+    ({"é" * 60: {1}}, r'^message\["é{39}…"\] '),
+    (["a"], r"must be a dict, not list"),
+    (None, r"must be a dict, not NoneType"),
+    ("text", r"must be a dict, not str"),
+]
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
+@pytest.mark.parametrize(("message", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_cannot_be_carried_is_named_with_its_path(codec: Codec, message: Any, says: str) -> None:
+    with pytest.raises(InvalidMessage, match=says) as caught:
+        codec.encode(message)
+    # Nothing of the serialisers' errors, which quote the value, is left behind.
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+def test_a_bad_message_is_a_mistake_of_the_caller() -> None:
+    assert issubclass(InvalidMessage, TypeError)
+    assert issubclass(InvalidMessage, ValueError)
+    assert not issubclass(InvalidMessage, PgLayerError)
+
+
+@pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")], ids=lambda v: type(v).__name__)
+def test_json_refuses_bytes(value: object) -> None:
+    with pytest.raises(InvalidMessage, match=rf'^message\["a"\]\[0\] is {type(value).__name__},.*msgpack'):
+        JSON.encode({"a": [value]})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, Metres("nan")])
+def test_json_refuses_what_is_no_number(value: float) -> None:
+    with pytest.raises(InvalidMessage, match=r'^message\["a"\] is not a finite number.*msgpack'):
+        JSON.encode({"a": value})
+    assert same(there_and_back(MSGPACK, {"a": value}), {"a": float(value)})
+
+
+def test_scattered_memory_is_refused() -> None:
+    with pytest.raises(InvalidMessage, match=r'^message\["a"\] is a memoryview of scattered memory'):
+        MSGPACK.encode({"a": memoryview(b"abcdef")[::2]})
+
+
+def test_only_top_level_keys_are_reserved() -> None:
+    assert there_and_back(MSGPACK, {"a": {"__asgi_x": 1}, "_asgi_": 2}) == {"a": {"__asgi_x": 1}, "_asgi_": 2}
+
+
+def nested(levels: int, *, in_lists: bool) -> dict[str, Any]:
+    value: Any = [] if in_lists else {}
+    for _ in range(levels - 2):
+        value = [value] if in_lists else {"k": value}
+    return {"k": value}
+
+
+@pytest.mark.parametrize("in_lists", [True, False], ids=["lists", "dicts"])
+@pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
+def test_nesting_has_a_limit(codec: Codec, in_lists: bool) -> None:
+    deep = nested(MAX_DEPTH, in_lists=in_lists)
+    assert there_and_back(codec, deep) == deep
+    with pytest.raises(
+        InvalidMessage, match=rf"^message(\[.{{1,3}}\]){{4}}….*at most {MAX_DEPTH} levels"
+    ) as caught:
+        codec.encode(nested(MAX_DEPTH + 1, in_lists=in_lists))
+    assert len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
+def test_a_message_in_itself_is_named_not_followed(codec: Codec) -> None:
+    message: dict[str, Any] = {"a": {"b": []}}
+    message["a"]["b"].append(message["a"])
+    with pytest.raises(
+        InvalidMessage, match=r'^message\["a"\]\["b"\]\[0\] contains itself: it is message\["a"\] again'
+    ):
+        codec.encode(message)
+
+
+def test_one_value_in_two_places_is_no_circle() -> None:
+    shared = [1]
+    assert there_and_back(JSON, {"a": shared, "b": [shared, shared]}) == {"a": [1], "b": [[1], [1]]}
+
+
+def test_an_error_that_is_not_the_messages_fault_is_passed_on() -> None:
+    class Broken(dict[str, Any]):
+        def items(self) -> Any:
+            raise RuntimeError("from items")
+
+    with pytest.raises(RuntimeError, match="from items"):
+        MSGPACK.encode({"a": Broken(b=1)})
+
+
+def test_a_stack_that_is_too_small_is_no_fault_of_the_message() -> None:
+    deep = nested(MAX_DEPTH, in_lists=True)
+
+    def at_depth(frames: int) -> bytes:
+        return at_depth(frames - 1) if frames else MSGPACK.encode(deep)
+
+    limit = sys.getrecursionlimit()
+    used = len(traceback.extract_stack())
+    with pytest.raises(RecursionError):
+        at_depth(limit - used - MAX_DEPTH // 2)
+
+
+def test_the_size_limit_is_exact_and_counts_serialised_bytes() -> None:
+    limit = 1000
+    for serializer_format in ("msgpack", "json"):
+        for keys in (None, ["key"]):
+            codec = Codec(serializer_format, limit, keys)
+            overhead = len(Codec(serializer_format, limit).encode({"t": "x" * 300})) - 300
+            fits = {"t": "x" * (limit - overhead)}
+            assert there_and_back(codec, fits) == fits
+            with pytest.raises(MessageTooLarge, match=r"1001 bytes.*max_message_size is 1000 bytes"):
+                codec.encode({"t": "x" * (limit - overhead + 1)})
+    with pytest.raises(MessageTooLarge):
+        Codec("json", limit).encode({"t": "é" * 600})
+
+
+# --- Keys
+
+
+def test_keys_rotate() -> None:
+    old = Codec("msgpack", LIMIT, ["old"])
+    both = Codec("msgpack", LIMIT, ["new", "old"])
+    new = Codec("msgpack", LIMIT, [b"new"])
+    assert both.decode(both.open(old.encode({"a": 1}))) == {"a": 1}
+    assert new.decode(new.open(both.encode({"a": 1}))) == {"a": 1}
+    with pytest.raises(UndecodableMessage, match="none of the symmetric_encryption_keys"):
+        new.open(old.encode({"a": 1}))
+
+
+def test_keys_are_stretched_as_channels_redis_does() -> None:
+    # base64.urlsafe_b64encode(hashlib.sha256(b"abc").digest()), from the published test vector of SHA-256
+    fernet = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
+    codec = Codec("msgpack", LIMIT, ["abc"])
+    assert codec.open(fernet.encrypt(b"\x81\xa1a\x01")) == b"\x81\xa1a\x01"
+    assert fernet.decrypt(codec.encode({"a": 1})) == b"\x81\xa1a\x01"
+
+
+def test_nothing_of_an_encrypted_message_can_be_read() -> None:
+    payload = SECRET.encode({"text": "attack at dawn"})
+    assert b"attack" not in payload
+    assert SECRET.encode({"text": "attack at dawn"}) != payload
+
+
+@pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
+def test_plain_messages_are_refused_where_keys_are_set(writer: Codec) -> None:
+    with pytest.raises(UndecodableMessage, match="not encrypted, but symmetric_encryption_keys is set"):
+        SECRET.open(writer.encode({"a": 1}))
+
+
+def test_encrypted_messages_without_keys_say_so() -> None:
+    with pytest.raises(UndecodableMessage, match="encrypted, but symmetric_encryption_keys is not set"):
+        MSGPACK.open(SECRET.encode({"a": 1}))
+
+
+# --- Damage
+
+EVIL = [
+    b"",
+    b"\xff",
+    b"null",
+    b"[]",
+    b" {}",
+    b"{",
+    b"{}{}",
+    b'{"a": NaN}',
+    b'{"a": Infinity}',
+    b'{"a": "\xff"}',
+    b'{"a": ' + b"9" * 5000 + b"}",
+    b'{"a":' * 100_000,
+    b'{"a":' + b"[" * 100_000,
+    b"\x81",
+    b"\x81\xa1a",
+    b"\x81\xa1a\x01\x01",
+    b"\x81\x01\x01",  # the key is an int
+    b"\x81\x90\x01",  # the key is a list
+    b"\x81\xa1\xff\x01",  # the key is no UTF-8
+    b"\x81\xa1a\xc1",  # the one byte that msgpack never uses
+    b"\x81\xa1a\xdd\xff\xff\xff\xff",  # a list said to have 2**32 - 1 items
+    b"\xdf\xff\xff\xff\xff",
+    b"\x81\xa1a" + b"\x91" * 100_000,
+    b"\x81\xa1a\xd6\xff",  # a truncated timestamp
+    b"g",
+    b"gAAAAA",
+    b"g\xff\x00",
+]
+
+
+@pytest.mark.parametrize("payload", EVIL, ids=lambda payload: repr(payload[:16]))
+@pytest.mark.parametrize("codec", [MSGPACK, SECRET], ids=["plain", "encrypted"])
+def test_damaged_payloads_are_undecodable(codec: Codec, payload: bytes) -> None:
+    with pytest.raises(UndecodableMessage) as caught:
+        codec.decode(codec.open(payload))
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    with pytest.raises(UndecodableMessage) as caught:
+        codec.decode(payload)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+def test_an_encrypted_payload_with_garbage_inside_is_undecodable() -> None:
+    crypter = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
+    codec = Codec("msgpack", LIMIT, ["abc"])
+    for inside in (b"", b"hello", b"\x81", b"gAAAA"):
+        with pytest.raises(UndecodableMessage):
+            codec.decode(codec.open(crypter.encrypt(inside)))
+
+
+@given(st.data(), messages(as_json=True), st.sampled_from(ALL))
+def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
+    data: st.DataObject, message: dict[str, Any], codec: Codec
+) -> None:
+    message["marker"] = "Geheimnis"
+    payload = bytearray(codec.encode(message))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+    at = data.draw(st.integers(0, len(payload) - 1))
+    if kind == "flip":
+        payload[at] ^= data.draw(st.integers(1, 255))
+    elif kind == "cut":
+        del payload[at:]
+    else:
+        payload[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+    try:
+        result = codec.decode(codec.open(bytes(payload)))
+    except UndecodableMessage as error:
+        told = "".join(traceback.format_exception(error)) + repr(error.__context__)
+    else:
+        told = ""
+        assert type(result) is dict
+        # Who has no key cannot forge; Fernet ignores only how the base64 is padded.
+        assert codec in (MSGPACK, JSON) or same(result, message)
+    assert "Geheim" not in told
+
+
+@given(st.binary(max_size=300), st.sampled_from([b"", b"{", b"\x82", b"\xde\x00\x02", b"g", b"gAAAAA"]))
+def test_arbitrary_bytes_are_undecodable_or_a_dict(rest: bytes, first: bytes) -> None:
+    for codec in (MSGPACK, SECRET):
+        for read in (codec.decode, lambda payload: codec.decode(codec.open(payload))):  # noqa: B023
+            try:
+                assert type(read(first + rest)) is dict
+            except UndecodableMessage:
+                pass
+
+
+# --- Errors that need no database
+
+
+def test_errors_have_their_docstring_as_message() -> None:
+    assert str(UndecodableMessage()) == "A stored message could not be read."
+    assert str(UndecodableMessage("other")) == "other"
+    assert issubclass(UndecodableMessage, PgLayerError)
+
+    class Undocumented(UndecodableMessage):
+        pass
+
+    assert str(Undocumented()) == "A stored message could not be read."
