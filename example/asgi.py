@@ -1,0 +1,40 @@
+"""What the servers run: pages through Django, sockets through Channels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from channels.layers import get_channel_layer  # type: ignore[import-untyped]
+from channels.routing import ProtocolTypeRouter, URLRouter  # type: ignore[import-untyped]
+from channels.security.websocket import AllowedHostsOriginValidator  # type: ignore[import-untyped]
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "example.settings")
+pages = get_asgi_application()
+
+# Needs the apps, which the line above has loaded.
+from example.urls import websocket_urlpatterns  # noqa: E402
+
+
+async def lifespan(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    send: Callable[[dict[str, Any]], Awaitable[None]],
+) -> None:
+    """Close the layer when the server stops: its connections end now, not when the system notices."""
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await get_channel_layer().close()
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+application = ProtocolTypeRouter(
+    {
+        "http": pages,
+        "websocket": AllowedHostsOriginValidator(URLRouter(websocket_urlpatterns)),
+        "lifespan": lifespan,
+    }
+)

@@ -1,0 +1,138 @@
+"""The chat itself, as the Channels documentation teaches it: a consumer, a group, and one handler per event.
+
+Nothing in here knows how the layer works. The group spans all server processes because the layer does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+from urllib.parse import parse_qs
+
+from channels.generic.websocket import AsyncJsonWebsocketConsumer  # type: ignore[import-untyped]
+from django.conf import settings
+
+from pg_layer import LayerUnavailable
+
+MAX_NAME = 24
+MAX_TEXT = 1000
+
+
+def this_process() -> dict[str, Any]:
+    """Who is speaking here: what the page shows, and what goes along with every message."""
+    return {"name": settings.DEMO_NAME, "pid": os.getpid()}
+
+
+def clean(value: object, limit: int) -> str:
+    """``value`` as text that can be sent: at most ``limit`` characters, trimmed; empty if it is no text."""
+    if not isinstance(value, str):
+        return ""
+    # JSON may carry half a surrogate pair, which no encoder takes.
+    return value.encode("utf-8", "replace").decode("utf-8").strip()[:limit].rstrip()
+
+
+def clean_name(value: object) -> str:
+    """A name to show, on one line; whoever gives none is called somebody."""
+    return clean(" ".join(clean(value, 4 * MAX_NAME).split()), MAX_NAME) or "somebody"
+
+
+class ChatConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
+    """One browser in one room.
+
+    From the page come ``{"type": "say", "text": …}`` and ``{"type": "rename", "name": …}``; anything else is
+    answered with an ``error``. To the page go ``welcome``, ``message``, ``joined``, ``left``, ``renamed``.
+    """
+
+    name: str
+    room: str
+    group: str
+
+    async def connect(self) -> None:
+        query = parse_qs(self.scope["query_string"].decode("latin-1"))
+        self.name = clean_name(query.get("name", [""])[0])
+        self.room = self.scope["url_route"]["kwargs"]["room"]
+        self.group = f"chat.{self.room}"
+        await self.channel_layer.group_add(self.group, self.channel_name)
+        await self.accept()
+        await self.send_json({"type": "welcome", "room": self.room, "name": self.name, "by": this_process()})
+        await self.tell("chat.joined")
+
+    async def disconnect(self, code: int) -> None:
+        await self.channel_layer.group_discard(self.group, self.channel_name)
+        await self.tell("chat.left")
+
+    # From the page
+
+    @classmethod
+    async def decode_json(cls, text_data: str) -> Any:
+        try:
+            return json.loads(text_data)
+        except (ValueError, RecursionError):
+            return None
+
+    async def receive(
+        self, text_data: str | None = None, bytes_data: bytes | None = None, **kwargs: Any
+    ) -> None:
+        await super().receive(text_data=text_data or "null", **kwargs)
+
+    async def receive_json(self, content: Any, **kwargs: Any) -> None:
+        try:
+            match content:
+                case {"type": "say", "text": str(text)}:
+                    if text := clean(text, MAX_TEXT):
+                        await self.tell("chat.message", text=text)
+                case {"type": "rename", "name": str(name)}:
+                    if (name := clean_name(name)) != self.name:
+                        before, self.name = self.name, name
+                        await self.tell("chat.renamed", before=before)
+                case _:
+                    await self.complain("The server did not understand that.")
+        except LayerUnavailable:
+            await self.complain("That may not have reached the others: the database is away.")
+
+    async def complain(self, text: str) -> None:
+        await self.send_json({"type": "error", "text": text})
+
+    # To everybody in the room, whichever process they are connected to
+
+    async def tell(self, event: str, **fields: Any) -> None:
+        await self.channel_layer.group_send(
+            self.group,
+            {
+                "type": event,
+                "sender": self.channel_name,
+                "name": self.name,
+                "via": this_process(),
+                "time": time.time(),
+                **fields,
+            },
+        )
+
+    # From the channel layer, to the page: one handler for each event
+
+    async def chat_message(self, event: dict[str, Any]) -> None:
+        await self.show("message", event, text=event["text"])
+
+    async def chat_joined(self, event: dict[str, Any]) -> None:
+        await self.show("joined", event)
+
+    async def chat_left(self, event: dict[str, Any]) -> None:
+        await self.show("left", event)
+
+    async def chat_renamed(self, event: dict[str, Any]) -> None:
+        await self.show("renamed", event, before=event["before"])
+
+    async def show(self, kind: str, event: dict[str, Any], **fields: Any) -> None:
+        await self.send_json(
+            {
+                "type": kind,
+                "name": event["name"],
+                "mine": event["sender"] == self.channel_name,
+                "via": event["via"],
+                "by": this_process(),
+                "time": event["time"],
+                **fields,
+            }
+        )

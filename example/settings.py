@@ -1,0 +1,71 @@
+"""Settings of the demo: one database, and the layer on it.
+
+Environment: ``PG_LAYER_DSN`` (required) says where PostgreSQL is; ``DEMO_NAME`` is what this process calls
+itself; ``DEMO_OTHER_URL`` is the address of the other server, which the page then links to.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from django.core.exceptions import ImproperlyConfigured
+from psycopg.conninfo import conninfo_to_dict
+
+BASE_DIR = Path(__file__).resolve().parent
+
+
+def database_from_dsn(dsn: str) -> dict[str, Any]:
+    """A ``DATABASES`` entry for a libpq connection string or URL."""
+    try:
+        parameters = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        # The cause may quote the password.
+        raise ImproperlyConfigured("PG_LAYER_DSN is no connection string that libpq understands.") from error
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": parameters.pop("dbname", ""),
+        "USER": parameters.pop("user", ""),
+        "PASSWORD": parameters.pop("password", ""),
+        "HOST": parameters.pop("host", ""),
+        "PORT": parameters.pop("port", ""),
+        "OPTIONS": parameters,
+    }
+
+
+DSN = os.environ.get("PG_LAYER_DSN", "")
+if not DSN:
+    raise ImproperlyConfigured(
+        "Set PG_LAYER_DSN to a PostgreSQL database, for example postgresql://user:password@localhost/chat; "
+        "`python -m example.demo` brings one of its own."
+    )
+
+# What the demo is about.
+INSTALLED_APPS = ["channels", "pg_layer"]
+DATABASES = {"default": database_from_dsn(DSN)}
+CHANNEL_LAYERS = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}
+
+# What any Django project has.
+DEBUG = False
+SECRET_KEY = "only-for-the-demo-which-keeps-no-secrets"
+ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+ASGI_APPLICATION = "example.asgi.application"
+ROOT_URLCONF = "example.urls"
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
+    }
+]
+USE_TZ = True
+
+# Which process this is: shown on the page, and sent along with every message.
+DEMO_NAME = os.environ.get("DEMO_NAME") or "this server"
+DEMO_OTHER_URL = os.environ.get("DEMO_OTHER_URL", "").rstrip("/")

@@ -1,0 +1,20 @@
+"""Pages and sockets: a room has the same name in both."""
+
+from __future__ import annotations
+
+from django.urls import re_path
+
+from example.consumers import ChatConsumer
+from example.views import chat
+
+# What a room may be called: anything that may stand in the name of a group, too.
+ROOM = r"(?P<room>[A-Za-z0-9_-]{1,40})"
+
+urlpatterns = [
+    re_path(r"^$", chat, {"room": "lobby"}),
+    re_path(rf"^{ROOM}/$", chat),
+]
+
+websocket_urlpatterns = [
+    re_path(rf"^ws/{ROOM}/$", ChatConsumer.as_asgi()),
+]
