@@ -28,7 +28,6 @@ def name(**options: object) -> "models.TextField[str, str]":
 
 class Migration(migrations.Migration):
     initial = True
-    dependencies: list[tuple[str, str]] = []
     operations = [
         migrations.SeparateDatabaseAndState(
             database_operations=[migrations.RunPython(create, drop)],

@@ -72,6 +72,13 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION pg_layer_unlisten(_inbox text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('UNLISTEN %I', pg_layer_doorbell(_inbox));
+END
+$$;
+
 CREATE FUNCTION pg_layer_nonce() RETURNS bigint
 LANGUAGE sql VOLATILE AS $$ SELECT (random() * 9007199254740992)::bigint $$;
 
@@ -102,34 +109,34 @@ $$;
 -- Send one message to its channel; the same rules as pg_layer_send_batch, without the cost of planning for many.
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint,
-    OUT is_full boolean, OUT inbox text, OUT floor_id bigint
+    OUT is_full boolean, OUT floor_id bigint
 )
 LANGUAGE plpgsql AS $$
 DECLARE
+    _inbox text := pg_layer_inbox(_prefix, _channel);
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
     _expires_at timestamptz := _now + make_interval(secs => _expiry);
     _count bigint;
     _id bigint;
 BEGIN
-    inbox := pg_layer_inbox(_prefix, _channel);
     is_full := false;
-    PERFORM FROM pg_layer_client AS c WHERE c.inbox = pg_layer_send_one.inbox AND c.expires_at <= _now;
+    PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now;
     IF FOUND THEN
         floor_id := _floor;
         RETURN;
     END IF;
     SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id) INTO _count, floor_id
     FROM pg_layer_message AS m
-    WHERE m.inbox = pg_layer_send_one.inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
+    WHERE m.inbox = _inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
     IF _count >= _capacity THEN
         is_full := true;
         RETURN;
     END IF;
     INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-    VALUES (pg_layer_send_one.inbox, _nonce, _channel, _payload, _expires_at)
+    VALUES (_inbox, _nonce, _channel, _payload, _expires_at)
     RETURNING id INTO _id;
-    PERFORM pg_layer_ring(inbox, _nonce, _id, _id, 1, _expires_at, _channel, NULL,
+    PERFORM pg_layer_ring(_inbox, _nonce, _id, _id, 1, _expires_at, _channel, NULL,
                           CASE WHEN position('!' IN _channel) > 0 THEN _payload END);
     floor_id := coalesce(floor_id, _id);
 END

@@ -1,1 +1,24 @@
-"""A channel layer for Django Channels on PostgreSQL alone."""
+"""A channel layer for Django Channels on PostgreSQL alone.
+
+CHANNEL_LAYERS = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}
+"""
+
+from pg_layer.exceptions import (
+    ChannelFull,
+    InvalidMessage,
+    LayerUnavailable,
+    MessageTooLarge,
+    NotMigrated,
+    PgLayerError,
+)
+from pg_layer.layer import PostgresChannelLayer
+
+__all__ = [
+    "ChannelFull",
+    "InvalidMessage",
+    "LayerUnavailable",
+    "MessageTooLarge",
+    "NotMigrated",
+    "PgLayerError",
+    "PostgresChannelLayer",
+]

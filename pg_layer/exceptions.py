@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 
-from channels.exceptions import ChannelFull, MessageTooLarge  # type: ignore[import-untyped]
+from channels.exceptions import ChannelFull, MessageTooLarge
 
 __all__ = [
     "ChannelFull",

@@ -1,10 +1,12 @@
 """The layer's tables as Django knows them: for ``flush``, routers and the admin.
 
-The layer itself never goes through these models, and the tables are made by the SQL of the migrations. Writing
-through a model rings no doorbell: send messages with the layer.
+The layer itself never goes through these models, and the tables are made by the SQL of the migrations.
+Writing through a model rings no doorbell: send messages with the layer.
 """
 
 from __future__ import annotations
+
+from datetime import datetime
 
 from django.db import models
 
@@ -12,14 +14,14 @@ from django.db import models
 class Message(models.Model):
     """A message that waits in an inbox."""
 
-    id = models.BigAutoField(primary_key=True)
-    inbox = models.TextField(db_collation="C")
-    nonce = models.BigIntegerField()
-    kind = models.TextField(db_collation="C", default="message")
-    channel = models.TextField(db_collation="C", null=True)
-    group_name = models.TextField(db_collation="C", null=True)
-    payload = models.BinaryField(default=b"")
-    expires_at = models.DateTimeField()
+    id: models.BigAutoField[int, int] = models.BigAutoField(primary_key=True)
+    inbox: models.TextField[str, str] = models.TextField(db_collation="C")
+    nonce: models.BigIntegerField[int, int] = models.BigIntegerField()
+    kind: models.TextField[str, str] = models.TextField(db_collation="C", default="message")
+    channel: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
+    group_name: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
+    payload: models.BinaryField[bytes, bytes] = models.BinaryField(default=b"")
+    expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
 
     class Meta:
         db_table = "pg_layer_message"
@@ -32,10 +34,10 @@ class Membership(models.Model):
     """A channel that belongs to a group."""
 
     pk = models.CompositePrimaryKey("group_name", "inbox", "channel")
-    group_name = models.TextField(db_collation="C")
-    inbox = models.TextField(db_collation="C")
-    channel = models.TextField(db_collation="C")
-    expires_at = models.DateTimeField()
+    group_name: models.TextField[str, str] = models.TextField(db_collation="C")
+    inbox: models.TextField[str, str] = models.TextField(db_collation="C")
+    channel: models.TextField[str, str] = models.TextField(db_collation="C")
+    expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
 
     class Meta:
         db_table = "pg_layer_membership"
@@ -47,11 +49,11 @@ class Membership(models.Model):
 class Client(models.Model):
     """The lease of one process that uses the layer."""
 
-    inbox = models.TextField(primary_key=True, db_collation="C")
-    host = models.TextField(default="")
-    pid = models.IntegerField(default=0)
-    started_at = models.DateTimeField()
-    expires_at = models.DateTimeField()
+    inbox: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
+    host: models.TextField[str, str] = models.TextField(default="")
+    pid: models.IntegerField[int, int] = models.IntegerField(default=0)
+    started_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
 
     class Meta:
         db_table = "pg_layer_client"

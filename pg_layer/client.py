@@ -1,0 +1,198 @@
+"""One process's use of the layer: its id, its mailboxes and memberships, and where each row goes. No I/O.
+
+A client outlives event loops: when one closes, the next finds mailboxes and memberships as they were. It
+does not outlive a fork: a child begins with a client of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pg_layer.clock import DatabaseClock
+from pg_layer.codec import Codec
+from pg_layer.config import Config
+from pg_layer.exceptions import UndecodableMessage
+from pg_layer.inbox import Inbox, Key, Row
+from pg_layer.mailbox import Letter, Mailbox
+from pg_layer.membership import Memberships
+
+logger = logging.getLogger("pg_layer")
+
+LOG_PERIOD = 60.0  # seconds between two log lines about the same thing
+
+
+class Farewell(NamedTuple):
+    """A client's end: what it took and did not hand over goes back; its lease, messages and memberships
+    go."""
+
+    prefix: str
+    inbox: str
+    untaken: list[Key]
+    memberships: list[tuple[str, str]]
+
+
+def inbox_of(prefix: str, channel: str) -> str:
+    """The inbox a channel is read from: what pg_layer_inbox() says in SQL, without asking it."""
+    head, bang, _ = channel.partition("!")
+    return f"{prefix}!{head.rpartition('.')[2]}" if bang else f"{prefix}!:{channel}"
+
+
+class Client:
+    """What is known in this process, whatever loop it is used on."""
+
+    def __init__(self, config: Config, codec: Codec) -> None:
+        self.config = config
+        self.codec = codec
+        self.id = secrets.token_hex(8)
+        self.address = f"specific.{self.id}!"
+        self.inbox_name = inbox_of(config.prefix, self.address)
+        self.process = os.getpid()
+        self.has_lease = False
+        self.renewed_at = 0.0  # by time.monotonic()
+        self.inbox = Inbox()
+        self.memberships = Memberships()
+        self.clock = DatabaseClock()
+        self.counters: Counter[str] = Counter()
+        # Rows of no further use, and the mailbox that counts them (none: a group's). Deleted many at once.
+        self.doomed: list[tuple[Key, Mailbox | None]] = []
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._lock = threading.Lock()
+        self._serial = 0
+        self._logged: dict[object, float] = {}
+
+    # ------------------------------------------------------------------ names
+
+    def new_channel(self, prefix: str) -> str:
+        """A specific channel name that nobody had before."""
+        with self._lock:
+            self._serial += 1
+            return f"{prefix}.{self.id}!{self._serial:x}"
+
+    def owns(self, channel: str) -> bool:
+        """Whether it is a specific channel of this client."""
+        client, bang, _ = channel.partition("!")
+        return bool(bang) and client.rpartition(".")[2] == self.id
+
+    # ------------------------------------------------------------------ mailboxes
+
+    def mailbox(self, channel: str) -> Mailbox:
+        """The mailbox of a channel, made when it is first needed."""
+        mailbox = self._mailboxes.get(channel)
+        if mailbox is None:
+            with self._lock:
+                mailbox = self._mailboxes.get(channel)
+                if mailbox is None:
+                    mailbox = Mailbox(channel, self.config.capacity_of(channel))
+                    self._mailboxes[channel] = mailbox
+        mailbox.is_used = True
+        return mailbox
+
+    def mailboxes(self) -> list[Mailbox]:
+        """All mailboxes."""
+        with self._lock:
+            return list(self._mailboxes.values())
+
+    def forget_idle_mailboxes(self) -> None:
+        """Drop mailboxes that nobody has used since this was last called."""
+        with self._lock:
+            for channel, mailbox in list(self._mailboxes.items()):
+                if mailbox.is_used or mailbox.waiting or len(mailbox) or mailbox.undeleted:
+                    mailbox.is_used = False
+                elif not self.memberships.is_member(channel):
+                    del self._mailboxes[channel]
+
+    # ------------------------------------------------------------------ dispatch
+
+    def dispatch(self, rows: Iterable[Row]) -> list[Key]:
+        """Bring rows to their mailboxes, in order; returns the keys of rows that are of no further use."""
+        done: list[Key] = []
+        for row in rows:
+            if not self._dispatch_one(row):
+                done.append(row.key)
+        return done
+
+    def _dispatch_one(self, row: Row) -> bool:
+        """Returns whether the row stays until its message is received."""
+        if row.kind == "message":
+            self.counters["received"] += 1
+            try:
+                payload = self.codec.open(row.payload)
+            except UndecodableMessage as error:
+                self.undecodable(row.channel or row.group, error)
+                return False
+            if row.channel is not None:
+                mailbox = self.mailbox(row.channel)
+                mailbox.undeleted += 1
+                mailbox.put(Letter(payload, row.expires_at, row.key))
+                return True
+            if row.group is not None:
+                self._fan_out(row.group, row.id, Letter(payload, row.expires_at, None))
+        elif row.kind == "flush":
+            self.flush()
+        elif row.channel is not None and row.group is not None:
+            if row.kind == "join" and self.owns(row.channel):
+                self.memberships.add(row.group, self.mailbox(row.channel), row.id, row.expires_at)
+            elif row.kind == "leave":
+                self.memberships.discard(row.group, row.channel)
+        return False
+
+    def _fan_out(self, group: str, id: int, letter: Letter) -> None:
+        now = self.clock.now()
+        for mailbox, since, expires_at in self.memberships.of_group(group):
+            if id > since and expires_at > now and not mailbox.put_if_room(letter):
+                self.count_dropped(group, mailbox.channel)
+
+    def flush(self) -> None:
+        """Back to a blank state."""
+        self.memberships.clear()
+        for mailbox in self.mailboxes():
+            mailbox.pop_all()
+
+    # ------------------------------------------------------------------ the end
+
+    def farewell(self) -> Farewell:
+        """What is to be said to the database at the end; empties the mailboxes."""
+        unread = [
+            letter.key
+            for mailbox in self.mailboxes()
+            for letter in mailbox.pop_all()
+            if letter.key is not None and "!" not in mailbox.channel
+        ]
+        members = [(group, member.mailbox.channel) for group, member in self.memberships.all()]
+        return Farewell(self.config.prefix, self.inbox_name, unread, members)
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def count_dropped(self, group: str, channel: str) -> None:
+        """A full channel missed a group's message."""
+        self.counters["dropped_full"] += 1
+        if self._may_log(("full", channel)):
+            logger.warning("Channel %s is full and misses messages of group %s.", channel, group)
+
+    def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
+        """A message could not be read: it is skipped."""
+        self.counters["dropped_undecodable"] += 1
+        if self._may_log(("undecodable", str(error))):
+            logger.error("Skipped a message for %s that cannot be read: %s", where, error)
+
+    def foreign(self, doorbell: str) -> None:
+        """Somebody else sent a NOTIFY on one of our doorbells."""
+        self.counters["foreign_notifies"] += 1
+        if self._may_log(("foreign", doorbell)):
+            logger.warning("Ignored a NOTIFY on %s that pg_layer did not send.", doorbell)
+
+    def _may_log(self, about: object) -> bool:
+        now = time.monotonic()
+        if now - self._logged.get(about, -LOG_PERIOD) < LOG_PERIOD:
+            return False
+        if len(self._logged) > 1000:
+            self._logged.clear()
+        self._logged[about] = now
+        return True

@@ -1,0 +1,181 @@
+"""Which event loop does the work: the home loop, or the hub.
+
+The home loop is the first that receives; connections are native there. A loop that only sends borrows it.
+Where no loop receives, a loop that lives (it sends again and again) becomes home, and the short-lived ones
+that `async_to_sync` makes borrow the hub: a background thread with a loop of its own. No call waits on a
+loop that nobody runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+import weakref
+from typing import Any
+
+import psycopg
+
+from pg_layer import store
+from pg_layer.client import Client
+from pg_layer.codec import Codec
+from pg_layer.config import Config
+from pg_layer.engine import Engine
+
+logger = logging.getLogger("pg_layer")
+
+SETTLED_AFTER = 3  # sends on one loop, after which it is taken for one that lives
+
+
+class Hub:
+    """A background thread with an event loop and an engine that only sends."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._ready = threading.Event()
+        self._engine: Engine | None = None
+        self._thread = threading.Thread(target=self._run, name="pg_layer-hub", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The hub's engine; waits for the thread's start."""
+        self._ready.wait()
+        assert self._engine is not None
+        return self._engine
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._engine = Engine(self._client)
+        self._stop = asyncio.Event()
+        self._ready.set()
+        try:
+            await self._stop.wait()
+        finally:
+            await self._engine.stop()
+
+    def close(self) -> None:
+        """End the thread; returns when it has ended."""
+        engine = self.engine
+        engine.call(self._stop.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+class Homes:
+    """Finds the engine for whoever calls. Thread-safe."""
+
+    def __init__(self, config: Config, codec: Codec) -> None:
+        self._config = config
+        self._codec = codec
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()
+        self.client = Client(self._config, self._codec)
+        self._home: Engine | None = None
+        self._hub: Hub | None = None
+        self._suitor: tuple[Any, int] = (None, 0)  # the loop that sent last, and how often in a row
+
+    def for_receiving(self) -> Engine:
+        """The engine that receives: this loop's own, or that of a loop that runs elsewhere."""
+        loop = asyncio.get_running_loop()
+        home = self._home
+        if home is not None and home.is_receiving and home.loop is loop and not home.is_closed:
+            return home
+        with self._lock:
+            home = self._home
+            if home is None or not (home.is_running and (home.is_receiving or home.loop is loop)):
+                home = self._move_here()
+            if home.loop is loop:
+                home.start_receiving()
+            return home
+
+    def for_sending(self) -> Engine:
+        """The engine that sends for this loop."""
+        loop = asyncio.get_running_loop()
+        home = self._home
+        if home is not None and home.is_running:
+            return home
+        with self._lock:
+            home = self._home
+            if home is not None and home.is_running:
+                return home
+            suitor, count = self._suitor
+            count = count + 1 if suitor is not None and suitor() is loop else 1
+            self._suitor = (weakref.ref(loop), count)
+            if count > SETTLED_AFTER:
+                return self._move_here()
+            if self._hub is None:
+                self._hub = Hub(self.client)
+            return self._hub.engine
+
+    def _move_here(self) -> Engine:
+        if self._home is not None and not self._home.is_running:
+            self._home.abandon()
+        self._home = Engine(self.client)
+        return self._home
+
+    async def close(self) -> None:
+        """Take leave of the database. The next call begins with a new client."""
+        with self._lock:
+            home, hub = self._home, self._hub
+            client = self.client
+            self._begin()
+        if hub is not None:
+            await asyncio.to_thread(hub.close)
+        loop = asyncio.get_running_loop()
+        if home is not None and home.loop is not loop:
+            if home.is_running:
+                future = asyncio.run_coroutine_threadsafe(home.close(), home.loop)
+                await asyncio.wrap_future(future)
+                return
+            home.abandon()
+            home = None
+        if home is None or home.is_closed:
+            if not client.has_lease:
+                return
+            home = Engine(client)
+        await home.close()
+
+    def leave(self) -> None:
+        """At the end of the process: take leave of the database, if nobody has."""
+        client = self.client
+        if not client.has_lease or client.process != os.getpid():
+            return
+        client.has_lease = False
+        try:
+            kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
+            with psycopg.connect(**kwargs) as conn:
+                store.close_now(conn, client.farewell())
+        except Exception as error:  # the lease runs out by itself
+            logger.debug("Left without taking leave: %s", error)
+
+    def _after_fork(self) -> None:
+        # The parent's sockets and loops are not ours: forget them without a word on the wire.
+        _inherited.append((self._home, self._hub))
+        self._begin()
+
+
+_all: weakref.WeakSet[Homes] = weakref.WeakSet()
+_inherited: list[object] = []
+
+
+def _after_fork_in_child() -> None:
+    for homes in list(_all):
+        homes._after_fork()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for homes in list(_all):
+        homes.leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

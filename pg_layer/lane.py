@@ -1,0 +1,162 @@
+"""Natural batching: one write in flight, what comes meanwhile goes together in the next.
+
+No timer and so no added latency: an operation on an idle lane goes at once, in its caller's own task. Under
+load the number of statements falls by the size of the batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pg_layer.exceptions import LayerUnavailable
+
+Op = TypeVar("Op")
+
+MAX_OPS = 500
+MAX_BYTES = 1024 * 1024
+
+# What became of an operation: done, or the exception its caller gets.
+Outcome = Exception | None
+
+
+class _Ticket(NamedTuple):
+    op: Any
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+
+    def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
+        if self.loop is here:
+            self._resolve(outcome)
+            return
+        try:
+            self.loop.call_soon_threadsafe(self._resolve, outcome)
+        except RuntimeError:  # the caller's loop is closed: nobody waits
+            pass
+
+    def _resolve(self, outcome: Outcome) -> None:
+        if self.future.done():
+            return
+        if outcome is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(outcome)
+
+
+class Lane(Generic[Op]):
+    """A queue of operations of one kind, written in batches, each caller told its own outcome.
+
+    ``write`` takes a batch and returns an outcome for each; if it raises, that is the outcome of all.
+    ``weigh`` gives the bytes of an operation. Lives on ``loop``; `submit` may be called on any.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        write: Callable[[list[Op]], Awaitable[Sequence[Outcome]]],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        weigh: Callable[[Op], int],
+        timeout: float,
+    ) -> None:
+        self._loop = loop
+        self._write = write
+        self._spawn = spawn
+        self._weigh = weigh
+        self._timeout = timeout
+        self._queue: deque[_Ticket] = deque()
+        self._is_busy = False
+        self._closed = False
+
+    async def submit(self, op: Op) -> None:
+        """Write ``op``; returns when it is committed, raises its own outcome.
+
+        Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            if self._closed:
+                raise LayerUnavailable("The channel layer was closed.")
+            if not self._is_busy:
+                self._is_busy = True
+                try:
+                    (outcome,) = await self._write([op])
+                finally:
+                    self._continue()
+                if outcome is not None:
+                    raise outcome
+                return
+            future = loop.create_future()
+            self._queue.append(_Ticket(op, loop, future))
+            await future
+            return
+        # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
+        future = loop.create_future()
+        ticket = _Ticket(op, loop, future)
+        late = LayerUnavailable("The event loop that serves the channel layer does not answer.")
+        timer = loop.call_later(self._timeout, ticket.settle, late, loop)
+        try:
+            try:
+                self._loop.call_soon_threadsafe(self._enqueue, ticket)
+            except RuntimeError:
+                raise LayerUnavailable("The event loop that served the channel layer was closed.") from None
+            await future
+        finally:
+            timer.cancel()
+
+    def _enqueue(self, ticket: _Ticket) -> None:
+        if self._closed:
+            ticket.settle(LayerUnavailable("The channel layer was closed."), self._loop)
+            return
+        self._queue.append(ticket)
+        if not self._is_busy:
+            self._is_busy = True
+            self._continue()
+
+    def _continue(self) -> None:
+        """The write in flight has ended: begin the next or rest."""
+        if self._queue and not self._closed:
+            self._spawn(self._work())
+        else:
+            self._is_busy = False
+
+    async def _work(self) -> None:
+        batch: list[_Ticket] = []
+        try:
+            while self._queue:
+                batch = self._next_batch()
+                if not batch:
+                    break
+                try:
+                    outcomes = await self._write([ticket.op for ticket in batch])
+                except Exception as error:
+                    outcomes = [error] * len(batch)
+                for ticket, outcome in zip(batch, outcomes, strict=True):
+                    ticket.settle(outcome, self._loop)
+                batch = []
+        finally:
+            for ticket in batch:  # cancelled in the middle: the engine closes
+                ticket.settle(LayerUnavailable("The channel layer was closed."), self._loop)
+            self._is_busy = False
+            if self._closed:
+                self.close()
+
+    def _next_batch(self) -> list[_Ticket]:
+        batch: list[_Ticket] = []
+        weight = 0
+        while self._queue and len(batch) < MAX_OPS:
+            if self._queue[0].future.done():  # its caller was cancelled
+                self._queue.popleft()
+                continue
+            weight += self._weigh(self._queue[0].op)
+            if batch and weight > MAX_BYTES:
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+    def close(self) -> None:
+        """Take no more; what waits fails with `LayerUnavailable`."""
+        self._closed = True
+        while self._queue:
+            self._queue.popleft().settle(LayerUnavailable("The channel layer was closed."), self._loop)

@@ -1,0 +1,192 @@
+"""The channel layer: Channels' interface, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from functools import partial
+from typing import Any
+
+from channels.layers import BaseChannelLayer
+
+from pg_layer.codec import Codec
+from pg_layer.config import load
+from pg_layer.engine import Engine, GroupSend, Regroup, Send
+from pg_layer.exceptions import UndecodableMessage
+from pg_layer.homes import Homes
+from pg_layer.mailbox import Letter, Mailbox
+
+NAMES_MOST = 10_000
+BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
+
+
+class PostgresChannelLayer(BaseChannelLayer):
+    """A channel layer on PostgreSQL.
+
+    Options are those of ``CONFIG`` in ``CHANNEL_LAYERS``, keyword-only, and described in the README; a
+    wrong one raises `django.core.exceptions.ImproperlyConfigured`. Nothing is connected before the first
+    call that needs it. Every method may be called from any event loop in any thread.
+    """
+
+    extensions = ("groups", "flush")
+
+    # Channels' own rules, without the loopholes of Unicode digits and a newline at the end.
+    channel_name_regex = re.compile(r"[a-zA-Z\d\-_.]+(![\w\-.]*)?\Z", re.ASCII)
+    group_name_regex = re.compile(r"[a-zA-Z\d\-_.]+\Z", re.ASCII)
+
+    def __init__(self, **options: object) -> None:
+        self.config = load(options)
+        super().__init__(capacity=self.config.capacity)
+        self.expiry = self.config.expiry  # type: ignore[assignment]  # here fractions of a second count
+        config = self.config
+        self._codec = Codec(
+            config.serializer_format, config.max_message_size, config.symmetric_encryption_keys
+        )
+        self._homes = Homes(config, self._codec)
+        # Names that were found valid, as the check costs more than much of the rest.
+        self._valid_channels: set[str] = set()
+        self._valid_groups: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config!r})"
+
+    def get_capacity(self, channel: str) -> int:
+        """How many messages may wait in a channel."""
+        return self.config.capacity_of(channel)
+
+    # ------------------------------------------------------------------ channels
+
+    async def send(self, channel: str, message: dict[str, Any]) -> None:
+        """Send a message to a channel; when this returns, it is committed.
+
+        Raises `ChannelFull` if as many messages wait in the channel as it holds, `MessageTooLarge`,
+        `TypeError` for a bad name or message, `LayerUnavailable` if the database cannot be reached within
+        ``send_timeout`` or the outcome is unknown, `NotMigrated`. What is sent to the channel of a client
+        that is gone is dropped.
+        """
+        self._check_channel(channel)
+        payload = self._codec.encode(message)
+        await self._homes.for_sending().send(
+            Send(channel, payload, self.config.expiry, self.config.capacity_of(channel))
+        )
+
+    async def receive(self, channel: str) -> dict[str, Any]:
+        """Wait for the next message of a channel, and return it.
+
+        A specific channel must be one of this process's own. A cancelled call takes no message. Never
+        raises because the database is away: it waits.
+        """
+        mailbox = self._mailbox_to_receive(channel)
+        is_specific = "!" in channel
+        while True:
+            engine = self._homes.for_receiving()
+            letter = mailbox.pop()
+            if letter is None:
+                want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
+                await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
+                continue
+            message = self._open(engine, mailbox, letter)
+            if message is None:
+                continue
+            if is_specific and letter.key is not None and mailbox.is_pressed:
+                # Senders may find the channel full until the row is gone: there must be room before the
+                # caller goes on.
+                try:
+                    await engine.bridge(lambda: engine.receiver.settle(mailbox))
+                except asyncio.CancelledError:
+                    # Not handed over. Its row is being deleted, so that the letter has none any more.
+                    mailbox.push_front(letter._replace(key=None))
+                    raise
+            return message
+
+    async def new_channel(self, prefix: str = "specific") -> str:
+        """A new channel name that only this process can receive on. Costs no round trip.
+
+        ``prefix``: what the name begins with; letters, digits, ``-``, ``_`` and ``.``.
+        """
+        channel = self._homes.client.new_channel(prefix)
+        self.require_valid_channel_name(channel)
+        return channel
+
+    # ------------------------------------------------------------------ groups
+
+    async def group_add(self, group: str, channel: str) -> None:
+        """Add a channel to a group: when this returns, it gets every later `group_send` from anywhere.
+
+        Ends ``group_expiry`` seconds after the last call, or, where that is None, with the channel's process.
+        """
+        self._check_group(group)
+        self._check_channel(channel)
+        await self._homes.for_sending().regroup(Regroup(group, channel, joins=True))
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        """Remove a channel from a group; no error if it is not in it."""
+        self._check_group(group)
+        self._check_channel(channel)
+        await self._homes.for_sending().regroup(Regroup(group, channel, joins=False))
+
+    async def group_send(self, group: str, message: dict[str, Any]) -> None:
+        """Send a message to all channels of a group; when this returns, it is committed.
+
+        A member whose channel is full misses it, silently but for a counter and a log line. Otherwise
+        raises as `send`.
+        """
+        self._check_group(group)
+        payload = self._codec.encode(message)
+        await self._homes.for_sending().group_send(GroupSend(group, payload, self.config.expiry))
+
+    # ------------------------------------------------------------------ all
+
+    async def flush(self) -> None:
+        """Remove all messages and memberships of this layer's prefix, for every process."""
+        engine = self._homes.for_sending()
+        await engine.bridge(engine.flush)
+
+    async def close(self) -> None:
+        """Take leave: give back the lease, the memberships and the jobs not handed over, and close the
+        connections.
+
+        The layer can be used again afterwards; channels made before are gone.
+        """
+        await self._homes.close()
+
+    # ------------------------------------------------------------------ helpers
+
+    def _check_channel(self, channel: str) -> None:
+        if channel.__class__ is not str or channel not in self._valid_channels:
+            self.require_valid_channel_name(channel)
+            _remember(self._valid_channels, channel)
+
+    def _check_group(self, group: str) -> None:
+        if group.__class__ is not str or group not in self._valid_groups:
+            self.require_valid_group_name(group)
+            _remember(self._valid_groups, group)
+
+    def _mailbox_to_receive(self, channel: str) -> Mailbox:
+        self._check_channel(channel)
+        client = self._homes.client
+        if "!" in channel and not client.owns(channel):
+            raise TypeError(f"Channel {channel} belongs to another process: only that one can receive on it.")
+        return client.mailbox(channel)
+
+    def _open(self, engine: Engine, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
+        """The message of a letter that was popped; None if it is expired or cannot be read."""
+        client = self._homes.client
+        if letter.key is not None:
+            engine.call(engine.receiver.received, mailbox, letter.key)
+        if letter.expires_at <= client.clock.now():
+            client.counters["dropped_expired"] += 1
+            return None
+        try:
+            message = self._codec.decode(letter.payload)
+        except UndecodableMessage as error:
+            client.undecodable(mailbox.channel, error)
+            return None
+        client.counters["delivered"] += 1
+        return message
+
+
+def _remember(names: set[str], name: str) -> None:
+    if len(names) >= NAMES_MOST:
+        names.clear()
+    names.add(name)

@@ -1,0 +1,183 @@
+"""Bounded queues of the channels that a process reads, and who waits on them. No I/O.
+
+Messages are put by the home loop, and received on any event loop of any thread: each waiter is woken on its
+own loop. A waiter is only told to look; the message leaves the mailbox in the step of the program in which
+`receive()` returns it, so that a cancellation finds it either still here or handed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pg_layer.inbox import Key
+
+Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
+
+class Letter(NamedTuple):
+    """A message in a mailbox.
+
+    ``payload`` is serialised and decrypted, ``expires_at`` by the database's clock. ``key`` is that of its
+    row, if the row stays until the message is received; a group's message has one row for all, deleted at once.
+    """
+
+    payload: bytes
+    expires_at: float
+    key: Key | None
+
+
+class Mailbox:
+    """The queue of one channel in its process. Thread-safe."""
+
+    __slots__ = ("_letters", "_lock", "_waiters", "capacity", "channel", "is_used", "undeleted")
+
+    def __init__(self, channel: str, capacity: int) -> None:
+        self.channel = channel
+        self.capacity = capacity
+        self.undeleted = 0  # rows of this channel that senders may still count
+        self.is_used = True  # since the last time somebody asked
+        self._letters: deque[Letter] = deque()
+        self._waiters: deque[Waiter] = deque()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._letters)
+
+    @property
+    def waiting(self) -> int:
+        """How many receivers wait."""
+        return len(self._waiters)
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether senders may find the channel full: from half on, as messages may be on their way here."""
+        return 2 * self.undeleted >= self.capacity
+
+    def put(self, letter: Letter) -> None:
+        """Append, and wake a receiver. The caller has seen to the capacity."""
+        with self._lock:
+            self._letters.append(letter)
+            if self._waiters:
+                self._wake_one()
+
+    def put_if_room(self, letter: Letter) -> bool:
+        """Append unless the mailbox is full: what waits keeps its place, the newest is dropped."""
+        with self._lock:
+            if len(self._letters) >= self.capacity:
+                return False
+            self._letters.append(letter)
+            if self._waiters:
+                self._wake_one()
+            return True
+
+    def pop(self) -> Letter | None:
+        """The oldest letter, or None."""
+        try:
+            return self._letters.popleft()
+        except IndexError:
+            return None
+
+    def pop_all(self) -> list[Letter]:
+        """Empty the mailbox."""
+        with self._lock:
+            letters = list(self._letters)
+            self._letters.clear()
+            return letters
+
+    def pop_idle(self) -> list[Letter]:
+        """Empty the mailbox if nobody waits for its letters."""
+        with self._lock:
+            if self._waiters:
+                return []
+            letters = list(self._letters)
+            self._letters.clear()
+            return letters
+
+    def pop_expired(self, now: float) -> list[Letter]:
+        """Remove and return what is past its end."""
+        with self._lock:
+            expired = [letter for letter in self._letters if letter.expires_at <= now]
+            if expired:
+                kept = [letter for letter in self._letters if letter.expires_at > now]
+                self._letters.clear()
+                self._letters.extend(kept)
+            return expired
+
+    def push_front(self, letter: Letter) -> None:
+        """Undo a `pop`: the letter is the oldest again."""
+        with self._lock:
+            self._letters.appendleft(letter)
+            if self._waiters:
+                self._wake_one()
+
+    async def wait(self, timeout: float | None = None, on_wait: Callable[[], None] | None = None) -> None:
+        """Return when there may be a letter, or after ``timeout`` seconds. Cancellation loses nothing.
+
+        ``on_wait`` is called once this waiter counts as `waiting`.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        waiter = (loop, future)
+        with self._lock:
+            if self._letters:
+                return
+            self._waiters.append(waiter)
+        timer = loop.call_later(timeout, _resolve, future) if timeout is not None else None
+        try:
+            if on_wait is not None:
+                on_wait()
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with self._lock:
+                try:
+                    self._waiters.remove(waiter)
+                except ValueError:
+                    # Woken. If this waiter was cancelled before it could look, the next one must.
+                    if self._letters and self._waiters:
+                        self._wake_one()
+
+    def wake(self) -> None:
+        """Have every waiter look again."""
+        with self._lock:
+            for _ in range(len(self._waiters)):
+                self._wake_one()
+
+    def _wake_one(self) -> None:
+        while self._waiters:
+            loop, future = self._waiters.popleft()
+            if future.done():
+                continue
+            if loop is _running_loop():
+                future.set_result(None)
+                return
+            try:
+                loop.call_soon_threadsafe(self._wake_there, future)
+            except RuntimeError:  # that loop was closed: nobody waits there any more
+                continue
+            return
+
+    def _wake_there(self, future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_result(None)
+            return
+        with self._lock:
+            if self._letters and self._waiters:
+                self._wake_one()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -1,0 +1,361 @@
+"""Doorbells in, messages out: drains the inbox, takes from normal channels, deletes what was dispatched.
+
+Bound to one event loop. What it decides is decided by `pg_layer.inbox`; this is the I/O around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any
+
+from pg_layer import store
+from pg_layer.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import PgLayerError
+from pg_layer.inbox import LAST_ID, Key, Row, Span
+from pg_layer.listener import Listener
+from pg_layer.mailbox import Mailbox
+
+logger = logging.getLogger("pg_layer")
+
+DELETE_DELAY = 0.05  # seconds for which dispatched rows gather before they are deleted together
+DELETE_MOST = 1000
+PUT_BACK_DELAY = 0.05  # seconds for which a taken message waits for a reader of this process
+SETTLE_TIMEOUT = 1.0
+RETRY = 0.5  # seconds
+
+
+class Reader:
+    """A normal channel that this process reads."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.mailbox = mailbox
+        self.doorbell: str | None = None
+        self.is_used = True
+        self.is_taking = False
+        self.may_have_more = True
+        self.floor = 0  # nothing waits below this id
+        self.put_back: asyncio.TimerHandle | None = None
+
+
+class Receiver:
+    """The receiving side of a client on its home loop."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._client = client
+        self._connections = connections
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
+        self._readers: dict[str, Reader] = {}
+        self._own_doorbell: str | None = None
+        self._doorbells: dict[str, Reader] = {}
+        self._is_draining = False
+        self._delete_timer: asyncio.TimerHandle | None = None
+        self._is_deleting = False
+        self._settled: asyncio.Event = asyncio.Event()
+        self._pings: dict[str, asyncio.Future[None]] = {}
+        self.listener: Listener | None = None  # none: the tables are polled
+
+    # ------------------------------------------------------------------ doorbells
+
+    async def listen(self, conn: store.AnyConnection) -> None:
+        """Begin with a new LISTEN connection: first listen, then look at what was missed."""
+        prefix, inbox = self._client.config.prefix, self._client.inbox
+        self._own_doorbell = await store.listen(conn, prefix, self._client.address)
+        inbox.reconnected()
+        self._doorbells.clear()
+        for channel, reader in list(self._readers.items()):
+            reader.doorbell = await store.listen(conn, prefix, channel)
+            self._doorbells[reader.doorbell] = reader
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Read and take everything, as if all doorbells had rung."""
+        self._client.inbox.suspect()
+        self._drain_soon()
+        for reader in self._readers.values():
+            reader.may_have_more, reader.floor = True, 0
+            self._take_soon(reader)
+
+    def hear(self, doorbell: str, said: str) -> None:
+        """A NOTIFY came."""
+        try:
+            what, _, rest = said.partition(" ")
+            if doorbell == self._own_doorbell:
+                if what == "M":
+                    self._hear_message(rest)
+                    return
+                if what == "R":
+                    nonce, first, last = map(int, rest.split(" "))
+                    self._client.inbox.hear_span(nonce, Span(first, last))
+                    self._drain_soon()
+                    return
+                if what == "P":
+                    self._hear_ping(rest)
+                    return
+            elif (reader := self._doorbells.get(doorbell)) is not None and what == "R":
+                _, first, _ = map(int, rest.split(" "))
+                reader.may_have_more = True
+                reader.floor = min(reader.floor, first)
+                self._take_soon(reader)
+                return
+            elif reader is None:
+                return  # heard while LISTEN is on its way: what it announces is looked for afterwards
+        except (ValueError, binascii.Error):
+            pass
+        self._client.foreign(doorbell)
+
+    def _hear_message(self, rest: str) -> None:
+        id, nonce, expires_at, channel, group, payload = rest.split(" ", 5)
+        row = Row(
+            int(id),
+            int(nonce),
+            "message",
+            channel or None,
+            group or None,
+            binascii.a2b_base64(payload),
+            float(expires_at),
+        )
+        if self._client.inbox.hear_message(row.id, row.nonce):
+            self._client.counters["shortcuts"] += 1
+            self._dispatch((row,))
+        else:
+            self._drain_soon()
+
+    # ------------------------------------------------------------------ pings
+
+    async def ping(self, send: Callable[[str], Coroutine[Any, Any, None]], timeout: float) -> bool:
+        """Ring the own doorbell; returns whether it was heard within ``timeout`` seconds."""
+        number = self._client.inbox.ping()
+        token = str(number)
+        heard = self._pings[token] = self._loop.create_future()
+        try:
+            await send(token)
+            await asyncio.wait((heard,), timeout=timeout)
+            return heard.done()
+        finally:
+            del self._pings[token]
+
+    def _hear_ping(self, token: str) -> None:
+        self._client.inbox.pong(int(token))
+        heard = self._pings.get(token)
+        if heard is not None and not heard.done():
+            heard.set_result(None)
+
+    # ------------------------------------------------------------------ draining
+
+    def _drain_soon(self) -> None:
+        if not self._is_draining and self._client.inbox.is_due:
+            self._is_draining = True
+            self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        inbox = self._client.inbox
+        try:
+            while inbox.is_due:
+                span = inbox.begin_read()
+                try:
+                    rows, up_to = await self._connections.run(
+                        partial(store.read, inbox=self._client.inbox_name, span=span),
+                        timeout=self._client.config.send_timeout,
+                        is_idempotent=True,
+                    )
+                except PgLayerError:
+                    inbox.fail_read()
+                    await asyncio.sleep(RETRY)
+                    continue
+                except BaseException:
+                    inbox.fail_read()
+                    raise
+                self._client.counters["drains"] += 1
+                self._dispatch(inbox.end_read(rows, read_up_to=up_to))
+        finally:
+            self._is_draining = False
+
+    def _dispatch(self, rows: Iterable[Row]) -> None:
+        done = self._client.dispatch(rows)
+        if done:
+            self._client.doomed.extend((key, None) for key in done)
+            self._delete_soon(DELETE_DELAY)
+
+    # ------------------------------------------------------------------ normal channels
+
+    def want(self, channel: str) -> None:
+        """Somebody waits on a normal channel."""
+        reader = self._readers.get(channel)
+        if reader is None:
+            reader = self._readers[channel] = Reader(self._client.mailbox(channel))
+            self._spawn(self._begin(channel, reader))
+        reader.is_used = True
+        self._take_soon(reader)
+
+    async def _begin(self, channel: str, reader: Reader) -> None:
+        async def listen(conn: store.AnyConnection) -> None:
+            doorbell = await store.listen(conn, self._client.config.prefix, channel)
+            reader.doorbell = doorbell
+            self._doorbells[doorbell] = reader
+
+        if self.listener is not None and await self.listener.execute(listen):
+            reader.may_have_more, reader.floor = True, 0
+        self._take_soon(reader)
+
+    def forget_idle_readers(self) -> None:
+        """Stop listening to normal channels that nobody has read since this was last called."""
+        for channel, reader in list(self._readers.items()):
+            if reader.is_used or reader.mailbox.waiting or len(reader.mailbox) or reader.is_taking:
+                reader.is_used = False
+                continue
+            del self._readers[channel]
+            if reader.doorbell is not None and self.listener is not None:
+                self._doorbells.pop(reader.doorbell, None)
+                self._spawn(self._unlisten(channel))
+
+    async def _unlisten(self, channel: str) -> None:
+        if self.listener is not None:
+            await self.listener.execute(
+                lambda conn: store.unlisten(conn, self._client.config.prefix, channel)
+            )
+
+    def _take_soon(self, reader: Reader) -> None:
+        if not reader.is_taking and reader.may_have_more and reader.mailbox.waiting > len(reader.mailbox):
+            reader.is_taking = True
+            self._spawn(self._take(reader))
+
+    async def _take(self, reader: Reader) -> None:
+        client, mailbox = self._client, reader.mailbox
+        try:
+            while reader.may_have_more and (missing := mailbox.waiting - len(mailbox)) > 0:
+                reader.may_have_more = False
+                floor, reader.floor = reader.floor, LAST_ID
+                view = client.inbox.begin_view()
+                rows: list[Row] = []
+                try:
+                    rows = await self._connections.run(
+                        partial(
+                            store.take,
+                            prefix=client.config.prefix,
+                            channel=mailbox.channel,
+                            inbox=client.inbox_name,
+                            floor=floor,
+                            limit=missing,
+                        ),
+                        timeout=client.config.send_timeout,
+                    )
+                except PgLayerError:
+                    # Rows may have been taken and the answer lost: they are in the own inbox now.
+                    client.inbox.suspect()
+                    self._drain_soon()
+                    reader.may_have_more, reader.floor = True, min(floor, reader.floor)
+                    await asyncio.sleep(RETRY)
+                    continue
+                except BaseException:
+                    client.inbox.suspect()
+                    reader.may_have_more, reader.floor = True, 0
+                    raise
+                finally:
+                    fresh = client.inbox.taken(rows)
+                    client.inbox.end_view(view)
+                reader.floor = min(reader.floor, max((row.id + 1 for row in rows), default=LAST_ID))
+                if len(rows) == missing:
+                    reader.may_have_more = True
+                self._dispatch(fresh)
+                self._put_back_later(reader)
+        finally:
+            reader.is_taking = False
+
+    def _put_back_later(self, reader: Reader) -> None:
+        if reader.put_back is None and len(reader.mailbox):
+            reader.put_back = self._loop.call_later(PUT_BACK_DELAY, self._put_back_now, reader)
+
+    def _put_back_now(self, reader: Reader) -> None:
+        reader.put_back = None
+        keys = [letter.key for letter in reader.mailbox.pop_idle() if letter.key is not None]
+        if keys:
+            self._spawn(self._put_back(reader, keys))
+        else:
+            self._put_back_later(reader)
+
+    async def _put_back(self, reader: Reader, keys: list[Key]) -> None:
+        client = self._client
+        while True:
+            try:
+                await self._connections.run(
+                    lambda conn: store.put_back(conn, client.config.prefix, client.inbox_name, keys),
+                    timeout=client.config.send_timeout,
+                    is_idempotent=True,
+                )
+                break
+            except PgLayerError:
+                await asyncio.sleep(RETRY)
+        client.inbox.deleted(keys)
+        reader.mailbox.undeleted -= len(keys)
+
+    # ------------------------------------------------------------------ deletion
+
+    def received(self, mailbox: Mailbox, key: Key) -> None:
+        """The message of a row was handed over."""
+        self._client.doomed.append((key, mailbox))
+        self._delete_soon(DELETE_DELAY)
+
+    async def settle(self, mailbox: Mailbox) -> None:
+        """Wait until senders no longer count what was received from this mailbox, or a second at most."""
+        deadline = self._loop.time() + SETTLE_TIMEOUT
+        while mailbox.undeleted > len(mailbox) and (left := deadline - self._loop.time()) > 0:
+            self._delete_soon(0.0)
+            try:
+                await asyncio.wait_for(self._settled.wait(), left)
+            except asyncio.TimeoutError:
+                return
+
+    def _delete_soon(self, delay: float) -> None:
+        doomed = self._client.doomed
+        if self._is_deleting or not doomed:
+            return
+        if len(doomed) >= DELETE_MOST:
+            delay = 0.0
+        if self._delete_timer is not None:
+            if delay:
+                return
+            self._delete_timer.cancel()
+        self._delete_timer = self._loop.call_later(delay, self._delete_now)
+
+    def _delete_now(self) -> None:
+        self._delete_timer = None
+        if not self._is_deleting and self._client.doomed:
+            self._is_deleting = True
+            self._spawn(self._delete())
+
+    async def _delete(self) -> None:
+        client = self._client
+        doomed, client.doomed = client.doomed, []
+        keys = [key for key, _ in doomed]
+        try:
+            await self._connections.run(
+                lambda conn: store.delete(conn, client.inbox_name, keys),
+                timeout=client.config.send_timeout,
+                is_idempotent=True,
+            )
+        except BaseException as error:
+            client.doomed = doomed + client.doomed
+            if not isinstance(error, PgLayerError):
+                raise
+            await asyncio.sleep(RETRY)
+        else:
+            client.inbox.deleted(keys)
+            for _, mailbox in doomed:
+                if mailbox is not None:
+                    mailbox.undeleted -= 1
+            settled, self._settled = self._settled, asyncio.Event()
+            settled.set()
+        finally:
+            self._is_deleting = False
+            self._delete_soon(DELETE_DELAY)

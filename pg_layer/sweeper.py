@@ -1,0 +1,102 @@
+"""Sweeping from outside the serving processes: the loop behind ``manage.py pg_layer_sweep``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import psycopg
+
+from pg_layer import store
+from pg_layer.config import Config
+from pg_layer.exceptions import NotMigrated
+from pg_layer.store import Swept
+
+
+class Sweeper:
+    """Removes what expired, in batches, until told to stop.
+
+    Several may run at once. ``report`` is given what each round removed, ``complain`` why a round could not
+    be made; a database that is away is tried again in the next round.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        report: Callable[[Swept], None],
+        complain: Callable[[Exception], None],
+    ) -> None:
+        self._config = config
+        self._batch_size = batch_size
+        self._report = report
+        self._complain = complain
+        self._conn: psycopg.Connection[tuple[object, ...]] | None = None
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """End after the batch that runs. May be called from a signal handler."""
+        self._stop.set()
+
+    def run(self, interval: float) -> None:
+        """Sweep every ``interval`` seconds, until `stop`."""
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._report(self._sweep())
+                except (psycopg.OperationalError, psycopg.InterfaceError, NotMigrated) as error:
+                    self._complain(error)
+                    self.close()
+                self._stop.wait(interval)
+        finally:
+            self.close()
+
+    def run_once(self) -> Swept:
+        """Sweep all there is; raises what the database raises, and `NotMigrated`."""
+        try:
+            return self._sweep()
+        finally:
+            self.close()
+
+    def look(self) -> Swept:
+        """What sweeping would remove."""
+        try:
+            with _migrated():
+                return store.sweepable(self._connection(), self._config.prefix)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.close()
+
+    def _sweep(self) -> Swept:
+        total = Swept(0, 0, 0)
+        conn = self._connection()
+        while not self._stop.is_set():
+            with _migrated():
+                swept = store.sweep_now(conn, self._config.prefix, self._batch_size)
+            total = Swept(*map(sum, zip(total, swept, strict=True)))
+            if max(swept) < self._batch_size:
+                break
+        return total
+
+    def _connection(self) -> psycopg.Connection[tuple[object, ...]]:
+        if self._conn is None or self._conn.closed:
+            self._conn = psycopg.connect(
+                **{**self._config.connect_kwargs("pool"), "autocommit": True, "prepare_threshold": None}
+            )
+        return self._conn
+
+
+class _migrated:
+    """Says what to do where the tables are missing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)):
+            raise NotMigrated from error
