@@ -182,7 +182,7 @@ class Demo:
         say(f"Creating the tables: {shlex.join(commands.MIGRATE)}")
         child = await self.start("migrate", commands.MIGRATE, PG_LAYER_DSN=dsn)
         if await self.meanwhile(asyncio.shield(child.ended)):
-            raise Failed(child.obituary())
+            raise Failed("The tables could not be created: see above.")
 
     async def serve(self, dsn: str) -> None:
         """Start everything, and tell where it is once it answers."""

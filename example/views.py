@@ -20,7 +20,7 @@ def chat(request: HttpRequest, room: str) -> HttpResponse:
         {
             "room": room,
             "process": process,
-            "other_url": settings.DEMO_OTHER_URL,
+            "other_url": settings.DEMO_OTHER_URL and settings.DEMO_OTHER_URL + request.path,
             "max_name": MAX_NAME,
             "max_text": MAX_TEXT,
         },

@@ -12,7 +12,7 @@ from channels.layers import BaseChannelLayer
 from pg_layer.codec import Codec
 from pg_layer.config import load
 from pg_layer.engine import Engine, GroupSend, Regroup, Send
-from pg_layer.exceptions import UndecodableMessage
+from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.homes import Homes
 from pg_layer.mailbox import Letter, Mailbox
 
@@ -89,14 +89,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             if message is None:
                 continue
             if is_specific and letter.key is not None and mailbox.is_pressed:
-                # Senders may find the channel full until the row is gone: there must be room before the
-                # caller goes on.
-                try:
-                    await engine.bridge(lambda: engine.receiver.settle(mailbox))
-                except asyncio.CancelledError:
-                    # Not handed over. Its row is being deleted, so that the letter has none any more.
-                    mailbox.push_front(letter._replace(key=None))
-                    raise
+                await self._settle(engine, mailbox, letter)
             return message
 
     async def new_channel(self, prefix: str = "specific") -> str:
@@ -184,6 +177,17 @@ class PostgresChannelLayer(BaseChannelLayer):
             return None
         client.counters["delivered"] += 1
         return message
+
+    async def _settle(self, engine: Engine, mailbox: Mailbox, letter: Letter) -> None:
+        """Wait until a received message makes room: senders may find the channel full until its row is gone."""
+        try:
+            await engine.bridge(partial(engine.receiver.settle, mailbox))
+        except LayerUnavailable:
+            pass
+        except asyncio.CancelledError:
+            # Not handed over. Its row is being deleted, so that the letter has none any more.
+            mailbox.push_front(letter._replace(key=None))
+            raise
 
 
 def _remember(names: set[str], name: str) -> None:

@@ -21,8 +21,8 @@ Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 class Letter(NamedTuple):
     """A message in a mailbox.
 
-    ``payload`` is serialised and decrypted, ``expires_at`` by the database's clock. ``key`` is that of its
-    row, if the row stays until the message is received; a group's message has one row for all, deleted at once.
+    ``payload`` is serialised and decrypted, ``expires_at`` by the database's clock. ``key`` is that of
+    its row, if the row stays until the message is received; a group's message has one row for all, deleted at once.
     """
 
     payload: bytes
