@@ -179,7 +179,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         return message
 
     async def _settle(self, engine: Engine, mailbox: Mailbox, letter: Letter) -> None:
-        """Wait until a received message makes room: senders may find the channel full until its row is gone."""
+        """Wait until what was received makes room: senders count its row until that is gone."""
         try:
             await engine.bridge(partial(engine.receiver.settle, mailbox))
         except LayerUnavailable:

@@ -22,7 +22,8 @@ class Letter(NamedTuple):
     """A message in a mailbox.
 
     ``payload`` is serialised and decrypted, ``expires_at`` by the database's clock. ``key`` is that of
-    its row, if the row stays until the message is received; a group's message has one row for all, deleted at once.
+    its row, if the row stays until the message is received; a group's message has one row for all,
+    deleted at once.
     """
 
     payload: bytes
