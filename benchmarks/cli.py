@@ -21,7 +21,7 @@ from benchmarks.servers import Unavailable, observe, postgres_server, redis_serv
 DSN_VARIABLE = "PG_LAYER_DSN"
 LEGEND = (
     "Medians of {rounds} round(s). 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
-    "\nA figure with faults is a figure for less than the job. Compare within one run only."
+    "\n* against a layer that lost, doubled or reordered messages. Compare within one run only."
 )
 
 

@@ -93,7 +93,8 @@ class Results:
                 ratios = self.ratios(scenario, figure)
                 name = scenario.name if index == 0 else ""
                 cells = [_number(summary.figures[figure.name]) for summary in summaries]
-                rows.append([name, figure.label, *cells, *(_times(ratios[layer]) for layer in others)])
+                times = [_times(ratios[layer], self.summary(scenario, layer).tally) for layer in others]
+                rows.append([name, figure.label, *cells, *times])
             rows.append(["", "faults", *(faults(summary) for summary in summaries), *("" for _ in others)])
         return _align(rows)
 
@@ -183,8 +184,9 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 
-def _times(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}x"
+def _times(value: float, theirs: Tally) -> str:
+    mark = "*" if theirs else ""
+    return "-" if math.isnan(value) else f"{value:.2f}x{mark}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
