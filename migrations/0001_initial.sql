@@ -85,164 +85,194 @@ LANGUAGE sql VOLATILE AS $$ SELECT (random() * 9007199254740992)::bigint $$;
 
 -- ---------------------------------------------------------------------------------------------- sending
 
--- What a doorbell says. 'M id nonce expires channel group base64': this one message, itself.
--- 'R nonce first last': read these. A payload must stay below 8000 bytes.
-CREATE FUNCTION pg_layer_ring(
-    _inbox text, _nonce bigint, _first bigint, _last bigint, _count bigint,
-    _expires_at timestamptz, _channel text, _group text, _payload bytea
-) RETURNS void
-LANGUAGE plpgsql AS $$
-DECLARE
-    _say text;
-BEGIN
-    IF _count = 1 AND _payload IS NOT NULL AND octet_length(_payload) < 5900 THEN
-        _say := concat_ws(' ', 'M', _first, _nonce, extract(epoch FROM _expires_at),
-                          coalesce(_channel, ''), coalesce(_group, ''), encode(_payload, 'base64'));
-    END IF;
-    IF _say IS NULL OR octet_length(_say) > 7999 THEN
-        _say := concat_ws(' ', 'R', _nonce, _first, _last);
-    END IF;
-    PERFORM pg_notify(pg_layer_doorbell(_inbox), _say);
-END
+-- Ring an inbox's doorbell. What it says is either the one message itself, 'M id nonce expires channel group base64', or
+-- what to read, 'R nonce first last'. A NOTIFY payload must stay below 8000 bytes: 5700 are 7699 in base64, with names and
+-- numbers at most 7957. Written so that PostgreSQL inlines it.
+CREATE FUNCTION pg_layer_ring(_inbox text, _nonce bigint, _first bigint, _last bigint) RETURNS text
+LANGUAGE sql VOLATILE AS $$
+    SELECT pg_notify(pg_layer_doorbell(_inbox),
+                     'R ' || _nonce || ' ' || _first || ' ' || _last)::text
 $$;
 
--- Send one message to its channel; the same rules as pg_layer_send_batch, without the cost of planning for many.
+CREATE FUNCTION pg_layer_ring_with(
+    _inbox text, _nonce bigint, _id bigint, _expires_at timestamptz, _channel text, _group text, _payload bytea
+) RETURNS text
+LANGUAGE sql VOLATILE AS $$
+    SELECT pg_notify(pg_layer_doorbell(_inbox),
+        CASE WHEN octet_length(_payload) <= 5700
+            THEN 'M ' || _id || ' ' || _nonce || ' ' || extract(epoch FROM _expires_at) || ' ' || _channel || ' ' || _group
+                || ' ' || encode(_payload, 'base64')
+            ELSE 'R ' || _nonce || ' ' || _id || ' ' || _id
+        END)::text
+$$;
+
+-- Send one message to its channel. Capacity counts what waits per channel, unread and unexpired.
+--   _floor: the id below which the caller has seen nothing waiting in the inbox, so that a count never walks the dead
+--   returns: the floor for the next call, or null if the channel was full
 CREATE FUNCTION pg_layer_send_one(
-    _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint,
-    OUT is_full boolean, OUT floor_id bigint
-)
-LANGUAGE plpgsql AS $$
+    _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint
+) RETURNS bigint
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     _inbox text := pg_layer_inbox(_prefix, _channel);
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
     _expires_at timestamptz := _now + make_interval(secs => _expiry);
     _count bigint;
+    _first bigint;
+    _is_lapsed boolean;
     _id bigint;
+    _rung text;
 BEGIN
-    is_full := false;
-    PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now;
-    IF FOUND THEN
-        floor_id := _floor;
-        RETURN;
-    END IF;
-    SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id) INTO _count, floor_id
+    SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id),
+        EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now)
+    INTO _count, _first, _is_lapsed
     FROM pg_layer_message AS m
     WHERE m.inbox = _inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
-    IF _count >= _capacity THEN
-        is_full := true;
-        RETURN;
+    IF _is_lapsed THEN
+        RETURN _floor;
+    ELSIF _count >= _capacity THEN
+        RETURN NULL;
     END IF;
     INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
     VALUES (_inbox, _nonce, _channel, _payload, _expires_at)
     RETURNING id INTO _id;
-    PERFORM pg_layer_ring(_inbox, _nonce, _id, _id, 1, _expires_at, _channel, NULL,
-                          CASE WHEN position('!' IN _channel) > 0 THEN _payload END);
-    floor_id := coalesce(floor_id, _id);
+    IF position('!' IN _channel) > 0 THEN
+        _rung := pg_layer_ring_with(_inbox, _nonce, _id, _expires_at, _channel, '', _payload);
+    ELSE
+        _rung := pg_layer_ring(_inbox, _nonce, _id, _id);
+    END IF;
+    RETURN coalesce(_first, _id);
 END
 $$;
 
--- Send each message to its channel. Capacity counts what waits per channel, unread and unexpired.
---   floors: per inbox the id below which the caller has seen nothing waiting, so that a count never walks the dead
+-- Send many messages to their channels, by the same rules, in their order.
+--   _floor_inboxes, _floor_ids: floors by inbox
 --   returns: positions (from 1) refused because their channel is full, and the floors for the next call
 CREATE FUNCTION pg_layer_send_batch(
     _prefix text, _channels text[], _payloads bytea[], _expiries float8[], _capacities integer[],
     _floor_inboxes text[], _floor_ids bigint[],
     OUT full_positions bigint[], OUT floor_inboxes text[], OUT floor_ids bigint[]
 )
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
+    _waiting bigint;
+    _lapsed text[];
+    _inboxes text[];
+    _firsts bigint[];
+    _lasts bigint[];
+    _first bigint;
+    _rung text;
 BEGIN
-    WITH sent AS MATERIALIZED (
-        SELECT s.*, pg_layer_inbox(_prefix, s.channel) AS inbox
-        FROM unnest(_channels, _payloads, _expiries, _capacities)
-            WITH ORDINALITY AS s (channel, payload, expiry, capacity, position)
-    ), target AS MATERIALIZED (
-        SELECT t.inbox, coalesce(f.id, 0) AS floor, NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = t.inbox AND c.expires_at <= _now) AS live
-        FROM (SELECT DISTINCT inbox FROM sent) AS t
-        LEFT JOIN unnest(_floor_inboxes, _floor_ids) AS f (inbox, id) ON f.inbox = t.inbox
-    ), waiting AS MATERIALIZED (
-        SELECT t.inbox, m.channel, count(*) AS count, min(m.id) AS first
-        FROM target AS t
-        CROSS JOIN LATERAL (
-            SELECT m.channel, m.id FROM pg_layer_message AS m
-            WHERE m.inbox = t.inbox AND m.id >= t.floor AND m.expires_at > _now AND m.channel IS NOT NULL
-        ) AS m
-        GROUP BY t.inbox, m.channel
-    ), placed AS MATERIALIZED (
-        SELECT s.*, t.live,
-            coalesce(w.count, 0) + row_number() OVER (PARTITION BY s.channel ORDER BY s.position) > s.capacity AS is_full
-        FROM sent AS s
-        JOIN target AS t ON t.inbox = s.inbox
-        LEFT JOIN waiting AS w ON w.inbox = s.inbox AND w.channel = s.channel
-    ), written AS (
+    SELECT array_agg(t.inbox), array_agg(w.first), max(w.count), array_agg(t.inbox) FILTER (WHERE t.is_lapsed)
+    INTO floor_inboxes, floor_ids, _waiting, _lapsed
+    FROM (
+        SELECT d.inbox,
+            coalesce((SELECT f.id FROM unnest(_floor_inboxes, _floor_ids) AS f (inbox, id) WHERE f.inbox = d.inbox), 0)
+                AS floor,
+            EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = d.inbox AND c.expires_at <= _now) AS is_lapsed
+        FROM (SELECT DISTINCT pg_layer_inbox(_prefix, s.channel) AS inbox FROM unnest(_channels) AS s (channel)) AS d
+    ) AS t
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS count, min(m.id) AS first FROM pg_layer_message AS m
+        WHERE m.inbox = t.inbox AND m.id >= t.floor AND m.expires_at > _now AND m.channel IS NOT NULL
+    ) AS w;
+
+    -- Only where an inbox holds enough for a channel of it to be full is it counted which.
+    IF _waiting + cardinality(_channels) > (SELECT min(c) FROM unnest(_capacities) AS c) THEN
+        SELECT array_agg(s.position) INTO full_positions
+        FROM (
+            SELECT s.position, s.capacity, s.channel,
+                row_number() OVER (PARTITION BY s.channel ORDER BY s.position) AS place
+            FROM unnest(_channels, _capacities) WITH ORDINALITY AS s (channel, capacity, position)
+            WHERE _lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed)
+        ) AS s
+        LEFT JOIN (
+            SELECT m.channel, count(*) AS count
+            FROM unnest(floor_inboxes, floor_ids) AS t (inbox, first)
+            JOIN pg_layer_message AS m ON m.inbox = t.inbox AND m.id >= t.first
+            WHERE m.expires_at > _now AND m.channel IS NOT NULL
+            GROUP BY m.channel
+        ) AS w ON w.channel = s.channel
+        WHERE coalesce(w.count, 0) + s.place > s.capacity;
+    END IF;
+
+    WITH written AS (
         INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-        SELECT inbox, _nonce, channel, payload, _now + make_interval(secs => expiry)
-        FROM placed WHERE live AND NOT is_full
-        ORDER BY position
-        RETURNING inbox, id, channel, payload, expires_at
-    ), batch AS (
-        SELECT inbox, min(id) AS first, max(id) AS last, count(*) AS count, min(expires_at) AS expires_at,
-            min(channel) AS channel, (array_agg(payload))[1] AS payload
-        FROM written GROUP BY inbox
-    ), rung AS MATERIALIZED (
-        SELECT b.inbox, b.first,
-            pg_layer_ring(b.inbox, _nonce, b.first, b.last, b.count, b.expires_at, b.channel, NULL,
-                          CASE WHEN b.inbox NOT LIKE '%!:%' THEN b.payload END)
-        FROM batch AS b
+        SELECT pg_layer_inbox(_prefix, s.channel), _nonce, s.channel, s.payload, _now + make_interval(secs => s.expiry)
+        FROM unnest(_channels, _payloads, _expiries) WITH ORDINALITY AS s (channel, payload, expiry, position)
+        WHERE (full_positions IS NULL OR s.position <> ALL (full_positions))
+            AND (_lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed))
+        ORDER BY s.position
+        RETURNING inbox, id
     )
-    SELECT
-        (SELECT array_agg(position) FROM placed WHERE live AND is_full),
-        array_agg(t.inbox),
-        array_agg(coalesce((SELECT min(w.first) FROM waiting AS w WHERE w.inbox = t.inbox), r.first, t.floor))
-    INTO full_positions, floor_inboxes, floor_ids
-    FROM target AS t LEFT JOIN rung AS r ON r.inbox = t.inbox;
+    SELECT array_agg(b.inbox), array_agg(b.first), array_agg(b.last) INTO _inboxes, _firsts, _lasts
+    FROM (SELECT w.inbox, min(w.id) AS first, max(w.id) AS last FROM written AS w GROUP BY w.inbox) AS b;
+
+    FOR _i IN 1 .. coalesce(cardinality(_inboxes), 0) LOOP
+        IF _firsts[_i] = _lasts[_i] AND _inboxes[_i] NOT LIKE '%!:%' THEN
+            SELECT pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', m.payload) INTO _rung
+            FROM pg_layer_message AS m WHERE m.inbox = _inboxes[_i] AND m.id = _firsts[_i];
+        ELSE
+            _rung := pg_layer_ring(_inboxes[_i], _nonce, _firsts[_i], _lasts[_i]);
+        END IF;
+    END LOOP;
+    _first := (SELECT min(f) FROM unnest(_firsts) AS f);
+    floor_ids := ARRAY(SELECT coalesce(f.id, _first, 0) FROM unnest(floor_ids) WITH ORDINALITY AS f (id, position)
+                       ORDER BY f.position);
 END
 $$;
 
 -- Send one message to its group; the same rules as pg_layer_group_send_batch.
+--   returns: the normal channels in the group that were full and missed it, or null
 CREATE FUNCTION pg_layer_group_send_one(
-    _prefix text, _group text, _payload bytea, _expiry float8, _capacity integer,
-    OUT missed_channels text[]
-)
-LANGUAGE plpgsql AS $$
+    _prefix text, _group text, _payload bytea, _expiry float8, _capacity integer
+) RETURNS text[]
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
     _expires_at timestamptz := _now + make_interval(secs => _expiry);
     _inbox text := _prefix || '!';
+    _end text := _prefix || '"';
+    _is_live boolean;
     _channel text;
-    _count bigint;
+    _missed text[];
     _id bigint;
+    _rung text;
 BEGIN
     LOOP
-        SELECT m.inbox INTO _inbox FROM pg_layer_membership AS m
-        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"'
+        SELECT m.inbox,
+            (m.expires_at > _now OR EXISTS (
+                SELECT FROM pg_layer_membership AS o
+                WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > _now))
+            AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = m.inbox AND c.expires_at <= _now)
+        INTO _inbox, _is_live
+        FROM pg_layer_membership AS m
+        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _end
         ORDER BY m.inbox LIMIT 1;
         EXIT WHEN NOT FOUND;
-        PERFORM FROM pg_layer_membership AS m
-        WHERE m.group_name = _group AND m.inbox = _inbox AND m.expires_at > _now LIMIT 1;
-        CONTINUE WHEN NOT FOUND;
+        CONTINUE WHEN NOT _is_live;
         _channel := NULL;
         IF _inbox LIKE '%!:%' THEN
             _channel := split_part(_inbox, '!:', 2);
-            SELECT count(*) INTO _count FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > _now;
-            IF _count >= _capacity THEN
-                missed_channels := missed_channels || _channel;
+            IF (SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > _now) >= _capacity THEN
+                _missed := _missed || _channel;
                 CONTINUE;
             END IF;
-        ELSE
-            PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now;
-            CONTINUE WHEN FOUND;
         END IF;
         INSERT INTO pg_layer_message (inbox, nonce, channel, group_name, payload, expires_at)
         VALUES (_inbox, _nonce, _channel, _group, _payload, _expires_at)
         RETURNING id INTO _id;
-        PERFORM pg_layer_ring(_inbox, _nonce, _id, _id, 1, _expires_at, NULL, _group,
-                              CASE WHEN _channel IS NULL THEN _payload END);
+        IF _channel IS NULL THEN
+            _rung := pg_layer_ring_with(_inbox, _nonce, _id, _expires_at, '', _group, _payload);
+        ELSE
+            _rung := pg_layer_ring(_inbox, _nonce, _id, _id);
+        END IF;
     END LOOP;
+    RETURN _missed;
 END
 $$;
 
@@ -253,10 +283,14 @@ CREATE FUNCTION pg_layer_group_send_batch(
     _prefix text, _groups text[], _payloads bytea[], _expiries float8[], _capacity integer,
     OUT missed_groups text[], OUT missed_channels text[]
 )
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
+    _inboxes text[];
+    _firsts bigint[];
+    _lasts bigint[];
+    _rung text;
 BEGIN
     WITH RECURSIVE sent AS MATERIALIZED (
         SELECT s.*
@@ -293,23 +327,20 @@ BEGIN
         LEFT JOIN waiting AS w ON w.inbox = t.inbox
     ), written AS (
         INSERT INTO pg_layer_message (inbox, nonce, channel, group_name, payload, expires_at)
-        SELECT inbox, _nonce, channel, group_name, payload, _now + make_interval(secs => expiry)
-        FROM placed WHERE is_full IS NOT TRUE
-        ORDER BY position, inbox
-        RETURNING inbox, id, channel, group_name, payload, expires_at
+        SELECT p.inbox, _nonce, p.channel, p.group_name, p.payload, _now + make_interval(secs => p.expiry)
+        FROM placed AS p WHERE p.is_full IS NOT TRUE
+        ORDER BY p.position, p.inbox
+        RETURNING inbox, id
     ), batch AS (
-        SELECT inbox, min(id) AS first, max(id) AS last, count(*) AS count, min(expires_at) AS expires_at,
-            min(group_name) AS group_name, min(channel) AS channel, (array_agg(payload))[1] AS payload
-        FROM written GROUP BY inbox
-    ), rung AS MATERIALIZED (
-        SELECT pg_layer_ring(b.inbox, _nonce, b.first, b.last, b.count, b.expires_at, NULL, b.group_name,
-                             CASE WHEN b.channel IS NULL THEN b.payload END)
-        FROM batch AS b
+        SELECT w.inbox, min(w.id) AS first, max(w.id) AS last FROM written AS w GROUP BY w.inbox
     )
-    SELECT array_agg(p.group_name), array_agg(p.channel)
-    INTO missed_groups, missed_channels
-    FROM (SELECT count(*) FROM rung) AS r
-    LEFT JOIN placed AS p ON p.is_full;
+    SELECT b.inboxes, b.firsts, b.lasts, p.groups, p.channels
+    INTO _inboxes, _firsts, _lasts, missed_groups, missed_channels
+    FROM (SELECT array_agg(inbox) AS inboxes, array_agg(first) AS firsts, array_agg(last) AS lasts FROM batch) AS b,
+        (SELECT array_agg(group_name) AS groups, array_agg(channel) AS channels FROM placed WHERE is_full) AS p;
+    FOR _i IN 1 .. coalesce(cardinality(_inboxes), 0) LOOP
+        _rung := pg_layer_ring(_inboxes[_i], _nonce, _firsts[_i], _lasts[_i]);
+    END LOOP;
 END
 $$;
 
@@ -332,8 +363,8 @@ BEGIN
         WHERE position('!' IN c.channel) > 0 AND pg_layer_inbox(_prefix, c.channel) IS DISTINCT FROM _own_inbox
         RETURNING inbox, id
     )
-    SELECT count(pg_layer_ring(b.inbox, _nonce, b.first, b.last, b.count, NULL, NULL, NULL, NULL)) INTO _rung
-    FROM (SELECT inbox, min(id) AS first, max(id) AS last, count(*) AS count FROM written GROUP BY inbox) AS b;
+    SELECT count(pg_layer_ring(b.inbox, _nonce, b.first, b.last)) INTO _rung
+    FROM (SELECT inbox, min(id) AS first, max(id) AS last FROM written GROUP BY inbox) AS b;
 END
 $$;
 
@@ -346,7 +377,7 @@ CREATE FUNCTION pg_layer_regroup(
     _join_groups text[], _join_channels text[], _leave_groups text[], _leave_channels text[],
     OUT since_id bigint, OUT expires_at float8
 )
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _expires_at timestamptz := CASE WHEN _expiry IS NULL THEN 'infinity' ELSE _now + make_interval(secs => _expiry) END;
@@ -386,7 +417,7 @@ $$;
 -- Put back memberships that a client remembers and the tables may have lost (a crash, a failover, a lapsed lease).
 --   _ttls: seconds each has left, or null for as long as the client's lease
 CREATE FUNCTION pg_layer_reassert(_inbox text, _groups text[], _channels text[], _ttls float8[]) RETURNS void
-LANGUAGE sql SET enable_seqscan = off AS $$
+LANGUAGE sql SET enable_seqscan = off SET jit = off AS $$
     INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at)
     SELECT r.group_name, _inbox, r.channel,
         CASE WHEN r.ttl IS NULL THEN 'infinity' ELSE clock_timestamp() + make_interval(secs => r.ttl) END
@@ -426,7 +457,7 @@ $$;
 -- The caller commits this durably: undone by a crash of the server, the same job would be handed out twice.
 CREATE FUNCTION pg_layer_take(_prefix text, _channel text, _inbox text, _floor bigint, _limit integer)
 RETURNS TABLE (id bigint, nonce bigint, kind text, channel text, group_name text, payload bytea, expires_at float8)
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -446,8 +477,9 @@ $$;
 
 -- Give taken messages back to their channel, with their place and their expiry.
 CREATE FUNCTION pg_layer_put_back(_prefix text, _inbox text, _ids bigint[], _nonces bigint[]) RETURNS void
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
+    _nonce bigint := pg_layer_nonce();
     _rung bigint;
 BEGIN
     WITH moved AS (
@@ -455,7 +487,7 @@ BEGIN
         WHERE m.inbox = _inbox AND m.id = ANY (_ids) AND m.nonce = ANY (_nonces)
         RETURNING m.inbox, m.id
     )
-    SELECT count(pg_layer_ring(b.inbox, pg_layer_nonce(), b.first, b.last, 0, NULL, NULL, NULL, NULL)) INTO _rung
+    SELECT count(pg_layer_ring(b.inbox, _nonce, b.first, b.last)) INTO _rung
     FROM (SELECT inbox, min(id) AS first, max(id) AS last FROM moved GROUP BY inbox) AS b;
 END
 $$;
@@ -464,7 +496,7 @@ $$;
 CREATE FUNCTION pg_layer_close(
     _prefix text, _inbox text, _ids bigint[], _nonces bigint[], _groups text[], _channels text[]
 ) RETURNS void
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 BEGIN
     PERFORM pg_layer_put_back(_prefix, _inbox, _ids, _nonces);
     DELETE FROM pg_layer_client WHERE inbox = _inbox;
@@ -475,10 +507,12 @@ END
 $$;
 
 -- Back to a blank state: no messages, no memberships, and every client is told so.
-CREATE FUNCTION pg_layer_flush(_prefix text) RETURNS void
+--   returns: the id up to which all is gone
+CREATE FUNCTION pg_layer_flush(_prefix text) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     _nonce bigint := pg_layer_nonce();
+    _id bigint := nextval('pg_layer_message_id_seq');
     _rung bigint;
 BEGIN
     DELETE FROM pg_layer_message AS m WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"';
@@ -489,7 +523,8 @@ BEGIN
         WHERE c.inbox > _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at > clock_timestamp()
         RETURNING inbox, id
     )
-    SELECT count(pg_layer_ring(w.inbox, _nonce, w.id, w.id, 0, NULL, NULL, NULL, NULL)) INTO _rung FROM written AS w;
+    SELECT count(pg_layer_ring(w.inbox, _nonce, w.id, w.id)) INTO _rung FROM written AS w;
+    RETURN _id;
 END
 $$;
 

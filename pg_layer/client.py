@@ -13,15 +13,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pg_layer.clock import DatabaseClock
 from pg_layer.codec import Codec
-from pg_layer.config import Config
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.inbox import Inbox, Key, Row
 from pg_layer.mailbox import Letter, Mailbox
 from pg_layer.membership import Memberships
+
+if TYPE_CHECKING:
+    from pg_layer.config import Config
 
 logger = logging.getLogger("pg_layer")
 
@@ -130,30 +132,33 @@ class Client:
             if row.channel is not None:
                 mailbox = self.mailbox(row.channel)
                 mailbox.undeleted += 1
-                mailbox.put(Letter(payload, row.expires_at, row.key))
+                mailbox.put(Letter(row.id, payload, row.expires_at, row.key))
                 return True
             if row.group is not None:
-                self._fan_out(row.group, row.id, Letter(payload, row.expires_at, None))
+                self._fan_out(row.group, Letter(row.id, payload, row.expires_at, None))
         elif row.kind == "flush":
-            self.flush()
+            self.flush(row.id)
         elif row.channel is not None and row.group is not None:
             if row.kind == "join" and self.owns(row.channel):
-                self.memberships.add(row.group, self.mailbox(row.channel), row.id, row.expires_at)
+                self.memberships.join(row.group, self.mailbox(row.channel), row.id, row.expires_at)
             elif row.kind == "leave":
-                self.memberships.discard(row.group, row.channel)
+                self.memberships.leave(row.group, row.channel, row.id)
         return False
 
-    def _fan_out(self, group: str, id: int, letter: Letter) -> None:
+    def _fan_out(self, group: str, letter: Letter) -> None:
         now = self.clock.now()
-        for mailbox, since, expires_at in self.memberships.of_group(group):
+        id = letter.id
+        for mailbox, since, _, expires_at in self.memberships.of_group(group):
             if id > since and expires_at > now and not mailbox.put_if_room(letter):
                 self.count_dropped(group, mailbox.channel)
 
-    def flush(self) -> None:
-        """Back to a blank state."""
-        self.memberships.clear()
+    def flush(self, id: int) -> None:
+        """Forget all that was sent or joined before that id."""
+        self.memberships.flush(id)
         for mailbox in self.mailboxes():
-            mailbox.pop_all()
+            self.doomed.extend(
+                (letter.key, mailbox) for letter in mailbox.pop_up_to(id) if letter.key is not None
+            )
 
     # ------------------------------------------------------------------ the end
 

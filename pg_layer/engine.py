@@ -8,82 +8,25 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from pg_layer import store
-from pg_layer.client import Client, inbox_of
+from pg_layer.client import Client
 from pg_layer.connections import Connections
-from pg_layer.exceptions import ChannelFull, LayerUnavailable, PgLayerError
-from pg_layer.lane import Lane, Outcome
+from pg_layer.exceptions import LayerUnavailable, PgLayerError
 from pg_layer.listener import Listener
 from pg_layer.receiver import Receiver
+from pg_layer.sender import Regroup, Sender
 
 T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer")
 
 REASSERT_MOST = 5000  # memberships a statement
-FLOORS_MOST = 64
-FLOOR_AGE = 0.1  # seconds: a floor is used when it is at least so old, as ids commit out of order
 SENDER_IDLE = 10.0  # seconds after which a process that only sends closes its connection
 FAREWELL_TIMEOUT = 2.0
 SWEEP_BATCH = 1000
-
-
-class Send(NamedTuple):
-    """A message for a channel."""
-
-    channel: str
-    payload: bytes
-    expiry: float
-    capacity: int
-
-
-class GroupSend(NamedTuple):
-    """A message for a group."""
-
-    group: str
-    payload: bytes
-    expiry: float
-
-
-class Regroup(NamedTuple):
-    """A channel that joins a group or leaves it."""
-
-    group: str
-    channel: str
-    joins: bool
-
-
-class FloorBook:
-    """Remembers per inbox where counts of what waits may begin.
-
-    A floor is used only when it is a moment old: a message with a smaller id may still be about to commit.
-    """
-
-    def __init__(self) -> None:
-        self._used: dict[str, int] = {}
-        self._ripening: dict[str, int] = {}
-        self._since = time.monotonic()
-
-    def learn(self, floors: store.Floors) -> None:
-        """Take the floors that a statement returned."""
-        for inbox, id in zip(floors.inboxes, floors.ids, strict=True):
-            self._ripening.setdefault(inbox, id)
-        now = time.monotonic()
-        if now - self._since >= FLOOR_AGE:
-            self._used, self._ripening, self._since = self._ripening, {}, now
-
-    def tell(self) -> store.Floors:
-        """The floors to count from."""
-        if len(self._used) > FLOORS_MOST:
-            self._used = dict(list(self._used.items())[-FLOORS_MOST:])
-        return store.Floors(list(self._used), list(self._used.values()))
-
-    def of(self, inbox: str) -> int:
-        """The floor of one inbox."""
-        return self._used.get(inbox, 0)
 
 
 class Engine:
@@ -103,12 +46,7 @@ class Engine:
         self.receiver = Receiver(client, self.connections, self.spawn)
         self._listener: Listener | None = None
         self._keeps_lease = False
-        # A caller on another loop waits a little longer than the write itself may take.
-        timeout = config.send_timeout + 1
-        self._sends = Lane[Send](self.loop, self._send, self.spawn, _payload_size, timeout)
-        self._group_sends = Lane[GroupSend](self.loop, self._group_send, self.spawn, _payload_size, timeout)
-        self._regroups = Lane[Regroup](self.loop, self._regroup, self.spawn, lambda op: 100, timeout)
-        self._floors = FloorBook()
+        self.sender = Sender(client, self.connections, self.spawn, self._start_keeping_lease)
         self.spawn(self._guard())
 
     # ------------------------------------------------------------------ tasks
@@ -169,108 +107,15 @@ class Engine:
 
     # ------------------------------------------------------------------ sending
 
-    async def send(self, op: Send) -> None:
-        """Send to a channel, from any loop."""
-        await self._sends.submit(op)
-
-    async def group_send(self, op: GroupSend) -> None:
-        """Send to a group, from any loop."""
-        await self._group_sends.submit(op)
-
-    async def regroup(self, op: Regroup) -> None:
-        """Join or leave a group, from any loop."""
-        await self._regroups.submit(op)
-
-    async def _send(self, ops: list[Send]) -> Sequence[Outcome]:
-        prefix = self.client.config.prefix
-        timeout = self.client.config.send_timeout
-        self.client.counters["send_batches"] += 1
-        if len(ops) == 1:
-            op = ops[0]
-            inbox = inbox_of(prefix, op.channel)
-            is_full, floor = await self.connections.run(
-                lambda conn: store.send_one(conn, prefix, *op, self._floors.of(inbox)), timeout=timeout
-            )
-            self._floors.learn(store.Floors((inbox,), (floor,)))
-            full = {0} if is_full else set()
-        else:
-            channels, payloads, expiries, capacities = zip(*ops, strict=True)
-            full, floors = await self.connections.run(
-                lambda conn: store.send_batch(
-                    conn, prefix, channels, payloads, expiries, capacities, self._floors.tell()
-                ),
-                timeout=timeout,
-            )
-            self._floors.learn(floors)
-        self.client.counters["sent"] += len(ops) - len(full)
-        self.client.counters["refused_full"] += len(full)
-        return [
-            ChannelFull(f"Channel {op.channel} is full: {op.capacity} messages wait.")
-            if index in full
-            else None
-            for index, op in enumerate(ops)
-        ]
-
-    async def _group_send(self, ops: list[GroupSend]) -> Sequence[Outcome]:
-        config = self.client.config
-        self.client.counters["group_send_batches"] += 1
-        if len(ops) == 1:
-            op = ops[0]
-            missed = [
-                (op.group, channel)
-                for channel in await self.connections.run(
-                    lambda conn: store.group_send_one(conn, config.prefix, *op, config.capacity),
-                    timeout=config.send_timeout,
-                )
-            ]
-        else:
-            groups, payloads, expiries = zip(*ops, strict=True)
-            missed = await self.connections.run(
-                lambda conn: store.group_send_batch(
-                    conn, config.prefix, groups, payloads, expiries, config.capacity
-                ),
-                timeout=config.send_timeout,
-            )
-        self.client.counters["group_sent"] += len(ops)
-        for group, channel in missed:
-            self.client.count_dropped(group, channel)
-        return [None] * len(ops)
-
-    async def _regroup(self, ops: list[Regroup]) -> Sequence[Outcome]:
-        client = self.client
-        config = client.config
-        last = {(op.group, op.channel): op.joins for op in ops}
-        joins = [pair for pair, is_join in last.items() if is_join]
-        leaves = [pair for pair, is_join in last.items() if not is_join]
-        try:
-            since, expires_at = await self.connections.run(
-                lambda conn: store.regroup(
-                    conn, config.prefix, client.inbox_name, config.lease, config.group_expiry, joins, leaves
-                ),
-                timeout=config.send_timeout,
-                is_idempotent=True,
-            )
-        finally:
-            # Who wants to leave hears no more, whatever becomes of the row.
-            for group, channel in leaves:
-                client.memberships.discard(group, channel)
-        for group, channel in joins:
-            if client.owns(channel):
-                client.has_lease = True
-                client.memberships.add(group, client.mailbox(channel), since, expires_at)
-        if client.has_lease:
-            self._start_keeping_lease()
-        return [None] * len(ops)
-
     async def flush(self) -> None:
         """Remove all messages and memberships of the prefix."""
         prefix = self.client.config.prefix
-        await self.connections.run(
+        id = await self.connections.run(
             lambda conn: store.flush(conn, prefix),
             timeout=self.client.config.send_timeout,
             is_idempotent=True,
         )
-        self.client.flush()
+        self.client.flush(id)
 
     # ------------------------------------------------------------------ receiving
 
@@ -328,7 +173,7 @@ class Engine:
                 client.inbox_name,
                 [
                     (group, mailbox.channel, None if expires_at == math.inf else expires_at - now)
-                    for group, (mailbox, _, expires_at) in members[start : start + REASSERT_MOST]
+                    for group, (mailbox, _, _, expires_at) in members[start : start + REASSERT_MOST]
                 ],
             )
 
@@ -356,6 +201,7 @@ class Engine:
                     await self._renew(None)
                 elif await self.receiver.ping(self._renew, heartbeat / 2):
                     self.receiver.look_again()
+                    self.receiver.age()
                 else:
                     logger.warning(
                         "The database answers, but its notifications do not arrive: listening anew."
@@ -396,7 +242,7 @@ class Engine:
                     logger.info(
                         "Channel %s leaves group %s: its messages expire unread.", mailbox.channel, group
                     )
-                    await self.regroup(Regroup(group, mailbox.channel, joins=False))
+                    await self.sender.submit(Regroup(group, mailbox.channel, joins=False))
 
     async def _sweep(self) -> None:
         prefix = self.client.config.prefix
@@ -433,7 +279,7 @@ class Engine:
         self.abandon()
 
     async def _stop_tasks(self) -> None:
-        self._close_lanes()
+        self.sender.close()
         self.is_closed = True
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
@@ -442,19 +288,11 @@ class Engine:
 
     def abandon(self) -> None:
         """Drop all that is bound to the loop, also when the loop will not run again. The client lives on."""
-        self._close_lanes()
+        self.sender.close()
         self.is_closed = True
         if self._listener is not None:
             self._listener.abandon()
         self.connections.abandon()
-
-    def _close_lanes(self) -> None:
-        for lane in (self._sends, self._group_sends, self._regroups):
-            lane.close()
-
-
-def _payload_size(op: Send | GroupSend) -> int:
-    return len(op.payload)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

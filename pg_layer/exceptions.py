@@ -48,6 +48,13 @@ class LayerUnavailable(PgLayerError):
     """
 
 
+class NotBegun(LayerUnavailable):
+    """The event loop that served the channel layer ended before the call began.
+
+    Internal: the call is made again on the loop that takes over.
+    """
+
+
 class NotMigrated(PgLayerError):
     """The tables of pg_layer are missing or out of date: run `python manage.py migrate pg_layer`.
 

@@ -14,19 +14,19 @@ import logging
 import os
 import threading
 import weakref
-from typing import Any
 
 import psycopg
+from asgiref.sync import AsyncToSync
 
 from pg_layer import store
 from pg_layer.client import Client
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.engine import Engine
+from pg_layer.exceptions import NotBegun
+from pg_layer.sender import Op
 
 logger = logging.getLogger("pg_layer")
-
-SETTLED_AFTER = 3  # sends on one loop, after which it is taken for one that lives
 
 
 class Hub:
@@ -50,18 +50,21 @@ class Hub:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        self._engine = Engine(self._client)
-        self._stop = asyncio.Event()
+        self._engine = engine = Engine(self._client)
+        self._is_retired = asyncio.Event()
         self._ready.set()
         try:
-            await self._stop.wait()
+            await self._is_retired.wait()
         finally:
-            await self._engine.stop()
+            await engine.stop()
+
+    def retire(self) -> None:
+        """Close the connection and end the thread, when what was begun is done."""
+        self.engine.call(self._is_retired.set)
 
     def close(self) -> None:
-        """End the thread; returns when it has ended."""
-        engine = self.engine
-        engine.call(self._stop.set)
+        """Retire, and wait for it."""
+        self.retire()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -80,7 +83,6 @@ class Homes:
         self.client = Client(self._config, self._codec)
         self._home: Engine | None = None
         self._hub: Hub | None = None
-        self._suitor: tuple[Any, int] = (None, 0)  # the loop that sent last, and how often in a row
 
     def for_receiving(self) -> Engine:
         """The engine that receives: this loop's own, or that of a loop that runs elsewhere."""
@@ -98,7 +100,6 @@ class Homes:
 
     def for_sending(self) -> Engine:
         """The engine that sends for this loop."""
-        loop = asyncio.get_running_loop()
         home = self._home
         if home is not None and home.is_running:
             return home
@@ -106,19 +107,28 @@ class Homes:
             home = self._home
             if home is not None and home.is_running:
                 return home
-            suitor, count = self._suitor
-            count = count + 1 if suitor is not None and suitor() is loop else 1
-            self._suitor = (weakref.ref(loop), count)
-            if count > SETTLED_AFTER:
+            if not _is_passing(asyncio.get_running_loop()):
                 return self._move_here()
             if self._hub is None:
                 self._hub = Hub(self.client)
             return self._hub.engine
 
+    async def submit(self, op: Op) -> None:
+        """Send, or change a membership, wherever that is done now."""
+        while True:
+            try:
+                await self.for_sending().sender.submit(op)
+                return
+            except NotBegun:
+                continue  # that loop has ended: another takes over
+
     def _move_here(self) -> Engine:
         if self._home is not None and not self._home.is_running:
             self._home.abandon()
         self._home = Engine(self.client)
+        hub, self._hub = self._hub, None
+        if hub is not None:
+            hub.retire()
         return self._home
 
     async def close(self) -> None:
@@ -160,6 +170,11 @@ class Homes:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.
         _inherited.append((self._home, self._hub))
         self._begin()
+
+
+def _is_passing(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop is one that `async_to_sync` made for one call."""
+    return loop in getattr(AsyncToSync, "loop_thread_executors", ())
 
 
 _all: weakref.WeakSet[Homes] = weakref.WeakSet()

@@ -1,21 +1,25 @@
 """The receiving state machine: what was announced, read, dispatched and not yet surely deleted. No I/O.
 
-Rows reach a client on three ways that overtake each other: alone inside a doorbell (the shortcut), by reading
-a range of ids that doorbells announced, and by taking them from a normal channel. This class says of each row
-whether it is to be dispatched now, so that every row is dispatched once and, for one writer, in order.
+Rows reach a client on three ways that overtake each other: alone inside a doorbell (the shortcut), by
+reading a range of ids that doorbells announced, and by taking them from a normal channel. This class says
+of each row whether it is to be dispatched now, so that every row is dispatched once and, for one writer,
+in order.
 
-A row is identified by ``(id, nonce)``: after a failover to a standby that lagged the same ids are handed
-out again, with other nonces. Order is by id.
+A row is identified by ``(id, nonce)``: after a failover to a standby that lagged the same ids are handed out
+again, with other nonces. Order is by id.
 
 The rules:
 
 * A message inside a doorbell is dispatched at once only if no read is running or due. Otherwise it is one
   more announcement, and the read finds its row.
-* A dispatched row is held until its deletion is sure, and no read that began before that is still running:
-  such a read may have seen the row.
-* A row that was read before its doorbell was heard is remembered by its nonce, and a message that then
-  comes with that nonce is ignored. A ping rung after the read and heard shows that all earlier doorbells
-  have been heard.
+* A dispatched row is held until its deletion is sure, and no view of the table that was opened before is
+  still open: it may have seen the row. Deleted rows are remembered a while longer, because deletions are
+  committed lazily, and a server that crashes may bring the row back.
+* A row that was read before its doorbell was heard is remembered by its nonce, and a message that then comes
+  with that nonce is ignored. A ping rung after the read and heard shows that all earlier doorbells were
+  heard.
+* A read that a limit cut short goes on only to the largest id it saw: what is larger is announced by
+  doorbells, and may be newer than a smaller id that was not committed yet.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import NamedTuple
 Key = tuple[int, int]  # (id, nonce)
 
 LAST_ID = 2**63 - 1
+RECENT_MOST = 100_000  # deleted rows after which they are forgotten sooner than by `age`
 
 
 class Row(NamedTuple):
@@ -41,7 +46,13 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> Key:
+        """What identifies the row."""
         return (self.id, self.nonce)
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether it was moved here from a normal channel, so that no doorbell of this inbox announced it."""
+        return self.channel is not None and "!" not in self.channel
 
 
 class Span(NamedTuple):
@@ -51,6 +62,7 @@ class Span(NamedTuple):
     last: int
 
     def cover(self, other: Span | None) -> Span:
+        """The smallest span that holds both."""
         if other is None:
             return self
         return Span(min(self.first, other.first), max(self.last, other.last))
@@ -68,19 +80,23 @@ class Inbox:
         self._heard: set[int] = set()  # nonces of announcements whose rows are not all read
         self._heard_in_read: set[int] = set()
         self._held: set[Key] = set()
+        self._recent: set[Key] = set()  # deleted lately
+        self._less_recent: set[Key] = set()
         self._early: dict[int, int] = {}  # nonce -> the number of pings rung when it was read
         self._pings = 0
-        self._views = 0  # every read and take is a view of the table, numbered
+        self._views = 0  # reads and takes are views of the table, numbered
         self._open_views: set[int] = set()
-        self._settling: list[
-            tuple[int, Key]
-        ] = []  # deleted, but views up to this number may have seen the row
+        self._read_view = 0
+        # Rows that left the inbox: views up to this number may have seen them. True: deleted, False: put
+        # back.
+        self._settling: list[tuple[int, Key, bool]] = []
+        self._seen_again: set[Key] = set()  # taken anew while still held from the last time
 
     # ------------------------------------------------------------------ doorbells
 
     def hear_message(self, id: int, nonce: int) -> bool:
         """A doorbell brought a message itself. True: dispatch it now. False: it was, or a read will."""
-        if self._early.pop(nonce, None) is not None or (id, nonce) in self._held:
+        if self._early.pop(nonce, None) is not None or self._is_known((id, nonce)):
             return False
         if self._reading is not None or self._due is not None:
             self.hear_span(nonce, Span(id, id))
@@ -99,7 +115,7 @@ class Inbox:
         self._due = EVERYTHING
 
     def reconnected(self) -> None:
-        """A new LISTEN connection begins: no doorbell of the old one will be heard any more."""
+        """A new LISTEN connection is about to listen: no doorbell of the old one will be heard any more."""
         self._early.clear()
         self._heard.clear()
         self.suspect()
@@ -121,46 +137,54 @@ class Inbox:
         """Whether a read should begin now."""
         return self._due is not None and self._reading is None
 
-    def begin_read(self) -> Span:
-        """The span to read, in the order of ids. Ends with `end_read` or `fail_read`."""
+    def begin_read(self) -> tuple[int, Span]:
+        """The view and the span to read, in the order of ids. Ends with `end_read` or `fail_read`."""
         if self._due is None or self._reading is not None:
             raise RuntimeError("No read is due.")
         self._reading, self._due = self._due, None
         self._heard_in_read, self._heard = self._heard, set()
-        self._open_read = self.begin_view()
-        return self._reading
+        self._read_view = self.begin_view()
+        return self._read_view, self._reading
 
-    def end_read(self, rows: Iterable[Row], *, read_up_to: int | None = None) -> list[Row]:
+    def end_read(self, view: int, rows: Iterable[Row], rest: Span | None = None) -> list[Row]:
         """The read brought these rows; returns those to dispatch, in order.
 
-        ``read_up_to``: the read stopped at this id because of a limit; None: it read its whole span.
+        ``rest``: what a limit left unread of that which the read could see.
         """
-        reading, self._reading = self._reading, None
-        assert reading is not None
+        if self._reading is None or view != self._read_view:
+            return []  # abandoned meanwhile: another read has done it
+        self._reading = None
         fresh = []
         for row in rows:
-            if row.key in self._held:
+            if self._is_known(row.key):
                 continue
             self._held.add(row.key)
             fresh.append(row)
-            if row.nonce not in self._heard_in_read and row.nonce not in self._heard:
+            if not (row.was_taken or row.nonce in self._heard_in_read or row.nonce in self._heard):
                 self._early[row.nonce] = self._pings
-        if read_up_to is not None and read_up_to < reading.last:
+        if rest is not None:
             self._heard |= self._heard_in_read
-            self._due = Span(read_up_to + 1, reading.last).cover(self._due)
+            self._due = rest.cover(self._due)
         self._heard_in_read = set()
-        self.end_view(self._open_read)
+        self.end_view(view)
         return fresh
 
-    def fail_read(self) -> None:
+    def fail_read(self, view: int) -> None:
         """The read failed: it is due again."""
-        if self._reading is None:
+        if self._reading is None or view != self._read_view:
             return
         self._due = self._reading.cover(self._due)
         self._reading = None
         self._heard |= self._heard_in_read
         self._heard_in_read = set()
-        self.end_view(self._open_read)
+        self.end_view(view)
+
+    def abandon_views(self) -> None:
+        """The loop that read and took is gone: nothing it began will end, and what it had not read is due."""
+        self.fail_read(self._read_view)
+        self.suspect()
+        for view in list(self._open_views):
+            self.end_view(view)
 
     # ------------------------------------------------------------------ taking
 
@@ -172,8 +196,13 @@ class Inbox:
 
     def taken(self, rows: Iterable[Row]) -> list[Row]:
         """Rows taken from a normal channel into this inbox; returns those to dispatch, sorted by id."""
-        fresh = [row for row in sorted(rows) if row.key not in self._held]
-        self._held.update(row.key for row in fresh)
+        fresh = []
+        for row in sorted(rows):
+            if row.key in self._held:
+                self._seen_again.add(row.key)
+            elif not self._is_known(row.key):
+                self._held.add(row.key)
+                fresh.append(row)
         return fresh
 
     def end_view(self, view: int) -> None:
@@ -181,20 +210,53 @@ class Inbox:
         self._open_views.discard(view)
         if self._settling:
             oldest = min(self._open_views, default=self._views + 1)
-            self._held.difference_update(key for seen, key in self._settling if seen < oldest)
-            self._settling = [(seen, key) for seen, key in self._settling if seen >= oldest]
+            settling, self._settling = self._settling, []
+            for last_view, key, is_deleted in settling:
+                if last_view < oldest:
+                    self._let_go(key, is_deleted)
+                else:
+                    self._settling.append((last_view, key, is_deleted))
 
-    # ------------------------------------------------------------------ deletion
+    # ------------------------------------------------------------------ what leaves the inbox
 
     def deleted(self, keys: Collection[Key]) -> None:
-        """These dispatched rows have surely left the inbox."""
-        if self._open_views:
-            newest = max(self._open_views)
-            self._settling.extend((newest, key) for key in keys)
-        else:
-            self._held.difference_update(keys)
+        """These dispatched rows have surely been deleted."""
+        self._leave(keys, True)
+
+    def put_back(self, keys: Collection[Key]) -> None:
+        """These taken rows have surely gone back to their channel."""
+        self._leave(keys, False)
+
+    def age(self) -> None:
+        """A while has passed in which the server did not crash: forget what was deleted two such whiles ago."""
+        self._recent, self._less_recent = set(), self._recent
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many deleted rows are remembered that a shorter while has to do."""
+        return len(self._recent) >= RECENT_MOST
 
     @property
     def held(self) -> int:
-        """How many rows are dispatched and not surely deleted."""
+        """How many rows are dispatched and not surely gone."""
         return len(self._held)
+
+    def _is_known(self, key: Key) -> bool:
+        return key in self._held or key in self._recent or key in self._less_recent
+
+    def _leave(self, keys: Collection[Key], is_deleted: bool) -> None:
+        if self._open_views:
+            newest = max(self._open_views)
+            self._settling.extend((newest, key, is_deleted) for key in keys)
+            return
+        for key in keys:
+            self._let_go(key, is_deleted)
+
+    def _let_go(self, key: Key, is_deleted: bool) -> None:
+        self._held.discard(key)
+        if is_deleted:
+            self._recent.add(key)
+        elif key in self._seen_again:
+            # Put back, and taken anew before that was known: it is here, and nobody has dispatched it.
+            self._due = Span(key[0], key[0]).cover(self._due)
+        self._seen_again.discard(key)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pg_layer.exceptions import LayerUnavailable
+from pg_layer.exceptions import LayerUnavailable, NotBegun
 
 Op = TypeVar("Op")
 
@@ -72,12 +72,13 @@ class Lane(Generic[Op]):
     async def submit(self, op: Op) -> None:
         """Write ``op``; returns when it is committed, raises its own outcome.
 
-        Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
+        Cancelled while it waits for its batch, it is not written; cancelled later, it may be. Raises `NotBegun` if
+        the lane was closed before it was written, `LayerUnavailable` if the loop ended or stopped meanwhile.
         """
         loop = asyncio.get_running_loop()
         if loop is self._loop:
             if self._closed:
-                raise LayerUnavailable("The channel layer was closed.")
+                raise NotBegun
             if not self._is_busy:
                 self._is_busy = True
                 try:
@@ -100,14 +101,14 @@ class Lane(Generic[Op]):
             try:
                 self._loop.call_soon_threadsafe(self._enqueue, ticket)
             except RuntimeError:
-                raise LayerUnavailable("The event loop that served the channel layer was closed.") from None
+                raise NotBegun from None
             await future
         finally:
             timer.cancel()
 
     def _enqueue(self, ticket: _Ticket) -> None:
         if self._closed:
-            ticket.settle(LayerUnavailable("The channel layer was closed."), self._loop)
+            ticket.settle(NotBegun(), self._loop)
             return
         self._queue.append(ticket)
         if not self._is_busy:
@@ -136,8 +137,11 @@ class Lane(Generic[Op]):
                     ticket.settle(outcome, self._loop)
                 batch = []
         finally:
-            for ticket in batch:  # cancelled in the middle: the engine closes
-                ticket.settle(LayerUnavailable("The channel layer was closed."), self._loop)
+            for ticket in batch:  # cancelled in the middle: the loop ends
+                ticket.settle(
+                    LayerUnavailable("The event loop ended; it is unknown whether the call took effect."),
+                    self._loop,
+                )
             self._is_busy = False
             if self._closed:
                 self.close()
@@ -156,7 +160,7 @@ class Lane(Generic[Op]):
         return batch
 
     def close(self) -> None:
-        """Take no more; what waits fails with `LayerUnavailable`."""
+        """Take no more; what waits fails with `NotBegun`."""
         self._closed = True
         while self._queue:
-            self._queue.popleft().settle(LayerUnavailable("The channel layer was closed."), self._loop)
+            self._queue.popleft().settle(NotBegun(), self._loop)

@@ -11,10 +11,11 @@ from channels.layers import BaseChannelLayer
 
 from pg_layer.codec import Codec
 from pg_layer.config import load
-from pg_layer.engine import Engine, GroupSend, Regroup, Send
+from pg_layer.engine import Engine
 from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.homes import Homes
 from pg_layer.mailbox import Letter, Mailbox
+from pg_layer.sender import GroupSend, Regroup, Send
 
 NAMES_MOST = 10_000
 BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
@@ -66,9 +67,8 @@ class PostgresChannelLayer(BaseChannelLayer):
         """
         self._check_channel(channel)
         payload = self._codec.encode(message)
-        await self._homes.for_sending().send(
-            Send(channel, payload, self.config.expiry, self.config.capacity_of(channel))
-        )
+        config = self.config
+        await self._homes.submit(Send(channel, payload, config.expiry, config.capacity_of(channel)))
 
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.
@@ -110,13 +110,13 @@ class PostgresChannelLayer(BaseChannelLayer):
         """
         self._check_group(group)
         self._check_channel(channel)
-        await self._homes.for_sending().regroup(Regroup(group, channel, joins=True))
+        await self._homes.submit(Regroup(group, channel, joins=True))
 
     async def group_discard(self, group: str, channel: str) -> None:
         """Remove a channel from a group; no error if it is not in it."""
         self._check_group(group)
         self._check_channel(channel)
-        await self._homes.for_sending().regroup(Regroup(group, channel, joins=False))
+        await self._homes.submit(Regroup(group, channel, joins=False))
 
     async def group_send(self, group: str, message: dict[str, Any]) -> None:
         """Send a message to all channels of a group; when this returns, it is committed.
@@ -126,7 +126,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         """
         self._check_group(group)
         payload = self._codec.encode(message)
-        await self._homes.for_sending().group_send(GroupSend(group, payload, self.config.expiry))
+        await self._homes.submit(GroupSend(group, payload, self.config.expiry))
 
     # ------------------------------------------------------------------ all
 

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 from pg_layer.inbox import Key
 
-Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
-
 
 class Letter(NamedTuple):
     """A message in a mailbox.
@@ -26,9 +24,19 @@ class Letter(NamedTuple):
     deleted at once.
     """
 
+    id: int
     payload: bytes
     expires_at: float
     key: Key | None
+
+
+class _Waiter:
+    __slots__ = ("future", "is_woken", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.future: asyncio.Future[None] = loop.create_future()
+        self.is_woken = False
 
 
 class Mailbox:
@@ -42,7 +50,7 @@ class Mailbox:
         self.undeleted = 0  # rows of this channel that senders may still count
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
-        self._waiters: deque[Waiter] = deque()
+        self._waiters: deque[_Waiter] = deque()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -77,17 +85,31 @@ class Mailbox:
 
     def pop(self) -> Letter | None:
         """The oldest letter, or None."""
-        try:
-            return self._letters.popleft()
-        except IndexError:
+        if not self._letters:
             return None
+        with self._lock:
+            return self._letters.popleft() if self._letters else None
 
     def pop_all(self) -> list[Letter]:
         """Empty the mailbox."""
+        return self._pop_if(lambda letter: True)
+
+    def pop_up_to(self, id: int) -> list[Letter]:
+        """Remove and return what was sent before that id."""
+        return self._pop_if(lambda letter: letter.id <= id)
+
+    def pop_expired(self, now: float) -> list[Letter]:
+        """Remove and return what is past its end."""
+        return self._pop_if(lambda letter: letter.expires_at <= now)
+
+    def _pop_if(self, condition: Callable[[Letter], bool]) -> list[Letter]:
         with self._lock:
-            letters = list(self._letters)
-            self._letters.clear()
-            return letters
+            popped = [letter for letter in self._letters if condition(letter)]
+            if popped:
+                kept = [letter for letter in self._letters if not condition(letter)]
+                self._letters.clear()
+                self._letters.extend(kept)
+            return popped
 
     def pop_idle(self) -> list[Letter]:
         """Empty the mailbox if nobody waits for its letters."""
@@ -97,16 +119,6 @@ class Mailbox:
             letters = list(self._letters)
             self._letters.clear()
             return letters
-
-    def pop_expired(self, now: float) -> list[Letter]:
-        """Remove and return what is past its end."""
-        with self._lock:
-            expired = [letter for letter in self._letters if letter.expires_at <= now]
-            if expired:
-                kept = [letter for letter in self._letters if letter.expires_at > now]
-                self._letters.clear()
-                self._letters.extend(kept)
-            return expired
 
     def push_front(self, letter: Letter) -> None:
         """Undo a `pop`: the letter is the oldest again."""
@@ -121,27 +133,28 @@ class Mailbox:
         ``on_wait`` is called once this waiter counts as `waiting`.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        waiter = (loop, future)
+        waiter = _Waiter(loop)
         with self._lock:
             if self._letters:
                 return
             self._waiters.append(waiter)
-        timer = loop.call_later(timeout, _resolve, future) if timeout is not None else None
+        timer = loop.call_later(timeout, _resolve, waiter.future) if timeout is not None else None
         try:
             if on_wait is not None:
                 on_wait()
-            await future
+            await waiter.future
+        except BaseException:
+            with self._lock:
+                if waiter.is_woken and self._letters:
+                    self._wake_one()  # this waiter will not look: the next one must
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
-            with self._lock:
-                try:
-                    self._waiters.remove(waiter)
-                except ValueError:
-                    # Woken. If this waiter was cancelled before it could look, the next one must.
-                    if self._letters and self._waiters:
-                        self._wake_one()
+            if not waiter.is_woken:
+                with self._lock:
+                    if not waiter.is_woken:
+                        self._waiters.remove(waiter)
 
     def wake(self) -> None:
         """Have every waiter look again."""
@@ -151,14 +164,15 @@ class Mailbox:
 
     def _wake_one(self) -> None:
         while self._waiters:
-            loop, future = self._waiters.popleft()
-            if future.done():
-                continue
-            if loop is _running_loop():
-                future.set_result(None)
+            waiter = self._waiters.popleft()
+            waiter.is_woken = True
+            if waiter.loop is _running_loop():
+                if waiter.future.done():
+                    continue
+                waiter.future.set_result(None)
                 return
             try:
-                loop.call_soon_threadsafe(self._wake_there, future)
+                waiter.loop.call_soon_threadsafe(self._wake_there, waiter.future)
             except RuntimeError:  # that loop was closed: nobody waits there any more
                 continue
             return

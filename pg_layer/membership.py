@@ -7,21 +7,33 @@ from typing import NamedTuple
 
 from pg_layer.mailbox import Mailbox
 
+LEFT_MOST = 10_000
+
 
 class Member(NamedTuple):
-    """A channel in a group: messages with a larger id than ``since`` are for it, until ``expires_at``."""
+    """A channel in a group: messages with a larger id than ``since`` are for it, until ``expires_at``.
+
+    ``joined`` is the id at which it last joined: what is older than that does not undo it.
+    """
 
     mailbox: Mailbox
     since: int
+    joined: int
     expires_at: float
 
 
 class Memberships:
-    """Group -> channel -> member, both ways. Thread-safe."""
+    """Group -> channel -> member, both ways. Thread-safe.
+
+    Changes carry ids, as they come by ways that overtake each other: the answer to the own call, and rows that
+    tell of others' calls. The change with the largest id counts.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, Member]] = {}
         self._channels: dict[str, set[str]] = {}
+        # (group, channel) -> id of own leaves of late, that a row about an earlier joining must not undo.
+        self._left: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -30,28 +42,36 @@ class Memberships:
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def add(self, group: str, mailbox: Mailbox, since: int, expires_at: float) -> None:
+    def join(self, group: str, mailbox: Mailbox, id: int, expires_at: float) -> None:
         """Add a channel, or renew it: a member that is renewed has missed nothing since it first joined."""
+        channel = mailbox.channel
         with self._lock:
-            members = self._groups.setdefault(group, {})
-            known = members.get(mailbox.channel)
-            if known is not None:
-                since = min(since, known.since)
-            members[mailbox.channel] = Member(mailbox, since, expires_at)
-            self._channels.setdefault(mailbox.channel, set()).add(group)
-
-    def discard(self, group: str, channel: str) -> None:
-        """Remove a channel from a group, if it is there."""
-        with self._lock:
-            members = self._groups.get(group)
-            if members is None or members.pop(channel, None) is None:
+            if self._left.get((group, channel), -1) > id:
                 return
-            if not members:
-                del self._groups[group]
-            groups = self._channels[channel]
-            groups.discard(group)
-            if not groups:
-                del self._channels[channel]
+            members = self._groups.setdefault(group, {})
+            known = members.get(channel)
+            since, joined = id, id
+            if known is not None:
+                since, joined = min(id, known.since), max(id, known.joined)
+                expires_at = max(expires_at, known.expires_at)
+            members[channel] = Member(mailbox, since, joined, expires_at)
+            self._channels.setdefault(channel, set()).add(group)
+
+    def leave(self, group: str, channel: str, id: int) -> None:
+        """Remove a channel from a group, unless it has joined since."""
+        with self._lock:
+            member = self._groups.get(group, {}).get(channel)
+            if member is not None and member.joined < id:
+                self._remove(group, channel)
+
+    def leave_for_good(self, group: str, channel: str, id: int) -> None:
+        """The own process removed a channel from a group: no row about an earlier joining brings it back."""
+        self.leave(group, channel, id)
+        with self._lock:
+            self._left.pop((group, channel), None)
+            self._left[group, channel] = id
+            if len(self._left) > LEFT_MOST:
+                del self._left[next(iter(self._left))]
 
     def of_group(self, group: str) -> list[Member]:
         """The members of a group."""
@@ -71,16 +91,31 @@ class Memberships:
     def all(self) -> list[tuple[str, Member]]:
         """Every (group, member)."""
         with self._lock:
-            return [(group, member) for group, members in self._groups.items() for member in members.values()]
+            return self._all()
 
     def drop_expired(self, now: float) -> None:
         """Forget what has ended."""
-        for group, member in self.all():
-            if member.expires_at <= now:
-                self.discard(group, member.mailbox.channel)
-
-    def clear(self) -> None:
-        """Forget all."""
         with self._lock:
-            self._groups.clear()
-            self._channels.clear()
+            for group, member in self._all():
+                if member.expires_at <= now:
+                    self._remove(group, member.mailbox.channel)
+
+    def flush(self, id: int) -> None:
+        """Forget all that has not joined after that id."""
+        with self._lock:
+            for group, member in self._all():
+                if member.joined <= id:
+                    self._remove(group, member.mailbox.channel)
+
+    def _all(self) -> list[tuple[str, Member]]:
+        return [(group, member) for group, members in self._groups.items() for member in members.values()]
+
+    def _remove(self, group: str, channel: str) -> None:
+        members = self._groups[group]
+        del members[channel]
+        if not members:
+            del self._groups[group]
+        groups = self._channels[channel]
+        groups.discard(group)
+        if not groups:
+            del self._channels[channel]

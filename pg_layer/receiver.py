@@ -26,6 +26,7 @@ DELETE_DELAY = 0.05  # seconds for which dispatched rows gather before they are 
 DELETE_MOST = 1000
 PUT_BACK_DELAY = 0.05  # seconds for which a taken message waits for a reader of this process
 SETTLE_TIMEOUT = 1.0
+RECENT_LEAST = 3.0  # seconds for which a deleted row is remembered: PostgreSQL writes lazy commits within one
 RETRY = 0.5  # seconds
 
 
@@ -62,6 +63,8 @@ class Receiver:
         self._delete_timer: asyncio.TimerHandle | None = None
         self._is_deleting = False
         self._settled: asyncio.Event = asyncio.Event()
+        self._aged_at = self._loop.time()
+        client.inbox.abandon_views()
         self._pings: dict[str, asyncio.Future[None]] = {}
         self.listener: Listener | None = None  # none: the tables are polled
 
@@ -69,9 +72,9 @@ class Receiver:
 
     async def listen(self, conn: store.AnyConnection) -> None:
         """Begin with a new LISTEN connection: first listen, then look at what was missed."""
-        prefix, inbox = self._client.config.prefix, self._client.inbox
+        prefix = self._client.config.prefix
+        self._client.inbox.reconnected()
         self._own_doorbell = await store.listen(conn, prefix, self._client.address)
-        inbox.reconnected()
         self._doorbells.clear()
         for channel, reader in list(self._readers.items()):
             reader.doorbell = await store.listen(conn, prefix, channel)
@@ -162,22 +165,22 @@ class Receiver:
         inbox = self._client.inbox
         try:
             while inbox.is_due:
-                span = inbox.begin_read()
+                view, span = inbox.begin_read()
                 try:
-                    rows, up_to = await self._connections.run(
+                    rows, rest = await self._connections.run(
                         partial(store.read, inbox=self._client.inbox_name, span=span),
                         timeout=self._client.config.send_timeout,
                         is_idempotent=True,
                     )
                 except PgLayerError:
-                    inbox.fail_read()
+                    inbox.fail_read(view)
                     await asyncio.sleep(RETRY)
                     continue
                 except BaseException:
-                    inbox.fail_read()
+                    inbox.fail_read(view)
                     raise
                 self._client.counters["drains"] += 1
-                self._dispatch(inbox.end_read(rows, read_up_to=up_to))
+                self._dispatch(inbox.end_read(view, rows, rest))
         finally:
             self._is_draining = False
 
@@ -196,6 +199,7 @@ class Receiver:
             reader = self._readers[channel] = Reader(self._client.mailbox(channel))
             self._spawn(self._begin(channel, reader))
         reader.is_used = True
+        reader.mailbox = self._client.mailbox(channel)
         self._take_soon(reader)
 
     async def _begin(self, channel: str, reader: Reader) -> None:
@@ -264,6 +268,7 @@ class Receiver:
                 finally:
                     fresh = client.inbox.taken(rows)
                     client.inbox.end_view(view)
+                    self._drain_soon()
                 reader.floor = min(reader.floor, max((row.id + 1 for row in rows), default=LAST_ID))
                 if len(rows) == missing:
                     reader.may_have_more = True
@@ -296,10 +301,16 @@ class Receiver:
                 break
             except PgLayerError:
                 await asyncio.sleep(RETRY)
-        client.inbox.deleted(keys)
+        client.inbox.put_back(keys)
         reader.mailbox.undeleted -= len(keys)
+        self._drain_soon()
 
     # ------------------------------------------------------------------ deletion
+
+    def age(self) -> None:
+        """A while has passed in which the database answered: older deletions are safe on its disk."""
+        self._aged_at = self._loop.time()
+        self._client.inbox.age()
 
     def received(self, mailbox: Mailbox, key: Key) -> None:
         """The message of a row was handed over."""
@@ -336,7 +347,8 @@ class Receiver:
 
     async def _delete(self) -> None:
         client = self._client
-        doomed, client.doomed = client.doomed, []
+        count = len(client.doomed)
+        doomed = client.doomed[:count]
         keys = [key for key, _ in doomed]
         try:
             await self._connections.run(
@@ -344,13 +356,13 @@ class Receiver:
                 timeout=client.config.send_timeout,
                 is_idempotent=True,
             )
-        except BaseException as error:
-            client.doomed = doomed + client.doomed
-            if not isinstance(error, PgLayerError):
-                raise
+        except PgLayerError:
             await asyncio.sleep(RETRY)
         else:
+            del client.doomed[:count]
             client.inbox.deleted(keys)
+            if client.inbox.is_crowded and self._loop.time() - self._aged_at >= RECENT_LEAST:
+                self.age()
             for _, mailbox in doomed:
                 if mailbox is not None:
                     mailbox.undeleted -= 1

@@ -12,7 +12,7 @@ would hand them out twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from psycopg import AsyncConnection, AsyncCursor, Connection
 
@@ -26,13 +26,12 @@ AnyConnection = AsyncConnection[Any]
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
 
+_LAZY_CALL = "SELECT set_config('synchronous_commit', 'off', true), "
 _LAZILY = "SELECT set_config('synchronous_commit', 'off', true), f.* FROM "
 
-_SEND_ONE = _LAZILY + "pg_layer_send_one(%t::text, %t::text, %b::bytea, %b::float8, %b::int4, %b::int8) AS f"
+_SEND_ONE = _LAZY_CALL + "pg_layer_send_one(%t, %t, %b::bytea, %b::float8, %b::int4, %b::int8)"
 _SEND_BATCH = _LAZILY + "pg_layer_send_batch(%t::text, %b, %b, %b, %b, %b, %b) AS f"
-_GROUP_SEND_ONE = (
-    _LAZILY + "pg_layer_group_send_one(%t::text, %t::text, %b::bytea, %b::float8, %b::int4) AS f"
-)
+_GROUP_SEND_ONE = _LAZY_CALL + "pg_layer_group_send_one(%t, %t, %b::bytea, %b::float8, %b::int4)"
 _GROUP_SEND_BATCH = _LAZILY + "pg_layer_group_send_batch(%t::text, %b, %b, %b, %b::int4) AS f"
 _REGROUP = _LAZILY + "pg_layer_regroup(%t::text, %t::text, %b::float8, %b::float8, %b, %b, %b, %b) AS f"
 _REASSERT = _LAZILY + "pg_layer_reassert(%t::text, %b, %b, %b::float8[]) AS f"
@@ -40,16 +39,20 @@ _RENEW = _LAZILY + "pg_layer_renew(%t::text, %t::text, %b::int4, %b::float8, %t:
 _LISTEN = "SELECT pg_layer_listen(pg_layer_inbox(%t::text, %t::text))"
 _UNLISTEN = "SELECT pg_layer_unlisten(pg_layer_inbox(%t::text, %t::text))"
 _READ = """
-    SELECT id, nonce, kind, channel, group_name, payload, ends
+    SELECT id, nonce, kind, channel, group_name, payload, ends, newest
     FROM (
         SELECT m.*, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS bytes_before
         FROM (
-            SELECT id, nonce, kind, channel, group_name, payload, extract(epoch FROM expires_at)::float8 AS
-            ends FROM pg_layer_message WHERE inbox = %t::text AND id BETWEEN %b::int8 AND %b::int8 AND
-            expires_at > clock_timestamp() ORDER BY id LIMIT %b::int4
+            SELECT id, nonce, kind, channel, group_name, payload, extract(epoch FROM expires_at)::float8 AS ends
+            FROM pg_layer_message
+            WHERE inbox = %(inbox)t::text AND id BETWEEN %(first)b::int8 AND %(last)b::int8
+                AND expires_at > clock_timestamp()
+            ORDER BY id LIMIT %(rows)b::int4
         ) AS m
-    ) AS m
-    WHERE bytes_before < %b::int8
+    ) AS m, (
+        SELECT max(id) AS newest FROM pg_layer_message WHERE inbox = %(inbox)t::text AND id <= %(last)b::int8
+    ) AS n
+    WHERE bytes_before < %(bytes)b::int8
     ORDER BY id
 """
 _DELETE = """
@@ -96,10 +99,10 @@ async def _execute(conn: AnyConnection, query: str, params: Sequence[object]) ->
 
 async def send_one(
     conn: AnyConnection, prefix: str, channel: str, payload: bytes, expiry: float, capacity: int, floor: int
-) -> tuple[bool, int]:
-    """Returns whether the channel was full, and its inbox's new floor."""
-    _, is_full, floor = await _one(conn, _SEND_ONE, (prefix, channel, payload, expiry, capacity, floor))
-    return is_full, floor
+) -> int | None:
+    """Returns the new floor of the channel's inbox, or None if the channel was full."""
+    _, floor_or_full = await _one(conn, _SEND_ONE, (prefix, channel, payload, expiry, capacity, floor))
+    return cast("int | None", floor_or_full)
 
 
 async def send_batch(
@@ -164,7 +167,7 @@ async def regroup(
     joins: Sequence[tuple[str, str]],
     leaves: Sequence[tuple[str, str]],
 ) -> tuple[int, float]:
-    """Join and leave (group, channel) pairs, none twice; returns the joined's ``since`` and end."""
+    """Join and leave (group, channel) pairs, none twice; returns the id and the end of the joining."""
     _, since, expires_at = await _one(
         conn,
         _REGROUP,
@@ -209,12 +212,17 @@ async def unlisten(conn: AnyConnection, prefix: str, channel: str) -> None:
     await _one(conn, _UNLISTEN, (prefix, channel))
 
 
-async def read(conn: AnyConnection, inbox: str, span: Span) -> tuple[list[Row], int | None]:
-    """Rows of a span in the order of ids; and, where a limit cut it short, the id it was read up to."""
-    cursor = await _execute(conn, _READ, (inbox, span.first, span.last, READ_ROWS, READ_BYTES))
-    rows = [Row._make(row) for row in await cursor.fetchall()]
+async def read(conn: AnyConnection, inbox: str, span: Span) -> tuple[list[Row], Span | None]:
+    """Rows of a span in the order of ids; and what a limit left unread of that which was visible."""
+    cursor = await conn.cursor(binary=True).execute(
+        _READ,
+        {"inbox": inbox, "first": span.first, "last": span.last, "rows": READ_ROWS, "bytes": READ_BYTES},
+    )
+    fetched = await cursor.fetchall()
+    rows = [Row._make(row[:7]) for row in fetched]
     if len(rows) == READ_ROWS or sum(len(row.payload) for row in rows) >= READ_BYTES:
-        return rows, rows[-1].id
+        last, newest = rows[-1].id, fetched[-1][7]
+        return rows, Span(last + 1, newest) if newest > last else None
     return rows, None
 
 
@@ -265,9 +273,10 @@ def close_now(conn: Connection[Any], farewell: Farewell) -> None:
     conn.execute(_CLOSE, _close_parameters(farewell))
 
 
-async def flush(conn: AnyConnection, prefix: str) -> None:
-    """Remove every message and membership of a prefix, and tell its clients."""
-    await _one(conn, _FLUSH, (prefix,))
+async def flush(conn: AnyConnection, prefix: str) -> int:
+    """Remove every message and membership of a prefix, and tell its clients; returns up to which id."""
+    (id,) = await _one(conn, _FLUSH, (prefix,))
+    return int(id)
 
 
 async def sweep(conn: AnyConnection, prefix: str, limit: int) -> Swept | None:

@@ -1,0 +1,202 @@
+"""The sending side of a client on one loop: a lane each for sends, group sends and changes of membership."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NamedTuple
+
+from pg_layer import store
+from pg_layer.client import Client, inbox_of
+from pg_layer.connections import Connections
+from pg_layer.exceptions import ChannelFull, LayerUnavailable
+from pg_layer.inbox import LAST_ID
+from pg_layer.lane import Lane, Outcome
+
+FLOORS_MOST = 64
+FLOOR_AGE = 0.1  # seconds: a floor is used when it is at least so old, as ids commit out of order
+
+
+class Send(NamedTuple):
+    """A message for a channel."""
+
+    channel: str
+    payload: bytes
+    expiry: float
+    capacity: int
+
+
+class GroupSend(NamedTuple):
+    """A message for a group."""
+
+    group: str
+    payload: bytes
+    expiry: float
+
+
+class Regroup(NamedTuple):
+    """A channel that joins a group or leaves it."""
+
+    group: str
+    channel: str
+    joins: bool
+
+
+Op = Send | GroupSend | Regroup
+
+
+class FloorBook:
+    """Remembers per inbox where counts of what waits may begin.
+
+    A floor is used only when it is a moment old: a message with a smaller id may still be about to commit.
+    """
+
+    def __init__(self) -> None:
+        self._used: dict[str, int] = {}
+        self._ripening: dict[str, int] = {}
+        self._since = time.monotonic()
+
+    def learn(self, floors: store.Floors) -> None:
+        """Take the floors that a statement returned."""
+        for inbox, id in zip(floors.inboxes, floors.ids, strict=True):
+            self._ripening.setdefault(inbox, id)
+        now = time.monotonic()
+        if now - self._since >= FLOOR_AGE:
+            self._used, self._ripening, self._since = self._ripening, {}, now
+
+    def tell(self) -> store.Floors:
+        """The floors to count from."""
+        if len(self._used) > FLOORS_MOST:
+            self._used = dict(list(self._used.items())[-FLOORS_MOST:])
+        return store.Floors(list(self._used), list(self._used.values()))
+
+    def of(self, inbox: str) -> int:
+        """The floor of one inbox."""
+        return self._used.get(inbox, 0)
+
+
+class Sender:
+    """Writes in batches. Bound to a loop; its coroutines may be called on any."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        on_lease: Callable[[], None],
+    ) -> None:
+        self.client = client
+        self.connections = connections
+        self._on_lease = on_lease
+        self._floors = FloorBook()
+        loop = asyncio.get_running_loop()
+        # A caller on another loop waits a little longer than the write itself may take.
+        timeout = client.config.send_timeout + 1
+        self._sends = Lane[Send](loop, self._send, spawn, _payload_size, timeout)
+        self._group_sends = Lane[GroupSend](loop, self._group_send, spawn, _payload_size, timeout)
+        self._regroups = Lane[Regroup](loop, self._regroup, spawn, lambda op: 100, timeout)
+
+    def close(self) -> None:
+        """Take no more."""
+        for lane in (self._sends, self._group_sends, self._regroups):
+            lane.close()
+
+    async def submit(self, op: Op) -> None:
+        """Do it, from any loop; returns when it is committed. Raises `ChannelFull`, and as `Lane.submit`."""
+        if isinstance(op, Send):
+            await self._sends.submit(op)
+        elif isinstance(op, GroupSend):
+            await self._group_sends.submit(op)
+        else:
+            await self._regroups.submit(op)
+
+    async def _send(self, ops: list[Send]) -> Sequence[Outcome]:
+        prefix = self.client.config.prefix
+        timeout = self.client.config.send_timeout
+        self.client.counters["send_batches"] += 1
+        if len(ops) == 1:
+            op = ops[0]
+            inbox = inbox_of(prefix, op.channel)
+            floor = await self.connections.run(
+                lambda conn: store.send_one(conn, prefix, *op, self._floors.of(inbox)), timeout=timeout
+            )
+            full = {0} if floor is None else set()
+            if floor is not None:
+                self._floors.learn(store.Floors((inbox,), (floor,)))
+        else:
+            channels, payloads, expiries, capacities = zip(*ops, strict=True)
+            full, floors = await self.connections.run(
+                lambda conn: store.send_batch(
+                    conn, prefix, channels, payloads, expiries, capacities, self._floors.tell()
+                ),
+                timeout=timeout,
+            )
+            self._floors.learn(floors)
+        self.client.counters["sent"] += len(ops) - len(full)
+        self.client.counters["refused_full"] += len(full)
+        return [
+            ChannelFull(f"Channel {op.channel} is full: {op.capacity} messages wait.")
+            if index in full
+            else None
+            for index, op in enumerate(ops)
+        ]
+
+    async def _group_send(self, ops: list[GroupSend]) -> Sequence[Outcome]:
+        config = self.client.config
+        self.client.counters["group_send_batches"] += 1
+        if len(ops) == 1:
+            op = ops[0]
+            missed = [
+                (op.group, channel)
+                for channel in await self.connections.run(
+                    lambda conn: store.group_send_one(conn, config.prefix, *op, config.capacity),
+                    timeout=config.send_timeout,
+                )
+            ]
+        else:
+            groups, payloads, expiries = zip(*ops, strict=True)
+            missed = await self.connections.run(
+                lambda conn: store.group_send_batch(
+                    conn, config.prefix, groups, payloads, expiries, config.capacity
+                ),
+                timeout=config.send_timeout,
+            )
+        self.client.counters["group_sent"] += len(ops)
+        for group, channel in missed:
+            self.client.count_dropped(group, channel)
+        return [None] * len(ops)
+
+    async def _regroup(self, ops: list[Regroup]) -> Sequence[Outcome]:
+        client = self.client
+        config = client.config
+        last = {(op.group, op.channel): op.joins for op in ops}
+        joins = [pair for pair, is_join in last.items() if is_join]
+        leaves = [pair for pair, is_join in last.items() if not is_join]
+        try:
+            since, expires_at = await self.connections.run(
+                lambda conn: store.regroup(
+                    conn, config.prefix, client.inbox_name, config.lease, config.group_expiry, joins, leaves
+                ),
+                timeout=config.send_timeout,
+                is_idempotent=True,
+            )
+        except LayerUnavailable:
+            # Who wanted to leave hears no more, whatever becomes of the row.
+            for group, channel in leaves:
+                client.memberships.leave(group, channel, LAST_ID)
+            raise
+        for group, channel in leaves:
+            if client.owns(channel):
+                client.memberships.leave_for_good(group, channel, since)
+        for group, channel in joins:
+            if client.owns(channel):
+                client.memberships.join(group, client.mailbox(channel), since, expires_at)
+                client.has_lease = True
+        if client.has_lease:
+            self._on_lease()
+        return [None] * len(ops)
+
+
+def _payload_size(op: Send | GroupSend) -> int:
+    return len(op.payload)
