@@ -6,10 +6,12 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from channels.layers import get_channel_layer  # type: ignore[import-untyped]
-from channels.routing import ProtocolTypeRouter, URLRouter  # type: ignore[import-untyped]
-from channels.security.websocket import AllowedHostsOriginValidator  # type: ignore[import-untyped]
+from channels.layers import get_channel_layer
+from channels.routing import ProtocolTypeRouter, URLRouter
+from channels.security.websocket import AllowedHostsOriginValidator
 from django.core.asgi import get_asgi_application
+
+from pg_layer import PostgresChannelLayer
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "example.settings")
 pages = get_asgi_application()
@@ -27,7 +29,9 @@ async def lifespan(
     await receive()
     await send({"type": "lifespan.startup.complete"})
     await receive()
-    await get_channel_layer().close()
+    layer = get_channel_layer()
+    if isinstance(layer, PostgresChannelLayer):
+        await layer.close()
     await send({"type": "lifespan.shutdown.complete"})
 
 

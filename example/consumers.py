@@ -5,13 +5,14 @@ Nothing in here knows how the layer works. The group spans all server processes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from typing import Any
 from urllib.parse import parse_qs
 
-from channels.generic.websocket import AsyncJsonWebsocketConsumer  # type: ignore[import-untyped]
+from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from django.conf import settings
 
 from pg_layer import LayerUnavailable
@@ -38,7 +39,7 @@ def clean_name(value: object) -> str:
     return clean(" ".join(clean(value, 4 * MAX_NAME).split()), MAX_NAME) or "somebody"
 
 
-class ChatConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
+class ChatConsumer(AsyncJsonWebsocketConsumer):
     """One browser in one room.
 
     From the page come ``{"type": "say", "text": …}`` and ``{"type": "rename", "name": …}``; anything else is
@@ -54,8 +55,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
         self.name = clean_name(query.get("name", [""])[0])
         self.room = self.scope["url_route"]["kwargs"]["room"]
         self.group = f"chat.{self.room}"
-        await self.channel_layer.group_add(self.group, self.channel_name)
         await self.accept()
+        await self.channel_layer.group_add(self.group, self.channel_name)
         await self.send_json({"type": "welcome", "room": self.room, "name": self.name, "by": this_process()})
         await self.tell("chat.joined")
 
@@ -91,6 +92,14 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
                     await self.complain("The server did not understand that.")
         except LayerUnavailable:
             await self.complain("That may not have reached the others: the database is away.")
+
+    # To the page
+
+    async def send_json(self, content: Any, close: bool = False) -> None:
+        # A browser may go while events are on their way to it. The server raises OSError then, which would
+        # end the consumer before it hears of the disconnect, and the others would never see it leave.
+        with contextlib.suppress(OSError):
+            await super().send_json(content, close)
 
     async def complain(self, text: str) -> None:
         await self.send_json({"type": "error", "text": text})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.urls import re_path
 
 from example.consumers import ChatConsumer
@@ -15,6 +17,6 @@ urlpatterns = [
     re_path(rf"^{ROOM}/$", chat),
 ]
 
-websocket_urlpatterns = [
-    re_path(rf"^ws/{ROOM}/$", ChatConsumer.as_asgi()),
+websocket_urlpatterns: list[Any] = [
+    re_path(rf"^ws/{ROOM}/$", ChatConsumer.as_asgi()),  # type: ignore[arg-type]  # no view, but Channels' way
 ]

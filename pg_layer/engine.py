@@ -273,7 +273,8 @@ class Engine:
             self.abandon()
 
     async def stop(self) -> None:
-        """Close the connections in order. The client lives on."""
+        """Close when what was begun is done. The client lives on."""
+        await self.sender.finish()
         await self._stop_tasks()
         await self.connections.close()
         self.abandon()

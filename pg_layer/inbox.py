@@ -228,7 +228,7 @@ class Inbox:
         self._leave(keys, False)
 
     def age(self) -> None:
-        """A while has passed in which the server did not crash: forget what was deleted two such whiles ago."""
+        """The server has not crashed for a while: forget what was deleted two whiles ago."""
         self._recent, self._less_recent = set(), self._recent
 
     @property

@@ -67,13 +67,14 @@ class Lane(Generic[Op]):
         self._timeout = timeout
         self._queue: deque[_Ticket] = deque()
         self._is_busy = False
+        self._rested = asyncio.Event()
         self._closed = False
 
     async def submit(self, op: Op) -> None:
         """Write ``op``; returns when it is committed, raises its own outcome.
 
-        Cancelled while it waits for its batch, it is not written; cancelled later, it may be. Raises `NotBegun` if
-        the lane was closed before it was written, `LayerUnavailable` if the loop ended or stopped meanwhile.
+        Cancelled while it waits for its batch, it is not written; cancelled later, it may be. Raises
+        `NotBegun` if the lane was closed before, `LayerUnavailable` if its loop ended or stopped meanwhile.
         """
         loop = asyncio.get_running_loop()
         if loop is self._loop:
@@ -120,7 +121,11 @@ class Lane(Generic[Op]):
         if self._queue and not self._closed:
             self._spawn(self._work())
         else:
-            self._is_busy = False
+            self._rest()
+
+    def _rest(self) -> None:
+        self._is_busy = False
+        self._rested.set()
 
     async def _work(self) -> None:
         batch: list[_Ticket] = []
@@ -142,7 +147,7 @@ class Lane(Generic[Op]):
                     LayerUnavailable("The event loop ended; it is unknown whether the call took effect."),
                     self._loop,
                 )
-            self._is_busy = False
+            self._rest()
             if self._closed:
                 self.close()
 
@@ -158,6 +163,13 @@ class Lane(Generic[Op]):
                 break
             batch.append(self._queue.popleft())
         return batch
+
+    async def finish(self) -> None:
+        """Take no more; returns when the write in flight has ended."""
+        self.close()
+        while self._is_busy:
+            self._rested.clear()
+            await self._rested.wait()
 
     def close(self) -> None:
         """Take no more; what waits fails with `NotBegun`."""

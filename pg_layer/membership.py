@@ -25,8 +25,8 @@ class Member(NamedTuple):
 class Memberships:
     """Group -> channel -> member, both ways. Thread-safe.
 
-    Changes carry ids, as they come by ways that overtake each other: the answer to the own call, and rows that
-    tell of others' calls. The change with the largest id counts.
+    Changes carry ids, as they come by ways that overtake each other: the answer to the own call, and rows
+    that tell of others' calls. The change with the largest id counts.
     """
 
     def __init__(self) -> None:

@@ -38,6 +38,7 @@ class Reader:
         self.doorbell: str | None = None
         self.is_used = True
         self.is_taking = False
+        self.is_putting_back = False
         self.may_have_more = True
         self.floor = 0  # nothing waits below this id
         self.put_back: asyncio.TimerHandle | None = None
@@ -230,7 +231,11 @@ class Receiver:
             )
 
     def _take_soon(self, reader: Reader) -> None:
-        if not reader.is_taking and reader.may_have_more and reader.mailbox.waiting > len(reader.mailbox):
+        if (
+            not (reader.is_taking or reader.is_putting_back)
+            and reader.may_have_more
+            and reader.mailbox.waiting > len(reader.mailbox)
+        ):
             reader.is_taking = True
             self._spawn(self._take(reader))
 
@@ -278,13 +283,14 @@ class Receiver:
             reader.is_taking = False
 
     def _put_back_later(self, reader: Reader) -> None:
-        if reader.put_back is None and len(reader.mailbox):
+        if reader.put_back is None and not reader.is_putting_back and len(reader.mailbox):
             reader.put_back = self._loop.call_later(PUT_BACK_DELAY, self._put_back_now, reader)
 
     def _put_back_now(self, reader: Reader) -> None:
         reader.put_back = None
         keys = [letter.key for letter in reader.mailbox.pop_idle() if letter.key is not None]
         if keys:
+            reader.is_putting_back = True  # a take meanwhile would get what comes after them
             self._spawn(self._put_back(reader, keys))
         else:
             self._put_back_later(reader)
@@ -303,7 +309,10 @@ class Receiver:
                 await asyncio.sleep(RETRY)
         client.inbox.put_back(keys)
         reader.mailbox.undeleted -= len(keys)
+        reader.is_putting_back = False
+        reader.may_have_more, reader.floor = True, min(reader.floor, keys[0][0])
         self._drain_soon()
+        self._take_soon(reader)
 
     # ------------------------------------------------------------------ deletion
 

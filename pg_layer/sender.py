@@ -96,11 +96,16 @@ class Sender:
         self._sends = Lane[Send](loop, self._send, spawn, _payload_size, timeout)
         self._group_sends = Lane[GroupSend](loop, self._group_send, spawn, _payload_size, timeout)
         self._regroups = Lane[Regroup](loop, self._regroup, spawn, lambda op: 100, timeout)
+        self._lanes = (self._sends, self._group_sends, self._regroups)
 
     def close(self) -> None:
         """Take no more."""
-        for lane in (self._sends, self._group_sends, self._regroups):
+        for lane in self._lanes:
             lane.close()
+
+    async def finish(self) -> None:
+        """Take no more; returns when the writes in flight have ended."""
+        await asyncio.gather(*(lane.finish() for lane in self._lanes))
 
     async def submit(self, op: Op) -> None:
         """Do it, from any loop; returns when it is committed. Raises `ChannelFull`, and as `Lane.submit`."""

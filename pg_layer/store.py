@@ -43,7 +43,8 @@ _READ = """
     FROM (
         SELECT m.*, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS bytes_before
         FROM (
-            SELECT id, nonce, kind, channel, group_name, payload, extract(epoch FROM expires_at)::float8 AS ends
+            SELECT id, nonce, kind, channel, group_name, payload,
+                extract(epoch FROM expires_at)::float8 AS ends
             FROM pg_layer_message
             WHERE inbox = %(inbox)t::text AND id BETWEEN %(first)b::int8 AND %(last)b::int8
                 AND expires_at > clock_timestamp()
