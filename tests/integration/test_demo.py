@@ -1,0 +1,363 @@
+"""The demo, run as its users run it: one command, two servers, one chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import ProxyHandler, Request, build_opener
+
+import psutil
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
+
+from devtools.postgres import PostgresServer
+
+ROOT = Path(__file__).resolve().parents[2]
+ADDRESS = re.compile(r"^ +(server [AB]): (http://127\.0\.0\.1:\d+)/$")
+PATIENCE = 30.0
+
+
+@dataclass
+class RunningDemo:
+    """`python -m example.demo`, and what it said until both servers answered."""
+
+    process: subprocess.Popen[str]
+    addresses: dict[str, str]
+    output: str
+
+    def descendants(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return found
+
+    def child(self, *words: str) -> psutil.Process:
+        """The one process among the demo's own whose command line has all of `words`."""
+        [found] = (process for process in self.descendants() if set(words) <= set(process.cmdline()))
+        return found
+
+    def postgres_folder(self) -> Path:
+        """The temporary folder of the demo's own PostgreSQL."""
+        [postmaster] = (
+            process
+            for process in psutil.Process(self.process.pid).children()
+            if Path(process.cmdline()[0]).name == "postgres"
+        )
+        command = postmaster.cmdline()
+        return Path(command[command.index("-D") + 1]).parent
+
+    def end(self, signum: signal.Signals) -> tuple[int, str]:
+        """Send a signal; the exit status and the rest of the output."""
+        self.process.send_signal(signum)
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        rest, _ = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, rest
+
+    @contextmanager
+    def chat(self, server: str, name: str, path: str = "/ws/lobby/") -> Iterator[Chat]:
+        """A connection to the chat, welcomed."""
+        address = self.addresses[server]
+        url = f"{address.replace('http', 'ws', 1)}{path}?{urlencode({'name': name})}"
+        with connect(url, origin=Origin(address), open_timeout=PATIENCE) as connection:
+            chat = Chat(connection)
+            chat.welcome = chat.next("welcome")
+            yield chat
+
+
+class Chat:
+    """One side of the chat, as a browser has it."""
+
+    welcome: dict[str, Any]
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self.connection = connection
+
+    def say(self, text: str) -> None:
+        self.connection.send(json.dumps({"type": "say", "text": text}))
+
+    def next(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """The next event of that kind with those fields; what comes before it is passed over."""
+        while True:
+            event: dict[str, Any] = json.loads(self.connection.recv(timeout=PATIENCE))
+            if event["type"] == kind and fields.items() <= event.items():
+                return event
+
+
+@contextmanager
+def running_demo(*arguments: str, **environment: str) -> Iterator[RunningDemo]:
+    """The demo, both servers answering. Killed in the end if the test has not ended it."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PG_LAYER_DSN"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "example.demo", *(arguments or ("--port", "0"))],
+        cwd=ROOT,
+        env=inherited | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield _wait_for_addresses(process)
+        finally:
+            process.kill()
+
+
+def _wait_for_addresses(process: subprocess.Popen[str]) -> RunningDemo:
+    assert process.stdout is not None
+    addresses: dict[str, str] = {}
+    output = ""
+    for line in process.stdout:
+        output += line
+        if match := ADDRESS.match(line):
+            addresses[match[1]] = match[2]
+        if len(addresses) == 2:
+            return RunningDemo(process, addresses, output)
+    pytest.fail(f"the demo ended with status {process.wait()}:\n{output}")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[RunningDemo]:
+    """One demo for all tests that only use it."""
+    with running_demo() as running:
+        yield running
+        running.end(signal.SIGTERM)
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    """Status and text of a page."""
+    opener = build_opener(ProxyHandler({}))  # this machine's servers are never behind a proxy
+    try:
+        with opener.open(Request(url, headers=headers), timeout=PATIENCE) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_what_is_said_at_one_server_is_heard_at_the_other(demo: RunningDemo) -> None:
+    with demo.chat("server A", "Ann") as ann, demo.chat("server B", "Bob") as bob:
+        assert ann.welcome["by"]["name"] == "server A"
+        assert bob.welcome["by"]["name"] == "server B"
+        assert ann.welcome["by"]["pid"] != bob.welcome["by"]["pid"]
+        ann.next("joined", name="Bob")
+
+        ann.say("  hello <b>there</b>\n")
+        heard = bob.next("message")
+        assert (heard["text"], heard["name"], heard["mine"]) == ("hello <b>there</b>", "Ann", False)
+        assert (heard["via"], heard["by"]) == (ann.welcome["by"], bob.welcome["by"])
+
+        bob.say("hello yourself")
+        heard = ann.next("message", name="Bob")
+        assert (heard["via"], heard["by"]) == (bob.welcome["by"], ann.welcome["by"])
+        assert bob.next("message", name="Bob")["mine"] is True
+
+
+def test_the_messages_of_one_author_arrive_once_and_in_order(demo: RunningDemo) -> None:
+    with (
+        demo.chat("server A", "Ann", "/ws/order/") as ann,
+        demo.chat("server B", "Bob", "/ws/order/") as bob,
+    ):
+        texts = [str(number) for number in range(100)]
+        for text in texts:
+            ann.say(text)
+        for reader in (ann, bob):
+            assert [reader.next("message")["text"] for _ in texts] == texts
+        bob.say("the end")
+        for reader in (ann, bob):
+            assert reader.next("message")["text"] == "the end"
+
+
+def test_the_others_notice_who_comes_goes_and_changes_their_name(demo: RunningDemo) -> None:
+    with demo.chat("server A", "Ann", "/ws/hall/") as ann:
+        with demo.chat("server B", "Bob", "/ws/hall/") as bob:
+            assert ann.next("joined", name="Bob")["via"] == bob.welcome["by"]
+            bob.connection.send(json.dumps({"type": "rename", "name": "Robert"}))
+            assert ann.next("renamed")["before"] == "Bob"
+        assert ann.next("left")["name"] == "Robert"
+
+
+def test_who_goes_while_events_are_on_their_way_is_seen_to_leave(demo: RunningDemo) -> None:
+    with demo.chat("server A", "Ann", "/ws/rush/") as ann:
+        for number in range(20):
+            with demo.chat("server B", f"Bob {number}", "/ws/rush/") as bob:
+                for text in ("one", "two", "three"):
+                    bob.say(text)
+            ann.next("left", name=f"Bob {number}")
+
+
+def test_rooms_are_apart(demo: RunningDemo) -> None:
+    with (
+        demo.chat("server A", "Ann", "/ws/one/") as one,
+        demo.chat("server B", "Bob", "/ws/two/") as two,
+        demo.chat("server B", "Cid", "/ws/one/") as listener,
+    ):
+        one.say("in one")
+        assert listener.next("message")["text"] == "in one"
+        two.say("in two")
+        assert two.next("message")["text"] == "in two"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "{",
+        "",
+        "null",
+        "[]",
+        '"text"',
+        "{}",
+        '{"type": "say"}',
+        '{"type": "say", "text": 1}',
+        '{"type": "rename", "name": []}',
+        '{"type": "chat.message", "text": "forged"}',
+        "[" * 100_000,
+        b"\x00\xff",
+    ],
+    ids=lambda frame: repr(frame)[:40],
+)
+def test_nonsense_is_answered_and_does_no_harm(demo: RunningDemo, frame: str | bytes) -> None:
+    with demo.chat("server A", "Ann", "/ws/nonsense/") as ann:
+        ann.connection.send(frame)
+        ann.next("error")
+        ann.say("still here")
+        assert ann.next("message")["text"] == "still here"
+
+
+def test_texts_and_names_are_trimmed_to_what_can_be_sent(demo: RunningDemo) -> None:
+    with demo.chat("server B", " ", "/ws/limits/") as nameless:
+        assert nameless.welcome["name"] == "somebody"
+        nameless.say(" \n ")
+        nameless.say("x" * 5000)
+        assert nameless.next("message")["text"] == "x" * 1000
+        nameless.connection.send('{"type": "say", "text": "half \\ud800 a pair"}')
+        assert nameless.next("message")["text"] == "half ? a pair"
+    with demo.chat("server A", "Ann\n the " + "very " * 20, "/ws/limits/") as ann:
+        assert ann.welcome["name"] == "Ann the very very very v"
+
+
+def test_pages_name_their_process_and_their_room(demo: RunningDemo) -> None:
+    for server, other in (("server A", "server B"), ("server B", "server A")):
+        status, page = get(f"{demo.addresses[server]}/kitchen/")
+        assert status == 200
+        assert f'data-name="{server}"' in page
+        assert f'href="{demo.addresses[other]}/kitchen/"' in page
+        assert '<script id="room" type="application/json">"kitchen"</script>' in page
+    assert '"lobby"</script>' in get(demo.addresses["server A"])[1]
+    assert get(f"{demo.addresses['server A']}/no.such.page")[0] == 404
+
+
+def test_strangers_are_turned_away(demo: RunningDemo) -> None:
+    address = demo.addresses["server A"]
+    assert get(address, Host="evil.example")[0] == 400
+    with (
+        pytest.raises(InvalidStatus, match="403"),
+        connect(f"{address.replace('http', 'ws', 1)}/ws/lobby/", origin=Origin("http://evil.example")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name
+)
+def test_nothing_is_left_behind(signum: signal.Signals) -> None:
+    with running_demo() as demo:
+        folder = demo.postgres_folder()
+        left = demo.descendants()
+        assert len(left) >= 4
+        with demo.chat("server A", "Ann"), demo.chat("server B", "Bob"):
+            status, output = demo.end(signum)
+        assert status == (-signum if signum == signal.SIGKILL else 0), output
+        assert "Traceback" not in output
+        _, alive = psutil.wait_procs(left, timeout=PATIENCE)
+        assert alive == []
+        assert not folder.exists()
+
+
+def test_when_a_process_dies_the_demo_says_so_and_ends() -> None:
+    with running_demo() as demo:
+        left = demo.descendants()
+        port = demo.addresses["server B"].rpartition(":")[2]
+        demo.child("uvicorn", port).kill()
+        status, output = demo.wait()
+        assert status == 1
+        assert "server B ended by SIGKILL. The last it said:" in output
+        assert f"Uvicorn running on {demo.addresses['server B']}" in output.partition("The last it said:")[2]
+        assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
+
+
+def test_when_postgresql_dies_the_demo_says_so_and_ends() -> None:
+    with running_demo() as demo:
+        left = demo.descendants()
+        [postmaster] = (
+            process for process in psutil.Process(demo.process.pid).children() if process.name() == "postgres"
+        )
+        postmaster.kill()
+        status, output = demo.wait()
+        assert status == 1
+        assert "PostgreSQL ended. Its log ends with:" in output
+        assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
+
+
+def test_a_database_of_ones_own_and_ports_in_use() -> None:
+    with (
+        PostgresServer(fsync=False) as server,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+    ):
+        port = taken.getsockname()[1]
+        with running_demo("--port", str(port), PG_LAYER_DSN=server.create_database("mine")) as demo:
+            ports = [int(address.rpartition(":")[2]) for address in demo.addresses.values()]
+            assert port < ports[0] < ports[1]
+            assert demo.end(signal.SIGINT)[0] == 0
+        assert server.execute("SELECT to_regclass('pg_layer_message') IS NOT NULL", dbname="mine") == [
+            (True,)
+        ]
+
+
+def test_the_chat_goes_on_after_postgresql_was_restarted() -> None:
+    with (
+        PostgresServer(fsync=False) as server,
+        running_demo(PG_LAYER_DSN=server.create_database("chat")) as demo,
+    ):
+        with demo.chat("server A", "Ann") as ann, demo.chat("server B", "Bob") as bob:
+            ann.say("before")
+            assert bob.next("message")["text"] == "before"
+            server.restart()
+            ann.say("after")
+            assert bob.next("message")["text"] == "after"
+            bob.say("indeed")
+            assert ann.next("message", name="Bob")["text"] == "indeed"
+        assert demo.end(signal.SIGINT)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("dsn", "complaint"),
+    [
+        ("", "Set PG_LAYER_DSN to a PostgreSQL database"),
+        ("no dsn", "PG_LAYER_DSN is no connection string that libpq understands"),
+    ],
+)
+def test_settings_say_what_is_wrong_with_the_dsn(dsn: str, complaint: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "example.manage", "check"],
+        cwd=ROOT,
+        env=os.environ | {"PG_LAYER_DSN": dsn, "DJANGO_SETTINGS_MODULE": "example.settings"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert complaint in result.stderr
