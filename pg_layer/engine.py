@@ -103,7 +103,8 @@ class Engine:
         try:
             await self.loop.create_future()
         finally:
-            self.abandon()
+            if not self.is_closed:
+                self.abandon()
 
     # ------------------------------------------------------------------ sending
 
