@@ -492,15 +492,21 @@ BEGIN
 END
 $$;
 
--- A client's end: its unread jobs go back to their channels, all else of it goes.
+-- A client's end: the rows it names were handed over, what else it took goes back to its channel, and all else of it goes.
 CREATE FUNCTION pg_layer_close(
-    _prefix text, _inbox text, _ids bigint[], _nonces bigint[], _groups text[], _channels text[]
+    _prefix text, _inbox text, _done_ids bigint[], _done_nonces bigint[], _groups text[], _channels text[]
 ) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    _ids bigint[];
+    _nonces bigint[];
 BEGIN
+    DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.id = ANY (_done_ids) AND m.nonce = ANY (_done_nonces);
+    SELECT array_agg(m.id), array_agg(m.nonce) INTO _ids, _nonces
+    FROM pg_layer_message AS m WHERE m.inbox = _inbox AND position('!' IN m.channel) = 0;
     PERFORM pg_layer_put_back(_prefix, _inbox, _ids, _nonces);
-    DELETE FROM pg_layer_client WHERE inbox = _inbox;
-    DELETE FROM pg_layer_message WHERE inbox = _inbox;
+    DELETE FROM pg_layer_client AS c WHERE c.inbox = _inbox;
+    DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox;
     DELETE FROM pg_layer_membership AS m USING unnest(_groups, _channels) AS g (group_name, channel)
     WHERE m.group_name = g.group_name AND m.inbox = _inbox AND m.channel = g.channel;
 END

@@ -31,12 +31,11 @@ LOG_PERIOD = 60.0  # seconds between two log lines about the same thing
 
 
 class Farewell(NamedTuple):
-    """A client's end: what it took and did not hand over goes back; its lease, messages and memberships
-    go."""
+    """A client's end: ``done`` was handed over, what else it took goes back to its channel, all else goes."""
 
     prefix: str
     inbox: str
-    untaken: list[Key]
+    done: list[Key]
     memberships: list[tuple[str, str]]
 
 
@@ -164,14 +163,11 @@ class Client:
 
     def farewell(self) -> Farewell:
         """What is to be said to the database at the end; empties the mailboxes."""
-        unread = [
-            letter.key
-            for mailbox in self.mailboxes()
-            for letter in mailbox.pop_all()
-            if letter.key is not None and "!" not in mailbox.channel
-        ]
+        for mailbox in self.mailboxes():
+            mailbox.pop_all()
+        done = [key for key, _ in self.doomed]
         members = [(group, member.mailbox.channel) for group, member in self.memberships.all()]
-        return Farewell(self.config.prefix, self.inbox_name, unread, members)
+        return Farewell(self.config.prefix, self.inbox_name, done, members)
 
     # ------------------------------------------------------------------ what goes wrong
 

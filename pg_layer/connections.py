@@ -175,6 +175,7 @@ async def _check(conn: AsyncConnection[Any]) -> None:
     poll = select.poll()
     poll.register(conn.fileno(), select.POLLIN)
     if poll.poll(0):
+        await conn.close()  # or the pool takes it for a good one that failed by chance
         raise errors.AdminShutdown("The server closed the idle connection.")
 
 

@@ -235,9 +235,8 @@ class Engine:
         for mailbox in client.mailboxes():
             expired = mailbox.pop_expired(now)
             client.counters["dropped_expired"] += len(expired)
-            for letter in expired:
-                if letter.key is not None:
-                    self.receiver.received(mailbox, letter.key)
+            client.doomed.extend((letter.key, mailbox) for letter in expired if letter.key is not None)
+            self.receiver.delete_soon()
             if expired and not mailbox.waiting:
                 for group in client.memberships.of_channel(mailbox.channel):
                     logger.info(

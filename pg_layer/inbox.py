@@ -91,6 +91,7 @@ class Inbox:
         # back.
         self._settling: list[tuple[int, Key, bool]] = []
         self._seen_again: set[Key] = set()  # taken anew while still held from the last time
+        self._strays: list[Key] = []
 
     # ------------------------------------------------------------------ doorbells
 
@@ -157,6 +158,7 @@ class Inbox:
         fresh = []
         for row in rows:
             if self._is_known(row.key):
+                self._note_stray(row.key)
                 continue
             self._held.add(row.key)
             fresh.append(row)
@@ -200,7 +202,9 @@ class Inbox:
         for row in sorted(rows):
             if row.key in self._held:
                 self._seen_again.add(row.key)
-            elif not self._is_known(row.key):
+            elif self._is_known(row.key):
+                self._note_stray(row.key)
+            else:
                 self._held.add(row.key)
                 fresh.append(row)
         return fresh
@@ -227,6 +231,11 @@ class Inbox:
         """These taken rows have surely gone back to their channel."""
         self._leave(keys, False)
 
+    def pop_strays(self) -> list[Key]:
+        """Deleted rows that a crash of the server brought back: to be deleted once more."""
+        strays, self._strays = self._strays, []
+        return strays
+
     def age(self) -> None:
         """The server has not crashed for a while: forget what was deleted two whiles ago."""
         self._recent, self._less_recent = set(), self._recent
@@ -240,6 +249,11 @@ class Inbox:
     def held(self) -> int:
         """How many rows are dispatched and not surely gone."""
         return len(self._held)
+
+    def _note_stray(self, key: Key) -> None:
+        if key not in self._held:
+            self._held.add(key)
+            self._strays.append(key)
 
     def _is_known(self, key: Key) -> bool:
         return key in self._held or key in self._recent or key in self._less_recent

@@ -166,7 +166,8 @@ class PostgresChannelLayer(BaseChannelLayer):
         """The message of a letter that was popped; None if it is expired or cannot be read."""
         client = self._homes.client
         if letter.key is not None:
-            engine.call(engine.receiver.received, mailbox, letter.key)
+            client.doomed.append((letter.key, mailbox))
+            engine.call(engine.receiver.delete_soon)
         if letter.expires_at <= client.clock.now():
             client.counters["dropped_expired"] += 1
             return None

@@ -187,9 +187,10 @@ class Receiver:
 
     def _dispatch(self, rows: Iterable[Row]) -> None:
         done = self._client.dispatch(rows)
+        done += self._client.inbox.pop_strays()
         if done:
             self._client.doomed.extend((key, None) for key in done)
-            self._delete_soon(DELETE_DELAY)
+            self.delete_soon()
 
     # ------------------------------------------------------------------ normal channels
 
@@ -297,19 +298,21 @@ class Receiver:
 
     async def _put_back(self, reader: Reader, keys: list[Key]) -> None:
         client = self._client
-        while True:
-            try:
-                await self._connections.run(
-                    lambda conn: store.put_back(conn, client.config.prefix, client.inbox_name, keys),
-                    timeout=client.config.send_timeout,
-                    is_idempotent=True,
-                )
-                break
-            except PgLayerError:
-                await asyncio.sleep(RETRY)
-        client.inbox.put_back(keys)
-        reader.mailbox.undeleted -= len(keys)
-        reader.is_putting_back = False
+        try:
+            await self._connections.run(
+                lambda conn: store.put_back(conn, client.config.prefix, client.inbox_name, keys),
+                timeout=client.config.send_timeout,
+                is_idempotent=True,
+            )
+        except BaseException as error:
+            client.inbox.suspect()  # what was not put back is still in the inbox
+            if not isinstance(error, PgLayerError):
+                raise
+            await asyncio.sleep(RETRY)
+        finally:
+            client.inbox.put_back(keys)
+            reader.mailbox.undeleted -= len(keys)
+            reader.is_putting_back = False
         reader.may_have_more, reader.floor = True, min(reader.floor, keys[0][0])
         self._drain_soon()
         self._take_soon(reader)
@@ -321,9 +324,8 @@ class Receiver:
         self._aged_at = self._loop.time()
         self._client.inbox.age()
 
-    def received(self, mailbox: Mailbox, key: Key) -> None:
-        """The message of a row was handed over."""
-        self._client.doomed.append((key, mailbox))
+    def delete_soon(self) -> None:
+        """Rows were doomed."""
         self._delete_soon(DELETE_DELAY)
 
     async def settle(self, mailbox: Mailbox) -> None:

@@ -252,12 +252,12 @@ async def put_back(conn: AnyConnection, prefix: str, inbox: str, keys: Sequence[
 
 
 def _close_parameters(farewell: Farewell) -> tuple[object, ...]:
-    prefix, inbox, untaken, memberships = farewell
+    prefix, inbox, done, memberships = farewell
     return (
         prefix,
         inbox,
-        BigInts([id for id, _ in untaken]),
-        BigInts([nonce for _, nonce in untaken]),
+        BigInts([id for id, _ in done]),
+        BigInts([nonce for _, nonce in done]),
         Texts([group for group, _ in memberships]),
         Texts([channel for _, channel in memberships]),
     )
