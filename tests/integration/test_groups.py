@@ -1,0 +1,421 @@
+"""Groups: who is in one gets every message, once and in order, whoever added it and wherever it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.processes import (
+    PATIENCE,
+    Link,
+    Message,
+    Process,
+    Processes,
+    listen,
+    open_layer,
+    receive,
+    until,
+)
+
+
+def numbers(messages: Sequence[Message]) -> list[int]:
+    return [message["number"] for message in messages]
+
+
+async def receive_all(layer: PostgresChannelLayer, channel: str, last: int) -> list[int]:
+    """The numbers of all messages up to the one numbered ``last``."""
+    found: list[int] = []
+    while not found or found[-1] != last:
+        found.append((await receive(layer, channel))["number"])
+    return found
+
+
+async def serve(link: Link, /, dsn: str, **options: object) -> None:
+    """Do with new channels what the test says, until it says None: ``(method, *arguments)``."""
+    async with open_layer(dsn, **options) as layer:
+        await listen(layer)
+        while (order := await link.hear()) is not None:
+            what, *arguments = order
+            if what == "receive_all":
+                link.say(await receive_all(layer, *arguments))
+            else:
+                link.say(await getattr(layer, what)(*arguments))
+
+
+async def ask(process: Process[None], *order: object) -> object:
+    process.say(order)
+    return await process.hear()
+
+
+async def new_channel(process: Process[None]) -> str:
+    return str(await ask(process, "new_channel"))
+
+
+# ---------------------------------------------------------------------- everybody, in order
+
+
+async def read_group(link: Link, dsn: str, group: str, members: int) -> list[list[int]]:
+    async with open_layer(dsn, capacity=1000) as layer:
+        channels = [await layer.new_channel() for _ in range(members)]
+        for channel in channels:
+            await layer.group_add(group, channel)
+        await listen(layer)
+        link.say("joined")
+        return await asyncio.gather(*(receive_all(layer, channel, -1) for channel in channels))
+
+
+@pytest.mark.parametrize("pace", ["one by one", "at once"])
+async def test_members_in_three_processes_get_every_message_once_and_in_order(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, pace: str
+) -> None:
+    layer = make_layer()
+    readers = [processes.start(read_group, migrated_dsn, "room", 5) for _ in range(3)]
+    for reader in readers:
+        await reader.hear()
+    await listen(layer)
+    sizes = (10, 10, 10, 100, 5000, 6000, 20_000, 200_000)
+    messages: list[Message] = [{"number": n, "blob": bytes(random.choice(sizes))} for n in range(150)]
+    if pace == "one by one":
+        for message in messages:
+            await layer.group_send("room", message)
+    else:
+        await asyncio.gather(*(layer.group_send("room", message) for message in messages))
+    await layer.group_send("room", {"number": -1})
+    for reader in readers:
+        assert await reader.result() == [[*range(150), -1]] * 5
+
+
+async def test_one_writers_messages_to_channel_and_group_keep_their_order(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn, capacity=1000)
+    channel = await new_channel(reader)
+    await layer.group_add("room", channel)
+    for number in range(100):
+        message = {"number": number, "blob": bytes(random.choice((10, 10, 6000)))}
+        if random.random() < 0.5:
+            await layer.send(channel, message)
+        else:
+            await layer.group_send("room", message)
+    await layer.send(channel, {"number": -1})
+    assert await ask(reader, "receive_all", channel, -1) == [*range(100), -1]
+
+
+async def test_a_channel_added_twice_gets_one_message(make_layer: MakeLayer) -> None:
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    for _ in range(2):
+        await layer.group_add("room", channel)
+        await sender.group_add("room", channel)
+    await sender.group_send("room", {"number": 0})
+    await sender.send(channel, {"number": -1})
+    assert await receive_all(layer, channel, -1) == [0, -1]
+
+
+async def test_an_empty_group_costs_no_row(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer()
+    await layer.group_send("nobody", {"number": 0})
+    await layer.group_discard("nobody", await layer.new_channel())
+    assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+
+
+# ---------------------------------------------------------------------- joining
+
+
+async def test_after_adding_its_own_channel_a_process_gets_what_others_send(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn)
+    for n in range(50):
+        channel = await new_channel(reader)
+        await ask(reader, "group_add", f"group-{n}", channel)
+        await layer.group_send(f"group-{n}", {"number": n})
+        assert await ask(reader, "receive", channel) == {"number": n}
+
+
+async def test_after_adding_another_processes_channel_it_gets_every_message(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    layer = make_layer()
+    reader, writer = (processes.start(serve, migrated_dsn) for _ in range(2))
+    for n in range(50):
+        channel = await new_channel(reader)
+        await layer.group_add(f"group-{n}", channel)
+        await layer.group_send(f"group-{n}", {"number": 0})
+        await ask(writer, "group_send", f"group-{n}", {"number": 1})
+        assert await ask(reader, "receive_all", channel, 1) == [0, 1]
+
+
+async def test_a_channel_added_before_its_process_listens_gets_every_message(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    layer, reader = make_layer(), make_layer()
+    own, others = await reader.new_channel(), await reader.new_channel()
+    await reader.group_add("room", own)
+    await layer.group_add("room", others)
+    for number in range(5):
+        await layer.group_send("room", {"number": number})
+    assert await receive_all(reader, own, 4) == await receive_all(reader, others, 4) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("by", ["its process", "another process"])
+async def test_what_was_sent_before_joining_does_not_arrive(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, by: str
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn)
+    old = await new_channel(reader)
+    await ask(reader, "group_add", "room", old)
+    for _ in range(20):
+        new = await new_channel(reader)
+        await layer.group_send("room", {"number": 0})
+        if by == "its process":
+            await ask(reader, "group_add", "room", new)
+        else:
+            await layer.group_add("room", new)
+        await layer.group_send("room", {"number": 1})
+        assert await ask(reader, "receive_all", old, 1) == [0, 1]
+        assert await ask(reader, "receive_all", new, 1) == [1]
+        await layer.group_discard("room", new)
+
+
+# ---------------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("by", ["its process", "another process"])
+async def test_after_leaving_nothing_arrives(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, by: str
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn)
+    staying, leaving = await new_channel(reader), await new_channel(reader)
+    await ask(reader, "group_add", "room", staying)
+    for _ in range(20):
+        await ask(reader, "group_add", "room", leaving)
+        await layer.group_send("room", {"number": 0})
+        if by == "its process":
+            await ask(reader, "group_discard", "room", leaving)
+        else:
+            await layer.group_discard("room", leaving)
+        await layer.group_send("room", {"number": 1})
+        await layer.send(leaving, {"number": -1})
+        assert await ask(reader, "receive_all", staying, 1) == [0, 1]
+        assert await ask(reader, "receive_all", leaving, -1) == [0, -1]
+
+
+async def test_the_last_word_on_a_membership_counts_whoever_spoke_before(
+    make_layer: MakeLayer,
+) -> None:
+    # A process that looks at its inbox late hears of others' words after it has spoken itself.
+    owner = make_layer(poll_interval=0.5)
+    other = make_layer()
+    joined, left, witness = [await owner.new_channel() for _ in range(3)]
+    await listen(owner)
+    await owner.group_add("room", witness)
+    await owner.group_add("room", joined)
+    await other.group_discard("room", joined)
+    await owner.group_add("room", joined)
+    await other.group_add("room", left)
+    await owner.group_discard("room", left)
+    await listen(owner)
+    await other.group_send("room", {"number": 0})
+    for channel in (joined, left, witness):
+        await other.send(channel, {"number": -1})
+    assert await receive_all(owner, witness, -1) == [0, -1]
+    assert await receive_all(owner, left, -1) == [-1]
+    assert await receive_all(owner, joined, -1) == [0, -1]
+
+
+async def test_adding_and_leaving_over_and_over_ends_as_it_was_last_said(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn)
+    channels = [await new_channel(reader) for _ in range(20)]
+    last = {}
+    for _ in range(10):
+        for channel in channels:
+            last[channel] = random.random() < 0.5
+        await asyncio.gather(
+            *(
+                (layer.group_add if is_in else layer.group_discard)("room", channel)
+                for channel, is_in in last.items()
+            )
+        )
+    await layer.group_send("room", {"number": 0})
+    for channel in channels:
+        await layer.send(channel, {"number": -1})
+        expected = [0, -1] if last[channel] else [-1]
+        assert await ask(reader, "receive_all", channel, -1) == expected
+
+
+# ---------------------------------------------------------------------- expiry
+
+
+async def test_a_membership_ends_group_expiry_after_the_last_group_add(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer(group_expiry=1)
+    reader = processes.start(serve, migrated_dsn, group_expiry=1)
+    lasting, ending = await new_channel(reader), await new_channel(reader)
+    for channel in (ending, lasting):
+        await ask(reader, "group_add", "room", channel)
+    await layer.group_send("room", {"number": 0})
+
+    def ending_has_ended() -> bool:
+        return bool(
+            observer.execute(
+                "SELECT expires_at <= clock_timestamp() FROM pg_layer_membership WHERE channel = %s",
+                (ending,),
+            ).fetchall()[0][0]
+        )
+
+    while not ending_has_ended():
+        await ask(reader, "group_add", "room", lasting)
+        await asyncio.sleep(0.05)
+    await layer.group_send("room", {"number": 1})
+    for channel in (ending, lasting):
+        await layer.send(channel, {"number": -1})
+    assert await ask(reader, "receive_all", lasting, -1) == [0, 1, -1]
+    assert await ask(reader, "receive_all", ending, -1) == [0, -1]
+
+
+async def test_a_group_whose_members_all_expired_costs_no_row(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer, sender = make_layer(group_expiry=0.1), make_layer()
+    await layer.group_add("room", await layer.new_channel())
+    await layer.group_add("room", "normal")
+    await until(
+        lambda: observer.execute(
+            "SELECT 1 WHERE (SELECT max(expires_at) FROM pg_layer_membership) <= clock_timestamp()"
+        ).fetchone()
+    )
+    await sender.group_send("room", {"number": 0})
+    assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+
+
+async def test_without_group_expiry_a_membership_lasts_as_long_as_its_process(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn, group_expiry=None)
+    channel = await new_channel(reader)
+    await ask(reader, "group_add", "room", channel)
+    memberships = "SELECT channel, expires_at = 'infinity' FROM pg_layer_membership"
+    assert observer.execute(memberships).fetchall() == [(channel, True)]
+    await layer.group_send("room", {"number": 0})
+    assert await ask(reader, "receive", channel) == {"number": 0}
+    reader.say(None)
+    await reader.result()
+    assert observer.execute(memberships).fetchall() == []
+
+
+async def add_with_a_wrong_clock(link: Link, dsn: str, error: float) -> None:
+    """Live in another time than the database."""
+    real = time.time
+    time.time = lambda: real() + error
+    await serve(link, dsn, group_expiry=60, expiry=60)
+
+
+@pytest.mark.parametrize("error", [86400.0, -86400.0], ids=["fast", "slow"])
+async def test_only_the_clock_of_the_database_counts(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, error: float
+) -> None:
+    layer = make_layer()
+    reader = processes.start(add_with_a_wrong_clock, migrated_dsn, error)
+    channel = await new_channel(reader)
+    await ask(reader, "group_add", "room", channel)
+    seconds_left = observer.execute(
+        "SELECT extract(epoch FROM expires_at - clock_timestamp())::float8 FROM pg_layer_membership"
+    ).fetchall()
+    assert 60 - PATIENCE < seconds_left[0][0] <= 60
+    await layer.group_send("room", {"number": 0})
+    await layer.send(channel, {"number": 1})
+    assert await ask(reader, "receive_all", channel, 1) == [0, 1]
+
+
+# ---------------------------------------------------------------------- normal channels, and rows
+
+
+async def test_a_normal_channel_can_be_a_member(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    layer = make_layer()
+    worker = processes.start(serve, migrated_dsn)
+    specific = await new_channel(worker)
+    await layer.group_add("room", "jobs")
+    await layer.group_add("room", specific)
+    for number in range(20):
+        await layer.group_send("room", {"number": number, "blob": bytes(random.choice((10, 6000)))})
+    assert await ask(worker, "receive_all", "jobs", 19) == list(range(20))
+    assert await ask(worker, "receive_all", specific, 19) == list(range(20))
+    await layer.group_discard("room", "jobs")
+    await layer.group_send("room", {"number": 20})
+    await layer.send("jobs", {"number": -1})
+    assert await ask(worker, "receive_all", "jobs", -1) == [-1]
+
+
+async def test_a_message_costs_a_row_for_each_process_and_not_for_each_member(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    sender, *layers = (make_layer() for _ in range(4))
+    for layer in layers:
+        for _ in range(50):
+            await layer.group_add("room", await layer.new_channel())
+    for number in range(2):
+        await sender.group_send("room", {"number": number})
+    await asyncio.gather(*(sender.group_send("room", {"number": number}) for number in range(2, 10)))
+    rows = observer.execute("SELECT inbox, count(*) FROM pg_layer_message GROUP BY inbox").fetchall()
+    assert [count for _, count in rows] == [10, 10, 10]
+
+
+# ---------------------------------------------------------------------- flush
+
+
+async def test_flush_from_another_process_empties_everything(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer()
+    reader = processes.start(serve, migrated_dsn)
+    channel = await new_channel(reader)
+    await layer.group_add("room", channel)
+    await layer.send(channel, {"number": 0})
+    await layer.group_send("room", {"number": 1})
+    await layer.send("jobs", {"number": 2})
+    marker = await new_channel(reader)
+
+    async def all_has_reached_the_reader() -> None:
+        await layer.send(marker, {"number": 3})
+        await ask(reader, "receive", marker)
+
+    await all_has_reached_the_reader()
+    await layer.flush()
+    await all_has_reached_the_reader()
+    await layer.group_send("room", {"number": 4})
+    for name in (channel, "jobs"):
+        await layer.send(name, {"number": -1})
+        assert await ask(reader, "receive_all", name, -1) == [-1]
+    assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
+
+
+async def test_what_is_done_after_a_flush_lasts(make_layer: MakeLayer) -> None:
+    owner, other = make_layer(), make_layer()
+    await listen(owner)
+    for n in range(30):
+        await (owner if n % 2 else other).flush()
+        channel = await owner.new_channel()
+        await owner.group_add("room", channel)
+        await other.group_send("room", {"number": n})
+        await listen(owner)
+        await other.group_send("room", {"number": -1})
+        assert await receive_all(owner, channel, -1) == [n, -1]
+        await owner.group_discard("room", channel)
