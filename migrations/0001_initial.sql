@@ -112,7 +112,7 @@ $$;
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint
 ) RETURNS bigint
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     _inbox text := pg_layer_inbox(_prefix, _channel);
     _now timestamptz := clock_timestamp();
@@ -230,7 +230,7 @@ $$;
 CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _capacity integer
 ) RETURNS text[]
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import AsyncConnection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
-from pg_layer import arrays
+from pg_layer import arrays, store
 from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotMigrated
 
@@ -72,13 +72,14 @@ class Connections:
         )
 
     async def _kwargs(self) -> dict[str, Any]:
-        # No prepared statements: through a pooler in transaction mode the next statement meets another
-        # server process.
         return {**self._config.connect_kwargs("pool"), "autocommit": True, "prepare_threshold": None}
 
     async def _configure(self, conn: AsyncConnection[Any]) -> None:
         arrays.register(conn)
         self._all.add(conn)
+        # Through a pooler the next statement may meet another server process, which has not prepared it.
+        if await store.is_direct(conn):
+            conn.prepare_threshold = 0
 
     async def _open(self) -> None:
         if not self._is_open:

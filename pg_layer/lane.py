@@ -141,6 +141,8 @@ class Lane(Generic[Op]):
                 for ticket, outcome in zip(batch, outcomes, strict=True):
                     ticket.settle(outcome, self._loop)
                 batch = []
+                # Those callers come first: what they send next goes together, not one ahead of the rest.
+                await asyncio.sleep(0)
         finally:
             for ticket in batch:  # cancelled in the middle: the loop ends
                 ticket.settle(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import logging
+import math
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ logger = logging.getLogger("pg_layer")
 DELETE_DELAY = 0.05  # seconds for which dispatched rows gather before they are deleted together
 DELETE_MOST = 1000
 PUT_BACK_DELAY = 0.05  # seconds for which a taken message waits for a reader of this process
+QUICK = 0.02  # seconds: a reader that has done with what was taken in less is given more at a time
+AHEAD_MOST = 31
 SETTLE_TIMEOUT = 1.0
 RECENT_LEAST = 3.0  # seconds for which a deleted row is remembered: PostgreSQL writes lazy commits within one
 RETRY = 0.5  # seconds
@@ -41,6 +44,8 @@ class Reader:
         self.is_putting_back = False
         self.may_have_more = True
         self.floor = 0  # nothing waits below this id
+        self.ahead = 0  # messages to take beyond what is waited for, as this reader is quick
+        self.took_at = -math.inf
         self.put_back: asyncio.TimerHandle | None = None
 
 
@@ -245,6 +250,11 @@ class Receiver:
         try:
             while reader.may_have_more and (missing := mailbox.waiting - len(mailbox)) > 0:
                 reader.may_have_more = False
+                if self._loop.time() - reader.took_at < QUICK:
+                    reader.ahead = min(2 * reader.ahead + 1, AHEAD_MOST)
+                else:
+                    reader.ahead = 0
+                limit = missing + reader.ahead
                 floor, reader.floor = reader.floor, LAST_ID
                 view = client.inbox.begin_view()
                 rows: list[Row] = []
@@ -256,7 +266,7 @@ class Receiver:
                             channel=mailbox.channel,
                             inbox=client.inbox_name,
                             floor=floor,
-                            limit=missing,
+                            limit=limit,
                         ),
                         timeout=client.config.send_timeout,
                     )
@@ -276,7 +286,8 @@ class Receiver:
                     client.inbox.end_view(view)
                     self._drain_soon()
                 reader.floor = min(reader.floor, max((row.id + 1 for row in rows), default=LAST_ID))
-                if len(rows) == missing:
+                reader.took_at = self._loop.time()
+                if len(rows) == limit:
                     reader.may_have_more = True
                 self._dispatch(fresh)
                 self._put_back_later(reader)
@@ -291,6 +302,7 @@ class Receiver:
         reader.put_back = None
         keys = [letter.key for letter in reader.mailbox.pop_idle() if letter.key is not None]
         if keys:
+            reader.ahead = 0
             reader.is_putting_back = True  # a take meanwhile would get what comes after them
             self._spawn(self._put_back(reader, keys))
         else:

@@ -36,6 +36,7 @@ _GROUP_SEND_BATCH = _LAZILY + "pg_layer_group_send_batch(%t::text, %b, %b, %b, %
 _REGROUP = _LAZILY + "pg_layer_regroup(%t::text, %t::text, %b::float8, %b::float8, %b, %b, %b, %b) AS f"
 _REASSERT = _LAZILY + "pg_layer_reassert(%t::text, %b, %b, %b::float8[]) AS f"
 _RENEW = _LAZILY + "pg_layer_renew(%t::text, %t::text, %b::int4, %b::float8, %t::text) AS f"
+_BACKEND_PID = "SELECT pg_backend_pid()"
 _LISTEN = "SELECT pg_layer_listen(pg_layer_inbox(%t::text, %t::text))"
 _UNLISTEN = "SELECT pg_layer_unlisten(pg_layer_inbox(%t::text, %t::text))"
 _READ = """
@@ -96,6 +97,12 @@ async def _one(conn: AnyConnection, query: str, params: Sequence[object]) -> tup
 
 async def _execute(conn: AnyConnection, query: str, params: Sequence[object]) -> AsyncCursor[Any]:
     return await conn.cursor(binary=True).execute(query, params)
+
+
+async def is_direct(conn: AnyConnection) -> bool:
+    """Whether one server process answers for good: a pooler makes up the id it tells at first."""
+    (pid,) = await _one(conn, _BACKEND_PID, ())
+    return bool(pid == conn.info.backend_pid)
 
 
 async def send_one(
