@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from channels.exceptions import ChannelFull  # type: ignore[import-untyped]
+from channels.exceptions import ChannelFull
 
 from benchmarks.board import Board
 from benchmarks.layers import Layer, LayerSpec
