@@ -65,6 +65,7 @@ class Migration(migrations.Migration):
                         ("inbox", name()),
                         ("channel", name()),
                         ("expires_at", models.DateTimeField()),
+                        ("capacity", models.IntegerField(null=True)),
                     ],
                     options={"db_table": "pg_layer_membership"},
                 ),

@@ -24,13 +24,13 @@ ALTER TABLE pg_layer_message SET (
     autovacuum_vacuum_insert_scale_factor = 0.0, autovacuum_vacuum_insert_threshold = 200000,
     autovacuum_vacuum_cost_delay = 0
 );
-CREATE INDEX pg_layer_message_expiry ON pg_layer_message USING brin (expires_at) WITH (pages_per_range = 16);
 
 CREATE TABLE pg_layer_membership (
     group_name text COLLATE "C" NOT NULL,
     inbox      text COLLATE "C" NOT NULL,
     channel    text COLLATE "C" NOT NULL,
     expires_at timestamptz NOT NULL,                      -- infinity: as long as its client's lease
+    capacity   integer,                                   -- of a normal channel
     PRIMARY KEY (group_name, inbox, channel)
 );
 ALTER TABLE pg_layer_membership SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 20000);
@@ -107,32 +107,36 @@ LANGUAGE sql VOLATILE AS $$
 $$;
 
 -- Send one message to its channel. Capacity counts what waits per channel, unread and unexpired.
---   _floor: the id below which the caller has seen nothing waiting in the inbox, so that a count never walks the dead
---   returns: the floor for the next call, or null if the channel was full
+--   _floor: the id below which the caller has seen nothing waiting in the inbox, so that a count never walks the dead;
+--       null: the caller has looked a moment ago, and there was more room than it has used since
+--   returns: how many wait in the channel now and the floor for the next call; nothing, if it was not to look; null, if
+--       the channel was full and refuses the message
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint
-) RETURNS bigint
+) RETURNS bigint[]
 LANGUAGE plpgsql AS $$
 DECLARE
     _inbox text := pg_layer_inbox(_prefix, _channel);
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
     _expires_at timestamptz := _now + make_interval(secs => _expiry);
-    _count bigint;
-    _first bigint;
+    _waiting bigint;
+    _next_floor bigint;
     _is_lapsed boolean;
     _id bigint;
     _rung text;
 BEGIN
-    SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id),
-        EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now)
-    INTO _count, _first, _is_lapsed
-    FROM pg_layer_message AS m
-    WHERE m.inbox = _inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
-    IF _is_lapsed THEN
-        RETURN _floor;
-    ELSIF _count >= _capacity THEN
-        RETURN NULL;
+    IF _floor IS NOT NULL THEN
+        SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id),
+            EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now)
+        INTO _waiting, _next_floor, _is_lapsed
+        FROM pg_layer_message AS m
+        WHERE m.inbox = _inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
+        IF _is_lapsed THEN
+            RETURN ARRAY[]::bigint[];
+        ELSIF _waiting >= _capacity THEN
+            RETURN NULL;
+        END IF;
     END IF;
     INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
     VALUES (_inbox, _nonce, _channel, _payload, _expires_at)
@@ -142,7 +146,10 @@ BEGIN
     ELSE
         _rung := pg_layer_ring(_inbox, _nonce, _id, _id);
     END IF;
-    RETURN coalesce(_first, _id);
+    IF _floor IS NULL THEN
+        RETURN ARRAY[]::bigint[];
+    END IF;
+    RETURN ARRAY[_waiting + 1, coalesce(_next_floor, _id)];
 END
 $$;
 
@@ -228,7 +235,7 @@ $$;
 -- Send one message to its group; the same rules as pg_layer_group_send_batch.
 --   returns: the normal channels in the group that were full and missed it, or null
 CREATE FUNCTION pg_layer_group_send_one(
-    _prefix text, _group text, _payload bytea, _expiry float8, _capacity integer
+    _prefix text, _group text, _payload bytea, _expiry float8
 ) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -238,18 +245,19 @@ DECLARE
     _inbox text := _prefix || '!';
     _end text := _prefix || '"';
     _is_live boolean;
+    _capacity integer;
     _channel text;
     _missed text[];
     _id bigint;
     _rung text;
 BEGIN
     LOOP
-        SELECT m.inbox,
+        SELECT m.inbox, m.capacity,
             (m.expires_at > _now OR EXISTS (
                 SELECT FROM pg_layer_membership AS o
                 WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > _now))
             AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = m.inbox AND c.expires_at <= _now)
-        INTO _inbox, _is_live
+        INTO _inbox, _capacity, _is_live
         FROM pg_layer_membership AS m
         WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _end
         ORDER BY m.inbox LIMIT 1;
@@ -280,7 +288,7 @@ $$;
 -- cost grows with processes and not with members. A normal channel that is a member and full misses the message.
 --   returns: how many such messages were missed, by group and channel
 CREATE FUNCTION pg_layer_group_send_batch(
-    _prefix text, _groups text[], _payloads bytea[], _expiries float8[], _capacity integer,
+    _prefix text, _groups text[], _payloads bytea[], _expiries float8[],
     OUT missed_groups text[], OUT missed_channels text[]
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
@@ -309,11 +317,13 @@ BEGIN
         FROM hop AS h WHERE h.inbox IS NOT NULL
     ), target AS MATERIALIZED (
         SELECT h.group_name, h.inbox,
-            CASE WHEN h.inbox LIKE '%!:%' THEN split_part(h.inbox, '!:', 2) END AS channel
+            CASE WHEN h.inbox LIKE '%!:%' THEN split_part(h.inbox, '!:', 2) END AS channel, l.capacity
         FROM hop AS h
+        CROSS JOIN LATERAL (
+            SELECT m.capacity FROM pg_layer_membership AS m
+            WHERE m.group_name = h.group_name AND m.inbox = h.inbox AND m.expires_at > _now LIMIT 1
+        ) AS l
         WHERE h.inbox IS NOT NULL
-            AND EXISTS (SELECT FROM pg_layer_membership AS m
-                        WHERE m.group_name = h.group_name AND m.inbox = h.inbox AND m.expires_at > _now)
             AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = h.inbox AND c.expires_at <= _now)
     ), waiting AS MATERIALIZED (
         SELECT t.inbox, (SELECT count(*) FROM pg_layer_message AS m
@@ -321,7 +331,7 @@ BEGIN
         FROM (SELECT DISTINCT inbox FROM target WHERE channel IS NOT NULL) AS t
     ), placed AS MATERIALIZED (
         SELECT t.inbox, t.channel, s.*, t.channel IS NOT NULL
-            AND w.count + row_number() OVER (PARTITION BY t.inbox ORDER BY s.position) > _capacity AS is_full
+            AND w.count + row_number() OVER (PARTITION BY t.inbox ORDER BY s.position) > t.capacity AS is_full
         FROM sent AS s
         JOIN target AS t ON t.group_name = s.group_name
         LEFT JOIN waiting AS w ON w.inbox = t.inbox
@@ -374,7 +384,8 @@ $$;
 --   returns: messages up to this id were sent before the joining, and when the memberships end (seconds since 1970)
 CREATE FUNCTION pg_layer_regroup(
     _prefix text, _own_inbox text, _lease float8, _expiry float8,
-    _join_groups text[], _join_channels text[], _leave_groups text[], _leave_channels text[],
+    _join_groups text[], _join_channels text[], _join_capacities integer[],
+    _leave_groups text[], _leave_channels text[],
     OUT since_id bigint, OUT expires_at float8
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
@@ -402,11 +413,13 @@ BEGIN
         FROM unnest(_join_channels) AS j (channel) WHERE position('!' IN j.channel) > 0
         ORDER BY 1
         ON CONFLICT DO NOTHING;
-        INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at)
-        SELECT j.group_name, pg_layer_inbox(_prefix, j.channel), j.channel, _expires_at
-        FROM unnest(_join_groups, _join_channels) AS j (group_name, channel)
+        INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at, capacity)
+        SELECT j.group_name, pg_layer_inbox(_prefix, j.channel), j.channel, _expires_at,
+            CASE WHEN position('!' IN j.channel) = 0 THEN j.capacity END
+        FROM unnest(_join_groups, _join_channels, _join_capacities) AS j (group_name, channel, capacity)
         ORDER BY 1, 2, 3
-        ON CONFLICT (group_name, inbox, channel) DO UPDATE SET expires_at = excluded.expires_at;
+        ON CONFLICT (group_name, inbox, channel)
+            DO UPDATE SET expires_at = excluded.expires_at, capacity = excluded.capacity;
         PERFORM pg_layer_tell(_prefix, _own_inbox, 'join', _join_groups, _join_channels, _expires_at);
     END IF;
     since_id := nextval('pg_layer_message_id_seq');
@@ -521,12 +534,12 @@ DECLARE
     _id bigint := nextval('pg_layer_message_id_seq');
     _rung bigint;
 BEGIN
-    DELETE FROM pg_layer_message AS m WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"';
-    DELETE FROM pg_layer_membership AS m WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"';
+    DELETE FROM pg_layer_message AS m WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"';
+    DELETE FROM pg_layer_membership AS m WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"';
     WITH written AS (
         INSERT INTO pg_layer_message (inbox, nonce, kind, expires_at)
         SELECT c.inbox, _nonce, 'flush', clock_timestamp() + interval '1 day' FROM pg_layer_client AS c
-        WHERE c.inbox > _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at > clock_timestamp()
+        WHERE c.inbox >= _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at > clock_timestamp()
         RETURNING inbox, id
     )
     SELECT count(pg_layer_ring(w.inbox, _nonce, w.id, w.id)) INTO _rung FROM written AS w;
@@ -555,11 +568,11 @@ BEGIN
     END IF;
     -- Locked, so that a client that comes back renews after this sweep, and puts its memberships back after it.
     _lapsed := ARRAY(SELECT c.inbox FROM pg_layer_client AS c
-                     WHERE c.inbox > _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at <= _now
+                     WHERE c.inbox >= _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at <= _now
                      FOR UPDATE SKIP LOCKED);
     WITH doomed AS MATERIALIZED (
         SELECT m.inbox, m.id FROM pg_layer_message AS m
-        WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))
+        WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))
         LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_message AS m USING doomed AS d WHERE m.inbox = d.inbox AND m.id = d.id RETURNING 1
@@ -567,7 +580,7 @@ BEGIN
     SELECT count(*) INTO messages FROM gone;
     WITH doomed AS MATERIALIZED (
         SELECT m.group_name, m.inbox, m.channel FROM pg_layer_membership AS m
-        WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))
+        WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))
         LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_membership AS m USING doomed AS d
@@ -590,14 +603,14 @@ CREATE FUNCTION pg_layer_sweepable(_prefix text, OUT messages bigint, OUT member
 LANGUAGE sql STABLE AS $$
     WITH client AS (
         SELECT c.inbox, c.expires_at FROM pg_layer_client AS c
-        WHERE c.inbox > _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at <= clock_timestamp()
+        WHERE c.inbox >= _prefix || '!' AND c.inbox < _prefix || '"' AND c.expires_at <= clock_timestamp()
     )
     SELECT
         (SELECT count(*) FROM pg_layer_message AS m
-         WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"'
+         WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"'
             AND (m.expires_at <= clock_timestamp() OR m.inbox IN (SELECT c.inbox FROM client AS c))),
         (SELECT count(*) FROM pg_layer_membership AS m
-         WHERE m.inbox > _prefix || '!' AND m.inbox < _prefix || '"'
+         WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"'
             AND (m.expires_at <= clock_timestamp() OR m.inbox IN (SELECT c.inbox FROM client AS c))),
         (SELECT count(*) FROM client AS c WHERE c.expires_at <= clock_timestamp() - interval '1 day')
 $$;

@@ -147,6 +147,7 @@ class Engine:
         except PgLayerError as error:
             logger.warning("Could not take a lease: %s", error)
         while True:
+            self.client.inbox.reconnected()  # no doorbell is to be waited for
             self.receiver.look_again()
             await asyncio.sleep(interval)
 
@@ -200,6 +201,7 @@ class Engine:
             try:
                 if listener is None or not listener.is_connected:
                     await self._renew(None)
+                    self.receiver.age()
                 elif await self.receiver.ping(self._renew, heartbeat / 2):
                     self.receiver.look_again()
                     self.receiver.age()

@@ -18,8 +18,10 @@ The rules:
 * A row that was read before its doorbell was heard is remembered by its nonce, and a message that then comes
   with that nonce is ignored. A ping rung after the read and heard shows that all earlier doorbells were
   heard.
-* A read that a limit cut short goes on only to the largest id it saw: what is larger is announced by
-  doorbells, and may be newer than a smaller id that was not committed yet.
+* Ids are drawn before they commit, so that a span may hold rows of statements whose doorbells are still to
+  come, and whose other rows lie outside it. A read of a span therefore dispatches only rows that were
+  announced before it began. A read of everything dispatches all it sees, as it sees all of every statement:
+  one snapshot, however many parts it comes in.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class Inbox:
         # Rows that left the inbox: views up to this number may have seen them. True: deleted, False: put
         # back.
         self._settling: list[tuple[int, Key, bool]] = []
-        self._seen_again: set[Key] = set()  # taken anew while still held from the last time
+        self._seen_again: set[Key] = set()  # met while still held
         self._strays: list[Key] = []
 
     # ------------------------------------------------------------------ doorbells
@@ -147,33 +149,43 @@ class Inbox:
         self._read_view = self.begin_view()
         return self._read_view, self._reading
 
-    def end_read(self, view: int, rows: Iterable[Row], rest: Span | None = None) -> list[Row]:
-        """The read brought these rows; returns those to dispatch, in order.
-
-        ``rest``: what a limit left unread of that which the read could see.
-        """
-        if self._reading is None or view != self._read_view:
-            return []  # abandoned meanwhile: another read has done it
-        self._reading = None
+    def read(self, view: int, rows: Iterable[Row]) -> list[Row]:
+        """The read brought these rows, in the order of ids; returns those to dispatch."""
+        if not self._is_current(view):
+            return []
+        is_everything = self._reading == EVERYTHING
         fresh = []
         for row in rows:
             if self._is_known(row.key):
-                self._note_stray(row.key)
+                self._meet_again(row.key)
                 continue
+            if row.nonce not in self._heard_in_read:
+                if not is_everything:
+                    continue
+                if not row.was_taken and row.nonce not in self._heard:
+                    self._early[row.nonce] = self._pings
             self._held.add(row.key)
             fresh.append(row)
-            if not (row.was_taken or row.nonce in self._heard_in_read or row.nonce in self._heard):
-                self._early[row.nonce] = self._pings
-        if rest is not None:
+        return fresh
+
+    def end_read(self, view: int, up_to: int = LAST_ID) -> None:
+        """The read has ended; its rows were given to `read`. ``up_to``: the id at which a limit cut it."""
+        if not self._is_current(view):
+            return
+        reading, self._reading = self._reading, None
+        if reading is not None and up_to < reading.last:
             self._heard |= self._heard_in_read
-            self._due = rest.cover(self._due)
+            self._due = Span(up_to + 1, reading.last).cover(self._due)
         self._heard_in_read = set()
         self.end_view(view)
-        return fresh
+
+    def _is_current(self, view: int) -> bool:
+        # If not, the read was abandoned, and another has done it.
+        return self._reading is not None and view == self._read_view
 
     def fail_read(self, view: int) -> None:
         """The read failed: it is due again."""
-        if self._reading is None or view != self._read_view:
+        if not self._is_current(view) or self._reading is None:
             return
         self._due = self._reading.cover(self._due)
         self._reading = None
@@ -200,10 +212,8 @@ class Inbox:
         """Rows taken from a normal channel into this inbox; returns those to dispatch, sorted by id."""
         fresh = []
         for row in sorted(rows):
-            if row.key in self._held:
-                self._seen_again.add(row.key)
-            elif self._is_known(row.key):
-                self._note_stray(row.key)
+            if self._is_known(row.key):
+                self._meet_again(row.key)
             else:
                 self._held.add(row.key)
                 fresh.append(row)
@@ -250,8 +260,10 @@ class Inbox:
         """How many rows are dispatched and not surely gone."""
         return len(self._held)
 
-    def _note_stray(self, key: Key) -> None:
-        if key not in self._held:
+    def _meet_again(self, key: Key) -> None:
+        if key in self._held:
+            self._seen_again.add(key)
+        else:
             self._held.add(key)
             self._strays.append(key)
 
@@ -271,6 +283,7 @@ class Inbox:
         if is_deleted:
             self._recent.add(key)
         elif key in self._seen_again:
-            # Put back, and taken anew before that was known: it is here, and nobody has dispatched it.
+            # Put back, and met before that was known: it may be here again, and nobody has dispatched it.
+            self._heard.add(key[1])
             self._due = Span(key[0], key[0]).cover(self._due)
         self._seen_again.discard(key)

@@ -12,12 +12,13 @@ from channels.layers import BaseChannelLayer
 from pg_layer.codec import Codec
 from pg_layer.config import load
 from pg_layer.engine import Engine
-from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
+from pg_layer.exceptions import ChannelFull, LayerUnavailable, UndecodableMessage
 from pg_layer.homes import Homes
 from pg_layer.mailbox import Letter, Mailbox
 from pg_layer.sender import GroupSend, Regroup, Send
 
 NAMES_MOST = 10_000
+SECOND_LOOK = 0.03  # seconds after which a channel that was full is tried once more
 BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
 
 
@@ -68,7 +69,15 @@ class PostgresChannelLayer(BaseChannelLayer):
         self._check_channel(channel)
         payload = self._codec.encode(message)
         config = self.config
-        await self._homes.submit(Send(channel, payload, config.expiry, config.capacity_of(channel)))
+        op = Send(channel, payload, config.expiry, config.capacity_of(channel))
+        try:
+            await self._homes.submit(op)
+        except ChannelFull:
+            if "!" not in channel:
+                raise
+            # What its reader has received may count for a moment longer.
+            await asyncio.sleep(SECOND_LOOK)
+            await self._homes.submit(op)
 
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.
@@ -167,7 +176,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         client = self._homes.client
         if letter.key is not None:
             client.doomed.append((letter.key, mailbox))
-            engine.call(engine.receiver.delete_soon)
+            engine.call(engine.receiver.delete_soon, mailbox)
         if letter.expires_at <= client.clock.now():
             client.counters["dropped_expired"] += 1
             return None

@@ -66,6 +66,11 @@ class Mailbox:
         """Whether senders may find the channel full: from half on, as messages may be on their way here."""
         return 2 * self.undeleted >= self.capacity
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether rows are to be deleted without delay, so that senders do not count them for long."""
+        return 8 * self.undeleted >= self.capacity
+
     def put(self, letter: Letter) -> None:
         """Append, and wake a receiver. The caller has seen to the capacity."""
         with self._lock:
@@ -175,7 +180,8 @@ class Mailbox:
                 waiter.loop.call_soon_threadsafe(self._wake_there, waiter.future)
             except RuntimeError:  # that loop was closed: nobody waits there any more
                 continue
-            return
+            if waiter.loop.is_running():
+                return
 
     def _wake_there(self, future: asyncio.Future[None]) -> None:
         if not future.done():

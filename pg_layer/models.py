@@ -38,6 +38,7 @@ class Membership(models.Model):
     inbox: models.TextField[str, str] = models.TextField(db_collation="C")
     channel: models.TextField[str, str] = models.TextField(db_collation="C")
     expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    capacity: models.IntegerField[int | None, int | None] = models.IntegerField(null=True)
 
     class Meta:
         db_table = "pg_layer_membership"

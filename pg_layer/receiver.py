@@ -17,7 +17,7 @@ from pg_layer import store
 from pg_layer.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
-from pg_layer.inbox import LAST_ID, Key, Row, Span
+from pg_layer.inbox import EVERYTHING, LAST_ID, Key, Row, Span
 from pg_layer.listener import Listener
 from pg_layer.mailbox import Mailbox
 
@@ -25,6 +25,7 @@ logger = logging.getLogger("pg_layer")
 
 DELETE_DELAY = 0.05  # seconds for which dispatched rows gather before they are deleted together
 DELETE_MOST = 1000
+READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
 PUT_BACK_DELAY = 0.05  # seconds for which a taken message waits for a reader of this process
 QUICK = 0.02  # seconds: a reader that has done with what was taken in less is given more at a time
 AHEAD_MOST = 31
@@ -172,23 +173,32 @@ class Receiver:
         try:
             while inbox.is_due:
                 view, span = inbox.begin_read()
+                read = self._read_everything if span == EVERYTHING else self._read_span
                 try:
-                    rows, rest = await self._connections.run(
-                        partial(store.read, inbox=self._client.inbox_name, span=span),
-                        timeout=self._client.config.send_timeout,
-                        is_idempotent=True,
+                    await self._connections.run(
+                        partial(read, view=view, span=span), timeout=READ_TIMEOUT, is_idempotent=True
                     )
                 except PgLayerError:
                     inbox.fail_read(view)
                     await asyncio.sleep(RETRY)
-                    continue
                 except BaseException:
                     inbox.fail_read(view)
                     raise
                 self._client.counters["drains"] += 1
-                self._dispatch(inbox.end_read(view, rows, rest))
         finally:
             self._is_draining = False
+
+    async def _read_span(self, conn: store.AnyConnection, view: int, span: Span) -> None:
+        rows, up_to = await store.read(conn, self._client.inbox_name, span)
+        self._dispatch(self._client.inbox.read(view, rows))
+        self._client.inbox.end_read(view, up_to)
+
+    async def _read_everything(self, conn: store.AnyConnection, view: int, span: Span) -> None:
+        inbox = self._client.inbox
+        await store.read_everything(
+            conn, self._client.inbox_name, lambda rows: self._dispatch(inbox.read(view, rows))
+        )
+        self._client.inbox.end_read(view)
 
     def _dispatch(self, rows: Iterable[Row]) -> None:
         done = self._client.dispatch(rows)
@@ -336,9 +346,9 @@ class Receiver:
         self._aged_at = self._loop.time()
         self._client.inbox.age()
 
-    def delete_soon(self) -> None:
-        """Rows were doomed."""
-        self._delete_soon(DELETE_DELAY)
+    def delete_soon(self, mailbox: Mailbox | None = None) -> None:
+        """Rows were doomed; those of a mailbox at once if senders count enough of them to matter."""
+        self._delete_soon(0.0 if mailbox is not None and mailbox.is_filling else DELETE_DELAY)
 
     async def settle(self, mailbox: Mailbox) -> None:
         """Wait until senders no longer count what was received from this mailbox, or a second at most."""

@@ -15,6 +15,8 @@ from pg_layer.inbox import LAST_ID
 from pg_layer.lane import Lane, Outcome
 
 FLOORS_MOST = 64
+CREDIT_PART = 16
+CREDIT_AGE = 0.1  # seconds
 FLOOR_AGE = 0.1  # seconds: a floor is used when it is at least so old, as ids commit out of order
 
 
@@ -76,6 +78,35 @@ class FloorBook:
         return self._used.get(inbox, 0)
 
 
+class Credits:
+    """How many messages may go to a channel before it is looked at again whether it is full.
+
+    A small part of the room that was seen, for a moment: one sender alone never sends too many, and several
+    at once hardly more than they would by looking at the same time. Near the limit every message looks.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[str, int] = {}
+        self._since = time.monotonic()
+
+    def grant(self, channel: str, room: int) -> None:
+        """That much room was seen in a channel."""
+        if room >= CREDIT_PART:
+            self._left[channel] = room // CREDIT_PART
+
+    def spend(self, channel: str) -> bool:
+        """Whether the next message may go without a look."""
+        now = time.monotonic()
+        if now - self._since > CREDIT_AGE:
+            self._left.clear()
+            self._since = now
+            return False
+        left = self._left.get(channel, 0)
+        if left:
+            self._left[channel] = left - 1
+        return left > 0
+
+
 class Sender:
     """Writes in batches. Bound to a loop; its coroutines may be called on any."""
 
@@ -90,6 +121,7 @@ class Sender:
         self.connections = connections
         self._on_lease = on_lease
         self._floors = FloorBook()
+        self._credits = Credits()
         loop = asyncio.get_running_loop()
         # A caller on another loop waits a little longer than the write itself may take.
         timeout = client.config.send_timeout + 1
@@ -123,12 +155,14 @@ class Sender:
         if len(ops) == 1:
             op = ops[0]
             inbox = inbox_of(prefix, op.channel)
-            floor = await self.connections.run(
-                lambda conn: store.send_one(conn, prefix, *op, self._floors.of(inbox)), timeout=timeout
+            floor = None if self._credits.spend(op.channel) else self._floors.of(inbox)
+            is_full, look = await self.connections.run(
+                lambda conn: store.send_one(conn, prefix, *op, floor), timeout=timeout
             )
-            full = {0} if floor is None else set()
-            if floor is not None:
-                self._floors.learn(store.Floors((inbox,), (floor,)))
+            full = {0} if is_full else set()
+            if look is not None:
+                self._floors.learn(store.Floors((inbox,), (look.floor,)))
+                self._credits.grant(op.channel, op.capacity - look.waiting)
         else:
             channels, payloads, expiries, capacities = zip(*ops, strict=True)
             full, floors = await self.connections.run(
@@ -155,16 +189,14 @@ class Sender:
             missed = [
                 (op.group, channel)
                 for channel in await self.connections.run(
-                    lambda conn: store.group_send_one(conn, config.prefix, *op, config.capacity),
+                    lambda conn: store.group_send_one(conn, config.prefix, *op),
                     timeout=config.send_timeout,
                 )
             ]
         else:
             groups, payloads, expiries = zip(*ops, strict=True)
             missed = await self.connections.run(
-                lambda conn: store.group_send_batch(
-                    conn, config.prefix, groups, payloads, expiries, config.capacity
-                ),
+                lambda conn: store.group_send_batch(conn, config.prefix, groups, payloads, expiries),
                 timeout=config.send_timeout,
             )
         self.client.counters["group_sent"] += len(ops)
@@ -177,11 +209,19 @@ class Sender:
         config = client.config
         last = {(op.group, op.channel): op.joins for op in ops}
         joins = [pair for pair, is_join in last.items() if is_join]
+        capacities = [config.capacity_of(channel) for _, channel in joins]
         leaves = [pair for pair, is_join in last.items() if not is_join]
         try:
             since, expires_at = await self.connections.run(
                 lambda conn: store.regroup(
-                    conn, config.prefix, client.inbox_name, config.lease, config.group_expiry, joins, leaves
+                    conn,
+                    config.prefix,
+                    client.inbox_name,
+                    config.lease,
+                    config.group_expiry,
+                    joins,
+                    capacities,
+                    leaves,
                 ),
                 timeout=config.send_timeout,
                 is_idempotent=True,

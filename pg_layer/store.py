@@ -11,15 +11,15 @@ would hand them out twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection, AsyncCursor, Connection
 
 from pg_layer import arrays
 from pg_layer.arrays import BigInts, Blobs, Floats, Ints, Texts
 from pg_layer.client import Farewell
-from pg_layer.inbox import Key, Row, Span
+from pg_layer.inbox import LAST_ID, Key, Row, Span
 
 AnyConnection = AsyncConnection[Any]
 
@@ -31,32 +31,30 @@ _LAZILY = "SELECT set_config('synchronous_commit', 'off', true), f.* FROM "
 
 _SEND_ONE = _LAZY_CALL + "pg_layer_send_one(%t, %t, %b::bytea, %b::float8, %b::int4, %b::int8)"
 _SEND_BATCH = _LAZILY + "pg_layer_send_batch(%t::text, %b, %b, %b, %b, %b, %b) AS f"
-_GROUP_SEND_ONE = _LAZY_CALL + "pg_layer_group_send_one(%t, %t, %b::bytea, %b::float8, %b::int4)"
-_GROUP_SEND_BATCH = _LAZILY + "pg_layer_group_send_batch(%t::text, %b, %b, %b, %b::int4) AS f"
-_REGROUP = _LAZILY + "pg_layer_regroup(%t::text, %t::text, %b::float8, %b::float8, %b, %b, %b, %b) AS f"
+_GROUP_SEND_ONE = _LAZY_CALL + "pg_layer_group_send_one(%t, %t, %b::bytea, %b::float8)"
+_GROUP_SEND_BATCH = _LAZILY + "pg_layer_group_send_batch(%t::text, %b, %b, %b) AS f"
+_REGROUP = _LAZILY + "pg_layer_regroup(%t::text, %t::text, %b::float8, %b::float8, %b, %b, %b, %b, %b) AS f"
 _REASSERT = _LAZILY + "pg_layer_reassert(%t::text, %b, %b, %b::float8[]) AS f"
 _RENEW = _LAZILY + "pg_layer_renew(%t::text, %t::text, %b::int4, %b::float8, %t::text) AS f"
 _BACKEND_PID = "SELECT pg_backend_pid()"
 _LISTEN = "SELECT pg_layer_listen(pg_layer_inbox(%t::text, %t::text))"
 _UNLISTEN = "SELECT pg_layer_unlisten(pg_layer_inbox(%t::text, %t::text))"
 _READ = """
-    SELECT id, nonce, kind, channel, group_name, payload, ends, newest
+    SELECT id, nonce, kind, channel, group_name, payload, ends
     FROM (
         SELECT m.*, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS bytes_before
         FROM (
             SELECT id, nonce, kind, channel, group_name, payload,
                 extract(epoch FROM expires_at)::float8 AS ends
             FROM pg_layer_message
-            WHERE inbox = %(inbox)t::text AND id BETWEEN %(first)b::int8 AND %(last)b::int8
-                AND expires_at > clock_timestamp()
-            ORDER BY id LIMIT %(rows)b::int4
+            WHERE inbox = %t::text AND id BETWEEN %b::int8 AND %b::int8 AND expires_at > clock_timestamp()
+            ORDER BY id LIMIT %b::int4
         ) AS m
-    ) AS m, (
-        SELECT max(id) AS newest FROM pg_layer_message WHERE inbox = %(inbox)t::text AND id <= %(last)b::int8
-    ) AS n
-    WHERE bytes_before < %(bytes)b::int8
+    ) AS m
+    WHERE bytes_before < %b::int8
     ORDER BY id
 """
+_ONE_SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _DELETE = """
     WITH lazily AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
     DELETE FROM pg_layer_message
@@ -105,12 +103,25 @@ async def is_direct(conn: AnyConnection) -> bool:
     return bool(pid == conn.info.backend_pid)
 
 
+class Look(NamedTuple):
+    """What a send saw: how many messages wait in the channel, and the floor of its inbox."""
+
+    waiting: int
+    floor: int
+
+
 async def send_one(
-    conn: AnyConnection, prefix: str, channel: str, payload: bytes, expiry: float, capacity: int, floor: int
-) -> int | None:
-    """Returns the new floor of the channel's inbox, or None if the channel was full."""
-    _, floor_or_full = await _one(conn, _SEND_ONE, (prefix, channel, payload, expiry, capacity, floor))
-    return cast("int | None", floor_or_full)
+    conn: AnyConnection,
+    prefix: str,
+    channel: str,
+    payload: bytes,
+    expiry: float,
+    capacity: int,
+    floor: int | None,
+) -> tuple[bool, Look | None]:
+    """Returns whether the channel was full; and what was seen, where a floor was given to look from."""
+    _, seen = await _one(conn, _SEND_ONE, (prefix, channel, payload, expiry, capacity, floor))
+    return seen is None, Look(*seen) if seen else None
 
 
 async def send_batch(
@@ -140,10 +151,10 @@ async def send_batch(
 
 
 async def group_send_one(
-    conn: AnyConnection, prefix: str, group: str, payload: bytes, expiry: float, capacity: int
+    conn: AnyConnection, prefix: str, group: str, payload: bytes, expiry: float
 ) -> list[str]:
     """Returns the normal channels in the group that were full and missed the message."""
-    _, missed = await _one(conn, _GROUP_SEND_ONE, (prefix, group, payload, expiry, capacity))
+    _, missed = await _one(conn, _GROUP_SEND_ONE, (prefix, group, payload, expiry))
     return missed or []
 
 
@@ -153,11 +164,10 @@ async def group_send_batch(
     groups: Sequence[str],
     payloads: Sequence[bytes],
     expiries: Sequence[float],
-    capacity: int,
 ) -> list[tuple[str, str]]:
     """Returns (group, channel) of each message that a full normal channel missed."""
     _, missed_groups, channels = await _one(
-        conn, _GROUP_SEND_BATCH, (prefix, Texts(groups), Blobs(payloads), Floats(expiries), capacity)
+        conn, _GROUP_SEND_BATCH, (prefix, Texts(groups), Blobs(payloads), Floats(expiries))
     )
     return [
         (group, channel)
@@ -173,9 +183,13 @@ async def regroup(
     lease: float,
     expiry: float | None,
     joins: Sequence[tuple[str, str]],
+    capacities: Sequence[int],
     leaves: Sequence[tuple[str, str]],
 ) -> tuple[int, float]:
-    """Join and leave (group, channel) pairs, none twice; returns the id and the end of the joining."""
+    """Join (each channel with its capacity) and leave (group, channel) pairs, none twice.
+
+    Returns the id at which, and the time until which they have joined.
+    """
     _, since, expires_at = await _one(
         conn,
         _REGROUP,
@@ -186,6 +200,7 @@ async def regroup(
             expiry,
             Texts([group for group, _ in joins]),
             Texts([channel for _, channel in joins]),
+            Ints(capacities),
             Texts([group for group, _ in leaves]),
             Texts([channel for _, channel in leaves]),
         ),
@@ -220,18 +235,23 @@ async def unlisten(conn: AnyConnection, prefix: str, channel: str) -> None:
     await _one(conn, _UNLISTEN, (prefix, channel))
 
 
-async def read(conn: AnyConnection, inbox: str, span: Span) -> tuple[list[Row], Span | None]:
-    """Rows of a span in the order of ids; and what a limit left unread of that which was visible."""
-    cursor = await conn.cursor(binary=True).execute(
-        _READ,
-        {"inbox": inbox, "first": span.first, "last": span.last, "rows": READ_ROWS, "bytes": READ_BYTES},
-    )
-    fetched = await cursor.fetchall()
-    rows = [Row._make(row[:7]) for row in fetched]
+async def read(conn: AnyConnection, inbox: str, span: Span) -> tuple[list[Row], int]:
+    """Rows of a span in the order of ids, as many as a limit allows; and up to which id that is all."""
+    cursor = await _execute(conn, _READ, (inbox, span.first, span.last, READ_ROWS, READ_BYTES))
+    rows = [Row._make(row) for row in await cursor.fetchall()]
     if len(rows) == READ_ROWS or sum(len(row.payload) for row in rows) >= READ_BYTES:
-        last, newest = rows[-1].id, fetched[-1][7]
-        return rows, Span(last + 1, newest) if newest > last else None
-    return rows, None
+        return rows, rows[-1].id
+    return rows, LAST_ID
+
+
+async def read_everything(conn: AnyConnection, inbox: str, on_rows: Callable[[list[Row]], None]) -> None:
+    """All rows of an inbox as they are at one moment, part by part in the order of ids."""
+    async with conn.transaction():
+        await conn.execute(_ONE_SNAPSHOT)
+        up_to = -1
+        while up_to < LAST_ID:
+            rows, up_to = await read(conn, inbox, Span(up_to + 1, LAST_ID))
+            on_rows(rows)
 
 
 async def delete(conn: AnyConnection, inbox: str, keys: Sequence[Key]) -> None:
