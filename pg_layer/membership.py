@@ -32,8 +32,9 @@ class Memberships:
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, Member]] = {}
         self._channels: dict[str, set[str]] = {}
-        # (group, channel) -> id of own leaves of late, that a row about an earlier joining must not undo.
+        # (group, channel) -> id of the leaves of late: what tells of an earlier joining must not undo them.
         self._left: dict[tuple[str, str], int] = {}
+        self._flushed = -1
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ class Memberships:
         """Add a channel, or renew it: a member that is renewed has missed nothing since it first joined."""
         channel = mailbox.channel
         with self._lock:
-            if self._left.get((group, channel), -1) > id:
+            if max(self._left.get((group, channel), -1), self._flushed) > id:
                 return
             members = self._groups.setdefault(group, {})
             known = members.get(channel)
@@ -63,15 +64,35 @@ class Memberships:
             member = self._groups.get(group, {}).get(channel)
             if member is not None and member.joined < id:
                 self._remove(group, channel)
-
-    def leave_for_good(self, group: str, channel: str, id: int) -> None:
-        """The own process removed a channel from a group: no row about an earlier joining brings it back."""
-        self.leave(group, channel, id)
-        with self._lock:
-            self._left.pop((group, channel), None)
-            self._left[group, channel] = id
+            self._left[group, channel] = max(id, self._left.pop((group, channel), id))
             if len(self._left) > LEFT_MOST:
                 del self._left[next(iter(self._left))]
+
+    def drop(self, group: str, channel: str) -> None:
+        """Remove a channel from a group here, whatever the tables say."""
+        with self._lock:
+            if channel in self._groups.get(group, {}):
+                self._remove(group, channel)
+
+    def flush(self, id: int) -> None:
+        """Forget all that has not joined after that id."""
+        with self._lock:
+            self._flushed = max(id, self._flushed)
+            for group, member in self._all():
+                if member.joined <= id:
+                    self._remove(group, member.mailbox.channel)
+
+    def reconnected(self) -> None:
+        """The server may be another, that hands ids out again: those known say nothing any more.
+
+        The price is that a message sent just before a joining, and not read before the reconnect, reaches the new
+        member as well.
+        """
+        with self._lock:
+            self._left.clear()
+            self._flushed = -1
+            for group, member in self._all():
+                self._groups[group][member.mailbox.channel] = member._replace(since=-1, joined=-1)
 
     def of_group(self, group: str) -> list[Member]:
         """The members of a group."""
@@ -98,13 +119,6 @@ class Memberships:
         with self._lock:
             for group, member in self._all():
                 if member.expires_at <= now:
-                    self._remove(group, member.mailbox.channel)
-
-    def flush(self, id: int) -> None:
-        """Forget all that has not joined after that id."""
-        with self._lock:
-            for group, member in self._all():
-                if member.joined <= id:
                     self._remove(group, member.mailbox.channel)
 
     def _all(self) -> list[tuple[str, Member]]:

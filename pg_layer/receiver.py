@@ -81,6 +81,7 @@ class Receiver:
         """Begin with a new LISTEN connection: first listen, then look at what was missed."""
         prefix = self._client.config.prefix
         self._client.inbox.reconnected()
+        self._client.memberships.reconnected()
         self._own_doorbell = await store.listen(conn, prefix, self._client.address)
         self._doorbells.clear()
         for channel, reader in list(self._readers.items()):

@@ -11,7 +11,6 @@ from pg_layer import store
 from pg_layer.client import Client, inbox_of
 from pg_layer.connections import Connections
 from pg_layer.exceptions import ChannelFull, LayerUnavailable
-from pg_layer.inbox import LAST_ID
 from pg_layer.lane import Lane, Outcome
 
 FLOORS_MOST = 64
@@ -229,11 +228,11 @@ class Sender:
         except LayerUnavailable:
             # Who wanted to leave hears no more, whatever becomes of the row.
             for group, channel in leaves:
-                client.memberships.leave(group, channel, LAST_ID)
+                client.memberships.drop(group, channel)
             raise
         for group, channel in leaves:
             if client.owns(channel):
-                client.memberships.leave_for_good(group, channel, since)
+                client.memberships.leave(group, channel, since)
         for group, channel in joins:
             if client.owns(channel):
                 client.memberships.join(group, client.mailbox(channel), since, expires_at)

@@ -15,7 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
-from tests.processes import Processes
+from tests.processes import Processes, new_layer
 
 DSN_VARIABLE = "PG_LAYER_TEST_DSN"
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
@@ -77,7 +77,7 @@ async def make_layer(migrated_dsn: str) -> AsyncIterator[MakeLayer]:
     layers: list[PostgresChannelLayer] = []
 
     def make(**options: object) -> PostgresChannelLayer:
-        layer = PostgresChannelLayer(**{"dsn": migrated_dsn, **options})
+        layer = new_layer(**{"dsn": migrated_dsn, **options})  # type: ignore[arg-type]
         layers.append(layer)
         return layer
 

@@ -33,6 +33,9 @@ Message = dict[str, Any]
 
 PATIENCE = 30.0  # seconds for what should take an instant, on a machine that has much else to do
 
+# Nothing heals by a heartbeat's second look, unless a test is about that.
+UNHURRIED: dict[str, object] = {"lease": 3600, "heartbeat": 1200}
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hypothesis", "psycopg", "pytest", "tests.processes"])
 
@@ -194,10 +197,15 @@ def _main(
         connection.send(last)
 
 
+def new_layer(dsn: str, **options: object) -> PostgresChannelLayer:
+    """A layer with these options of CONFIG, to be closed by the caller."""
+    return PostgresChannelLayer(**{"dsn": dsn, **UNHURRIED, **options})
+
+
 @contextlib.asynccontextmanager
 async def open_layer(dsn: str, **options: object) -> AsyncIterator[PostgresChannelLayer]:
     """A layer that is closed in the end."""
-    layer = PostgresChannelLayer(dsn=dsn, **options)
+    layer = new_layer(dsn, **options)
     try:
         yield layer
     finally:
