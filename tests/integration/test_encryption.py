@@ -1,0 +1,211 @@
+"""Keys, and what cannot be read: it is skipped and named once, and the rest gets through."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.conftest import MakeLayer, Observer
+from tests.processes import Link, Message, Processes, listen, open_layer, read, receive, until
+
+OLD, NEW, WRONG = "the old key", b"the new key", "a key of somebody else"
+SECRET = "attack at dawn"
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What pg_layer logged as a warning or an error."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("pg_layer") and record.levelno >= logging.WARNING
+    ]
+
+
+# ---------------------------------------------------------------------- keys
+
+
+async def test_an_encrypted_message_arrives_and_is_nowhere_in_clear(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer(symmetric_encryption_keys=[OLD])
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.group_add("room", "jobs")
+    observer.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (channel,))
+    messages: list[Message] = [{"text": SECRET, "blob": bytes(size)} for size in (0, 1000, 10_000, 1_000_000)]
+    for message in messages:
+        await layer.send(channel, message)
+        await layer.group_send("room", message)
+    rows = observer.execute("SELECT payload FROM pg_layer_message").fetchall()
+    assert len(rows) == 3 * len(messages)
+    said = [notify.payload for notify in observer.notifies(timeout=10, stop_after=2 * len(messages))]
+    assert not [payload for (payload,) in rows if SECRET.encode() in payload or b"\x00" * 8 in payload]
+    assert len(said) == 2 * len(messages)
+    reader = processes.start(read_both, migrated_dsn, len(messages))
+    await layer.send("jobs", {"text": "the end"})
+    assert await reader.result() == [*messages, {"text": "the end"}]
+    for message in messages:
+        assert [await receive(layer, channel) for _ in range(2)] == [message, message]
+
+
+async def read_both(link: Link, dsn: str, count: int) -> list[Message]:
+    async with open_layer(dsn, symmetric_encryption_keys=[OLD]) as layer:
+        return [await receive(layer, "jobs") for _ in range(count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("writes", "reads"),
+    [([OLD], [NEW, OLD]), ([NEW, OLD], [NEW, OLD]), ([NEW], [OLD, NEW]), ([NEW.decode()], [NEW])],
+    ids=["not yet rotated", "rotated", "reader first", "as text and as bytes"],
+)
+async def test_keys_can_be_rotated(
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    writes: list[str | bytes],
+    reads: list[str | bytes],
+) -> None:
+    layer = make_layer(symmetric_encryption_keys=writes)
+    reader = processes.start(read, migrated_dsn, 2, symmetric_encryption_keys=reads)
+    channel = await reader.hear()
+    await layer.group_add("room", channel)
+    await layer.send(channel, {"text": SECRET})
+    await layer.group_send("room", {"blob": bytes(10_000)})
+    assert await reader.result() == [{"text": SECRET}, {"blob": bytes(10_000)}]
+
+
+@pytest.mark.parametrize(
+    ("writes", "reads"),
+    [([WRONG], [NEW, OLD]), (None, [NEW, OLD]), ([WRONG], None)],
+    ids=["another key", "not encrypted", "reader without keys"],
+)
+@pytest.mark.parametrize("starts", ["listening", "later"])
+async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
+    make_layer: MakeLayer,
+    observer: Observer,
+    caplog: pytest.LogCaptureFixture,
+    starts: str,
+    writes: list[str] | None,
+    reads: list[str] | None,
+) -> None:
+    reader, friend = (make_layer(symmetric_encryption_keys=reads) for _ in range(2))
+    stranger = make_layer(symmetric_encryption_keys=writes)
+    channel = await reader.new_channel()
+    await reader.group_add("room", channel)
+    await reader.group_add("room", "jobs")
+    if starts == "listening":
+        await listen(reader)
+    for size in (10, 10_000, 10):
+        await stranger.send(channel, {"text": SECRET, "blob": bytes(size)})
+        await stranger.send("jobs", {"text": SECRET, "blob": bytes(size)})
+        await stranger.group_send("room", {"text": SECRET, "blob": bytes(size)})
+    for name in (channel, "jobs"):
+        await friend.send(name, {"text": "readable"})
+        assert await receive(reader, name) == {"text": "readable"}
+    [complaint] = complaints(caplog)
+    assert "symmetric_encryption_keys" in complaint
+    assert SECRET not in caplog.text
+    # They do not come again, and take no room.
+    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+
+
+# ---------------------------------------------------------------------- damage
+
+DAMAGES = {
+    "empty": "''",
+    "unknown": "'\\x00'",
+    "cut": "substr(payload, 1, 10)",
+    "longer": "payload || '\\xc0'",
+    "noise": "sha256(payload)",
+    "json": "'{\"text\": '",
+    "no dict": "'[1]'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+async def test_a_damaged_row_is_skipped_and_logged_once(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    for name in (channel, "jobs"):
+        for _ in range(2):
+            await sender.send(name, {"text": "to be damaged"})
+    await sender.group_send("room", {"text": "to be damaged"})
+    observer.execute(f"UPDATE pg_layer_message SET payload = {damage}".encode())
+    for name in (channel, "jobs"):
+        await sender.send(name, {"text": "sound"})
+        assert await receive(layer, name) == {"text": "sound"}
+    assert len(complaints(caplog)) == 1
+    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+
+
+async def test_a_row_of_an_unknown_kind_is_passed_over(make_layer: MakeLayer, observer: Observer) -> None:
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await sender.send(channel, {"text": "of the future"})
+    observer.execute("UPDATE pg_layer_message SET kind = 'something new'")
+    await sender.send(channel, {"text": "known"})
+    assert await receive(layer, channel) == {"text": "known"}
+
+
+# ---------------------------------------------------------------------- foreign notifications
+
+HUGE = 10**30
+FOREIGN = [
+    "",
+    " ",
+    "hello",
+    "M",
+    "R",
+    "P",
+    "M 1",
+    "M 1 2 3 4",
+    "M one 2 3 c g gA==",
+    "M 1 2 soon c g gA==",
+    "M 1 2 3 c g !!!!",
+    "M 1 2 3 c g gA",
+    "M 1 2 3 c g \N{SNOWMAN}",
+    f"M {HUGE} 1 {HUGE} {{channel}}  AAAA",
+    f"M 1 {HUGE} {HUGE} {{channel}}  AAAA",
+    f"M -{HUGE} 1 {HUGE} {{channel}}  AAAA",
+    "R 1",
+    "R 1 2",
+    "R 1 2 3 4",
+    "R a b c",
+    "R 1 5 3",
+    "R 1 -5 -3",
+    f"R 1 -{HUGE} {HUGE}",
+    f"R {HUGE} {HUGE} {HUGE}",
+    f"R 1 1 {HUGE}",
+    f"P {HUGE}",
+    "P -1",
+    "P x",
+    "F 1 2 3",
+    "x" * 7999,
+]
+
+
+@pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
+async def test_a_foreign_notify_on_a_doorbell_does_no_harm(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
+) -> None:
+    layer, sender = make_layer(), make_layer()
+    channel = name or await layer.new_channel()
+    await sender.send(channel, {"number": -1})
+    await receive(layer, channel)
+    for number, payload in enumerate(FOREIGN):
+        observer.execute(
+            "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)",
+            (channel, payload.format(channel=channel)),
+        )
+        for size in (10, 10_000):
+            await sender.send(channel, {"number": number, "blob": bytes(size)})
+            assert (await receive(layer, channel))["number"] == number
+    foreign = [complaint for complaint in complaints(caplog) if "NOTIFY" in complaint]
+    assert len(foreign) == 1
+    # What was received is deleted as ever.
+    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    assert not [record for record in caplog.records if record.exc_info]
