@@ -85,8 +85,8 @@ class Memberships:
     def reconnected(self) -> None:
         """The server may be another, that hands ids out again: those known say nothing any more.
 
-        The price is that a message sent just before a joining, and not read before the reconnect, reaches the new
-        member as well.
+        The price is that a message sent just before a joining, and not read before the reconnect, reaches the
+        new member as well.
         """
         with self._lock:
             self._left.clear()
