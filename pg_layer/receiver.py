@@ -106,7 +106,7 @@ class Receiver:
                     self._hear_message(rest)
                     return
                 if what == "R":
-                    nonce, first, last = map(int, rest.split(" "))
+                    nonce, first, last = map(_bigint, rest.split(" "))
                     self._client.inbox.hear_span(nonce, Span(first, last))
                     self._drain_soon()
                     return
@@ -114,7 +114,7 @@ class Receiver:
                     self._hear_ping(rest)
                     return
             elif (reader := self._doorbells.get(doorbell)) is not None and what == "R":
-                _, first, _ = map(int, rest.split(" "))
+                _, first, _ = map(_bigint, rest.split(" "))
                 reader.may_have_more = True
                 reader.floor = min(reader.floor, first)
                 self._take_soon(reader)
@@ -128,14 +128,16 @@ class Receiver:
     def _hear_message(self, rest: str) -> None:
         id, nonce, expires_at, channel, group, payload = rest.split(" ", 5)
         row = Row(
-            int(id),
-            int(nonce),
+            _bigint(id),
+            _bigint(nonce),
             "message",
             channel or None,
             group or None,
             binascii.a2b_base64(payload),
             float(expires_at),
         )
+        if math.isnan(row.expires_at):
+            raise ValueError(rest)
         if self._client.inbox.hear_message(row.id, row.nonce):
             self._client.counters["shortcuts"] += 1
             self._dispatch((row,))
@@ -405,3 +407,10 @@ class Receiver:
         finally:
             self._is_deleting = False
             self._delete_soon(DELETE_DELAY)
+
+
+def _bigint(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= LAST_ID:
+        raise ValueError(text)
+    return number
