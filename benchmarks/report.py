@@ -96,6 +96,8 @@ class Results:
                 times = [_times(ratios[layer], self.summary(scenario, layer).tally) for layer in others]
                 rows.append([name, figure.label, *cells, *times])
             rows.append(["", "faults", *(faults(summary) for summary in summaries), *("" for _ in others)])
+            if any(notes := [notes_of(summary) for summary in summaries]):
+                rows.append(["", "notes", *notes, *("" for _ in others)])
         return _align(rows)
 
 
@@ -113,6 +115,11 @@ def faults(summary: Summary) -> str:
     if not any(not math.isnan(value) for value in summary.figures.values()) and not words:
         return "not run"
     return ", ".join(words) or "none"
+
+
+def notes_of(result: Summary | Outcome) -> str:
+    """In words, what is worth knowing beside the figures: full channels, messages written off, and the like."""
+    return ", ".join(f"{value:,.0f} {name}" for name, value in result.notes.items() if value)
 
 
 def context(options: Mapping[str, Any], servers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
@@ -162,11 +169,8 @@ class Progress:
         figures = ", ".join(
             f"{_number(outcome.figures[f.name])} {f.label}" for f in scenario.figures if outcome.figures
         )
-        result = outcome.error or figures
-        wrong = faults(Summary(outcome.figures, outcome.tally, {}, []))
-        notes = [f"{name} {value:g}" for name, value in outcome.notes.items() if value]
-        rest = [wrong] if outcome.tally else []
-        line = "; ".join([result, *rest, *notes])
+        wrong = faults(Summary(outcome.figures, outcome.tally, {}, [])) if outcome.tally else ""
+        line = "; ".join(part for part in (outcome.error or figures, wrong, notes_of(outcome)) if part)
         print(
             f"\r\x1b[K{self._label}: {line}" if self._live else f"{self._label}: {line}",
             file=self._stream,

@@ -159,7 +159,7 @@ def test_results_put_layers_and_ratios_side_by_side() -> None:
     results = Results(["pg", "core"], [latency, throughput])
     results.add(latency, "pg", Outcome({"p50": 0.5, "p99": 2.0}))
     results.add(latency, "core", Outcome({"p50": 1.0, "p99": 2.0}, Tally(lost=4)))
-    results.add(throughput, "pg", Outcome({"msg/s": 30_000.0}))
+    results.add(throughput, "pg", Outcome({"msg/s": 30_000.0}, notes={"full": 7, "written off": 0}))
     results.add(throughput, "core", Outcome(error="it broke"))
 
     lines = [line.split() for line in results.as_table().splitlines()]
@@ -167,6 +167,7 @@ def test_results_put_layers_and_ratios_side_by_side() -> None:
     assert ["p99", "ms", "2", "2", "1.00x*"] in lines
     assert ["faults", "none", "4", "lost"] in lines
     assert ["throughput", "msg/s", "30,000", "-", "-"] in lines
+    assert ["notes", "7", "full"] in lines
     assert not results.failed
 
     written = json.loads(json.dumps(results.as_json({"machine": "any"}), allow_nan=False))
