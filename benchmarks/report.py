@@ -118,7 +118,7 @@ def faults(summary: Summary) -> str:
 
 
 def notes_of(result: Summary | Outcome) -> str:
-    """In words, what is worth knowing beside the figures: full channels, messages written off, and the like."""
+    """In words, what is worth knowing beside the figures: full channels, messages written off, and so on."""
     return ", ".join(f"{value:,.0f} {name}" for name, value in result.notes.items() if value)
 
 
