@@ -1,0 +1,441 @@
+"""Normal channels, whose readers compete; and how a process takes its leave, in order or not."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+
+import msgpack  # type: ignore[import-untyped]
+import psycopg
+import pytest
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.processes import (
+    PATIENCE,
+    Link,
+    Process,
+    Processes,
+    listen,
+    open_layer,
+    receive,
+    until,
+    write,
+)
+
+
+def count(observer: Observer, table: str, condition: str = "true") -> int:
+    row = observer.execute(f"SELECT count(*) FROM pg_layer_{table} WHERE {condition}".encode()).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def leases(observer: Observer) -> int:
+    return count(observer, "client", "expires_at > clock_timestamp()")
+
+
+def jobs(numbers: Iterable[int]) -> list[dict[str, object]]:
+    return [{"number": n, "blob": bytes(random.choice((10, 10, 10, 6000)))} for n in numbers]
+
+
+async def work(link: Link, dsn: str, receivers: int, seconds: float) -> None:
+    """Say the number of each job, until the test says something. A job takes up to ``seconds``."""
+    async with open_layer(dsn) as layer:
+
+        async def work_on() -> None:
+            while True:
+                number = (await layer.receive("jobs"))["number"]
+                link.say(number)
+                if seconds:
+                    await asyncio.sleep(random.random() * seconds)
+
+        await listen(layer)
+        link.say("ready")
+        tasks = [asyncio.create_task(work_on()) for _ in range(receivers)]
+        await link.hear()
+        for task in tasks:
+            task.cancel()
+
+
+async def ready(workers: Iterable[Process[None]]) -> None:
+    for worker in workers:
+        assert await worker.hear() == "ready"
+
+
+async def hear_numbers(worker: Process[None], found: list[int]) -> None:
+    while True:
+        found.append(await worker.hear())
+
+
+async def hear_all(workers: list[Process[None]], sent: int) -> list[int]:
+    """What the workers say until all jobs were done, and whatever they say after that."""
+    found: list[int] = []
+    tasks = [asyncio.create_task(hear_numbers(worker, found)) for worker in workers]
+    with suppress(TimeoutError):
+        await until(lambda: len(set(found)) >= sent or any(task.done() for task in tasks))
+    await asyncio.wait(tasks, timeout=0.3)
+    for task in tasks:
+        task.cancel()
+    return found
+
+
+# ---------------------------------------------------------------------- competing
+
+
+@pytest.mark.parametrize(
+    ("receivers", "seconds"), [(1, 0.0), (4, 0.0), (2, 0.02)], ids=["quick", "many at once", "slow"]
+)
+async def test_three_workers_get_each_job_once(
+    migrated_dsn: str, processes: Processes, receivers: int, seconds: float
+) -> None:
+    workers = [processes.start(work, migrated_dsn, receivers, seconds) for _ in range(3)]
+    await ready(workers)
+    writers = [
+        processes.start(write, migrated_dsn, "jobs", jobs(range(start, start + 200)), capacity=1000)
+        for start in (0, 200)
+    ]
+    found = await hear_all(workers, 400)
+    for writer in writers:
+        await writer.result()
+    assert Counter(found) == Counter(range(400))
+
+
+@pytest.mark.parametrize("starts", ["listening", "later"])
+async def test_a_single_reader_gets_jobs_in_their_order(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, starts: str
+) -> None:
+    layer = make_layer(capacity=1000)
+    if starts == "later":
+        for job in jobs(range(100)):
+            await layer.send("jobs", job)
+    worker = processes.start(work, migrated_dsn, 1, 0.002)
+    await ready([worker])
+    for job in jobs(range(100, 300) if starts == "later" else range(300)):
+        await layer.send("jobs", job)
+    assert [await worker.hear() for _ in range(300)] == list(range(300))
+
+
+async def test_workers_of_several_channels_in_one_process(make_layer: MakeLayer) -> None:
+    layer, sender = make_layer(), make_layer()
+    names = [f"jobs-{n}" for n in range(20)]
+    receivers = [asyncio.create_task(receive(layer, name)) for name in names]
+    for name in names:
+        await sender.send(name, {"for": name})
+    assert await asyncio.gather(*receivers) == [{"for": name} for name in names]
+
+
+# ---------------------------------------------------------------------- what was taken and not handed over
+
+
+async def work_with_cancellations(link: Link, dsn: str) -> None:
+    """Say the number of each job, but cancel most receives at some moment; at last stop, but live on."""
+    async with open_layer(dsn) as layer:
+
+        async def work_on() -> None:
+            for _ in range(100):
+                task = asyncio.create_task(layer.receive("jobs"))
+                for _ in range(random.choice((0, 1, 2, 3, 5, 8))):
+                    await asyncio.sleep(0)
+                if random.random() < 0.5:
+                    await asyncio.wait({task}, timeout=random.random() * 0.01)
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    link.say((await task)["number"])
+
+        await listen(layer)
+        link.say("ready")
+        await asyncio.gather(*(work_on() for _ in range(3)))
+        await link.hear()
+
+
+async def test_what_a_cancelled_worker_took_goes_to_another(migrated_dsn: str, processes: Processes) -> None:
+    fickle = [processes.start(work_with_cancellations, migrated_dsn) for _ in range(2)]
+    steady = processes.start(work, migrated_dsn, 1, 0.005)
+    await ready([*fickle, steady])
+    writer = processes.start(write, migrated_dsn, "jobs", jobs(range(400)), capacity=1000)
+    found = await hear_all([*fickle, steady], 400)
+    await writer.result()
+    assert Counter(found) == Counter(range(400))
+
+
+async def test_jobs_put_back_and_taken_again_over_and_over(make_layer: MakeLayer) -> None:
+    # All moments around the putting back: many channels at once, each with a single reader.
+    layer, sender = make_layer(), make_layer()
+    await listen(layer)
+
+    async def use(name: str) -> list[int]:
+        found = []
+        for number in range(10):
+            task = asyncio.create_task(layer.receive(name))
+            await asyncio.sleep(random.random() * 0.01)
+            sending = asyncio.create_task(sender.send(name, {"number": number}))
+            await asyncio.wait({task}, timeout=random.random() * 0.01)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                found.append((await task)["number"])
+            await sending
+            await asyncio.sleep(random.choice((0, 0.05)) + random.random() * 0.01)
+        while len(found) < 10:
+            found.append((await receive(layer, name))["number"])
+        return found
+
+    for found in await asyncio.gather(*(use(f"jobs-{n}") for n in range(40))):
+        assert found == list(range(10))
+
+
+async def test_a_job_whose_taking_was_never_answered_is_not_lost(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    first, second, sender = (make_layer() for _ in range(3))
+    channel = await first.new_channel()
+    await sender.send("jobs", {"number": 0})
+    assert await receive(first, "jobs") == {"number": 0}
+    # As if a take had moved the next one, and the answer had been lost: it is in the first one's inbox,
+    # where nobody waits for it any more.
+    await sender.send("jobs", {"number": 1})
+    observer.execute(
+        "UPDATE pg_layer_message SET inbox = pg_layer_inbox('asgi', %s) WHERE channel = 'jobs'", (channel,)
+    )
+    observer.execute(
+        "SELECT pg_notify(pg_layer_doorbell(inbox), concat_ws(' ', 'R', nonce, id, id)) FROM pg_layer_message"
+        " WHERE channel = 'jobs'"
+    )
+    assert await receive(second, "jobs") == {"number": 1}
+
+
+# ---------------------------------------------------------------------- leaving in order
+
+
+async def work_and_close(link: Link, dsn: str, rounds: int) -> None:
+    """Begin, work for a moment, and close in the middle of it; again and again."""
+    for _ in range(rounds):
+        async with open_layer(dsn) as layer:
+
+            async def work_on(layer: PostgresChannelLayer = layer) -> None:
+                while True:
+                    link.say((await layer.receive("jobs"))["number"])
+
+            tasks = [asyncio.create_task(work_on()) for _ in range(3)]
+            await asyncio.sleep(random.random() * 0.06)
+            for task in tasks:
+                task.cancel()
+            if random.random() < 0.5:
+                await asyncio.sleep(random.random() * 0.06)
+    link.say("ready")
+    await link.hear()
+
+
+async def test_close_puts_back_what_was_taken(migrated_dsn: str, processes: Processes) -> None:
+    fickle = processes.start(work_and_close, migrated_dsn, 40)
+    writer = processes.start(write, migrated_dsn, "jobs", jobs(range(1000)), capacity=2000)
+    found: list[int] = []
+    while (said := await fickle.hear()) != "ready":
+        found.append(said)
+    steady = processes.start(work, migrated_dsn, 1, 0.0)
+    await ready([steady])
+    found += await hear_all([steady], 1000 - len(set(found)))
+    await writer.result()
+    assert Counter(found) == Counter(range(1000))
+
+
+async def test_close_gives_everything_back(make_layer: MakeLayer, observer: Observer) -> None:
+    layer, other = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    await layer.group_add("room", channel)
+    await other.group_add("room", await other.new_channel())
+    await layer.group_add("room", "jobs")
+    await layer.send(channel, {"type": "unread"})
+    await layer.close()
+    assert leases(observer) == 1
+    assert count(observer, "membership") == 2  # the other's, and that of the normal channel
+    assert count(observer, "message") == 0
+    await other.group_send("room", {"type": "x"})
+    assert count(observer, "message") == 2
+    await layer.close()
+    assert leases(observer) == 1
+
+
+async def test_close_ends_memberships_that_others_made(make_layer: MakeLayer, observer: Observer) -> None:
+    # The layer has not looked yet when it closes.
+    layer, other = make_layer(poll_interval=3600), make_layer()
+    channel = await layer.new_channel()
+    receiving = asyncio.create_task(layer.receive(channel))
+    await until(lambda: leases(observer))
+    await other.group_add("room", channel)
+    receiving.cancel()
+    await layer.close()
+    await other.group_send("room", {"type": "for nobody"})
+    assert count(observer, "message") == 0
+
+
+async def test_what_is_sent_to_a_closed_client_is_dropped(make_layer: MakeLayer, observer: Observer) -> None:
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    await layer.close()
+    await sender.send(channel, {"type": "late"})
+    await asyncio.gather(*(sender.send(channel, {"type": "late"}) for _ in range(10)))
+    assert count(observer, "message") == 0
+
+
+async def test_a_closed_layer_begins_anew(make_layer: MakeLayer) -> None:
+    layer = make_layer()
+    for number in range(3):
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.send(channel, {"number": number})
+        assert await receive(layer, channel) == {"number": number}
+        await layer.group_send("room", {"number": -number})
+        assert await receive(layer, channel) == {"number": -number}
+        await layer.close()
+        with pytest.raises(TypeError):
+            await layer.receive(channel)
+
+
+ENDS_NORMALLY = """
+import asyncio, sys
+from pg_layer import PostgresChannelLayer
+
+layer = PostgresChannelLayer(dsn=sys.argv[1])
+
+async def main():
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.send(channel, {})
+    await layer.receive(channel)
+    receivers = [asyncio.create_task(layer.receive("jobs")) for _ in range(4)]
+    await asyncio.wait(receivers, return_when=asyncio.FIRST_COMPLETED)
+    for receiver in receivers:
+        if receiver.done():
+            print(receiver.result()["number"])
+    if sys.argv[2] == "exit":
+        sys.exit(3)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["return", "exit"])
+async def test_a_process_that_ends_without_close_leaves_nothing(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, how: str
+) -> None:
+    layer = make_layer()
+    for number in range(5):
+        await layer.send("jobs", {"number": number})
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-W", "error", "-X", "dev", "-c", ENDS_NORMALLY, migrated_dsn, how],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (ended.stderr, ended.returncode) == ("", 3 if how == "exit" else 0)
+    assert leases(observer) == 0
+    assert count(observer, "membership") == 0
+    done = [int(line) for line in ended.stdout.split()]
+    rest = [(await receive(layer, "jobs"))["number"] for _ in range(5 - len(done))]
+    assert sorted(done + rest) == list(range(5))
+
+
+# ---------------------------------------------------------------------- kill -9
+
+
+async def test_what_a_killed_worker_had_not_taken_gets_through(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    killed, survivor = (processes.start(work, migrated_dsn, 1, 0.0) for _ in range(2))
+    await ready([killed, survivor])
+    [[own]] = observer.execute("SELECT inbox FROM pg_layer_client WHERE pid = %s", (killed.pid,)).fetchall()
+    writer = processes.start(write, migrated_dsn, "jobs", jobs(range(500)), capacity=1000)
+    found: list[int] = []
+    while len(found) < 50:
+        found.append(await killed.hear())
+    killed.kill()
+    with suppress(Exception):
+        while True:
+            found.append(await killed.hear())
+    await writer.result()
+    await until(lambda: count(observer, "message", "inbox LIKE '%!:jobs'") == 0)
+    taken = {
+        msgpack.unpackb(payload)["number"]
+        for (payload,) in observer.execute(
+            "SELECT payload FROM pg_layer_message WHERE inbox = %s AND channel = 'jobs'", (own,)
+        )
+    }
+    others = set(range(500)) - set(found) - taken
+    rest = await hear_all([survivor], len(others))
+    assert not [number for number, times in Counter(found + rest).items() if times > 1]
+    # One may have been handed over which nobody heard of.
+    assert len(others - set(rest)) <= 1
+
+
+async def hold(link: Link, /, dsn: str, **options: object) -> None:
+    """Be a member of a group, and live."""
+    async with open_layer(dsn, **options) as layer:
+        channel = await layer.new_channel()
+        await listen(layer)
+        await layer.group_add("room", channel)
+        link.say(channel)
+        await link.hear()
+
+
+@pytest.mark.parametrize("group_expiry", [86400, None])
+async def test_once_its_lease_is_over_nothing_is_written_for_a_killed_process(
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    observer: Observer,
+    group_expiry: float | None,
+) -> None:
+    layer = make_layer()
+    killed = processes.start(hold, migrated_dsn, lease=2, heartbeat=1, group_expiry=group_expiry)
+    living = processes.start(hold, migrated_dsn, lease=2, heartbeat=1, group_expiry=group_expiry)
+    channel, other = await killed.hear(), await living.hear()
+    killed.kill()
+    await layer.send(channel, {"number": 0})
+    inbox = observer.execute("SELECT inbox FROM pg_layer_message WHERE channel = %s", (channel,)).fetchone()
+    assert inbox is not None
+    await until(lambda: count(observer, "client", "expires_at <= clock_timestamp()") == 1)
+
+    condition = f"inbox = '{inbox[0]}'"
+    before = count(observer, "message", condition)
+    await layer.send(channel, {"number": 1})
+    await layer.group_send("room", {"number": 2})
+    await asyncio.gather(
+        *(layer.send(channel, {"number": 3}) for _ in range(10)),
+        *(layer.group_send("room", {"number": 4}) for _ in range(10)),
+    )
+    assert count(observer, "message", condition) == before
+    assert count(observer, "membership", condition) == 1
+
+    # The living one keeps its lease meanwhile, and a sweep leaves it alone.
+    observer.execute("SELECT pg_layer_sweep('asgi', 1000, false)")
+    assert count(observer, "message", condition) == count(observer, "membership", condition) == 0
+    assert count(observer, "membership") == 1
+    assert leases(observer) == 1
+    await layer.group_send("room", {"number": 5})
+    await layer.send(channel, {"number": 6})
+    assert count(observer, "message", condition) == 0
+    assert not observer.execute("SELECT FROM pg_layer_membership WHERE channel <> %s", (other,)).fetchall()
+
+
+async def test_a_client_whose_lease_lapsed_comes_back_with_its_memberships(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer, sender = make_layer(lease=2, heartbeat=1), make_layer()
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    with psycopg.connect(observer.info.dsn, password=observer.info.password, autocommit=True) as connection:
+        connection.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp()")
+        connection.execute("SELECT pg_layer_sweep('asgi', 1000, false)")
+    assert count(observer, "membership") == 0
+    await until(lambda: count(observer, "membership") == 1)
+    await sender.group_send("room", {"number": 1})
+    assert await receive(layer, channel) == {"number": 1}
