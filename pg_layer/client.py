@@ -95,6 +95,10 @@ class Client:
         mailbox.is_used = True
         return mailbox
 
+    def find_mailbox(self, channel: str) -> Mailbox | None:
+        """The mailbox of a channel, if there is one."""
+        return self._mailboxes.get(channel)
+
     def mailboxes(self) -> list[Mailbox]:
         """All mailboxes."""
         with self._lock:

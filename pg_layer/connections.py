@@ -24,6 +24,16 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer.connections")
 
+_POOL_NAME = "pg_layer"
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    return not (isinstance(record.args, tuple) and record.args[:1] == (_POOL_NAME,))
+
+
+# The pool warns of every attempt to connect that fails. Ours tells its user why instead, and the log once.
+logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
+
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 _TRANSIENT_CLASSES = ("40", "53", "57P", "25006", "08")
 RETRY = 0.05  # seconds before the next attempt
@@ -68,7 +78,7 @@ class Connections:
             reconnect_timeout=5.0,
             num_workers=1,
             open=False,
-            name="pg_layer",
+            name=_POOL_NAME,
         )
 
     async def _kwargs(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ logger = logging.getLogger("pg_layer")
 REASSERT_MOST = 5000  # memberships a statement
 SENDER_IDLE = 10.0  # seconds after which a process that only sends closes its connection
 FAREWELL_TIMEOUT = 2.0
+STOP_TIMEOUT = 2.0
 SWEEP_BATCH = 1000
 
 
@@ -47,7 +48,8 @@ class Engine:
         self._listener: Listener | None = None
         self._keeps_lease = False
         self.sender = Sender(client, self.connections, self.spawn, self._start_keeping_lease)
-        self.spawn(self._guard())
+        self._guard_task = self.loop.create_task(self._guard())
+        self._tasks.add(self._guard_task)
 
     # ------------------------------------------------------------------ tasks
 
@@ -99,12 +101,19 @@ class Engine:
             raise LayerUnavailable("The event loop that serves the channel layer does not answer.") from None
 
     async def _guard(self) -> None:
-        """Sees the loop's end: before it closes, asyncio cancels what still runs."""
+        """Sees the loop's end: before it closes, asyncio cancels what still runs.
+
+        The pool is closed in order even then: its tasks may miss a cancellation, as `asyncio.wait_for` does
+        before Python 3.12.
+        """
         try:
             await self.loop.create_future()
+        except asyncio.CancelledError:
+            await self._stop_tasks()
+            await self.connections.close()
+            raise
         finally:
-            if not self.is_closed:
-                self.abandon()
+            self.abandon()
 
     # ------------------------------------------------------------------ sending
 
@@ -271,23 +280,27 @@ class Engine:
         except PgLayerError as error:
             logger.warning("Left without taking leave; the lease runs out by itself: %s", error)
         finally:
-            await self.connections.close()
-            self.abandon()
+            await self._close_connections()
 
     async def stop(self) -> None:
         """Close when what was begun is done. The client lives on."""
         await self.sender.finish()
         await self._stop_tasks()
-        await self.connections.close()
-        self.abandon()
+        await self._close_connections()
 
     async def _stop_tasks(self) -> None:
         self.sender.close()
         self.is_closed = True
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        tasks = self._tasks - {asyncio.current_task()} - {self._guard_task}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+
+    async def _close_connections(self) -> None:
+        """The guard does that, and ends."""
+        self._guard_task.cancel()
+        await asyncio.wait({self._guard_task})
 
     def abandon(self) -> None:
         """Drop all that is bound to the loop, also when the loop will not run again. The client lives on."""
@@ -296,6 +309,11 @@ class Engine:
         if self._listener is not None:
             self._listener.abandon()
         self.connections.abandon()
+        self.call(self._cancel_tasks)  # should that loop run again, it finds nothing to do
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

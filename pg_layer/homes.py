@@ -84,6 +84,11 @@ class Homes:
         self._home: Engine | None = None
         self._hub: Hub | None = None
 
+    @property
+    def home(self) -> Engine | None:
+        """The engine of the home loop, whether that runs or not."""
+        return self._home
+
     def for_receiving(self) -> Engine:
         """The engine that receives: this loop's own, or that of a loop that runs elsewhere."""
         loop = asyncio.get_running_loop()
@@ -123,8 +128,12 @@ class Homes:
                 continue  # that loop has ended: another takes over
 
     def _move_here(self) -> Engine:
-        if self._home is not None and not self._home.is_running:
-            self._home.abandon()
+        old = self._home
+        if old is not None:
+            if old.is_running:
+                asyncio.run_coroutine_threadsafe(old.stop(), old.loop)
+            else:
+                old.abandon()
         self._home = Engine(self.client)
         hub, self._hub = self._hub, None
         if hub is not None:

@@ -11,7 +11,6 @@ from channels.layers import BaseChannelLayer
 
 from pg_layer.codec import Codec
 from pg_layer.config import load
-from pg_layer.engine import Engine
 from pg_layer.exceptions import ChannelFull, LayerUnavailable, UndecodableMessage
 from pg_layer.homes import Homes
 from pg_layer.mailbox import Letter, Mailbox
@@ -86,19 +85,18 @@ class PostgresChannelLayer(BaseChannelLayer):
         raises because the database is away: it waits.
         """
         mailbox = self._mailbox_to_receive(channel)
-        is_specific = "!" in channel
         while True:
-            engine = self._homes.for_receiving()
             letter = mailbox.pop()
             if letter is None:
-                want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
+                engine = self._homes.for_receiving()
+                want = None if "!" in channel else partial(engine.call, engine.receiver.want, channel)
                 await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
                 continue
-            message = self._open(engine, mailbox, letter)
+            message = self._open(mailbox, letter)
             if message is None:
                 continue
-            if is_specific and letter.key is not None and mailbox.is_pressed:
-                await self._settle(engine, mailbox, letter)
+            if letter.key is not None and "!" in channel and mailbox.is_pressed:
+                await self._settle(mailbox, letter)
             return message
 
     async def new_channel(self, prefix: str = "specific") -> str:
@@ -165,18 +163,27 @@ class PostgresChannelLayer(BaseChannelLayer):
             _remember(self._valid_groups, group)
 
     def _mailbox_to_receive(self, channel: str) -> Mailbox:
-        self._check_channel(channel)
         client = self._homes.client
-        if "!" in channel and not client.owns(channel):
-            raise TypeError(f"Channel {channel} belongs to another process: only that one can receive on it.")
-        return client.mailbox(channel)
+        mailbox = client.find_mailbox(channel) if channel.__class__ is str else None
+        if mailbox is None or not mailbox.is_receivable:
+            self._check_channel(channel)
+            if "!" in channel and not client.owns(channel):
+                raise TypeError(
+                    f"Channel {channel} belongs to another process: only that one can receive on it."
+                )
+            mailbox = client.mailbox(channel)
+            mailbox.is_receivable = True
+        mailbox.is_used = True
+        return mailbox
 
-    def _open(self, engine: Engine, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
+    def _open(self, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
         """The message of a letter that was popped; None if it is expired or cannot be read."""
         client = self._homes.client
         if letter.key is not None:
             client.doomed.append((letter.key, mailbox))
-            engine.call(engine.receiver.delete_soon, mailbox)
+            engine = self._homes.home
+            if engine is not None:
+                engine.call(engine.receiver.delete_soon, mailbox)
         if letter.expires_at <= client.clock.now():
             client.counters["dropped_expired"] += 1
             return None
@@ -188,8 +195,9 @@ class PostgresChannelLayer(BaseChannelLayer):
         client.counters["delivered"] += 1
         return message
 
-    async def _settle(self, engine: Engine, mailbox: Mailbox, letter: Letter) -> None:
+    async def _settle(self, mailbox: Mailbox, letter: Letter) -> None:
         """Wait until what was received makes room: senders count its row until that is gone."""
+        engine = self._homes.for_receiving()
         try:
             await engine.bridge(partial(engine.receiver.settle, mailbox))
         except LayerUnavailable:

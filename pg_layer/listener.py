@@ -140,4 +140,6 @@ class Listener:
         conn, self._conn = self._conn, None
         self.is_connected = False
         if conn is not None:
+            if not (conn.closed or self._loop.is_closed()):
+                self._loop.remove_reader(conn.fileno())  # the number may soon be another's
             conn.pgconn.finish()

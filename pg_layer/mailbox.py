@@ -30,27 +30,28 @@ class Letter(NamedTuple):
     key: Key | None
 
 
-class _Waiter:
-    __slots__ = ("future", "is_woken", "loop")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.future: asyncio.Future[None] = loop.create_future()
-        self.is_woken = False
-
-
 class Mailbox:
     """The queue of one channel in its process. Thread-safe."""
 
-    __slots__ = ("_letters", "_lock", "_waiters", "capacity", "channel", "is_used", "undeleted")
+    __slots__ = (
+        "_letters",
+        "_lock",
+        "_waiters",
+        "capacity",
+        "channel",
+        "is_receivable",
+        "is_used",
+        "undeleted",
+    )
 
     def __init__(self, channel: str, capacity: int) -> None:
         self.channel = channel
         self.capacity = capacity
         self.undeleted = 0  # rows of this channel that senders may still count
+        self.is_receivable = False  # set once somebody has shown that this process may receive here
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -138,28 +139,38 @@ class Mailbox:
         ``on_wait`` is called once this waiter counts as `waiting`.
         """
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(loop)
+        waiter = loop.create_future()
         with self._lock:
             if self._letters:
                 return
             self._waiters.append(waiter)
-        timer = loop.call_later(timeout, _resolve, waiter.future) if timeout is not None else None
+        timer = loop.call_later(timeout, self._time_out, waiter) if timeout is not None else None
         try:
             if on_wait is not None:
                 on_wait()
-            await waiter.future
+            await waiter
         except BaseException:
-            with self._lock:
-                if waiter.is_woken and self._letters:
-                    self._wake_one()  # this waiter will not look: the next one must
+            if not self._forget(waiter):
+                # Woken, but it will not look: the next one must.
+                with self._lock:
+                    if self._letters:
+                        self._wake_one()
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            if not waiter.is_woken:
-                with self._lock:
-                    if not waiter.is_woken:
-                        self._waiters.remove(waiter)
+
+    def _time_out(self, waiter: asyncio.Future[None]) -> None:
+        if self._forget(waiter) and not waiter.done():
+            waiter.set_result(None)
+
+    def _forget(self, waiter: asyncio.Future[None]) -> bool:
+        """Returns whether it was still waiting."""
+        with self._lock:
+            if waiter not in self._waiters:
+                return False
+            self._waiters.remove(waiter)
+            return True
 
     def wake(self) -> None:
         """Have every waiter look again."""
@@ -170,31 +181,26 @@ class Mailbox:
     def _wake_one(self) -> None:
         while self._waiters:
             waiter = self._waiters.popleft()
-            waiter.is_woken = True
-            if waiter.loop is _running_loop():
-                if waiter.future.done():
+            loop = waiter.get_loop()
+            if loop is _running_loop():
+                if waiter.done():
                     continue
-                waiter.future.set_result(None)
+                waiter.set_result(None)
                 return
             try:
-                waiter.loop.call_soon_threadsafe(self._wake_there, waiter.future)
+                loop.call_soon_threadsafe(self._wake_there, waiter)
             except RuntimeError:  # that loop was closed: nobody waits there any more
                 continue
-            if waiter.loop.is_running():
+            if loop.is_running():
                 return
 
-    def _wake_there(self, future: asyncio.Future[None]) -> None:
-        if not future.done():
-            future.set_result(None)
+    def _wake_there(self, waiter: asyncio.Future[None]) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
             return
         with self._lock:
-            if self._letters and self._waiters:
+            if self._letters:
                 self._wake_one()
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -72,6 +72,7 @@ class Receiver:
         self._settled: asyncio.Event = asyncio.Event()
         self._aged_at = self._loop.time()
         client.inbox.abandon_views()
+        self.delete_soon()
         self._pings: dict[str, asyncio.Future[None]] = {}
         self.listener: Listener | None = None  # none: the tables are polled
 
