@@ -472,6 +472,11 @@ CREATE FUNCTION pg_layer_take(_prefix text, _channel text, _inbox text, _floor b
 RETURNS TABLE (id bigint, nonce bigint, kind text, channel text, group_name text, payload bytea, expires_at float8)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 BEGIN
+    -- Locked, so that a client that takes leave does so before this or after it. Without a lease there are no jobs.
+    PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at > clock_timestamp() FOR SHARE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
@@ -514,11 +519,12 @@ DECLARE
     _ids bigint[];
     _nonces bigint[];
 BEGIN
+    -- Kept for a day with a lease that is over, so that nothing more is written for it.
+    UPDATE pg_layer_client AS c SET expires_at = clock_timestamp() WHERE c.inbox = _inbox;
     DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.id = ANY (_done_ids) AND m.nonce = ANY (_done_nonces);
     SELECT array_agg(m.id), array_agg(m.nonce) INTO _ids, _nonces
     FROM pg_layer_message AS m WHERE m.inbox = _inbox AND position('!' IN m.channel) = 0;
     PERFORM pg_layer_put_back(_prefix, _inbox, _ids, _nonces);
-    DELETE FROM pg_layer_client AS c WHERE c.inbox = _inbox;
     DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox;
     DELETE FROM pg_layer_membership AS m USING unnest(_groups, _channels) AS g (group_name, channel)
     WHERE m.group_name = g.group_name AND m.inbox = _inbox AND m.channel = g.channel;

@@ -27,11 +27,16 @@ logger = logging.getLogger("pg_layer.connections")
 _POOL_NAME = "pg_layer"
 
 
+class _Connection(AsyncConnection[Any]):
+    """A connection of ours."""
+
+
 def _is_not_ours(record: logging.LogRecord) -> bool:
-    return not (isinstance(record.args, tuple) and record.args[:1] == (_POOL_NAME,))
+    about = record.args[0] if isinstance(record.args, tuple) and record.args else None
+    return not (about == _POOL_NAME or isinstance(about, _Connection))
 
 
-# The pool warns of every attempt to connect that fails. Ours tells its user why instead, and the log once.
+# The pool warns of every connection that fails. Ours tells its user why instead, and the log once.
 logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
@@ -54,7 +59,7 @@ class Connections:
         self._is_open = False
         connections = self
 
-        class ReportingConnection(AsyncConnection[Any]):
+        class ReportingConnection(_Connection):
             """A connection that tells why it could not be made: the pool says only that it took too long."""
 
             @classmethod

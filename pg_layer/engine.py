@@ -109,7 +109,10 @@ class Engine:
         try:
             await self.loop.create_future()
         except asyncio.CancelledError:
-            await self._stop_tasks()
+            self.sender.close()
+            self.is_closed = True
+            # These have been cancelled as well. A second cancellation would interrupt psycopg's tidying up.
+            await _end_of(self._tasks - {self._guard_task})
             await self.connections.close()
             raise
         finally:
@@ -192,6 +195,7 @@ class Engine:
         async def work(conn: store.AnyConnection) -> None:
             if await self._renew_on(conn, token):
                 await self._reassert_on(conn)
+                self.receiver.look_again()  # who has no lease is given no jobs
 
         await self.connections.run(work, timeout=self.client.config.heartbeat, is_idempotent=True)
 
@@ -294,8 +298,7 @@ class Engine:
         tasks = self._tasks - {asyncio.current_task()} - {self._guard_task}
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+        await _end_of(tasks)
 
     async def _close_connections(self) -> None:
         """The guard does that, and ends."""
@@ -314,6 +317,11 @@ class Engine:
     def _cancel_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+
+async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -104,6 +104,8 @@ class PostgresChannelLayer(BaseChannelLayer):
 
         ``prefix``: what the name begins with; letters, digits, ``-``, ``_`` and ``.``.
         """
+        if not isinstance(prefix, str):
+            raise TypeError(f"The prefix of a channel's name must be a str, not {type(prefix).__name__}.")
         channel = self._homes.client.new_channel(prefix)
         self.require_valid_channel_name(channel)
         return channel

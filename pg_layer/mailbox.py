@@ -37,6 +37,7 @@ class Mailbox:
         "_letters",
         "_lock",
         "_waiters",
+        "_woken",
         "capacity",
         "channel",
         "is_receivable",
@@ -52,6 +53,7 @@ class Mailbox:
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
+        self._woken = 0  # waiters that were told to look, and have not yet
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -61,6 +63,11 @@ class Mailbox:
     def waiting(self) -> int:
         """How many receivers wait."""
         return len(self._waiters)
+
+    @property
+    def missing(self) -> int:
+        """How many more letters the receivers could have at once."""
+        return len(self._waiters) + self._woken - len(self._letters)
 
     @property
     def is_pressed(self) -> bool:
@@ -144,33 +151,31 @@ class Mailbox:
             if self._letters:
                 return
             self._waiters.append(waiter)
-        timer = loop.call_later(timeout, self._time_out, waiter) if timeout is not None else None
+        timer = loop.call_later(timeout, _time_out, waiter) if timeout is not None else None
         try:
             if on_wait is not None:
                 on_wait()
             await waiter
         except BaseException:
-            if not self._forget(waiter):
-                # Woken, but it will not look: the next one must.
-                with self._lock:
-                    if self._letters:
-                        self._wake_one()
+            with self._lock:
+                # If it was woken it will not look: the next one must.
+                if not self._forget(waiter) and self._letters:
+                    self._wake_one()
             raise
+        else:
+            with self._lock:
+                self._forget(waiter)
         finally:
             if timer is not None:
                 timer.cancel()
 
-    def _time_out(self, waiter: asyncio.Future[None]) -> None:
-        if self._forget(waiter) and not waiter.done():
-            waiter.set_result(None)
-
     def _forget(self, waiter: asyncio.Future[None]) -> bool:
-        """Returns whether it was still waiting."""
-        with self._lock:
-            if waiter not in self._waiters:
-                return False
+        """Returns whether it was still waiting, and not woken."""
+        if waiter in self._waiters:
             self._waiters.remove(waiter)
             return True
+        self._woken -= 1
+        return False
 
     def wake(self) -> None:
         """Have every waiter look again."""
@@ -181,6 +186,7 @@ class Mailbox:
     def _wake_one(self) -> None:
         while self._waiters:
             waiter = self._waiters.popleft()
+            self._woken += 1
             loop = waiter.get_loop()
             if loop is _running_loop():
                 if waiter.done():
@@ -201,6 +207,11 @@ class Mailbox:
         with self._lock:
             if self._letters:
                 self._wake_one()
+
+
+def _time_out(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -254,7 +254,7 @@ class Receiver:
         if (
             not (reader.is_taking or reader.is_putting_back)
             and reader.may_have_more
-            and reader.mailbox.waiting > len(reader.mailbox)
+            and reader.mailbox.missing > 0
         ):
             reader.is_taking = True
             self._spawn(self._take(reader))
@@ -262,7 +262,7 @@ class Receiver:
     async def _take(self, reader: Reader) -> None:
         client, mailbox = self._client, reader.mailbox
         try:
-            while reader.may_have_more and (missing := mailbox.waiting - len(mailbox)) > 0:
+            while reader.may_have_more and (missing := mailbox.missing) > 0:
                 reader.may_have_more = False
                 if self._loop.time() - reader.took_at < QUICK:
                     reader.ahead = min(2 * reader.ahead + 1, AHEAD_MOST)
@@ -314,6 +314,9 @@ class Receiver:
 
     def _put_back_now(self, reader: Reader) -> None:
         reader.put_back = None
+        if reader.is_taking:  # what it brings comes after these
+            self._put_back_later(reader)
+            return
         keys = [letter.key for letter in reader.mailbox.pop_idle() if letter.key is not None]
         if keys:
             reader.ahead = 0
