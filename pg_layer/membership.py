@@ -92,7 +92,7 @@ class Memberships:
             self._left.clear()
             self._flushed = -1
             for group, member in self._all():
-                self._groups[group][member.mailbox.channel] = member._replace(since=-1, joined=-1)
+                self._groups[group][member.mailbox.channel] = member._replace(since=-1)
 
     def of_group(self, group: str) -> list[Member]:
         """The members of a group."""
