@@ -1,0 +1,66 @@
+"""The README says what the code does."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import pg_layer
+from pg_layer.config import OPTIONS, Config
+from pg_layer.management.commands.pg_layer_sweep import Command
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTED = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README.split("## Options")[1], re.MULTILINE))
+
+
+def test_every_option_is_documented_and_no_other() -> None:
+    assert list(DOCUMENTED) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"using"}))
+def test_the_documented_default_is_the_default(name: str) -> None:
+    text = DOCUMENTED[name].strip("`")
+    documented = None if text == "none" else ast.literal_eval(text)
+    assert (getattr(Config(dsn="dbname=x"), name) or None) == (documented or None) or name == "dsn"
+
+
+def test_the_default_alias() -> None:
+    assert Config().using == ast.literal_eval(DOCUMENTED["using"].strip("`"))
+
+
+def test_the_sweepers_options_are_documented() -> None:
+    (usage,) = re.findall(r"manage\.py pg_layer_sweep (\[.*\])", README)
+    parser = Command().create_parser("manage.py", "pg_layer_sweep")
+    for option, value in re.findall(r"\[(--[\w-]+) ?(\S*)\]", usage):
+        action = next(a for a in parser._actions if option in a.option_strings)
+        if value and not value.isupper():
+            assert str(action.default).removesuffix(".0") == value
+        else:
+            assert action.help
+
+
+def test_python_snippets_compile() -> None:
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        ast.parse("\n".join(line.removeprefix("   ") for line in snippet.splitlines()))
+
+
+def test_the_named_exceptions_can_be_imported() -> None:
+    for name in ("ChannelFull", "MessageTooLarge", "LayerUnavailable", "NotMigrated", "PgLayerError"):
+        assert f"`{name}`" in README
+        assert name in pg_layer.__all__
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make ([\w ]+?) *(?:#.*)?$", README, re.MULTILINE))
+def test_the_commands_exist(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name in target.split():
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
