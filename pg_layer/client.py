@@ -151,8 +151,8 @@ class Client:
     def _fan_out(self, group: str, letter: Letter) -> None:
         now = self.clock.now()
         id = letter.id
-        for mailbox, since, _, expires_at in self.memberships.of_group(group):
-            if id > since and expires_at > now and not mailbox.put_if_room(letter):
+        for mailbox, since, _, expires_at, until in self.memberships.of_group(group):
+            if since < id <= until and expires_at > now and not mailbox.put_if_room(letter):
                 self.count_dropped(group, mailbox.channel)
 
     def flush(self, id: int) -> None:

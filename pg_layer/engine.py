@@ -187,7 +187,7 @@ class Engine:
                 client.inbox_name,
                 [
                     (group, mailbox.channel, None if expires_at == math.inf else expires_at - now)
-                    for group, (mailbox, _, _, expires_at) in members[start : start + REASSERT_MOST]
+                    for group, (mailbox, _, _, expires_at, _) in members[start : start + REASSERT_MOST]
                 ],
             )
 
@@ -234,6 +234,7 @@ class Engine:
             await asyncio.sleep(heartbeat)
             self.receiver.forget_idle_readers()
             client.forget_idle_mailboxes()
+            client.memberships.forget_left()
             try:
                 await self.expire_unread()
                 if interval and time.monotonic() - swept_at >= interval:

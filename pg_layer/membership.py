@@ -5,21 +5,29 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
+from pg_layer.inbox import LAST_ID
 from pg_layer.mailbox import Mailbox
 
 LEFT_MOST = 10_000
 
 
 class Member(NamedTuple):
-    """A channel in a group: messages with a larger id than ``since`` are for it, until ``expires_at``.
+    """A channel in a group: messages with ids above ``since`` are for it, until ``expires_at``.
 
-    ``joined`` is the id at which it last joined: what is older than that does not undo it.
+    One that has left is kept a while for the messages that were sent before, with ids up to ``until``, and are
+    still on their way. ``joined`` is the id at which it last joined: what is older does not undo it.
     """
 
     mailbox: Mailbox
     since: int
     joined: int
     expires_at: float
+    until: int = LAST_ID
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it is here only for what is on its way."""
+        return self.until != LAST_ID
 
 
 class Memberships:
@@ -34,14 +42,15 @@ class Memberships:
         self._channels: dict[str, set[str]] = {}
         # (group, channel) -> id of the leaves of late: what tells of an earlier joining must not undo them.
         self._left: dict[tuple[str, str], int] = {}
+        self._left_before: dict[tuple[str, str], int] = {}
         self._flushed = -1
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return sum(map(len, self._groups.values()))
+        return sum(map(len, self._channels.values()))
 
     def __bool__(self) -> bool:
-        return bool(self._groups)
+        return bool(self._channels)
 
     def join(self, group: str, mailbox: Mailbox, id: int, expires_at: float) -> None:
         """Add a channel, or renew it: a member that is renewed has missed nothing since it first joined."""
@@ -52,7 +61,7 @@ class Memberships:
             members = self._groups.setdefault(group, {})
             known = members.get(channel)
             since, joined = id, id
-            if known is not None:
+            if known is not None and not known.has_left:
                 since, joined = min(id, known.since), max(id, known.joined)
                 expires_at = max(expires_at, known.expires_at)
             members[channel] = Member(mailbox, since, joined, expires_at)
@@ -62,16 +71,26 @@ class Memberships:
         """Remove a channel from a group, unless it has joined since."""
         with self._lock:
             member = self._groups.get(group, {}).get(channel)
-            if member is not None and member.joined < id:
-                self._remove(group, channel)
+            if member is not None and not member.has_left and member.joined < id:
+                self._groups[group][channel] = member._replace(until=id)
+                self._unlink(group, channel)
             self._left[group, channel] = max(id, self._left.pop((group, channel), id))
             if len(self._left) > LEFT_MOST:
-                del self._left[next(iter(self._left))]
+                self._forget_left(next(iter(self._left)))
+
+    def forget_left(self) -> None:
+        """Forget who had left when this was last called."""
+        with self._lock:
+            for pair, id in self._left_before.items():
+                if self._left.get(pair) == id:
+                    self._forget_left(pair)
+            self._left_before = dict(self._left)
 
     def drop(self, group: str, channel: str) -> None:
         """Remove a channel from a group here, whatever the tables say."""
         with self._lock:
-            if channel in self._groups.get(group, {}):
+            member = self._groups.get(group, {}).get(channel)
+            if member is not None and not member.has_left:
                 self._remove(group, channel)
 
     def flush(self, id: int) -> None:
@@ -89,13 +108,14 @@ class Memberships:
         new member as well.
         """
         with self._lock:
-            self._left.clear()
+            for pair in list(self._left):
+                self._forget_left(pair)
             self._flushed = -1
             for group, member in self._all():
                 self._groups[group][member.mailbox.channel] = member._replace(since=-1)
 
     def of_group(self, group: str) -> list[Member]:
-        """The members of a group."""
+        """The members of a group, and who has left it of late."""
         with self._lock:
             members = self._groups.get(group)
             return list(members.values()) if members else []
@@ -122,13 +142,31 @@ class Memberships:
                     self._remove(group, member.mailbox.channel)
 
     def _all(self) -> list[tuple[str, Member]]:
-        return [(group, member) for group, members in self._groups.items() for member in members.values()]
+        return [
+            (group, member)
+            for group, members in self._groups.items()
+            for member in members.values()
+            if not member.has_left
+        ]
 
     def _remove(self, group: str, channel: str) -> None:
+        self._erase(group, channel)
+        self._unlink(group, channel)
+
+    def _forget_left(self, pair: tuple[str, str]) -> None:
+        del self._left[pair]
+        group, channel = pair
+        member = self._groups.get(group, {}).get(channel)
+        if member is not None and member.has_left:
+            self._erase(group, channel)
+
+    def _erase(self, group: str, channel: str) -> None:
         members = self._groups[group]
         del members[channel]
         if not members:
             del self._groups[group]
+
+    def _unlink(self, group: str, channel: str) -> None:
         groups = self._channels[channel]
         groups.discard(group)
         if not groups:

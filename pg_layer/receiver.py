@@ -28,6 +28,7 @@ DELETE_MOST = 1000
 READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
 PUT_BACK_DELAY = 0.05  # seconds for which a taken message waits for a reader of this process
 QUICK = 0.02  # seconds: a reader that has done with what was taken in less is given more at a time
+AHEAD_PART = 16  # of the capacity: what is taken ahead makes room for others
 AHEAD_MOST = 31
 SETTLE_TIMEOUT = 1.0
 RECENT_LEAST = 3.0  # seconds for which a deleted row is remembered: PostgreSQL writes lazy commits within one
@@ -69,6 +70,7 @@ class Receiver:
         self._is_draining = False
         self._delete_timer: asyncio.TimerHandle | None = None
         self._is_deleting = False
+        self._is_urgent = False  # more is to be deleted as soon as that has ended
         self._settled: asyncio.Event = asyncio.Event()
         self._aged_at = self._loop.time()
         client.inbox.abandon_views()
@@ -265,7 +267,8 @@ class Receiver:
             while reader.may_have_more and (missing := mailbox.missing) > 0:
                 reader.may_have_more = False
                 if self._loop.time() - reader.took_at < QUICK:
-                    reader.ahead = min(2 * reader.ahead + 1, AHEAD_MOST)
+                    most = min(mailbox.capacity // AHEAD_PART, AHEAD_MOST)
+                    reader.ahead = min(2 * reader.ahead + 1, most)
                 else:
                     reader.ahead = 0
                 limit = missing + reader.ahead
@@ -369,10 +372,13 @@ class Receiver:
 
     def _delete_soon(self, delay: float) -> None:
         doomed = self._client.doomed
-        if self._is_deleting or not doomed:
+        if not doomed:
             return
         if len(doomed) >= DELETE_MOST:
             delay = 0.0
+        if self._is_deleting:
+            self._is_urgent |= not delay
+            return
         if self._delete_timer is not None:
             if delay:
                 return
@@ -382,7 +388,7 @@ class Receiver:
     def _delete_now(self) -> None:
         self._delete_timer = None
         if not self._is_deleting and self._client.doomed:
-            self._is_deleting = True
+            self._is_deleting, self._is_urgent = True, False
             self._spawn(self._delete())
 
     async def _delete(self) -> None:
@@ -410,7 +416,7 @@ class Receiver:
             settled.set()
         finally:
             self._is_deleting = False
-            self._delete_soon(DELETE_DELAY)
+            self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)
 
 
 def _bigint(text: str) -> int:
