@@ -1,0 +1,461 @@
+"""Natural batching: what goes together, who is told what, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.lane import MAX_BYTES, MAX_OPS, Lane, Outcome
+
+Task = asyncio.Task[None]
+
+
+class Refused(Exception):
+    """The outcome of a single operation."""
+
+
+class Writes:
+    """The other end of a lane: notes batches, and ends each when it is told to."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.by: list[asyncio.Task[Any] | None] = []
+        self.outcomes: dict[Any, Exception] = {}
+        self._ends: list[asyncio.Future[None]] = []
+        self._is_open = False
+
+    async def write(self, ops: list[Any]) -> Sequence[Outcome]:
+        self.batches.append(list(ops))
+        self.by.append(asyncio.current_task())
+        if not self._is_open:
+            end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._ends.append(end)
+            await end
+        return [self.outcomes.get(op) for op in ops]
+
+    @property
+    def in_flight(self) -> int:
+        return sum(not end.done() for end in self._ends)
+
+    def end(self, error: Exception | None = None) -> None:
+        """End the write in flight."""
+        (end,) = (end for end in self._ends if not end.done())
+        if error is None:
+            end.set_result(None)
+        else:
+            end.set_exception(error)
+
+    def open(self) -> None:
+        """From now on every write ends at once."""
+        self._is_open = True
+        for end in self._ends:
+            if not end.done():
+                end.set_result(None)
+
+    @property
+    def written(self) -> list[Any]:
+        return [op for batch in self.batches for op in batch]
+
+
+class Bench:
+    """A lane on the running loop."""
+
+    def __init__(self, weigh: Callable[[Any], int] = lambda op: 1, timeout: float = 30.0) -> None:
+        self.writes = Writes()
+        self.tasks: list[Task] = []
+        loop = asyncio.get_running_loop()
+        self.lane: Lane[Any] = Lane(loop, self.writes.write, self._spawn, weigh, timeout)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.create_task(work))
+
+    def submit(self, op: object) -> Task:
+        return asyncio.create_task(self.lane.submit(op))
+
+    async def submit_all(self, ops: Sequence[object]) -> list[Task]:
+        tasks = [self.submit(op) for op in ops]
+        await turns()
+        return tasks
+
+
+async def turns(count: int = 4) -> None:
+    """Let everything come to where it waits."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def outcomes(tasks: Sequence[Task]) -> list[object]:
+    """What each caller got."""
+    return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+
+
+# --- Batches
+
+
+async def test_on_an_idle_lane_an_operation_goes_at_once_in_its_callers_task() -> None:
+    bench = Bench()
+    for op in "ab":
+        task = bench.submit(op)
+        await asyncio.sleep(0)
+        assert bench.writes.by[-1] is task
+        bench.writes.end()
+        await task
+    assert bench.writes.batches == [["a"], ["b"]]
+    assert bench.tasks == []
+
+
+async def test_what_comes_while_a_write_is_in_flight_goes_together_in_the_next() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abcd")
+    assert bench.writes.batches == [["a"]]
+    bench.writes.end()
+    await turns()
+    assert bench.writes.batches == [["a"], ["b", "c", "d"]]
+    tasks += await bench.submit_all("ef")
+    assert bench.writes.in_flight == 1
+    bench.writes.open()
+    assert await outcomes(tasks) == [None] * 6
+    assert bench.writes.batches == [["a"], ["b", "c", "d"], ["e", "f"]]
+
+
+async def test_who_sends_again_and_again_goes_together_too() -> None:
+    bench = Bench()
+
+    async def sender(name: str) -> None:
+        for number in range(5):
+            await bench.lane.submit(f"{name}{number}")
+
+    tasks = [asyncio.create_task(sender(name)) for name in "abcd"]
+    for _ in range(100):
+        await asyncio.sleep(0)
+        if bench.writes.in_flight:
+            bench.writes.end()
+    assert await outcomes(tasks) == [None] * 4
+    assert len(bench.writes.batches) <= 10
+
+
+async def test_a_batch_has_a_most_of_operations() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all(range(2 * MAX_OPS + 3))
+    bench.writes.open()
+    assert await outcomes(tasks) == [None] * len(tasks)
+    assert [len(batch) for batch in bench.writes.batches] == [1, MAX_OPS, MAX_OPS, 2]
+    assert bench.writes.written == list(range(len(tasks)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "batches"),
+    [
+        ([MAX_BYTES // 4] * 5, [4, 1]),
+        ([MAX_BYTES // 4] * 3 + [MAX_BYTES // 4 + 1], [3, 1]),
+        ([1, 2 * MAX_BYTES, 1, 1], [1, 1, 2]),
+        ([3 * MAX_BYTES, 3 * MAX_BYTES], [1, 1]),
+        ([MAX_BYTES, 0, 1], [2, 1]),
+    ],
+)
+async def test_a_batch_has_a_most_of_bytes(weights: list[int], batches: list[int]) -> None:
+    bench = Bench(weigh=lambda op: op[1])
+    tasks = await bench.submit_all([(-1, 1), *enumerate(weights)])
+    bench.writes.open()
+    await outcomes(tasks)
+    assert [len(batch) for batch in bench.writes.batches[1:]] == batches
+    assert [op for op, _ in bench.writes.written] == list(range(-1, len(weights)))
+
+
+# --- Outcomes
+
+
+async def test_each_caller_gets_its_own_outcome() -> None:
+    bench = Bench()
+    refused = {op: Refused(op) for op in "ac"}
+    bench.writes.outcomes.update(refused)
+    tasks = await bench.submit_all("abcd")
+    bench.writes.open()
+    assert await outcomes(tasks) == [refused["a"], None, refused["c"], None]
+
+
+async def test_a_write_that_fails_fails_its_batch_and_no_other() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abc")
+    first, second = Refused("first"), Refused("second")
+    bench.writes.end(first)
+    await turns()
+    tasks += await bench.submit_all("de")
+    bench.writes.end(second)
+    await turns()
+    bench.writes.open()
+    assert await outcomes(tasks) == [first, second, second, None, None]
+
+
+# --- Cancellation
+
+
+async def test_a_caller_cancelled_while_it_waits_is_not_written() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abcd")
+    tasks[2].cancel()
+    bench.writes.open()
+    results = await outcomes(tasks)
+    assert isinstance(results.pop(2), asyncio.CancelledError)
+    assert results == [None] * 3
+    assert bench.writes.written == ["a", "b", "d"]
+
+
+async def test_when_all_who_waited_are_cancelled_the_lane_is_idle_again() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abc")
+    tasks[1].cancel()
+    tasks[2].cancel()
+    bench.writes.end()
+    await turns()
+    later = bench.submit("d")
+    await turns()
+    assert bench.writes.by[-1] is later
+    bench.writes.open()
+    await later
+    assert bench.writes.batches == [["a"], ["d"]]
+
+
+async def test_a_caller_cancelled_while_it_is_written_costs_the_others_nothing() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abc")
+    bench.writes.end()
+    await turns()
+    assert bench.writes.batches[-1] == ["b", "c"]
+    tasks[1].cancel()
+    await turns()
+    bench.writes.open()
+    results = await outcomes(tasks)
+    assert isinstance(results[1], asyncio.CancelledError)
+    assert [results[0], results[2]] == [None, None]
+
+
+async def test_the_first_caller_cancelled_in_its_own_write_does_not_take_others_along() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abc")
+    tasks[0].cancel()
+    await turns()
+    assert bench.writes.batches == [["a"], ["b", "c"]]
+    bench.writes.open()
+    results = await outcomes(tasks)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1:] == [None, None]
+
+
+SCHEDULES = st.lists(
+    st.tuples(
+        st.sampled_from(["submit", "submit", "submit", "cancel", "end", "fail", "turn"]), st.integers(0, 9)
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SCHEDULES)
+def test_whatever_comes_in_is_written_once_in_its_order(schedule: list[tuple[str, int]]) -> None:
+    async def main() -> None:
+        bench = Bench()
+        tasks: list[Task] = []
+        for action, argument in schedule:
+            if action == "submit":
+                tasks.append(bench.submit(len(tasks)))
+            elif action == "cancel" and tasks:
+                tasks[argument % len(tasks)].cancel()
+            elif action == "end" and bench.writes.in_flight:
+                bench.writes.end()
+            elif action == "fail" and bench.writes.in_flight:
+                bench.writes.end(Refused())
+            elif action == "turn":
+                await turns(argument)
+            assert bench.writes.in_flight <= 1
+        bench.writes.open()
+        await outcomes(tasks)
+        written = bench.writes.written
+        assert written == sorted(set(written))
+        assert {op for op, task in enumerate(tasks) if not task.cancelled()} <= set(written)
+        later = bench.submit("later")
+        await outcomes([later])
+        assert bench.writes.batches[-1] == ["later"]
+
+    asyncio.run(main())
+
+
+# --- The end
+
+
+async def test_closing_fails_who_waits_and_lets_the_write_in_flight_end() -> None:
+    bench = Bench()
+    bench.writes.outcomes["a"] = Refused("a")
+    tasks = await bench.submit_all("abc")
+    bench.lane.close()
+    await turns()
+    assert not tasks[0].done()
+    bench.writes.end()
+    results = await outcomes(tasks)
+    assert results[0] is bench.writes.outcomes["a"]
+    assert [type(result) for result in results[1:]] == [NotBegun, NotBegun]
+    assert bench.writes.written == ["a"]
+
+
+async def test_closing_in_the_middle_of_a_batch() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("ab")
+    bench.writes.end()
+    await turns()
+    tasks += await bench.submit_all("c")
+    bench.lane.close()
+    bench.writes.end()
+    results = await outcomes(tasks)
+    assert results[:2] == [None, None]
+    assert isinstance(results[2], NotBegun)
+
+
+async def test_a_closed_lane_takes_nothing() -> None:
+    bench = Bench()
+    bench.lane.close()
+    with pytest.raises(LayerUnavailable):
+        await bench.lane.submit("a")
+    with pytest.raises(LayerUnavailable):
+        await asyncio.to_thread(asyncio.run, bench.lane.submit("b"))
+    assert bench.writes.batches == []
+
+
+async def test_when_the_writing_task_is_cancelled_its_callers_are_told() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("abc")
+    bench.writes.end()
+    await turns()
+    bench.lane.close()
+    (work,) = bench.tasks
+    work.cancel()
+    results = await outcomes(tasks)
+    assert results[0] is None
+    assert [type(result) for result in results[1:]] == [LayerUnavailable, LayerUnavailable]
+
+
+# --- Other loops
+
+
+async def test_callers_on_other_loops_are_written_and_told_their_outcomes() -> None:
+    bench = Bench()
+    bench.writes.outcomes["b"] = Refused("b")
+    threads = [asyncio.create_task(asyncio.to_thread(asyncio.run, bench.lane.submit(op))) for op in "abc"]
+    bench.writes.open()
+    assert await outcomes(threads) == [None, bench.writes.outcomes["b"], None]
+    assert sorted(bench.writes.written) == ["a", "b", "c"]
+
+
+async def test_callers_on_other_loops_join_the_batch() -> None:
+    bench = Bench()
+    mine = await bench.submit_all("a")
+    begun = threading.Semaphore(0)
+
+    def caller(op: str) -> None:
+        async def main() -> None:
+            task = asyncio.create_task(bench.lane.submit(op))
+            await asyncio.sleep(0)
+            begun.release()
+            await task
+
+        asyncio.run(main())
+
+    others = [asyncio.create_task(asyncio.to_thread(caller, op)) for op in "bcd"]
+    for _ in others:
+        await asyncio.to_thread(begun.acquire)
+    mine += await bench.submit_all("e")
+    bench.writes.open()
+    assert await outcomes(mine + others) == [None] * 5
+    assert [sorted(batch) for batch in bench.writes.batches] == [["a"], ["b", "c", "d", "e"]]
+
+
+async def test_a_caller_on_another_loop_cancelled_while_it_waits_is_not_written() -> None:
+    bench = Bench()
+    mine = await bench.submit_all("a")
+
+    def caller() -> bool:
+        async def main() -> bool:
+            task = asyncio.create_task(bench.lane.submit("b"))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            return task.cancelled()
+
+        return asyncio.run(main())
+
+    assert await asyncio.to_thread(caller)
+    mine += await bench.submit_all("c")
+    bench.writes.open()
+    assert await outcomes(mine) == [None, None]
+    assert bench.writes.batches == [["a"], ["c"]]
+
+
+async def test_a_caller_whose_loop_is_gone_costs_the_others_nothing() -> None:
+    bench = Bench()
+    mine = await bench.submit_all("a")
+    loop = asyncio.new_event_loop()
+    gone = bench.lane.submit("b")
+
+    async def first_step() -> None:
+        gone.send(None)
+
+    await asyncio.to_thread(loop.run_until_complete, first_step())
+    await turns()
+    loop.close()
+    mine += await bench.submit_all("c")
+    bench.writes.open()
+    assert await outcomes(mine) == [None, None]
+    assert bench.writes.batches == [["a"], ["b", "c"]]
+    gone.close()
+
+
+@pytest.fixture
+def still_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """A loop that exists and does not run."""
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+async def make_bench(timeout: float) -> Bench:
+    return Bench(timeout=timeout)
+
+
+async def test_a_lane_whose_loop_was_closed_says_so_at_once(still_loop: asyncio.AbstractEventLoop) -> None:
+    bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=60))
+    still_loop.close()
+    with pytest.raises(NotBegun):
+        await asyncio.wait_for(bench.lane.submit("a"), 10)
+
+
+async def test_a_lane_whose_loop_has_stopped_says_so_after_its_timeout(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.02))
+    with pytest.raises(LayerUnavailable):
+        await asyncio.wait_for(bench.lane.submit("a"), 10)
+    # Its caller was told that it failed: it must not be written when the loop runs again.
+    bench.writes.open()
+    await asyncio.to_thread(still_loop.run_until_complete, turns())
+    assert bench.writes.written == []
+
+
+async def test_a_lane_whose_loop_stops_in_a_write_says_so_after_its_timeout(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.02))
+    task = asyncio.create_task(bench.lane.submit("a"))
+    await turns()
+    await asyncio.to_thread(still_loop.run_until_complete, turns())
+    assert bench.writes.batches == [["a"]]
+    (result,) = await outcomes([task])
+    assert type(result) is LayerUnavailable
+    await asyncio.to_thread(still_loop.run_until_complete, asyncio.sleep(0))
+    bench.writes.open()
+    await asyncio.to_thread(still_loop.run_until_complete, turns())
