@@ -106,6 +106,8 @@ LANGUAGE sql VOLATILE AS $$
         END)::text
 $$;
 
+-- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients.
+
 -- Send one message to its channel. Capacity counts what waits per channel, unread and unexpired.
 --   _floor: the id below which the caller has seen nothing waiting in the inbox, so that a count never walks the dead;
 --       null: the caller has looked a moment ago, and there was more room than it has used since
@@ -128,7 +130,7 @@ DECLARE
 BEGIN
     IF _floor IS NOT NULL THEN
         SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id),
-            EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at <= _now)
+            coalesce((SELECT c.expires_at <= _now FROM pg_layer_client AS c WHERE c.inbox = _inbox), false)
         INTO _waiting, _next_floor, _is_lapsed
         FROM pg_layer_message AS m
         WHERE m.inbox = _inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
@@ -179,7 +181,7 @@ BEGIN
         SELECT d.inbox,
             coalesce((SELECT f.id FROM unnest(_floor_inboxes, _floor_ids) AS f (inbox, id) WHERE f.inbox = d.inbox), 0)
                 AS floor,
-            EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = d.inbox AND c.expires_at <= _now) AS is_lapsed
+            coalesce((SELECT c.expires_at <= _now FROM pg_layer_client AS c WHERE c.inbox = d.inbox), false) AS is_lapsed
         FROM (SELECT DISTINCT pg_layer_inbox(_prefix, s.channel) AS inbox FROM unnest(_channels) AS s (channel)) AS d
     ) AS t
     CROSS JOIN LATERAL (
@@ -253,10 +255,10 @@ DECLARE
 BEGIN
     LOOP
         SELECT m.inbox, m.capacity,
-            (m.expires_at > _now OR EXISTS (
-                SELECT FROM pg_layer_membership AS o
-                WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > _now))
-            AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = m.inbox AND c.expires_at <= _now)
+            (m.expires_at > _now OR coalesce((
+                SELECT true FROM pg_layer_membership AS o
+                WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > _now LIMIT 1), false))
+            AND coalesce((SELECT c.expires_at > _now FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
         INTO _inbox, _capacity, _is_live
         FROM pg_layer_membership AS m
         WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _end
@@ -324,7 +326,7 @@ BEGIN
             WHERE m.group_name = h.group_name AND m.inbox = h.inbox AND m.expires_at > _now LIMIT 1
         ) AS l
         WHERE h.inbox IS NOT NULL
-            AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = h.inbox AND c.expires_at <= _now)
+            AND coalesce((SELECT c.expires_at > _now FROM pg_layer_client AS c WHERE c.inbox = h.inbox), true)
     ), waiting AS MATERIALIZED (
         SELECT t.inbox, (SELECT count(*) FROM pg_layer_message AS m
                          WHERE m.inbox = t.inbox AND m.expires_at > _now) AS count

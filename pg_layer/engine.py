@@ -214,10 +214,10 @@ class Engine:
             try:
                 if listener is None or not listener.is_connected:
                     await self._renew(None)
-                    self.receiver.age()
+                    self.receiver.deleter.age()
                 elif await self.receiver.ping(self._renew, heartbeat / 2):
                     self.receiver.look_again()
-                    self.receiver.age()
+                    self.receiver.deleter.age()
                 else:
                     logger.warning(
                         "The database answers, but its notifications do not arrive: listening anew."
@@ -252,7 +252,7 @@ class Engine:
             expired = mailbox.pop_expired(now)
             client.counters["dropped_expired"] += len(expired)
             client.doomed.extend((letter.key, mailbox) for letter in expired if letter.key is not None)
-            self.receiver.delete_soon()
+            self.receiver.deleter.soon()
             if expired and not mailbox.waiting:
                 for group in client.memberships.of_channel(mailbox.channel):
                     logger.info(

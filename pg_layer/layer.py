@@ -185,7 +185,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             client.doomed.append((letter.key, mailbox))
             engine = self._homes.home
             if engine is not None:
-                engine.call(engine.receiver.delete_soon, mailbox)
+                engine.call(engine.receiver.deleter.soon, mailbox)
         if letter.expires_at <= client.clock.now():
             client.counters["dropped_expired"] += 1
             return None
@@ -201,7 +201,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         """Wait until what was received makes room: senders count its row until that is gone."""
         engine = self._homes.for_receiving()
         try:
-            await engine.bridge(partial(engine.receiver.settle, mailbox))
+            await engine.bridge(partial(engine.receiver.deleter.settle, mailbox))
         except LayerUnavailable:
             pass
         except asyncio.CancelledError:

@@ -14,8 +14,8 @@ LEFT_MOST = 10_000
 class Member(NamedTuple):
     """A channel in a group: messages with ids above ``since`` are for it, until ``expires_at``.
 
-    One that has left is kept a while for the messages that were sent before, with ids up to ``until``, and are
-    still on their way. ``joined`` is the id at which it last joined: what is older does not undo it.
+    One that has left is kept a while for the messages that were sent before, with ids up to ``until``, and
+    are still on their way. ``joined`` is the id at which it last joined: what is older does not undo it.
     """
 
     mailbox: Mailbox

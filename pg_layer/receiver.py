@@ -1,4 +1,4 @@
-"""Doorbells in, messages out: drains the inbox, takes from normal channels, deletes what was dispatched.
+"""Doorbells in, messages out: drains the inbox, and takes from normal channels.
 
 Bound to one event loop. What it decides is decided by `pg_layer.inbox`; this is the I/O around it.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from pg_layer import store
 from pg_layer.client import Client
 from pg_layer.connections import Connections
+from pg_layer.deleter import Deleter
 from pg_layer.exceptions import PgLayerError
 from pg_layer.inbox import EVERYTHING, LAST_ID, Key, Row, Span
 from pg_layer.listener import Listener
@@ -23,15 +24,11 @@ from pg_layer.mailbox import Mailbox
 
 logger = logging.getLogger("pg_layer")
 
-DELETE_DELAY = 0.05  # seconds for which dispatched rows gather before they are deleted together
-DELETE_MOST = 1000
 READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
 PUT_BACK_DELAY = 0.05  # seconds for which a taken message waits for a reader of this process
 QUICK = 0.02  # seconds: a reader that has done with what was taken in less is given more at a time
 AHEAD_PART = 16  # of the capacity: what is taken ahead makes room for others
 AHEAD_MOST = 31
-SETTLE_TIMEOUT = 1.0
-RECENT_LEAST = 3.0  # seconds for which a deleted row is remembered: PostgreSQL writes lazy commits within one
 RETRY = 0.5  # seconds
 
 
@@ -68,13 +65,8 @@ class Receiver:
         self._own_doorbell: str | None = None
         self._doorbells: dict[str, Reader] = {}
         self._is_draining = False
-        self._delete_timer: asyncio.TimerHandle | None = None
-        self._is_deleting = False
-        self._is_urgent = False  # more is to be deleted as soon as that has ended
-        self._settled: asyncio.Event = asyncio.Event()
-        self._aged_at = self._loop.time()
         client.inbox.abandon_views()
-        self.delete_soon()
+        self.deleter = Deleter(client, connections, spawn)
         self._pings: dict[str, asyncio.Future[None]] = {}
         self.listener: Listener | None = None  # none: the tables are polled
 
@@ -211,7 +203,7 @@ class Receiver:
         done += self._client.inbox.pop_strays()
         if done:
             self._client.doomed.extend((key, None) for key in done)
-            self.delete_soon()
+            self.deleter.soon()
 
     # ------------------------------------------------------------------ normal channels
 
@@ -348,75 +340,6 @@ class Receiver:
         reader.may_have_more, reader.floor = True, min(reader.floor, keys[0][0])
         self._drain_soon()
         self._take_soon(reader)
-
-    # ------------------------------------------------------------------ deletion
-
-    def age(self) -> None:
-        """A while has passed in which the database answered: older deletions are safe on its disk."""
-        self._aged_at = self._loop.time()
-        self._client.inbox.age()
-
-    def delete_soon(self, mailbox: Mailbox | None = None) -> None:
-        """Rows were doomed; those of a mailbox at once if senders count enough of them to matter."""
-        self._delete_soon(0.0 if mailbox is not None and mailbox.is_filling else DELETE_DELAY)
-
-    async def settle(self, mailbox: Mailbox) -> None:
-        """Wait until senders no longer count what was received from this mailbox, or a second at most."""
-        deadline = self._loop.time() + SETTLE_TIMEOUT
-        while mailbox.undeleted > len(mailbox) and (left := deadline - self._loop.time()) > 0:
-            self._delete_soon(0.0)
-            try:
-                await asyncio.wait_for(self._settled.wait(), left)
-            except asyncio.TimeoutError:
-                return
-
-    def _delete_soon(self, delay: float) -> None:
-        doomed = self._client.doomed
-        if not doomed:
-            return
-        if len(doomed) >= DELETE_MOST:
-            delay = 0.0
-        if self._is_deleting:
-            self._is_urgent |= not delay
-            return
-        if self._delete_timer is not None:
-            if delay:
-                return
-            self._delete_timer.cancel()
-        self._delete_timer = self._loop.call_later(delay, self._delete_now)
-
-    def _delete_now(self) -> None:
-        self._delete_timer = None
-        if not self._is_deleting and self._client.doomed:
-            self._is_deleting, self._is_urgent = True, False
-            self._spawn(self._delete())
-
-    async def _delete(self) -> None:
-        client = self._client
-        count = len(client.doomed)
-        doomed = client.doomed[:count]
-        keys = [key for key, _ in doomed]
-        try:
-            await self._connections.run(
-                lambda conn: store.delete(conn, client.inbox_name, keys),
-                timeout=client.config.send_timeout,
-                is_idempotent=True,
-            )
-        except PgLayerError:
-            await asyncio.sleep(RETRY)
-        else:
-            del client.doomed[:count]
-            client.inbox.deleted(keys)
-            if client.inbox.is_crowded and self._loop.time() - self._aged_at >= RECENT_LEAST:
-                self.age()
-            for _, mailbox in doomed:
-                if mailbox is not None:
-                    mailbox.undeleted -= 1
-            settled, self._settled = self._settled, asyncio.Event()
-            settled.set()
-        finally:
-            self._is_deleting = False
-            self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)
 
 
 def _bigint(text: str) -> int:

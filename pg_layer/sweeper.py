@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import psycopg
 
 from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.exceptions import NotMigrated
+from pg_layer.connections import unavailable
+from pg_layer.exceptions import NotMigrated, PgLayerError
 from pg_layer.store import Swept
 
 
@@ -44,7 +46,7 @@ class Sweeper:
             while not self._stop.is_set():
                 try:
                     self._report(self._sweep())
-                except (psycopg.OperationalError, psycopg.InterfaceError, NotMigrated) as error:
+                except PgLayerError as error:
                     self._complain(error)
                     self.close()
                 self._stop.wait(interval)
@@ -52,7 +54,7 @@ class Sweeper:
             self.close()
 
     def run_once(self) -> Swept:
-        """Sweep all there is; raises what the database raises, and `NotMigrated`."""
+        """Sweep all there is; raises `LayerUnavailable` and `NotMigrated`."""
         try:
             return self._sweep()
         finally:
@@ -61,7 +63,7 @@ class Sweeper:
     def look(self) -> Swept:
         """What sweeping would remove."""
         try:
-            with _migrated():
+            with _translated():
                 return store.sweepable(self._connection(), self._config.prefix)
         finally:
             self.close()
@@ -74,13 +76,13 @@ class Sweeper:
 
     def _sweep(self) -> Swept:
         total = Swept(0, 0, 0)
-        conn = self._connection()
-        while not self._stop.is_set():
-            with _migrated():
+        with _translated():
+            conn = self._connection()
+            while not self._stop.is_set():
                 swept = store.sweep_now(conn, self._config.prefix, self._batch_size)
-            total = Swept(*map(sum, zip(total, swept, strict=True)))
-            if max(swept) < self._batch_size:
-                break
+                total = Swept(*map(sum, zip(total, swept, strict=True)))
+                if max(swept) < self._batch_size:
+                    break
         return total
 
     def _connection(self) -> psycopg.Connection[tuple[object, ...]]:
@@ -91,12 +93,11 @@ class Sweeper:
         return self._conn
 
 
-class _migrated:
-    """Says what to do where the tables are missing."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)):
-            raise NotMigrated from error
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable) as error:
+        raise NotMigrated from error
+    except psycopg.Error as error:
+        raise unavailable(error) from error

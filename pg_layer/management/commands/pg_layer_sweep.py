@@ -6,12 +6,11 @@ import signal
 import threading
 from typing import Any
 
-import psycopg
 from channels import DEFAULT_CHANNEL_LAYER
 from channels.layers import channel_layers
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from pg_layer.exceptions import NotMigrated
+from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
 from pg_layer.store import Swept
 from pg_layer.sweeper import Sweeper
@@ -52,8 +51,8 @@ class Command(BaseCommand):
                     sweeper.run_once()
             else:
                 self._run(sweeper, options["interval"])
-        except (psycopg.Error, NotMigrated) as error:
-            raise CommandError(str(error).strip()) from error
+        except PgLayerError as error:
+            raise CommandError(str(error)) from error
 
     def _layer(self, alias: str) -> PostgresChannelLayer:
         if alias not in channel_layers:
