@@ -14,7 +14,7 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import pytest
-from channels.exceptions import MessageTooLarge  # type: ignore[import-untyped]
+from channels.exceptions import MessageTooLarge
 from cryptography.fernet import Fernet
 from django.utils.functional import lazystr
 from django.utils.safestring import mark_safe
