@@ -367,7 +367,7 @@ async def read_with_cancellations(
         name = channel or await layer.new_channel()
         await listen(layer)
         link.say(name)
-        found = await receive_and_cancel(layer, name, 300, seed, pauses=pauses)
+        found = await receive_and_cancel(layer, name, 200, seed, pauses=pauses)
         link.say("enough")
         return found + await receive_rest(layer, name, await link.hear() - len(found))
 
