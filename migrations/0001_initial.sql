@@ -118,10 +118,6 @@ CREATE FUNCTION pg_layer_send_one(
 ) RETURNS bigint[]
 LANGUAGE plpgsql AS $$
 DECLARE
-    _inbox text := pg_layer_inbox(_prefix, _channel);
-    _now timestamptz := clock_timestamp();
-    _nonce bigint := pg_layer_nonce();
-    _expires_at timestamptz := _now + make_interval(secs => _expiry);
     _waiting bigint;
     _next_floor bigint;
     _is_lapsed boolean;
@@ -130,24 +126,26 @@ DECLARE
 BEGIN
     IF _floor IS NOT NULL THEN
         SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id),
-            coalesce((SELECT c.expires_at <= _now FROM pg_layer_client AS c WHERE c.inbox = _inbox), false)
+            coalesce((SELECT c.expires_at <= clock_timestamp() FROM pg_layer_client AS c
+                      WHERE c.inbox = pg_layer_inbox(_prefix, _channel)), false)
         INTO _waiting, _next_floor, _is_lapsed
         FROM pg_layer_message AS m
-        WHERE m.inbox = _inbox AND m.id >= _floor AND m.expires_at > _now AND m.channel IS NOT NULL;
+        WHERE m.inbox = pg_layer_inbox(_prefix, _channel) AND m.id >= _floor AND m.expires_at > clock_timestamp()
+            AND m.channel IS NOT NULL;
         IF _is_lapsed THEN
             RETURN ARRAY[]::bigint[];
         ELSIF _waiting >= _capacity THEN
             RETURN NULL;
         END IF;
     END IF;
-    INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-    VALUES (_inbox, _nonce, _channel, _payload, _expires_at)
-    RETURNING id INTO _id;
-    IF position('!' IN _channel) > 0 THEN
-        _rung := pg_layer_ring_with(_inbox, _nonce, _id, _expires_at, _channel, '', _payload);
-    ELSE
-        _rung := pg_layer_ring(_inbox, _nonce, _id, _id);
-    END IF;
+    -- One statement writes and rings: each that PL/pgSQL runs, and each expression, costs as much as the row.
+    INSERT INTO pg_layer_message AS m (inbox, nonce, channel, payload, expires_at)
+    VALUES (pg_layer_inbox(_prefix, _channel), pg_layer_nonce(), _channel, _payload,
+            clock_timestamp() + make_interval(secs => _expiry))
+    RETURNING m.id, CASE WHEN position('!' IN m.channel) > 0
+        THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', m.payload)
+        ELSE pg_layer_ring(m.inbox, m.nonce, m.id, m.id) END
+    INTO _id, _rung;
     IF _floor IS NULL THEN
         RETURN ARRAY[]::bigint[];
     END IF;
@@ -241,46 +239,37 @@ CREATE FUNCTION pg_layer_group_send_one(
 ) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
-    _now timestamptz := clock_timestamp();
-    _nonce bigint := pg_layer_nonce();
-    _expires_at timestamptz := _now + make_interval(secs => _expiry);
     _inbox text := _prefix || '!';
-    _end text := _prefix || '"';
     _is_live boolean;
     _capacity integer;
-    _channel text;
     _missed text[];
-    _id bigint;
     _rung text;
 BEGIN
     LOOP
         SELECT m.inbox, m.capacity,
-            (m.expires_at > _now OR coalesce((
+            (m.expires_at > clock_timestamp() OR coalesce((
                 SELECT true FROM pg_layer_membership AS o
-                WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > _now LIMIT 1), false))
-            AND coalesce((SELECT c.expires_at > _now FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
+                WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > clock_timestamp() LIMIT 1), false))
+            AND coalesce((SELECT c.expires_at > clock_timestamp() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
         INTO _inbox, _capacity, _is_live
         FROM pg_layer_membership AS m
-        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _end
+        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"'
         ORDER BY m.inbox LIMIT 1;
         EXIT WHEN NOT FOUND;
         CONTINUE WHEN NOT _is_live;
-        _channel := NULL;
-        IF _inbox LIKE '%!:%' THEN
-            _channel := split_part(_inbox, '!:', 2);
-            IF (SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > _now) >= _capacity THEN
-                _missed := _missed || _channel;
-                CONTINUE;
-            END IF;
+        IF _capacity IS NOT NULL AND _capacity <= (
+            SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > clock_timestamp()
+        ) THEN
+            _missed := _missed || split_part(_inbox, '!:', 2);
+            CONTINUE;
         END IF;
-        INSERT INTO pg_layer_message (inbox, nonce, channel, group_name, payload, expires_at)
-        VALUES (_inbox, _nonce, _channel, _group, _payload, _expires_at)
-        RETURNING id INTO _id;
-        IF _channel IS NULL THEN
-            _rung := pg_layer_ring_with(_inbox, _nonce, _id, _expires_at, '', _group, _payload);
-        ELSE
-            _rung := pg_layer_ring(_inbox, _nonce, _id, _id);
-        END IF;
+        INSERT INTO pg_layer_message AS m (inbox, nonce, channel, group_name, payload, expires_at)
+        VALUES (_inbox, pg_layer_nonce(), CASE WHEN _capacity IS NOT NULL THEN split_part(_inbox, '!:', 2) END, _group,
+                _payload, clock_timestamp() + make_interval(secs => _expiry))
+        RETURNING CASE WHEN m.channel IS NULL
+            THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', m.group_name, m.payload)
+            ELSE pg_layer_ring(m.inbox, m.nonce, m.id, m.id) END
+        INTO _rung;
     END LOOP;
     RETURN _missed;
 END
