@@ -169,11 +169,12 @@ class Engine:
         """Renew the lease; returns whether there was none, so that the memberships may be gone."""
         client = self.client
         asked_at = time.monotonic()
+        client.has_lease = True  # perhaps, from here on
         clock, is_new = await store.renew(
             conn, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
         )
         client.clock.observe(asked_at, clock)
-        client.has_lease, client.renewed_at = True, asked_at
+        client.renewed_at = asked_at
         return is_new
 
     async def _reassert_on(self, conn: store.AnyConnection) -> None:

@@ -211,8 +211,13 @@ class Inbox:
     def taken(self, rows: Iterable[Row]) -> list[Row]:
         """Rows taken from a normal channel into this inbox; returns those to dispatch, sorted by id."""
         fresh = []
+        going_back = {key for _, key, is_deleted in self._settling if not is_deleted}
         for row in sorted(rows):
-            if self._is_known(row.key):
+            if row.key in going_back:  # it was back, and is here anew
+                self._settling = [entry for entry in self._settling if entry[1] != row.key]
+                self._seen_again.discard(row.key)
+                fresh.append(row)
+            elif self._is_known(row.key):
                 self._meet_again(row.key)
             else:
                 self._held.add(row.key)

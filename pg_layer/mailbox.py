@@ -53,7 +53,7 @@ class Mailbox:
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._woken = 0  # waiters that were told to look, and have not yet
+        self._woken: set[asyncio.Future[None]] = set()  # told to look, and will soon
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Mailbox:
     @property
     def missing(self) -> int:
         """How many more letters the receivers could have at once."""
-        return len(self._waiters) + self._woken - len(self._letters)
+        return len(self._waiters) + len(self._woken) - len(self._letters)
 
     @property
     def is_pressed(self) -> bool:
@@ -174,7 +174,7 @@ class Mailbox:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
             return True
-        self._woken -= 1
+        self._woken.discard(waiter)
         return False
 
     def wake(self) -> None:
@@ -186,11 +186,11 @@ class Mailbox:
     def _wake_one(self) -> None:
         while self._waiters:
             waiter = self._waiters.popleft()
-            self._woken += 1
             loop = waiter.get_loop()
             if loop is _running_loop():
                 if waiter.done():
                     continue
+                self._woken.add(waiter)
                 waiter.set_result(None)
                 return
             try:
@@ -198,6 +198,7 @@ class Mailbox:
             except RuntimeError:  # that loop was closed: nobody waits there any more
                 continue
             if loop.is_running():
+                self._woken.add(waiter)
                 return
 
     def _wake_there(self, waiter: asyncio.Future[None]) -> None:
