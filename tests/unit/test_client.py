@@ -17,7 +17,7 @@ from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.inbox import Row
-from pg_layer.mailbox import Mailbox
+from pg_layer.mailbox import Letter, Mailbox
 
 NOW = 1_750_000_000.0
 LATER = NOW + 60
@@ -372,7 +372,7 @@ def test_a_mailbox_that_is_asked_for_again_and_again_stays(client: Client) -> No
 
 async def test_mailboxes_that_matter_are_not_forgotten(client: Client) -> None:
     kept = {name: client.mailbox(name) for name in ("letter", "undeleted", "member", "waiting")}
-    client.dispatch([row(1, channel="letter")])
+    kept["letter"].put(Letter(1, b"{}", LATER, None))
     kept["undeleted"].undeleted = 1
     client.memberships.join("g", kept["member"], 0, LATER)
     waiter = asyncio.create_task(kept["waiting"].wait())
@@ -384,7 +384,7 @@ async def test_mailboxes_that_matter_are_not_forgotten(client: Client) -> None:
     waiter.cancel()
     await asyncio.wait([waiter])
     kept["letter"].pop()
-    kept["letter"].undeleted = kept["undeleted"].undeleted = 0
+    kept["undeleted"].undeleted = 0
     client.memberships.leave("g", "member", 1)
     for _ in range(2):
         client.forget_idle_mailboxes()

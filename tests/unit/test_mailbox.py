@@ -104,9 +104,16 @@ def test_what_senders_were_counted_for_is_put_whatever_waits() -> None:
 
 @pytest.mark.parametrize(("undeleted", "is_pressed"), [(0, False), (1, False), (2, True), (3, True)])
 def test_it_is_pressed_from_half_its_capacity_on(undeleted: int, is_pressed: bool) -> None:
-    mailbox = filled()
+    mailbox = Mailbox("channel", 4)
     mailbox.undeleted = undeleted
     assert mailbox.is_pressed is is_pressed
+
+
+@pytest.mark.parametrize(("undeleted", "is_filling"), [(0, False), (1, False), (2, True), (16, True)])
+def test_it_is_filling_from_an_eighth_of_its_capacity_on(undeleted: int, is_filling: bool) -> None:
+    mailbox = Mailbox("channel", 16)
+    mailbox.undeleted = undeleted
+    assert mailbox.is_filling is is_filling
 
 
 def test_expired_letters_are_taken_out_and_the_others_stay_in_order() -> None:
@@ -226,6 +233,24 @@ async def test_each_letter_wakes_one_waiter_in_turn() -> None:
     assert order == ["a", "b", "c"]
 
 
+async def test_missing_is_what_receivers_could_have_at_once() -> None:
+    mailbox = filled()
+    assert mailbox.missing == 0
+    first, second = await begin(receive(mailbox)), await begin(receive(mailbox))
+    assert mailbox.missing == 2
+    mailbox.put(letter(1))  # the first is told to look, and has not yet
+    assert (mailbox.waiting, mailbox.missing) == (1, 1)
+    assert await first == 1
+    assert (mailbox.waiting, mailbox.missing) == (1, 1)
+    mailbox.put(letter(2))
+    mailbox.put(letter(3))
+    assert (mailbox.waiting, mailbox.missing) == (0, -1)
+    assert await second == 2
+    assert mailbox.missing == -1
+    mailbox.pop_all()
+    assert mailbox.missing == 0
+
+
 # --- Cancellation
 
 
@@ -324,12 +349,13 @@ def test_no_order_of_receiving_putting_and_cancelling_loses_or_doubles_a_letter(
         # Nobody waits beside a letter, and whoever waits is counted.
         assert not (pending and len(mailbox))
         assert mailbox.waiting == len(pending)
+        assert mailbox.missing == len(pending) - len(mailbox)
         received = [task.result() for task in tasks if task.done() and not task.cancelled()]
         assert sorted(received + ids(mailbox.pop_all())) == put
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        assert mailbox.waiting == 0
+        assert (mailbox.waiting, mailbox.missing) == (0, 0)
 
     asyncio.run(main())
 
@@ -404,6 +430,21 @@ async def test_a_waiter_whose_loop_is_gone_does_not_keep_letters_from_others(
     finally:
         gone.close()
     assert mailbox.waiting == 0
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "stopped"])
+def test_a_waiter_whose_loop_is_gone_is_given_nothing(
+    other_loop: asyncio.AbstractEventLoop, is_closed: bool
+) -> None:
+    mailbox = filled()
+    gone = wait_on(other_loop, mailbox)
+    if is_closed:
+        other_loop.close()
+    mailbox.put(letter(1))
+    assert mailbox.pop() is not None
+    assert mailbox.missing == 0
+    gone.close()
+    assert (mailbox.waiting, mailbox.missing) == (0, 0)
 
 
 def test_a_waiter_whose_loop_stopped_looks_when_it_runs_again(other_loop: asyncio.AbstractEventLoop) -> None:
