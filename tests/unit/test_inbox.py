@@ -242,15 +242,40 @@ def test_a_view_opened_before_the_deletion_was_sure_may_have_seen_the_row() -> N
     assert inbox.pop_strays() == []
 
 
-def test_the_oldest_view_decides() -> None:
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_every_view_that_was_open_must_end_before_a_row_is_forgotten(order: tuple[int, int]) -> None:
+    inbox = connected()
+    job = row(5, channel=NORMAL)
+    assert inbox.taken([job]) == [job]
+    views = [inbox.begin_view(), inbox.begin_view()]
+    inbox.put_back([job.key])
+    later = inbox.begin_view()
+    for which in order:
+        assert inbox.held == 1
+        inbox.end_view(views[which])
+    assert inbox.held == 0
+    inbox.end_view(later)
+
+
+def test_a_view_that_is_opened_and_ended_meanwhile_changes_nothing() -> None:
+    inbox = connected()
+    job = row(5, channel=NORMAL)
+    assert inbox.taken([job]) == [job]
+    view = inbox.begin_view()
+    inbox.put_back([job.key])
+    inbox.end_view(inbox.begin_view())
+    assert inbox.held == 1
+    inbox.end_view(view)
+    assert inbox.held == 0
+
+
+def test_a_message_that_is_heard_twice_is_dispatched_once() -> None:
     inbox = connected()
     assert inbox.hear_message(5, 500)
-    older, newer = inbox.begin_view(), inbox.begin_view()
+    assert not inbox.hear_message(5, 500)
     inbox.deleted([(5, 500)])
-    inbox.end_view(newer)
-    assert inbox.held == 1
-    inbox.end_view(older)
-    assert inbox.held == 0
+    assert not inbox.hear_message(5, 500)
+    assert not inbox.is_due
 
 
 def test_the_same_id_with_another_nonce_is_another_row() -> None:

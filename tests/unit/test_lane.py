@@ -450,7 +450,7 @@ async def test_a_lane_whose_loop_has_stopped_says_so_after_its_timeout(
 async def test_a_lane_whose_loop_stops_in_a_write_says_so_after_its_timeout(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
-    bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.02))
+    bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.3))
     task = asyncio.create_task(bench.lane.submit("a"))
     await turns()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
