@@ -62,7 +62,7 @@ class Client:
         self.clock = DatabaseClock()
         self.counters: Counter[str] = Counter()
         # Rows of no further use, and the mailbox that counts them (none: a group's). Deleted many at once.
-        self.doomed: list[tuple[Key, Mailbox | None]] = []
+        self.doomed: dict[Key, Mailbox | None] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._lock = threading.Lock()
         self._serial = 0
@@ -141,6 +141,10 @@ class Client:
                 self._fan_out(row.group, Letter(row.id, payload, row.expires_at, None))
         elif row.kind == "flush":
             self.flush(row.id)
+        elif row.kind not in ("join", "leave"):
+            self.undecodable(
+                row.channel or row.group, UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
+            )
         elif row.channel is not None and row.group is not None:
             if row.kind == "join" and self.owns(row.channel):
                 self.memberships.join(row.group, self.mailbox(row.channel), row.id, row.expires_at)
@@ -159,17 +163,17 @@ class Client:
         """Forget all that was sent or joined before that id."""
         self.memberships.flush(id)
         for mailbox in self.mailboxes():
-            self.doomed.extend(
-                (letter.key, mailbox) for letter in mailbox.pop_up_to(id) if letter.key is not None
+            self.doomed.update(
+                {letter.key: mailbox for letter in mailbox.pop_up_to(id) if letter.key is not None}
             )
 
     # ------------------------------------------------------------------ the end
 
     def farewell(self) -> Farewell:
-        """What is to be said to the database at the end; empties the mailboxes."""
+        """What is to be said to the database at the end; closes the mailboxes."""
         for mailbox in self.mailboxes():
-            mailbox.pop_all()
-        done = [key for key, _ in self.doomed]
+            mailbox.close()
+        done = list(self.doomed)
         members = [(group, member.mailbox.channel) for group, member in self.memberships.all()]
         return Farewell(self.config.prefix, self.inbox_name, done, members)
 

@@ -202,6 +202,8 @@ class Config:
         for name, value in _CONNECTION_DEFAULTS.items():
             if _ENVIRONMENT.get(name, "") not in os.environ:
                 kwargs.setdefault(name, value)
+        # Not for the user to choose: with SQL_ASCII texts would arrive as bytes.
+        kwargs["client_encoding"] = "UTF8"
         return kwargs
 
 

@@ -40,7 +40,7 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
 logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
-_TRANSIENT_CLASSES = ("40", "53", "57P", "25006", "08")
+_TRANSIENT_CLASSES = ("40", "53", "57", "25006", "08", "55P03")
 RETRY = 0.05  # seconds before the next attempt
 _WAIT = 1.0  # seconds for which to wait for a connection before the reason is looked at again
 
@@ -57,6 +57,8 @@ class Connections:
         self._reason: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._is_open = False
+        self._getting = 0  # callers that wait for a connection
+        self._returning: set[asyncio.Task[None]] = set()
         connections = self
 
         class ReportingConnection(_Connection):
@@ -130,12 +132,23 @@ class Connections:
                 self._judge(error, is_idempotent, deadline)
             finally:
                 watchdog.cancel()
-                await self._pool.putconn(conn)
+                await self._give_back(conn)
             await asyncio.sleep(RETRY)
+
+    async def _give_back(self, conn: AsyncConnection[Any]) -> None:
+        if not self._getting:
+            await self._pool.putconn(conn)  # does not suspend
+            return
+        # To hand it on the pool suspends, and a caller cancelled there would lose the connection for good.
+        task = self._loop.create_task(self._pool.putconn(conn))
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
+        await asyncio.shield(task)
 
     async def _connection(self, deadline: float) -> AsyncConnection[Any]:
         while True:
             wait = min(_WAIT, deadline - time.monotonic())
+            self._getting += 1
             try:
                 return await self._pool.getconn(timeout=max(wait, 0.001))
             except PoolTimeout as error:
@@ -146,6 +159,8 @@ class Connections:
                     raise unavailable(reason) from (reason or error)
             except PoolClosed as error:
                 raise LayerUnavailable("The channel layer was closed.") from error
+            finally:
+                self._getting -= 1
 
     def _judge(self, error: psycopg.Error, is_idempotent: bool, deadline: float) -> None:
         """Return if the statement may be tried again, else raise."""
@@ -166,6 +181,8 @@ class Connections:
 
     async def close(self) -> None:
         """Close in order."""
+        if self._returning:
+            await asyncio.wait(self._returning, timeout=1.0)
         if self._is_open:
             await self._pool.close(timeout=1.0)
 

@@ -81,9 +81,7 @@ class Deleter:
 
     async def _delete(self) -> None:
         client = self._client
-        count = len(client.doomed)
-        doomed = client.doomed[:count]
-        keys = [key for key, _ in doomed]
+        keys = list(client.doomed)
         try:
             await self._connections.run(
                 lambda conn: store.delete(conn, client.inbox_name, keys),
@@ -93,11 +91,11 @@ class Deleter:
         except PgLayerError:
             await asyncio.sleep(RETRY)
         else:
-            del client.doomed[:count]
             client.inbox.deleted(keys)
             if client.inbox.is_crowded and self._loop.time() - self._aged_at >= RECENT_LEAST:
                 self.age()
-            for _, mailbox in doomed:
+            for key in keys:
+                mailbox = client.doomed.pop(key, None)
                 if mailbox is not None:
                     mailbox.undeleted -= 1
             settled, self._settled = self._settled, asyncio.Event()

@@ -48,7 +48,9 @@ class Engine:
         self._listener: Listener | None = None
         self._keeps_lease = False
         self.sender = Sender(client, self.connections, self.spawn, self._start_keeping_lease)
+        self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
+        self._guard_task.add_done_callback(lambda _: self.abandon())
         self._tasks.add(self._guard_task)
 
     # ------------------------------------------------------------------ tasks
@@ -93,7 +95,7 @@ class Engine:
             return await work()
         if not self.is_running:
             raise LayerUnavailable("The event loop that served the channel layer was closed.")
-        future = asyncio.run_coroutine_threadsafe(work(), self.loop)
+        future = asyncio.run_coroutine_threadsafe(_uncancelled(work), self.loop)
         timeout = self.client.config.send_timeout + 1
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
@@ -109,14 +111,13 @@ class Engine:
         try:
             await self.loop.create_future()
         except asyncio.CancelledError:
+            self._is_ending = True
             self.sender.close()
             self.is_closed = True
             # These have been cancelled as well. A second cancellation would interrupt psycopg's tidying up.
             await _end_of(self._tasks - {self._guard_task})
             await self.connections.close()
             raise
-        finally:
-            self.abandon()
 
     # ------------------------------------------------------------------ sending
 
@@ -195,6 +196,8 @@ class Engine:
     async def _renew(self, token: str | None) -> None:
         async def work(conn: store.AnyConnection) -> None:
             if await self._renew_on(conn, token):
+                # The tables may be others, whose ids begin anew.
+                self.client.memberships.reconnected()
                 await self._reassert_on(conn)
                 self.receiver.look_again()  # who has no lease is given no jobs
 
@@ -252,7 +255,7 @@ class Engine:
         for mailbox in client.mailboxes():
             expired = mailbox.pop_expired(now)
             client.counters["dropped_expired"] += len(expired)
-            client.doomed.extend((letter.key, mailbox) for letter in expired if letter.key is not None)
+            client.doomed.update({letter.key: mailbox for letter in expired if letter.key is not None})
             self.receiver.deleter.soon()
             if expired and not mailbox.waiting:
                 for group in client.memberships.of_channel(mailbox.channel):
@@ -318,7 +321,16 @@ class Engine:
 
     def _cancel_tasks(self) -> None:
         for task in self._tasks:
-            task.cancel()
+            if not (self._is_ending and task is self._guard_task):
+                task.cancel()
+
+
+async def _uncancelled(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Who waits on another loop was not cancelled because this one ends."""
+    try:
+        return await work()
+    except asyncio.CancelledError:
+        raise LayerUnavailable("The event loop that served the channel layer was closed.") from None
 
 
 async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:

@@ -75,11 +75,11 @@ class Homes:
     def __init__(self, config: Config, codec: Codec) -> None:
         self._config = config
         self._codec = codec
+        self._lock = threading.RLock()
         self._begin()
         _all.add(self)
 
     def _begin(self) -> None:
-        self._lock = threading.RLock()
         self.client = Client(self._config, self._codec)
         self._home: Engine | None = None
         self._hub: Hub | None = None
@@ -115,6 +115,7 @@ class Homes:
             if not _is_passing(asyncio.get_running_loop()):
                 return self._move_here()
             if self._hub is None:
+                self._config.connect_kwargs("pool")
                 self._hub = Hub(self.client)
             return self._hub.engine
 
@@ -132,8 +133,12 @@ class Homes:
         if old is not None:
             if old.is_running:
                 asyncio.run_coroutine_threadsafe(old.stop(), old.loop)
-            else:
+            elif not old.loop.is_running():
                 old.abandon()
+            # Else it is about to end by itself.
+        self._config.connect_kwargs(
+            "pool"
+        )  # what is wrong with it is said here, and not tried again for ever
         self._home = Engine(self.client)
         hub, self._hub = self._hub, None
         if hub is not None:
@@ -151,10 +156,10 @@ class Homes:
         loop = asyncio.get_running_loop()
         if home is not None and home.loop is not loop:
             if home.is_running:
-                future = asyncio.run_coroutine_threadsafe(home.close(), home.loop)
-                await asyncio.wrap_future(future)
+                await home.bridge(home.close)
                 return
-            home.abandon()
+            if not home.loop.is_running():
+                home.abandon()
             home = None
         if home is None or home.is_closed:
             if not client.has_lease:
@@ -178,6 +183,7 @@ class Homes:
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.
         _inherited.append((self._home, self._hub))
+        self._lock = threading.RLock()  # the old one may be held by a thread that is not here
         self._begin()
 
 

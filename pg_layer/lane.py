@@ -7,6 +7,7 @@ load the number of statements falls by the size of the batches.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,6 +17,8 @@ from pg_layer.exceptions import LayerUnavailable, NotBegun
 Op = TypeVar("Op")
 
 MAX_OPS = 500
+GRACE = 1.0  # seconds that a caller on another loop waits longer than the write may take
+LATE = "The database could not be reached in time; the call did not take effect."
 MAX_BYTES = 1024 * 1024
 
 # What became of an operation: done, or the exception its caller gets.
@@ -26,6 +29,7 @@ class _Ticket(NamedTuple):
     op: Any
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[None]
+    deadline: float  # by time.monotonic()
 
     def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
         if self.loop is here:
@@ -48,14 +52,15 @@ class _Ticket(NamedTuple):
 class Lane(Generic[Op]):
     """A queue of operations of one kind, written in batches, each caller told its own outcome.
 
-    ``write`` takes a batch and returns an outcome for each; if it raises, that is the outcome of all.
+    ``write`` takes a batch and the seconds it may take, and returns an outcome for each operation; if it
+    raises, that is the outcome of all. No operation waits longer than ``timeout`` seconds from `submit` on.
     ``weigh`` gives the bytes of an operation. Lives on ``loop``; `submit` may be called on any.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        write: Callable[[list[Op]], Awaitable[Sequence[Outcome]]],
+        write: Callable[[list[Op], float], Awaitable[Sequence[Outcome]]],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         weigh: Callable[[Op], int],
         timeout: float,
@@ -83,21 +88,21 @@ class Lane(Generic[Op]):
             if not self._is_busy:
                 self._is_busy = True
                 try:
-                    (outcome,) = await self._write([op])
+                    (outcome,) = await self._write([op], self._timeout)
                 finally:
                     self._continue()
                 if outcome is not None:
                     raise outcome
                 return
             future = loop.create_future()
-            self._queue.append(_Ticket(op, loop, future))
+            self._queue.append(_Ticket(op, loop, future, time.monotonic() + self._timeout))
             await future
             return
         # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
         future = loop.create_future()
-        ticket = _Ticket(op, loop, future)
+        ticket = _Ticket(op, loop, future, time.monotonic() + self._timeout)
         late = LayerUnavailable("The event loop that serves the channel layer does not answer.")
-        timer = loop.call_later(self._timeout, ticket.settle, late, loop)
+        timer = loop.call_later(self._timeout + GRACE, ticket.settle, late, loop)
         try:
             try:
                 self._loop.call_soon_threadsafe(self._enqueue, ticket)
@@ -134,8 +139,10 @@ class Lane(Generic[Op]):
                 batch = self._next_batch()
                 if not batch:
                     break
+                # The oldest is first, and has the least time left.
+                left = batch[0].deadline - time.monotonic()
                 try:
-                    outcomes = await self._write([ticket.op for ticket in batch])
+                    outcomes = await self._write([ticket.op for ticket in batch], left)
                 except Exception as error:
                     outcomes = [error] * len(batch)
                 for ticket, outcome in zip(batch, outcomes, strict=True):
@@ -159,6 +166,9 @@ class Lane(Generic[Op]):
         while self._queue and len(batch) < MAX_OPS:
             if self._queue[0].future.done():  # its caller was cancelled
                 self._queue.popleft()
+                continue
+            if self._queue[0].deadline <= time.monotonic():
+                self._queue.popleft().settle(LayerUnavailable(LATE), self._loop)
                 continue
             weight += self._weigh(self._queue[0].op)
             if batch and weight > MAX_BYTES:

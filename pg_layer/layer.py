@@ -9,6 +9,7 @@ from typing import Any
 
 from channels.layers import BaseChannelLayer
 
+from pg_layer.client import Client
 from pg_layer.codec import Codec
 from pg_layer.config import load
 from pg_layer.exceptions import ChannelFull, LayerUnavailable, UndecodableMessage
@@ -84,15 +85,18 @@ class PostgresChannelLayer(BaseChannelLayer):
         A specific channel must be one of this process's own. A cancelled call takes no message. Never
         raises because the database is away: it waits.
         """
-        mailbox = self._mailbox_to_receive(channel)
         while True:
-            letter = mailbox.pop()
+            client = self._homes.client
+            mailbox = self._mailbox_to_receive(client, channel)
+            letter = mailbox.pop(client.doomed)
             if letter is None:
                 engine = self._homes.for_receiving()
                 want = None if "!" in channel else partial(engine.call, engine.receiver.want, channel)
                 await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
+                if mailbox.is_closed and "!" in channel:
+                    raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
                 continue
-            message = self._open(mailbox, letter)
+            message = self._open(client, mailbox, letter)
             if message is None:
                 continue
             if letter.key is not None and "!" in channel and mailbox.is_pressed:
@@ -164,8 +168,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             self.require_valid_group_name(group)
             _remember(self._valid_groups, group)
 
-    def _mailbox_to_receive(self, channel: str) -> Mailbox:
-        client = self._homes.client
+    def _mailbox_to_receive(self, client: Client, channel: str) -> Mailbox:
         mailbox = client.find_mailbox(channel) if channel.__class__ is str else None
         if mailbox is None or not mailbox.is_receivable:
             self._check_channel(channel)
@@ -178,11 +181,9 @@ class PostgresChannelLayer(BaseChannelLayer):
         mailbox.is_used = True
         return mailbox
 
-    def _open(self, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
+    def _open(self, client: Client, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
         """The message of a letter that was popped; None if it is expired or cannot be read."""
-        client = self._homes.client
         if letter.key is not None:
-            client.doomed.append((letter.key, mailbox))
             engine = self._homes.home
             if engine is not None:
                 engine.call(engine.receiver.deleter.soon, mailbox)

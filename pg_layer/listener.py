@@ -61,6 +61,10 @@ class Listener:
                 error: Exception = psycopg.OperationalError("connection lost")
             except (psycopg.Error, OSError) as caught:
                 error = caught
+            except Exception as caught:  # a fault of ours must not make the process deaf
+                if not is_down:
+                    logger.exception("Listening failed.")
+                error = caught
             finally:
                 self._drop()
             self.reconnects += 1

@@ -40,6 +40,7 @@ class Mailbox:
         "_woken",
         "capacity",
         "channel",
+        "is_closed",
         "is_receivable",
         "is_used",
         "undeleted",
@@ -49,6 +50,7 @@ class Mailbox:
         self.channel = channel
         self.capacity = capacity
         self.undeleted = 0  # rows of this channel that senders may still count
+        self.is_closed = False  # its client has taken leave: nothing comes and goes any more
         self.is_receivable = False  # set once somebody has shown that this process may receive here
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
@@ -82,6 +84,8 @@ class Mailbox:
     def put(self, letter: Letter) -> None:
         """Append, and wake a receiver. The caller has seen to the capacity."""
         with self._lock:
+            if self.is_closed:
+                return
             self._letters.append(letter)
             if self._waiters:
                 self._wake_one()
@@ -96,12 +100,25 @@ class Mailbox:
                 self._wake_one()
             return True
 
-    def pop(self) -> Letter | None:
-        """The oldest letter, or None."""
+    def pop(self, doomed: dict[Key, Mailbox | None] | None = None) -> Letter | None:
+        """The oldest letter, or None. In the same step its row, if it has one, is noted in ``doomed``."""
         if not self._letters:
             return None
         with self._lock:
-            return self._letters.popleft() if self._letters else None
+            if not self._letters:
+                return None
+            letter = self._letters.popleft()
+            if letter.key is not None and doomed is not None:
+                doomed[letter.key] = self
+            return letter
+
+    def close(self) -> None:
+        """Drop what waits, and have all receivers look: nothing comes any more."""
+        with self._lock:
+            self.is_closed = True
+            self._letters.clear()
+            for _ in range(len(self._waiters)):
+                self._wake_one()
 
     def pop_all(self) -> list[Letter]:
         """Empty the mailbox."""
@@ -148,7 +165,7 @@ class Mailbox:
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         with self._lock:
-            if self._letters:
+            if self._letters or self.is_closed:
                 return
             self._waiters.append(waiter)
         timer = loop.call_later(timeout, _time_out, waiter) if timeout is not None else None

@@ -9,7 +9,7 @@ import asyncio
 import binascii
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,8 @@ class Reader:
 
     def __init__(self, mailbox: Mailbox) -> None:
         self.mailbox = mailbox
-        self.doorbell: str | None = None
+        self.is_wanted = False  # somebody has waited: it is to be listened to
+        self.doorbell: str | None = None  # what is listened to
         self.is_used = True
         self.is_taking = False
         self.is_putting_back = False
@@ -69,6 +70,9 @@ class Receiver:
         self.deleter = Deleter(client, connections, spawn)
         self._pings: dict[str, asyncio.Future[None]] = {}
         self.listener: Listener | None = None  # none: the tables are polled
+        for mailbox in client.mailboxes():
+            if "!" not in mailbox.channel and len(mailbox):
+                self._put_back_later(self._reader(mailbox.channel))
 
     # ------------------------------------------------------------------ doorbells
 
@@ -79,9 +83,13 @@ class Receiver:
         self._client.memberships.reconnected()
         self._own_doorbell = await store.listen(conn, prefix, self._client.address)
         self._doorbells.clear()
-        for channel, reader in list(self._readers.items()):
-            reader.doorbell = await store.listen(conn, prefix, channel)
-            self._doorbells[reader.doorbell] = reader
+        for reader in self._readers.values():
+            reader.doorbell = None
+        # Again until none is left: others may be wanted meanwhile.
+        while deaf := [r for r in self._readers.values() if r.is_wanted and r.doorbell is None]:
+            for reader in deaf:
+                reader.doorbell = await store.listen(conn, prefix, reader.mailbox.channel)
+                self._doorbells[reader.doorbell] = reader
         self.look_again()
 
     def look_again(self) -> None:
@@ -198,24 +206,34 @@ class Receiver:
         )
         self._client.inbox.end_read(view)
 
-    def _dispatch(self, rows: Iterable[Row]) -> None:
+    def _dispatch(self, rows: Sequence[Row]) -> None:
         done = self._client.dispatch(rows)
+        for channel in {row.channel for row in rows if row.was_taken and row.channel is not None}:
+            # Read rather than taken: an answer was lost, and perhaps its reader has gone.
+            self._put_back_later(self._reader(channel))
         done += self._client.inbox.pop_strays()
         if done:
-            self._client.doomed.extend((key, None) for key in done)
+            self._client.doomed.update(dict.fromkeys(done))
             self.deleter.soon()
 
     # ------------------------------------------------------------------ normal channels
 
     def want(self, channel: str) -> None:
         """Somebody waits on a normal channel."""
+        reader = self._reader(channel)
+        reader.is_used = True
+        if not reader.is_wanted:
+            reader.is_wanted = True
+            self._spawn(self._begin(channel, reader))
+        self._take_soon(reader)
+
+    def _reader(self, channel: str) -> Reader:
+        mailbox = self._client.mailbox(channel)
         reader = self._readers.get(channel)
         if reader is None:
-            reader = self._readers[channel] = Reader(self._client.mailbox(channel))
-            self._spawn(self._begin(channel, reader))
-        reader.is_used = True
-        reader.mailbox = self._client.mailbox(channel)
-        self._take_soon(reader)
+            reader = self._readers[channel] = Reader(mailbox)
+        reader.mailbox = mailbox
+        return reader
 
     async def _begin(self, channel: str, reader: Reader) -> None:
         async def listen(conn: store.AnyConnection) -> None:

@@ -122,8 +122,7 @@ class Sender:
         self._floors = FloorBook()
         self._credits = Credits()
         loop = asyncio.get_running_loop()
-        # A caller on another loop waits a little longer than the write itself may take.
-        timeout = client.config.send_timeout + 1
+        timeout = client.config.send_timeout
         self._sends = Lane[Send](loop, self._send, spawn, _payload_size, timeout)
         self._group_sends = Lane[GroupSend](loop, self._group_send, spawn, _payload_size, timeout)
         self._regroups = Lane[Regroup](loop, self._regroup, spawn, lambda op: 100, timeout)
@@ -147,9 +146,8 @@ class Sender:
         else:
             await self._regroups.submit(op)
 
-    async def _send(self, ops: list[Send]) -> Sequence[Outcome]:
+    async def _send(self, ops: list[Send], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
-        timeout = self.client.config.send_timeout
         self.client.counters["send_batches"] += 1
         if len(ops) == 1:
             op = ops[0]
@@ -180,7 +178,7 @@ class Sender:
             for index, op in enumerate(ops)
         ]
 
-    async def _group_send(self, ops: list[GroupSend]) -> Sequence[Outcome]:
+    async def _group_send(self, ops: list[GroupSend], timeout: float) -> Sequence[Outcome]:
         config = self.client.config
         self.client.counters["group_send_batches"] += 1
         if len(ops) == 1:
@@ -189,21 +187,21 @@ class Sender:
                 (op.group, channel)
                 for channel in await self.connections.run(
                     lambda conn: store.group_send_one(conn, config.prefix, *op),
-                    timeout=config.send_timeout,
+                    timeout=timeout,
                 )
             ]
         else:
             groups, payloads, expiries = zip(*ops, strict=True)
             missed = await self.connections.run(
                 lambda conn: store.group_send_batch(conn, config.prefix, groups, payloads, expiries),
-                timeout=config.send_timeout,
+                timeout=timeout,
             )
         self.client.counters["group_sent"] += len(ops)
         for group, channel in missed:
             self.client.count_dropped(group, channel)
         return [None] * len(ops)
 
-    async def _regroup(self, ops: list[Regroup]) -> Sequence[Outcome]:
+    async def _regroup(self, ops: list[Regroup], timeout: float) -> Sequence[Outcome]:
         client = self.client
         config = client.config
         last = {(op.group, op.channel): op.joins for op in ops}
@@ -222,7 +220,7 @@ class Sender:
                     capacities,
                     leaves,
                 ),
-                timeout=config.send_timeout,
+                timeout=timeout,
                 is_idempotent=True,
             )
         except LayerUnavailable:

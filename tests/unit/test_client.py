@@ -340,7 +340,7 @@ def test_flushed_rows_are_counted_no_longer_than_until_they_are_deleted(client: 
     client.dispatch(rows)
     client.flush(2)
     mailbox = client.mailbox(channel)
-    assert sorted(client.doomed) == [(rows[0].key, mailbox), (rows[1].key, mailbox)]
+    assert client.doomed == {rows[0].key: mailbox, rows[1].key: mailbox}
     assert waiting(mailbox) == [3]
 
 
@@ -401,7 +401,7 @@ def test_at_the_end_it_says_what_it_has_done_and_which_memberships_go(client: Cl
     done = client.mailbox("jobs").pop()
     assert done is not None
     assert done.key is not None
-    client.doomed.append((done.key, client.mailbox("jobs")))
+    client.doomed[done.key] = client.mailbox("jobs")
     farewell = client.farewell()
     assert farewell.prefix == "asgi"
     assert farewell.inbox == client.inbox_name

@@ -31,7 +31,7 @@ class Writes:
         self._ends: list[asyncio.Future[None]] = []
         self._is_open = False
 
-    async def write(self, ops: list[Any]) -> Sequence[Outcome]:
+    async def write(self, ops: list[Any], timeout: float) -> Sequence[Outcome]:
         self.batches.append(list(ops))
         self.by.append(asyncio.current_task())
         if not self._is_open:
