@@ -40,7 +40,8 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
 logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
-_TRANSIENT_CLASSES = ("40", "53", "57", "25006", "08", "55P03")
+# Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
+_TRANSIENT_CLASSES = ("40001", "40P01", "53", "57", "25006", "55P03")
 RETRY = 0.05  # seconds before the next attempt
 _WAIT = 1.0  # seconds for which to wait for a connection before the reason is looked at again
 
@@ -171,13 +172,15 @@ class Connections:
             if is_late:
                 raise unavailable(error) from error
             return
-        if error.sqlstate is None and isinstance(error, psycopg.OperationalError):
+        if (error.sqlstate or "08").startswith("08") and isinstance(error, psycopg.OperationalError):
             if is_idempotent and not is_late:
                 return
             raise LayerUnavailable(
                 "The connection to the database was lost; it is unknown whether the call took effect."
             ) from error
-        raise unavailable(error) from error
+        raise LayerUnavailable(
+            f"The database refused the call: {error.diag.message_primary or error}"
+        ) from error
 
     async def close(self) -> None:
         """Close in order."""

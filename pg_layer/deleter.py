@@ -53,10 +53,12 @@ class Deleter:
         deadline = self._loop.time() + SETTLE_TIMEOUT
         while mailbox.undeleted > len(mailbox) and (left := deadline - self._loop.time()) > 0:
             self._delete_soon(0.0)
+            # Not wait_for(): before Python 3.12 it may swallow a cancellation.
+            settled = asyncio.ensure_future(self._settled.wait())
             try:
-                await asyncio.wait_for(self._settled.wait(), left)
-            except asyncio.TimeoutError:
-                return
+                await asyncio.wait((settled,), timeout=left)
+            finally:
+                settled.cancel()
 
     def _delete_soon(self, delay: float) -> None:
         doomed = self._client.doomed

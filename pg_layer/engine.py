@@ -97,10 +97,14 @@ class Engine:
             raise LayerUnavailable("The event loop that served the channel layer was closed.")
         future = asyncio.run_coroutine_threadsafe(_uncancelled(work), self.loop)
         timeout = self.client.config.send_timeout + 1
+        answer = asyncio.wrap_future(future)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
-        except asyncio.TimeoutError:
-            raise LayerUnavailable("The event loop that serves the channel layer does not answer.") from None
+            await asyncio.wait((answer,), timeout=timeout)
+            if not answer.done():
+                raise LayerUnavailable("The event loop that serves the channel layer does not answer.")
+            return answer.result()
+        finally:
+            answer.cancel()
 
     async def _guard(self) -> None:
         """Sees the loop's end: before it closes, asyncio cancels what still runs.

@@ -27,6 +27,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from enum import Enum, auto
 from typing import NamedTuple
 
 Key = tuple[int, int]  # (id, nonce)
@@ -73,6 +74,14 @@ class Span(NamedTuple):
 EVERYTHING = Span(0, LAST_ID)
 
 
+class _Way(Enum):
+    """How a row left the inbox."""
+
+    DELETED = auto()
+    BACK = auto()
+    PERHAPS_BACK = auto()
+
+
 class Inbox:
     """The state of one client's inbox. Not thread-safe: it lives on the home loop."""
 
@@ -91,7 +100,7 @@ class Inbox:
         self._read_view = 0
         # Rows that left the inbox: views up to this number may have seen them. True: deleted, False: put
         # back.
-        self._settling: list[tuple[int, Key, bool]] = []
+        self._settling: list[tuple[int, Key, _Way]] = []
         self._seen_again: set[Key] = set()  # met while still held
         self._strays: list[Key] = []
 
@@ -211,7 +220,7 @@ class Inbox:
     def taken(self, rows: Iterable[Row]) -> list[Row]:
         """Rows taken from a normal channel into this inbox; returns those to dispatch, sorted by id."""
         fresh = []
-        going_back = {key for _, key, is_deleted in self._settling if not is_deleted}
+        going_back = {key for _, key, way in self._settling if way is _Way.BACK}
         for row in sorted(rows):
             if row.key in going_back:  # it was back, and is here anew
                 self._settling = [entry for entry in self._settling if entry[1] != row.key]
@@ -230,21 +239,21 @@ class Inbox:
         if self._settling:
             oldest = min(self._open_views, default=self._views + 1)
             settling, self._settling = self._settling, []
-            for last_view, key, is_deleted in settling:
+            for last_view, key, way in settling:
                 if last_view < oldest:
-                    self._let_go(key, is_deleted)
+                    self._let_go(key, way)
                 else:
-                    self._settling.append((last_view, key, is_deleted))
+                    self._settling.append((last_view, key, way))
 
     # ------------------------------------------------------------------ what leaves the inbox
 
     def deleted(self, keys: Collection[Key]) -> None:
         """These dispatched rows have surely been deleted."""
-        self._leave(keys, True)
+        self._leave(keys, _Way.DELETED)
 
-    def put_back(self, keys: Collection[Key]) -> None:
-        """These taken rows have surely gone back to their channel."""
-        self._leave(keys, False)
+    def put_back(self, keys: Collection[Key], *, is_sure: bool = True) -> None:
+        """These taken rows have gone back; if that is not sure, a read is to find what has not."""
+        self._leave(keys, _Way.BACK if is_sure else _Way.PERHAPS_BACK)
 
     def pop_strays(self) -> list[Key]:
         """Deleted rows that a crash of the server brought back: to be deleted once more."""
@@ -275,17 +284,17 @@ class Inbox:
     def _is_known(self, key: Key) -> bool:
         return key in self._held or key in self._recent or key in self._less_recent
 
-    def _leave(self, keys: Collection[Key], is_deleted: bool) -> None:
+    def _leave(self, keys: Collection[Key], way: _Way) -> None:
         if self._open_views:
             newest = max(self._open_views)
-            self._settling.extend((newest, key, is_deleted) for key in keys)
+            self._settling.extend((newest, key, way) for key in keys)
             return
         for key in keys:
-            self._let_go(key, is_deleted)
+            self._let_go(key, way)
 
-    def _let_go(self, key: Key, is_deleted: bool) -> None:
+    def _let_go(self, key: Key, way: _Way) -> None:
         self._held.discard(key)
-        if is_deleted:
+        if way is _Way.DELETED:
             self._recent.add(key)
         elif key in self._seen_again:
             # Put back, and met before that was known: it may be here again, and nobody has dispatched it.

@@ -12,13 +12,12 @@ from channels.layers import BaseChannelLayer
 from pg_layer.client import Client
 from pg_layer.codec import Codec
 from pg_layer.config import load
-from pg_layer.exceptions import ChannelFull, LayerUnavailable, UndecodableMessage
+from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.homes import Homes
 from pg_layer.mailbox import Letter, Mailbox
 from pg_layer.sender import GroupSend, Regroup, Send
 
 NAMES_MOST = 10_000
-SECOND_LOOK = 0.03  # seconds after which a channel that was full is tried once more
 BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
 
 
@@ -69,15 +68,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         self._check_channel(channel)
         payload = self._codec.encode(message)
         config = self.config
-        op = Send(channel, payload, config.expiry, config.capacity_of(channel))
-        try:
-            await self._homes.submit(op)
-        except ChannelFull:
-            if "!" not in channel:
-                raise
-            # What its reader has received may count for a moment longer.
-            await asyncio.sleep(SECOND_LOOK)
-            await self._homes.submit(op)
+        await self._homes.submit(Send(channel, payload, config.expiry, config.capacity_of(channel)))
 
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.

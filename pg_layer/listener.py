@@ -40,6 +40,7 @@ class Listener:
         self._on_notify = on_notify
         self._conn: AsyncConnection[Any] | None = None
         self._lost: asyncio.Future[None] | None = None
+        self._fd = -1  # the connection's socket, also when libpq has closed it
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.is_connected = False
@@ -82,12 +83,13 @@ class Listener:
     async def _connect(self) -> None:
         kwargs = {**self._config.connect_kwargs("listen"), "autocommit": True, "prepare_threshold": None}
         self._conn = conn = await AsyncConnection.connect(**kwargs)
+        self._fd = conn.fileno()
         arrays.register(conn)
         self._lost = self._loop.create_future()
         # NOTIFYs that come while a command runs on this connection.
         conn.add_notify_handler(self._hear)
         await self._on_connect(conn)
-        self._loop.add_reader(conn.fileno(), self._readable)
+        self._loop.add_reader(self._fd, self._readable)
         self.is_connected = True
         self._readable()
 
@@ -98,7 +100,7 @@ class Listener:
             if conn is None or not self.is_connected:
                 return False
             # psycopg watches the same socket while it waits for an answer.
-            self._loop.remove_reader(conn.fileno())
+            self._loop.remove_reader(self._fd)
             try:
                 await work(conn)
             except psycopg.Error:
@@ -106,7 +108,7 @@ class Listener:
                 return False
             finally:
                 if self.is_connected and self._conn is conn and not conn.closed:
-                    self._loop.add_reader(conn.fileno(), self._readable)
+                    self._loop.add_reader(self._fd, self._readable)
                     self._readable()
             return True
 
@@ -125,6 +127,8 @@ class Listener:
             while (notify := pgconn.notifies()) is not None:
                 self._on_notify(notify.relname.decode(), notify.extra.decode(errors="replace"))
         except psycopg.Error:
+            # libpq may have closed the socket: the loop would take the next one with its number for it.
+            self._loop.remove_reader(self._fd)
             self.reconnect()
 
     def _hear(self, notify: Notify) -> None:
@@ -134,9 +138,8 @@ class Listener:
         conn, self._conn = self._conn, None
         self.is_connected = False
         if conn is not None:
-            if not conn.closed:
-                self._loop.remove_reader(conn.fileno())
-                cut(conn)
+            self._loop.remove_reader(self._fd)
+            cut(conn)
             conn.pgconn.finish()
 
     def abandon(self) -> None:
@@ -144,6 +147,6 @@ class Listener:
         conn, self._conn = self._conn, None
         self.is_connected = False
         if conn is not None:
-            if not (conn.closed or self._loop.is_closed()):
-                self._loop.remove_reader(conn.fileno())  # the number may soon be another's
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
             conn.pgconn.finish()

@@ -73,8 +73,8 @@ class Mailbox:
 
     @property
     def is_pressed(self) -> bool:
-        """Whether senders may find the channel full: from half on, as messages may be on their way here."""
-        return 2 * self.undeleted >= self.capacity
+        """Whether senders may find the channel full, those messages counted that may be on their way here."""
+        return 4 * self.undeleted + 32 >= self.capacity
 
     @property
     def is_filling(self) -> bool:
@@ -193,12 +193,6 @@ class Mailbox:
             return True
         self._woken.discard(waiter)
         return False
-
-    def wake(self) -> None:
-        """Have every waiter look again."""
-        with self._lock:
-            for _ in range(len(self._waiters)):
-                self._wake_one()
 
     def _wake_one(self) -> None:
         while self._waiters:

@@ -340,19 +340,21 @@ class Receiver:
 
     async def _put_back(self, reader: Reader, keys: list[Key]) -> None:
         client = self._client
+        is_sure = False
         try:
             await self._connections.run(
                 lambda conn: store.put_back(conn, client.config.prefix, client.inbox_name, keys),
                 timeout=client.config.send_timeout,
                 is_idempotent=True,
             )
+            is_sure = True
         except BaseException as error:
             client.inbox.suspect()  # what was not put back is still in the inbox
             if not isinstance(error, PgLayerError):
                 raise
             await asyncio.sleep(RETRY)
         finally:
-            client.inbox.put_back(keys)
+            client.inbox.put_back(keys, is_sure=is_sure)
             reader.mailbox.undeleted -= len(keys)
             reader.is_putting_back = False
         reader.may_have_more, reader.floor = True, min(reader.floor, keys[0][0])

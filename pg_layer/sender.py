@@ -55,16 +55,18 @@ class FloorBook:
 
     def __init__(self) -> None:
         self._used: dict[str, int] = {}
+        self._ripe: dict[str, int] = {}  # of the time before: one more keeps all used ones old enough
         self._ripening: dict[str, int] = {}
         self._since = time.monotonic()
 
     def learn(self, floors: store.Floors) -> None:
         """Take the floors that a statement returned."""
-        for inbox, id in zip(floors.inboxes, floors.ids, strict=True):
-            self._ripening.setdefault(inbox, id)
         now = time.monotonic()
         if now - self._since >= FLOOR_AGE:
-            self._used, self._ripening, self._since = self._ripening, {}, now
+            self._used, self._ripe = self._ripe, self._ripening
+            self._ripening, self._since = {}, now
+        for inbox, id in zip(floors.inboxes, floors.ids, strict=True):
+            self._ripening.setdefault(inbox, id)
 
     def tell(self) -> store.Floors:
         """The floors to count from."""
@@ -206,6 +208,8 @@ class Sender:
         config = client.config
         last = {(op.group, op.channel): op.joins for op in ops}
         joins = [pair for pair, is_join in last.items() if is_join]
+        if any(client.owns(channel) for _, channel in joins):
+            client.has_lease = True  # perhaps, from here on
         capacities = [config.capacity_of(channel) for _, channel in joins]
         leaves = [pair for pair, is_join in last.items() if not is_join]
         try:
@@ -234,7 +238,6 @@ class Sender:
         for group, channel in joins:
             if client.owns(channel):
                 client.memberships.join(group, client.mailbox(channel), since, expires_at)
-                client.has_lease = True
         if client.has_lease:
             self._on_lease()
         return [None] * len(ops)

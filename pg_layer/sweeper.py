@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import select
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,22 +35,26 @@ class Sweeper:
         self._report = report
         self._complain = complain
         self._conn: psycopg.Connection[tuple[object, ...]] | None = None
-        self._stop = threading.Event()
+        self._is_stopped = False
+        # Not an Event: its lock may be held by the very thread that a signal interrupts.
+        self._bell, self._ringer = socket.socketpair()
+        self._ringer.setblocking(False)
 
     def stop(self) -> None:
         """End after the batch that runs. May be called from a signal handler."""
-        self._stop.set()
+        self._is_stopped = True
+        self._ringer.send(b".")
 
     def run(self, interval: float) -> None:
         """Sweep every ``interval`` seconds, until `stop`."""
         try:
-            while not self._stop.is_set():
+            while not self._is_stopped:
                 try:
                     self._report(self._sweep())
                 except PgLayerError as error:
                     self._complain(error)
                     self.close()
-                self._stop.wait(interval)
+                select.select([self._bell], [], [], interval)
         finally:
             self.close()
 
@@ -69,16 +74,24 @@ class Sweeper:
             self.close()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; the next sweep makes another."""
         conn, self._conn = self._conn, None
         if conn is not None:
             conn.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+        self._bell.close()
+        self._ringer.close()
+
+    def __enter__(self) -> Sweeper:
+        return self
 
     def _sweep(self) -> Swept:
         total = Swept(0, 0, 0)
         with _translated():
             conn = self._connection()
-            while not self._stop.is_set():
+            while not self._is_stopped:
                 swept = store.sweep_now(conn, self._config.prefix, self._batch_size)
                 total = Swept(*map(sum, zip(total, swept, strict=True)))
                 if max(swept) < self._batch_size:

@@ -447,6 +447,7 @@ DEFAULTS = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 15000,
+    "client_encoding": "UTF8",
 }
 
 
@@ -469,7 +470,7 @@ def test_listening_has_its_own_dsn() -> None:
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = dict.fromkeys(DEFAULTS, "0")
+    chosen = dict.fromkeys(DEFAULTS, "0") | {"client_encoding": "UTF8"}
     dsn = " ".join(f"{name}={value}" for name, value in chosen.items())
     assert load({"dsn": dsn}).connect_kwargs("pool") == chosen
     monkeypatch.setenv("PGAPPNAME", "mine")
@@ -582,5 +583,5 @@ def test_django_itself_gives_the_parameters() -> None:
         "connection.settings_dict['NAME'] = 'test_n'\n"
         "print(sorted(before), config.connect_kwargs('pool')['dbname'])"
     )
-    expected = [*DEFAULTS, "dbname", "user", "password", "sslmode", "client_encoding"]
+    expected = [*DEFAULTS, "dbname", "user", "password", "sslmode"]
     assert run(code) == f"{sorted(expected)} test_n\n"

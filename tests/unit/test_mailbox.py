@@ -102,9 +102,9 @@ def test_what_senders_were_counted_for_is_put_whatever_waits() -> None:
     assert not mailbox.put_if_room(letter(5))
 
 
-@pytest.mark.parametrize(("undeleted", "is_pressed"), [(0, False), (1, False), (2, True), (3, True)])
-def test_it_is_pressed_from_half_its_capacity_on(undeleted: int, is_pressed: bool) -> None:
-    mailbox = Mailbox("channel", 4)
+@pytest.mark.parametrize(("undeleted", "is_pressed"), [(0, False), (16, False), (17, True), (100, True)])
+def test_it_is_pressed_from_about_a_quarter_of_its_capacity_on(undeleted: int, is_pressed: bool) -> None:
+    mailbox = Mailbox("channel", 100)
     mailbox.undeleted = undeleted
     assert mailbox.is_pressed is is_pressed
 
@@ -189,7 +189,7 @@ async def test_whoever_waits_is_counted_and_says_so_once() -> None:
     await asyncio.sleep(0)
     assert counts == [1, 2, 3]
     assert mailbox.waiting == 3
-    mailbox.wake()
+    mailbox.close()
     await asyncio.gather(*tasks)
     assert counts == [1, 2, 3]
     assert mailbox.waiting == 0

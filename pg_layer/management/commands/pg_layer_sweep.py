@@ -40,7 +40,10 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         config = self._layer(options["layer"]).config
         self._verbosity = options["verbosity"]
-        sweeper = Sweeper(config, options["batch_size"], self._report, self._complain)
+        with Sweeper(config, options["batch_size"], self._report, self._complain) as sweeper:
+            self._sweep(sweeper, options)
+
+    def _sweep(self, sweeper: Sweeper, options: dict[str, Any]) -> None:
         try:
             if options["dry_run"]:
                 self.stdout.write(f"Would remove {_counts(sweeper.look())}.")
