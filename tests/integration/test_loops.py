@@ -1,0 +1,677 @@
+"""Event loops: one for each test, two at once, one that stops, one that ends while another waits.
+
+Tests of several loops are no coroutines themselves: they run the loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pg_layer import PostgresChannelLayer
+from tests.project.commands import PATIENCE, eventually, run, succeeded
+
+T = TypeVar("T")
+Message = dict[str, Any]
+MakeLoop = Callable[[], asyncio.AbstractEventLoop]
+
+
+@contextmanager
+def connected_layer(dsn: str, **options: Any) -> Iterator[PostgresChannelLayer]:
+    """A layer that is closed on a loop of its own, as nobody knows which one it was used on last."""
+    layer = PostgresChannelLayer(dsn=dsn, **options)
+    try:
+        yield layer
+    finally:
+        asyncio.run(layer.close())
+
+
+@pytest.fixture
+def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
+    with connected_layer(migrated_dsn) as layer:
+        yield layer
+
+
+@pytest.fixture
+def other(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
+    """The layer of what could be another process."""
+    with connected_layer(migrated_dsn) as layer:
+        yield layer
+
+
+def number(n: int) -> Message:
+    return {"type": "test.number", "n": n}
+
+
+async def soon(work: Coroutine[Any, Any, T]) -> T:
+    return await asyncio.wait_for(work, PATIENCE)
+
+
+async def received(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    """The numbers of the next messages."""
+    return [(await soon(layer.receive(channel)))["n"] for _ in range(count)]
+
+
+async def waits(task: asyncio.Task[Any]) -> None:
+    """Return when `task` has gone as far as it can without the loop's help, and is not done."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done()
+
+
+class LoopThread:
+    """A thread with an event loop that runs until `stop`."""
+
+    def __init__(self, make_loop: MakeLoop = asyncio.new_event_loop) -> None:
+        self._make_loop = make_loop
+        self._ready: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self.loop, self._stop = self._ready.get()
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            stop = asyncio.Event()
+            self._ready.put((asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+        run_on(self._make_loop, serve)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.start(work).result(PATIENCE)
+
+    def stop(self) -> None:
+        """End the loop as `asyncio.run` does, and the thread with it."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+def run_on(make_loop: MakeLoop, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """`asyncio.run`, on a loop of a certain kind."""
+    loop = make_loop()
+    try:
+        return loop.run_until_complete(main())
+    finally:
+        end(loop)
+
+
+def end(loop: asyncio.AbstractEventLoop) -> None:
+    """Close a loop as `asyncio.run` does."""
+
+    async def cancel_all() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        loop.run_until_complete(cancel_all())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+
+
+@pytest.fixture
+def loop_thread() -> Iterator[Callable[..., LoopThread]]:
+    threads: list[LoopThread] = []
+
+    def make(make_loop: MakeLoop = asyncio.new_event_loop) -> LoopThread:
+        threads.append(LoopThread(make_loop))
+        return threads[-1]
+
+    yield make
+    for thread in threads:
+        thread.stop()
+
+
+@pytest.fixture
+def new_loop() -> Iterator[MakeLoop]:
+    """Makes loops that a test runs now and then."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def make() -> asyncio.AbstractEventLoop:
+        loops.append(asyncio.new_event_loop())
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        end(loop)
+
+
+def backends(dsn: str, application_name: str) -> set[int]:
+    """The server's processes for the connections of one application."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        rows = conn.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = %s", (application_name,)
+        )
+        return {pid for (pid,) in rows}
+
+
+# ---------------------------------------------------------------------- one loop after the other
+
+
+def test_a_loop_per_test_keeps_memberships(layer: PostgresChannelLayer) -> None:
+    async def join() -> str:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        return channel
+
+    channel = asyncio.run(join())
+    for n in range(4):
+
+        async def talk(n: int = n) -> list[int]:
+            await layer.group_send("room", number(n))
+            return await received(layer, channel, 1)
+
+        assert asyncio.run(talk()) == [n]
+
+
+def test_a_loop_per_test_keeps_what_waits_in_mailboxes(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer
+) -> None:
+    async def start() -> tuple[str, list[int]]:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        for n in range(3):
+            await other.send(channel, number(n))
+            await other.group_send("room", number(10 + n))
+        # With the first come those behind it, and wait in the mailbox.
+        return channel, await received(layer, channel, 1)
+
+    channel, numbers = asyncio.run(start())
+    while len(numbers) < 6:
+        numbers += asyncio.run(received(layer, channel, 1))
+    assert numbers == [0, 10, 1, 11, 2, 12]
+
+
+def test_what_is_sent_between_two_loops_arrives(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer
+) -> None:
+    async def start() -> str:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.send(channel, number(0))
+        assert await received(layer, channel, 1) == [0]
+        return channel
+
+    async def from_elsewhere() -> None:
+        await other.send(channel, number(1))
+        await other.group_send("room", number(2))
+        await other.send("jobs", number(3))
+
+    async def resume() -> list[int]:
+        return await received(layer, channel, 2) + await received(layer, "jobs", 1)
+
+    channel = asyncio.run(start())
+    asyncio.run(from_elsewhere())
+    assert asyncio.run(resume()) == [1, 2, 3]
+
+
+def test_a_receive_that_ends_with_its_loop_takes_nothing(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer
+) -> None:
+    async def left_waiting() -> str:
+        channel = await layer.new_channel()
+        await layer.send(channel, number(0))
+        assert await received(layer, channel, 1) == [0]
+        # `asyncio.run` cancels these.
+        tasks = [asyncio.create_task(layer.receive(name)) for name in (channel, channel, "jobs")]
+        for task in tasks:
+            await waits(task)
+        return channel
+
+    async def from_elsewhere() -> None:
+        for n in range(1, 4):
+            await other.send(channel, number(n))
+            await other.send("jobs", number(n))
+
+    async def resume() -> tuple[list[int], list[int]]:
+        return await received(layer, channel, 3), await received(layer, "jobs", 3)
+
+    channel = asyncio.run(left_waiting())
+    asyncio.run(from_elsewhere())
+    assert asyncio.run(resume()) == ([1, 2, 3], [1, 2, 3])
+
+
+def test_a_loop_that_was_closed_without_ceremony_hands_over(migrated_dsn: str) -> None:
+    # In a process of its own, as Python complains of the tasks that such a loop leaves pending.
+    code = """
+import asyncio, os
+from pg_layer import PostgresChannelLayer
+
+layer, other = (PostgresChannelLayer(dsn=os.environ["PG_LAYER_TEST_PROJECT_DSN"]) for _ in range(2))
+
+async def start():
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.group_send("room", {"type": "test", "n": 0})
+    assert (await layer.receive(channel))["n"] == 0
+    return channel
+
+async def resume():
+    await other.group_send("room", {"type": "test", "n": 1})
+    print((await layer.receive(channel))["n"])
+
+loop = asyncio.new_event_loop()
+channel = loop.run_until_complete(start())
+loop.close()
+asyncio.run(resume())
+asyncio.run(layer.close())
+asyncio.run(other.close())
+"""
+    result = run(migrated_dsn, "-c", code)
+    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
+
+
+def test_connections_end_with_their_loop(migrated_dsn: str) -> None:
+    name = "pg_layer_test_loops"
+    with connected_layer(make_conninfo(migrated_dsn, application_name=name)) as layer:
+
+        async def use() -> None:
+            channel = await layer.new_channel()
+            await asyncio.gather(*(layer.send(channel, number(n)) for n in range(20)))
+            await received(layer, channel, 20)
+
+        for _ in range(4):
+            asyncio.run(use())
+            eventually(lambda: not backends(migrated_dsn, name), "no connections without a loop")
+
+
+def test_a_loop_per_test_leaves_nothing_to_complain_of(migrated_dsn: str) -> None:
+    code = """
+import asyncio, os
+from pg_layer import PostgresChannelLayer
+
+layer = PostgresChannelLayer(dsn=os.environ["PG_LAYER_TEST_PROJECT_DSN"])
+
+async def test(n):
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.group_send("room", {"type": "test", "n": n})
+    assert (await layer.receive(channel))["n"] == n
+    await layer.group_discard("room", channel)
+
+for n in range(5):
+    asyncio.run(test(n))
+print("done")
+"""
+    assert succeeded(run(migrated_dsn, "-W", "error", "-c", code)) == "done"
+
+
+# ---------------------------------------------------------------------- one loop, run again and again
+
+
+def test_a_loop_that_runs_now_and_then(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, new_loop: MakeLoop
+) -> None:
+    loop = new_loop()
+    channel = loop.run_until_complete(layer.new_channel())
+    loop.run_until_complete(layer.group_add("room", channel))
+    for n in range(5):
+        loop.run_until_complete(layer.group_send("room", number(n)))
+        asyncio.run(other.send(channel, number(10 + n)))
+        assert loop.run_until_complete(received(layer, channel, 2)) == [n, 10 + n]
+
+
+def test_a_loop_that_does_not_run_is_not_home(
+    layer: PostgresChannelLayer, new_loop: MakeLoop, loop_thread: Callable[..., LoopThread]
+) -> None:
+    async def start() -> str:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.send(channel, number(0))
+        assert await received(layer, channel, 1) == [0]
+        return channel
+
+    channel = new_loop().run_until_complete(start())
+    asyncio.run(layer.group_send("room", number(1)))
+    assert asyncio.run(received(layer, channel, 1)) == [1]
+    thread = loop_thread()
+    thread.do(layer.group_send("room", number(2)))
+    assert thread.do(received(layer, channel, 1)) == [2]
+
+
+def test_a_loop_that_was_home_and_runs_again(
+    migrated_dsn: str,
+    new_loop: MakeLoop,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name = "pg_layer_test_loops"
+    loops = [new_loop(), new_loop()]
+    dsn = make_conninfo(migrated_dsn, application_name=name)
+    with connected_layer(dsn, heartbeat=0.2) as layer, connected_layer(migrated_dsn) as other:
+        channel = loops[0].run_until_complete(layer.new_channel())
+        loops[0].run_until_complete(layer.group_add("room", channel))
+        for turn in range(6):
+            first = 4 * turn
+
+            async def talk(first: int = first) -> list[int]:
+                await layer.group_send("room", number(first))
+                await layer.send(channel, number(first + 1))
+                await layer.send("jobs", number(first + 3))
+                numbers = await received(layer, channel, 3) + await received(layer, "jobs", 1)
+                await asyncio.sleep(0.3)  # a heartbeat, also of what this loop had before
+                return numbers
+
+            waiting = loops[turn % 2].create_task(talk())
+            asyncio.run(other.send(channel, number(first + 2)))
+            numbers = loops[turn % 2].run_until_complete(waiting)
+            assert sorted(numbers) == list(range(first, first + 4))
+            assert len(backends(migrated_dsn, name)) <= 3
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
+
+
+# ---------------------------------------------------------------------- two loops at once
+
+
+def test_two_loops_receive_at_once_on_their_own_channels(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
+) -> None:
+    threads = [loop_thread(), loop_thread()]
+    channels = [thread.do(layer.new_channel()) for thread in threads]
+    for thread, channel in zip(threads, channels, strict=True):
+        thread.do(layer.group_add("room", channel))
+    futures = [
+        thread.start(received(layer, channel, 60)) for thread, channel in zip(threads, channels, strict=True)
+    ]
+
+    async def from_elsewhere() -> None:
+        for n in range(0, 60, 2):
+            await other.group_send("room", number(n))
+            for channel in channels:
+                await other.send(channel, number(n + 1))
+
+    asyncio.run(from_elsewhere())
+    assert [future.result(PATIENCE) for future in futures] == [list(range(60))] * 2
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_no_receiver_idles_beside_waiting_jobs(
+    migrated_dsn: str,
+    other: PostgresChannelLayer,
+    loop_thread: Callable[..., LoopThread],
+    loops: int,
+) -> None:
+    # No heartbeat comes to the rescue.
+    with connected_layer(migrated_dsn, heartbeat=300, lease=600) as layer:
+        threads = [loop_thread() for _ in range(loops)]
+        elsewhere = loop_thread()
+
+        async def send(numbers: range) -> None:
+            for n in numbers:
+                await other.send("jobs", number(n))
+
+        for n in range(60):
+            # Who has received does not come back before the others have, too.
+            workers = [threads[k % loops].start(received(layer, "jobs", 1)) for k in range(3)]
+            elsewhere.do(send(range(3 * n, 3 * n + 3)))
+            numbers = [worker.result(PATIENCE)[0] for worker in workers]
+            assert sorted(numbers) == [3 * n, 3 * n + 1, 3 * n + 2]
+        threads[0].do(layer.close())
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["sent by the same process", "sent by another"])
+def test_two_loops_compete_on_one_normal_channel(
+    layer: PostgresChannelLayer,
+    other: PostgresChannelLayer,
+    loop_thread: Callable[..., LoopThread],
+    is_own: bool,
+) -> None:
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    async def work() -> None:
+        while (n := (await layer.receive("jobs"))["n"]) >= 0:
+            done.put(n)
+
+    threads = [loop_thread(), loop_thread()]
+    workers = [thread.start(work()) for thread in threads for _ in range(2)]
+
+    async def from_elsewhere() -> None:
+        sender = layer if is_own else other
+        for n in range(80):
+            await sender.send("jobs", number(n))
+
+    asyncio.run(from_elsewhere())
+    assert sorted(done.get(timeout=PATIENCE) for _ in range(80)) == list(range(80))
+
+    async def end() -> None:
+        for _ in workers:
+            await other.send("jobs", number(-1))
+
+    asyncio.run(end())
+    for worker in workers:
+        worker.result(PATIENCE)
+    assert done.empty()
+
+
+def test_a_loop_sends_while_home_runs_in_another_thread(
+    migrated_dsn: str, loop_thread: Callable[..., LoopThread]
+) -> None:
+    name = "pg_layer_test_loops"
+    with connected_layer(make_conninfo(migrated_dsn, application_name=name), capacity=1000) as layer:
+        home = loop_thread()
+        channel = home.do(layer.new_channel())
+        home.do(layer.group_add("room", channel))
+        future = home.start(received(layer, channel, 150))
+        eventually(lambda: len(backends(migrated_dsn, name)) >= 2, "home listens")
+
+        async def from_this_thread() -> None:
+            for n in range(0, 100, 2):
+                await layer.send(channel, number(n))
+                await layer.group_send("room", number(n + 1))
+            await asyncio.gather(*(layer.send(channel, number(n)) for n in range(100, 150)))
+
+        asyncio.run(from_this_thread())
+        numbers = future.result(PATIENCE)
+        assert numbers[:100] == list(range(100))
+        assert sorted(numbers[100:]) == list(range(100, 150))
+        assert len(backends(migrated_dsn, name)) <= 3
+        home.do(layer.close())
+
+
+def test_a_loop_that_receives_takes_over_from_one_that_sends(
+    migrated_dsn: str, loop_thread: Callable[..., LoopThread]
+) -> None:
+    name = "pg_layer_test_loops"
+    with connected_layer(make_conninfo(migrated_dsn, application_name=name)) as layer:
+        sender, receiver = loop_thread(), loop_thread()
+        for n in range(10):
+            sender.do(layer.send("jobs", number(n)))
+        assert receiver.do(received(layer, "jobs", 10)) == list(range(10))
+        waiting = receiver.start(received(layer, "jobs", 10))
+        for n in range(10):
+            sender.do(layer.send("jobs", number(n)))
+        assert sorted(waiting.result(PATIENCE)) == list(range(10))
+        eventually(lambda: len(backends(migrated_dsn, name)) <= 3, "one listens, two are in the pool")
+        receiver.do(layer.close())
+
+
+@pytest.mark.parametrize("kind", ["specific", "normal"])
+def test_another_loop_takes_over_when_the_home_loop_ends(
+    layer: PostgresChannelLayer,
+    other: PostgresChannelLayer,
+    loop_thread: Callable[..., LoopThread],
+    kind: str,
+) -> None:
+    first, second = loop_thread(), loop_thread()
+
+    async def start() -> str:
+        channel = await layer.new_channel()
+        await layer.send(channel, number(0))
+        assert await received(layer, channel, 1) == [0]
+        return channel
+
+    specific = first.do(start())  # so that this one is home
+    channel = specific if kind == "specific" else "jobs"
+    waiting = second.start(received(layer, channel, 3))
+    asyncio.run(other.send(channel, number(1)))
+    first.stop()
+    asyncio.run(other.send(channel, number(2)))
+    asyncio.run(other.send(channel, number(3)))
+    assert waiting.result(PATIENCE) == [1, 2, 3]
+
+
+def test_a_cancelled_receive_on_a_second_loop_takes_nothing(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
+) -> None:
+    home = loop_thread()
+    channel = home.do(layer.new_channel())
+    home.do(layer.send(channel, number(-1)))
+    assert home.do(received(layer, channel, 1)) == [-1]
+
+    async def impatient() -> list[int]:
+        numbers: list[int] = []
+        while len(numbers) < 40:
+            task = asyncio.create_task(layer.receive(channel))
+            await asyncio.sleep(0)
+            task.cancel()
+            try:
+                numbers.append((await task)["n"])
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.001)
+        return numbers
+
+    async def from_elsewhere() -> None:
+        for n in range(40):
+            await other.send(channel, number(n))
+
+    waiting = loop_thread().start(soon(impatient()))
+    asyncio.run(from_elsewhere())
+    assert waiting.result(PATIENCE) == list(range(40))
+
+
+def test_a_second_loop_that_ends_while_it_waits_leaves_messages_to_the_others(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
+) -> None:
+    home, guest = loop_thread(), loop_thread()
+    channel = home.do(layer.new_channel())
+    home.do(layer.send(channel, number(0)))
+    assert home.do(received(layer, channel, 1)) == [0]
+    left = [guest.start(layer.receive(name)) for name in (channel, "jobs")]
+    guest.do(asyncio.sleep(0))
+    guest.stop()
+    for future in left:
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result(PATIENCE)
+    for name in (channel, "jobs"):
+        asyncio.run(other.send(name, number(1)))
+        assert home.do(received(layer, name, 1)) == [1]
+
+
+def test_close_from_another_loop(
+    migrated_dsn: str, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
+) -> None:
+    name = "pg_layer_test_loops"
+    layer = PostgresChannelLayer(dsn=make_conninfo(migrated_dsn, application_name=name))
+    home = loop_thread()
+    channel = home.do(layer.new_channel())
+    home.do(layer.group_add("room", channel))
+    home.do(layer.send(channel, number(0)))
+    assert home.do(received(layer, channel, 1)) == [0]
+    asyncio.run(layer.close())
+    assert not backends(migrated_dsn, name)
+    with psycopg.connect(migrated_dsn) as conn:
+        assert conn.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
+        assert conn.execute("SELECT count(*) FROM pg_layer_client WHERE expires_at > now()").fetchone() == (
+            0,
+        )
+    # It begins anew, on whatever loop.
+    channel = asyncio.run(layer.new_channel())
+    asyncio.run(layer.group_add("room", channel))
+    asyncio.run(other.group_send("room", number(1)))
+    assert home.do(received(layer, channel, 1)) == [1]
+    home.do(layer.close())
+
+
+# ---------------------------------------------------------------------- kinds of loops
+
+
+async def conversation(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> None:
+    """A bit of everything."""
+    channels = [await layer.new_channel() for _ in range(2)]
+    for channel in channels:
+        await layer.group_add("room", channel)
+    waiting = [asyncio.create_task(received(layer, channel, 31)) for channel in channels]
+    jobs = asyncio.create_task(received(layer, "jobs", 20))
+    for n in range(30):
+        await other.group_send("room", number(n))
+    await asyncio.gather(*(other.send("jobs", number(n)) for n in range(20)))
+    for channel in channels:
+        await other.send(channel, {**number(30), "padding": b"x" * 100_000})
+    for task in waiting:
+        assert await task == list(range(31))
+    assert sorted(await jobs) == list(range(20))
+    await layer.group_discard("room", channels[0])
+    await layer.group_send("room", number(31))
+    await layer.send(channels[0], number(32))
+    assert await received(layer, channels[0], 1) == [32]
+    assert await received(layer, channels[1], 1) == [31]
+    await layer.flush()
+    await layer.close()
+    await other.close()
+
+
+def test_asyncio_debug_mode(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(conversation(layer, other), debug=True)
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+def test_uvloop(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    for _ in range(2):
+        run_on(uvloop.new_event_loop, lambda: conversation(layer, other))
+
+
+def test_uvloop_ends_without_close(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def start() -> str:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.group_send("room", number(0))
+        assert await received(layer, channel, 1) == [0]
+        return channel
+
+    channel = run_on(uvloop.new_event_loop, start)
+    for n in range(3):
+        asyncio.run(other.group_send("room", number(n)))
+        make_loop = uvloop.new_event_loop if n % 2 else asyncio.new_event_loop
+        assert run_on(make_loop, lambda: received(layer, channel, 1)) == [n]
+
+
+def test_uvloop_is_home_to_other_loops(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
+) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    home = loop_thread(uvloop.new_event_loop)
+    channel = home.do(layer.new_channel())
+    home.do(layer.group_add("room", channel))
+    home.do(layer.group_send("room", number(0)))
+    assert home.do(received(layer, channel, 1)) == [0]
+    guest = loop_thread()
+    waiting = guest.start(received(layer, channel, 20))
+    asyncio.run(_group_send_all(layer, 0, 10))
+    asyncio.run(_group_send_all(other, 10, 20))
+    assert waiting.result(PATIENCE) == list(range(20))
+    home.do(layer.close())
+
+
+async def _group_send_all(layer: PostgresChannelLayer, start: int, stop: int) -> None:
+    for n in range(start, stop):
+        await layer.group_send("room", number(n))

@@ -1,0 +1,28 @@
+"""What the test project serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from channels.routing import ChannelNameRouter, ProtocolTypeRouter, URLRouter
+from django.urls import path
+
+from tests.project import consumers
+
+# Channels routes applications by Django's `path`, whose types know of views only.
+route: Any = path
+
+application = ProtocolTypeRouter(
+    {
+        "websocket": URLRouter(
+            [
+                route("async/", consumers.AsyncChat.as_asgi()),
+                route("sync/", consumers.SyncChat.as_asgi()),
+                route("declared/", consumers.DeclaredGroups.as_asgi()),
+                route("json/", consumers.JsonChat.as_asgi()),
+            ]
+        ),
+        "http": URLRouter([route("post/", consumers.Post.as_asgi())]),
+        "channel": ChannelNameRouter({"thumbnails": consumers.Thumbnails.as_asgi()}),
+    }
+)

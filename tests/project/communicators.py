@@ -1,0 +1,26 @@
+"""Channels' own test communicators.
+
+`channels.testing` imports Daphne for its live server, which nobody needs here: where it is not installed, an
+empty stand-in takes its place during the import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+_stand_ins: dict[str, ModuleType] = {}
+if importlib.util.find_spec("daphne") is None:
+    _stand_ins = {name: ModuleType(name) for name in ("daphne", "daphne.testing")}
+    vars(_stand_ins["daphne.testing"])["DaphneProcess"] = None
+
+sys.modules.update(_stand_ins)
+try:
+    from channels.testing.http import HttpCommunicator
+    from channels.testing.websocket import WebsocketCommunicator
+finally:
+    for _name in _stand_ins:
+        del sys.modules[_name]
+
+__all__ = ["HttpCommunicator", "WebsocketCommunicator"]

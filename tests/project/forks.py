@@ -1,0 +1,344 @@
+"""Programs that fork: `python -m tests.project.forks <function>` prints what it found, as JSON.
+
+Each runs in a process of its own, so that a test run is not forked itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
+
+import psycopg
+from asgiref.sync import async_to_sync
+from psycopg.conninfo import make_conninfo
+
+from pg_layer import PostgresChannelLayer
+
+PATIENCE = 30  # seconds
+PARENT = "pg_layer_test_parent"
+DSN = os.environ.get("PG_LAYER_TEST_PROJECT_DSN", "")
+
+Result = dict[str, Any]
+
+
+def new_layer(**options: Any) -> PostgresChannelLayer:
+    return PostgresChannelLayer(
+        dsn=make_conninfo(DSN, application_name=PARENT), **{"capacity": 10_000, **options}
+    )
+
+
+def number(n: int) -> dict[str, Any]:
+    return {"type": "test.number", "n": n}
+
+
+async def received(layer: PostgresChannelLayer, channel: str, count: int = 1) -> list[int]:
+    return [(await asyncio.wait_for(layer.receive(channel), PATIENCE))["n"] for _ in range(count)]
+
+
+async def round_trip(layer: PostgresChannelLayer) -> str:
+    """A bit of everything on a new channel; returns its client."""
+    channel = await layer.new_channel()
+    await layer.group_add(channel.replace("!", "-"), channel)
+    await layer.send(channel, number(1))
+    await layer.group_send(channel.replace("!", "-"), number(2))
+    assert await received(layer, channel, 2) == [1, 2]
+    return client_of(channel)
+
+
+def client_of(channel: str) -> str:
+    return channel.partition("!")[0].rpartition(".")[2]
+
+
+def connections() -> list[int]:
+    """The server's processes for the layer's connections, and those of forked children."""
+    with psycopg.connect(DSN) as conn:
+        rows = conn.execute(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = %s ORDER BY 1", (PARENT,)
+        ).fetchall()
+    return [pid for (pid,) in rows]
+
+
+class Child:
+    """A forked child: runs a function and says what it returned."""
+
+    def __init__(self, function: Callable[[], object], leave: Callable[[int], NoReturn] = os._exit) -> None:
+        here, there = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            signal.alarm(PATIENCE)
+            os.close(here)
+            with os.fdopen(there, "w") as pipe:
+                json.dump(function(), pipe)
+            leave(0)
+        os.close(there)
+        self._pipe = os.fdopen(here)
+
+    def result(self) -> Any:
+        """What the function returned; the child has ended then."""
+        with self._pipe:
+            text = self._pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        assert status == 0, f"the child ended with status {status}"
+        return json.loads(text)
+
+
+class HomeThread:
+    """A thread with an event loop that runs as long as the process."""
+
+    def __init__(self) -> None:
+        ready: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
+
+        async def serve() -> None:
+            self._stop = asyncio.Event()
+            ready.put(asyncio.get_running_loop())
+            await self._stop.wait()
+
+        self._thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        self._thread.start()
+        self._loop = ready.get()
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+
+# ---------------------------------------------------------------------- the programs
+
+
+def before_use() -> Result:
+    """The layer exists, and nobody has used it."""
+    layer = new_layer()
+    children = [Child(lambda: asyncio.run(used_and_closed(layer))) for _ in range(2)]
+    parent = asyncio.run(used_and_closed(layer))
+    return {"clients": [parent, *(child.result() for child in children)]}
+
+
+async def used_and_closed(layer: PostgresChannelLayer) -> str:
+    client = await round_trip(layer)
+    await layer.close()
+    return client
+
+
+def after_use() -> Result:
+    """The layer was used on a loop that has ended."""
+    layer = new_layer()
+    clients = [asyncio.run(round_trip(layer))]
+    children = [Child(lambda: asyncio.run(used_and_closed(layer))) for _ in range(2)]
+    clients += [child.result() for child in children]
+    again = asyncio.run(used_and_closed(layer))
+    return {"clients": clients, "again": again}
+
+
+def while_receiving() -> Result:
+    """The parent forks out of a coroutine, while it receives."""
+
+    async def main() -> Result:
+        layer = new_layer()
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.send(channel, number(0))
+        assert await received(layer, channel) == [0]
+        waiting = asyncio.create_task(received(layer, channel, 3))
+        await asyncio.sleep(0)
+        before = await asyncio.to_thread(connections)
+
+        async def child() -> str:
+            await layer.send(channel, number(1))
+            await layer.group_send("room", number(2))
+            return await used_and_closed(layer)
+
+        forked = Child(lambda: asyncio.run(child()))
+        client = await asyncio.to_thread(forked.result)
+        await layer.group_send("room", number(3))
+        numbers = await waiting
+        after = await asyncio.to_thread(connections)
+        await layer.close()
+        return {
+            "clients": [client_of(channel), client],
+            "numbers": numbers,
+            "kept": set(before) <= set(after),
+            "connections": len(before),
+        }
+
+    return asyncio.run(main())
+
+
+def after_sync_use() -> Result:
+    """Synchronous code, the hub is at work; then four children send, and so does the parent."""
+    layer = new_layer()
+    channel = async_to_sync(layer.new_channel)()
+    async_to_sync(layer.group_add)("room", channel)
+    async_to_sync(layer.send)(channel, number(-1))
+    before = connections()
+
+    def send(first: int) -> str:
+        for n in range(first, first + 50, 2):
+            async_to_sync(layer.send)(channel, number(n))
+            async_to_sync(layer.group_send)("room", number(n + 1))
+        client = client_of(async_to_sync(layer.new_channel)())
+        async_to_sync(layer.close)()
+        return client
+
+    children = [Child(lambda first=first: send(first)) for first in range(50, 250, 50)]  # type: ignore[misc]
+    for n in range(50):
+        async_to_sync(layer.send)(channel, number(n))
+    clients = [client_of(channel), *(child.result() for child in children)]
+    kept = connections() == before
+    numbers = asyncio.run(received(layer, channel, 251))
+    async_to_sync(layer.close)()
+    return {"clients": clients, "numbers": numbers, "kept": kept, "connections": len(before)}
+
+
+def children_that_leave_in_order() -> Result:
+    """Children that end as Python ends, with all it tidies up; the parent's loop and hub are at work."""
+    layer, sync_layer = new_layer(), new_layer()
+    home = HomeThread()
+    channel = home.do(layer.new_channel())
+    home.do(layer.group_add("room", channel))
+    home.do(layer.send(channel, number(0)))
+    assert home.do(received(layer, channel)) == [0]
+    async_to_sync(sync_layer.group_add)("room", async_to_sync(sync_layer.new_channel)())
+    before = connections()
+
+    def use() -> list[str]:
+        clients = [asyncio.run(round_trip(layer)), async_to_sync(round_trip)(sync_layer)]
+        gc.collect()
+        return clients
+
+    idle = [Child(lambda: None, leave=sys.exit).result() for _ in range(2)]
+    used = [Child(use, leave=sys.exit).result() for _ in range(2)]
+    home.do(layer.group_send("room", number(1)))
+    async_to_sync(sync_layer.group_send)("room", number(2))
+    numbers = home.do(received(layer, channel, 2))
+    kept = set(before) <= set(connections())
+    home.do(layer.close())
+    home.stop()
+    async_to_sync(sync_layer.close)()
+    return {
+        "idle": idle,
+        "clients": [client_of(channel), *(client for clients in used for client in clients)],
+        "kept": kept,
+        "numbers": numbers,
+    }
+
+
+def a_childs_close() -> Result:
+    """What a child gives up is its own."""
+    layer = new_layer()
+    channel = async_to_sync(layer.new_channel)()
+    async_to_sync(layer.group_add)("room", channel)
+
+    def child() -> None:
+        async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
+        async_to_sync(layer.close)()
+
+    Child(child).result()
+    Child(lambda: async_to_sync(layer.close)()).result()
+    async_to_sync(layer.group_send)("room", number(1))
+    numbers = asyncio.run(received(layer, channel))
+    with psycopg.connect(DSN) as conn:
+        members = conn.execute("SELECT channel FROM pg_layer_membership").fetchall()
+    async_to_sync(layer.close)()
+    return {"numbers": numbers, "is_alone": members == [(channel,)]}
+
+
+def foreign_channels() -> Result:
+    """A child cannot receive on its parent's channels."""
+    layer = new_layer()
+    channel = async_to_sync(layer.new_channel)()
+    async_to_sync(layer.send)(channel, number(1))
+
+    def child() -> str:
+        try:
+            asyncio.run(received(layer, channel))
+        except TypeError as error:
+            return f"TypeError: {error}"
+        return "received"
+
+    outcome = Child(child).result()
+    numbers = asyncio.run(received(layer, channel))
+    async_to_sync(layer.close)()
+    return {"outcome": outcome, "numbers": numbers}
+
+
+def grandchildren() -> Result:
+    """A child that forks in its turn."""
+    layer = new_layer()
+    clients = [asyncio.run(round_trip(layer))]
+
+    def child() -> list[str]:
+        own = async_to_sync(round_trip)(layer)
+        return [own, Child(lambda: asyncio.run(used_and_closed(layer))).result()]
+
+    clients += Child(child).result()
+    asyncio.run(used_and_closed(layer))
+    return {"clients": clients}
+
+
+def with_multiprocessing() -> Result:
+    """The children of `multiprocessing`."""
+    layer = new_layer()
+    clients = [asyncio.run(round_trip(layer))]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def work() -> None:
+        results.put(async_to_sync(round_trip)(layer))
+
+    children = [context.Process(target=work) for _ in range(2)]
+    for child in children:
+        child.start()
+    clients += [results.get() for _ in children]
+    for child in children:
+        child.join(PATIENCE)
+    asyncio.run(used_and_closed(layer))
+    return {"clients": clients, "statuses": [child.exitcode for child in children]}
+
+
+def while_threads_send() -> Result:
+    """Forks at any moment, while threads are in the middle of everything."""
+    layer = new_layer()
+    channel = async_to_sync(layer.new_channel)()
+    is_over = threading.Event()
+
+    def hammer() -> None:
+        while not is_over.is_set():
+            async_to_sync(layer.send)("hammered", number(0))
+            async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
+
+    threads = [threading.Thread(target=hammer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+
+    def child(n: int) -> int:
+        async_to_sync(layer.send)(channel, number(n))
+        async_to_sync(layer.close)()
+        return n
+
+    done = [Child(lambda n=n: child(n)).result() for n in range(12)]  # type: ignore[misc]
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    numbers = asyncio.run(received(layer, channel, len(done)))
+    async_to_sync(layer.flush)()
+    async_to_sync(layer.close)()
+    return {"numbers": numbers}
+
+
+if __name__ == "__main__":
+    # Right for most programs; the layer is made for those that do it all the same.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    print(json.dumps(globals()[sys.argv[1]]()))

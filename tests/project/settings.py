@@ -1,0 +1,37 @@
+"""Settings of the test project.
+
+Environment: ``PG_LAYER_TEST_PROJECT_DSN`` says where its database is; ``PG_LAYER_TEST_PROJECT_SETTINGS`` is a
+JSON object of settings that replace those below.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from psycopg.conninfo import conninfo_to_dict
+
+
+def database(dsn: str) -> dict[str, Any]:
+    """A ``DATABASES`` entry for a connection string."""
+    parameters = dict(conninfo_to_dict(dsn))
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": parameters.pop("dbname", ""),
+        "USER": parameters.pop("user", ""),
+        "PASSWORD": parameters.pop("password", ""),
+        "HOST": parameters.pop("host", ""),
+        "PORT": parameters.pop("port", ""),
+        "OPTIONS": parameters,
+    }
+
+
+SECRET_KEY = "only-for-tests"
+USE_TZ = True
+INSTALLED_APPS = ["channels", "pg_layer"]
+ASGI_APPLICATION = "tests.project.asgi.application"
+DATABASES = {"default": database(os.environ["PG_LAYER_TEST_PROJECT_DSN"])}
+CHANNEL_LAYERS: dict[str, Any] = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}
+
+globals().update(json.loads(os.environ.get("PG_LAYER_TEST_PROJECT_SETTINGS", "{}")))
