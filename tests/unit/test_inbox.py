@@ -371,8 +371,20 @@ def test_a_row_whose_putting_back_failed_is_dispatched_again() -> None:
     assert inbox.taken([job]) == [job]
     view = inbox.begin_view()
     inbox.suspect()
-    inbox.put_back([job.key])
+    inbox.put_back([job.key], is_sure=False)
     assert read(inbox, [job]) == []  # that view may have been opened before
+    inbox.end_view(view)
+    assert read(inbox, [job]) == [5]
+
+
+def test_a_row_whose_putting_back_failed_is_not_taken_for_one_taken_anew() -> None:
+    inbox = connected()
+    job = row(5, channel=NORMAL)
+    view = inbox.begin_view()
+    inbox.suspect()
+    assert read(inbox, [job]) == [5]  # before the answer to the taking
+    inbox.put_back([job.key], is_sure=False)
+    assert inbox.taken([job]) == []
     inbox.end_view(view)
     assert read(inbox, [job]) == [5]
 
@@ -788,7 +800,7 @@ class World:
         if self._returning:
             self.trace.append("the answer to the putting back is lost")
             self.inbox.suspect()
-            self.inbox.put_back(self._returning)
+            self.inbox.put_back(self._returning, is_sure=False)
             self._returning = []
 
     def _never_put_back(self, rows: dict[Key, Row]) -> None:

@@ -26,6 +26,7 @@ class Writes:
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
+        self.timeouts: list[float] = []
         self.by: list[asyncio.Task[Any] | None] = []
         self.outcomes: dict[Any, Exception] = {}
         self._ends: list[asyncio.Future[None]] = []
@@ -33,6 +34,7 @@ class Writes:
 
     async def write(self, ops: list[Any], timeout: float) -> Sequence[Outcome]:
         self.batches.append(list(ops))
+        self.timeouts.append(timeout)
         self.by.append(asyncio.current_task())
         if not self._is_open:
             end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -341,6 +343,91 @@ async def test_when_the_writing_task_is_cancelled_its_callers_are_told() -> None
     assert [type(result) for result in results[1:]] == [LayerUnavailable, LayerUnavailable]
 
 
+async def test_finishing_waits_for_the_write_in_flight_and_fails_who_waits() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("ab")
+    bench.writes.end()
+    await turns()
+    tasks += await bench.submit_all("c")
+    finished = asyncio.create_task(bench.lane.finish())
+    await turns()
+    assert not finished.done()
+    assert tasks[2].done()
+    bench.writes.end()
+    await asyncio.wait_for(finished, 10)
+    results = await outcomes(tasks)
+    assert results[:2] == [None, None]
+    assert isinstance(results[2], NotBegun)
+    with pytest.raises(NotBegun):
+        await bench.lane.submit("d")
+    assert bench.writes.written == ["a", "b"]
+
+
+async def test_finishing_waits_for_the_first_callers_own_write() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("a")
+    finished = asyncio.create_task(bench.lane.finish())
+    await turns()
+    assert not finished.done()
+    tasks[0].cancel()
+    await asyncio.wait_for(finished, 10)
+
+
+async def test_an_idle_lane_is_finished_at_once() -> None:
+    bench = Bench()
+    await asyncio.wait_for(bench.lane.finish(), 10)
+    tasks = await bench.submit_all("a")
+    assert isinstance((await outcomes(tasks))[0], NotBegun)
+
+
+# --- Time
+
+
+class Clock:
+    """In place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("pg_layer.lane.time", clock)
+    return clock
+
+
+async def test_a_write_is_given_the_time_that_its_callers_have_left(clock: Clock) -> None:
+    bench = Bench(timeout=10.0)
+    tasks = await bench.submit_all("ab")
+    clock.now += 4
+    tasks += await bench.submit_all("c")
+    clock.now += 1
+    bench.writes.end()
+    await turns()
+    assert bench.writes.batches == [["a"], ["b", "c"]]
+    assert bench.writes.timeouts == [10.0, 5.0]
+    bench.writes.open()
+    assert await outcomes(tasks) == [None] * 3
+
+
+async def test_who_has_waited_too_long_is_told_so_and_not_written(clock: Clock) -> None:
+    bench = Bench(timeout=10.0)
+    tasks = await bench.submit_all("ab")
+    clock.now += 6
+    tasks += await bench.submit_all("c")
+    clock.now += 4
+    bench.writes.open()
+    results = await outcomes(tasks)
+    assert results[0] is None
+    assert type(results[1]) is LayerUnavailable
+    assert results[2] is None
+    assert bench.writes.written == ["a", "c"]
+
+
 # --- Other loops
 
 
@@ -422,6 +509,12 @@ def still_loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop()
     yield loop
     loop.close()
+
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers on other loops wait no longer than the write may take."""
+    monkeypatch.setattr("pg_layer.lane.GRACE", 0.0)
 
 
 async def make_bench(timeout: float) -> Bench:

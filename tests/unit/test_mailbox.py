@@ -87,6 +87,16 @@ def test_a_letter_that_is_pushed_back_is_the_oldest_again() -> None:
     assert ids(mailbox.pop_all()) == [1, 2, 3]
 
 
+def test_what_is_popped_is_doomed_in_the_same_step() -> None:
+    mailbox = Mailbox("channel", CAPACITY)
+    mailbox.put(letter(1, key=(1, 10)))
+    mailbox.put(letter(2))
+    doomed: dict[Key, Mailbox | None] = {}
+    assert [mailbox.pop(doomed), mailbox.pop(doomed)] == [letter(1, key=(1, 10)), letter(2)]
+    assert mailbox.pop(doomed) is None
+    assert doomed == {(1, 10): mailbox}
+
+
 def test_a_full_mailbox_refuses_the_newest() -> None:
     mailbox = filled()
     assert [mailbox.put_if_room(letter(id)) for id in range(5)] == [True, True, True, False, False]
@@ -249,6 +259,37 @@ async def test_missing_is_what_receivers_could_have_at_once() -> None:
     assert mailbox.missing == -1
     mailbox.pop_all()
     assert mailbox.missing == 0
+
+
+# --- Closing
+
+
+async def test_closing_drops_what_waits_and_has_everybody_look() -> None:
+    mailbox = filled()
+    waiters = [asyncio.create_task(mailbox.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    mailbox.close()
+    await asyncio.wait_for(asyncio.gather(*waiters), 5)
+    assert mailbox.is_closed
+    assert (mailbox.waiting, mailbox.missing) == (0, 0)
+    full = filled(1, 2)
+    full.close()
+    assert full.pop() is None
+
+
+def test_nothing_comes_into_a_closed_mailbox() -> None:
+    mailbox = filled()
+    mailbox.close()
+    mailbox.put(letter(1))
+    assert mailbox.put_if_room(letter(2))  # nothing is said to be full
+    assert len(mailbox) == 0
+
+
+async def test_nobody_waits_on_a_closed_mailbox() -> None:
+    mailbox = filled()
+    mailbox.close()
+    await asyncio.wait_for(mailbox.wait(), 5)
+    assert mailbox.waiting == 0
 
 
 # --- Cancellation
