@@ -1,9 +1,9 @@
 """Which event loop does the work: the home loop, or the hub.
 
-The home loop is the first that uses the layer; connections are native there, and other loops borrow it. One that
-receives takes over from one that only sends. The loops that `async_to_sync` makes for one call never become home
-by sending: where there is none they borrow the hub, a background thread with a loop of its own. No call waits on
-a loop that nobody runs.
+The home loop is the first that uses the layer; connections are native there, and other loops borrow it. One
+that receives takes over from one that only sends. The loops that `async_to_sync` makes for one call never
+become home by sending: where there is none they borrow the hub, a background thread with a loop of its own.
+No call waits on a loop that nobody runs.
 """
 
 from __future__ import annotations

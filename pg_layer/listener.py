@@ -55,11 +55,11 @@ class Listener:
                 await self._connect()
                 backoff = BACKOFF_FIRST
                 if is_down:
-                    logger.info("Listening to the database again.")
+                    logger.warning("Listening to the database again.")
                 is_down = False
                 assert self._lost is not None
                 await self._lost
-                error: Exception = psycopg.OperationalError("connection lost")
+                error: Exception = psycopg.OperationalError("The connection was lost.")
             except (psycopg.Error, OSError) as caught:
                 error = caught
             except Exception as caught:  # a fault of ours must not make the process deaf

@@ -121,7 +121,12 @@ async def main():
     print(count())
     await layer.receive("jobs")
     await layer.close()
+    for _ in range(500):  # the server's process ends a moment after its connection
+        if count() == 1:
+            break
+        await asyncio.sleep(0.01)
     print(count())
+    connection.close()
 
 os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"
 asyncio.run(main())
