@@ -25,7 +25,8 @@ LEFT_BEHIND = """
     INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!dead', now() - interval '1 minute'),
         ('asgi!forgotten', now() - interval '2 days'), ('asgi!alive', now() + interval '1 hour');
     INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at) VALUES
-        ('room', 'asgi!dead', 'specific.dead!1', 'infinity'), ('room', 'asgi!alive', 'specific.alive!1', 'infinity'),
+        ('room', 'asgi!dead', 'specific.dead!1', 'infinity'),
+        ('room', 'asgi!alive', 'specific.alive!1', 'infinity'),
         ('room', 'asgi!alive', 'specific.alive!2', now() - interval '1 minute');
     INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at) VALUES
         ('asgi!dead', 1, 'specific.dead!1', 'x', now() + interval '1 hour'),
@@ -186,6 +187,8 @@ async def test_serving_processes_sweep_by_themselves(migrated_dsn: str, make_lay
     layer = make_layer(sweep_interval=0.1, heartbeat=0.1)
     receiving = asyncio.create_task(layer.receive(await layer.new_channel()))
     async with await psycopg.AsyncConnection.connect(migrated_dsn, autocommit=True) as conn:
-        while await (await conn.execute("SELECT count(*) FROM pg_layer_message")).fetchone() != (0,):
-            await asyncio.sleep(0.02)
+        left = None
+        while left != (0, ""):
+            cursor = await conn.execute("SELECT count(*), pg_sleep(0.02)::text FROM pg_layer_message")
+            left = await cursor.fetchone()
     receiving.cancel()
