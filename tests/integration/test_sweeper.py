@@ -1,194 +1,433 @@
-"""``manage.py pg_layer_sweep`` as its users run it: a process of its own."""
+"""`manage.py pg_layer_sweep`, and the sweeping that serving processes do by themselves."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
 from devtools.postgres import PostgresServer
-from tests.conftest import MakeLayer
-from tests.project.commands import run
+from pg_layer.config import load
+from pg_layer.sweeper import Sweeper
+from tests.conftest import MIGRATIONS, MakeLayer, Observer
+from tests.processes import listen, receive, until
+from tests.project.commands import Process, eventually, manage, started, succeeded
 
-AGED = """
-    INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-    SELECT 'asgi!:old', 1, 'old', 'x', now() - interval '1 hour' FROM generate_series(1, %s)
-"""
-LEFT_BEHIND = """
-    INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!dead', now() - interval '1 minute'),
-        ('asgi!forgotten', now() - interval '2 days'), ('asgi!alive', now() + interval '1 hour');
-    INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at) VALUES
-        ('room', 'asgi!dead', 'specific.dead!1', 'infinity'),
-        ('room', 'asgi!alive', 'specific.alive!1', 'infinity'),
-        ('room', 'asgi!alive', 'specific.alive!2', now() - interval '1 minute');
-    INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at) VALUES
-        ('asgi!dead', 1, 'specific.dead!1', 'x', now() + interval '1 hour'),
-        ('asgi!alive', 1, 'specific.alive!1', 'x', now() + interval '1 hour'),
-        ('other!dead', 1, 'specific.dead!1', 'x', now() - interval '1 hour')
-"""
+COMMAND = ("-m", "tests.project.manage", "pg_layer_sweep")
+
+PAST = "clock_timestamp() - interval '1 second'"
+FUTURE = "clock_timestamp() + interval '1 hour'"
 
 
-def sweep(dsn: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return run(dsn, "-m", "tests.project.manage", "pg_layer_sweep", *options)
+def sweep(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> str:
+    """The output of the command."""
+    return succeeded(manage(dsn, "pg_layer_sweep", *arguments, settings=settings))
 
 
-@contextmanager
-def sweeping(dsn: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A sweeper that has said that it sweeps."""
-    command = [sys.executable, "-u", "-m", "tests.project.manage", "pg_layer_sweep", *options]
-    environment = {
-        **os.environ,
-        "PG_LAYER_TEST_PROJECT_DSN": dsn,
-        "DJANGO_SETTINGS_MODULE": "tests.project.settings",
+def refusal(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> str:
+    """What the command says when it refuses to work; no traceback."""
+    result = manage(dsn, "pg_layer_sweep", *arguments, settings=settings)
+    assert result.returncode in (1, 2), result.stderr
+    assert "Removed" not in result.stdout
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip()
+
+
+def add_messages(
+    observer: Observer, count: int, expires_at: str, inbox: str = "asgi!:old", kind: str = "message"
+) -> None:
+    observer.execute(
+        "INSERT INTO pg_layer_message (inbox, nonce, kind, channel, payload, expires_at)"
+        f" SELECT '{inbox}', n, '{kind}', 'old', 'x', {expires_at}"
+        f" FROM generate_series(1, {count}) AS n".encode()
+    )
+
+
+def add_memberships(observer: Observer, count: int, expires_at: str, inbox: str = "asgi!:old") -> None:
+    observer.execute(
+        "INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at)"
+        f" SELECT 'group-' || n, '{inbox}', 'old', {expires_at}"
+        f" FROM generate_series(1, {count}) AS n".encode()
+    )
+
+
+def add_client(observer: Observer, client: str, expires_at: str) -> None:
+    observer.execute(
+        f"INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!{client}', {expires_at})".encode()
+    )
+
+
+def counts(observer: Observer) -> tuple[int, int, int]:
+    """How many messages, memberships and clients there are."""
+    row = observer.execute(
+        "SELECT (SELECT count(*) FROM pg_layer_message), (SELECT count(*) FROM pg_layer_membership),"
+        " (SELECT count(*) FROM pg_layer_client)"
+    ).fetchone()
+    assert row is not None
+    return (row[0], row[1], row[2])
+
+
+# ---------------------------------------------------------------------- what is swept
+
+
+def test_it_removes_what_is_over_and_keeps_what_lives(migrated_dsn: str, observer: Observer) -> None:
+    add_client(observer, "living", FUTURE)
+    add_client(observer, "lapsed", PAST)
+    add_client(observer, "forgotten", "clock_timestamp() - interval '25 hours'")
+    for inbox in ("asgi!:old", "asgi!living", "other!:old", "asgi.!:old"):
+        add_messages(observer, 2, PAST, inbox)
+        add_messages(observer, 3, FUTURE, inbox)
+        add_memberships(observer, 2, PAST, inbox)
+    for inbox in ("asgi!lapsed", "asgi!forgotten"):  # nobody will read or renew what they left
+        add_messages(observer, 5, FUTURE, inbox)
+        add_messages(observer, 5, FUTURE, inbox, kind="join")
+        add_memberships(observer, 5, "'infinity'", inbox)
+    add_memberships(observer, 7, "'infinity'", "asgi!living-too")
+    before = counts(observer)
+    assert sweep(migrated_dsn, "--once", "--dry-run") == (
+        "Would remove 24 messages, 14 memberships, 1 clients."
+    )
+    assert counts(observer) == before
+    assert sweep(migrated_dsn, "--once") == "Removed 24 messages, 14 memberships, 1 clients."
+    assert sweep(migrated_dsn, "--once") == "Removed 0 messages, 0 memberships, 0 clients."
+    assert counts(observer) == (before[0] - 24, before[1] - 14, before[2] - 1)
+    assert observer.execute(
+        "SELECT inbox, count(*) FROM pg_layer_message WHERE inbox LIKE 'asgi!%' GROUP BY 1 ORDER BY 1"
+    ).fetchall() == [("asgi!:old", 3), ("asgi!living", 3)]
+    # A client is remembered for a day, so that nothing is written for it.
+    assert observer.execute("SELECT inbox FROM pg_layer_client ORDER BY 1").fetchall() == [
+        ("asgi!lapsed",),
+        ("asgi!living",),
+    ]
+
+
+def test_aged_rows_go_in_batches(migrated_dsn: str, observer: Observer) -> None:
+    add_messages(observer, 20_000, FUTURE)
+    add_messages(observer, 10, FUTURE, "asgi!:kept")
+    observer.execute(f"UPDATE pg_layer_message SET expires_at = {PAST} WHERE inbox = 'asgi!:old'".encode())
+    observer.execute("CREATE TABLE batch (size bigint)")
+    observer.execute(
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN INSERT INTO batch SELECT count(*) FROM gone; RETURN NULL; END'"
+    )
+    observer.execute(
+        "CREATE TRIGGER note AFTER DELETE ON pg_layer_message REFERENCING OLD TABLE AS gone"
+        " FOR EACH STATEMENT EXECUTE FUNCTION note()"
+    )
+    assert sweep(migrated_dsn, "--once", "--batch-size", "1500") == (
+        "Removed 20000 messages, 0 memberships, 0 clients."
+    )
+    assert counts(observer)[0] == 10
+    sizes = [size for (size,) in observer.execute("SELECT size FROM batch WHERE size > 0")]
+    assert sizes == [1500] * 13 + [500]
+
+
+def test_only_the_named_layer_is_swept(migrated_dsn: str, observer: Observer) -> None:
+    settings = {
+        "CHANNEL_LAYERS": {
+            "default": {"BACKEND": "pg_layer.PostgresChannelLayer"},
+            "other": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"prefix": "other"}},
+        }
     }
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            hear(process, "Sweeping every")
-            yield process
-        finally:
-            process.kill()
+    add_messages(observer, 3, PAST)
+    add_messages(observer, 4, PAST, "other!:old")
+    output = sweep(migrated_dsn, "--once", "--layer", "other", settings=settings)
+    assert output == "Removed 4 messages, 0 memberships, 0 clients."
+    output = sweep(migrated_dsn, "--once", settings=settings)
+    assert output == "Removed 3 messages, 0 memberships, 0 clients."
 
 
-def hear(process: subprocess.Popen[str], what: str) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if what in line:
-            return line
-    raise AssertionError(f"The sweeper ended without saying {what!r}.")
+def test_verbosity(migrated_dsn: str, observer: Observer) -> None:
+    add_messages(observer, 3, PAST)
+    assert sweep(migrated_dsn, "--once", "-v", "0") == ""
+    assert counts(observer)[0] == 0
 
 
-def rows(dsn: str, query: str) -> list[tuple[object, ...]]:
-    with psycopg.connect(dsn) as conn:
-        return conn.execute(query).fetchall()
-
-
-def execute(dsn: str, query: str, *values: object) -> None:
-    with psycopg.connect(dsn) as conn:
-        conn.execute(query, values or None)
-
-
-def test_it_removes_what_is_over_and_nothing_else(migrated_dsn: str) -> None:
-    execute(migrated_dsn, LEFT_BEHIND)
-    execute(migrated_dsn, AGED, 3)
-    result = sweep(migrated_dsn, "--once")
-    assert (result.returncode, result.stdout) == (0, "Removed 4 messages, 2 memberships, 1 clients.\n")
-    assert rows(migrated_dsn, "SELECT inbox FROM pg_layer_message ORDER BY 1") == [
-        ("asgi!alive",),
-        ("other!dead",),
-    ]
-    assert rows(migrated_dsn, "SELECT channel FROM pg_layer_membership") == [("specific.alive!1",)]
-    assert rows(migrated_dsn, "SELECT inbox FROM pg_layer_client ORDER BY 1") == [
-        ("asgi!alive",),
-        ("asgi!dead",),
-    ]
-
-
-def test_a_dry_run_says_it_and_does_nothing(migrated_dsn: str) -> None:
-    execute(migrated_dsn, LEFT_BEHIND)
-    result = sweep(migrated_dsn, "--dry-run")
-    assert (result.returncode, result.stdout) == (0, "Would remove 1 messages, 2 memberships, 1 clients.\n")
-    assert rows(migrated_dsn, "SELECT count(*) FROM pg_layer_message") == [(3,)]
-
-
-def test_much_is_removed_in_batches(migrated_dsn: str) -> None:
-    execute(migrated_dsn, AGED, 20_000)
-    result = sweep(migrated_dsn, "--once", "--batch-size", "3000")
-    assert result.stdout == "Removed 20000 messages, 0 memberships, 0 clients.\n"
-    assert rows(migrated_dsn, "SELECT count(*) FROM pg_layer_message") == [(0,)]
-
-
-def test_what_somebody_else_holds_is_left_for_the_next_time(migrated_dsn: str) -> None:
-    execute(migrated_dsn, AGED, 2)
-    with psycopg.connect(migrated_dsn) as conn:
-        conn.execute("SELECT FROM pg_layer_message ORDER BY id LIMIT 1 FOR UPDATE")
-        assert "Removed 1 messages" in sweep(migrated_dsn, "--once").stdout
-    assert "Removed 1 messages" in sweep(migrated_dsn, "--once").stdout
-
-
-def test_verbosity_0_says_nothing(migrated_dsn: str) -> None:
-    execute(migrated_dsn, AGED, 1)
-    result = sweep(migrated_dsn, "--once", "--verbosity", "0")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert rows(migrated_dsn, "SELECT count(*) FROM pg_layer_message") == [(0,)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_ends_it_in_order(migrated_dsn: str, number: signal.Signals) -> None:
-    with sweeping(migrated_dsn) as process:
-        process.send_signal(number)
-        hear(process, "Stopped.")
-        assert process.wait(20) == 0
-
-
-def test_two_at_once_share_the_work(migrated_dsn: str) -> None:
-    with (
-        sweeping(migrated_dsn, "--interval", "0.05") as one,
-        sweeping(migrated_dsn, "--interval", "0.05") as two,
-    ):
-        execute(migrated_dsn, AGED, 5000)
-        with psycopg.connect(migrated_dsn, autocommit=True) as conn:
-            while conn.execute("SELECT count(*) FROM pg_layer_message").fetchone() != (0,):
-                pass
-        for process in (one, two):
-            process.send_signal(signal.SIGTERM)
-        total = 0
-        for process in (one, two):
-            assert process.stdout is not None
-            total += sum(int(line.split()[1]) for line in process.stdout if line.startswith("Removed"))
-            assert process.wait(20) == 0
-    assert total == 5000
-
-
-def test_it_waits_out_a_restart_of_the_database() -> None:
-    with PostgresServer(fsync=False) as server:
-        dsn = server.create_database("swept")
-        assert run(dsn, "-m", "tests.project.manage", "migrate").returncode == 0
-        with sweeping(dsn, "--interval", "0.05") as process:
-            server.stop()
-            hear(process, "Could not sweep, trying again")
-            server.start()
-            execute(dsn, AGED, 7)
-            assert hear(process, "Removed").startswith("Removed 7 messages")
+# ---------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("arguments", "complaint"),
     [
-        (["--interval", "0"], "'0' is not a number of seconds above 0"),
-        (["--interval", "soon"], "'soon' is not a number of seconds above 0"),
-        (["--batch-size", "0"], "'0' is not a number from 1 on"),
-        (["--layer", "other"], "There is no channel layer 'other' in CHANNEL_LAYERS."),
+        (["--interval", "0"], "'0' is not a number of seconds"),
+        (["--interval", "-1"], "'-1' is not a number of seconds"),
+        (["--interval", "nan"], "'nan' is not a number of seconds"),
+        (["--interval", "inf"], "'inf' is not a number of seconds"),
+        (["--interval", "soon"], "'soon' is not a number of seconds"),
+        (["--interval", "1e18"], "'1e18' is not a number of seconds"),
+        (["--batch-size", "0"], "'0' is not a number from 1"),
+        (["--batch-size", "many"], "'many' is not a number from 1"),
+        (["--batch-size", "1.5"], "'1.5' is not a number from 1"),
+        (["--batch-size", "99999999999"], "'99999999999' is not a number from 1"),
     ],
 )
-def test_misuse_is_told(migrated_dsn: str, options: list[str], complaint: str) -> None:
-    result = sweep(migrated_dsn, *options)
-    assert result.returncode != 0
-    assert complaint in result.stderr
+def test_invalid_values(arguments: list[str], complaint: str) -> None:
+    # In this process: what the parser says does not depend on the project.
+    from django.core.management.base import CommandError
+
+    from pg_layer.management.commands.pg_layer_sweep import Command
+
+    parser = Command().create_parser("manage.py", "pg_layer_sweep")
+    with pytest.raises(CommandError) as caught:
+        parser.parse_args(["--once", *arguments])
+    assert complaint in str(caught.value)
+    assert f"argument {arguments[0]}: " in str(caught.value)
 
 
-def test_missing_tables_are_told(fresh_database: str) -> None:
-    result = sweep(fresh_database, "--once")
-    assert result.returncode == 1
-    assert "python manage.py migrate pg_layer" in result.stderr
+def test_invalid_values_on_the_command_line(migrated_dsn: str) -> None:
+    said = refusal(migrated_dsn, "--interval", "0")
+    assert said.startswith("usage: manage.py pg_layer_sweep")
+    assert said.endswith("argument --interval: '0' is not a number of seconds above 0")
+    assert "--invterval" in refusal(migrated_dsn, "--invterval", "5")
 
 
-async def test_serving_processes_sweep_by_themselves(migrated_dsn: str, make_layer: MakeLayer) -> None:
+def test_a_layer_that_does_not_exist(migrated_dsn: str) -> None:
+    assert refusal(migrated_dsn, "--once", "--layer", "jobs") == (
+        "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."
+    )
 
-    execute(migrated_dsn, AGED, 10)
-    layer = make_layer(sweep_interval=0.1, heartbeat=0.1)
-    receiving = asyncio.create_task(layer.receive(await layer.new_channel()))
-    async with await psycopg.AsyncConnection.connect(migrated_dsn, autocommit=True) as conn:
-        left = None
-        while left != (0, ""):
-            cursor = await conn.execute("SELECT count(*), pg_sleep(0.02)::text FROM pg_layer_message")
-            left = await cursor.fetchone()
-    receiving.cancel()
+
+def test_a_layer_that_is_another(migrated_dsn: str) -> None:
+    settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}}
+    assert refusal(migrated_dsn, "--once", settings=settings) == (
+        "CommandError: The channel layer 'default' is no pg_layer.PostgresChannelLayer."
+    )
+
+
+@pytest.mark.parametrize("option", ["--once", "--dry-run", "--interval=0.1"])
+def test_a_bad_config(migrated_dsn: str, option: str) -> None:
+    settings = {
+        "CHANNEL_LAYERS": {
+            "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"using": "nowhere"}}
+        }
+    }
+    said = refusal(migrated_dsn, option, settings=settings)
+    assert said.startswith("CommandError: ")
+    assert "CONFIG['using'] must be an alias in DATABASES, not 'nowhere'" in said
+
+
+@pytest.mark.parametrize("option", ["--once", "--dry-run"])
+def test_tables_that_are_missing(fresh_database: str, option: str) -> None:
+    said = refusal(fresh_database, option)
+    assert said.startswith("CommandError: ")
+    assert "manage.py migrate pg_layer" in said
+
+
+@pytest.mark.parametrize("option", ["--once", "--dry-run"])
+def test_a_database_that_is_away(migrated_dsn: str, option: str) -> None:
+    gone = psycopg.conninfo.make_conninfo(migrated_dsn, dbname="not_there")
+    said = refusal(gone, option)
+    assert said.startswith("CommandError: ")
+    assert "not_there" in said
+
+
+# ---------------------------------------------------------------------- running on
+
+
+@pytest.fixture
+def processes_to_end() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def start(stack: ExitStack, dsn: str, *arguments: str) -> Process:
+    """The command, once it sweeps."""
+    process = stack.enter_context(started(dsn, *COMMAND, *arguments))
+    process.expect("Sweeping every")
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("interval", ["0.05", "3600"])
+def test_signals_end_it(
+    migrated_dsn: str,
+    observer: Observer,
+    processes_to_end: ExitStack,
+    number: signal.Signals,
+    interval: str,
+) -> None:
+    add_messages(observer, 3, PAST)
+    process = start(processes_to_end, migrated_dsn, "--interval", interval)
+    assert process.expect("Removed") == "Removed 3 messages, 0 memberships, 0 clients."
+    assert process.end(number) == 0
+    assert process.errors == []
+    assert process.output == [
+        f"Sweeping every {interval} seconds.",
+        "Removed 3 messages, 0 memberships, 0 clients.",
+        "Stopped.",
+    ]
+
+
+def test_it_sweeps_again_and_again(
+    migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
+) -> None:
+    process = start(processes_to_end, migrated_dsn, "--interval", "0.1")
+    for n in range(1, 4):
+        add_messages(observer, n, PAST)
+        assert process.expect("Removed") == f"Removed {n} messages, 0 memberships, 0 clients."
+    [(connections,)] = observer.execute(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'pg_layer'"
+    ).fetchall()
+    assert connections == 1
+    assert process.end(signal.SIGTERM) == 0
+
+
+def test_silence(migrated_dsn: str, observer: Observer, processes_to_end: ExitStack) -> None:
+    add_messages(observer, 3, PAST)
+    process = processes_to_end.enter_context(
+        started(migrated_dsn, *COMMAND, "--interval", "0.1", "--verbosity", "0")
+    )
+    eventually(lambda: counts(observer)[0] == 0, "swept")
+    assert process.end(signal.SIGTERM) == 0
+    assert process.output == []
+    assert process.errors == []
+
+
+def test_a_signal_that_comes_late(migrated_dsn: str) -> None:
+    with Sweeper(load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None) as sweeper:
+        sweeper.stop()
+        sweeper.stop()
+        sweeper.run(3600)
+    sweeper.stop()
+
+
+def test_tables_that_come_later(fresh_database: str, processes_to_end: ExitStack) -> None:
+    process = start(processes_to_end, fresh_database, "--interval", "0.1")
+    eventually(lambda: bool(process.errors), "complained")
+    assert "migrate pg_layer" in process.errors[0]
+    with psycopg.connect(fresh_database, autocommit=True) as observer:
+        for file in migrations():
+            observer.execute(file.read_bytes())
+        add_messages(observer, 3, PAST)
+    assert process.expect("Removed") == "Removed 3 messages, 0 memberships, 0 clients."
+    assert process.end(signal.SIGTERM) == 0
+
+
+def migrations() -> list[Path]:
+    return [file for file in sorted(MIGRATIONS.glob("*.sql")) if not file.stem.endswith("_reverse")]
+
+
+def test_it_outlives_a_restart_of_the_database(processes_to_end: ExitStack) -> None:
+    with PostgresServer(fsync=False) as server:
+        for file in migrations():
+            server.execute(file.read_text())
+        add = (
+            "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
+            " VALUES ('asgi!:old', 1, 'old', clock_timestamp())"
+        )
+        process = start(processes_to_end, server.dsn(), "--interval", "0.1")
+        for _ in range(2):
+            server.execute(add)
+            assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
+            server.restart()
+        server.execute(add)
+        assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
+        seen = len(process.errors)
+        server.stop()
+        eventually(lambda: len(process.errors) > seen, "complained")
+        server.start()
+        server.execute(add)
+        assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
+        assert process.end(signal.SIGTERM) == 0
+    for line in process.errors:
+        assert line.startswith("Could not sweep, trying again: ")
+
+
+async def test_two_sweepers_do_no_harm_while_traffic_flows(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
+) -> None:
+    sweepers = [
+        processes_to_end.enter_context(
+            started(migrated_dsn, *COMMAND, "--interval", "0.01", "--batch-size", "50")
+        )
+        for _ in range(2)
+    ]
+    for sweeper in sweepers:
+        await asyncio.to_thread(sweeper.expect, "Sweeping every")
+    sender, receiver = make_layer(capacity=1000), make_layer(capacity=1000)
+    channel = await receiver.new_channel()
+    await receiver.group_add("room", channel)
+    count = 300
+
+    async def send() -> None:
+        for n in range(count):
+            await sender.group_send("room", {"type": "test", "n": n})
+            await sender.send("jobs", {"type": "test", "n": n})
+            if n % 20 == 0:
+                add_messages(observer, 100, PAST)
+                add_memberships(observer, 3, PAST, f"asgi!:old-{n}")
+
+    sending = asyncio.create_task(send())
+    assert [(await receive(receiver, channel))["n"] for _ in range(count)] == list(range(count))
+    assert [(await receive(receiver, "jobs"))["n"] for _ in range(count)] == list(range(count))
+    await sending
+    await until(lambda: observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (0, 0, 0))
+    for sweeper in sweepers:
+        assert await asyncio.to_thread(sweeper.end, signal.SIGTERM) == 0
+        assert sweeper.errors == []
+    removed = [line for sweeper in sweepers for line in sweeper.output if line.startswith("Removed")]
+    assert sum(int(line.split()[1]) for line in removed) == count // 20 * 100
+    assert sum(int(line.split()[3]) for line in removed) == count // 20 * 3
+    assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(channel,)]
+
+
+# ---------------------------------------------------------------------- serving processes
+
+
+async def test_serving_processes_sweep_one_at_a_time(make_layer: MakeLayer, observer: Observer) -> None:
+    observer.execute("CREATE TABLE deletion (sweep xid8, began timestamptz, ended timestamptz)")
+    observer.execute(
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$"
+        " DECLARE _began timestamptz := clock_timestamp(); BEGIN"
+        " IF EXISTS (SELECT FROM gone WHERE channel = 'old') THEN PERFORM pg_sleep(0.05);"
+        " INSERT INTO deletion VALUES (pg_current_xact_id(), _began, clock_timestamp()); END IF;"
+        " RETURN NULL; END $$"
+    )
+    observer.execute(
+        "CREATE TRIGGER note AFTER DELETE ON pg_layer_message REFERENCING OLD TABLE AS gone"
+        " FOR EACH STATEMENT EXECUTE FUNCTION note()"
+    )
+    # As many processes would: each layer is a client of its own.
+    for _ in range(5):
+        await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0.01))
+    for _ in range(4):
+        add_messages(observer, 5_000, PAST)
+        await until(lambda: counts(observer)[0] == 0)
+    spans: list[tuple[datetime, datetime]] = observer.execute(
+        "SELECT began, ended FROM deletion ORDER BY began"
+    ).fetchall()
+    assert len(spans) >= 20
+    assert [(ended, began) for (_, ended), (began, _) in pairwise(spans) if began < ended] == []
+
+
+def test_a_sweep_by_a_serving_process_leaves_it_to_one_that_sweeps(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    add_messages(observer, 3, PAST)
+    with psycopg.connect(migrated_dsn) as first:
+        assert first.execute("SELECT * FROM pg_layer_sweep('asgi', 1, true)").fetchone() == (1, 0, 0)
+        assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 10, true)").fetchone() == (None,) * 3
+        # Of another prefix, or by the command: beside it.
+        assert observer.execute("SELECT * FROM pg_layer_sweep('other', 10, true)").fetchone() == (0, 0, 0)
+        assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 10, false)").fetchone() == (2, 0, 0)
+    assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 10, true)").fetchone() == (0, 0, 0)
+
+
+async def test_serving_processes_do_not_sweep_if_told_so(make_layer: MakeLayer, observer: Observer) -> None:
+    add_messages(observer, 3, PAST)
+    # Busy with other layers' tables, and with its own heartbeat: ten of them pass.
+    await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0))
+    lease = "SELECT max(expires_at) FROM pg_layer_client"
+    for _ in range(10):
+        before = observer.execute(lease.encode()).fetchone()
+        await until(lambda before=before: observer.execute(lease.encode()).fetchone() != before)  # type: ignore[misc]
+    assert counts(observer)[0] == 3
