@@ -1,0 +1,289 @@
+"""The examples of Channels' own documentation of channel layers, run as they are printed there."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import textwrap
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from channels.generic.websocket import AsyncJsonWebsocketConsumer, WebsocketConsumer
+from django.conf import settings
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.processes import PATIENCE, receive
+from tests.project.communicators import WebsocketCommunicator
+from tests.project.configured import configured
+
+
+async def execute(snippet: str, **names: Any) -> dict[str, Any]:
+    """Run a snippet in which these names are known, also if it awaits; returns all names it knows then."""
+    code = compile(textwrap.dedent(snippet), "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    result = eval(code, names)
+    if inspect.iscoroutine(result):
+        await result
+    return names
+
+
+@pytest.fixture
+async def layer(make_layer: MakeLayer) -> AsyncIterator[PostgresChannelLayer]:
+    layer = make_layer()
+    with configured(layer, MSG_TYPE_MESSAGE="message"):
+        yield layer
+
+
+async def connected(consumer: Any) -> WebsocketCommunicator:
+    """A browser's connection to a consumer."""
+    socket = WebsocketCommunicator(consumer.as_asgi(), "/")
+    assert await socket.connect(timeout=PATIENCE) == (True, None)
+    return socket
+
+
+def accepting(consumer: Any) -> Any:
+    """The consumer, which accepts connections: the documentation's leave that to the reader."""
+
+    class Accepting(consumer):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            self.accept()
+
+    return Accepting
+
+
+SYNCHRONOUS = """
+    from asgiref.sync import async_to_sync
+
+    async_to_sync(channel_layer.send)("channel_name", {"type": "test", "text": "hello"})
+"""
+
+
+async def test_synchronous_functions(layer: PostgresChannelLayer) -> None:
+    await asyncio.to_thread(in_a_thread, SYNCHRONOUS, channel_layer=layer)
+    assert await receive(layer, "channel_name") == {"type": "test", "text": "hello"}
+
+
+def in_a_thread(snippet: str, **names: Any) -> None:
+    exec(textwrap.dedent(snippet), names)
+
+
+SEND_EVENT = """
+    await self.channel_layer.group_send(
+        room.group_name,
+        {
+            "type": "chat.message",
+            "room_id": room_id,
+            "username": self.scope["user"].username,
+            "message": message,
+        }
+    )
+"""
+
+HANDLE_EVENT = '''
+    async def chat_message(self, event):
+        """
+        Called when someone has messaged our chat.
+        """
+        # Send a message down to the client
+        await self.send_json(
+            {
+                "msg_type": settings.MSG_TYPE_MESSAGE,
+                "room": event["room_id"],
+                "username": event["username"],
+                "message": event["message"],
+            },
+        )
+'''
+
+
+async def test_what_to_send_over_the_channel_layer(layer: PostgresChannelLayer) -> None:
+    chat_message = (await execute(HANDLE_EVENT, settings=settings))["chat_message"]
+
+    class Room(AsyncJsonWebsocketConsumer):
+        groups = ["room-7"]  # noqa: RUF012  # as Channels declares it
+
+    Room.chat_message = chat_message  # type: ignore[attr-defined]
+    socket = await connected(Room)
+    await execute(
+        SEND_EVENT,
+        self=SimpleNamespace(channel_layer=layer, scope={"user": SimpleNamespace(username="ann")}),
+        room=SimpleNamespace(group_name="room-7"),
+        room_id=7,
+        message="hello",
+    )
+    assert await socket.receive_json_from(timeout=PATIENCE) == {
+        "msg_type": "message",
+        "room": 7,
+        "username": "ann",
+        "message": "hello",
+    }
+    await socket.disconnect(timeout=PATIENCE)
+
+
+SINGLE_CHANNELS = """
+    class ChatConsumer(WebsocketConsumer):
+
+        def connect(self):
+            # Make a database row with our channel name
+            Clients.objects.create(channel_name=self.channel_name)
+
+        def disconnect(self, close_code):
+            # Note that in some rare cases (power loss, etc) disconnect may fail
+            # to run; this naive example would leave zombie channel names around.
+            Clients.objects.filter(channel_name=self.channel_name).delete()
+
+        def chat_message(self, event):
+            # Handles the "chat.message" event when it's sent to us.
+            self.send(text_data=event["text"])
+"""
+
+SEND_TO_ONE = """
+    from channels.layers import get_channel_layer
+
+    channel_layer = get_channel_layer()
+    await channel_layer.send("channel_name", {
+        "type": "chat.message",
+        "text": "Hello there!",
+    })
+"""
+
+
+class Clients:
+    """Stands for the example's model."""
+
+    names: set[str] = set()  # noqa: RUF012
+
+    class objects:
+        @staticmethod
+        def create(channel_name: str) -> None:
+            Clients.names.add(channel_name)
+
+        @staticmethod
+        def filter(channel_name: str) -> Any:
+            return SimpleNamespace(delete=lambda: Clients.names.remove(channel_name))
+
+
+async def test_single_channels(layer: PostgresChannelLayer) -> None:
+    names = await execute(SINGLE_CHANNELS, WebsocketConsumer=WebsocketConsumer, Clients=Clients)
+    sockets = [await connected(accepting(names["ChatConsumer"])) for _ in range(2)]
+    assert len(Clients.names) == 2
+    for name in Clients.names:
+        await execute(SEND_TO_ONE.replace("channel_name", name))
+    for socket in sockets:
+        assert await socket.receive_from(timeout=PATIENCE) == "Hello there!"
+        assert await socket.receive_nothing()
+        await socket.disconnect(timeout=PATIENCE)
+    assert not Clients.names
+
+
+async def test_a_single_channel_that_anybody_may_read(layer: PostgresChannelLayer) -> None:
+    await execute(SEND_TO_ONE)
+    assert await receive(layer, "channel_name") == {"type": "chat.message", "text": "Hello there!"}
+
+
+GROUPS = """
+    # This example uses WebSocket consumer, which is synchronous, and so
+    # needs the async channel layer functions to be converted.
+    from asgiref.sync import async_to_sync
+
+    class ChatConsumer(WebsocketConsumer):
+
+        def connect(self):
+            async_to_sync(self.channel_layer.group_add)("chat", self.channel_name)
+
+        def disconnect(self, close_code):
+            async_to_sync(self.channel_layer.group_discard)("chat", self.channel_name)
+"""
+
+BROADCAST = """
+    class ChatConsumer(WebsocketConsumer):
+
+        ...
+
+        def receive(self, text_data):
+            async_to_sync(self.channel_layer.group_send)(
+                "chat",
+                {
+                    "type": "chat.message",
+                    "text": text_data,
+                },
+            )
+
+        def chat_message(self, event):
+            self.send(text_data=event["text"])
+"""
+
+FROM_OUTSIDE = """
+    from channels.layers import get_channel_layer
+    channel_layer = get_channel_layer()
+"""
+
+ANNOUNCE = """
+    for chat_name in chats:
+        await channel_layer.group_send(
+            chat_name,
+            {"type": "chat.system_message", "text": announcement_text},
+        )
+"""
+
+FORCE_DISCONNECT = """
+    from asgiref.sync import async_to_sync
+
+    async_to_sync(channel_layer.group_send)("chat", {"type": "chat.force_disconnect"})
+"""
+
+
+async def chat_consumer() -> Any:
+    """The documentation's consumer, which "combined with the code above" is a chat."""
+    groups = (await execute(GROUPS, WebsocketConsumer=WebsocketConsumer))["ChatConsumer"]
+    names = {"WebsocketConsumer": groups, "async_to_sync": async_to_sync}
+    return accepting((await execute(BROADCAST, **names))["ChatConsumer"])
+
+
+async def test_groups(layer: PostgresChannelLayer, observer: Observer) -> None:
+    consumer = await chat_consumer()
+    sockets = [await connected(consumer) for _ in range(3)]
+    await sockets[0].send_to("hello")
+    for socket in sockets:
+        assert await socket.receive_from(timeout=PATIENCE) == "hello"
+    for socket in sockets:
+        await socket.disconnect(timeout=PATIENCE)
+    assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
+
+
+async def test_using_outside_of_consumers(layer: PostgresChannelLayer) -> None:
+    class Chat(await chat_consumer()):  # type: ignore[misc]
+        def chat_system_message(self, event: dict[str, Any]) -> None:
+            self.send(text_data=f"* {event['text']}")
+
+        def chat_force_disconnect(self, event: dict[str, Any]) -> None:
+            self.close(4000)
+
+    sockets = [await connected(Chat) for _ in range(2)]
+    channel_layer = (await execute(FROM_OUTSIDE))["channel_layer"]
+    assert channel_layer is layer
+    await execute(
+        ANNOUNCE, channel_layer=channel_layer, chats=["chat", "nobody-there"], announcement_text="Lunch!"
+    )
+    await asyncio.to_thread(in_a_thread, FORCE_DISCONNECT, channel_layer=channel_layer)
+    for socket in sockets:
+        assert await socket.receive_from(timeout=PATIENCE) == "* Lunch!"
+        assert await socket.receive_output(timeout=PATIENCE) == {"type": "websocket.close", "code": 4000}
+        await socket.disconnect(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("event", ["chat.join", "chat_join", "chat.join.now"])
+async def test_the_type_names_the_handler(layer: PostgresChannelLayer, event: str) -> None:
+    def handler(self: Any, message: dict[str, Any]) -> None:
+        self.send(text_data=message["type"])
+
+    attributes = {"groups": ["chat"], event.replace(".", "_"): handler}
+    socket = await connected(type("Consumer", (WebsocketConsumer,), attributes))
+    await layer.group_send("chat", {"type": event})
+    assert await socket.receive_from(timeout=PATIENCE) == event
+    await socket.disconnect(timeout=PATIENCE)
