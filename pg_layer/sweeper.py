@@ -43,7 +43,10 @@ class Sweeper:
     def stop(self) -> None:
         """End after the batch that runs. May be called from a signal handler."""
         self._is_stopped = True
-        self._ringer.send(b".")
+        try:
+            self._ringer.send(b".")
+        except OSError:  # it has ended already, or was rung enough
+            pass
 
     def run(self, interval: float) -> None:
         """Sweep every ``interval`` seconds, until `stop`."""

@@ -8,8 +8,10 @@ from typing import Any
 
 from channels import DEFAULT_CHANNEL_LAYER
 from channels.layers import channel_layers
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from pg_layer.config import MAX_COUNT, MAX_SECONDS
 from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
 from pg_layer.store import Swept
@@ -38,6 +40,12 @@ class Command(BaseCommand):
         parser.add_argument("--dry-run", action="store_true", help="Say what would be removed, and end.")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            self._begin(options)
+        except ImproperlyConfigured as error:
+            raise CommandError(str(error)) from error
+
+    def _begin(self, options: dict[str, Any]) -> None:
         config = self._layer(options["layer"]).config
         self._verbosity = options["verbosity"]
         with Sweeper(config, options["batch_size"], self._report, self._complain) as sweeper:
@@ -92,7 +100,7 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
+    if not 0 < value <= MAX_SECONDS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
 
@@ -102,6 +110,6 @@ def _count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
+    if not 1 <= value <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return value
