@@ -93,6 +93,8 @@ class Mailbox:
     def put_if_room(self, letter: Letter) -> bool:
         """Append unless the mailbox is full: what waits keeps its place, the newest is dropped."""
         with self._lock:
+            if self.is_closed:
+                return True
             if len(self._letters) >= self.capacity:
                 return False
             self._letters.append(letter)

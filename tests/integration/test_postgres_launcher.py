@@ -219,13 +219,18 @@ def test_a_killed_parent_leaves_nothing_behind(signum: signal.Signals, whole_gro
     wait_until(lambda: not Path(folder).exists() and not running_from(Path(folder)))
 
 
-def test_a_failed_start_shows_the_log_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_shows_the_log_and_leaves_nothing_behind(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with tempfile.TemporaryDirectory(prefix="pg-parent-") as parent:
         Path(parent).chmod(0o755)  # the server's user, if it is another, has to come through
         monkeypatch.setattr(tempfile, "tempdir", parent)
-        server = PostgresServer(fsync=False, settings={"shared_preload_libraries": "no_such_library"})
+        # A copy that the server's user can read is kept on purpose: here it stands elsewhere already.
+        failing = PostgresServer(
+            binaries=server.binaries, fsync=False, settings={"shared_preload_libraries": "no_such_library"}
+        )
         with pytest.raises(PostgresServerError, match="no_such_library"):
-            server.start()
+            failing.start()
         assert list(Path(parent).iterdir()) == []
 
 
