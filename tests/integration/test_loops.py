@@ -525,6 +525,25 @@ def test_another_loop_takes_over_when_the_home_loop_ends(
     assert waiting.result(PATIENCE) == [1, 2, 3]
 
 
+def test_what_a_loop_took_as_it_ended_comes_before_the_rest(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer, migrated_dsn: str
+) -> None:
+    async def start() -> None:
+        await other.send("jobs", number(0))
+        assert await received(layer, "jobs", 1) == [0]
+
+    for _ in range(10):
+        asyncio.run(start())
+        with psycopg.connect(migrated_dsn, autocommit=True) as conn:
+            [(inbox,)] = conn.execute("SELECT inbox FROM pg_layer_client WHERE pid > 0").fetchall()
+            for n in range(1, 4):
+                asyncio.run(other.send("jobs", number(n)))
+                if n == 1:
+                    # As if the answer had been lost with the loop that asked.
+                    conn.execute("SELECT pg_layer_take('asgi', 'jobs', %s, 0, 1)", (inbox,))
+        assert asyncio.run(received(layer, "jobs", 3)) == [1, 2, 3]
+
+
 def test_a_cancelled_receive_on_a_second_loop_takes_nothing(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
