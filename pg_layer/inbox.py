@@ -149,6 +149,11 @@ class Inbox:
         """Whether a read should begin now."""
         return self._due is not None and self._reading is None
 
+    @property
+    def is_suspect(self) -> bool:
+        """Whether rows may lie here that nothing announced, until everything has been read."""
+        return EVERYTHING in (self._due, self._reading)
+
     def begin_read(self) -> tuple[int, Span]:
         """The view and the span to read, in the order of ids. Ends with `end_read` or `fail_read`."""
         if self._due is None or self._reading is not None:
@@ -256,7 +261,7 @@ class Inbox:
         self._leave(keys, _Way.BACK if is_sure else _Way.PERHAPS_BACK)
 
     def pop_strays(self) -> list[Key]:
-        """Deleted rows that a crash of the server brought back: to be deleted once more."""
+        """Deleted rows that a crash of the server brought back, or may have: to be deleted once more."""
         strays, self._strays = self._strays, []
         return strays
 
@@ -285,6 +290,8 @@ class Inbox:
         return key in self._held or key in self._recent or key in self._less_recent
 
     def _leave(self, keys: Collection[Key], way: _Way) -> None:
+        if way is _Way.DELETED:
+            self._seen_again.difference_update(keys)  # before it was deleted: that is no wonder
         if self._open_views:
             newest = max(self._open_views)
             self._settling.extend((newest, key, way) for key in keys)
@@ -293,11 +300,16 @@ class Inbox:
             self._let_go(key, way)
 
     def _let_go(self, key: Key, way: _Way) -> None:
+        is_seen_again = key in self._seen_again
+        self._seen_again.discard(key)
+        if way is _Way.DELETED and is_seen_again:
+            # By a view that was opened before, or because a crash of the server has undone the deletion.
+            self._strays.append(key)
+            return
         self._held.discard(key)
         if way is _Way.DELETED:
             self._recent.add(key)
-        elif key in self._seen_again:
+        elif is_seen_again:
             # Put back, and met before that was known: it may be here again, and nobody has dispatched it.
             self._heard.add(key[1])
             self._due = Span(key[0], key[0]).cover(self._due)
-        self._seen_again.discard(key)

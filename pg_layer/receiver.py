@@ -191,6 +191,10 @@ class Receiver:
                     inbox.fail_read(view)
                     raise
                 self._client.counters["drains"] += 1
+                self._delete_strays()
+                if span == EVERYTHING:
+                    for reader in self._readers.values():
+                        self._take_soon(reader)
         finally:
             self._is_draining = False
 
@@ -211,9 +215,14 @@ class Receiver:
         for channel in {row.channel for row in rows if row.was_taken and row.channel is not None}:
             # Read rather than taken: an answer was lost, and perhaps its reader has gone.
             self._put_back_later(self._reader(channel))
-        done += self._client.inbox.pop_strays()
-        if done:
-            self._client.doomed.update(dict.fromkeys(done))
+        self._doom(done)
+
+    def _delete_strays(self) -> None:
+        self._doom(self._client.inbox.pop_strays())
+
+    def _doom(self, keys: list[Key]) -> None:
+        if keys:
+            self._client.doomed.update(dict.fromkeys(keys))
             self.deleter.soon()
 
     # ------------------------------------------------------------------ normal channels
@@ -263,6 +272,10 @@ class Receiver:
             )
 
     def _take_soon(self, reader: Reader) -> None:
+        if self._client.inbox.is_suspect:
+            # What was taken before, and its answer lost, comes first.
+            self._drain_soon()
+            return
         if (
             not (reader.is_taking or reader.is_putting_back)
             and reader.may_have_more
@@ -274,7 +287,7 @@ class Receiver:
     async def _take(self, reader: Reader) -> None:
         client, mailbox = self._client, reader.mailbox
         try:
-            while reader.may_have_more and (missing := mailbox.missing) > 0:
+            while reader.may_have_more and not client.inbox.is_suspect and (missing := mailbox.missing) > 0:
                 reader.may_have_more = False
                 if self._loop.time() - reader.took_at < QUICK:
                     most = min(mailbox.capacity // AHEAD_PART, AHEAD_MOST)
@@ -311,6 +324,7 @@ class Receiver:
                 finally:
                     fresh = client.inbox.taken(rows)
                     client.inbox.end_view(view)
+                    self._delete_strays()
                     self._drain_soon()
                 reader.floor = min(reader.floor, max((row.id + 1 for row in rows), default=LAST_ID))
                 reader.took_at = self._loop.time()
