@@ -1,24 +1,24 @@
-"""The pool, and the rules of when a statement is tried again. Bound to one event loop."""
+"""The pool, and the rules of when a statement is tried again. Bound to one event loop, lent to others."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import select
-import socket
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
 from psycopg import AsyncConnection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
-from pg_layer import arrays, store
+from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotMigrated
+from pg_layer.exceptions import LayerUnavailable, NotBegun, NotMigrated
+from pg_layer.session import Session
 
 T = TypeVar("T")
 
@@ -28,7 +28,9 @@ _POOL_NAME = "pg_layer"
 
 
 class _Connection(AsyncConnection[Any]):
-    """A connection of ours."""
+    """A connection of ours, and its session."""
+
+    session: Session
 
 
 def _is_not_ours(record: logging.LogRecord) -> bool:
@@ -41,25 +43,35 @@ logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 # Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
-_TRANSIENT_CLASSES = ("40001", "40P01", "53", "57", "25006", "55P03")
+_TRANSIENT_CLASSES = ("0A000", "26000", "40001", "40P01", "53", "57", "25006", "55P03")
 RETRY = 0.05  # seconds before the next attempt
 _WAIT = 1.0  # seconds for which to wait for a connection before the reason is looked at again
+_KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
+_SETTLE_TIMEOUT = 10.0
 
 
 class Connections:
-    """At most ``max_size`` connections, opened when needed.
+    """At most ``max_size`` connections, opened when needed, and closed when idle.
 
-    Everything runs in autocommit mode: each statement is one transaction.
+    Everything runs in autocommit mode: each statement is one transaction. Between statements a session stays
+    at hand, as going through the pool costs more than many a statement.
     """
 
     def __init__(self, config: Config, max_size: int, max_idle: float) -> None:
         self._config = config
-        self._all: weakref.WeakSet[AsyncConnection[Any]] = weakref.WeakSet()
+        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self._reason: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._is_open = False
-        self._getting = 0  # callers that wait for a connection
-        self._returning: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+        # Guards the next three, so that no session is put aside while somebody waits for one.
+        self._lock = threading.Lock()
+        self._free: dict[Session, float] = {}  # at hand, and since when; the last one used comes last
+        self._lent: set[Session] = set()  # to other loops
+        self._getting = 0  # callers that wait for the pool
+        self._out: set[Session] = set()  # all those that the pool has given
+        self._tidying: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         connections = self
 
         class ReportingConnection(_Connection):
@@ -75,7 +87,7 @@ class Connections:
                 connections._reason = None
                 return conn
 
-        self._pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
+        self._pool: AsyncConnectionPool[_Connection] = AsyncConnectionPool(
             connection_class=ReportingConnection,
             kwargs=self._kwargs,
             configure=self._configure,
@@ -92,12 +104,11 @@ class Connections:
     async def _kwargs(self) -> dict[str, Any]:
         return {**self._config.connect_kwargs("pool"), "autocommit": True, "prepare_threshold": None}
 
-    async def _configure(self, conn: AsyncConnection[Any]) -> None:
-        arrays.register(conn)
+    async def _configure(self, conn: _Connection) -> None:
+        conn.session = Session(conn)
         self._all.add(conn)
         # Through a pooler the next statement may meet another server process, which has not prepared it.
-        if await store.is_direct(conn):
-            conn.prepare_threshold = 0
+        conn.session.can_prepare = await store.is_direct(conn.session)
 
     async def _open(self) -> None:
         if not self._is_open:
@@ -109,9 +120,11 @@ class Connections:
         await self._open()
         await self._pool.resize(min_size=0, max_size=max_size)
 
+    # ------------------------------------------------------------------ statements
+
     async def run(
         self,
-        work: Callable[[AsyncConnection[Any]], Awaitable[T]],
+        work: Callable[[Session], Awaitable[T]],
         *,
         timeout: float,
         is_idempotent: bool = False,
@@ -120,48 +133,27 @@ class Connections:
 
         ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
         was lost on the way. Otherwise that raises `LayerUnavailable` at once: trying again could send a
-        message twice. Raises `LayerUnavailable` and `NotMigrated`.
+        message twice. Raises `LayerUnavailable` and `NotMigrated`; on another loop than the pool's also
+        `NotBegun`, if no session is at hand.
         """
+        loop = asyncio.get_running_loop()
+        is_guest = loop is not self._loop
         deadline = time.monotonic() + timeout
-        await self._open()
         while True:
-            conn = await self._connection(deadline)
-            watchdog = self._loop.call_later(max(deadline - time.monotonic(), 0.001), cut, conn)
+            session = self._at_hand(is_guest)
+            if session is None:
+                if is_guest:
+                    raise NotBegun
+                session = await self._from_pool(deadline)
+            watchdog = loop.call_later(max(deadline - time.monotonic(), 0.001), session.cut)
             try:
-                return await work(conn)
+                return await work(session)
             except psycopg.Error as error:
                 self._judge(error, is_idempotent, deadline)
             finally:
                 watchdog.cancel()
-                await self._give_back(conn)
+                self._give_back(session)
             await asyncio.sleep(RETRY)
-
-    async def _give_back(self, conn: AsyncConnection[Any]) -> None:
-        if not self._getting:
-            await self._pool.putconn(conn)  # does not suspend
-            return
-        # To hand it on the pool suspends, and a caller cancelled there would lose the connection for good.
-        task = self._loop.create_task(self._pool.putconn(conn))
-        self._returning.add(task)
-        task.add_done_callback(self._returning.discard)
-        await asyncio.shield(task)
-
-    async def _connection(self, deadline: float) -> AsyncConnection[Any]:
-        while True:
-            wait = min(_WAIT, deadline - time.monotonic())
-            self._getting += 1
-            try:
-                return await self._pool.getconn(timeout=max(wait, 0.001))
-            except PoolTimeout as error:
-                reason = self._reason
-                if isinstance(reason, psycopg.Error) and _is_hopeless(reason):
-                    raise unavailable(reason) from reason
-                if time.monotonic() >= deadline:
-                    raise unavailable(reason) from (reason or error)
-            except PoolClosed as error:
-                raise LayerUnavailable("The channel layer was closed.") from error
-            finally:
-                self._getting -= 1
 
     def _judge(self, error: psycopg.Error, is_idempotent: bool, deadline: float) -> None:
         """Return if the statement may be tried again, else raise."""
@@ -182,17 +174,130 @@ class Connections:
             f"The database refused the call: {error.diag.message_primary or error}"
         ) from error
 
+    # ------------------------------------------------------------------ sessions
+
+    def _at_hand(self, is_guest: bool) -> Session | None:
+        """A session that waits for its next statement. From any thread.
+
+        If there is none, who is no guest counts as waiting from here on, until `_from_pool` has ended.
+        """
+        while True:
+            with self._lock:
+                if not self._free or self._is_closed:
+                    self._getting += not is_guest
+                    return None
+                session, _ = self._free.popitem()
+                if is_guest:
+                    self._lent.add(session)
+            if not _has_hung_up(session):
+                return session
+            session.close()
+            self._give_back(session)
+
+    async def _from_pool(self, deadline: float) -> Session:
+        try:
+            await self._open()
+            while True:
+                wait = min(_WAIT, deadline - time.monotonic())
+                try:
+                    session = (await self._pool.getconn(timeout=max(wait, 0.001))).session
+                    break
+                except PoolTimeout as error:
+                    reason = self._reason
+                    if isinstance(reason, psycopg.Error) and _is_hopeless(reason):
+                        raise unavailable(reason) from reason
+                    if time.monotonic() >= deadline:
+                        raise unavailable(reason) from (reason or error)
+                except PoolClosed as error:
+                    raise LayerUnavailable("The channel layer was closed.") from error
+        finally:
+            with self._lock:
+                self._getting -= 1
+        self._out.add(session)
+        if self._tidying is None:
+            self._tidying = self._loop.call_later(_KEEP, self._tidy)
+        return session
+
+    def _give_back(self, session: Session) -> None:
+        """The statement has ended, or its caller has. From any thread."""
+        with self._lock:
+            is_guest = session in self._lent
+            self._lent.discard(session)
+            if session.is_reusable and not self._getting and not self._is_closed:
+                self._free[session] = self._loop.time()
+                return
+        if not is_guest:
+            self._return(session)
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._return, session)
+        except RuntimeError:  # that loop is closed
+            session.close()
+
+    def _tidy(self) -> None:
+        """Give the pool back what has been idle for a while."""
+        self._tidying = None
+        oldest = self._loop.time() - _KEEP
+        with self._lock:
+            idle = [session for session, since in self._free.items() if since <= oldest]
+            for session in idle:
+                del self._free[session]
+        for session in idle:
+            self._return(session)
+        if self._out:
+            self._tidying = self._loop.call_later(_KEEP, self._tidy)
+
+    def _return(self, session: Session) -> None:
+        if session not in self._out:
+            return
+        self._out.discard(session)
+        task = self._loop.create_task(self._return_to_pool(session))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _return_to_pool(self, session: Session) -> None:
+        try:
+            if not session.is_closed and not session.is_reusable:
+                watchdog = self._loop.call_later(_SETTLE_TIMEOUT, session.cut)
+                try:
+                    await session.settle()
+                except psycopg.Error:
+                    pass
+                finally:
+                    watchdog.cancel()
+            if not session.is_reusable:
+                session.close()
+        finally:
+            await self._pool.putconn(cast(_Connection, session.conn))
+
+    # ------------------------------------------------------------------ the end
+
     async def close(self) -> None:
         """Close in order."""
-        if self._returning:
-            await asyncio.wait(self._returning, timeout=1.0)
+        if self._tidying is not None:
+            self._tidying.cancel()
+        with self._lock:
+            self._is_closed = True
+            free, self._free = list(self._free), {}
+        for session in free:
+            self._return(session)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
         if self._is_open:
             await self._pool.close(timeout=1.0)
+        self.abandon()
 
     def abandon(self) -> None:
         """Drop every connection at once, also when the loop will not run again."""
+        with self._lock:
+            self._is_closed = True
+            self._free.clear()
+            lent = set(self._lent)
         for conn in list(self._all):
-            conn.pgconn.finish()
+            if conn.session in lent:
+                conn.session.cut()  # another thread is at it, is told, and gives it back
+            else:
+                conn.session.close()
 
 
 def unavailable(reason: BaseException | None) -> LayerUnavailable:
@@ -206,23 +311,16 @@ def _is_hopeless(error: psycopg.Error) -> bool:
     return isinstance(error, (errors.InvalidAuthorizationSpecification, errors.InvalidCatalogName))
 
 
-async def _check(conn: AsyncConnection[Any]) -> None:
-    """Refuse an idle connection whose socket is readable: the server has hung up. Costs no round trip."""
+def _has_hung_up(session: Session) -> bool:
+    """Whether an idle connection's socket is readable: the server has said goodbye. Costs no round trip."""
+    if session.is_closed:
+        return True
     poll = select.poll()
-    poll.register(conn.fileno(), select.POLLIN)
-    if poll.poll(0):
+    poll.register(session.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def _check(conn: _Connection) -> None:
+    if _has_hung_up(conn.session):
         await conn.close()  # or the pool takes it for a good one that failed by chance
         raise errors.AdminShutdown("The server closed the idle connection.")
-
-
-def cut(conn: AsyncConnection[Any]) -> None:
-    """Shut the connection's socket, so that whoever waits for an answer on it is told at once."""
-    if conn.closed:
-        return
-    duplicate = socket.socket(fileno=os.dup(conn.fileno()))
-    try:
-        duplicate.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-    finally:
-        duplicate.close()

@@ -18,6 +18,7 @@ from pg_layer.exceptions import LayerUnavailable, PgLayerError
 from pg_layer.listener import Listener
 from pg_layer.receiver import Receiver
 from pg_layer.sender import Regroup, Sender
+from pg_layer.session import Session
 
 T = TypeVar("T")
 
@@ -47,7 +48,9 @@ class Engine:
         self.receiver = Receiver(client, self.connections, self.spawn)
         self._listener: Listener | None = None
         self._keeps_lease = False
-        self.sender = Sender(client, self.connections, self.spawn, self._start_keeping_lease)
+        self.sender = Sender(
+            client, self.connections, self.spawn, lambda: self.call(self._start_keeping_lease)
+        )
         self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
         self._guard_task.add_done_callback(lambda _: self.abandon())
@@ -129,7 +132,7 @@ class Engine:
         """Remove all messages and memberships of the prefix."""
         prefix = self.client.config.prefix
         id = await self.connections.run(
-            lambda conn: store.flush(conn, prefix),
+            lambda session: store.flush(session, prefix),
             timeout=self.client.config.send_timeout,
             is_idempotent=True,
         )
@@ -153,10 +156,10 @@ class Engine:
         self._start_keeping_lease()
         self.spawn(self._keep_house())
 
-    async def _on_connect(self, conn: store.AnyConnection) -> None:
-        await self._renew_on(conn, None)
-        await self._reassert_on(conn)
-        await self.receiver.listen(conn)
+    async def _on_connect(self, session: Session) -> None:
+        await self._renew_on(session, None)
+        await self._reassert_on(session)
+        await self.receiver.listen(session)
 
     async def _poll(self, interval: float) -> None:
         try:
@@ -170,26 +173,26 @@ class Engine:
 
     # ------------------------------------------------------------------ staying alive
 
-    async def _renew_on(self, conn: store.AnyConnection, token: str | None) -> bool:
+    async def _renew_on(self, session: Session, token: str | None) -> bool:
         """Renew the lease; returns whether there was none, so that the memberships may be gone."""
         client = self.client
         asked_at = time.monotonic()
         client.has_lease = True  # perhaps, from here on
         clock, is_new = await store.renew(
-            conn, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
+            session, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
         )
         client.clock.observe(asked_at, clock)
         client.renewed_at = asked_at
         return is_new
 
-    async def _reassert_on(self, conn: store.AnyConnection) -> None:
+    async def _reassert_on(self, session: Session) -> None:
         """Put the memberships back that the tables may have lost."""
         client = self.client
         members = client.memberships.all()
         for start in range(0, len(members), REASSERT_MOST):
             now = client.clock.now()
             await store.reassert(
-                conn,
+                session,
                 client.inbox_name,
                 [
                     (group, mailbox.channel, None if expires_at == math.inf else expires_at - now)
@@ -198,11 +201,11 @@ class Engine:
             )
 
     async def _renew(self, token: str | None) -> None:
-        async def work(conn: store.AnyConnection) -> None:
-            if await self._renew_on(conn, token):
+        async def work(session: Session) -> None:
+            if await self._renew_on(session, token):
                 # The tables may be others, whose ids begin anew.
                 self.client.memberships.reconnected()
-                await self._reassert_on(conn)
+                await self._reassert_on(session)
                 self.receiver.look_again()  # who has no lease is given no jobs
 
         await self.connections.run(work, timeout=self.client.config.heartbeat, is_idempotent=True)
@@ -271,7 +274,7 @@ class Engine:
     async def _sweep(self) -> None:
         prefix = self.client.config.prefix
         while swept := await self.connections.run(
-            lambda conn: store.sweep(conn, prefix, SWEEP_BATCH),
+            lambda session: store.sweep(session, prefix, SWEEP_BATCH),
             timeout=self.client.config.send_timeout,
             is_idempotent=True,
         ):
@@ -288,7 +291,9 @@ class Engine:
                 client.has_lease = False
                 farewell = client.farewell()
                 await self.connections.run(
-                    lambda conn: store.close(conn, farewell), timeout=FAREWELL_TIMEOUT, is_idempotent=True
+                    lambda session: store.close(session, farewell),
+                    timeout=FAREWELL_TIMEOUT,
+                    is_idempotent=True,
                 )
         except PgLayerError as error:
             logger.warning("Left without taking leave; the lease runs out by itself: %s", error)

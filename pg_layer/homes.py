@@ -121,9 +121,11 @@ class Homes:
 
     async def submit(self, op: Op) -> None:
         """Send, or change a membership, wherever that is done now."""
+        # Such a loop is run until its one call has ended, and cancels what it leaves.
+        may_write = _is_passing(asyncio.get_running_loop())
         while True:
             try:
-                await self.for_sending().sender.submit(op)
+                await self.for_sending().sender.submit(op, may_write=may_write)
                 return
             except NotBegun:
                 continue  # that loop has ended: another takes over

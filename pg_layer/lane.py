@@ -7,6 +7,7 @@ load the number of statements falls by the size of the batches.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -54,7 +55,10 @@ class Lane(Generic[Op]):
 
     ``write`` takes a batch and the seconds it may take, and returns an outcome for each operation; if it
     raises, that is the outcome of all. No operation waits longer than ``timeout`` seconds from `submit` on.
-    ``weigh`` gives the bytes of an operation. Lives on ``loop``; `submit` may be called on any.
+    ``weigh`` gives the bytes of an operation.
+
+    Lives on ``loop``; `submit` may be called on any. A guest on another loop may be let write an operation
+    itself, which saves two changes of thread; ``write`` raises `NotBegun` where that cannot be done.
     """
 
     def __init__(
@@ -71,36 +75,43 @@ class Lane(Generic[Op]):
         self._weigh = weigh
         self._timeout = timeout
         self._queue: deque[_Ticket] = deque()
+        # Guards the next two, as a guest may begin and end a write on any thread.
+        self._lock = threading.Lock()
         self._is_busy = False
-        self._rested = asyncio.Event()
         self._closed = False
+        self._rested = asyncio.Event()
 
-    async def submit(self, op: Op) -> None:
+    async def submit(self, op: Op, *, may_write: bool = False) -> None:
         """Write ``op``; returns when it is committed, raises its own outcome.
 
-        Cancelled while it waits for its batch, it is not written; cancelled later, it may be. Raises
-        `NotBegun` if the lane was closed before, `LayerUnavailable` if its loop ended or stopped meanwhile.
+        ``may_write``: this loop, if it is another, will not stop before what it has begun has ended or was
+        cancelled. Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
+        Raises `NotBegun` if the lane was closed before, `LayerUnavailable` if its loop ended or stopped
+        meanwhile.
         """
         loop = asyncio.get_running_loop()
-        if loop is self._loop:
-            if self._closed:
-                raise NotBegun
-            if not self._is_busy:
-                self._is_busy = True
-                try:
-                    (outcome,) = await self._write([op], self._timeout)
-                finally:
-                    self._continue()
+        is_here = loop is self._loop
+        if is_here and self._closed:
+            raise NotBegun
+        if (is_here or may_write) and self._try_begin():
+            try:
+                (outcome,) = await self._write([op], self._timeout)
+            except NotBegun:
+                if is_here:
+                    raise
+            else:
                 if outcome is not None:
                     raise outcome
                 return
-            future = loop.create_future()
-            self._queue.append(_Ticket(op, loop, future, time.monotonic() + self._timeout))
+            finally:
+                self._continue(is_here)
+        future = loop.create_future()
+        ticket = _Ticket(op, loop, future, time.monotonic() + self._timeout)
+        if is_here:
+            self._enqueue(ticket)
             await future
             return
         # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
-        future = loop.create_future()
-        ticket = _Ticket(op, loop, future, time.monotonic() + self._timeout)
         late = LayerUnavailable("The event loop that serves the channel layer does not answer.")
         timer = loop.call_later(self._timeout + GRACE, ticket.settle, late, loop)
         try:
@@ -112,17 +123,37 @@ class Lane(Generic[Op]):
         finally:
             timer.cancel()
 
+    def _try_begin(self) -> bool:
+        with self._lock:
+            if self._is_busy or self._closed:
+                return False
+            self._is_busy = True
+            return True
+
     def _enqueue(self, ticket: _Ticket) -> None:
         if self._closed:
             ticket.settle(NotBegun(), self._loop)
             return
         self._queue.append(ticket)
-        if not self._is_busy:
-            self._is_busy = True
-            self._continue()
+        if self._try_begin():
+            self._work_or_rest()
 
-    def _continue(self) -> None:
+    def _continue(self, is_here: bool) -> None:
         """The write in flight has ended: begin the next or rest."""
+        if is_here:
+            self._work_or_rest()
+            return
+        with self._lock:
+            # Who enqueues finds the lane busy before, and free after.
+            if not self._queue and not self._closed:
+                self._is_busy = False
+                return
+        try:
+            self._loop.call_soon_threadsafe(self._work_or_rest)
+        except RuntimeError:  # its loop is closed, and with it the lane
+            self._is_busy = False
+
+    def _work_or_rest(self) -> None:
         if self._queue and not self._closed:
             self._spawn(self._work())
         else:
@@ -185,6 +216,7 @@ class Lane(Generic[Op]):
 
     def close(self) -> None:
         """Take no more; what waits fails with `NotBegun`."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         while self._queue:
             self._queue.popleft().settle(NotBegun(), self._loop)

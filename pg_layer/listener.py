@@ -9,12 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, Notify, errors
+from psycopg import AsyncConnection, errors
 
-from pg_layer import arrays
 from pg_layer.config import Config
-from pg_layer.connections import cut
 from pg_layer.exceptions import NotMigrated
+from pg_layer.session import Session
 
 logger = logging.getLogger("pg_layer.listener")
 
@@ -32,13 +31,13 @@ class Listener:
     def __init__(
         self,
         config: Config,
-        on_connect: Callable[[AsyncConnection[Any]], Awaitable[None]],
+        on_connect: Callable[[Session], Awaitable[None]],
         on_notify: Callable[[str, str], None],
     ) -> None:
         self._config = config
         self._on_connect = on_connect
         self._on_notify = on_notify
-        self._conn: AsyncConnection[Any] | None = None
+        self._session: Session | None = None
         self._lost: asyncio.Future[None] | None = None
         self._fd = -1  # the connection's socket, also when libpq has closed it
         self._lock = asyncio.Lock()
@@ -82,32 +81,32 @@ class Listener:
 
     async def _connect(self) -> None:
         kwargs = {**self._config.connect_kwargs("listen"), "autocommit": True, "prepare_threshold": None}
-        self._conn = conn = await AsyncConnection.connect(**kwargs)
-        self._fd = conn.fileno()
-        arrays.register(conn)
+        conn: AsyncConnection[Any] = await AsyncConnection.connect(**kwargs)
+        self._session = session = Session(conn)
+        self._fd = session.fileno()
         self._lost = self._loop.create_future()
-        # NOTIFYs that come while a command runs on this connection.
-        conn.add_notify_handler(self._hear)
-        await self._on_connect(conn)
+        await self._on_connect(session)
         self._loop.add_reader(self._fd, self._readable)
         self.is_connected = True
         self._readable()
 
-    async def execute(self, work: Callable[[AsyncConnection[Any]], Awaitable[object]]) -> bool:
+    async def execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
         """Run a command (LISTEN, UNLISTEN) on the connection; False if there is none or it was lost."""
         async with self._lock:
-            conn = self._conn
-            if conn is None or not self.is_connected:
+            session = self._session
+            if session is None or not self.is_connected:
                 return False
-            # psycopg watches the same socket while it waits for an answer.
+            # The session watches the same socket while it waits for an answer.
             self._loop.remove_reader(self._fd)
             try:
-                await work(conn)
+                if not session.is_reusable:  # the last caller was cancelled
+                    await session.settle()
+                await work(session)
             except psycopg.Error:
                 self.reconnect()
                 return False
             finally:
-                if self.is_connected and self._conn is conn and not conn.closed:
+                if self.is_connected and self._session is session and not session.is_closed:
                     self._loop.add_reader(self._fd, self._readable)
                     self._readable()
             return True
@@ -118,35 +117,25 @@ class Listener:
             self._lost.set_result(None)
 
     def _readable(self) -> None:
-        conn = self._conn
-        if conn is None:
+        session = self._session
+        if session is None:
             return
-        pgconn = conn.pgconn
         try:
-            pgconn.consume_input()
-            while (notify := pgconn.notifies()) is not None:
-                self._on_notify(notify.relname.decode(), notify.extra.decode(errors="replace"))
+            for channel, payload in session.notifies():
+                self._on_notify(channel, payload)
         except psycopg.Error:
             # libpq may have closed the socket: the loop would take the next one with its number for it.
             self._loop.remove_reader(self._fd)
             self.reconnect()
 
-    def _hear(self, notify: Notify) -> None:
-        self._on_notify(notify.channel, notify.payload)
-
     def _drop(self) -> None:
-        conn, self._conn = self._conn, None
+        session, self._session = self._session, None
         self.is_connected = False
-        if conn is not None:
-            self._loop.remove_reader(self._fd)
-            cut(conn)
-            conn.pgconn.finish()
+        if session is not None:
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
+            session.close()
 
     def abandon(self) -> None:
         """Drop the connection, also when the loop will not run again."""
-        conn, self._conn = self._conn, None
-        self.is_connected = False
-        if conn is not None:
-            if not self._loop.is_closed():
-                self._loop.remove_reader(self._fd)
-            conn.pgconn.finish()
+        self._drop()

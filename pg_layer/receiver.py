@@ -21,6 +21,7 @@ from pg_layer.exceptions import PgLayerError
 from pg_layer.inbox import EVERYTHING, LAST_ID, Key, Row, Span
 from pg_layer.listener import Listener
 from pg_layer.mailbox import Mailbox
+from pg_layer.session import Session
 
 logger = logging.getLogger("pg_layer")
 
@@ -76,19 +77,19 @@ class Receiver:
 
     # ------------------------------------------------------------------ doorbells
 
-    async def listen(self, conn: store.AnyConnection) -> None:
+    async def listen(self, session: Session) -> None:
         """Begin with a new LISTEN connection: first listen, then look at what was missed."""
         prefix = self._client.config.prefix
         self._client.inbox.reconnected()
         self._client.memberships.reconnected()
-        self._own_doorbell = await store.listen(conn, prefix, self._client.address)
+        self._own_doorbell = await store.listen(session, prefix, self._client.address)
         self._doorbells.clear()
         for reader in self._readers.values():
             reader.doorbell = None
         # Again until none is left: others may be wanted meanwhile.
         while deaf := [r for r in self._readers.values() if r.is_wanted and r.doorbell is None]:
             for reader in deaf:
-                reader.doorbell = await store.listen(conn, prefix, reader.mailbox.channel)
+                reader.doorbell = await store.listen(session, prefix, reader.mailbox.channel)
                 self._doorbells[reader.doorbell] = reader
         self.look_again()
 
@@ -198,15 +199,15 @@ class Receiver:
         finally:
             self._is_draining = False
 
-    async def _read_span(self, conn: store.AnyConnection, view: int, span: Span) -> None:
-        rows, up_to = await store.read(conn, self._client.inbox_name, span)
+    async def _read_span(self, session: Session, view: int, span: Span) -> None:
+        rows, up_to = await store.read(session, self._client.inbox_name, span)
         self._dispatch(self._client.inbox.read(view, rows))
         self._client.inbox.end_read(view, up_to)
 
-    async def _read_everything(self, conn: store.AnyConnection, view: int, span: Span) -> None:
+    async def _read_everything(self, session: Session, view: int, span: Span) -> None:
         inbox = self._client.inbox
         await store.read_everything(
-            conn, self._client.inbox_name, lambda rows: self._dispatch(inbox.read(view, rows))
+            session, self._client.inbox_name, lambda rows: self._dispatch(inbox.read(view, rows))
         )
         self._client.inbox.end_read(view)
 
@@ -245,8 +246,8 @@ class Receiver:
         return reader
 
     async def _begin(self, channel: str, reader: Reader) -> None:
-        async def listen(conn: store.AnyConnection) -> None:
-            doorbell = await store.listen(conn, self._client.config.prefix, channel)
+        async def listen(session: Session) -> None:
+            doorbell = await store.listen(session, self._client.config.prefix, channel)
             reader.doorbell = doorbell
             self._doorbells[doorbell] = reader
 
@@ -268,7 +269,7 @@ class Receiver:
     async def _unlisten(self, channel: str) -> None:
         if self.listener is not None:
             await self.listener.execute(
-                lambda conn: store.unlisten(conn, self._client.config.prefix, channel)
+                lambda session: store.unlisten(session, self._client.config.prefix, channel)
             )
 
     def _take_soon(self, reader: Reader) -> None:
@@ -357,7 +358,7 @@ class Receiver:
         is_sure = False
         try:
             await self._connections.run(
-                lambda conn: store.put_back(conn, client.config.prefix, client.inbox_name, keys),
+                lambda session: store.put_back(session, client.config.prefix, client.inbox_name, keys),
                 timeout=client.config.send_timeout,
                 is_idempotent=True,
             )

@@ -139,14 +139,17 @@ class Sender:
         """Take no more; returns when the writes in flight have ended."""
         await asyncio.gather(*(lane.finish() for lane in self._lanes))
 
-    async def submit(self, op: Op) -> None:
-        """Do it, from any loop; returns when it is committed. Raises `ChannelFull`, and as `Lane.submit`."""
+    async def submit(self, op: Op, *, may_write: bool = False) -> None:
+        """Do it, from any loop; returns when it is committed.
+
+        ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
+        """
         if isinstance(op, Send):
-            await self._sends.submit(op)
+            await self._sends.submit(op, may_write=may_write)
         elif isinstance(op, GroupSend):
-            await self._group_sends.submit(op)
+            await self._group_sends.submit(op, may_write=may_write)
         else:
-            await self._regroups.submit(op)
+            await self._regroups.submit(op, may_write=may_write)
 
     async def _send(self, ops: list[Send], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
@@ -156,7 +159,7 @@ class Sender:
             inbox = inbox_of(prefix, op.channel)
             floor = None if self._credits.spend(op.channel) else self._floors.of(inbox)
             is_full, look = await self.connections.run(
-                lambda conn: store.send_one(conn, prefix, *op, floor), timeout=timeout
+                lambda session: store.send_one(session, prefix, *op, floor), timeout=timeout
             )
             full = {0} if is_full else set()
             if look is not None:
@@ -165,8 +168,8 @@ class Sender:
         else:
             channels, payloads, expiries, capacities = zip(*ops, strict=True)
             full, floors = await self.connections.run(
-                lambda conn: store.send_batch(
-                    conn, prefix, channels, payloads, expiries, capacities, self._floors.tell()
+                lambda session: store.send_batch(
+                    session, prefix, channels, payloads, expiries, capacities, self._floors.tell()
                 ),
                 timeout=timeout,
             )
@@ -188,14 +191,14 @@ class Sender:
             missed = [
                 (op.group, channel)
                 for channel in await self.connections.run(
-                    lambda conn: store.group_send_one(conn, config.prefix, *op),
+                    lambda session: store.group_send_one(session, config.prefix, *op),
                     timeout=timeout,
                 )
             ]
         else:
             groups, payloads, expiries = zip(*ops, strict=True)
             missed = await self.connections.run(
-                lambda conn: store.group_send_batch(conn, config.prefix, groups, payloads, expiries),
+                lambda session: store.group_send_batch(session, config.prefix, groups, payloads, expiries),
                 timeout=timeout,
             )
         self.client.counters["group_sent"] += len(ops)
@@ -214,8 +217,8 @@ class Sender:
         leaves = [pair for pair, is_join in last.items() if not is_join]
         try:
             since, expires_at = await self.connections.run(
-                lambda conn: store.regroup(
-                    conn,
+                lambda session: store.regroup(
+                    session,
                     config.prefix,
                     client.inbox_name,
                     config.lease,

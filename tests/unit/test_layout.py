@@ -18,10 +18,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 # Pure: thousands of interleavings of them can be tried in a second.
-PURE = ["inbox", "mailbox", "membership", "clock", "lane", "codec", "client"]
+PURE = ["inbox", "mailbox", "membership", "clock", "lane", "codec", "client", "statement"]
 # `config` reads connection strings, and nothing else, with psycopg.
 SPEAKS_TO_POSTGRESQL = {
-    *("store", "listener", "connections", "arrays", "homes", "sweeper", "engine", "receiver", "config"),
+    *("store", "session", "listener", "connections", "homes", "sweeper", "engine", "receiver", "config"),
 }
 MOST_LINES = 420
 

@@ -1,0 +1,220 @@
+"""Runs statements on a connection: prepared where that works, awaited on whatever event loop asks.
+
+It speaks to libpq itself. A cursor's execution costs several times as much as the call to libpq, and binds a
+connection to one event loop, whereas here threads lend each other a connection between statements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, Connection, errors, pq
+from psycopg.adapt import Transformer
+from psycopg.pq.abc import PGresult
+
+from pg_layer.statement import Statement
+
+_BINARY = 1
+_GOOD = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
+_numbers = count(1)
+
+Rows = list[tuple[Any, ...]]
+
+
+class Session:
+    """A connection in the hands of one caller at a time, on any event loop.
+
+    ``can_prepare``: one server process answers for good, so that it remembers what was prepared. While
+    `is_reusable` is false, a statement is under way or a transaction open: only `settle` may be called.
+    """
+
+    def __init__(self, conn: AsyncConnection[Any], *, can_prepare: bool = False) -> None:
+        self.conn = conn
+        self.can_prepare = can_prepare
+        self._pgconn = conn.pgconn
+        self._names: dict[Statement, bytes] = {}
+        self._is_waiting = False
+        self._answer_to: _Answer | None = None  # while somebody awaits it
+        self._transformer = Transformer(conn)
+
+    def fileno(self) -> int:
+        """The socket's number. Raises `psycopg.OperationalError` if the connection is closed."""
+        return self._pgconn.socket
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is known to be lost."""
+        return self._pgconn.status == pq.ConnStatus.BAD
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the next statement may begin."""
+        return not self._is_waiting and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
+
+    async def execute(self, statement: Statement, *values: object) -> Rows:
+        """The rows that the statement returns. Raises what psycopg raises.
+
+        Cancelled, it leaves the statement to its own end: see `settle`.
+        """
+        parameters = statement.encode(values)
+        if self.can_prepare:
+            name = self._names.get(statement) or await self._prepare(statement)
+            self._pgconn.send_query_prepared(name, parameters, statement.formats, _BINARY)
+        else:
+            self._pgconn.send_query_params(
+                statement.sql, parameters, statement.oids, statement.formats, _BINARY
+            )
+        try:
+            result = await self._answer()
+        except (errors.InvalidSqlStatementName, errors.FeatureNotSupported):
+            # What was prepared is gone, or returns other types since: prepare it anew.
+            self._names.pop(statement, None)
+            raise
+        self._transformer.set_pgresult(result)
+        rows = self._transformer.load_rows(0, result.ntuples, tuple)
+        self._transformer.set_pgresult(None)
+        return rows
+
+    async def _prepare(self, statement: Statement) -> bytes:
+        # Each attempt has a name of its own: it is unknown what became of one that was cancelled.
+        name = b"pg_layer_%d" % next(_numbers)
+        self._pgconn.send_prepare(name, statement.sql, statement.oids)
+        await self._answer()
+        self._names[statement] = name
+        return name
+
+    def notifies(self) -> Iterator[tuple[str, str]]:
+        """The NOTIFYs that have come, by their channel and payload. Raises what psycopg raises."""
+        self._pgconn.consume_input()
+        while (notify := self._pgconn.notifies()) is not None:
+            yield notify.relname.decode(), notify.extra.decode(errors="replace")
+
+    async def settle(self) -> None:
+        """Wait for a statement whose caller was cancelled, and roll back a transaction that it left open."""
+        if self._is_waiting:
+            await self._results(is_late=True)
+        if self._pgconn.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+            self._pgconn.send_query_params(b"ROLLBACK", None)
+            await self._answer()
+
+    async def _answer(self) -> PGresult:
+        self._is_waiting = True
+        return _checked(await self._results(), self._pgconn)
+
+    def close(self) -> None:
+        """Close at once, on the loop of whoever uses it, or where that runs no more; they are told."""
+        if self._answer_to is not None:
+            self._answer_to.fail(psycopg.OperationalError("The connection was closed."))
+        self._pgconn.finish()
+
+    def cut(self) -> None:
+        """Shut the socket, so that whoever waits for an answer is told at once. From any thread."""
+        try:
+            duplicate = socket.socket(fileno=os.dup(self._pgconn.socket))
+        except (OSError, psycopg.OperationalError):  # closed already
+            return
+        try:
+            duplicate.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        finally:
+            duplicate.close()
+
+    async def _results(self, is_late: bool = False) -> list[PGresult]:
+        """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
+        self._answer_to = answer = _Answer(self._pgconn)
+        try:
+            if is_late:
+                answer.readable()
+            return await answer.done
+        finally:
+            answer.unwatch()
+            self._answer_to = None
+            self._is_waiting = not (answer.is_complete or self.is_closed)
+
+
+class _Answer:
+    """Watches a connection's socket on the running loop until all results of what was sent have come."""
+
+    def __init__(self, pgconn: pq.abc.PGconn) -> None:
+        self._pgconn = pgconn
+        self._loop = asyncio.get_running_loop()
+        self._results: list[PGresult] = []
+        self._fd = pgconn.socket
+        self.done: asyncio.Future[list[PGresult]] = self._loop.create_future()
+        self.is_complete = False
+        self._is_sending = bool(pgconn.flush())
+        self._loop.add_reader(self._fd, self.readable)
+        if self._is_sending:
+            self._loop.add_writer(self._fd, self._writable)
+
+    def readable(self) -> None:
+        pgconn = self._pgconn
+        try:
+            pgconn.consume_input()
+            while not pgconn.is_busy():
+                result = pgconn.get_result()
+                if result is None:
+                    self.is_complete = True
+                    self.done.set_result(self._results)
+                    return
+                self._results.append(result)
+        except psycopg.Error as error:
+            self.fail(error)
+
+    def _writable(self) -> None:
+        try:
+            if not self._pgconn.flush():
+                self._loop.remove_writer(self._fd)
+                self._is_sending = False
+        except psycopg.Error as error:
+            self.fail(error)
+
+    def fail(self, error: psycopg.Error) -> None:
+        """The connection is lost."""
+        # libpq may have closed the socket: the loop would take the next one with its number for it.
+        self.unwatch()
+        if self.done.done() or self._loop.is_closed():
+            return
+        if self._results:  # the server has said why it goes
+            self.done.set_result(self._results)
+        else:
+            self.done.set_exception(error)
+
+    def unwatch(self) -> None:
+        """Leave the socket alone."""
+        if self._fd >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+            if self._is_sending:
+                self._loop.remove_writer(self._fd)
+        self._fd = -1
+
+
+def execute_now(conn: Connection[Any], statement: Statement, *values: object) -> Rows:
+    """The same on a blocking connection, where no loop runs."""
+    result = conn.pgconn.exec_params(
+        statement.sql, statement.encode(values), statement.oids, statement.formats, _BINARY
+    )
+    result = _checked([result], conn.pgconn)
+    transformer = Transformer(conn)
+    transformer.set_pgresult(result)
+    return transformer.load_rows(0, result.ntuples, tuple)
+
+
+def _checked(results: list[PGresult], pgconn: pq.abc.PGconn) -> PGresult:
+    """The result of a single statement, if that went well."""
+    for result in results:
+        if result.status not in _GOOD:
+            error = errors.error_from_result(result)
+            if error.sqlstate is None:  # libpq's own words: the connection was lost
+                raise psycopg.OperationalError(str(error)) from None
+            raise error
+    if not results:
+        raise psycopg.OperationalError("The connection was lost.")
+    return results[-1]

@@ -1,0 +1,86 @@
+"""A statement and how its parameters are said to PostgreSQL: in binary, each of a declared type. No I/O.
+
+psycopg's cursors look at each parameter's type and value at every execution, and at each item of a list.
+Here the types are known, and looking would cost more than the rest of a statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from struct import Struct, pack
+from typing import Any, NamedTuple
+
+_ARRAY = Struct("!iiIii").pack  # dimensions, has nulls, type of items, length, lower bound
+_LENGTH = Struct("!i").pack
+_NULL = _LENGTH(-1)
+
+
+class Type(NamedTuple):
+    """A parameter's type: its number in PostgreSQL's catalogue, and a value's bytes in the binary format."""
+
+    oid: int
+    encode: Callable[[Any], bytes]
+
+
+def _array(oid: int, item: Type) -> Type:
+    """One-dimensional, of items that may be None."""
+
+    def encode(items: Sequence[Any]) -> bytes:
+        encode_item = item.encode
+        parts = [_ARRAY(1, None in items, item.oid, len(items), 1)]
+        append = parts.append
+        for value in items:
+            if value is None:
+                append(_NULL)
+                continue
+            data = encode_item(value)
+            append(_LENGTH(len(data)))
+            append(data)
+        return b"".join(parts)
+
+    return Type(oid, encode)
+
+
+def _array_of_numbers(oid: int, item: Type, code: str, size: int) -> Type:
+    """The same, packed at once, for items of which none is None."""
+
+    def encode(items: Sequence[float]) -> bytes:
+        count = len(items)
+        numbers: list[float] = [size] * (2 * count)
+        numbers[1::2] = items
+        return _ARRAY(1, 0, item.oid, count, 1) + pack("!" + f"i{code}" * count, *numbers)
+
+    return Type(oid, encode)
+
+
+BOOL = Type(16, Struct("!?").pack)
+BYTEA = Type(17, bytes)
+INT8 = Type(20, Struct("!q").pack)
+INT4 = Type(23, Struct("!i").pack)
+TEXT = Type(25, str.encode)
+FLOAT8 = Type(701, Struct("!d").pack)
+BYTEAS = _array(1001, BYTEA)
+INT4S = _array_of_numbers(1007, INT4, "i", 4)
+TEXTS = _array(1009, TEXT)
+INT8S = _array_of_numbers(1016, INT8, "q", 8)
+FLOAT8S = _array_of_numbers(1022, FLOAT8, "d", 8)
+FLOAT8S_OR_NULL = _array(1022, FLOAT8)
+
+
+class Statement:
+    """SQL with parameters ``$1``, ``$2``, ... of these types. Compared by identity."""
+
+    __slots__ = ("_encoders", "formats", "oids", "sql")
+
+    def __init__(self, sql: str, *types: Type) -> None:
+        self.sql = sql.encode()
+        self.oids = [type.oid for type in types]
+        self.formats = [1] * len(types)
+        self._encoders = [type.encode for type in types]
+
+    def encode(self, values: Sequence[object]) -> list[bytes | None]:
+        """The parameters' bytes; None is NULL. Raises `ValueError` if there are more or fewer than types."""
+        return [
+            None if value is None else encode(value)
+            for encode, value in zip(self._encoders, values, strict=True)
+        ]

@@ -1,0 +1,118 @@
+"""Parameters in PostgreSQL's binary format: psycopg's own loaders read from them what was put in."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from psycopg import postgres
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.pq import Format
+
+from pg_layer import statement
+from pg_layer.statement import Statement, Type
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+INT4 = st.integers(-(2**31), 2**31 - 1)
+INT8 = st.integers(-(2**63), 2**63 - 1)
+FLOAT8 = st.floats(allow_nan=False)
+
+SCALARS = {
+    "BOOL": (st.booleans(), "bool"),
+    "BYTEA": (st.binary(), "bytea"),
+    "INT8": (INT8, "int8"),
+    "INT4": (INT4, "int4"),
+    "TEXT": (TEXT, "text"),
+    "FLOAT8": (FLOAT8, "float8"),
+}
+ARRAYS = {
+    "BYTEAS": (st.lists(st.binary()), "bytea"),
+    "INT4S": (st.lists(INT4), "int4"),
+    "INT8S": (st.lists(INT8), "int8"),
+    "TEXTS": (st.lists(TEXT), "text"),
+    "FLOAT8S": (st.lists(FLOAT8), "float8"),
+    "FLOAT8S_OR_NULL": (st.lists(FLOAT8 | st.none()), "float8"),
+}
+
+
+def type_named(name: str) -> Type:
+    found: Type = getattr(statement, name)
+    return found
+
+
+def there_and_back(type: Type, value: object) -> Any:
+    return Transformer().get_loader(type.oid, Format.BINARY).load(type.encode(value))
+
+
+@pytest.mark.parametrize("name", [*SCALARS, *ARRAYS])
+def test_what_goes_in_comes_out(name: str) -> None:
+    values, _ = {**SCALARS, **ARRAYS}[name]
+
+    @given(values)
+    def hold(value: object) -> None:
+        assert there_and_back(type_named(name), value) == value
+
+    hold()
+
+
+@pytest.mark.parametrize("name", [*SCALARS, *ARRAYS])
+def test_each_says_its_type(name: str) -> None:
+    if name in SCALARS:
+        assert type_named(name).oid == postgres.types[SCALARS[name][1]].oid
+        return
+    info = postgres.types[ARRAYS[name][1]]
+    assert type_named(name).oid == info.array_oid
+    data = type_named(name).encode([])
+    # The array's own header: no nulls, and the type of its items.
+    assert data[4:8] == bytes(4)
+    assert int.from_bytes(data[8:12], "big") == info.oid
+
+
+def test_every_type_is_held() -> None:
+    types = {name for name, found in vars(statement).items() if isinstance(found, Type)}
+    assert types == {*SCALARS, *ARRAYS}
+
+
+def test_floats_that_are_no_numbers() -> None:
+    infinite, nan = there_and_back(statement.FLOAT8S, [math.inf, math.nan])
+    assert infinite == math.inf
+    assert math.isnan(nan)
+
+
+@pytest.mark.parametrize("items", [("one",), ("", "two", "ü", "x" * 70_000)])
+def test_texts_are_the_bytes_that_psycopg_itself_sends(items: Sequence[str]) -> None:
+    own = Transformer().get_dumper([*items], PyFormat.BINARY).dump([*items])
+    assert own is not None
+    assert statement.TEXTS.encode(items) == bytes(own)
+
+
+def test_what_is_no_list_will_do() -> None:
+    assert there_and_back(statement.TEXTS, ("a", "b")) == ["a", "b"]
+    assert there_and_back(statement.INT8S, range(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "number"), [("INT4S", 2**31), ("INT8S", 2**63), ("INT4", 2**31)])
+def test_numbers_that_do_not_fit_are_refused(name: str, number: int) -> None:
+    value = [number] if name in ARRAYS else number
+    with pytest.raises(struct.error):
+        type_named(name).encode(value)
+
+
+def test_a_statement_says_its_parameters_in_order() -> None:
+    select = Statement("SELECT $1, $2", statement.TEXT, statement.INT4)
+    assert select.sql == b"SELECT $1, $2"
+    assert select.oids == [25, 23]
+    assert select.formats == [1, 1]
+    assert select.encode(("ü", 7)) == ["ü".encode(), struct.pack("!i", 7)]
+    assert select.encode((None, None)) == [None, None]
+
+
+@pytest.mark.parametrize("values", [(), ("a",), ("a", 1, 2)])
+def test_a_statement_wants_each_parameter_once(values: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match="argument"):
+        Statement("SELECT $1, $2", statement.TEXT, statement.INT4).encode(values)
