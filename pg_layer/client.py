@@ -53,6 +53,8 @@ class Client:
         self.codec = codec
         self.id = secrets.token_hex(8)
         self.address = f"specific.{self.id}!"
+        # What stands in the names of its channels, of which each has one "!" at most.
+        self._mark, self._bare_mark = f".{self.id}!", f"{self.id}!"
         self.inbox_name = inbox_of(config.prefix, self.address)
         self.process = os.getpid()
         self.has_lease = False
@@ -78,8 +80,7 @@ class Client:
 
     def owns(self, channel: str) -> bool:
         """Whether it is a specific channel of this client."""
-        client, bang, _ = channel.partition("!")
-        return bool(bang) and client.rpartition(".")[2] == self.id
+        return self._mark in channel or channel.startswith(self._bare_mark)
 
     # ------------------------------------------------------------------ mailboxes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import select
 import threading
 import time
 import weakref
@@ -189,7 +188,7 @@ class Connections:
                 session, _ = self._free.popitem()
                 if is_guest:
                     self._lent.add(session)
-            if not _has_hung_up(session):
+            if not session.has_hung_up:
                 return session
             session.close()
             self._give_back(session)
@@ -311,16 +310,7 @@ def _is_hopeless(error: psycopg.Error) -> bool:
     return isinstance(error, (errors.InvalidAuthorizationSpecification, errors.InvalidCatalogName))
 
 
-def _has_hung_up(session: Session) -> bool:
-    """Whether an idle connection's socket is readable: the server has said goodbye. Costs no round trip."""
-    if session.is_closed:
-        return True
-    poll = select.poll()
-    poll.register(session.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
-
-
 async def _check(conn: _Connection) -> None:
-    if _has_hung_up(conn.session):
+    if conn.session.has_hung_up:
         await conn.close()  # or the pool takes it for a good one that failed by chance
         raise errors.AdminShutdown("The server closed the idle connection.")

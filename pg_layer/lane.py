@@ -135,7 +135,8 @@ class Lane(Generic[Op]):
             ticket.settle(NotBegun(), self._loop)
             return
         self._queue.append(ticket)
-        if self._try_begin():
+        # Who writes looks at the queue once more when he has done.
+        if not self._is_busy and self._try_begin():
             self._work_or_rest()
 
     def _continue(self, is_here: bool) -> None:
@@ -193,18 +194,19 @@ class Lane(Generic[Op]):
 
     def _next_batch(self) -> list[_Ticket]:
         batch: list[_Ticket] = []
-        weight = 0
-        while self._queue and len(batch) < MAX_OPS:
-            if self._queue[0].future.done():  # its caller was cancelled
-                self._queue.popleft()
+        queue, now, weight = self._queue, time.monotonic(), 0
+        while queue and len(batch) < MAX_OPS:
+            ticket = queue[0]
+            if ticket.future.done():  # its caller was cancelled
+                queue.popleft()
                 continue
-            if self._queue[0].deadline <= time.monotonic():
-                self._queue.popleft().settle(LayerUnavailable(LATE), self._loop)
+            if ticket.deadline <= now:
+                queue.popleft().settle(LayerUnavailable(LATE), self._loop)
                 continue
-            weight += self._weigh(self._queue[0].op)
+            weight += self._weigh(ticket.op)
             if batch and weight > MAX_BYTES:
                 break
-            batch.append(self._queue.popleft())
+            batch.append(queue.popleft())
         return batch
 
     async def finish(self) -> None:

@@ -76,21 +76,28 @@ class PostgresChannelLayer(BaseChannelLayer):
         A specific channel must be one of this process's own. A cancelled call takes no message. Never
         raises because the database is away: it waits.
         """
-        while True:
-            client = self._homes.client
+        homes = self._homes
+        client = homes.client
+        mailbox = client.find_mailbox(channel) if channel.__class__ is str else None
+        if mailbox is None or not mailbox.is_receivable:
             mailbox = self._mailbox_to_receive(client, channel)
+        is_specific = "!" in channel
+        while True:
             letter = mailbox.pop(client.doomed)
             if letter is None:
-                engine = self._homes.for_receiving()
-                want = None if "!" in channel else partial(engine.call, engine.receiver.want, channel)
+                engine = homes.for_receiving()
+                want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
                 await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
-                if mailbox.is_closed and "!" in channel:
-                    raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
+                if mailbox.is_closed:
+                    if is_specific:
+                        raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
+                    client = homes.client
+                    mailbox = self._mailbox_to_receive(client, channel)
                 continue
             message = self._open(client, mailbox, letter)
             if message is None:
                 continue
-            if letter.key is not None and "!" in channel and mailbox.is_pressed:
+            if is_specific and letter.key is not None and mailbox.is_pressed:
                 await self._settle(mailbox, letter)
             return message
 
@@ -160,29 +167,25 @@ class PostgresChannelLayer(BaseChannelLayer):
             _remember(self._valid_groups, group)
 
     def _mailbox_to_receive(self, client: Client, channel: str) -> Mailbox:
-        mailbox = client.find_mailbox(channel) if channel.__class__ is str else None
-        if mailbox is None or not mailbox.is_receivable:
-            self._check_channel(channel)
-            if "!" in channel and not client.owns(channel):
-                raise TypeError(
-                    f"Channel {channel} belongs to another process: only that one can receive on it."
-                )
-            mailbox = client.mailbox(channel)
-            mailbox.is_receivable = True
-        mailbox.is_used = True
+        self._check_channel(channel)
+        if "!" in channel and not client.owns(channel):
+            raise TypeError(f"Channel {channel} belongs to another process: only that one can receive on it.")
+        mailbox = client.mailbox(channel)
+        mailbox.is_receivable = True
         return mailbox
 
     def _open(self, client: Client, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
         """The message of a letter that was popped; None if it is expired or cannot be read."""
-        if letter.key is not None:
+        _, payload, expires_at, key = letter
+        if key is not None:
             engine = self._homes.home
             if engine is not None:
                 engine.call(engine.receiver.deleter.soon, mailbox)
-        if letter.expires_at <= client.clock.now():
+        if expires_at <= client.clock.now():
             client.counters["dropped_expired"] += 1
             return None
         try:
-            message = self._codec.decode(letter.payload)
+            message = self._codec.decode(payload)
         except UndecodableMessage as error:
             client.undecodable(mailbox.channel, error)
             return None

@@ -92,25 +92,27 @@ class Mailbox:
 
     def put_if_room(self, letter: Letter) -> bool:
         """Append unless the mailbox is full: what waits keeps its place, the newest is dropped."""
+        letters = self._letters
         with self._lock:
             if self.is_closed:
                 return True
-            if len(self._letters) >= self.capacity:
+            if len(letters) >= self.capacity:
                 return False
-            self._letters.append(letter)
+            letters.append(letter)
             if self._waiters:
                 self._wake_one()
             return True
 
     def pop(self, doomed: dict[Key, Mailbox | None] | None = None) -> Letter | None:
         """The oldest letter, or None. In the same step its row, if it has one, is noted in ``doomed``."""
-        if not self._letters:
+        letters = self._letters
+        if not letters:
             return None
         with self._lock:
-            if not self._letters:
+            if not letters:
                 return None
-            letter = self._letters.popleft()
-            if letter.key is not None and doomed is not None:
+            letter = letters.popleft()
+            if doomed is not None and letter.key is not None:
                 doomed[letter.key] = self
             return letter
 
@@ -169,8 +171,9 @@ class Mailbox:
         with self._lock:
             if self._letters or self.is_closed:
                 return
+            self.is_used = True
             self._waiters.append(waiter)
-        timer = loop.call_later(timeout, _time_out, waiter) if timeout is not None else None
+        timer = None if timeout is None else loop.call_later(timeout, _time_out, waiter)
         try:
             if on_wait is not None:
                 on_wait()
@@ -181,12 +184,14 @@ class Mailbox:
                 if not self._forget(waiter) and self._letters:
                     self._wake_one()
             raise
-        else:
-            with self._lock:
-                self._forget(waiter)
         finally:
             if timer is not None:
                 timer.cancel()
+        if waiter in self._woken:
+            self._woken.discard(waiter)
+        else:  # its time is over
+            with self._lock:
+                self._forget(waiter)
 
     def _forget(self, waiter: asyncio.Future[None]) -> bool:
         """Returns whether it was still waiting, and not woken."""

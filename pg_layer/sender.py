@@ -139,17 +139,16 @@ class Sender:
         """Take no more; returns when the writes in flight have ended."""
         await asyncio.gather(*(lane.finish() for lane in self._lanes))
 
-    async def submit(self, op: Op, *, may_write: bool = False) -> None:
+    def submit(self, op: Op, *, may_write: bool = False) -> Coroutine[Any, Any, None]:
         """Do it, from any loop; returns when it is committed.
 
         ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
         """
         if isinstance(op, Send):
-            await self._sends.submit(op, may_write=may_write)
-        elif isinstance(op, GroupSend):
-            await self._group_sends.submit(op, may_write=may_write)
-        else:
-            await self._regroups.submit(op, may_write=may_write)
+            return self._sends.submit(op, may_write=may_write)
+        if isinstance(op, GroupSend):
+            return self._group_sends.submit(op, may_write=may_write)
+        return self._regroups.submit(op, may_write=may_write)
 
     async def _send(self, ops: list[Send], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 from collections.abc import Iterator
 from itertools import count
@@ -42,6 +43,8 @@ class Session:
         self._is_waiting = False
         self._answer_to: _Answer | None = None  # while somebody awaits it
         self._transformer = Transformer(conn)
+        self._poll = select.poll()
+        self._poll.register(self._pgconn.socket, select.POLLIN)
 
     def fileno(self) -> int:
         """The socket's number. Raises `psycopg.OperationalError` if the connection is closed."""
@@ -51,6 +54,11 @@ class Session:
     def is_closed(self) -> bool:
         """Whether the connection is known to be lost."""
         return self._pgconn.status == pq.ConnStatus.BAD
+
+    @property
+    def has_hung_up(self) -> bool:
+        """Whether the server has said goodbye to this idle connection. Costs no round trip."""
+        return self.is_closed or bool(self._poll.poll(0))
 
     @property
     def is_reusable(self) -> bool:
@@ -70,8 +78,9 @@ class Session:
             self._pgconn.send_query_params(
                 statement.sql, parameters, statement.oids, statement.formats, _BINARY
             )
+        self._is_waiting = True
         try:
-            result = await self._answer()
+            result = _checked(await self._results())
         except (errors.InvalidSqlStatementName, errors.FeatureNotSupported):
             # What was prepared is gone, or returns other types since: prepare it anew.
             self._names.pop(statement, None)
@@ -85,7 +94,8 @@ class Session:
         # Each attempt has a name of its own: it is unknown what became of one that was cancelled.
         name = b"pg_layer_%d" % next(_numbers)
         self._pgconn.send_prepare(name, statement.sql, statement.oids)
-        await self._answer()
+        self._is_waiting = True
+        _checked(await self._results())
         self._names[statement] = name
         return name
 
@@ -101,11 +111,8 @@ class Session:
             await self._results(is_late=True)
         if self._pgconn.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
             self._pgconn.send_query_params(b"ROLLBACK", None)
-            await self._answer()
-
-    async def _answer(self) -> PGresult:
-        self._is_waiting = True
-        return _checked(await self._results(), self._pgconn)
+            self._is_waiting = True
+            _checked(await self._results())
 
     def close(self) -> None:
         """Close at once, on the loop of whoever uses it, or where that runs no more; they are told."""
@@ -201,13 +208,12 @@ def execute_now(conn: Connection[Any], statement: Statement, *values: object) ->
     result = conn.pgconn.exec_params(
         statement.sql, statement.encode(values), statement.oids, statement.formats, _BINARY
     )
-    result = _checked([result], conn.pgconn)
     transformer = Transformer(conn)
-    transformer.set_pgresult(result)
+    transformer.set_pgresult(_checked([result]))
     return transformer.load_rows(0, result.ntuples, tuple)
 
 
-def _checked(results: list[PGresult], pgconn: pq.abc.PGconn) -> PGresult:
+def _checked(results: list[PGresult]) -> PGresult:
     """The result of a single statement, if that went well."""
     for result in results:
         if result.status not in _GOOD:

@@ -144,7 +144,7 @@ async def send_one(
     floor: int | None,
 ) -> tuple[bool, Look | None]:
     """Returns whether the channel was full; and what was seen, where a floor was given to look from."""
-    _, seen = await _one(session, _SEND_ONE, prefix, channel, payload, expiry, capacity, floor)
+    ((_, seen),) = await session.execute(_SEND_ONE, prefix, channel, payload, expiry, capacity, floor)
     return seen is None, Look(*seen) if seen else None
 
 
@@ -168,7 +168,7 @@ async def group_send_one(
     session: Session, prefix: str, group: str, payload: bytes, expiry: float
 ) -> list[str]:
     """Returns the normal channels in the group that were full and missed the message."""
-    _, missed = await _one(session, _GROUP_SEND_ONE, prefix, group, payload, expiry)
+    ((_, missed),) = await session.execute(_GROUP_SEND_ONE, prefix, group, payload, expiry)
     return missed or []
 
 
