@@ -169,7 +169,8 @@ class _Answer:
                 result = pgconn.get_result()
                 if result is None:
                     self.is_complete = True
-                    self.done.set_result(self._results)
+                    if not self.done.done():
+                        self.done.set_result(self._results)
                     return
                 self._results.append(result)
         except psycopg.Error as error:

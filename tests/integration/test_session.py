@@ -1,0 +1,232 @@
+"""Statements on a connection: what is sent arrives, and what cuts one short spoils not the next."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import AsyncConnection, errors
+
+from pg_layer import PostgresChannelLayer
+from pg_layer.session import Session
+from pg_layer.statement import BYTEA, FLOAT8, INT4, INT8S, TEXT, TEXTS, Statement
+from tests.conftest import MakeLayer, Observer
+from tests.processes import until
+
+PATIENCE = 20.0
+ECHO = Statement("SELECT $1, $2, $3, $4", TEXT, INT4, FLOAT8, BYTEA)
+ARRAYS = Statement("SELECT $1, $2", TEXTS, INT8S)
+LENGTH = Statement("SELECT octet_length($1), $1", BYTEA)
+NUMBER = Statement("SELECT $1", INT4)
+WAIT = Statement("SELECT 'waited' FROM pg_advisory_xact_lock_shared(7)")
+BEGIN = Statement("BEGIN")
+WRONG = Statement("SELECT 1 / $1", INT4)
+FORGET = Statement("DEALLOCATE ALL")
+PREPARED = Statement("SELECT count(*) FROM pg_prepared_statements")
+
+
+@pytest.fixture(params=[True, False], ids=["prepared", "not prepared"])
+async def session(postgres_dsn: str, request: pytest.FixtureRequest) -> AsyncIterator[Session]:
+    conn: AsyncConnection[Any] = await AsyncConnection.connect(postgres_dsn, autocommit=True)
+    session = Session(conn, can_prepare=request.param)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def lock(postgres_dsn: str) -> Any:
+    """Makes WAIT wait, until it is let go."""
+    with psycopg.connect(postgres_dsn, autocommit=True) as conn:
+        conn.execute("SELECT pg_advisory_lock(7)")
+        yield conn
+
+
+def let_go(lock: psycopg.Connection[Any]) -> None:
+    lock.execute("SELECT pg_advisory_unlock(7)")
+
+
+async def waiting(session: Session) -> asyncio.Task[Any]:
+    """A statement that the server has begun, and does not end."""
+    task = asyncio.create_task(session.execute(WAIT))
+    pid = session.conn.info.backend_pid
+    async with await AsyncConnection.connect(
+        session.conn.info.dsn, password=session.conn.info.password
+    ) as conn:
+        await conn.set_autocommit(True)
+        while True:
+            cursor = await conn.execute(
+                "SELECT 1 FROM pg_locks WHERE pid = %s AND locktype = 'advisory' AND NOT granted", (pid,)
+            )
+            if await cursor.fetchone():
+                return task
+
+
+async def test_what_is_said_is_heard(session: Session) -> None:
+    assert await session.execute(ECHO, "ü", -7, 0.1, b"\0\xff") == [("ü", -7, 0.1, b"\0\xff")]
+    assert await session.execute(ECHO, None, None, None, None) == [(None, None, None, None)]
+    assert await session.execute(ARRAYS, ["a", ""], [1, 2**63 - 1]) == [(["a", ""], [1, 2**63 - 1])]
+    assert await session.execute(ARRAYS, [], []) == [([], [])]
+
+
+async def test_more_than_a_socket_holds(session: Session) -> None:
+    data = bytes(range(256)) * 2**16
+    assert await session.execute(LENGTH, data) == [(len(data), data)]
+
+
+async def test_a_statement_is_prepared_once(session: Session) -> None:
+    for n in range(3):
+        assert await session.execute(NUMBER, n) == [(n,)]
+    [(count,)] = await session.execute(PREPARED)
+    assert count == (2 if session.can_prepare else 0)
+
+
+async def test_an_error_is_told_and_the_next_statement_runs(session: Session) -> None:
+    with pytest.raises(errors.DivisionByZero) as caught:
+        await session.execute(WRONG, 0)
+    assert caught.value.sqlstate == "22012"
+    assert session.is_reusable
+    assert await session.execute(NUMBER, 1) == [(1,)]
+
+
+async def test_too_few_values_say_so_and_send_nothing(session: Session) -> None:
+    with pytest.raises(ValueError, match="argument"):
+        await session.execute(ECHO, "one")
+    assert session.is_reusable
+    assert await session.execute(NUMBER, 1) == [(1,)]
+
+
+async def test_a_cancelled_statement_ends_by_itself(session: Session, lock: psycopg.Connection[Any]) -> None:
+    task = await waiting(session)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not session.is_reusable
+    settling = asyncio.create_task(session.settle())
+    let_go(lock)
+    await asyncio.wait_for(settling, PATIENCE)
+    assert session.is_reusable
+    assert await session.execute(NUMBER, 1) == [(1,)]
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_cancelled_as_the_answer_comes(
+    session: Session, lock: psycopg.Connection[Any], turns: int
+) -> None:
+    task = await waiting(session)
+    let_go(lock)
+    # The answer is here before the loop looks: it is seen in the very turn of the cancellation, or around it.
+    assert select.select([session.fileno()], [], [], PATIENCE)[0]
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=PATIENCE)
+    assert done
+    if not session.is_reusable:
+        await asyncio.wait_for(session.settle(), PATIENCE)
+    assert session.is_reusable
+    assert await session.execute(NUMBER, 1) == [(1,)]
+
+
+async def test_a_transaction_that_a_cancelled_caller_left_open_is_rolled_back(
+    session: Session, lock: psycopg.Connection[Any]
+) -> None:
+    await session.execute(BEGIN)
+    assert not session.is_reusable
+    task = await waiting(session)
+    task.cancel()
+    await asyncio.wait({task})
+    let_go(lock)
+    await asyncio.wait_for(session.settle(), PATIENCE)
+    assert session.is_reusable
+
+
+async def test_a_failed_transaction_is_rolled_back(session: Session) -> None:
+    await session.execute(BEGIN)
+    with pytest.raises(errors.DivisionByZero):
+        await session.execute(WRONG, 0)
+    assert not session.is_reusable
+    await session.settle()
+    assert session.is_reusable
+
+
+async def test_the_server_says_why_it_goes(session: Session, lock: psycopg.Connection[Any]) -> None:
+    task = await waiting(session)
+    fd = session.fileno()
+    lock.execute("SELECT pg_terminate_backend(%s)", (session.conn.info.backend_pid,))
+    with pytest.raises(errors.AdminShutdown):
+        await asyncio.wait_for(task, PATIENCE)
+    assert not session.is_reusable
+    # Nothing is left in the loop that the next socket with that number would be taken for.
+    assert not asyncio.get_running_loop().remove_reader(fd)
+    with pytest.raises(psycopg.OperationalError):
+        await session.execute(NUMBER, 1)
+
+
+async def test_an_idle_session_notices_that_the_server_has_gone(
+    session: Session, lock: psycopg.Connection[Any]
+) -> None:
+    await session.execute(NUMBER, 1)
+    assert not session.has_hung_up
+    lock.execute("SELECT pg_terminate_backend(%s, 10000)", (session.conn.info.backend_pid,))
+    await until(lambda: session.has_hung_up)
+    session.close()
+    assert session.has_hung_up
+
+
+@pytest.mark.parametrize("way", ["close", "cut"])
+async def test_who_waits_is_told_that_the_connection_was_closed(
+    session: Session, lock: psycopg.Connection[Any], way: str
+) -> None:
+    task = await waiting(session)
+    if way == "cut":
+        threading.Thread(target=session.cut).start()
+    else:
+        session.close()
+    with pytest.raises(psycopg.OperationalError):
+        await asyncio.wait_for(task, PATIENCE)
+    assert not session.is_reusable
+    session.cut()
+    session.close()
+
+
+async def test_statements_that_the_server_has_forgotten_are_prepared_anew(session: Session) -> None:
+    assert await session.execute(NUMBER, 1) == [(1,)]
+    await session.execute(FORGET)
+    if session.can_prepare:
+        with pytest.raises(errors.InvalidSqlStatementName):
+            await session.execute(NUMBER, 2)
+    assert await session.execute(NUMBER, 3) == [(3,)]
+
+
+async def test_loops_lend_each_other_a_session(session: Session) -> None:
+    def elsewhere(n: int) -> list[tuple[Any, ...]]:
+        return asyncio.run(session.execute(NUMBER, n))
+
+    for n in range(3):
+        assert await asyncio.to_thread(elsewhere, n) == [(n,)]
+        assert await session.execute(NUMBER, n) == [(n,)]
+
+
+async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """As after `DISCARD ALL`, or when functions were replaced by others that return another type."""
+    layer: PostgresChannelLayer = make_layer()
+    channel = await layer.new_channel()
+    await layer.send(channel, {"n": 0})
+    assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": 0}
+    home = layer._homes.home
+    assert home is not None
+
+    async def forget(session: Session) -> None:
+        await session.execute(FORGET)
+
+    await home.connections.run(forget, timeout=PATIENCE)
+    for n in range(1, 4):
+        await layer.send(channel, {"n": n})
+        assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": n}
