@@ -18,7 +18,7 @@ _KEY = pytest.StashKey[list[tuple[str, float]]]()
 
 @pytest.fixture
 def recovery(request: pytest.FixtureRequest) -> Callable[[str], AbstractContextManager[None]]:
-    """``with recovery("what recovers"): ...`` notes the seconds it takes: shown at the end, never asserted."""
+    """``with recovery("what recovers"): ...`` notes the seconds: shown, never asserted."""
     noted = request.config.stash.setdefault(_KEY, [])
 
     @contextmanager
