@@ -87,23 +87,24 @@ LANGUAGE sql VOLATILE AS $$ SELECT (random() * 9007199254740992)::bigint $$;
 
 -- Ring an inbox's doorbell. What it says is either the one message itself, 'M id nonce expires channel group base64', or
 -- what to read, 'R nonce first last'. A NOTIFY payload must stay below 8000 bytes: 5700 are 7699 in base64, with names and
--- numbers at most 7957. Written so that PostgreSQL inlines it.
+-- numbers at most 7957. Written so that PostgreSQL inlines it. With pg_layer.silent on, as where NOTIFY cannot be had, it
+-- does not ring: readers find the rows by looking.
 CREATE FUNCTION pg_layer_ring(_inbox text, _nonce bigint, _first bigint, _last bigint) RETURNS text
 LANGUAGE sql VOLATILE AS $$
-    SELECT pg_notify(pg_layer_doorbell(_inbox),
-                     'R ' || _nonce || ' ' || _first || ' ' || _last)::text
+    SELECT CASE WHEN current_setting('pg_layer.silent', true) = 'on' THEN ''
+        ELSE pg_notify(pg_layer_doorbell(_inbox), 'R ' || _nonce || ' ' || _first || ' ' || _last)::text END
 $$;
 
 CREATE FUNCTION pg_layer_ring_with(
     _inbox text, _nonce bigint, _id bigint, _expires_at timestamptz, _channel text, _group text, _payload bytea
 ) RETURNS text
 LANGUAGE sql VOLATILE AS $$
-    SELECT pg_notify(pg_layer_doorbell(_inbox),
+    SELECT CASE WHEN current_setting('pg_layer.silent', true) = 'on' THEN '' ELSE pg_notify(pg_layer_doorbell(_inbox),
         CASE WHEN octet_length(_payload) <= 5700
             THEN 'M ' || _id || ' ' || _nonce || ' ' || extract(epoch FROM _expires_at) || ' ' || _channel || ' ' || _group
                 || ' ' || encode(_payload, 'base64')
             ELSE 'R ' || _nonce || ' ' || _id || ' ' || _id
-        END)::text
+        END)::text END
 $$;
 
 -- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients.
@@ -448,7 +449,7 @@ BEGIN
     INSERT INTO pg_layer_client AS c (inbox, host, pid, expires_at)
     VALUES (_inbox, _host, _pid, _now + make_interval(secs => _lease))
     ON CONFLICT (inbox) DO UPDATE SET host = excluded.host, pid = excluded.pid, expires_at = excluded.expires_at;
-    IF _token IS NOT NULL THEN
+    IF _token IS NOT NULL AND current_setting('pg_layer.silent', true) IS DISTINCT FROM 'on' THEN
         PERFORM pg_notify(pg_layer_doorbell(_inbox), 'P ' || _token);
     END IF;
     clock := extract(epoch FROM clock_timestamp());

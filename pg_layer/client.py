@@ -7,6 +7,7 @@ does not outlive a fork: a child begins with a client of its own.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import threading
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pg_layer.clock import DatabaseClock
 from pg_layer.codec import Codec
 from pg_layer.exceptions import UndecodableMessage
-from pg_layer.inbox import Inbox, Key, Row
+from pg_layer.inbox import LAST_ID, Inbox, Key, Row
 from pg_layer.mailbox import Letter, Mailbox
 from pg_layer.membership import Memberships
 
@@ -160,6 +161,15 @@ class Client:
             if since < id <= until and expires_at > now and not mailbox.put_if_room(letter):
                 self.count_dropped(group, mailbox.channel)
 
+    def announce(self, type: str | None) -> None:
+        """Put a message of this type, if one is given, into the mailbox of each consumer here."""
+        if type is None:
+            return
+        payload = self.codec.open(self.codec.encode({"type": type}))
+        for mailbox in self.mailboxes():
+            if mailbox.is_receivable and self.owns(mailbox.channel):
+                mailbox.put_if_room(Letter(LAST_ID, payload, math.inf, None))
+
     def flush(self, id: int) -> None:
         """Forget all that was sent or joined before that id."""
         self.memberships.flush(id)
@@ -191,6 +201,11 @@ class Client:
         self.counters["dropped_undecodable"] += 1
         if self._may_log(("undecodable", str(error))):
             logger.error("Skipped a message for %s that cannot be read: %s", where, error)
+
+    def unheard(self, why: str) -> None:
+        """What is sent rings no doorbell."""
+        if self._may_log("unheard"):
+            logger.warning("Without notifications: %s Messages wait until their readers look.", why)
 
     def foreign(self, doorbell: str) -> None:
         """Somebody else sent a NOTIFY on one of our doorbells."""

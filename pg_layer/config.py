@@ -101,6 +101,8 @@ class Config:
     - `poll_interval`: how often to look for messages instead of listening; None: listen.
     - `pool_max_size`: the most connections in the pool.
     - `sweep_interval`: how often to remove what has expired; 0: never.
+    - `on_disconnect`, `on_reconnect`: types of messages that each consumer of this process gets when the
+      database is lost, and when it is back.
     """
 
     dsn: str | None = None
@@ -120,6 +122,8 @@ class Config:
     poll_interval: float | None = None
     pool_max_size: int = 2
     sweep_interval: float = 600
+    on_disconnect: str | None = None
+    on_reconnect: str | None = None
     _capacity_of: Callable[[str], int] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +142,10 @@ class Config:
                 f"pg_layer: CONFIG['heartbeat'] must be at most half of 'lease' ({self.lease!r} seconds), "
                 f"not {self.heartbeat!r}: one late heartbeat must not end a lease."
             )
+        for name in ("on_disconnect", "on_reconnect"):
+            type_ = getattr(self, name)
+            if type_ is not None and (not isinstance(type_, str) or not type_):
+                raise _bad(name, type_, "a message's type, such as 'database.lost', or None")
         _check_count("capacity", self.capacity)
         _check_count("pool_max_size", self.pool_max_size)
         _check_count("max_message_size", self.max_message_size, MAX_MESSAGE_SIZE, "bytes, an integer")

@@ -42,9 +42,13 @@ logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 # Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
-_TRANSIENT_CLASSES = ("0A000", "26000", "40001", "40P01", "53", "57", "25006", "55P03")
+_TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57", "25006", "55P03")
 RETRY = 0.05  # seconds before the next attempt
-_WAIT = 1.0  # seconds for which to wait for a connection before the reason is looked at again
+# Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
+# is tried again without ringing.
+_REFUSALS = ("54000", "0A000")
+_READ_ONLY = ("25006",)
+_WAIT = 0.5  # seconds for which to wait for a connection before the reason is looked at again
 _KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
 _SETTLE_TIMEOUT = 10.0
 
@@ -56,8 +60,15 @@ class Connections:
     at hand, as going through the pool costs more than many a statement.
     """
 
-    def __init__(self, config: Config, max_size: int, max_idle: float) -> None:
+    def __init__(
+        self,
+        config: Config,
+        max_size: int,
+        max_idle: float,
+        on_refused: Callable[[psycopg.Error], None],
+    ) -> None:
         self._config = config
+        self._on_refused = on_refused
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self._reason: Exception | None = None
         self._loop = asyncio.get_running_loop()
@@ -94,7 +105,7 @@ class Connections:
             min_size=0,
             max_size=max_size,
             max_idle=max_idle,
-            reconnect_timeout=5.0,
+            reconnect_timeout=0.0,  # who waits tries again, without the pool's growing pauses
             num_workers=1,
             open=False,
             name=_POOL_NAME,
@@ -138,6 +149,7 @@ class Connections:
         loop = asyncio.get_running_loop()
         is_guest = loop is not self._loop
         deadline = time.monotonic() + timeout
+        is_silent = False
         while True:
             session = self._at_hand(is_guest)
             if session is None:
@@ -145,20 +157,33 @@ class Connections:
                     raise NotBegun
                 session = await self._from_pool(deadline)
             watchdog = loop.call_later(max(deadline - time.monotonic(), 0.001), session.cut)
+            is_refused = False
             try:
-                return await work(session)
+                return await (store.silently(session, work) if is_silent else work(session))
             except psycopg.Error as error:
-                self._judge(error, is_idempotent, deadline)
+                is_refused = error.sqlstate in _REFUSALS and not is_silent
+                if is_refused:
+                    is_silent = True
+                    self._on_refused(error)
+                else:
+                    if error.sqlstate in _READ_ONLY:
+                        session.close()  # another connection may lead to a server that takes writes
+                    self._judge(error, is_idempotent, deadline)
             finally:
                 watchdog.cancel()
                 self._give_back(session)
-            await asyncio.sleep(RETRY)
+            if not is_refused:
+                await asyncio.sleep(RETRY)
 
     def _judge(self, error: psycopg.Error, is_idempotent: bool, deadline: float) -> None:
         """Return if the statement may be tried again, else raise."""
         if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
             raise NotMigrated from error
         is_late = time.monotonic() >= deadline
+        if error.sqlstate in _READ_ONLY and is_late:
+            raise LayerUnavailable(
+                "The database takes no writes: it is a standby, or read-only by its settings."
+            ) from error
         if error.sqlstate is not None and error.sqlstate.startswith(_TRANSIENT_CLASSES):
             if is_late:
                 raise unavailable(error) from error

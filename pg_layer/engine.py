@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import os
-import socket
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -15,16 +12,15 @@ from pg_layer import store
 from pg_layer.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
-from pg_layer.listener import Listener
+from pg_layer.liveness import Liveness
+from pg_layer.outage import Outage
 from pg_layer.receiver import Receiver
 from pg_layer.sender import Regroup, Sender
-from pg_layer.session import Session
 
 T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer")
 
-REASSERT_MOST = 5000  # memberships a statement
 SENDER_IDLE = 10.0  # seconds after which a process that only sends closes its connection
 FAREWELL_TIMEOUT = 2.0
 STOP_TIMEOUT = 2.0
@@ -44,12 +40,17 @@ class Engine:
         self.is_closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
         config = client.config
-        self.connections = Connections(config, max_size=1, max_idle=SENDER_IDLE)
-        self.receiver = Receiver(client, self.connections, self.spawn)
-        self._listener: Listener | None = None
-        self._keeps_lease = False
+        self.outage = Outage(client)
+        self.connections = Connections(
+            config,
+            max_size=1,
+            max_idle=SENDER_IDLE,
+            on_refused=lambda error: self.call(self.liveness.refused, error),
+        )
+        self.receiver = Receiver(client, self.connections, self.spawn, self.outage)
+        self.liveness = Liveness(client, self.connections, self.receiver, self.outage, self.spawn)
         self.sender = Sender(
-            client, self.connections, self.spawn, lambda: self.call(self._start_keeping_lease)
+            client, self.connections, self.spawn, on_lease=lambda: self.call(self.liveness.keep)
         )
         self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
@@ -145,97 +146,11 @@ class Engine:
         if self.is_receiving or self.is_closed:
             return
         self.is_receiving = True
-        config = self.client.config
-        self.spawn(self.connections.grow(config.pool_max_size))
-        if config.poll_interval is None:
-            self._listener = Listener(config, self._on_connect, self.receiver.hear)
-            self.receiver.listener = self._listener
-            self.spawn(self._listener.run())
-        else:
-            self.spawn(self._poll(config.poll_interval))
-        self._start_keeping_lease()
+        self.spawn(self.connections.grow(self.client.config.pool_max_size))
+        self.liveness.start_listening()
         self.spawn(self._keep_house())
 
-    async def _on_connect(self, session: Session) -> None:
-        await self._renew_on(session, None)
-        await self._reassert_on(session)
-        await self.receiver.listen(session)
-
-    async def _poll(self, interval: float) -> None:
-        try:
-            await self._renew(None)
-        except PgLayerError as error:
-            logger.warning("Could not take a lease: %s", error)
-        while True:
-            self.client.inbox.reconnected()  # no doorbell is to be waited for
-            self.receiver.look_again()
-            await asyncio.sleep(interval)
-
-    # ------------------------------------------------------------------ staying alive
-
-    async def _renew_on(self, session: Session, token: str | None) -> bool:
-        """Renew the lease; returns whether there was none, so that the memberships may be gone."""
-        client = self.client
-        asked_at = time.monotonic()
-        client.has_lease = True  # perhaps, from here on
-        clock, is_new = await store.renew(
-            session, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
-        )
-        client.clock.observe(asked_at, clock)
-        client.renewed_at = asked_at
-        return is_new
-
-    async def _reassert_on(self, session: Session) -> None:
-        """Put the memberships back that the tables may have lost."""
-        client = self.client
-        members = client.memberships.all()
-        for start in range(0, len(members), REASSERT_MOST):
-            now = client.clock.now()
-            await store.reassert(
-                session,
-                client.inbox_name,
-                [
-                    (group, mailbox.channel, None if expires_at == math.inf else expires_at - now)
-                    for group, (mailbox, _, _, expires_at, _) in members[start : start + REASSERT_MOST]
-                ],
-            )
-
-    async def _renew(self, token: str | None) -> None:
-        async def work(session: Session) -> None:
-            if await self._renew_on(session, token):
-                # The tables may be others, whose ids begin anew.
-                self.client.memberships.reconnected()
-                await self._reassert_on(session)
-                self.receiver.look_again()  # who has no lease is given no jobs
-
-        await self.connections.run(work, timeout=self.client.config.heartbeat, is_idempotent=True)
-
-    def _start_keeping_lease(self) -> None:
-        if not self._keeps_lease:
-            self._keeps_lease = True
-            self.spawn(self._keep_lease())
-
-    async def _keep_lease(self) -> None:
-        heartbeat = self.client.config.heartbeat
-        while True:
-            await asyncio.sleep(heartbeat)
-            if not self.is_receiving and time.monotonic() - self.client.renewed_at < heartbeat:
-                continue  # the engine that receives keeps it
-            listener = self._listener
-            try:
-                if listener is None or not listener.is_connected:
-                    await self._renew(None)
-                    self.receiver.deleter.age()
-                elif await self.receiver.ping(self._renew, heartbeat / 2):
-                    self.receiver.look_again()
-                    self.receiver.deleter.age()
-                else:
-                    logger.warning(
-                        "The database answers, but its notifications do not arrive: listening anew."
-                    )
-                    listener.reconnect()
-            except PgLayerError as error:
-                logger.warning("Could not renew the lease: %s", error)
+    # ------------------------------------------------------------------ housekeeping
 
     async def _keep_house(self) -> None:
         client = self.client
@@ -252,7 +167,7 @@ class Engine:
                     swept_at = time.monotonic()
                     await self._sweep()
             except PgLayerError as error:
-                logger.warning("Could not clean up: %s", error)
+                logger.info("Could not clean up: %s", error)
 
     async def expire_unread(self) -> None:
         """Drop what expired in the mailboxes; a channel that nobody reads leaves its groups."""
@@ -323,8 +238,7 @@ class Engine:
         """Drop all that is bound to the loop, also when the loop will not run again. The client lives on."""
         self.sender.close()
         self.is_closed = True
-        if self._listener is not None:
-            self._listener.abandon()
+        self.liveness.abandon()
         self.connections.abandon()
         self.call(self._cancel_tasks)  # should that loop run again, it finds nothing to do
 

@@ -75,10 +75,12 @@ class Lane(Generic[Op]):
         self._weigh = weigh
         self._timeout = timeout
         self._queue: deque[_Ticket] = deque()
-        # Guards the next two, as a guest may begin and end a write on any thread.
+        # Guards the next three, as a guest may begin and end a write on any thread.
         self._lock = threading.Lock()
         self._is_busy = False
+        self._is_guests = False
         self._closed = False
+        self._late: asyncio.TimerHandle | None = None
         self._rested = asyncio.Event()
 
     async def submit(self, op: Op, *, may_write: bool = False) -> None:
@@ -93,7 +95,7 @@ class Lane(Generic[Op]):
         is_here = loop is self._loop
         if is_here and self._closed:
             raise NotBegun
-        if (is_here or may_write) and self._try_begin():
+        if (is_here or may_write) and self._try_begin(is_guests=not is_here):
             try:
                 (outcome,) = await self._write([op], self._timeout)
             except NotBegun:
@@ -123,11 +125,12 @@ class Lane(Generic[Op]):
         finally:
             timer.cancel()
 
-    def _try_begin(self) -> bool:
+    def _try_begin(self, *, is_guests: bool = False) -> bool:
         with self._lock:
             if self._is_busy or self._closed:
                 return False
             self._is_busy = True
+            self._is_guests = is_guests
             return True
 
     def _enqueue(self, ticket: _Ticket) -> None:
@@ -136,8 +139,23 @@ class Lane(Generic[Op]):
             return
         self._queue.append(ticket)
         # Who writes looks at the queue once more when he has done.
-        if not self._is_busy and self._try_begin():
+        if self._try_begin():
             self._work_or_rest()
+        elif self._is_guests and self._late is None:
+            self._late = self._loop.call_later(self._timeout, self._give_up)
+
+    def _give_up(self) -> None:
+        """A guest's loop is held up in the middle of its write: nobody waits for it longer than he would."""
+        self._late = None
+        now = time.monotonic()
+        for _ in range(len(self._queue)):
+            ticket = self._queue.popleft()
+            if ticket.deadline <= now:
+                ticket.settle(LayerUnavailable(LATE), self._loop)
+            else:
+                self._queue.append(ticket)
+        if self._queue and self._is_guests:
+            self._late = self._loop.call_later(self._queue[0].deadline - now, self._give_up)
 
     def _continue(self, is_here: bool) -> None:
         """The write in flight has ended: begin the next or rest."""
@@ -218,6 +236,9 @@ class Lane(Generic[Op]):
 
     def close(self) -> None:
         """Take no more; what waits fails with `NotBegun`."""
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         with self._lock:
             self._closed = True
         while self._queue:

@@ -13,8 +13,9 @@ from pg_layer.client import Client
 from pg_layer.codec import Codec
 from pg_layer.config import load
 from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
+from pg_layer.health import Health, examine
 from pg_layer.homes import Homes
-from pg_layer.mailbox import Letter, Mailbox
+from pg_layer.mailbox import Letter, Mailbox, Waiter
 from pg_layer.sender import GroupSend, Regroup, Send
 
 NAMES_MOST = 10_000
@@ -82,18 +83,20 @@ class PostgresChannelLayer(BaseChannelLayer):
         if mailbox is None or not mailbox.is_receivable:
             mailbox = self._mailbox_to_receive(client, channel)
         is_specific = "!" in channel
+        waiter: Waiter | None = None
         while True:
-            letter = mailbox.pop(client.doomed)
+            letter = mailbox.pop(client.doomed, waiter)
             if letter is None:
                 engine = homes.for_receiving()
                 want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
-                await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
+                waiter = await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
                 if mailbox.is_closed:
                     if is_specific:
                         raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
                     client = homes.client
                     mailbox = self._mailbox_to_receive(client, channel)
                 continue
+            waiter = None
             message = self._open(client, mailbox, letter)
             if message is None:
                 continue
@@ -145,6 +148,16 @@ class PostgresChannelLayer(BaseChannelLayer):
         """Remove all messages and memberships of this layer's prefix, for every process."""
         engine = self._homes.for_sending()
         await engine.bridge(engine.flush)
+
+    async def health(self) -> Health:
+        """How this process's use of the layer fares. Raises nothing: what is wrong stands in ``problems``."""
+        engine = self._homes.for_sending()
+        try:
+            return await engine.bridge(partial(examine, engine))
+        except LayerUnavailable as error:
+            return Health(
+                lease_age=None, listener="off", last_doorbell=None, round_trip=None, problems=[str(error)]
+            )
 
     async def close(self) -> None:
         """Take leave: give back the lease, the memberships and the jobs not handed over, and close the

@@ -18,14 +18,15 @@ from pg_layer.session import Session
 logger = logging.getLogger("pg_layer.listener")
 
 BACKOFF_FIRST = 0.1  # seconds
-BACKOFF_LAST = 15.0
+BACKOFF_LAST = 2.0  # so that a server that is back is found within two
 
 
 class Listener:
     """Keeps a LISTEN connection for as long as `run` runs.
 
     ``on_connect`` is awaited with each new connection: it LISTENs and makes up for what was missed.
-    ``on_notify`` is called with the NOTIFY channel and the payload.
+    ``on_notify`` is called with the NOTIFY channel and the payload, ``on_lost`` with the reason whenever the
+    connection is lost or cannot be made.
     """
 
     def __init__(
@@ -33,13 +34,15 @@ class Listener:
         config: Config,
         on_connect: Callable[[Session], Awaitable[None]],
         on_notify: Callable[[str, str], None],
+        on_lost: Callable[[Exception], None],
     ) -> None:
         self._config = config
         self._on_connect = on_connect
         self._on_notify = on_notify
+        self._on_lost = on_lost
         self._session: Session | None = None
         self._lost: asyncio.Future[None] | None = None
-        self._fd = -1  # the connection's socket, also when libpq has closed it
+        self._fd = -1  # the socket that is watched
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.is_connected = False
@@ -48,34 +51,24 @@ class Listener:
     async def run(self) -> None:
         """Connect, and again for ever. Ends only by cancellation."""
         backoff = BACKOFF_FIRST
-        is_down = False
         while True:
             try:
                 await self._connect()
                 backoff = BACKOFF_FIRST
-                if is_down:
-                    logger.warning("Listening to the database again.")
-                is_down = False
                 assert self._lost is not None
                 await self._lost
-                error: Exception = psycopg.OperationalError("The connection was lost.")
+                error: Exception = psycopg.OperationalError("The listening connection was lost.")
             except (psycopg.Error, OSError) as caught:
                 error = caught
             except Exception as caught:  # a fault of ours must not make the process deaf
-                if not is_down:
-                    logger.exception("Listening failed.")
+                logger.exception("Listening failed.")
                 error = caught
             finally:
                 self._drop()
             self.reconnects += 1
-            if not is_down:
-                is_down = True
-                if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
-                    logger.error("%s", NotMigrated())
-                else:
-                    logger.warning(
-                        "Not listening to the database: %s Trying again.", " ".join(str(error).split())
-                    )
+            if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
+                error = NotMigrated()
+            self._on_lost(error)
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
             backoff = min(backoff * 2, BACKOFF_LAST)
 
@@ -83,12 +76,10 @@ class Listener:
         kwargs = {**self._config.connect_kwargs("listen"), "autocommit": True, "prepare_threshold": None}
         conn: AsyncConnection[Any] = await AsyncConnection.connect(**kwargs)
         self._session = session = Session(conn)
-        self._fd = session.fileno()
         self._lost = self._loop.create_future()
         await self._on_connect(session)
-        self._loop.add_reader(self._fd, self._readable)
         self.is_connected = True
-        self._readable()
+        self._watch(session)
 
     async def execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
         """Run a command (LISTEN, UNLISTEN) on the connection; False if there is none or it was lost."""
@@ -97,7 +88,7 @@ class Listener:
             if session is None or not self.is_connected:
                 return False
             # The session watches the same socket while it waits for an answer.
-            self._loop.remove_reader(self._fd)
+            self._unwatch()
             try:
                 if not session.is_reusable:  # the last caller was cancelled
                     await session.settle()
@@ -107,8 +98,7 @@ class Listener:
                 return False
             finally:
                 if self.is_connected and self._session is session and not session.is_closed:
-                    self._loop.add_reader(self._fd, self._readable)
-                    self._readable()
+                    self._watch(session)
             return True
 
     def reconnect(self) -> None:
@@ -125,15 +115,24 @@ class Listener:
                 self._on_notify(channel, payload)
         except psycopg.Error:
             # libpq may have closed the socket: the loop would take the next one with its number for it.
-            self._loop.remove_reader(self._fd)
+            self._unwatch()
             self.reconnect()
+
+    def _watch(self, session: Session) -> None:
+        self._fd = session.fileno()
+        self._loop.add_reader(self._fd, self._readable)
+        self._readable()
+
+    def _unwatch(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(fd)
 
     def _drop(self) -> None:
         session, self._session = self._session, None
         self.is_connected = False
         if session is not None:
-            if not self._loop.is_closed():
-                self._loop.remove_reader(self._fd)
+            self._unwatch()
             session.close()
 
     def abandon(self) -> None:

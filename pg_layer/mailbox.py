@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from pg_layer.inbox import Key
 
+Waiter = asyncio.Future[None]
+
 
 class Letter(NamedTuple):
     """A message in a mailbox.
@@ -54,8 +56,8 @@ class Mailbox:
         self.is_receivable = False  # set once somebody has shown that this process may receive here
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
-        self._waiters: deque[asyncio.Future[None]] = deque()
-        self._woken: set[asyncio.Future[None]] = set()  # told to look, and will soon
+        self._waiters: deque[Waiter] = deque()
+        self._woken: set[Waiter] = set()  # told to look, and will soon
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -69,7 +71,8 @@ class Mailbox:
     @property
     def missing(self) -> int:
         """How many more letters the receivers could have at once."""
-        return len(self._waiters) + len(self._woken) - len(self._letters)
+        with self._lock:
+            return len(self._waiters) + len(self._woken) - len(self._letters)
 
     @property
     def is_pressed(self) -> bool:
@@ -103,12 +106,19 @@ class Mailbox:
                 self._wake_one()
             return True
 
-    def pop(self, doomed: dict[Key, Mailbox | None] | None = None) -> Letter | None:
-        """The oldest letter, or None. In the same step its row, if it has one, is noted in ``doomed``."""
+    def pop(
+        self, doomed: dict[Key, Mailbox | None] | None = None, waiter: Waiter | None = None
+    ) -> Letter | None:
+        """The oldest letter, or None. In the same step its row, if it has one, is noted in ``doomed``.
+
+        ``waiter`` is what `wait` returned: in that step, too, it ceases to be one who could have a letter.
+        """
         letters = self._letters
-        if not letters:
+        if not letters and waiter is None:
             return None
         with self._lock:
+            if waiter is not None:
+                self._forget(waiter)
             if not letters:
                 return None
             letter = letters.popleft()
@@ -161,16 +171,18 @@ class Mailbox:
             if self._waiters:
                 self._wake_one()
 
-    async def wait(self, timeout: float | None = None, on_wait: Callable[[], None] | None = None) -> None:
+    async def wait(
+        self, timeout: float | None = None, on_wait: Callable[[], None] | None = None
+    ) -> Waiter | None:
         """Return when there may be a letter, or after ``timeout`` seconds. Cancellation loses nothing.
 
-        ``on_wait`` is called once this waiter counts as `waiting`.
+        ``on_wait`` is called once this waiter counts as `waiting`. What is returned is for `pop`, at once.
         """
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         with self._lock:
             if self._letters or self.is_closed:
-                return
+                return None
             self.is_used = True
             self._waiters.append(waiter)
         timer = None if timeout is None else loop.call_later(timeout, _time_out, waiter)
@@ -187,13 +199,9 @@ class Mailbox:
         finally:
             if timer is not None:
                 timer.cancel()
-        if waiter in self._woken:
-            self._woken.discard(waiter)
-        else:  # its time is over
-            with self._lock:
-                self._forget(waiter)
+        return waiter
 
-    def _forget(self, waiter: asyncio.Future[None]) -> bool:
+    def _forget(self, waiter: Waiter) -> bool:
         """Returns whether it was still waiting, and not woken."""
         if waiter in self._waiters:
             self._waiters.remove(waiter)
@@ -219,7 +227,7 @@ class Mailbox:
                 self._woken.add(waiter)
                 return
 
-    def _wake_there(self, waiter: asyncio.Future[None]) -> None:
+    def _wake_there(self, waiter: Waiter) -> None:
         if not waiter.done():
             waiter.set_result(None)
             return
@@ -228,7 +236,7 @@ class Mailbox:
                 self._wake_one()
 
 
-def _time_out(waiter: asyncio.Future[None]) -> None:
+def _time_out(waiter: Waiter) -> None:
     if not waiter.done():
         waiter.set_result(None)
 

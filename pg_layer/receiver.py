@@ -21,6 +21,7 @@ from pg_layer.exceptions import PgLayerError
 from pg_layer.inbox import EVERYTHING, LAST_ID, Key, Row, Span
 from pg_layer.listener import Listener
 from pg_layer.mailbox import Mailbox
+from pg_layer.outage import Outage
 from pg_layer.session import Session
 
 logger = logging.getLogger("pg_layer")
@@ -58,19 +59,24 @@ class Receiver:
         client: Client,
         connections: Connections,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        outage: Outage,
     ) -> None:
         self._client = client
         self._connections = connections
+        self._outage = outage
+        self.heard_at: float | None = None  # the last doorbell, by the loop's time
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._readers: dict[str, Reader] = {}
         self._own_doorbell: str | None = None
         self._doorbells: dict[str, Reader] = {}
         self._is_draining = False
+        self._caught = 0  # messages that reading everything has brought
         client.inbox.abandon_views()
         self.deleter = Deleter(client, connections, spawn)
         self._pings: dict[str, asyncio.Future[None]] = {}
         self.listener: Listener | None = None  # none: the tables are polled
+        self.on_caught_up: Callable[[int], None] = outage.end  # told how many messages that brought
         for mailbox in client.mailboxes():
             if "!" not in mailbox.channel and len(mailbox):
                 self._put_back_later(self._reader(mailbox.channel))
@@ -103,6 +109,7 @@ class Receiver:
 
     def hear(self, doorbell: str, said: str) -> None:
         """A NOTIFY came."""
+        self.heard_at = self._loop.time()
         try:
             what, _, rest = said.partition(" ")
             if doorbell == self._own_doorbell:
@@ -185,19 +192,26 @@ class Receiver:
                     await self._connections.run(
                         partial(read, view=view, span=span), timeout=READ_TIMEOUT, is_idempotent=True
                     )
-                except PgLayerError:
+                except PgLayerError as error:
                     inbox.fail_read(view)
+                    self._outage.begin(error)
                     await asyncio.sleep(RETRY)
+                    continue
                 except BaseException:
                     inbox.fail_read(view)
                     raise
                 self._client.counters["drains"] += 1
                 self._delete_strays()
                 if span == EVERYTHING:
-                    for reader in self._readers.values():
-                        self._take_soon(reader)
+                    self._caught_up()
         finally:
             self._is_draining = False
+
+    def _caught_up(self) -> None:
+        caught_up, self._caught = self._caught, 0
+        self.on_caught_up(caught_up)
+        for reader in self._readers.values():
+            self._take_soon(reader)
 
     async def _read_span(self, session: Session, view: int, span: Span) -> None:
         rows, up_to = await store.read(session, self._client.inbox_name, span)
@@ -206,10 +220,14 @@ class Receiver:
 
     async def _read_everything(self, session: Session, view: int, span: Span) -> None:
         inbox = self._client.inbox
-        await store.read_everything(
-            session, self._client.inbox_name, lambda rows: self._dispatch(inbox.read(view, rows))
-        )
-        self._client.inbox.end_read(view)
+
+        def dispatch(rows: list[Row]) -> None:
+            fresh = inbox.read(view, rows)
+            self._caught += sum(row.kind == "message" for row in fresh)
+            self._dispatch(fresh)
+
+        await store.read_everything(session, self._client.inbox_name, dispatch)
+        inbox.end_read(view)
 
     def _dispatch(self, rows: Sequence[Row]) -> None:
         done = self._client.dispatch(rows)

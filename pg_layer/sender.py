@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pg_layer import store
 from pg_layer.client import Client, inbox_of
 from pg_layer.connections import Connections
-from pg_layer.exceptions import ChannelFull, LayerUnavailable
+from pg_layer.exceptions import ChannelFull, LayerUnavailable, NotBegun
 from pg_layer.lane import Lane, Outcome
 
 FLOORS_MOST = 64
@@ -229,6 +229,8 @@ class Sender:
                 timeout=timeout,
                 is_idempotent=True,
             )
+        except NotBegun:
+            raise
         except LayerUnavailable:
             # Who wanted to leave hears no more, whatever becomes of the row.
             for group, channel in leaves:

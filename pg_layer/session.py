@@ -81,10 +81,14 @@ class Session:
         self._is_waiting = True
         try:
             result = _checked(await self._results())
-        except (errors.InvalidSqlStatementName, errors.FeatureNotSupported):
-            # What was prepared is gone, or returns other types since: prepare it anew.
-            self._names.pop(statement, None)
+        except errors.InvalidSqlStatementName:
+            self._names.clear()  # the server has forgotten what was prepared
             raise
+        except errors.FeatureNotSupported as error:
+            if error.diag.source_function != "RevalidateCachedQuery":
+                raise
+            self._names.clear()  # what was prepared would return other types since
+            raise errors.InvalidSqlStatementName(str(error)) from None
         self._transformer.set_pgresult(result)
         rows = self._transformer.load_rows(0, result.ntuples, tuple)
         self._transformer.set_pgresult(None)
@@ -190,8 +194,8 @@ class _Answer:
         self.unwatch()
         if self.done.done() or self._loop.is_closed():
             return
-        if self._results:  # the server has said why it goes
-            self.done.set_result(self._results)
+        if any(result.status == pq.ExecStatus.FATAL_ERROR for result in self._results):
+            self.done.set_result(self._results)  # the server has said why it goes
         else:
             self.done.set_exception(error)
 
@@ -216,10 +220,12 @@ def execute_now(conn: Connection[Any], statement: Statement, *values: object) ->
 
 def _checked(results: list[PGresult]) -> PGresult:
     """The result of a single statement, if that went well."""
-    for result in results:
+    for index, result in enumerate(results):
         if result.status not in _GOOD:
             error = errors.error_from_result(result)
-            if error.sqlstate is None:  # libpq's own words: the connection was lost
+            # libpq's own words, or the server's on its way out after it had run the statement: the
+            # connection was lost, and it is unknown whether that was before the commit or after it.
+            if error.sqlstate is None or (index and error.sqlstate.startswith("57P")):
                 raise psycopg.OperationalError(str(error)) from None
             raise error
     if not results:

@@ -11,8 +11,8 @@ would hand them out twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from psycopg import Connection
 
@@ -34,6 +34,8 @@ from pg_layer.statement import (
     TEXTS,
     Statement,
 )
+
+T = TypeVar("T")
 
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
@@ -80,6 +82,8 @@ _READ = Statement(
     """,
     *(TEXT, INT8, INT8, INT4, INT8),
 )
+_BEGIN = Statement("BEGIN")
+_SILENCE = Statement("SELECT set_config('pg_layer.silent', 'on', true)")
 _BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 _COMMIT = Statement("COMMIT")
 _DELETE = Statement(
@@ -132,6 +136,15 @@ class Look(NamedTuple):
 
     waiting: int
     floor: int
+
+
+async def silently(session: Session, work: Callable[[Session], Awaitable[T]]) -> T:
+    """Do it without ringing any doorbell."""
+    await session.execute(_BEGIN)
+    await session.execute(_SILENCE)
+    result = await work(session)
+    await session.execute(_COMMIT)
+    return result
 
 
 async def send_one(

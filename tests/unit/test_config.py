@@ -53,6 +53,8 @@ def test_defaults() -> None:
         "poll_interval": None,
         "pool_max_size": 2,
         "sweep_interval": 600,
+        "on_disconnect": None,
+        "on_reconnect": None,
     }
 
 

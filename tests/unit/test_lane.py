@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from pg_layer.exceptions import LayerUnavailable, NotBegun
 from pg_layer.lane import MAX_BYTES, MAX_OPS, Lane, Outcome
 
 Task = asyncio.Task[None]
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -78,11 +80,11 @@ class Bench:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.create_task(work))
 
-    def submit(self, op: object) -> Task:
-        return asyncio.create_task(self.lane.submit(op))
+    def submit(self, op: object, may_write: bool = False) -> Task:
+        return asyncio.create_task(self.lane.submit(op, may_write=may_write))
 
-    async def submit_all(self, ops: Sequence[object]) -> list[Task]:
-        tasks = [self.submit(op) for op in ops]
+    async def submit_all(self, ops: Sequence[object], may_write: bool = False) -> list[Task]:
+        tasks = [self.submit(op, may_write) for op in ops]
         await turns()
         return tasks
 
@@ -195,6 +197,18 @@ async def test_a_write_that_fails_fails_its_batch_and_no_other() -> None:
     await turns()
     bench.writes.open()
     assert await outcomes(tasks) == [first, second, second, None, None]
+
+
+async def test_the_lanes_own_caller_is_told_that_its_write_could_not_begin() -> None:
+    bench = Bench()
+    tasks = await bench.submit_all("ab")
+    bench.writes.end(NotBegun())
+    bench.writes.open()
+    results = await outcomes(tasks)
+    assert type(results[0]) is NotBegun
+    assert results[1] is None
+    await turns()
+    assert bench.writes.batches == [["a"], ["b"]]
 
 
 # --- Cancellation
@@ -553,3 +567,310 @@ async def test_a_lane_whose_loop_stops_in_a_write_says_so_after_its_timeout(
     await asyncio.to_thread(still_loop.run_until_complete, asyncio.sleep(0))
     bench.writes.open()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
+
+
+# --- Guests: callers on other loops that may write themselves
+
+
+async def on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    """Let a loop that stands still run for as long as this takes."""
+    return await asyncio.to_thread(loop.run_until_complete, asyncio.wait_for(work, 10))
+
+
+@pytest.fixture
+def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One more loop that does not run."""
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def loop_of(task: asyncio.Task[Any] | None) -> asyncio.AbstractEventLoop:
+    assert task is not None
+    return task.get_loop()
+
+
+async def test_a_guest_writes_in_its_own_task_while_the_lanes_loop_stands_still(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    for op in "ab":
+        task = bench.submit(op, may_write=True)
+        await turns()
+        assert bench.writes.by[-1] is task
+        bench.writes.end()
+        assert await outcomes([task]) == [None]
+    assert bench.writes.batches == [["a"], ["b"]]
+    assert bench.writes.timeouts == [60, 60]
+    assert bench.tasks == []
+
+
+async def test_a_guest_that_may_not_write_is_written_on_the_lanes_loop(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    task = bench.submit("a")
+    await turns()
+    assert bench.writes.batches == []
+    bench.writes.open()
+    await on(still_loop, turns())
+    assert await outcomes([task]) == [None]
+    assert bench.writes.batches == [["a"]]
+    assert loop_of(bench.writes.by[0]) is still_loop
+
+
+async def test_what_comes_while_a_guest_writes_goes_together_next_on_the_lanes_loop(
+    still_loop: asyncio.AbstractEventLoop, other_loop: asyncio.AbstractEventLoop
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    guests = [bench.submit("a", may_write=True)]
+    await turns()
+    others = await on(other_loop, bench.submit_all("b", may_write=True))
+    await on(still_loop, turns())
+    mine = await on(still_loop, bench.submit_all("cd"))
+    guests.append(bench.submit("e", may_write=True))
+    await turns()
+    await on(still_loop, turns())
+    assert bench.writes.batches == [["a"]]
+    bench.writes.end()
+    assert await outcomes(guests[:1]) == [None]
+    # The others' turn has come, though nothing happens before their loop runs: nobody goes ahead of them.
+    guests.append(bench.submit("f", may_write=True))
+    await turns()
+    assert bench.writes.batches == [["a"]]
+    bench.writes.open()
+    assert await on(still_loop, outcomes(mine)) == [None, None]
+    assert await outcomes(guests) == [None] * 3
+    assert await on(other_loop, outcomes(others)) == [None]
+    assert bench.writes.batches == [["a"], ["b", "c", "d", "e", "f"]]
+    assert loop_of(bench.writes.by[1]) is still_loop
+
+
+@pytest.mark.parametrize("may_write", [False, True])
+async def test_a_guest_waits_while_the_lanes_own_loop_writes(
+    still_loop: asyncio.AbstractEventLoop, may_write: bool
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    mine = await on(still_loop, bench.submit_all("ab"))
+    guest = bench.submit("c", may_write=may_write)
+    await turns()
+    assert bench.writes.batches == [["a"]]
+
+    async def end() -> None:
+        bench.writes.end()
+        await turns()
+
+    await on(still_loop, end())
+    assert bench.writes.batches == [["a"], ["b", "c"]]
+    await on(still_loop, end())
+    assert await on(still_loop, outcomes(mine)) + await outcomes([guest]) == [None] * 3
+    # All is done, and the lane is free for guests again.
+    later = bench.submit("d", may_write=True)
+    await turns()
+    assert bench.writes.by[-1] is later
+    bench.writes.end()
+    assert await outcomes([later]) == [None]
+
+
+async def test_a_guest_that_cannot_write_is_written_on_the_lanes_loop(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    bench.writes.outcomes["a"] = Refused("a")
+    for number, waiting in enumerate(["", "bc"], 1):
+        guest = bench.submit("a", may_write=True)
+        await turns()
+        mine = await on(still_loop, bench.submit_all(waiting))
+        bench.writes.end(NotBegun())
+        await turns()
+        assert not guest.done()
+        await on(still_loop, turns())
+        # Who waited comes first.
+        assert bench.writes.batches[-1] == [*waiting, "a"]
+        assert loop_of(bench.writes.by[-1]) is still_loop
+
+        async def end() -> None:
+            bench.writes.end()
+            await turns()
+
+        await on(still_loop, end())
+        assert await outcomes([guest]) == [bench.writes.outcomes["a"]]
+        assert await on(still_loop, outcomes(mine)) == [None] * len(waiting)
+        assert len(bench.writes.batches) == 2 * number
+
+
+@pytest.mark.parametrize("waiting", ["", "bc"])
+async def test_a_guest_cancelled_in_its_write_takes_nobody_along(
+    still_loop: asyncio.AbstractEventLoop, waiting: str
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    guest = bench.submit("a", may_write=True)
+    await turns()
+    mine = await on(still_loop, bench.submit_all(waiting))
+    guest.cancel()
+    await asyncio.wait([guest])
+    assert guest.cancelled()
+    later = bench.submit("d", may_write=True)
+    await turns()
+    if waiting:
+        bench.writes.open()
+        assert await on(still_loop, outcomes(mine)) == [None] * len(waiting)
+        assert await outcomes([later]) == [None]
+        assert bench.writes.batches == [["a"], [*waiting, "d"]]
+    else:
+        assert bench.writes.by[-1] is later
+        bench.writes.end()
+        assert await outcomes([later]) == [None]
+
+
+@pytest.mark.parametrize("is_raised", [False, True])
+async def test_a_guest_and_nobody_else_gets_its_outcome(
+    still_loop: asyncio.AbstractEventLoop, is_raised: bool
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    refused = Refused("a")
+    if not is_raised:
+        bench.writes.outcomes["a"] = refused
+    guests = [bench.submit("a", may_write=True)]
+    await turns()
+    mine = await on(still_loop, bench.submit_all("b"))
+    guests.append(bench.submit("c", may_write=True))
+    await turns()
+    bench.writes.end(refused if is_raised else None)
+    assert await outcomes(guests[:1]) == [refused]
+    bench.writes.open()
+    assert await on(still_loop, outcomes(mine)) == [None]
+    assert await outcomes(guests) == [refused, None]
+    assert bench.writes.written == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_finishing_waits_for_a_guests_write(
+    still_loop: asyncio.AbstractEventLoop, is_cancelled: bool
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    guest = bench.submit("a", may_write=True)
+    await turns()
+
+    async def begin_to_finish() -> tuple[list[Task], Task]:
+        waiting = await bench.submit_all("b")
+        finished = asyncio.create_task(bench.lane.finish())
+        await turns()
+        assert not finished.done()
+        return waiting, finished
+
+    waiting, finished = await on(still_loop, begin_to_finish())
+    assert type((await on(still_loop, outcomes(waiting)))[0]) is NotBegun
+    if is_cancelled:
+        guest.cancel()
+    else:
+        bench.writes.end()
+    (result,) = await outcomes([guest])
+    assert isinstance(result, asyncio.CancelledError) if is_cancelled else result is None
+    assert await on(still_loop, outcomes([finished])) == [None]
+    assert bench.writes.batches == [["a"]]
+
+
+@pytest.mark.parametrize("may_write", [False, True])
+async def test_a_closed_lane_takes_nothing_of_a_guest(
+    still_loop: asyncio.AbstractEventLoop, may_write: bool
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    bench.lane.close()
+    guest = bench.submit("a", may_write=may_write)
+    await turns()
+    await on(still_loop, turns())
+    assert type((await outcomes([guest]))[0]) is NotBegun
+    assert bench.writes.batches == []
+
+
+async def test_who_waits_for_a_guest_that_is_held_up_is_told_so_after_the_timeout(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=0.02))
+    guest = bench.submit("a", may_write=True)
+    await turns()
+    mine = await on(still_loop, bench.submit_all("bc"))
+    # The guest's write does not end, as a loop's does not that somebody holds up.
+    results = await on(still_loop, outcomes(mine))
+    assert [type(result) for result in results] == [LayerUnavailable, LayerUnavailable]
+    bench.writes.end()
+    assert await outcomes([guest]) == [None]
+    later = bench.submit("d", may_write=True)
+    await turns()
+    assert bench.writes.by[-1] is later
+    bench.writes.end()
+    assert await outcomes([later]) == [None]
+    assert bench.writes.written == ["a", "d"]
+
+
+async def test_a_guest_whose_write_the_lanes_loop_does_not_outlive(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    guest = bench.submit("a", may_write=True)
+    await turns()
+    bench.lane.close()
+    still_loop.close()
+    bench.writes.end()
+    assert await outcomes([guest]) == [None]
+    assert type((await outcomes([bench.submit("b", may_write=True)]))[0]) is NotBegun
+
+
+async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
+    """Whoever writes: never two at a time, each operation once, in its caller's order, and nobody hangs."""
+    callers, rounds = 4, 25
+    guard = threading.Lock()
+    written: list[tuple[str, int, int]] = []
+    names = ["first", "second", "third", "modest", "here"]
+    every = [(name, number, turn) for name in names for number in range(callers) for turn in range(rounds)]
+    refused = {op: Refused(op) for op in every if op[2] % 5 == 4}
+    here = asyncio.get_running_loop()
+
+    async def write(ops: list[tuple[str, int, int]], _: float) -> Sequence[Outcome]:
+        assert guard.acquire(blocking=False), "two at a time"
+        try:
+            for _ in range(len(written) % 3):
+                await asyncio.sleep(0)
+            if asyncio.get_running_loop() is not here and ops[0][2] % 4 == 3:
+                raise NotBegun
+            written.extend(ops)
+            return [refused.get(op) for op in ops]
+        finally:
+            guard.release()
+
+    spawned: list[Task] = []
+
+    def spawn(work: Coroutine[Any, Any, None]) -> None:
+        spawned.append(asyncio.create_task(work))
+
+    lane: Lane[Any] = Lane(here, write, spawn, lambda op: 1, 30)
+
+    async def caller(name: str, number: int) -> None:
+        for turn in range(rounds):
+            op = (name, number, turn)
+            (outcome,) = await asyncio.gather(
+                lane.submit(op, may_write=name != "modest"), return_exceptions=True
+            )
+            assert outcome is refused.get(op)
+            if (number + turn) % 3 == 0:  # others, too, are to find the lane idle
+                await asyncio.sleep(0)
+
+    async def all_of(name: str) -> None:
+        await asyncio.wait_for(asyncio.gather(*(caller(name, number) for number in range(callers))), 20)
+
+    def thread(name: str) -> None:
+        asyncio.run(all_of(name))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        await asyncio.gather(*(asyncio.to_thread(thread, name) for name in names[:-1]), all_of("here"))
+        await asyncio.wait_for(lane.finish(), 10)
+    finally:
+        sys.setswitchinterval(interval)
+    await outcomes(spawned)
+    assert sorted(written) == sorted(every)
+    for name in names:
+        for number in range(callers):
+            assert [t for n, c, t in written if (n, c) == (name, number)] == list(range(rounds))

@@ -21,7 +21,18 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 PURE = ["inbox", "mailbox", "membership", "clock", "lane", "codec", "client", "statement"]
 # `config` reads connection strings, and nothing else, with psycopg.
 SPEAKS_TO_POSTGRESQL = {
-    *("store", "session", "listener", "connections", "homes", "sweeper", "engine", "receiver", "config"),
+    *(
+        "store",
+        "session",
+        "listener",
+        "connections",
+        "homes",
+        "sweeper",
+        "engine",
+        "liveness",
+        "receiver",
+        "config",
+    ),
 }
 MOST_LINES = 420
 

@@ -35,8 +35,9 @@ def ids(letters: list[Letter]) -> list[int]:
 
 async def receive(mailbox: Mailbox) -> int:
     """As the layer does it: look, and wait if there is nothing."""
-    while (found := mailbox.pop()) is None:
-        await mailbox.wait()
+    waiter = None
+    while (found := mailbox.pop(waiter=waiter)) is None:
+        waiter = await mailbox.wait()
     return found.id
 
 
@@ -55,7 +56,7 @@ def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def wait_on(loop: asyncio.AbstractEventLoop, mailbox: Mailbox) -> Coroutine[Any, Any, None]:
+def wait_on(loop: asyncio.AbstractEventLoop, mailbox: Mailbox) -> Coroutine[Any, Any, object]:
     """Begin to wait on a loop that stops at once. Close the coroutine when done."""
     waiting = mailbox.wait()
 
@@ -184,7 +185,8 @@ async def test_waiting_ends_at_once_if_there_is_a_letter() -> None:
 
 async def test_waiting_ends_after_its_timeout() -> None:
     mailbox = filled()
-    await asyncio.wait_for(mailbox.wait(timeout=0.001), 10)
+    waiter = await asyncio.wait_for(mailbox.wait(timeout=0.001), 10)
+    assert mailbox.pop(waiter=waiter) is None
     assert mailbox.waiting == 0
     mailbox.put(letter(1))
     assert await receive(mailbox) == 1
@@ -261,6 +263,21 @@ async def test_missing_is_what_receivers_could_have_at_once() -> None:
     assert mailbox.missing == 0
 
 
+async def test_who_was_woken_is_missing_a_letter_until_he_has_taken_it() -> None:
+    """Else nobody would fetch one for who waits behind him: the letter that lies here is not for that one."""
+    mailbox = filled()
+    first = asyncio.create_task(mailbox.wait())
+    second = await begin(receive(mailbox))
+    mailbox.put(letter(1))
+    waiter = await first
+    assert mailbox.missing == 1
+    assert mailbox.pop(waiter=waiter) is not None
+    assert mailbox.missing == 1
+    mailbox.put(letter(2))
+    assert await second == 2
+    assert mailbox.missing == 0
+
+
 # --- Closing
 
 
@@ -269,7 +286,8 @@ async def test_closing_drops_what_waits_and_has_everybody_look() -> None:
     waiters = [asyncio.create_task(mailbox.wait()) for _ in range(3)]
     await asyncio.sleep(0)
     mailbox.close()
-    await asyncio.wait_for(asyncio.gather(*waiters), 5)
+    for waiter in await asyncio.wait_for(asyncio.gather(*waiters), 5):
+        assert mailbox.pop(waiter=waiter) is None
     assert mailbox.is_closed
     assert (mailbox.waiting, mailbox.missing) == (0, 0)
     full = filled(1, 2)

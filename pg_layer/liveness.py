@@ -1,0 +1,237 @@
+"""Staying alive: the lease, the listener, the heartbeat that proves both, and polling where nothing is heard.
+
+Bound to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
+
+import psycopg
+
+from pg_layer import store
+from pg_layer.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import PgLayerError
+from pg_layer.listener import Listener
+from pg_layer.outage import Outage
+from pg_layer.receiver import Receiver
+from pg_layer.session import Session
+
+logger = logging.getLogger("pg_layer")
+
+REASSERT_MOST = 5000  # memberships a statement
+FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
+PING_PATIENCE = 3.0  # seconds
+# Classes of errors after which LISTEN is not to be had for now: not supported, not allowed.
+_REFUSALS = ("0A", "42")
+
+
+class Liveness:
+    """Keeps the client's lease, and hears or looks for what comes.
+
+    `start_listening` is for a client that receives, `keep` alone for one that joins groups before it does.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        receiver: Receiver,
+        outage: Outage,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._client = client
+        self._connections = connections
+        self._receiver = receiver
+        self._outage = outage
+        self._spawn = spawn
+        self._listener: Listener | None = None
+        self._is_receiving = False
+        self._is_kept = False
+        self._is_deaf = False  # the last ping was not heard
+        self.polls_because: str | None = None  # although it was not asked to
+
+    # ------------------------------------------------------------------ hearing
+
+    def start_listening(self) -> None:
+        """Begin to listen, or to poll where that was asked for, and to keep the lease."""
+        config = self._client.config
+        self._is_receiving = True
+        self._receiver.on_caught_up = self._on_caught_up
+        if config.poll_interval is None:
+            self._listener = Listener(config, self._on_connect, self._receiver.hear, self._on_lost)
+            self._receiver.listener = self._listener
+            self._spawn(self._listener.run())
+        else:
+            self._spawn(self._poll(config.poll_interval, lambda: True))
+        self.keep()
+
+    def abandon(self) -> None:
+        """Drop the listening connection, also when the loop will not run again."""
+        if self._listener is not None:
+            self._listener.abandon()
+
+    @property
+    def listening(self) -> Literal["off", "connecting", "listening", "polling"]:
+        """How it learns of messages."""
+        if not self._is_receiving:
+            return "off"
+        if self._listener is None or self.polls_because is not None:
+            return "polling"
+        return "listening" if self._listener.is_connected else "connecting"
+
+    async def _on_connect(self, session: Session) -> None:
+        is_direct = await store.is_direct(session)
+        await self._renew_on(session, None)
+        await self._reassert_on(session)
+        await self._receiver.listen(session)
+        if not is_direct:
+            self._spawn(self._listen_through_pooler())
+
+    async def _listen_through_pooler(self) -> None:
+        try:
+            if not await self._receiver.ping(self._renew, PING_PATIENCE):
+                self._fall_back(
+                    "a connection pooler is between, and does not keep LISTEN;"
+                    " CONFIG['listen_dsn'] is to lead past it."
+                )
+        except PgLayerError as error:
+            self._outage.begin(error)
+
+    def _on_lost(self, error: Exception) -> None:
+        if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(_REFUSALS):
+            self._fall_back(f"the server refuses LISTEN: {error.diag.message_primary}.")
+        else:
+            self._outage.begin(error)
+
+    def _on_caught_up(self, messages: int) -> None:
+        if self.listening != "connecting":
+            self._outage.end(messages)
+
+    # ------------------------------------------------------------------ polling
+
+    def refused(self, error: psycopg.Error) -> None:
+        """The server refused NOTIFY: doorbells do not ring."""
+        self._fall_back(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+
+    def _fall_back(self, why: str) -> None:
+        if not self._is_receiving:
+            self._client.unheard(why)
+        elif self.polls_because is None and self._listener is not None:
+            self.polls_because = why
+            logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
+            self._spawn(self._poll(FALLBACK_POLL, lambda: self.polls_because is not None))
+
+    def _hears_again(self) -> None:
+        self._is_deaf = False
+        if self.polls_because is not None:
+            self.polls_because = None
+            logger.warning("Notifications arrive again.")
+
+    async def _poll(self, interval: float, is_needed: Callable[[], bool]) -> None:
+        try:
+            await self._renew(None)
+        except PgLayerError as error:
+            self._outage.begin(error)
+        while is_needed():
+            if self._listener is None or not self._listener.is_connected:
+                self._client.inbox.reconnected()  # no doorbell is to be waited for
+            self._receiver.look_again()
+            await asyncio.sleep(interval)
+
+    # ------------------------------------------------------------------ the lease
+
+    async def _renew_on(self, session: Session, token: str | None) -> bool:
+        """Renew the lease; returns whether there was none, so that the memberships may be gone."""
+        client = self._client
+        asked_at = time.monotonic()
+        client.has_lease = True  # perhaps, from here on
+        clock, is_new = await store.renew(
+            session, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
+        )
+        client.clock.observe(asked_at, clock)
+        client.renewed_at = asked_at
+        return is_new
+
+    async def _reassert_on(self, session: Session) -> None:
+        """Put the memberships back that the tables may have lost."""
+        client = self._client
+        members = client.memberships.all()
+        for start in range(0, len(members), REASSERT_MOST):
+            now = client.clock.now()
+            await store.reassert(
+                session,
+                client.inbox_name,
+                [
+                    (group, mailbox.channel, None if expires_at == math.inf else expires_at - now)
+                    for group, (mailbox, _, _, expires_at, _) in members[start : start + REASSERT_MOST]
+                ],
+            )
+
+    async def _renew(self, token: str | None) -> None:
+        async def work(session: Session) -> None:
+            if await self._renew_on(session, token):
+                # The tables may be others, whose ids begin anew.
+                self._client.memberships.reconnected()
+                await self._reassert_on(session)
+                self._receiver.look_again()  # who has no lease is given no jobs
+
+        await self._connections.run(work, timeout=self._client.config.heartbeat, is_idempotent=True)
+
+    # ------------------------------------------------------------------ the heartbeat
+
+    async def ping(self) -> bool:
+        """Renew the lease, if there is one, and hear of it by notification; returns whether that worked."""
+        config = self._client.config
+        if self._listener is not None and self._listener.is_connected:
+            return await self._receiver.ping(self._renew, min(config.send_timeout, config.heartbeat / 2))
+        if self._is_receiving:
+            await self._renew(None)
+        else:
+            await self._connections.run(store.is_direct, timeout=config.send_timeout, is_idempotent=True)
+        return True
+
+    def keep(self) -> None:
+        """Renew the lease from here on."""
+        if not self._is_kept:
+            self._is_kept = True
+            self._spawn(self._keep())
+
+    async def _keep(self) -> None:
+        heartbeat = self._client.config.heartbeat
+        while True:
+            await asyncio.sleep(heartbeat)
+            if not self._is_receiving and time.monotonic() - self._client.renewed_at < heartbeat:
+                continue  # the engine that receives keeps it
+            try:
+                await self._beat(heartbeat)
+            except PgLayerError as error:
+                self._outage.begin(error)
+
+    async def _beat(self, heartbeat: float) -> None:
+        listener = self._listener
+        if listener is None or not listener.is_connected:
+            await self._renew(None)
+            if listener is not None:
+                self._receiver.look_again()  # the pool's way is open
+        elif await self._receiver.ping(self._renew, heartbeat / 2):
+            self._hears_again()
+            self._receiver.look_again()
+        elif self.polls_because is not None:
+            return
+        elif self._is_deaf:
+            self._fall_back("they do not arrive, although the server takes LISTEN and NOTIFY.")
+        else:
+            self._is_deaf = True
+            logger.warning("The database answers, but its notifications do not arrive: listening anew.")
+            listener.reconnect()
+            return
+        self._receiver.deleter.age()
