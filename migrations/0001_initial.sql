@@ -434,10 +434,11 @@ $$;
 -- ---------------------------------------------------------------------------------------------- clients
 
 -- Take or renew a client's lease. With a token, rings the client's own doorbell: a listener that does not hear it is deaf.
---   returns: the database's clock (seconds since 1970), and whether there was no lease to renew, so that memberships may be gone
+--   returns: the database's clock (seconds since 1970), whether there was no lease to renew, so that memberships may be gone,
+--       when the server started: another one, as after a failover, may hand ids out again; and from which id on
 CREATE FUNCTION pg_layer_renew(
     _inbox text, _host text, _pid integer, _lease float8, _token text,
-    OUT clock float8, OUT is_new boolean
+    OUT clock float8, OUT is_new boolean, OUT server float8, OUT next_id bigint
 )
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -453,6 +454,8 @@ BEGIN
         PERFORM pg_notify(pg_layer_doorbell(_inbox), 'P ' || _token);
     END IF;
     clock := extract(epoch FROM clock_timestamp());
+    server := extract(epoch FROM pg_postmaster_start_time());
+    next_id := nextval('pg_layer_message_id_seq');
 END
 $$;
 

@@ -60,6 +60,7 @@ class Client:
         self.process = os.getpid()
         self.has_lease = False
         self.renewed_at = 0.0  # by time.monotonic()
+        self.server: float | None = None  # when it started: another one may hand ids out again
         self.inbox = Inbox()
         self.memberships = Memberships()
         self.clock = DatabaseClock()

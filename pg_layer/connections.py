@@ -47,9 +47,10 @@ RETRY = 0.05  # seconds before the next attempt
 # Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
 # is tried again without ringing.
 _REFUSALS = ("54000", "0A000")
-_READ_ONLY = ("25006",)
+READ_ONLY = "25006"
 _WAIT = 0.5  # seconds for which to wait for a connection before the reason is looked at again
 _KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
+_KEEP_MOST = 600.0  # seconds after which the pool has it back however busy it is
 _SETTLE_TIMEOUT = 10.0
 
 
@@ -67,6 +68,7 @@ class Connections:
         max_idle: float,
         on_refused: Callable[[psycopg.Error], None],
     ) -> None:
+        # on_refused: called from any thread when the server refuses NOTIFY, or writing.
         self._config = config
         self._on_refused = on_refused
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
@@ -77,9 +79,9 @@ class Connections:
         # Guards the next three, so that no session is put aside while somebody waits for one.
         self._lock = threading.Lock()
         self._free: dict[Session, float] = {}  # at hand, and since when; the last one used comes last
-        self._lent: set[Session] = set()  # to other loops
+        self._lent: dict[Session, asyncio.AbstractEventLoop] = {}  # to other loops
         self._getting = 0  # callers that wait for the pool
-        self._out: set[Session] = set()  # all those that the pool has given
+        self._out: dict[Session, float] = {}  # those that the pool has given, and since when
         self._tidying: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         connections = self
@@ -151,6 +153,7 @@ class Connections:
         deadline = time.monotonic() + timeout
         is_silent = False
         while True:
+            begun_at = time.monotonic()
             session = self._at_hand(is_guest)
             if session is None:
                 if is_guest:
@@ -162,25 +165,28 @@ class Connections:
                 return await (store.silently(session, work) if is_silent else work(session))
             except psycopg.Error as error:
                 is_refused = error.sqlstate in _REFUSALS and not is_silent
+                if is_refused or error.sqlstate == READ_ONLY:
+                    self._on_refused(error)
                 if is_refused:
                     is_silent = True
-                    self._on_refused(error)
                 else:
-                    if error.sqlstate in _READ_ONLY:
+                    if error.sqlstate == READ_ONLY:
                         session.close()  # another connection may lead to a server that takes writes
-                    self._judge(error, is_idempotent, deadline)
+                    # An attempt that is cut short would leave it unknown what became of it.
+                    now = time.monotonic()
+                    is_late = now + RETRY + (now - begun_at) >= deadline
+                    self._judge(error, is_idempotent, is_late)
             finally:
                 watchdog.cancel()
                 self._give_back(session)
             if not is_refused:
                 await asyncio.sleep(RETRY)
 
-    def _judge(self, error: psycopg.Error, is_idempotent: bool, deadline: float) -> None:
+    def _judge(self, error: psycopg.Error, is_idempotent: bool, is_late: bool) -> None:
         """Return if the statement may be tried again, else raise."""
         if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
             raise NotMigrated from error
-        is_late = time.monotonic() >= deadline
-        if error.sqlstate in _READ_ONLY and is_late:
+        if error.sqlstate == READ_ONLY and is_late:
             raise LayerUnavailable(
                 "The database takes no writes: it is a standby, or read-only by its settings."
             ) from error
@@ -212,7 +218,7 @@ class Connections:
                     return None
                 session, _ = self._free.popitem()
                 if is_guest:
-                    self._lent.add(session)
+                    self._lent[session] = asyncio.get_running_loop()
             if not session.has_hung_up:
                 return session
             session.close()
@@ -237,7 +243,7 @@ class Connections:
         finally:
             with self._lock:
                 self._getting -= 1
-        self._out.add(session)
+        self._out[session] = self._loop.time()
         if self._tidying is None:
             self._tidying = self._loop.call_later(_KEEP, self._tidy)
         return session
@@ -245,10 +251,12 @@ class Connections:
     def _give_back(self, session: Session) -> None:
         """The statement has ended, or its caller has. From any thread."""
         with self._lock:
-            is_guest = session in self._lent
-            self._lent.discard(session)
-            if session.is_reusable and not self._getting and not self._is_closed:
-                self._free[session] = self._loop.time()
+            is_guest = self._lent.pop(session, None) is not None
+            now = self._loop.time()
+            # Now and then the pool is to see it: it knows when a connection has lived long enough.
+            is_due = now - self._out.get(session, now) >= _KEEP_MOST
+            if session.is_reusable and not (self._getting or self._is_closed or is_due):
+                self._free[session] = now
                 return
         if not is_guest:
             self._return(session)
@@ -272,9 +280,8 @@ class Connections:
             self._tidying = self._loop.call_later(_KEEP, self._tidy)
 
     def _return(self, session: Session) -> None:
-        if session not in self._out:
+        if self._out.pop(session, None) is None:
             return
-        self._out.discard(session)
         task = self._loop.create_task(self._return_to_pool(session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -316,11 +323,12 @@ class Connections:
         with self._lock:
             self._is_closed = True
             self._free.clear()
-            lent = set(self._lent)
+            lent = dict(self._lent)
         for conn in list(self._all):
-            if conn.session in lent:
-                conn.session.cut()  # another thread is at it, is told, and gives it back
-            else:
+            try:
+                # Who is at it in another thread is told there, and gives it back.
+                lent[conn.session].call_soon_threadsafe(conn.session.cut)
+            except (KeyError, RuntimeError):  # nobody is at it, or on a loop that was closed
                 conn.session.close()
 
 

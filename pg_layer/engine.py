@@ -124,6 +124,8 @@ class Engine:
             self.is_closed = True
             # These have been cancelled as well. A second cancellation would interrupt psycopg's tidying up.
             await _end_of(self._tasks - {self._guard_task})
+            # What other loops write right now has nothing to do with the end of this one.
+            await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
             await self.connections.close()
             raise
 

@@ -48,7 +48,7 @@ class LayerUnavailable(PgLayerError):
     """
 
 
-class NotBegun(LayerUnavailable):
+class NotBegun(PgLayerError):
     """The event loop that served the channel layer ended before the call began.
 
     Internal: the call is made again on the loop that takes over.

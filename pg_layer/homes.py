@@ -23,7 +23,7 @@ from pg_layer.client import Client
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.engine import Engine
-from pg_layer.exceptions import NotBegun
+from pg_layer.exceptions import LayerUnavailable, NotBegun
 from pg_layer.sender import Op
 
 logger = logging.getLogger("pg_layer")
@@ -36,18 +36,31 @@ class Hub:
         self._client = client
         self._ready = threading.Event()
         self._engine: Engine | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="pg_layer-hub", daemon=True)
         self._thread.start()
 
     @property
     def engine(self) -> Engine:
-        """The hub's engine; waits for the thread's start."""
+        """The hub's engine; waits for the thread's start. Raises `LayerUnavailable` if that failed."""
         self._ready.wait()
-        assert self._engine is not None
+        if self._engine is None:
+            raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
         return self._engine
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it could not start, or has ended."""
+        return self._ready.is_set() and not (self._engine is not None and self._engine.is_running)
+
     def _run(self) -> None:
-        asyncio.run(self._serve())
+        try:
+            asyncio.run(self._serve())
+        except Exception as error:
+            self._error = error
+            logger.error("The channel layer's thread failed.", exc_info=error)
+        finally:
+            self._ready.set()
 
     async def _serve(self) -> None:
         self._engine = engine = Engine(self._client)
@@ -60,7 +73,8 @@ class Hub:
 
     def retire(self) -> None:
         """Close the connection and end the thread, when what was begun is done."""
-        self.engine.call(self._is_retired.set)
+        if self._ready.wait() and self._engine is not None:
+            self._engine.call(self._is_retired.set)
 
     def close(self) -> None:
         """Retire, and wait for it."""
@@ -114,7 +128,7 @@ class Homes:
                 return home
             if not _is_passing(asyncio.get_running_loop()):
                 return self._move_here()
-            if self._hub is None:
+            if self._hub is None or self._hub.is_over:
                 self._config.connect_kwargs("pool")
                 self._hub = Hub(self.client)
             return self._hub.engine

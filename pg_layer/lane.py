@@ -92,6 +92,7 @@ class Lane(Generic[Op]):
         meanwhile.
         """
         loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + self._timeout
         is_here = loop is self._loop
         if is_here and self._closed:
             raise NotBegun
@@ -108,14 +109,14 @@ class Lane(Generic[Op]):
             finally:
                 self._continue(is_here)
         future = loop.create_future()
-        ticket = _Ticket(op, loop, future, time.monotonic() + self._timeout)
+        ticket = _Ticket(op, loop, future, deadline)
         if is_here:
             self._enqueue(ticket)
             await future
             return
         # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
         late = LayerUnavailable("The event loop that serves the channel layer does not answer.")
-        timer = loop.call_later(self._timeout + GRACE, ticket.settle, late, loop)
+        timer = loop.call_later(deadline + GRACE - time.monotonic(), ticket.settle, late, loop)
         try:
             try:
                 self._loop.call_soon_threadsafe(self._enqueue, ticket)
@@ -148,12 +149,8 @@ class Lane(Generic[Op]):
         """A guest's loop is held up in the middle of its write: nobody waits for it longer than he would."""
         self._late = None
         now = time.monotonic()
-        for _ in range(len(self._queue)):
-            ticket = self._queue.popleft()
-            if ticket.deadline <= now:
-                ticket.settle(LayerUnavailable(LATE), self._loop)
-            else:
-                self._queue.append(ticket)
+        while self._queue and self._queue[0].deadline <= now:
+            self._queue.popleft().settle(LayerUnavailable(LATE), self._loop)
         if self._queue and self._is_guests:
             self._late = self._loop.call_later(self._queue[0].deadline - now, self._give_up)
 
@@ -226,6 +223,12 @@ class Lane(Generic[Op]):
                 break
             batch.append(queue.popleft())
         return batch
+
+    async def guest_finishes(self) -> None:
+        """Returns when no guest writes any more. The lane was closed."""
+        while self._is_busy and self._is_guests:
+            self._rested.clear()
+            await self._rested.wait()
 
     async def finish(self) -> None:
         """Take no more; returns when the write in flight has ended."""

@@ -85,7 +85,7 @@ class Listener:
         """Run a command (LISTEN, UNLISTEN) on the connection; False if there is none or it was lost."""
         async with self._lock:
             session = self._session
-            if session is None or not self.is_connected:
+            if session is None or not self.is_connected or session.is_closed:
                 return False
             # The session watches the same socket while it waits for an answer.
             self._unwatch()
@@ -97,8 +97,11 @@ class Listener:
                 self.reconnect()
                 return False
             finally:
-                if self.is_connected and self._session is session and not session.is_closed:
-                    self._watch(session)
+                if self._session is session:
+                    if session.is_closed:
+                        self.reconnect()
+                    else:
+                        self._watch(session)
             return True
 
     def reconnect(self) -> None:

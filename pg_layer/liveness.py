@@ -18,7 +18,7 @@ import psycopg
 
 from pg_layer import store
 from pg_layer.client import Client
-from pg_layer.connections import Connections
+from pg_layer.connections import READ_ONLY, Connections
 from pg_layer.exceptions import PgLayerError
 from pg_layer.listener import Listener
 from pg_layer.outage import Outage
@@ -119,7 +119,11 @@ class Liveness:
     # ------------------------------------------------------------------ polling
 
     def refused(self, error: psycopg.Error) -> None:
-        """The server refused NOTIFY: doorbells do not ring."""
+        """The server refused NOTIFY, so that doorbells do not ring, or takes no writes."""
+        if error.sqlstate == READ_ONLY:
+            if self._listener is not None:  # it, too, is to find the server that does
+                self._listener.reconnect()
+            return
         self._fall_back(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _fall_back(self, why: str) -> None:
@@ -154,12 +158,15 @@ class Liveness:
         client = self._client
         asked_at = time.monotonic()
         client.has_lease = True  # perhaps, from here on
-        clock, is_new = await store.renew(
+        renewal = await store.renew(
             session, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
         )
-        client.clock.observe(asked_at, clock)
+        client.clock.observe(asked_at, renewal.clock)
         client.renewed_at = asked_at
-        return is_new
+        if renewal.is_new or renewal.server != client.server:
+            client.server = renewal.server
+            client.memberships.ids_begin_anew(renewal.next_id)
+        return renewal.is_new
 
     async def _reassert_on(self, session: Session) -> None:
         """Put the memberships back that the tables may have lost."""
@@ -179,8 +186,6 @@ class Liveness:
     async def _renew(self, token: str | None) -> None:
         async def work(session: Session) -> None:
             if await self._renew_on(session, token):
-                # The tables may be others, whose ids begin anew.
-                self._client.memberships.reconnected()
                 await self._reassert_on(session)
                 self._receiver.look_again()  # who has no lease is given no jobs
 

@@ -101,18 +101,20 @@ class Memberships:
                 if member.joined <= id:
                     self._remove(group, member.mailbox.channel)
 
-    def reconnected(self) -> None:
-        """The server may be another, that hands ids out again: those known say nothing any more.
+    def ids_begin_anew(self, next_id: int) -> None:
+        """The server may be another, that hands ids out again from ``next_id`` on.
 
-        The price is that a message sent just before a joining, and not read before the reconnect, reaches the
-        new member as well.
+        The price is that a message sent just before a joining, and read only now, reaches the new member as
+        well.
         """
         with self._lock:
             for pair in list(self._left):
                 self._forget_left(pair)
             self._flushed = -1
             for group, member in self._all():
-                self._groups[group][member.mailbox.channel] = member._replace(since=-1)
+                self._groups[group][member.mailbox.channel] = member._replace(
+                    since=-1, joined=min(member.joined, next_id - 1)
+                )
 
     def of_group(self, group: str) -> list[Member]:
         """The members of a group, and who has left it of late."""

@@ -87,7 +87,6 @@ class Receiver:
         """Begin with a new LISTEN connection: first listen, then look at what was missed."""
         prefix = self._client.config.prefix
         self._client.inbox.reconnected()
-        self._client.memberships.reconnected()
         self._own_doorbell = await store.listen(session, prefix, self._client.address)
         self._doorbells.clear()
         for reader in self._readers.values():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pg_layer import store
 from pg_layer.client import Client, inbox_of
 from pg_layer.connections import Connections
-from pg_layer.exceptions import ChannelFull, LayerUnavailable, NotBegun
+from pg_layer.exceptions import ChannelFull, LayerUnavailable
 from pg_layer.lane import Lane, Outcome
 
 FLOORS_MOST = 64
@@ -121,8 +121,7 @@ class Sender:
         self.client = client
         self.connections = connections
         self._on_lease = on_lease
-        self._floors = FloorBook()
-        self._credits = Credits()
+        self._reset_counts()
         loop = asyncio.get_running_loop()
         timeout = client.config.send_timeout
         self._sends = Lane[Send](loop, self._send, spawn, _payload_size, timeout)
@@ -130,10 +129,19 @@ class Sender:
         self._regroups = Lane[Regroup](loop, self._regroup, spawn, lambda op: 100, timeout)
         self._lanes = (self._sends, self._group_sends, self._regroups)
 
+    def _reset_counts(self) -> None:
+        self._server = self.client.server
+        self._floors = FloorBook()
+        self._credits = Credits()
+
     def close(self) -> None:
         """Take no more."""
         for lane in self._lanes:
             lane.close()
+
+    async def guests_finish(self) -> None:
+        """Returns when no other loop writes any more."""
+        await asyncio.gather(*(lane.guest_finishes() for lane in self._lanes))
 
     async def finish(self) -> None:
         """Take no more; returns when the writes in flight have ended."""
@@ -153,6 +161,8 @@ class Sender:
     async def _send(self, ops: list[Send], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
         self.client.counters["send_batches"] += 1
+        if self._server != self.client.server:  # floors are ids of another
+            self._reset_counts()
         if len(ops) == 1:
             op = ops[0]
             inbox = inbox_of(prefix, op.channel)
@@ -229,8 +239,6 @@ class Sender:
                 timeout=timeout,
                 is_idempotent=True,
             )
-        except NotBegun:
-            raise
         except LayerUnavailable:
             # Who wanted to leave hears no more, whatever becomes of the row.
             for group, channel in leaves:

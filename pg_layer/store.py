@@ -238,12 +238,24 @@ async def reassert(
     await _one(session, _REASSERT, inbox, *zip(*memberships, strict=True))
 
 
+class Renewal(NamedTuple):
+    """The database's clock and the server's start (seconds since 1970), and the next message's least id.
+
+    ``is_new``: there was no lease.
+    """
+
+    clock: float
+    is_new: bool
+    server: float
+    next_id: int
+
+
 async def renew(
     session: Session, inbox: str, host: str, pid: int, lease: float, token: str | None
-) -> tuple[float, bool]:
-    """Renew the lease and ring a ping; returns the database's clock, and whether there was no lease."""
-    _, clock, is_new = await _one(session, _RENEW, inbox, host, pid, lease, token)
-    return clock, is_new
+) -> Renewal:
+    """Renew the lease, and ring a ping."""
+    _, *renewal = await _one(session, _RENEW, inbox, host, pid, lease, token)
+    return Renewal(*renewal)
 
 
 async def listen(session: Session, prefix: str, channel: str) -> str:

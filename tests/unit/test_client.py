@@ -184,7 +184,7 @@ def test_what_was_sent_before_a_leave_is_for_who_left(client: Client) -> None:
 def test_after_a_reconnect_members_get_messages_whatever_their_ids(client: Client) -> None:
     channel = client.new_channel("s")
     client.memberships.join("g", client.mailbox(channel), 100, LATER)
-    client.memberships.reconnected()
+    client.memberships.ids_begin_anew(90)
     client.dispatch([row(90, group="g")])
     assert waiting(client.mailbox(channel)) == [90]
 

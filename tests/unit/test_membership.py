@@ -139,23 +139,36 @@ def test_after_a_reconnect_ids_known_before_keep_nobody_out() -> None:
     memberships.join("g", A, 100, 50.0)
     memberships.leave("h", "b", 100)
     memberships.flush(99)
-    memberships.reconnected()
+    memberships.ids_begin_anew(80)
     # A server that hands ids out again.
     assert memberships.of_group("g")[0].since < 0
     memberships.join("h", B, 90, 50.0)
     assert pairs(memberships) == {("g", "a"), ("h", "b")}
 
 
+@pytest.mark.parametrize("next_id", [7, 1000])
 @pytest.mark.parametrize("change", ["leave", "flush"])
-def test_after_a_reconnect_an_older_change_still_does_not_undo_a_joining(change: str) -> None:
+def test_after_a_reconnect_an_older_change_still_does_not_undo_a_joining(change: str, next_id: int) -> None:
     memberships = Memberships()
     memberships.join("g", A, 6, 50.0)
-    memberships.reconnected()
+    memberships.ids_begin_anew(next_id)
     if change == "leave":
         memberships.leave("g", "a", 5)
     else:
         memberships.flush(5)
     assert pairs(memberships) == {("g", "a")}
+
+
+@pytest.mark.parametrize("change", ["leave", "flush"])
+def test_after_a_reconnect_a_change_undoes_a_joining_whose_id_is_handed_out_again(change: str) -> None:
+    memberships = Memberships()
+    memberships.join("g", A, 100, 50.0)
+    memberships.ids_begin_anew(80)
+    if change == "leave":
+        memberships.leave("g", "a", 80)
+    else:
+        memberships.flush(80)
+    assert pairs(memberships) == set()
 
 
 def test_only_so_many_leaves_are_remembered() -> None:
@@ -220,7 +233,7 @@ def test_both_directions_always_agree(changes: list[tuple[str, str, Mailbox, int
         elif change == "forget":
             memberships.forget_left()
         else:
-            memberships.reconnected()
+            memberships.ids_begin_anew(number)
         all_pairs = pairs(memberships)
         assert len(memberships) == len(all_pairs)
         assert bool(memberships) is bool(all_pairs)
