@@ -586,9 +586,12 @@ BEGIN
         WHERE m.group_name = d.group_name AND m.inbox = d.inbox AND m.channel = d.channel RETURNING 1
     )
     SELECT count(*) INTO memberships FROM gone;
+    -- A client that is forgotten counts as living: what it left must have gone before.
     WITH doomed AS MATERIALIZED (
         SELECT c.inbox FROM pg_layer_client AS c
         WHERE c.inbox = ANY (_lapsed) AND c.expires_at <= _now - interval '1 day'
+            AND messages < _limit AND memberships < _limit
+            AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.inbox = c.inbox)
         LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_client AS c USING doomed AS d WHERE c.inbox = d.inbox RETURNING 1

@@ -139,17 +139,18 @@ class Connections:
         work: Callable[[Session], Awaitable[T]],
         *,
         timeout: float,
+        patience: float | None = None,
         is_idempotent: bool = False,
     ) -> T:
         """Run a statement, and again after what surely undid it, until ``timeout`` seconds have passed.
 
+        ``patience``: seconds for each of several statements, where all together may take long.
         ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
         was lost on the way. Otherwise that raises `LayerUnavailable` at once: trying again could send a
         message twice. Raises `LayerUnavailable` and `NotMigrated`; on another loop than the pool's also
         `NotBegun`, if no session is at hand.
         """
-        loop = asyncio.get_running_loop()
-        is_guest = loop is not self._loop
+        is_guest = asyncio.get_running_loop() is not self._loop
         deadline = time.monotonic() + timeout
         is_silent = False
         while True:
@@ -159,7 +160,7 @@ class Connections:
                 if is_guest:
                     raise NotBegun
                 session = await self._from_pool(deadline)
-            watchdog = loop.call_later(max(deadline - time.monotonic(), 0.001), session.cut)
+            session.patience = patience or max(deadline - time.monotonic(), 0.001)
             is_refused = False
             try:
                 return await (store.silently(session, work) if is_silent else work(session))
@@ -177,7 +178,6 @@ class Connections:
                     is_late = now + RETRY + (now - begun_at) >= deadline
                     self._judge(error, is_idempotent, is_late)
             finally:
-                watchdog.cancel()
                 self._give_back(session)
             if not is_refused:
                 await asyncio.sleep(RETRY)
@@ -289,13 +289,11 @@ class Connections:
     async def _return_to_pool(self, session: Session) -> None:
         try:
             if not session.is_closed and not session.is_reusable:
-                watchdog = self._loop.call_later(_SETTLE_TIMEOUT, session.cut)
+                session.patience = _SETTLE_TIMEOUT
                 try:
                     await session.settle()
                 except psycopg.Error:
                     pass
-                finally:
-                    watchdog.cancel()
             if not session.is_reusable:
                 session.close()
         finally:

@@ -9,16 +9,14 @@ No call waits on a loop that nobody runs.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import os
 import threading
-import weakref
 
 import psycopg
 from asgiref.sync import AsyncToSync
 
-from pg_layer import store
+from pg_layer import store, termination
 from pg_layer.client import Client
 from pg_layer.codec import Codec
 from pg_layer.config import Config
@@ -91,7 +89,7 @@ class Homes:
         self._codec = codec
         self._lock = threading.RLock()
         self._begin()
-        _all.add(self)
+        termination.remember(self)
 
     def _begin(self) -> None:
         self.client = Client(self._config, self._codec)
@@ -113,8 +111,9 @@ class Homes:
             home = self._home
             if home is None or not (home.is_running and (home.is_receiving or home.loop is loop)):
                 home = self._move_here()
-            if home.loop is loop:
+            if home.loop is loop and not home.is_receiving:
                 home.start_receiving()
+                termination.heed_sigterm()
             return home
 
     def for_sending(self) -> Engine:
@@ -208,19 +207,13 @@ def _is_passing(loop: asyncio.AbstractEventLoop) -> bool:
     return loop in getattr(AsyncToSync, "loop_thread_executors", ())
 
 
-_all: weakref.WeakSet[Homes] = weakref.WeakSet()
 _inherited: list[object] = []
 
 
 def _after_fork_in_child() -> None:
-    for homes in list(_all):
-        homes._after_fork()
-
-
-@atexit.register
-def _leave_all() -> None:
-    for homes in list(_all):
-        homes.leave()
+    for homes in termination.leavers():
+        if isinstance(homes, Homes):
+            homes._after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -30,6 +30,7 @@ logger = logging.getLogger("pg_layer")
 REASSERT_MOST = 5000  # memberships a statement
 FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
 PING_PATIENCE = 3.0  # seconds
+POOLED = "a connection pooler is between that does not keep LISTEN; CONFIG['listen_dsn'] is to lead past it."
 # Classes of errors after which LISTEN is not to be had for now: not supported, not allowed.
 _REFUSALS = ("0A", "42")
 
@@ -57,6 +58,7 @@ class Liveness:
         self._is_receiving = False
         self._is_kept = False
         self._is_deaf = False  # the last ping was not heard
+        self._is_pooled = False  # the listener's connection leads through a pooler
         self.polls_because: str | None = None  # although it was not asked to
 
     # ------------------------------------------------------------------ hearing
@@ -89,20 +91,17 @@ class Liveness:
         return "listening" if self._listener.is_connected else "connecting"
 
     async def _on_connect(self, session: Session) -> None:
-        is_direct = await store.is_direct(session)
+        self._is_pooled = not await store.is_direct(session)
         await self._renew_on(session, None)
         await self._reassert_on(session)
         await self._receiver.listen(session)
-        if not is_direct:
-            self._spawn(self._listen_through_pooler())
+        if self._is_pooled and self.polls_because is None:
+            self._spawn(self._prove_pooler())
 
-    async def _listen_through_pooler(self) -> None:
+    async def _prove_pooler(self) -> None:
         try:
             if not await self._receiver.ping(self._renew, PING_PATIENCE):
-                self._fall_back(
-                    "a connection pooler is between, and does not keep LISTEN;"
-                    " CONFIG['listen_dsn'] is to lead past it."
-                )
+                self._fall_back(POOLED)
         except PgLayerError as error:
             self._outage.begin(error)
 
@@ -196,7 +195,7 @@ class Liveness:
     async def ping(self) -> bool:
         """Renew the lease, if there is one, and hear of it by notification; returns whether that worked."""
         config = self._client.config
-        if self._listener is not None and self._listener.is_connected:
+        if self.listening == "listening":
             return await self._receiver.ping(self._renew, min(config.send_timeout, config.heartbeat / 2))
         if self._is_receiving:
             await self._renew(None)
@@ -223,6 +222,8 @@ class Liveness:
 
     async def _beat(self, heartbeat: float) -> None:
         listener = self._listener
+        if self.polls_because is not None:
+            await self._connections.run(store.look_at_queue, timeout=heartbeat, is_idempotent=True)
         if listener is None or not listener.is_connected:
             await self._renew(None)
             if listener is not None:
@@ -232,6 +233,8 @@ class Liveness:
             self._receiver.look_again()
         elif self.polls_because is not None:
             return
+        elif self._is_pooled:
+            self._fall_back(POOLED)
         elif self._is_deaf:
             self._fall_back("they do not arrive, although the server takes LISTEN and NOTIFY.")
         else:

@@ -189,7 +189,10 @@ class Receiver:
                 read = self._read_everything if span == EVERYTHING else self._read_span
                 try:
                     await self._connections.run(
-                        partial(read, view=view, span=span), timeout=READ_TIMEOUT, is_idempotent=True
+                        partial(read, view=view, span=span),
+                        timeout=READ_TIMEOUT,
+                        patience=self._client.config.send_timeout,
+                        is_idempotent=True,
                     )
                 except PgLayerError as error:
                     inbox.fail_read(view)

@@ -25,6 +25,8 @@ _BINARY = 1
 _GOOD = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 _numbers = count(1)
 
+PATIENCE = 10.0
+
 Rows = list[tuple[Any, ...]]
 
 
@@ -38,6 +40,7 @@ class Session:
     def __init__(self, conn: AsyncConnection[Any], *, can_prepare: bool = False) -> None:
         self.conn = conn
         self.can_prepare = can_prepare
+        self.patience = PATIENCE  # seconds for each answer; then the connection is cut
         self._pgconn = conn.pgconn
         self._names: dict[Statement, bytes] = {}
         self._is_waiting = False
@@ -140,11 +143,13 @@ class Session:
     async def _results(self, is_late: bool = False) -> list[PGresult]:
         """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
         self._answer_to = answer = _Answer(self._pgconn)
+        watchdog = asyncio.get_running_loop().call_later(self.patience, self.cut)
         try:
             if is_late:
                 answer.readable()
             return await answer.done
         finally:
+            watchdog.cancel()
             answer.unwatch()
             self._answer_to = None
             self._is_waiting = not (answer.is_complete or self.is_closed)

@@ -82,6 +82,7 @@ _READ = Statement(
     """,
     *(TEXT, INT8, INT8, INT4, INT8),
 )
+_QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
 _BEGIN = Statement("BEGIN")
 _SILENCE = Statement("SELECT set_config('pg_layer.silent', 'on', true)")
 _BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -138,8 +139,14 @@ class Look(NamedTuple):
     floor: int
 
 
+async def look_at_queue(session: Session) -> None:
+    """See to it that NOTIFY's queue, if it was full, is found empty: nothing else moves its end then."""
+    await session.execute(_QUEUE_USAGE)
+
+
 async def silently(session: Session, work: Callable[[Session], Awaitable[T]]) -> T:
     """Do it without ringing any doorbell."""
+    await look_at_queue(session)
     await session.execute(_BEGIN)
     await session.execute(_SILENCE)
     result = await work(session)
