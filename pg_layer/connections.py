@@ -74,6 +74,7 @@ class Connections:
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self._reason: Exception | None = None
         self._loop = asyncio.get_running_loop()
+        self.generation = 0  # how many connections were made: each may lead to another server
         self._is_open = False
         self._is_closed = False
         # Guards the next three, so that no session is put aside while somebody waits for one.
@@ -119,6 +120,7 @@ class Connections:
     async def _configure(self, conn: _Connection) -> None:
         conn.session = Session(conn)
         self._all.add(conn)
+        self.generation += 1
         # Through a pooler the next statement may meet another server process, which has not prepared it.
         conn.session.can_prepare = await store.is_direct(conn.session)
 

@@ -130,7 +130,7 @@ class Sender:
         self._lanes = (self._sends, self._group_sends, self._regroups)
 
     def _reset_counts(self) -> None:
-        self._server = self.client.server
+        self._generation = self.connections.generation
         self._floors = FloorBook()
         self._credits = Credits()
 
@@ -161,7 +161,7 @@ class Sender:
     async def _send(self, ops: list[Send], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
         self.client.counters["send_batches"] += 1
-        if self._server != self.client.server:  # floors are ids of another
+        if self._generation != self.connections.generation:  # floors may be ids of another server
             self._reset_counts()
         if len(ops) == 1:
             op = ops[0]
