@@ -60,7 +60,9 @@ class Client:
         self.process = os.getpid()
         self.has_lease = False
         self.renewed_at = 0.0  # by time.monotonic()
-        self.server: float | None = None  # when it started: another one may hand ids out again
+        self.last_id = 0  # the largest that was met
+        self._server: float | None = None  # when it started, by its clock
+        self._met_at = 0.0  # by its clock
         self.inbox = Inbox()
         self.memberships = Memberships()
         self.clock = DatabaseClock()
@@ -116,6 +118,20 @@ class Client:
                 elif not self.memberships.is_member(channel):
                     del self._mailboxes[channel]
 
+    # ------------------------------------------------------------------ servers
+
+    def meet(self, server: float, now: float, next_id: int) -> bool:
+        """A server that started at ``server`` answered at ``now``; returns whether it may hand ids out again.
+
+        It does so if its next id was met already, as after a crash, or on tables made anew. A server that ran
+        while another answered is a standby that was promoted: it may have lagged, and have gone on since.
+        """
+        is_promoted = self._server is not None and server != self._server and server <= self._met_at
+        begins_anew = is_promoted or next_id <= self.last_id
+        self._server, self._met_at = server, now
+        self.last_id = next_id if begins_anew else max(self.last_id, next_id)
+        return begins_anew
+
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, rows: Iterable[Row]) -> list[Key]:
@@ -128,6 +144,8 @@ class Client:
 
     def _dispatch_one(self, row: Row) -> bool:
         """Returns whether the row stays until its message is received."""
+        if row.id > self.last_id:
+            self.last_id = row.id
         if row.kind == "message":
             self.counters["received"] += 1
             try:

@@ -162,8 +162,7 @@ class Liveness:
         )
         client.clock.observe(asked_at, renewal.clock)
         client.renewed_at = asked_at
-        if renewal.is_new or renewal.server != client.server:
-            client.server = renewal.server
+        if client.meet(renewal.server, renewal.clock, renewal.next_id):
             client.memberships.ids_begin_anew(renewal.next_id)
         return renewal.is_new
 

@@ -9,13 +9,15 @@ from pg_layer.inbox import LAST_ID
 from pg_layer.mailbox import Mailbox
 
 LEFT_MOST = 10_000
+GONE_MOST = 4  # times that a channel has left a group, and that are remembered
 
 
 class Member(NamedTuple):
     """A channel in a group: messages with ids above ``since`` are for it, until ``expires_at``.
 
     One that has left is kept a while for the messages that were sent before, with ids up to ``until``, and
-    are still on their way. ``joined`` is the id at which it last joined: what is older does not undo it.
+    are still on their way, also where it has joined anew meanwhile. ``joined`` is the id at which it last
+    joined: what is older does not undo it.
     """
 
     mailbox: Mailbox
@@ -40,6 +42,7 @@ class Memberships:
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, Member]] = {}
         self._channels: dict[str, set[str]] = {}
+        self._gone: dict[str, dict[str, list[Member]]] = {}  # group -> channel -> what it was until of late
         # (group, channel) -> id of the leaves of late: what tells of an earlier joining must not undo them.
         self._left: dict[tuple[str, str], int] = {}
         self._left_before: dict[tuple[str, str], int] = {}
@@ -61,7 +64,7 @@ class Memberships:
             members = self._groups.setdefault(group, {})
             known = members.get(channel)
             since, joined = id, id
-            if known is not None and not known.has_left:
+            if known is not None:
                 since, joined = min(id, known.since), max(id, known.joined)
                 expires_at = max(expires_at, known.expires_at)
             members[channel] = Member(mailbox, since, joined, expires_at)
@@ -71,9 +74,11 @@ class Memberships:
         """Remove a channel from a group, unless it has joined since."""
         with self._lock:
             member = self._groups.get(group, {}).get(channel)
-            if member is not None and not member.has_left and member.joined < id:
-                self._groups[group][channel] = member._replace(until=id)
-                self._unlink(group, channel)
+            if member is not None and member.joined < id:
+                self._remove(group, channel)
+                gone = self._gone.setdefault(group, {}).setdefault(channel, [])
+                gone.append(member._replace(until=id))
+                del gone[:-GONE_MOST]
             self._left[group, channel] = max(id, self._left.pop((group, channel), id))
             if len(self._left) > LEFT_MOST:
                 self._forget_left(next(iter(self._left)))
@@ -90,7 +95,7 @@ class Memberships:
         """Remove a channel from a group here, whatever the tables say."""
         with self._lock:
             member = self._groups.get(group, {}).get(channel)
-            if member is not None and not member.has_left:
+            if member is not None:
                 self._remove(group, channel)
 
     def flush(self, id: int) -> None:
@@ -119,8 +124,10 @@ class Memberships:
     def of_group(self, group: str) -> list[Member]:
         """The members of a group, and who has left it of late."""
         with self._lock:
-            members = self._groups.get(group)
-            return list(members.values()) if members else []
+            members = list(self._groups.get(group, {}).values())
+            for gone in self._gone.get(group, {}).values():
+                members += gone
+            return members
 
     def of_channel(self, channel: str) -> list[str]:
         """The groups of a channel."""
@@ -144,31 +151,21 @@ class Memberships:
                     self._remove(group, member.mailbox.channel)
 
     def _all(self) -> list[tuple[str, Member]]:
-        return [
-            (group, member)
-            for group, members in self._groups.items()
-            for member in members.values()
-            if not member.has_left
-        ]
-
-    def _remove(self, group: str, channel: str) -> None:
-        self._erase(group, channel)
-        self._unlink(group, channel)
+        return [(group, member) for group, members in self._groups.items() for member in members.values()]
 
     def _forget_left(self, pair: tuple[str, str]) -> None:
         del self._left[pair]
         group, channel = pair
-        member = self._groups.get(group, {}).get(channel)
-        if member is not None and member.has_left:
-            self._erase(group, channel)
+        gone = self._gone.get(group, {})
+        gone.pop(channel, None)
+        if not gone:
+            self._gone.pop(group, None)
 
-    def _erase(self, group: str, channel: str) -> None:
+    def _remove(self, group: str, channel: str) -> None:
         members = self._groups[group]
         del members[channel]
         if not members:
             del self._groups[group]
-
-    def _unlink(self, group: str, channel: str) -> None:
         groups = self._channels[channel]
         groups.discard(group)
         if not groups:

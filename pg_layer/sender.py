@@ -244,6 +244,7 @@ class Sender:
             for group, channel in leaves:
                 client.memberships.drop(group, channel)
             raise
+        client.last_id = max(client.last_id, since)
         for group, channel in leaves:
             if client.owns(channel):
                 client.memberships.leave(group, channel, since)

@@ -128,17 +128,8 @@ class Session:
         self._pgconn.finish()
 
     def cut(self) -> None:
-        """Shut the socket, so that whoever waits for an answer is told at once. From any thread."""
-        try:
-            duplicate = socket.socket(fileno=os.dup(self._pgconn.socket))
-        except (OSError, psycopg.OperationalError):  # closed already
-            return
-        try:
-            duplicate.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        finally:
-            duplicate.close()
+        """Shut the socket, so that whoever waits for an answer is told at once."""
+        cut(self._pgconn)
 
     async def _results(self, is_late: bool = False) -> list[PGresult]:
         """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
@@ -211,6 +202,20 @@ class _Answer:
             if self._is_sending:
                 self._loop.remove_writer(self._fd)
         self._fd = -1
+
+
+def cut(pgconn: pq.abc.PGconn) -> None:
+    """Shut a connection's socket, so that whoever waits for an answer on it is told at once."""
+    try:
+        duplicate = socket.socket(fileno=os.dup(pgconn.socket))
+    except (OSError, psycopg.OperationalError):  # closed already
+        return
+    try:
+        duplicate.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    finally:
+        duplicate.close()
 
 
 def execute_now(conn: Connection[Any], statement: Statement, *values: object) -> Rows:

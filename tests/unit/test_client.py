@@ -277,7 +277,7 @@ def test_joining_and_leaving_take_their_place_in_the_order(client: Client) -> No
     assert client.dispatch(rows) == [each.key for each in rows]
     assert waiting(client.mailbox(channel)) == [3, 7]
     assert groups_of(client, channel) == ["g"]
-    (member,) = client.memberships.of_group("g")
+    (member,) = (member for member in client.memberships.of_group("g") if not member.has_left)
     assert member.expires_at == math.inf
 
 
@@ -440,3 +440,25 @@ def test_different_faults_are_logged_apart(client: Client, caplog: pytest.LogCap
         client.undecodable("channel", UndecodableMessage(text))
     assert [record.args for record in caplog.records] != []
     assert len(caplog.records) == 2
+
+
+# --- Servers
+
+
+@pytest.mark.parametrize(
+    ("server", "next_id", "begins_anew"),
+    [
+        pytest.param(100.0, 12, False, id="the same"),
+        pytest.param(100.0, 3, True, id="the same, with tables made anew"),
+        pytest.param(250.0, 12, False, id="restarted"),
+        pytest.param(250.0, 11, True, id="crashed, and the last ids are lost"),
+        pytest.param(90.0, 12, True, id="a standby that ran already, and may have lagged"),
+    ],
+)
+def test_a_server_that_may_hand_ids_out_again(
+    client: Client, server: float, next_id: int, begins_anew: bool
+) -> None:
+    assert not client.meet(100.0, 150.0, 5)
+    client.dispatch([row(11, channel=client.new_channel("s"))])
+    assert client.meet(server, 300.0, next_id) is begins_anew
+    assert not client.meet(server, 310.0, next_id + 1)

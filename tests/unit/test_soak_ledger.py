@@ -260,6 +260,14 @@ def test_recovery_is_from_the_end_of_a_fault_to_the_first_message_of_each_reader
     assert found.all_back == {"cut": [pytest.approx(2.2)]}
 
 
+def test_what_waits_for_the_next_fault_does_not_count() -> None:
+    messages = [*sent(1), *sent(2, stream="specific.b!1"), *sent(5), *sent(6, stream="specific.b!1")]
+    other = [Opened(0, "specific.b!1"), *got(2, 6, channel="specific.b!1")]
+    faults: list[Record] = [Fault(3, "cut", 4.0), Fault(5.5, "restart", 5.9)]
+    found = ledger(messages, [*OPENED, *got(1, 5)], faults, other=other)
+    assert found.all_back == {"cut": [pytest.approx(1.2)], "restart": [pytest.approx(0.3)]}
+
+
 def test_an_error_of_a_process_is_not_clean() -> None:
     found = ledger([], [Complaint(1, "Traceback"), Cancelled(1)])
     assert not found.is_clean
