@@ -3,18 +3,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+SECONDS ?= 120
 
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types demo bench clean
+.PHONY: help venv test lint types demo bench soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS are handed on (make test ARGS='-k codec'); PYTHON and VENV choose the interpreter and the folder."
+	@echo "SECONDS is for how long soak makes faults."
 	@echo "PG_LAYER_TEST_DSN is the server that the tests use, instead of one of their own."
 
 venv: $(VENV)/.installed-dev ## install the project and what its development needs
@@ -34,6 +36,9 @@ demo: $(VENV)/.installed-demo ## run the chat in two processes, with a PostgreSQ
 
 bench: $(VENV)/.installed-bench ## measure the layer against its peers
 	$(python) -m benchmarks $(ARGS)
+
+soak: $(VENV)/.installed-demo ## make faults for a while, and account for every message
+	$(python) -m soak --seconds $(SECONDS) $(ARGS)
 
 clean: ## remove the virtual environment and whatever was built
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .demo .bench

@@ -468,7 +468,8 @@ BEGIN
     -- Locked, so that a client that takes leave does so before this or after it. Without a lease there are no jobs.
     PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at > clock_timestamp() FOR SHARE;
     IF NOT FOUND THEN
-        RETURN;
+        -- No answer would be taken for an empty channel.
+        RAISE object_not_in_prerequisite_state USING MESSAGE = 'The client has no lease.';
     END IF;
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -553,11 +554,13 @@ $$;
 -- A lapsed client itself is remembered for a day, so that nothing is written for the dead. Rows somebody else holds are left
 -- for the next time, so that several sweepers do no harm.
 --   _alone: only if nobody else sweeps right now; returns nulls if somebody does
+--   _after_inbox, _after_id: where the last batch ended, so that this one does not walk what that one deleted; or nulls
+--   returns: how many of each, and where this batch ended
 CREATE FUNCTION pg_layer_sweep(
-    _prefix text, _limit integer, _alone boolean,
-    OUT messages bigint, OUT memberships bigint, OUT clients bigint
+    _prefix text, _limit integer, _alone boolean, _after_inbox text, _after_id bigint,
+    OUT messages bigint, OUT memberships bigint, OUT clients bigint, OUT last_inbox text, OUT last_id bigint
 )
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _lapsed text[];
@@ -571,12 +574,16 @@ BEGIN
                      FOR UPDATE SKIP LOCKED);
     WITH doomed AS MATERIALIZED (
         SELECT m.inbox, m.id FROM pg_layer_message AS m
-        WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))
-        LIMIT _limit FOR UPDATE SKIP LOCKED
+        WHERE (m.inbox, m.id) > (coalesce(_after_inbox, _prefix || '!'), coalesce(_after_id, 0)) AND m.inbox < _prefix || '"'
+            AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))
+        ORDER BY m.inbox, m.id LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_message AS m USING doomed AS d WHERE m.inbox = d.inbox AND m.id = d.id RETURNING 1
+        DELETE FROM pg_layer_message AS m USING doomed AS d WHERE m.inbox = d.inbox AND m.id = d.id RETURNING m.inbox, m.id
+    ), last AS (
+        SELECT g.inbox, g.id FROM gone AS g ORDER BY g.inbox COLLATE "C" DESC, g.id DESC LIMIT 1
     )
-    SELECT count(*) INTO messages FROM gone;
+    SELECT (SELECT count(*) FROM gone), (SELECT l.inbox FROM last AS l), (SELECT l.id FROM last AS l)
+    INTO messages, last_inbox, last_id;
     WITH doomed AS MATERIALIZED (
         SELECT m.group_name, m.inbox, m.channel FROM pg_layer_membership AS m
         WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))

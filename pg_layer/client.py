@@ -155,6 +155,8 @@ class Client:
                 return False
             if row.channel is not None:
                 mailbox = self.mailbox(row.channel)
+                if len(mailbox) >= mailbox.capacity:
+                    self.drop_expired(mailbox)
                 mailbox.undeleted += 1
                 mailbox.put(Letter(row.id, payload, row.expires_at, row.key))
                 return True
@@ -178,7 +180,17 @@ class Client:
         id = letter.id
         for mailbox, since, _, expires_at, until in self.memberships.of_group(group):
             if since < id <= until and expires_at > now and not mailbox.put_if_room(letter):
-                self.count_dropped(group, mailbox.channel)
+                self.drop_expired(mailbox)
+                if not mailbox.put_if_room(letter):
+                    self.count_dropped(group, mailbox.channel)
+
+    def drop_expired(self, mailbox: Mailbox) -> None:
+        """Drop what waited in a mailbox beyond its end."""
+        expired = mailbox.pop_expired(self.clock.now())
+        if expired:
+            mailbox.is_neglected = True
+            self.counters["dropped_expired"] += len(expired)
+            self.doomed.update({letter.key: mailbox for letter in expired if letter.key is not None})
 
     def announce(self, type: str | None) -> None:
         """Put a message of this type, if one is given, into the mailbox of each consumer here."""

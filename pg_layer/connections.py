@@ -122,7 +122,11 @@ class Connections:
         self._all.add(conn)
         self.generation += 1
         # Through a pooler the next statement may meet another server process, which has not prepared it.
-        conn.session.can_prepare = await store.is_direct(conn.session)
+        try:
+            conn.session.can_prepare = await store.is_direct(conn.session)
+        except BaseException:
+            conn.session.close()
+            raise
 
     async def _open(self) -> None:
         if not self._is_open:

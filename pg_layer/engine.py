@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from pg_layer import store
@@ -177,11 +178,10 @@ class Engine:
         now = client.clock.now()
         client.memberships.drop_expired(now)
         for mailbox in client.mailboxes():
-            expired = mailbox.pop_expired(now)
-            client.counters["dropped_expired"] += len(expired)
-            client.doomed.update({letter.key: mailbox for letter in expired if letter.key is not None})
+            client.drop_expired(mailbox)
             self.receiver.deleter.soon()
-            if expired and not mailbox.waiting:
+            is_neglected, mailbox.is_neglected = mailbox.is_neglected, False
+            if is_neglected and not mailbox.waiting:
                 for group in client.memberships.of_channel(mailbox.channel):
                     logger.info(
                         "Channel %s leaves group %s: its messages expire unread.", mailbox.channel, group
@@ -190,11 +190,16 @@ class Engine:
 
     async def _sweep(self) -> None:
         prefix = self.client.config.prefix
-        while swept := await self.connections.run(
-            lambda session: store.sweep(session, prefix, SWEEP_BATCH),
-            timeout=self.client.config.send_timeout,
-            is_idempotent=True,
-        ):
+        place = store.START
+        while True:
+            batch = await self.connections.run(
+                partial(store.sweep, prefix=prefix, limit=SWEEP_BATCH, after=place),
+                timeout=self.client.config.send_timeout,
+                is_idempotent=True,
+            )
+            if batch is None or not any(batch[0]):
+                return
+            swept, place = batch
             logger.debug("Swept %s.", swept)
 
     # ------------------------------------------------------------------ the end

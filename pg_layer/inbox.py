@@ -311,5 +311,5 @@ class Inbox:
             self._recent.add(key)
         elif is_seen_again:
             # Put back, and met before that was known: it may be here again, and nobody has dispatched it.
-            self._heard.add(key[1])
-            self._due = Span(key[0], key[0]).cover(self._due)
+            # Suspect, so that nothing is taken before that is known: it would overtake.
+            self.suspect()

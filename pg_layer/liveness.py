@@ -58,6 +58,8 @@ class Liveness:
         self._is_receiving = False
         self._is_kept = False
         self._is_deaf = False  # the last ping was not heard
+        self._proved_at = 0.0  # when the listener was known to hear, by time.monotonic()
+        self._is_proving = False
         self._is_pooled = False  # the listener's connection leads through a pooler
         self.polls_because: str | None = None  # although it was not asked to
 
@@ -94,6 +96,7 @@ class Liveness:
         self._is_pooled = not await store.is_direct(session)
         await self._renew_on(session, None)
         await self._reassert_on(session)
+        self._proved_at = time.monotonic()
         await self._receiver.listen(session)
         if self._is_pooled and self.polls_because is None:
             self._spawn(self._prove_pooler())
@@ -112,8 +115,27 @@ class Liveness:
             self._outage.begin(error)
 
     def _on_caught_up(self, messages: int) -> None:
-        if self.listening != "connecting":
+        if self._outage.why is None or self.listening == "connecting":
+            return
+        if self.listening == "polling" or self._proved_at >= self._outage.since:
             self._outage.end(messages)
+        elif not self._is_proving:
+            self._is_proving = True
+            self._spawn(self._prove(messages))
+
+    async def _prove(self, messages: int) -> None:
+        """The pool's way is open again: whether the listener's is, too, or leads nowhere any more."""
+        listener = self._listener
+        try:
+            if await self._receiver.ping(self._renew, PING_PATIENCE):
+                self._hears_again()
+                self._outage.end(messages)
+            elif listener is not None and self._listener is listener:
+                listener.reconnect()
+        except PgLayerError:
+            pass  # still away
+        finally:
+            self._is_proving = False
 
     # ------------------------------------------------------------------ polling
 
@@ -135,6 +157,7 @@ class Liveness:
 
     def _hears_again(self) -> None:
         self._is_deaf = False
+        self._proved_at = time.monotonic()
         if self.polls_because is not None:
             self.polls_because = None
             logger.warning("Notifications arrive again.")

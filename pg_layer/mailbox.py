@@ -43,6 +43,7 @@ class Mailbox:
         "capacity",
         "channel",
         "is_closed",
+        "is_neglected",
         "is_receivable",
         "is_used",
         "undeleted",
@@ -54,6 +55,7 @@ class Mailbox:
         self.undeleted = 0  # rows of this channel that senders may still count
         self.is_closed = False  # its client has taken leave: nothing comes and goes any more
         self.is_receivable = False  # set once somebody has shown that this process may receive here
+        self.is_neglected = False  # messages have expired here unread
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
         self._waiters: deque[Waiter] = deque()

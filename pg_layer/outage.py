@@ -15,14 +15,14 @@ class Outage:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._since = 0.0  # by time.monotonic()
+        self.since = 0.0  # by time.monotonic()
         self.why: str | None = None  # while it is away
 
     def begin(self, error: Exception) -> None:
         """The database is lost; the first of several calls counts."""
         if self.why is not None:
             return
-        self.why, self._since = " ".join(str(error).split()), time.monotonic()
+        self.why, self.since = " ".join(str(error).split()), time.monotonic()
         logger.warning("Lost the database: %s", self.why)
         self._client.announce(self._client.config.on_disconnect)
 
@@ -33,7 +33,7 @@ class Outage:
         self.why = None
         logger.warning(
             "The database is back after %.1f s: caught up with %d messages.",
-            time.monotonic() - self._since,
+            time.monotonic() - self.since,
             caught_up,
         )
         self._client.announce(self._client.config.on_reconnect)

@@ -297,6 +297,8 @@ class Receiver:
             # What was taken before, and its answer lost, comes first.
             self._drain_soon()
             return
+        if not self._client.renewed_at:
+            return  # who has no lease is given nothing; when it has come, all is looked at
         if (
             not (reader.is_taking or reader.is_putting_back)
             and reader.may_have_more

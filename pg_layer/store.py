@@ -99,7 +99,7 @@ _TAKE = Statement("SELECT * FROM pg_layer_take($1, $2, $3, $4, $5)", TEXT, TEXT,
 _PUT_BACK = Statement("SELECT pg_layer_put_back($1, $2, $3, $4)", TEXT, TEXT, INT8S, INT8S)
 _CLOSE = Statement("SELECT pg_layer_close($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8S, INT8S, TEXTS, TEXTS)
 _FLUSH = Statement("SELECT pg_layer_flush($1)", TEXT)
-_SWEEP = Statement(_LAZILY + "pg_layer_sweep($1, $2, $3) AS f", TEXT, INT4, BOOL)
+_SWEEP = Statement(_LAZILY + "pg_layer_sweep($1, $2, $3, $4, $5) AS f", TEXT, INT4, BOOL, TEXT, INT8)
 _SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
 
 
@@ -339,16 +339,20 @@ async def flush(session: Session, prefix: str) -> int:
     return int(id)
 
 
-async def sweep(session: Session, prefix: str, limit: int) -> Swept | None:
-    """Sweep one batch, unless somebody else is sweeping: then None."""
-    _, *counts = await _one(session, _SWEEP, prefix, limit, True)
-    return None if None in counts else Swept(*counts)
+Place = tuple[str | None, int | None]  # in a sweep: the inbox and the id where a batch ended
+START: Place = (None, None)
 
 
-def sweep_now(conn: Connection[Any], prefix: str, limit: int) -> Swept:
-    """Sweep one batch, beside whoever else does."""
-    ((_, *counts),) = execute_now(conn, _SWEEP, prefix, limit, False)
-    return Swept(*counts)
+async def sweep(session: Session, prefix: str, limit: int, after: Place) -> tuple[Swept, Place] | None:
+    """Sweep one batch from there on, unless somebody else is sweeping: then None."""
+    _, *counts, inbox, id = await _one(session, _SWEEP, prefix, limit, True, *after)
+    return None if None in counts else (Swept(*counts), (inbox, id))
+
+
+def sweep_now(conn: Connection[Any], prefix: str, limit: int, after: Place) -> tuple[Swept, Place]:
+    """Sweep one batch from there on, beside whoever else does; returns where it ended."""
+    ((_, *counts, inbox, id),) = execute_now(conn, _SWEEP, prefix, limit, False, *after)
+    return Swept(*counts), (inbox, id)
 
 
 def sweepable(conn: Connection[Any], prefix: str) -> Swept:

@@ -97,13 +97,13 @@ class Sweeper:
         return self
 
     def _sweep(self) -> Swept:
-        total = Swept(0, 0, 0)
+        total, place = Swept(0, 0, 0), store.START
         with _translated():
             conn = self._connection()
             while not self._is_stopped:
                 watchdog = self._watch(BATCH_PATIENCE)
                 try:
-                    swept = store.sweep_now(conn, self._config.prefix, self._batch_size)
+                    swept, place = store.sweep_now(conn, self._config.prefix, self._batch_size, place)
                 finally:
                     watchdog.cancel()
                 total = Swept(*map(sum, zip(total, swept, strict=True)))

@@ -159,8 +159,12 @@ async def test_a_sweep_removes_what_has_expired_and_nothing_else(
     await until(lambda: observer.execute(expired.format("message").encode()).fetchone() == (6,))
     await until(lambda: observer.execute(expired.format("membership").encode()).fetchone() == (3,))
     assert observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (3, 1, 0)
-    assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 1000, true)").fetchone() == (3, 1, 0)
-    assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 1000, true)").fetchone() == (0, 0, 0)
+    assert observer.execute(
+        "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 1000, true, null, null)"
+    ).fetchone() == (3, 1, 0)
+    assert observer.execute(
+        "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 1000, true, null, null)"
+    ).fetchone() == (0, 0, 0)
     assert count(observer, "message") == 6
     assert count(observer, "membership") == 4
 

@@ -414,12 +414,25 @@ def test_a_sweep_by_a_serving_process_leaves_it_to_one_that_sweeps(
 ) -> None:
     add_messages(observer, 3, PAST)
     with psycopg.connect(migrated_dsn) as first:
-        assert first.execute("SELECT * FROM pg_layer_sweep('asgi', 1, true)").fetchone() == (1, 0, 0)
-        assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 10, true)").fetchone() == (None,) * 3
+        assert first.execute(
+            "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 1, true, null, null)"
+        ).fetchone() == (1, 0, 0)
+        assert (
+            observer.execute(
+                "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 10, true, null, null)"
+            ).fetchone()
+            == (None,) * 3
+        )
         # Of another prefix, or by the command: beside it.
-        assert observer.execute("SELECT * FROM pg_layer_sweep('other', 10, true)").fetchone() == (0, 0, 0)
-        assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 10, false)").fetchone() == (2, 0, 0)
-    assert observer.execute("SELECT * FROM pg_layer_sweep('asgi', 10, true)").fetchone() == (0, 0, 0)
+        assert observer.execute(
+            "SELECT messages, memberships, clients FROM pg_layer_sweep('other', 10, true, null, null)"
+        ).fetchone() == (0, 0, 0)
+        assert observer.execute(
+            "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 10, false, null, null)"
+        ).fetchone() == (2, 0, 0)
+    assert observer.execute(
+        "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 10, true, null, null)"
+    ).fetchone() == (0, 0, 0)
 
 
 async def test_serving_processes_do_not_sweep_if_told_so(make_layer: MakeLayer, observer: Observer) -> None:

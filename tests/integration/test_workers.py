@@ -417,7 +417,7 @@ async def test_once_its_lease_is_over_nothing_is_written_for_a_killed_process(
     assert count(observer, "membership", condition) == 1
 
     # The living one keeps its lease meanwhile, and a sweep leaves it alone.
-    observer.execute("SELECT pg_layer_sweep('asgi', 1000, false)")
+    observer.execute("SELECT pg_layer_sweep('asgi', 1000, false, null, null)")
     assert count(observer, "message", condition) == count(observer, "membership", condition) == 0
     assert count(observer, "membership") == 1
     assert leases(observer) == 1
@@ -436,7 +436,7 @@ async def test_a_client_whose_lease_lapsed_comes_back_with_its_memberships(
     await listen(layer)
     with psycopg.connect(observer.info.dsn, password=observer.info.password, autocommit=True) as connection:
         connection.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp()")
-        connection.execute("SELECT pg_layer_sweep('asgi', 1000, false)")
+        connection.execute("SELECT pg_layer_sweep('asgi', 1000, false, null, null)")
     assert count(observer, "membership") == 0
     await until(lambda: count(observer, "membership") == 1)
     await sender.group_send("room", {"number": 1})

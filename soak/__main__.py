@@ -1,0 +1,45 @@
+"""``python -m soak``."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from soak.report import describe
+from soak.run import soak
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: all promises kept; 1: one was broken; 130: interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120, help="how long faults are made (default: 120)")
+    parser.add_argument("--seed", type=int, help="of what happens; random by default, and printed")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what the processes wrote down")
+    options = parser.parse_args(arguments)
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    signal.signal(signal.SIGTERM, _interrupt)
+    _say(f"{options.seconds:g} seconds of faults, --seed {seed}")
+    try:
+        ledger = soak(options.seconds, seed, _say, options.keep)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    _say(f"\n{describe(ledger)}\n(--seed {seed})")
+    return 0 if ledger.is_clean else 1
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

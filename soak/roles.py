@@ -1,0 +1,427 @@
+"""The processes: what they do, and what they write down of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from asgiref.sync import async_to_sync
+
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from pg_layer.config import load
+from pg_layer.sweeper import Sweeper
+from soak.book import Book, now
+from soak.ledger import (
+    KINDS,
+    Begun,
+    Cancelled,
+    Closed,
+    Complaint,
+    Ended,
+    Failed,
+    Got,
+    Joined,
+    Joining,
+    Kind,
+    Leaving,
+    Left,
+    Opened,
+    Outcome,
+)
+
+Role = Literal["sender", "threads", "receiver", "worker", "single", "sweeper"]
+
+GROUPS = ("lobby", "hall", "attic", "cellar")
+JOBS, LINE = "jobs", "line"  # normal channels: one with many workers, one with a single reader
+
+# Nothing expires and no channel fills: whatever does not come was lost. The heartbeat is quicker than usual,
+# so that there are many in a short run.
+OPTIONS: dict[str, object] = {"expiry": 600, "capacity": 100_000, "heartbeat": 3, "send_timeout": 5}
+
+WRITERS = 3  # a sending process
+PAUSE = 0.03  # seconds between two messages of a writer, on average
+BURST, BURST_MOST = 0.005, 200  # how likely a writer sends many without a pause, and how many
+# Most fit into a doorbell; some do not, and take the other way.
+SIZES, SIZE_WEIGHTS = ((10, 3000, 9000, 300_000), (80, 10, 9, 1))
+STEADY = 2  # channels of a receiving process that stay
+VISITORS = 2  # and those that come and go
+RETRY = 0.1  # seconds
+CALM = 0.5  # seconds without a message after which a channel that has left its groups is given up
+
+_UNKNOWN = ("unknown", "does not answer")  # what LayerUnavailable says where the message may still arrive
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process's part. ``seed`` is its own."""
+
+    role: Role
+    name: str
+    dsn: str
+    folder: Path
+    seed: int
+
+
+def play(part: Part, pipe: Connection) -> None:
+    """The entry point of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    book = Book(part.folder, part.name)
+    logger = logging.getLogger()
+    logger.handlers[:] = [_Complaints(book)]
+    logger.setLevel(logging.ERROR)
+    try:
+        if part.role == "sweeper":
+            _sweep(part, pipe)
+        else:
+            asyncio.run(_ROLES[part.role](part, pipe, book).run())
+    except BaseException:
+        book.write(Complaint(now(), traceback.format_exc()))
+        raise
+    finally:
+        book.close()
+
+
+class _Complaints(logging.Handler):
+    def __init__(self, book: Book) -> None:
+        super().__init__(logging.ERROR)
+        self._book = book
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._book.write(Complaint(now(), self.format(record)))
+
+
+def _sweep(part: Part, pipe: Connection) -> None:
+    with Sweeper(load({"dsn": part.dsn, **OPTIONS}), 1000, lambda swept: None, lambda error: None) as sweeper:
+        signal.signal(signal.SIGTERM, lambda signum, frame: sweeper.stop())
+        threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
+        pipe.send(("ready", None))
+        sweeper.run(0.5)
+
+
+def _die_with_parent(pipe: Connection) -> None:
+    try:
+        while pipe.recv():
+            pass
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+class Player:
+    """A process with a layer, until it is told to end."""
+
+    def __init__(self, part: Part, pipe: Connection, book: Book) -> None:
+        self.part = part
+        self.book = book
+        self.random = random.Random(part.seed)
+        self.layer = PostgresChannelLayer(dsn=part.dsn, **OPTIONS)
+        self.specific: list[str] = []  # channels that others read
+        self.groups: tuple[str, ...] = GROUPS
+        self.is_quiet = False  # send nothing more, join nothing more
+        self.is_ending = False
+        self.end: asyncio.Future[None]
+        self._pipe = pipe
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.end = loop.create_future()
+        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        loop.add_reader(self._pipe.fileno(), self._hear)
+        try:
+            await self.play()
+        finally:
+            loop.remove_reader(self._pipe.fileno())
+            await self.layer.close()
+
+    async def play(self) -> None:
+        raise NotImplementedError
+
+    def on_end(self) -> None:
+        """Called once, at the moment when the process is asked to end."""
+
+    def say(self, what: str, value: object = None) -> None:
+        self._pipe.send((what, value))
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the end."""
+        await asyncio.wait({self.end}, timeout=seconds)
+
+    async def join(self, group: str, channel: str) -> None:
+        """group_add, until it succeeds."""
+        if self.is_ending:
+            return
+        self.book.write(Joining(now(), group, channel))
+        while not self.is_ending:
+            try:
+                await self.layer.group_add(group, channel)
+            except LayerUnavailable:
+                await self.pause(RETRY)
+            else:
+                self.book.write(Joined(now(), group, channel))
+                return
+
+    async def leave(self, group: str, channel: str) -> None:
+        """group_discard, until it succeeds."""
+        if self.is_ending:
+            return
+        self.book.write(Leaving(now(), group, channel))
+        while not self.is_ending:
+            try:
+                await self.layer.group_discard(group, channel)
+            except LayerUnavailable:
+                self.book.write(Failed(now(), group, channel))
+                await self.pause(RETRY)
+            else:
+                self.book.write(Left(now(), group, channel))
+                return
+
+    def _hear(self) -> None:
+        try:
+            while self._pipe.poll():
+                what, value = self._pipe.recv()
+                if what == "channels":
+                    self.specific = value
+                elif what == "quiet":
+                    self.is_quiet = True
+        except (EOFError, ConnectionResetError):
+            os._exit(1)
+
+    def _stop(self) -> None:
+        if not self.is_ending:
+            self.is_ending = True
+            self.on_end()
+            self.end.set_result(None)
+
+
+# ---------------------------------------------------------------------- sending
+
+
+class Sending(Player):
+    """Writers that send, each one message after the other."""
+
+    def plan(self, chance: random.Random) -> Iterator[tuple[Kind, str, float]]:
+        """What to send where, and for how long to pause then, for ever."""
+        while True:
+            kind, stream = self._choose(chance)
+            if chance.random() < BURST:
+                yield from [(kind, stream, 0.0)] * chance.randrange(BURST_MOST)
+            yield kind, stream, chance.expovariate(1 / PAUSE)
+
+    def begin(self, chance: random.Random, writer: str, n: int, kind: Kind, stream: str) -> dict[str, Any]:
+        (size,) = chance.choices(SIZES, SIZE_WEIGHTS)
+        self.book.write(Begun(now(), writer, n, kind, stream))
+        return {"type": "soak", "from": writer, "n": n, "pad": b"." * chance.randrange(size)}
+
+    def _choose(self, chance: random.Random) -> tuple[Kind, str]:
+        kind: Kind = chance.choice(KINDS)
+        if kind == "specific" and self.specific:
+            return kind, chance.choice(self.specific)
+        if kind == "normal":
+            return kind, JOBS
+        if kind == "single":
+            return kind, LINE
+        return "group", chance.choice(self.groups)
+
+
+class Sender(Sending):
+    """Sends from tasks of one event loop."""
+
+    async def play(self) -> None:
+        self.groups = (*GROUPS, f"guests-{self.part.name}")
+        self.say("ready")
+        writers = [
+            asyncio.ensure_future(self._write(f"{self.part.name}.{number}", self.random.getrandbits(32)))
+            for number in range(WRITERS)
+        ]
+        await asyncio.gather(self._host(), *writers)
+        self.say("quiet")
+        await self.end
+
+    async def _write(self, writer: str, seed: int) -> None:
+        chance = random.Random(seed)
+        for n, (kind, stream, pause) in enumerate(self.plan(chance), 1):
+            if self.is_quiet or self.is_ending:
+                break
+            message = self.begin(chance, writer, n, kind, stream)
+            outcome = await _attempt(self.layer, kind, stream, message)
+            self.book.write(Ended(now(), writer, n, outcome))
+            if pause:
+                await self.pause(pause)
+
+    async def _host(self) -> None:
+        """Have others' channels in a group that only this process sends to."""
+        (group,) = set(self.groups) - set(GROUPS)
+        while not (self.is_quiet or self.is_ending):
+            await self.pause(self.random.uniform(0.2, 1.0))
+            if self.specific:
+                channel = self.random.choice(self.specific)
+                await self.join(group, channel)
+                await self.pause(self.random.uniform(0.2, 4.0))
+                await self.leave(group, channel)
+
+
+class Threads(Sending):
+    """Sends from threads, by async_to_sync."""
+
+    async def play(self) -> None:
+        self.say("ready")
+        await asyncio.gather(
+            *(
+                asyncio.to_thread(self._write, f"{self.part.name}.{number}", self.random.getrandbits(32))
+                for number in range(WRITERS)
+            )
+        )
+        self.say("quiet")
+        await self.end
+
+    def _write(self, writer: str, seed: int) -> None:
+        chance = random.Random(seed)
+        rest = threading.Event()
+        attempt: Callable[..., Outcome] = async_to_sync(_attempt)
+        for n, (kind, stream, pause) in enumerate(self.plan(chance), 1):
+            if self.is_quiet or self.is_ending:
+                break
+            message = self.begin(chance, writer, n, kind, stream)
+            outcome = attempt(self.layer, kind, stream, message)
+            self.book.write(Ended(now(), writer, n, outcome))
+            rest.wait(pause)
+
+
+async def _attempt(layer: PostgresChannelLayer, kind: Kind, stream: str, message: dict[str, Any]) -> Outcome:
+    try:
+        if kind == "group":
+            await layer.group_send(stream, message)
+        else:
+            await layer.send(stream, message)
+    except ChannelFull:
+        return "refused"
+    except LayerUnavailable as error:
+        return "unknown" if any(word in str(error) for word in _UNKNOWN) else "refused"
+    return "returned"
+
+
+# ---------------------------------------------------------------------- receiving
+
+
+class Receiving(Player):
+    """Reads channels, and is impatient now and then."""
+
+    async def next(self, channel: str, patience: float | None = None) -> bool:
+        """Receive one message and write it down; False if it was cancelled instead."""
+        task: asyncio.Future[Any] = asyncio.ensure_future(self.layer.receive(channel))
+        if patience is None:
+            patience = self.random.choice((0.0, self.random.random() / 100, 0.2, 5.0, 5.0, 5.0))
+        if patience == 0.0:
+            await asyncio.sleep(0)
+        else:
+            await asyncio.wait((task, self.end), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        try:
+            message = await task
+        except asyncio.CancelledError:
+            self.book.write(Cancelled(now()))
+            return False
+        self.book.write(Got(now(), channel, message["from"], message["n"]))
+        return True
+
+
+class Receiver(Receiving):
+    """Reads channels of its own, some of which come and go, in groups that they join and leave."""
+
+    async def play(self) -> None:
+        self._open: set[str] = set()
+        ready = asyncio.gather(*(self._steady() for _ in range(STEADY)))
+        visitors = asyncio.gather(*(self._visitors() for _ in range(VISITORS)))
+        self.say("ready")
+        await asyncio.gather(ready, visitors)
+
+    def on_end(self) -> None:
+        for channel in list(self._open):
+            self._close(channel)
+
+    async def _steady(self) -> None:
+        channel = await self._open_one()
+        reading = asyncio.ensure_future(self._read(channel))
+        groups = self.random.sample(GROUPS, 2)
+        for group in groups:
+            await self.join(group, channel)
+        while not self.is_ending:
+            await self.pause(self.random.uniform(0.5, 4.0))
+            if self.is_quiet or self.is_ending:
+                break
+            index = self.random.randrange(len(groups))
+            await self.leave(groups[index], channel)
+            groups[index] = self.random.choice([g for g in GROUPS if g not in groups or g == groups[index]])
+            await self.join(groups[index], channel)
+        await reading
+
+    async def _visitors(self) -> None:
+        while not (self.is_quiet or self.is_ending):
+            channel = await self._open_one()
+            group = self.random.choice(GROUPS)
+            reading = asyncio.ensure_future(self._read(channel))
+            await self.join(group, channel)
+            await self.pause(self.random.uniform(0.2, 5.0))
+            await self.leave(group, channel)
+            self.say("closed", channel)
+            await self.pause(CALM)
+            self._close(channel)
+            await reading
+
+    async def _open_one(self) -> str:
+        channel = await self.layer.new_channel()
+        self._open.add(channel)
+        self.book.write(Opened(now(), channel))
+        self.say("opened", channel)
+        return channel
+
+    def _close(self, channel: str) -> None:
+        if channel in self._open:
+            self._open.discard(channel)
+            self.book.write(Closed(now(), channel))
+
+    async def _read(self, channel: str) -> None:
+        while channel in self._open:
+            await self.next(channel)
+
+
+class Worker(Receiving):
+    """One of several that compete for jobs. Sometimes slow, so that what it took ahead goes back."""
+
+    channel = JOBS
+    readers = 2
+
+    async def play(self) -> None:
+        self.say("ready")
+        await asyncio.gather(*(self._work() for _ in range(self.readers)))
+
+    async def _work(self) -> None:
+        while not self.is_ending:
+            if await self.next(self.channel) and self.random.random() < 0.05:
+                await self.pause(self.random.uniform(0.02, 0.3))
+
+
+class Single(Worker):
+    """The only reader of its channel, and so one that is owed an order."""
+
+    channel = LINE
+    readers = 1
+
+
+_ROLES: dict[Role, type[Player]] = {
+    "sender": Sender,
+    "threads": Threads,
+    "receiver": Receiver,
+    "worker": Worker,
+    "single": Single,
+}

@@ -1,0 +1,142 @@
+"""A TCP proxy between a layer and its server, for a network that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, TypeVar
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+T = TypeVar("T")
+
+_CHUNK = 65536
+_PATIENCE = 10.0
+
+
+class Proxy:
+    """Leads to the server of ``target``, in a thread of its own.
+
+    A layer is led through it by `dsn`; one that is to lose its listener only has that as its ``listen_dsn``.
+    """
+
+    def __init__(self, target: str) -> None:
+        parameters = conninfo_to_dict(target)
+        self._target = (str(parameters["host"]), int(str(parameters["port"])))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._paths: dict[asyncio.Task[None], asyncio.Event] = {}  # each connection, and whether it flows
+        self._is_swallowing = False
+        self._dsn = target
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        self._dsn = make_conninfo(self._dsn, host="127.0.0.1", port=self._run(self._start()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # What can be done to the network
+
+    def dsn(self, **parameters: str | int) -> str:
+        """The target's DSN, through the proxy."""
+        return make_conninfo(self._dsn, **parameters)
+
+    def cut(self) -> None:
+        """Close all connections, on both sides. New ones work."""
+        self._run(self._cut())
+
+    def swallow(self) -> None:
+        """Forward nothing any more and close nothing; new connections are accepted, and lead nowhere."""
+        self._run(self._swallow())
+
+    def let_go(self, *, revive: bool = True) -> None:
+        """Forward again, first what was held back. Not ``revive``: only for connections still to come."""
+        self._run(self._let_go(revive))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+
+    async def _cut(self) -> None:
+        for path in self._paths:
+            path.cancel()
+        if self._paths:
+            await asyncio.wait(self._paths)
+
+    async def _swallow(self) -> None:
+        self._is_swallowing = True
+        for flows in self._paths.values():
+            flows.clear()
+
+    async def _let_go(self, revive: bool) -> None:
+        self._is_swallowing = False
+        if revive:
+            for flows in self._paths.values():
+                flows.set()
+
+    # How it is done
+
+    async def _start(self) -> int:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def _stop(self) -> None:
+        self._server.close()
+        await self._cut()
+        await self._server.wait_closed()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        flows = asyncio.Event()
+        if not self._is_swallowing:
+            flows.set()
+        path = asyncio.ensure_future(self._forward(reader, writer, flows))
+        self._paths[path] = flows
+        path.add_done_callback(self._paths.pop)
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event
+    ) -> None:
+        writers = [writer]
+        try:
+            await flows.wait()
+            far_reader, far_writer = await asyncio.open_connection(*self._target)
+            writers.append(far_writer)
+            pumps = [
+                asyncio.ensure_future(_pump(reader, far_writer, flows)),
+                asyncio.ensure_future(_pump(far_reader, writer, flows)),
+            ]
+            try:
+                # Either side may close: what it said last has been passed on then.
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+        except (OSError, asyncio.CancelledError):
+            for each in writers:
+                each.transport.abort()
+        finally:
+            for each in writers:
+                each.close()
+            for each in writers:
+                with contextlib.suppress(OSError):
+                    await each.wait_closed()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event) -> None:
+    with contextlib.suppress(OSError):
+        while chunk := await reader.read(_CHUNK):
+            await flows.wait()
+            writer.write(chunk)
+            await writer.drain()
+    await flows.wait()

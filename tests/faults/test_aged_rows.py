@@ -1,0 +1,223 @@
+"""A sweeper that was away for a day: it catches up in batches, and nobody who sends and receives notices."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.processes import Link, Processes, listen, open_layer, receive, until
+from tests.project.commands import manage, succeeded
+
+MESSAGES, MEMBERSHIPS, CLIENTS = 100_000, 5_000, 2_000
+
+# Whoever waited longer than this for a lock would fail: the sweep may hold none that traffic needs.
+LOCKS = "-c lock_timeout=1s -c deadlock_timeout=100ms"
+OPTIONS: dict[str, object] = {"capacity": 100_000, "sweep_interval": 0}
+
+
+def age(observer: Observer, inbox: str) -> None:
+    """What a day without a sweeper leaves: in inboxes of the dead, of the living, and of normal channels."""
+    observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
+    observer.execute(
+        "INSERT INTO pg_layer_client (inbox, expires_at)"
+        f" SELECT 'asgi!dead' || n, clock_timestamp() FROM generate_series(1, {CLIENTS}) AS n".encode()
+    )
+    observer.execute(
+        "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
+        " SELECT CASE n %% 4 WHEN 0 THEN 'asgi!dead' || n / 4 %% %s + 1 WHEN 1 THEN 'asgi!:jobs' ELSE %s END,"
+        " n, CASE n %% 4 WHEN 1 THEN 'jobs' ELSE 'old.!1' END, '\\x80', clock_timestamp()"
+        " FROM generate_series(1, %s) AS n",
+        (CLIENTS, inbox, MESSAGES),
+    )
+    observer.execute(
+        "INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at)"
+        " SELECT CASE n %% 2 WHEN 0 THEN 'room' ELSE 'room' || n END,"
+        "  CASE n %% 3 WHEN 0 THEN %s ELSE 'asgi!dead' || n %% %s + 1 END,"
+        "  'old.dead!' || n, CASE n %% 3 WHEN 1 THEN 'infinity' ELSE clock_timestamp() END"
+        " FROM generate_series(1, %s) AS n",
+        (inbox, CLIENTS, MEMBERSHIPS),
+    )
+    # The living's own rows are not a day old.
+    dead = "inbox LIKE 'asgi!dead%' OR channel LIKE 'old.%' OR channel = 'jobs'"
+    for table in ("message", "membership"):
+        observer.execute(
+            f"UPDATE pg_layer_{table} SET expires_at = expires_at - interval '1 day' WHERE {dead}".encode()
+        )
+    observer.execute(
+        "UPDATE pg_layer_client SET expires_at = expires_at - interval '1 day' WHERE inbox LIKE 'asgi!dead%'"
+    )
+
+
+async def member(link: Link, dsn: str) -> tuple[list[object], list[object]]:
+    """Join the room; return what came on the own channel and as jobs, up to the end."""
+    async with open_layer(dsn, **OPTIONS) as layer:
+        channel = await layer.new_channel()
+        await listen(layer)
+        await layer.group_add("room", channel)
+
+        async def numbers(name: str) -> list[object]:
+            found: list[object] = []
+            while (number := (await receive(layer, name)).get("number", "expired")) is not None:
+                found.append(number)
+            return found
+
+        jobs = asyncio.create_task(numbers("jobs"))
+        link.say(channel)
+        own = await numbers(channel)
+        await layer.send("jobs", {"number": None})
+        return own, await jobs
+
+
+class Traffic:
+    def __init__(self, layer: PostgresChannelLayer, channel: str) -> None:
+        self._layer = layer
+        self._channel = channel
+        self.sent = 0
+        self.slowest = 0.0
+
+    async def one(self) -> None:
+        message = {"number": self.sent}
+        start = time.monotonic()
+        await self._layer.group_send("room", message)
+        await self._layer.send("jobs", message)
+        # As those who come and go: rows of a table in which the sweep deletes.
+        await self._layer.group_add(f"room{self.sent % 20}", self._channel)
+        await self._layer.group_discard(f"room{(self.sent - 5) % 20}", self._channel)
+        self.slowest = max(self.slowest, time.monotonic() - start)
+        self.sent += 1
+
+
+@asynccontextmanager
+async def flowing(traffic: Traffic) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        while not stop.is_set():
+            await traffic.one()
+
+    running = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        stop.set()
+        await running
+
+
+async def blocked(dsn: str, is_over: asyncio.Event) -> int:
+    """How often a statement of the layer was seen waiting for a lock of a table or a row."""
+    seen = 0
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as watcher:
+        while not is_over.is_set():
+            cursor = await watcher.execute(
+                "SELECT count(*), pg_sleep(0.005)::text FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                " AND wait_event IN ('relation', 'tuple', 'transactionid')"
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            seen += row[0]
+    return seen
+
+
+@pytest.mark.parametrize("old_snapshot", [False, True], ids=["", "beside an old snapshot"])
+async def test_a_day_without_a_sweeper_is_caught_up_with_under_traffic(
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    observer: Observer,
+    old_snapshot: bool,
+) -> None:
+    impatient = make_conninfo(migrated_dsn, options=LOCKS)
+    layer = make_layer(dsn=impatient, **OPTIONS)
+    reader = processes.start(member, impatient)
+    channel = await reader.hear()
+    [(inbox,)] = observer.execute("SELECT pg_layer_inbox('asgi', %s)", (channel,)).fetchall()
+    age(observer, inbox)
+    traffic = Traffic(layer, await layer.new_channel())
+    with psycopg.connect(migrated_dsn) as holder:
+        if old_snapshot:
+            holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            holder.execute("SELECT FROM pg_layer_message LIMIT 1")
+        is_over = asyncio.Event()
+        watching = asyncio.create_task(blocked(migrated_dsn, is_over))
+        async with flowing(traffic):
+            await until(lambda: traffic.sent >= 20)
+            before = traffic.sent
+            command = await asyncio.to_thread(manage, migrated_dsn, "pg_layer_sweep", "--once")
+            assert traffic.sent > before
+        is_over.set()
+        # The queries are short: a wait that was seen twice in a row is one.
+        assert await watching <= 1
+    await layer.send(channel, {"number": None})
+    own, jobs = await reader.result()
+    assert own == jobs == list(range(traffic.sent))
+    removed = succeeded(command).split()
+    assert (int(removed[1]), int(removed[3]), int(removed[5])) == (MESSAGES, MEMBERSHIPS, CLIENTS)
+    assert observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (0, 0, 0)
+    # Nothing is left that would have messages written for the dead.
+    assert observer.execute("SELECT FROM pg_layer_membership WHERE channel LIKE 'old.%'").fetchall() == []
+
+
+async def test_nothing_of_it_is_delivered_before_the_sweeper_comes(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer(**OPTIONS)
+    reader = processes.start(member, migrated_dsn)
+    channel = await reader.hear()
+    [(inbox,)] = observer.execute("SELECT pg_layer_inbox('asgi', %s)", (channel,)).fetchall()
+    age(observer, inbox)
+    # Announced as if they were new: the readers look at all of them.
+    for name in (channel, "jobs"):
+        observer.execute(
+            "SELECT pg_layer_ring(inbox, min(nonce), min(id), max(id)) FROM pg_layer_message"
+            " WHERE inbox = pg_layer_inbox('asgi', %s) GROUP BY inbox",
+            (name,),
+        )
+    traffic = Traffic(layer, await layer.new_channel())
+    for _ in range(100):
+        await traffic.one()
+    await layer.send(channel, {"number": None})
+    own, jobs = await reader.result()
+    assert own == jobs == list(range(traffic.sent))
+
+
+def test_each_batch_goes_on_where_the_last_one_ended(migrated_dsn: str, observer: Observer) -> None:
+    """Beside an old snapshot deleted rows stay in the table: no batch may walk those of all before it."""
+    observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
+
+    def pages(messages: int) -> int:
+        """How many pages a sweep of so many in small batches looks at."""
+        observer.execute("TRUNCATE pg_layer_message")
+        observer.execute(
+            "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
+            " SELECT 'asgi!:jobs', n, 'jobs', '\\x80', clock_timestamp() FROM generate_series(1, %s) AS n",
+            (messages,),
+        )
+        with psycopg.connect(migrated_dsn) as holder:
+            holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            holder.execute("SELECT FROM pg_layer_client")
+            before = _looked_at(observer)
+            swept = succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once", "--batch-size", "5"))
+            assert swept.split()[1] == str(messages)
+            return _looked_at(observer) - before
+
+    few, many = pages(3_000), pages(9_000)
+    assert many < 1.2 * 3 * few
+
+
+def _looked_at(observer: Observer) -> int:
+    """Pages of the messages' table and its index, since the statistics began."""
+    observer.execute("SELECT pg_stat_force_next_flush()")
+    [(blocks,)] = observer.execute(
+        "SELECT heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read"
+        " FROM pg_statio_user_tables WHERE relname = 'pg_layer_message'"
+    ).fetchall()
+    return int(blocks)

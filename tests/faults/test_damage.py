@@ -1,0 +1,384 @@
+"""Rows, notifications and tables that somebody else has broken, while messages flow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+
+import psycopg
+import pytest
+
+from pg_layer import LayerUnavailable, NotMigrated, PgLayerError, PostgresChannelLayer
+from tests.conftest import MIGRATIONS, MakeLayer, Observer
+from tests.faults.conftest import migrate
+from tests.processes import Link, Processes, listen, open_layer, receive, until
+
+Recovery = Callable[[str], AbstractContextManager[None]]
+
+OPTIONS: dict[str, object] = {"capacity": 100_000}
+HUGE = 10**30
+
+
+def complaints(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
+    """What pg_layer logged as a warning or an error, with that in it."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("pg_layer")
+        and record.levelno >= logging.WARNING
+        and about in record.getMessage()
+    ]
+
+
+async def consumer(link: Link, /, dsn: str, **options: object) -> tuple[list[int], list[int], list[int]]:
+    """Receive on a member of the room, on a channel that is none, and on "jobs"; return the numbers of each.
+
+    Says the two channels, and at last all warnings that were logged.
+    """
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pg_layer").addHandler(handler)
+    async with open_layer(dsn, **OPTIONS, **options) as layer:
+        member, alone = await layer.new_channel(), await layer.new_channel()
+        await listen(layer)
+        await layer.group_add("room", member)
+
+        async def numbers(channel: str) -> list[int]:
+            found = []
+            while (number := (await receive(layer, channel))["number"]) is not None:
+                found.append(number)
+            return found
+
+        tasks = [asyncio.create_task(numbers(channel)) for channel in (member, alone, "jobs")]
+        link.say((member, alone))
+        first, second, third = await asyncio.gather(*tasks)
+    link.say(said)
+    return first, second, third
+
+
+class Traffic:
+    """Numbers to the room, to a channel, and to workers; of each what was surely sent, and what perhaps."""
+
+    def __init__(self, layer: PostgresChannelLayer, alone: str) -> None:
+        self._layer = layer
+        self._alone = alone
+        self.number = 0
+        self.sure: tuple[list[int], ...] = ([], [], [])
+        self.perhaps: tuple[list[int], ...] = ([], [], [])
+        self.errors: list[BaseException] = []
+
+    async def one(self) -> None:
+        number = self.number
+        # Small and large in turn, single and in batches.
+        message = {"number": number, "blob": bytes(9000 if number % 7 == 0 else 10)}
+        sends = [
+            self._layer.group_send("room", message),
+            self._layer.send(self._alone, message),
+            self._layer.send("jobs", message),
+        ]
+        for place, outcome in enumerate(await asyncio.gather(*sends, return_exceptions=True)):
+            if outcome is None:
+                self.sure[place].append(number)
+            elif isinstance(outcome, LayerUnavailable) and "unknown" in str(outcome):
+                self.perhaps[place].append(number)
+            if outcome is not None:
+                self.errors.append(outcome)
+        self.number += 1
+
+    async def more(self, count: int) -> None:
+        """Return when so many more have been sent since."""
+        enough = self.number + 1 + count
+        await until(lambda: self.number >= enough)
+
+    async def end(self, member: str) -> None:
+        for channel in (member, self._alone, "jobs"):
+            await self._layer.send(channel, {"number": None})
+
+
+@asynccontextmanager
+async def flowing(layer: PostgresChannelLayer, alone: str) -> AsyncIterator[Traffic]:
+    traffic = Traffic(layer, alone)
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        while not stop.is_set():
+            await traffic.one()
+            await asyncio.sleep(0.002)  # the readers are to keep up
+
+    running = asyncio.create_task(run())
+    try:
+        yield traffic
+    finally:
+        stop.set()
+        await running
+
+
+# ---------------------------------------------------------------------- rows
+
+ROWS = {
+    "rubbish": "('message', {channel}, NULL, '\\x00ff00ff')",
+    "rubbish for the group": "('message', NULL, 'room', sha256('rubbish'))",
+    "empty": "('message', {channel}, NULL, '')",
+    "unknown kind": "('something new', {channel}, 'room', '\\x80')",
+    "unknown kind of nothing": "('', NULL, NULL, '')",
+    "message for nobody": "('message', NULL, NULL, '\\x80')",
+    "join of nobody": "('join', NULL, NULL, '')",
+    "join without a group": "('join', {channel}, NULL, '')",
+    "leave without a channel": "('leave', NULL, 'room', '')",
+    "join of somebody else's": "('join', 'specific.0123456789abcdef!1', 'room', '')",
+    "leave of a stranger": "('leave', 'specific.0123456789abcdef!1', 'room', '')",
+    "join of a normal channel": "('join', 'jobs', 'room', '')",
+    "strange name": "('message', E'no name\\n!!/', NULL, '\\x80')",
+    "strange name of a normal channel": "('message', '', NULL, '\\x80')",
+    "somebody else's channel": "('message', 'specific.0123456789abcdef!1', NULL, '\\x80')",
+    "with a group and a channel": "('message', {channel}, 'room', '\\xc1')",
+}
+TIMES = {
+    "": "clock_timestamp() + interval '1 minute'",
+    ", for ever": "'infinity'",
+    ", never": "'-infinity'",
+}
+
+
+@pytest.mark.parametrize("expires", TIMES.values(), ids=["soon", "for ever", "never"])
+async def test_broken_rows_between_others_harm_none_of_them(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, expires: str
+) -> None:
+    layer = make_layer(**OPTIONS)
+    reader = processes.start(consumer, migrated_dsn)
+    member, alone = await reader.hear()
+    async with flowing(layer, alone) as traffic:
+        for values in ROWS.values():
+            row = values.format(channel=f"'{alone}'")
+            await traffic.more(1)
+            # Announced as the layer does, each in a transaction of its own.
+            observer.execute(
+                "WITH row (kind, channel, group_name, payload) AS (VALUES "
+                f"{row}), written AS ("
+                "INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, payload, expires_at)"
+                f" SELECT pg_layer_inbox('asgi', '{alone}'), pg_layer_nonce(), kind, channel, group_name,"
+                f" payload::bytea, {expires} FROM row RETURNING inbox, nonce, id)"
+                " SELECT pg_layer_ring(inbox, nonce, id, id) FROM written".encode()
+            )
+        # And where workers take: for them all rows are alike.
+        for values in ("('message', 'jobs', NULL, '\\x00ff')", "('odd', 'jobs', NULL, '\\x80')"):
+            observer.execute(
+                "INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, payload, expires_at)"
+                f" SELECT 'asgi!:jobs', 5, kind, channel, group_name, payload::bytea, {expires}"
+                f" FROM (VALUES {values}) AS row (kind, channel, group_name, payload)".encode()
+            )
+        await traffic.more(10)
+    await traffic.end(member)
+    said = await reader.hear()
+    assert await reader.result() == traffic.sure
+    assert traffic.errors == []
+    assert len(said) == len(set(said))
+    assert not [line for line in said if "failed" in line]
+    # They do not stay: what cannot be read is deleted as what was.
+    own = "SELECT kind, channel, group_name FROM pg_layer_message WHERE inbox = pg_layer_inbox('asgi', %s)"
+    assert observer.execute(own.encode(), (alone,)).fetchall() == []
+
+
+async def test_payloads_overwritten_while_they_wait(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Nobody listens yet: all wait in the table, and every third is damaged there.
+    layer, sender = make_layer(**OPTIONS), make_layer(**OPTIONS)
+    channel = await layer.new_channel()
+    for number in range(300):
+        for name in (channel, "jobs"):
+            await sender.send(name, {"number": number})
+    observer.execute(
+        "UPDATE pg_layer_message SET payload = decode('00ff00ff', 'hex') WHERE id IN ("
+        " SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY channel ORDER BY id) - 1 AS place"
+        "  FROM pg_layer_message) AS m WHERE place % 3 = 0)"
+    )
+    sound = [number for number in range(300) if number % 3]
+    for name in (channel, "jobs"):
+        assert [(await receive(layer, name))["number"] for _ in sound] == sound
+    assert len(complaints(caplog, "cannot be read")) == 1
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+
+
+async def test_a_writer_with_a_wrong_key_among_others(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    friend = make_layer(**OPTIONS, symmetric_encryption_keys=["right"])
+    stranger = make_layer(**OPTIONS, symmetric_encryption_keys=["wrong"])
+    reader = processes.start(consumer, migrated_dsn, symmetric_encryption_keys=["right"])
+    member, alone = await reader.hear()
+    async with flowing(friend, alone) as traffic, flowing(stranger, alone) as strange:
+        await traffic.more(50)
+        await strange.more(50)
+    await traffic.end(member)
+    said = await reader.hear()
+    assert await reader.result() == traffic.sure
+    assert traffic.errors == strange.errors == []
+    [line] = said
+    assert "symmetric_encryption_keys" in line
+
+
+# ---------------------------------------------------------------------- notifications
+
+FOREIGN = [
+    "",
+    "R 1 2",
+    "R 1 2 3 4",
+    "R a b c",
+    "R 0 0 0",
+    "R 1 9 2",
+    f"R 1 1 {2**63 - 1}",
+    f"R {HUGE} 1 1",
+    f"R 1 {2**63 - 1} {2**63 - 1}",
+    "R 1 2 3\n",
+    "R  1 2 3",
+    "R +1 2 3",
+    "R 1_0 2 3",
+    "M ",
+    "M 1 2 3 {channel}  !!",
+    "M 1 2 3 {channel}  AAA",
+    "M 1 2 nan {channel}  gA==",
+    f"M {2**63} 2 9999999999 {{channel}}  gA==",
+    "P 1",
+    f"P {HUGE}",
+    f"P {2**63 - 1}",
+    "P",
+    "LISTEN pg_layer; DROP TABLE pg_layer_message",
+    "☃" * 2000,
+]
+
+
+async def test_foreign_notifications_under_traffic(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer(**OPTIONS)
+    # It pings its own doorbell all the while.
+    reader = processes.start(consumer, migrated_dsn, lease=5, heartbeat=0.1)
+    member, alone = await reader.hear()
+    async with flowing(layer, alone) as traffic:
+        for payload in FOREIGN * 2:
+            for name in (alone, "jobs"):
+                observer.execute(
+                    "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)",
+                    (name, payload.format(channel=alone)),
+                )
+            await traffic.more(1)
+    await traffic.end(member)
+    said = await reader.hear()
+    assert await reader.result() == traffic.sure
+    assert traffic.errors == []
+    # Once for each doorbell; and one that looks like a message is one, but cannot be read.
+    assert len(said) == len(set(said))
+    assert len([line for line in said if "that pg_layer did not send" in line]) == 2
+    assert len([line for line in said if "that pg_layer did not send" not in line]) <= 1
+
+
+async def test_a_shortcut_that_somebody_repeats_is_delivered_once(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    # As a proxy or a replica might: every doorbell that rings rings twice.
+    layer = make_layer(**OPTIONS)
+    reader = processes.start(consumer, migrated_dsn)
+    member, alone = await reader.hear()
+    [(doorbell,)] = observer.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (alone,))
+    repeated = 0
+    async with flowing(layer, alone) as traffic:
+        while repeated < 100:
+            heard = await asyncio.to_thread(lambda: list(observer.notifies(timeout=5, stop_after=1)))
+            for notify in heard:
+                if notify.pid != observer.info.backend_pid:
+                    observer.execute("SELECT pg_notify(%s, %s)", (doorbell, notify.payload))
+                    repeated += 1
+    await traffic.end(member)
+    await reader.hear()
+    assert await reader.result() == traffic.sure
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def drop(dsn: str) -> None:
+    """Undo the migration."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute((MIGRATIONS / "0001_initial_reverse.sql").read_bytes())
+
+
+@pytest.mark.parametrize("gap", [True, False], ids=["missing for a while", "in one transaction"])
+async def test_tables_that_are_dropped_and_migrated_again(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, recovery: Recovery, gap: bool
+) -> None:
+    layer = make_layer(**OPTIONS, send_timeout=5)
+    reader = processes.start(consumer, migrated_dsn, lease=2, heartbeat=0.5)
+    member, alone = await reader.hear()
+    with psycopg.connect(migrated_dsn, autocommit=True) as connection:
+        async with flowing(layer, alone) as traffic:
+            await traffic.more(20)
+        await _received(connection)
+        if gap:
+            await asyncio.to_thread(drop, migrated_dsn)
+            for outcome in await asyncio.gather(
+                layer.send(alone, {"number": -1}),
+                layer.group_send("room", {"number": -1}),
+                layer.group_add("room", "jobs"),
+                return_exceptions=True,
+            ):
+                assert isinstance(outcome, NotMigrated)
+            # The reader notices as well.
+            await asyncio.sleep(1)
+            await asyncio.to_thread(migrate, migrated_dsn)
+        else:
+            with connection.transaction():
+                connection.execute((MIGRATIONS / "0001_initial_reverse.sql").read_bytes())
+                connection.execute((MIGRATIONS / "0001_initial.sql").read_bytes())
+        with recovery(
+            f"tables migrated again ({'a second later' if gap else 'at once'}): until the group is back"
+        ):
+            await until(lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone())
+    async with flowing(layer, alone) as again:
+        await again.more(50)
+    await again.end(member)
+    said = await reader.hear()
+    found = await reader.result()
+    assert again.errors == traffic.errors == []
+    for place in range(3):
+        assert found[place] == [*traffic.sure[place], *again.sure[place]]
+    assert len([line for line in said if "manage.py migrate pg_layer" in line]) <= 1
+    assert len(said) == len(set(said))
+    assert len(said) <= 3
+
+
+async def _received(connection: psycopg.Connection[tuple[object, ...]]) -> None:
+    """Return when all that was sent has been received and deleted."""
+    await until(lambda: connection.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+
+
+async def test_tables_that_are_dropped_in_the_midst_of_traffic(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, recovery: Recovery
+) -> None:
+    layer = make_layer(**OPTIONS, send_timeout=5)
+    reader = processes.start(consumer, migrated_dsn, lease=2, heartbeat=0.5)
+    member, alone = await reader.hear()
+    with psycopg.connect(migrated_dsn, autocommit=True) as connection:
+        async with flowing(layer, alone) as traffic:
+            await traffic.more(20)
+            await asyncio.to_thread(drop, migrated_dsn)
+            await traffic.more(5)
+            assert traffic.errors
+            await asyncio.to_thread(migrate, migrated_dsn)
+            with recovery("tables dropped under traffic: from the migration until the group is back"):
+                await until(lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone())
+            back = traffic.number + 1
+            await traffic.more(50)
+    await traffic.end(member)
+    said = await reader.hear()
+    found = await reader.result()
+    assert all(isinstance(error, PgLayerError) for error in traffic.errors)
+    for place in range(3):
+        # What waited in the dropped table is gone with it; nothing else, and nothing twice.
+        assert found[place] == sorted(set(found[place]))
+        assert set(found[place]) <= {*traffic.sure[place], *traffic.perhaps[place]}
+        assert [n for n in found[place] if n >= back] == [n for n in traffic.sure[place] if n >= back]
+    assert len(said) == len(set(said))

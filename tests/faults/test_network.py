@@ -1,0 +1,190 @@
+"""The network between a layer and its server is cut, or swallows packets and closes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from pg_layer import LayerUnavailable
+from tests.conftest import MakeLayer
+from tests.faults.proxy import Proxy
+from tests.faults.test_backends_killed import Party, Recovery, Traffic
+from tests.faults.test_restart import assert_told_once, is_back
+from tests.processes import listen, receive
+
+HEARTBEAT = 1.0
+SWALLOWING = {"heartbeat": HEARTBEAT, "lease": 300, "send_timeout": 2}
+CUTTING = 5.0  # seconds
+CUTTING_EVERY = (0.02, 0.4)
+
+
+@pytest.fixture
+def pool_proxy(migrated_dsn: str) -> Iterator[Proxy]:
+    with Proxy(migrated_dsn) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def listen_proxy(migrated_dsn: str) -> Iterator[Proxy]:
+    with Proxy(migrated_dsn) as proxy:
+        yield proxy
+
+
+@contextlib.asynccontextmanager
+async def begin(
+    dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, **options: object
+) -> AsyncIterator[Traffic]:
+    """Two receivers behind the proxies, one sender behind the pool's, and one that nothing befalls."""
+    traffic = Traffic(dsn)
+    try:
+        for _ in range(2):
+            await traffic.serve(
+                pool_proxy.dsn(connect_timeout=2), listen_dsn=listen_proxy.dsn(connect_timeout=2), **options
+            )
+        traffic.send(pool_proxy.dsn(connect_timeout=2), **options)
+        traffic.send(dsn, **options)
+        await traffic.flows()
+        yield traffic
+    finally:
+        traffic.close()
+
+
+async def health(traffic: Traffic, receiver: Party) -> list[str]:
+    """The problems that a receiver knows of."""
+    receiver.health.clear()
+    receiver.process.say("health")
+    await traffic.until(lambda: receiver.health)
+    problems: list[str] = receiver.health[0]["problems"]
+    return problems
+
+
+# ---------------------------------------------------------------------- cut
+
+
+async def test_connections_that_are_cut_again_and_again(
+    migrated_dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, recovery: Recovery
+) -> None:
+    async with begin(migrated_dsn, pool_proxy, listen_proxy) as traffic:
+        deadline = time.monotonic() + CUTTING
+        while time.monotonic() < deadline:
+            for proxy in random.choice(((pool_proxy,), (listen_proxy,), (pool_proxy, listen_proxy))):
+                proxy.cut()
+            await asyncio.sleep(random.uniform(*CUTTING_EVERY))
+        with recovery("all connections cut again and again"):
+            await traffic.flows()
+        assert await traffic.end() == []
+        undisturbed = traffic.senders[1]
+        assert not undisturbed.failed
+
+
+async def test_an_idle_connection_that_was_cut_costs_no_send(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy
+) -> None:
+    layer, sender = make_layer(), make_layer(dsn=pool_proxy.dsn())
+    channel = await layer.new_channel()
+    await listen(layer)
+    for number in range(10):
+        await sender.send(channel, {"number": number})
+        pool_proxy.cut()
+    assert [(await receive(layer, channel))["number"] for _ in range(10)] == list(range(10))
+
+
+# ---------------------------------------------------------------------- swallowed
+
+
+@pytest.mark.parametrize("revive", [True, False], ids=["old connections revive", "and stay dead"])
+@pytest.mark.parametrize("what", ["listener", "pool", "both"])
+async def test_a_network_that_swallows_packets(
+    migrated_dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, recovery: Recovery, what: str, revive: bool
+) -> None:
+    swallowing = {"listener": [listen_proxy], "pool": [pool_proxy], "both": [pool_proxy, listen_proxy]}[what]
+    async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
+        disturbed, undisturbed = traffic.senders
+        for proxy in swallowing:
+            proxy.swallow()
+        with recovery(f"swallowed for {what}, until noticed (promise: {2 * HEARTBEAT:g} s)"):
+            await traffic.until(lambda: all(receiver.warnings() for receiver in traffic.receivers))
+        assert all([await health(traffic, receiver) for receiver in traffic.receivers])
+        if pool_proxy in swallowing:
+            # Not one hangs: each stream's send fails, and so does the next.
+            await traffic.until(lambda: len(disturbed.failed) == 4 and min(disturbed.failed.values()) >= 2)
+        for proxy in swallowing:
+            proxy.let_go(revive=revive)
+        how = "old connections revive" if revive else "old ones stay dead"
+        with recovery(f"swallowed for {what}, {how}, from the network's return"):
+            await traffic.flows()
+        await is_back(traffic)
+        problems = [await health(traffic, receiver) for receiver in traffic.receivers]
+        assert problems == [[], []], [receiver.warnings() for receiver in traffic.receivers]
+        assert await traffic.end() == []
+        assert not undisturbed.failed
+        assert not disturbed.failed or pool_proxy in swallowing
+        assert_told_once(traffic)
+
+
+async def test_a_network_that_swallows_now_and_then(
+    migrated_dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, recovery: Recovery
+) -> None:
+    """Shorter than anything that would be noticed, or a little longer; old connections live on, or do not."""
+    async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
+        for _ in range(4):
+            for proxy in random.choice(((pool_proxy,), (listen_proxy,), (pool_proxy, listen_proxy))):
+                proxy.swallow()
+            await asyncio.sleep(random.choice((0.1, 0.5, 1.0, 2.2)))
+            for proxy in (pool_proxy, listen_proxy):
+                proxy.let_go(revive=random.random() < 0.5)
+            with recovery("swallowed now and then"):
+                await traffic.flows()
+        assert await traffic.end() == []
+
+
+async def test_sends_into_a_network_that_swallows_raise_in_time(
+    make_layer: MakeLayer, pool_proxy: Proxy, recovery: Recovery
+) -> None:
+    """On a connection that was open, on a new one, alone and many at once, of every kind."""
+    layer = make_layer(dsn=pool_proxy.dsn(connect_timeout=2), send_timeout=3)
+    await layer.send("jobs", {})
+    pool_proxy.swallow()
+    for _ in range(2):
+        with recovery("send_timeout of 3 s"):
+            results = await asyncio.wait_for(
+                asyncio.gather(
+                    *(layer.send(f"jobs-{number}", {}) for number in range(50)),
+                    layer.group_send("room", {}),
+                    layer.group_add("room", "jobs"),
+                    layer.group_discard("room", "jobs-0"),
+                    layer.flush(),
+                    return_exceptions=True,
+                ),
+                30,
+            )
+        assert [type(result) for result in results] == [LayerUnavailable] * 54
+    pool_proxy.let_go(revive=False)
+    await layer.send("jobs", {})
+
+
+@pytest.mark.parametrize("what", ["listener", "all"])
+async def test_receive_waits_out_a_network_that_swallows(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, listen_proxy: Proxy, what: str
+) -> None:
+    """Nothing but the heartbeat tells that a quiet listener has gone deaf."""
+    dsn = pool_proxy.dsn(connect_timeout=2) if what == "all" else migrated_dsn
+    layer = make_layer(dsn=dsn, listen_dsn=listen_proxy.dsn(connect_timeout=2), **SWALLOWING)
+    sender = make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    receiving = [asyncio.create_task(receive(layer, name)) for name in (channel, "jobs")]
+    for proxy in (pool_proxy, listen_proxy):
+        proxy.swallow()
+    for name in (channel, "jobs"):
+        await sender.send(name, {"number": 1})
+    await asyncio.wait(receiving, timeout=2.5 * HEARTBEAT)
+    assert all(task.exception() is None for task in receiving if task.done())
+    for proxy in (pool_proxy, listen_proxy):
+        proxy.let_go(revive=False)
+    assert await asyncio.gather(*receiving) == [{"number": 1}] * 2

@@ -1,0 +1,357 @@
+"""PgBouncer in transaction mode: with a direct connection to listen on, and without one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager
+
+import psycopg
+import pytest
+
+from devtools.postgres import PostgresServer
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from tests.components import require_executable
+from tests.faults.conftest import migrate
+from tests.faults.pgbouncer import PgBouncer, version
+from tests.processes import Link, Process, Processes, listen, open_layer, receive, until
+
+pytestmark = pytest.mark.pgbouncer
+
+Recovery = Callable[[str], AbstractContextManager[None]]
+
+FIRST_TO_PREPARE = (1, 21)
+QUICK: dict[str, object] = {"send_timeout": 30, "capacity": 1000}
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    """PgBouncer; Debian keeps it where only root looks."""
+    return require_executable("pgbouncer", "/usr/sbin/pgbouncer", component="pgbouncer")
+
+
+@pytest.fixture(scope="module")
+def pooled_server() -> Iterator[PostgresServer]:
+    """A server that nobody breaks: here the pooler is what fails."""
+    with PostgresServer(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture
+def direct(pooled_server: PostgresServer) -> Iterator[str]:
+    """A migrated database of that server, without the pooler."""
+    dsn = pooled_server.create_database("layer")
+    migrate(dsn)
+    yield dsn
+    pooled_server.execute("DROP DATABASE layer WITH (FORCE)")
+
+
+@pytest.fixture
+def pooler(program: str, pooled_server: PostgresServer) -> Iterator[PgBouncer]:
+    """A pooler that knows no prepared statements."""
+    known = 0 if version(program) >= FIRST_TO_PREPARE else None
+    with PgBouncer(program, pooled_server, max_prepared_statements=known) as pooler:
+        yield pooler
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """Processes that end with the test."""
+    started = Processes()
+    yield started
+    started.close()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    return [(await receive(layer, channel))["number"] for _ in range(count)]
+
+
+async def send_numbers(link: Link, dsn: str, targets: list[tuple[str, str]], count: int) -> None:
+    """Send as many numbers to each ("send" or "group_send", name), all targets at once."""
+    async with open_layer(dsn, **QUICK) as layer:
+
+        async def send_to(method: str, name: str) -> None:
+            for number in range(count):
+                await getattr(layer, method)(name, {"number": number, "blob": bytes(100 * number)})
+
+        await asyncio.gather(*(send_to(*target) for target in targets))
+
+
+async def exchange(layer: PostgresChannelLayer, dsn: str, processes: Processes, count: int) -> None:
+    """Messages, groups and jobs by another process reach this layer, once and in order."""
+    own, member = [await layer.new_channel() for _ in range(2)]
+    await layer.group_add("room", member)
+    reading = asyncio.gather(*(numbers(layer, channel, count) for channel in (own, member, "jobs")))
+    targets = [("send", own), ("group_send", "room"), ("send", "jobs")]
+    writer = processes.start(send_numbers, dsn, targets, count)
+    assert await reading == [list(range(count))] * 3
+    await writer.result()
+    await layer.group_discard("room", member)
+    await layer.group_send("room", {"number": -1})
+    await layer.send(member, {"number": -2})
+    assert await numbers(layer, member, 1) == [-2]
+
+
+async def has_left(direct: str) -> None:
+    """All leases were given back, and nothing waits."""
+    async with await psycopg.AsyncConnection.connect(direct, autocommit=True) as observer:
+        for query in (
+            "SELECT count(*) FROM pg_layer_client WHERE expires_at > clock_timestamp()",
+            "SELECT count(*) FROM pg_layer_membership",
+            "SELECT count(*) FROM pg_layer_message",
+        ):
+            cursor = await observer.execute(query.encode())
+            assert await cursor.fetchone() == (0,), query
+
+
+# ---------------------------------------------------------------------- with listen_dsn
+
+
+@pytest.mark.parametrize("known", [0, 100], ids=["no prepared statements", "prepared statements"])
+async def test_with_listen_dsn_everything_arrives_by_doorbell(
+    program: str,
+    pooled_server: PostgresServer,
+    direct: str,
+    processes: Processes,
+    known: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    knows = known if version(program) >= FIRST_TO_PREPARE else None
+    with PgBouncer(program, pooled_server, max_prepared_statements=knows, pool_size=2) as pooler:
+        dsn = pooler.dsn(direct)
+        # More clients than server connections: a session's next statement often meets another of these.
+        async with (
+            open_layer(dsn, listen_dsn=direct, **QUICK) as layer,
+            open_layer(dsn, listen_dsn=direct, **QUICK) as other,
+        ):
+            await asyncio.gather(
+                exchange(layer, dsn, processes, 100),
+                asyncio.gather(*(other.send("elsewhere", {"number": number}) for number in range(500))),
+            )
+            assert sorted(await numbers(other, "elsewhere", 500)) == list(range(500))
+            health = await layer.health()
+            assert health["listener"] == "listening"
+            assert health["last_doorbell"] is not None
+            assert health["problems"] == []
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            assert connection.execute("SELECT name FROM pg_prepared_statements").fetchall() == []
+        await has_left(direct)
+    assert warnings(caplog) == []
+
+
+# ---------------------------------------------------------------------- the pooler fails
+
+
+Outcomes = dict[str, dict[str, list[int]]]
+
+
+async def send_until_told(link: Link, dsn: str, targets: list[tuple[str, str]]) -> Outcomes:
+    """Send numbers to each target until told to stop; by target's name, which were sent, unknown, refused."""
+    outcomes: Outcomes = {name: {"sent": [], "unknown": [], "refused": []} for _, name in targets}
+    async with open_layer(dsn, **QUICK) as layer:
+        told = asyncio.create_task(link.hear())
+
+        async def send_to(method: str, name: str) -> None:
+            number = 0
+            while not told.done():
+                try:
+                    await getattr(layer, method)(name, {"number": number})
+                    outcome = "sent"
+                except LayerUnavailable as error:
+                    outcome = "unknown" if "unknown" in str(error) else "refused"
+                except ChannelFull:
+                    outcome = "refused"
+                outcomes[name][outcome].append(number)
+                number += 1
+                await asyncio.wait({told}, timeout=0.002)
+
+        await asyncio.gather(*(send_to(*target) for target in targets))
+    return outcomes
+
+
+class Received:
+    """What the channels of a layer receive, by name."""
+
+    def __init__(self, layer: PostgresChannelLayer, channels: dict[str, str]) -> None:
+        self.numbers: dict[str, list[int]] = {name: [] for name in channels}
+        self._layer = layer
+        self._tasks = [asyncio.create_task(self._receive(*item)) for item in channels.items()]
+
+    async def _receive(self, name: str, channel: str) -> None:
+        while True:
+            self.numbers[name].append((await self._layer.receive(channel))["number"])
+
+    async def more(self, count: int) -> None:
+        """Wait until each has received so many more."""
+        goals = {name: len(numbers) + count for name, numbers in self.numbers.items()}
+        await until(lambda: all(len(self.numbers[name]) >= goal for name, goal in goals.items()))
+
+    async def has_all(self, outcomes: Outcomes) -> None:
+        """What returned came once and in order, what is unknown at most once, what was refused never."""
+        try:
+            await until(lambda: all(set(outcomes[n]["sent"]) <= set(got) for n, got in self.numbers.items()))
+        except TimeoutError:
+            lost = {n: sorted(set(outcomes[n]["sent"]) - set(got)) for n, got in self.numbers.items()}
+            pytest.fail(f"lost: {lost}")
+        for name, got in self.numbers.items():
+            assert got == sorted(set(got))
+            assert not set(got) & set(outcomes[name]["refused"])
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+
+@asynccontextmanager
+async def traffic(layer: PostgresChannelLayer, dsn: str, processes: Processes) -> AsyncIterator[Received]:
+    """Another process sends to a channel, a group and jobs of this layer; in the end all has arrived."""
+    own, member = [await layer.new_channel() for _ in range(2)]
+    await layer.group_add("room", member)
+    await listen(layer)
+    received = Received(layer, {own: own, "room": member, "jobs": "jobs"})
+    targets = [("send", own), ("group_send", "room"), ("send", "jobs")]
+    writer: Process[Outcomes] = processes.start(send_until_told, dsn, targets)
+    try:
+        await received.more(20)
+        yield received
+        writer.say("stop")
+        await received.has_all(await writer.result())
+    finally:
+        await received.stop()
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["listen_dsn", "polling"])
+async def test_a_pooler_that_is_killed_under_traffic_loses_nothing_that_returned(
+    pooler: PgBouncer, direct: str, processes: Processes, listens: bool, recovery: Recovery
+) -> None:
+    dsn = pooler.dsn(direct)
+    way: dict[str, object] = {"listen_dsn": direct} if listens else {"poll_interval": 0.05}
+    async with open_layer(dsn, **QUICK, **way) as layer, traffic(layer, dsn, processes) as received:
+        for _ in range(3):
+            await asyncio.to_thread(pooler.stop)
+            with recovery(f"PgBouncer is back ({', '.join(way)}): until messages arrive at all"):
+                await asyncio.to_thread(pooler.start)
+                await received.more(5)
+            await received.more(20)
+    await has_left(direct)
+
+
+async def test_server_connections_that_the_pooler_loses_cost_nothing_that_returned(
+    pooler: PgBouncer, pooled_server: PostgresServer, direct: str, processes: Processes
+) -> None:
+    dsn = pooler.dsn(direct)
+    kill = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = 'layer' AND backend_type = 'client backend'"
+    )
+    async with (
+        open_layer(dsn, **QUICK, listen_dsn=direct) as layer,
+        traffic(layer, dsn, processes) as received,
+    ):
+        for _ in range(10):
+            await asyncio.to_thread(pooled_server.execute, kill)
+            await received.more(5)
+    await has_left(direct)
+
+
+# ---------------------------------------------------------------------- without listen_dsn
+
+
+async def test_with_poll_interval_the_pooler_alone_will_do(
+    pooler: PgBouncer, direct: str, processes: Processes, caplog: pytest.LogCaptureFixture
+) -> None:
+    dsn = pooler.dsn(direct)
+    async with open_layer(dsn, **QUICK, poll_interval=0.02) as layer:
+        await exchange(layer, dsn, processes, 100)
+        health = await layer.health()
+        assert health["listener"] == "polling"
+        assert health["problems"] == []
+    await has_left(direct)
+    assert warnings(caplog) == []
+
+
+async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
+    pooler: PgBouncer, direct: str, processes: Processes, caplog: pytest.LogCaptureFixture, recovery: Recovery
+) -> None:
+    dsn = pooler.dsn(direct)
+    async with open_layer(dsn, **QUICK, heartbeat=1, lease=60) as layer:
+        with recovery("PgBouncer alone: until it is noticed that nothing is heard"):
+            channel = await layer.new_channel()
+            await layer.send(channel, {"number": 0})
+            assert await numbers(layer, channel, 1) == [0]
+            await until(lambda: warnings(caplog))
+        await exchange(layer, dsn, processes, 100)
+        health = await layer.health()
+        assert health["listener"] == "polling"
+        assert any("pooler" in problem for problem in health["problems"])
+        assert health["round_trip"] is not None
+        # Several heartbeats later it is still so, and not said again.
+        renewed = [lease(direct)]
+        while len(renewed) < 4:
+            renewed.append(await until(lambda: lease(direct) if lease(direct) != renewed[-1] else None))
+        await layer.send(channel, {"number": 1})
+        assert await numbers(layer, channel, 1) == [1]
+        assert [w for w in warnings(caplog) if "pooler" in w] == warnings(caplog)
+        assert len(warnings(caplog)) == 1
+        assert "listen_dsn" in warnings(caplog)[0]
+    await has_left(direct)
+
+
+def lease(direct: str) -> object:
+    """Until when the one client has a lease."""
+    with psycopg.connect(direct) as connection:
+        row = connection.execute("SELECT max(expires_at) FROM pg_layer_client").fetchone()
+    assert row is not None
+    return row[0]
+
+
+async def test_a_pooler_alone_that_is_restarted_is_polled_through_again(
+    pooler: PgBouncer, direct: str, processes: Processes, caplog: pytest.LogCaptureFixture, recovery: Recovery
+) -> None:
+    dsn = pooler.dsn(direct)
+    async with open_layer(dsn, **QUICK) as layer, traffic(layer, dsn, processes) as received:
+        await until(lambda: warnings(caplog))
+        await asyncio.to_thread(pooler.stop)
+        with recovery("PgBouncer alone is back: until messages arrive at all"):
+            await asyncio.to_thread(pooler.start)
+            await received.more(5)
+    await has_left(direct)
+    assert len([w for w in warnings(caplog) if "pooler" in w]) == 1
+
+
+async def test_a_worker_through_a_pooler_alone_gives_back_what_it_took_when_it_closes(
+    pooler: PgBouncer, direct: str
+) -> None:
+    dsn = pooler.dsn(direct)
+    async with open_layer(direct, **QUICK) as other:
+        async with open_layer(dsn, **QUICK, poll_interval=0.02) as worker:
+            for number in range(50):
+                await other.send("jobs", {"number": number})
+            done = await numbers(worker, "jobs", 10)
+        done += await numbers(other, "jobs", 40)
+        assert done == list(range(50))
+    await has_left(direct)
+
+
+async def test_a_pooler_in_session_mode_needs_nothing(
+    program: str,
+    pooled_server: PostgresServer,
+    direct: str,
+    processes: Processes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with PgBouncer(program, pooled_server, mode="session", pool_size=20) as pooler:
+        dsn = pooler.dsn(direct)
+        async with open_layer(dsn, **QUICK) as layer:
+            await exchange(layer, dsn, processes, 100)
+            health = await layer.health()
+            assert health["listener"] == "listening"
+            assert health["problems"] == []
+    await has_left(direct)
+    assert warnings(caplog) == []

@@ -1,0 +1,374 @@
+"""Processes that end, killed or asked to: what others send meanwhile, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from devtools.postgres.server import free_port
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.processes import PATIENCE, Link, Processes, listen, open_layer, receive, until
+from tests.project.commands import Process, manage, started, succeeded
+
+Recovery = Callable[[str], AbstractContextManager[None]]
+
+# Nothing of it is swept but by the command that the tests run.
+SHORT_LEASE: dict[str, object] = {"lease": 2, "heartbeat": 0.5, "sweep_interval": 0, "capacity": 100_000}
+
+
+def count(observer: Observer, table: str, inbox: str) -> int:
+    query = f"SELECT count(*) FROM pg_layer_{table} WHERE inbox = %s".encode()
+    [(number,)] = observer.execute(query, (inbox,)).fetchall()
+    return int(number)
+
+
+def inbox_of(observer: Observer, pid: int) -> str:
+    """The inbox of a process that receives."""
+    [(inbox,)] = observer.execute("SELECT inbox FROM pg_layer_client WHERE pid = %s", (pid,)).fetchall()
+    return str(inbox)
+
+
+def receivers(observer: Observer) -> set[int]:
+    """The processes that have a lease."""
+    rows = observer.execute("SELECT pid FROM pg_layer_client WHERE expires_at > clock_timestamp()")
+    return {pid for (pid,) in rows}
+
+
+class Traffic:
+    """Numbers to a group and to channels, in turn, as fast as they go. All numbers are for all of them."""
+
+    def __init__(self, layer: PostgresChannelLayer, channels: list[str]) -> None:
+        self._layer = layer
+        self._channels = channels
+        self.sent = 0
+
+    async def run(self) -> None:
+        while True:
+            await self.one()
+
+    async def one(self) -> None:
+        message = {"number": self.sent}
+        if self.sent % 2:
+            await self._layer.group_send("room", message)
+        else:
+            await asyncio.gather(*(self._layer.send(channel, message) for channel in self._channels))
+        self.sent += 1
+
+    async def more(self, count: int) -> None:
+        """Return when so many more sends have begun and ended since."""
+        enough = self.sent + 1 + count
+        await until(lambda: self.sent >= enough)
+
+
+@asynccontextmanager
+async def flowing(layer: PostgresChannelLayer, channels: list[str]) -> AsyncIterator[Traffic]:
+    """Traffic while the block runs; a send that fails fails the block's end."""
+    traffic = Traffic(layer, channels)
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        while not stop.is_set():
+            await traffic.one()
+
+    running = asyncio.create_task(run())
+    try:
+        yield traffic
+    finally:
+        stop.set()
+        await running
+
+
+# ---------------------------------------------------------------------- kill -9
+
+
+async def member(link: Link, dsn: str) -> list[int]:
+    """Join the room, say the channel; return the numbers that came before the end."""
+    async with open_layer(dsn, **SHORT_LEASE) as layer:
+        channel = await layer.new_channel()
+        await listen(layer)
+        await layer.group_add("room", channel)
+        link.say(channel)
+        numbers = []
+        while (number := (await receive(layer, channel))["number"]) is not None:
+            numbers.append(number)
+        return numbers
+
+
+async def test_a_killed_member_costs_its_group_nothing(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, recovery: Recovery
+) -> None:
+    layer = make_layer(capacity=100_000)
+    killed, *living = (processes.start(member, migrated_dsn) for _ in range(3))
+    channels = [await process.hear() for process in (killed, *living)]
+    inbox = inbox_of(observer, killed.pid)
+    lapsed = b"SELECT 1 FROM pg_layer_client WHERE inbox = %s AND expires_at <= clock_timestamp()"
+    # For a tenth of a second a writer goes by what it saw last.
+    long_lapsed = lapsed + b" - interval '0.15 seconds'"
+    async with flowing(layer, channels) as traffic:
+        await traffic.more(20)
+        killed.kill()
+        with recovery("kill -9 of a member, lease of 2 s: until nothing is written for it"):
+            await until(lambda: observer.execute(lapsed, (inbox,)).fetchone())
+        await until(lambda: observer.execute(long_lapsed, (inbox,)).fetchone())
+        await traffic.more(1)  # what had begun before
+        before = count(observer, "message", inbox)
+        assert before > 0
+        assert count(observer, "membership", inbox) == 1
+        await traffic.more(40)
+        assert count(observer, "message", inbox) == before
+
+        command = await asyncio.to_thread(manage, migrated_dsn, "pg_layer_sweep", "--once")
+        words = succeeded(command).split()
+        assert (words[3], words[5]) == ("1", "0")
+        assert int(words[1]) >= before
+        await traffic.more(40)
+        assert count(observer, "message", inbox) == count(observer, "membership", inbox) == 0
+    for channel in channels:
+        await layer.send(channel, {"number": None})
+    for process in living:
+        assert await process.result() == list(range(traffic.sent))
+
+
+async def stuck_member(link: Link, dsn: str) -> None:
+    """As a member that is stopped as a debugger or a hypervisor stops it, and goes on."""
+    async with open_layer(dsn, **SHORT_LEASE) as layer:
+        channel = await layer.new_channel()
+        await listen(layer)
+        await layer.group_add("room", channel)
+        link.say(channel)
+        number = 0
+        while number is not None:
+            number = (await receive(layer, channel))["number"]
+            link.say(number)
+
+
+async def test_a_process_that_was_stopped_past_its_lease_and_swept_is_a_member_again(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, recovery: Recovery
+) -> None:
+    layer = make_layer(capacity=100_000)
+    process = processes.start(stuck_member, migrated_dsn)
+    channel = await process.hear()
+    inbox = inbox_of(observer, process.pid)
+    async with flowing(layer, []) as traffic:
+        assert await process.hear() == 1
+        os.kill(process.pid, signal.SIGSTOP)
+        lapsed = b"SELECT 1 FROM pg_layer_client WHERE inbox = %s AND expires_at <= clock_timestamp()"
+        await until(lambda: observer.execute(lapsed, (inbox,)).fetchone())
+        await traffic.more(1)
+        succeeded(await asyncio.to_thread(manage, migrated_dsn, "pg_layer_sweep", "--once"))
+        assert count(observer, "membership", inbox) == 0
+        os.kill(process.pid, signal.SIGCONT)
+        with recovery("stopped past its lease and swept: until its membership is back"):
+            await until(lambda: count(observer, "membership", inbox))
+        back = traffic.sent
+        await traffic.more(20)
+    await layer.send(channel, {"number": None})
+    heard = [1]
+    while (number := await process.hear()) is not None:
+        heard.append(number)
+    await process.result()
+    # While it had no lease nothing was for it. What it got is in order, once, and from then on complete.
+    assert heard == sorted(set(heard))
+    assert [n for n in heard if n > back] == [n for n in range(1, traffic.sent, 2) if n > back]
+
+
+# ---------------------------------------------------------------------- asked to end: servers
+
+
+@pytest.fixture
+def ending() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def start_server(stack: ExitStack, dsn: str, *options: str) -> tuple[Process, str]:
+    """uvicorn as users start it, with the test project; and its address."""
+    port = free_port()
+    arguments = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", *options)
+    process = stack.enter_context(started(dsn, "-m", "uvicorn", "tests.project.asgi:application", *arguments))
+    return process, f"ws://127.0.0.1:{port}"
+
+
+async def joined(address: str) -> ClientConnection:
+    """A connection, once the server takes any."""
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while True:
+        try:
+            return await connect(address, open_timeout=PATIENCE, proxy=None)
+        except OSError:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.05)
+
+
+async def numbers_until_closed(connection: ClientConnection) -> list[int]:
+    numbers = []
+    with suppress(ConnectionClosed):
+        while True:
+            numbers.append(int(await connection.recv()))
+    return numbers
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("path", ["async/", "declared/"])
+async def test_a_server_that_is_asked_to_end_leaves_nothing(
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    observer: Observer,
+    ending: ExitStack,
+    number: signal.Signals,
+    path: str,
+) -> None:
+    layer = make_layer(capacity=100_000)
+    own = await layer.new_channel()
+    await listen(layer)
+    await layer.group_add("chat", own)
+    [mine] = receivers(observer)
+    server, address = start_server(ending, migrated_dsn)
+    clients = [await joined(f"{address}/{path}") for _ in range(3)]
+    members = "SELECT count(*) FROM pg_layer_membership WHERE group_name = 'chat'"
+    await until(lambda: observer.execute(members.encode()).fetchone() == (4,))
+    await until(lambda: server.pid in receivers(observer))
+    inbox = inbox_of(observer, server.pid)
+
+    sent = 0
+    is_over = asyncio.Event()
+
+    async def chat() -> None:
+        nonlocal sent
+        while not is_over.is_set():
+            await layer.group_send("chat", {"type": "chat.message", "text": str(sent)})
+            sent += 1
+
+    chatting = asyncio.create_task(chat())
+    heard = [asyncio.create_task(numbers_until_closed(client)) for client in clients]
+    await until(lambda: sent > 50)
+    await asyncio.to_thread(server.end, number)
+    # At once: what is not gone now will not be before the lease has run out.
+    left = (receivers(observer), count(observer, "membership", inbox))
+    enough = sent + 2
+    await until(lambda: sent >= enough)
+    rows = count(observer, "message", inbox)
+    enough = sent + 20
+    await until(lambda: sent >= enough)
+    more = count(observer, "message", inbox) - rows
+    is_over.set()
+    await chatting
+    for client in clients:
+        await client.close()
+    for numbers in await asyncio.gather(*heard):
+        assert numbers == list(range(len(numbers)))
+        assert numbers
+    assert [int((await receive(layer, own))["text"]) for _ in range(sent)] == list(range(sent))
+    assert not [line for line in server.errors if "Traceback" in line or "pg_layer" in line]
+    assert left == ({mine}, 0)
+    assert more == 0
+
+
+# ---------------------------------------------------------------------- asked to end: workers
+
+# A job takes less time than that after which a worker counts as quick: it is given more jobs ahead.
+WORKER = """
+import asyncio, signal, sys
+from pg_layer import PostgresChannelLayer
+
+layer = PostgresChannelLayer(dsn=sys.argv[1], capacity=10_000)
+
+async def main():
+    while True:
+        print((await layer.receive("jobs"))["number"], flush=True)
+        await asyncio.sleep(0.001)
+
+if sys.argv[2] == "in order":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["in order", "as Python does"])
+async def test_a_worker_that_is_asked_to_end_gives_back_what_it_took(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, ending: ExitStack, how: str
+) -> None:
+    layer, successor = make_layer(capacity=10_000), make_layer(capacity=10_000)
+    worker = ending.enter_context(started(migrated_dsn, "-c", WORKER, migrated_dsn, how))
+    await until(lambda: receivers(observer) == {worker.pid})
+    inbox = inbox_of(observer, worker.pid)
+    total = 600
+    for number in range(300):
+        await layer.send("jobs", {"number": number})
+    sending = asyncio.create_task(_send_jobs(layer, range(300, total)))
+    # In the midst of it: the worker holds jobs that it has not begun.
+    taken = b"SELECT count(*) >= 5 FROM pg_layer_message WHERE inbox = %s AND channel = 'jobs'"
+    await until(lambda: observer.execute(taken, (inbox,)).fetchone() == (True,))
+    status = await asyncio.to_thread(worker.end, signal.SIGTERM)
+    assert status == (7 if how == "in order" else -signal.SIGTERM)
+    done = [int(line) for line in worker.output]
+    left = count(observer, "message", inbox)
+    await sending
+    rest = await _take_all(successor)
+    assert not [number for number, times in Counter(done + rest).items() if times > 1]
+    # One may have been handed over, and its line not written.
+    assert len(set(range(total)) - set(done) - set(rest)) <= 1
+    assert left == 0
+    assert receivers(observer) <= {os.getpid()}
+    assert rest == sorted(rest)
+
+
+async def _send_jobs(layer: PostgresChannelLayer, numbers: range) -> None:
+    for number in numbers:
+        await layer.send("jobs", {"number": number})
+
+
+async def _take_all(layer: PostgresChannelLayer) -> list[int]:
+    """All jobs up to one that is sent last."""
+    await layer.send("jobs", {"number": None})
+    found: list[int] = []
+    while (number := (await receive(layer, "jobs"))["number"]) is not None:
+        found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+async def test_runworker_that_is_asked_to_end_leaves_nothing(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, ending: ExitStack, number: signal.Signals
+) -> None:
+    observer.execute("CREATE TABLE job (number integer, pid integer)")
+    layer = make_layer(capacity=10_000)
+
+    def start() -> Process:
+        ignored = "ignore:async_to_sync was passed a non-async-marked callable:UserWarning"
+        command = ("-W", ignored, "-m", "tests.project.manage", "runworker", "thumbnails")
+        return ending.enter_context(started(migrated_dsn, *command))
+
+    async def send() -> None:
+        for job in range(300):
+            await layer.send("thumbnails", {"type": "thumbnails.make", "number": job})
+
+    def done() -> list[int]:
+        return [job for (job,) in observer.execute("SELECT number FROM job").fetchall()]
+
+    worker = start()
+    await until(lambda: receivers(observer) == {worker.pid})
+    inbox = inbox_of(observer, worker.pid)
+    sending = asyncio.create_task(send())
+    await until(lambda: len(done()) >= 30)
+    await asyncio.to_thread(worker.end, number)
+    left = (receivers(observer), count(observer, "message", inbox))
+    await sending
+    # Channels' own worker takes every job out of the layer at once: those that it had are lost with it.
+    [(waiting,)] = observer.execute(
+        "SELECT count(*) FROM pg_layer_message WHERE inbox = 'asgi!:thumbnails'"
+    ).fetchall()
+    before = len(done())
+    start()
+    await until(lambda: len(done()) >= before + waiting)
+    assert max(Counter(done()).values()) == 1
+    assert left == (set(), 0)

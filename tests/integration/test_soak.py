@@ -1,0 +1,91 @@
+"""Soaks too short to find much: that they run, find nothing, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.processes import until
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, with a path short enough for the socket of a server."""
+    folder = Path("/tmp", f"soak-{secrets.token_hex(4)}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        for process in of(folder):
+            process.kill()
+        folder.rmdir()
+
+
+def start(temporary: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "soak", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def of(temporary: Path) -> list[psutil.Process]:
+    """The processes that a soak started: they know its folder by their environment or their command."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            known = [process.environ().get("TMPDIR", ""), *process.cmdline()]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if any(str(temporary) in text for text in known):
+            found.append(process)
+    return found
+
+
+async def nothing_left(temporary: Path) -> None:
+    await until(lambda: not of(temporary))
+    assert os.listdir(temporary) == []
+
+
+async def test_a_short_one_keeps_all_promises(temporary: Path) -> None:
+    soak = start(temporary, "--seconds", "10", "--seed", "7")
+    said, _ = soak.communicate(timeout=200)
+    assert soak.returncode == 0, said
+    assert "--seed 7" in said
+    assert "All promises kept." in said
+    # Something was sent, received and harmed.
+    tables = {line.split("  ")[0]: line.split() for line in said.splitlines()}
+    for kind in ("specific", "group", "normal", "single"):
+        assert int(tables[kind][1]) > 0, said
+        assert int(tables[kind][4]) > 0, said
+    assert any(line.endswith(" s") for line in said.splitlines()), said
+    await nothing_left(temporary)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_one_leaves_nothing_behind(temporary: Path, signum: signal.Signals) -> None:
+    soak = start(temporary, "--seconds", "600")
+    await until(lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book")))
+    assert len(of(temporary)) > 10
+    os.killpg(soak.pid, signum)  # as a terminal does, which asks all of them
+    said, _ = soak.communicate(timeout=100)
+    assert soak.returncode == 130, said
+    assert said.endswith("interrupted\n")
+    assert "Traceback" not in said
+    await nothing_left(temporary)
