@@ -37,7 +37,7 @@ demo: $(VENV)/.installed-demo ## run the chat in two processes, with a PostgreSQ
 bench: $(VENV)/.installed-bench ## measure the layer against its peers
 	$(python) -m benchmarks $(ARGS)
 
-soak: $(VENV)/.installed-demo ## make faults for a while, and account for every message
+soak: $(VENV)/.installed-dev ## make faults for a while, and account for every message
 	$(python) -m soak --seconds $(SECONDS) $(ARGS)
 
 clean: ## remove the virtual environment and whatever was built

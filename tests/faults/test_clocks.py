@@ -22,6 +22,8 @@ from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, open_layer, receive, until
 from tests.project.commands import Process, manage, started, succeeded
 
+pytestmark = pytest.mark.faketime
+
 EXPIRY = 3.0
 OPTIONS: dict[str, object] = {"lease": 3, "heartbeat": 0.5, "sweep_interval": 0, "capacity": 1000}
 HOURS = ["+1h", "-1h"]
