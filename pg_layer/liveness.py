@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Literal
 
 import psycopg
@@ -103,7 +104,7 @@ class Liveness:
 
     async def _prove_pooler(self) -> None:
         try:
-            if not await self._receiver.ping(self._renew, PING_PATIENCE):
+            if not await self._receiver.ping(partial(self._renew, timeout=PING_PATIENCE), PING_PATIENCE):
                 self._fall_back(POOLED)
         except PgLayerError as error:
             self._outage.begin(error)
@@ -127,7 +128,7 @@ class Liveness:
         """The pool's way is open again: whether the listener's is, too, or leads nowhere any more."""
         listener = self._listener
         try:
-            if await self._receiver.ping(self._renew, PING_PATIENCE):
+            if await self._receiver.ping(partial(self._renew, timeout=PING_PATIENCE), PING_PATIENCE):
                 self._hears_again()
                 self._outage.end(messages)
             elif listener is not None and self._listener is listener:
@@ -204,25 +205,28 @@ class Liveness:
                 ],
             )
 
-    async def _renew(self, token: str | None) -> None:
+    async def _renew(self, token: str | None, timeout: float | None = None) -> None:
         async def work(session: Session) -> None:
             if await self._renew_on(session, token):
                 await self._reassert_on(session)
                 self._receiver.look_again()  # who has no lease is given no jobs
 
-        await self._connections.run(work, timeout=self._client.config.heartbeat, is_idempotent=True)
+        await self._connections.run(
+            work, timeout=timeout or self._client.config.heartbeat, is_idempotent=True
+        )
 
     # ------------------------------------------------------------------ the heartbeat
 
     async def ping(self) -> bool:
         """Renew the lease, if there is one, and hear of it by notification; returns whether that worked."""
         config = self._client.config
+        timeout = min(config.send_timeout, config.heartbeat / 2)
         if self.listening == "listening":
-            return await self._receiver.ping(self._renew, min(config.send_timeout, config.heartbeat / 2))
+            return await self._receiver.ping(partial(self._renew, timeout=timeout), timeout)
         if self._is_receiving:
-            await self._renew(None)
+            await self._renew(None, timeout)
         else:
-            await self._connections.run(store.is_direct, timeout=config.send_timeout, is_idempotent=True)
+            await self._connections.run(store.is_direct, timeout=timeout, is_idempotent=True)
         return True
 
     def keep(self) -> None:
