@@ -220,13 +220,13 @@ class Liveness:
     async def ping(self) -> bool:
         """Renew the lease, if there is one, and hear of it by notification; returns whether that worked."""
         config = self._client.config
-        timeout = min(config.send_timeout, config.heartbeat / 2)
+        timeout = min(config.send_timeout, config.heartbeat / 2, PING_PATIENCE)
         if self.listening == "listening":
             return await self._receiver.ping(partial(self._renew, timeout=timeout), timeout)
         if self._is_receiving:
             await self._renew(None, timeout)
         else:
-            await self._connections.run(store.is_direct, timeout=timeout, is_idempotent=True)
+            await self._connections.run(store.probe, timeout=timeout, is_idempotent=True)
         return True
 
     def keep(self) -> None:

@@ -161,9 +161,10 @@ class Receiver:
         number = self._client.inbox.ping()
         token = str(number)
         heard = self._pings[token] = self._loop.create_future()
+        deadline = self._loop.time() + timeout
         try:
             await send(token)
-            await asyncio.wait((heard,), timeout=timeout)
+            await asyncio.wait((heard,), timeout=max(deadline - self._loop.time(), 0.0))
             return heard.done()
         finally:
             del self._pings[token]

@@ -62,6 +62,7 @@ _REGROUP = Statement(
 _REASSERT = Statement(_LAZILY + "pg_layer_reassert($1, $2, $3, $4) AS f", TEXT, TEXTS, TEXTS, FLOAT8S_OR_NULL)
 _RENEW = Statement(_LAZILY + "pg_layer_renew($1, $2, $3, $4, $5) AS f", TEXT, TEXT, INT4, FLOAT8, TEXT)
 _BACKEND_PID = Statement("SELECT pg_backend_pid()")
+_NONCE = Statement("SELECT pg_layer_nonce()")
 _LISTEN = Statement("SELECT pg_layer_listen(pg_layer_inbox($1, $2))", TEXT, TEXT)
 _UNLISTEN = Statement("SELECT pg_layer_unlisten(pg_layer_inbox($1, $2))", TEXT, TEXT)
 _READ = Statement(
@@ -130,6 +131,11 @@ async def is_direct(session: Session) -> bool:
     """Whether one server process answers for good: a pooler makes up the id it tells at first."""
     (pid,) = await _one(session, _BACKEND_PID)
     return bool(pid == session.conn.info.backend_pid)
+
+
+async def probe(session: Session) -> None:
+    """See whether the database answers, and knows the layer's functions."""
+    await session.execute(_NONCE)
 
 
 class Look(NamedTuple):

@@ -116,6 +116,12 @@ async def test_health_of_who_only_sends(make_layer: MakeLayer) -> None:
     assert health["round_trip"] is not None
 
 
+async def test_health_where_the_tables_are_missing(fresh_database: str) -> None:
+    async with open_layer(fresh_database) as layer:
+        (problem,) = (await layer.health())["problems"]
+    assert "migrate" in problem
+
+
 async def test_health_where_there_is_no_database() -> None:
     async with open_layer("postgresql://nobody@127.0.0.1:1/none", send_timeout=0.3) as layer:
         health = await layer.health()
