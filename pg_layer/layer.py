@@ -91,7 +91,7 @@ class PostgresChannelLayer(BaseChannelLayer):
                 want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
                 waiter = await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
                 if mailbox.is_closed:
-                    if is_specific:
+                    if is_specific or homes.client is client:  # which has taken leave: the process ends
                         raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
                     client = homes.client
                     mailbox = self._mailbox_to_receive(client, channel)

@@ -67,6 +67,7 @@ def _leave_and_die(signum: int, frame: FrameType | None) -> None:
     thread.join(LEAVE_TIMEOUT)
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
+    os._exit(128 + signum)  # the first process of a container is spared what has its default effect
 
 
 def _leave_all() -> None:
