@@ -166,7 +166,11 @@ class Connections:
                 if is_guest:
                     raise NotBegun
                 session = await self._from_pool(deadline)
-            session.patience = patience or max(deadline - time.monotonic(), 0.001)
+            left = deadline - time.monotonic()
+            if left <= 0:  # nothing was sent: that is better known than cut short
+                self._give_back(session)
+                raise unavailable(self._reason)
+            session.patience = patience or left
             is_refused = False
             try:
                 return await (store.silently(session, work) if is_silent else work(session))

@@ -209,9 +209,9 @@ class Engine:
         client = self.client
         await self._stop_tasks()
         try:
+            farewell = client.farewell()
             if client.has_lease:
                 client.has_lease = False
-                farewell = client.farewell()
                 await self.connections.run(
                     lambda session: store.close(session, farewell),
                     timeout=FAREWELL_TIMEOUT,

@@ -178,6 +178,7 @@ class Homes:
             home = None
         if home is None or home.is_closed:
             if not client.has_lease:
+                client.farewell()
                 return
             home = Engine(client)
         await home.close()

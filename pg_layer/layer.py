@@ -151,8 +151,8 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     async def health(self) -> Health:
         """How this process's use of the layer fares. Raises nothing: what is wrong stands in ``problems``."""
-        engine = self._homes.for_sending()
         try:
+            engine = self._homes.for_sending()
             return await engine.bridge(partial(examine, engine))
         except LayerUnavailable as error:
             return Health(
@@ -207,8 +207,8 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     async def _settle(self, mailbox: Mailbox, letter: Letter) -> None:
         """Wait until what was received makes room: senders count its row until that is gone."""
-        engine = self._homes.for_receiving()
         try:
+            engine = self._homes.for_receiving()
             await engine.bridge(partial(engine.receiver.deleter.settle, mailbox))
         except LayerUnavailable:
             pass

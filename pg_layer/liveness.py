@@ -32,8 +32,8 @@ REASSERT_MOST = 5000  # memberships a statement
 FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
 PING_PATIENCE = 3.0  # seconds
 POOLED = "a connection pooler is between that does not keep LISTEN; CONFIG['listen_dsn'] is to lead past it."
-# Classes of errors after which LISTEN is not to be had for now: not supported, not allowed.
-_REFUSALS = ("0A", "42")
+# Errors that say that the server knows no LISTEN.
+_REFUSALS = ("0A", "42601")
 
 
 class Liveness:
@@ -61,6 +61,7 @@ class Liveness:
         self._is_deaf = False  # the last ping was not heard
         self._proved_at = 0.0  # when the listener was known to hear, by time.monotonic()
         self._is_proving = False
+        self._fallbacks = 0
         self._is_pooled = False  # the listener's connection leads through a pooler
         self.polls_because: str | None = None  # although it was not asked to
 
@@ -153,8 +154,14 @@ class Liveness:
             self._client.unheard(why)
         elif self.polls_because is None and self._listener is not None:
             self.polls_because = why
+            self._fallbacks += 1
+            number = self._fallbacks
             logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
-            self._spawn(self._poll(FALLBACK_POLL, lambda: self.polls_because is not None))
+            self._spawn(
+                self._poll(
+                    FALLBACK_POLL, lambda: self.polls_because is not None and self._fallbacks == number
+                )
+            )
 
     def _hears_again(self) -> None:
         self._is_deaf = False
@@ -164,11 +171,14 @@ class Liveness:
             logger.warning("Notifications arrive again.")
 
     async def _poll(self, interval: float, is_needed: Callable[[], bool]) -> None:
-        try:
-            await self._renew(None)
-        except PgLayerError as error:
-            self._outage.begin(error)
+        heartbeat = self._client.config.heartbeat
         while is_needed():
+            if not self._client.renewed_at or time.monotonic() - self._client.renewed_at > heartbeat:
+                # After an outage the lease may be over: nothing would be written for us until the next beat.
+                try:
+                    await self._renew(None, PING_PATIENCE)
+                except PgLayerError as error:
+                    self._outage.begin(error)
             if self._listener is None or not self._listener.is_connected:
                 self._client.inbox.reconnected()  # no doorbell is to be waited for
             self._receiver.look_again()

@@ -10,6 +10,7 @@ import asyncio
 import os
 import select
 import socket
+import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -26,6 +27,7 @@ _GOOD = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 _numbers = count(1)
 
 PATIENCE = 10.0
+BELL_PATIENCE = 2.0
 
 Rows = list[tuple[Any, ...]]
 
@@ -129,7 +131,16 @@ class Session:
 
     def cut(self) -> None:
         """Shut the socket, so that whoever waits for an answer is told at once."""
-        cut(self._pgconn)
+        try:
+            duplicate = socket.socket(fileno=os.dup(self._pgconn.socket))
+        except (OSError, psycopg.OperationalError):  # closed already
+            return
+        try:
+            duplicate.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        finally:
+            duplicate.close()
 
     async def _results(self, is_late: bool = False) -> list[PGresult]:
         """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
@@ -204,28 +215,40 @@ class _Answer:
         self._fd = -1
 
 
-def cut(pgconn: pq.abc.PGconn) -> None:
-    """Shut a connection's socket, so that whoever waits for an answer on it is told at once."""
-    try:
-        duplicate = socket.socket(fileno=os.dup(pgconn.socket))
-    except (OSError, psycopg.OperationalError):  # closed already
-        return
-    try:
-        duplicate.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-    finally:
-        duplicate.close()
+def execute_now(
+    conn: Connection[Any],
+    statement: Statement,
+    *values: object,
+    patience: float = PATIENCE,
+    bell: socket.socket | None = None,
+) -> Rows:
+    """The same on a blocking connection, where no loop runs; of no use afterwards, if it raises.
 
-
-def execute_now(conn: Connection[Any], statement: Statement, *values: object) -> Rows:
-    """The same on a blocking connection, where no loop runs."""
-    result = conn.pgconn.exec_params(
+    Waits ``patience`` seconds for the answer, and `BELL_PATIENCE` once ``bell`` can be read.
+    """
+    pgconn = conn.pgconn
+    pgconn.send_query_params(
         statement.sql, statement.encode(values), statement.oids, statement.formats, _BINARY
     )
-    transformer = Transformer(conn)
-    transformer.set_pgresult(_checked([result]))
-    return transformer.load_rows(0, result.ntuples, tuple)
+    deadline = time.monotonic() + patience
+    bells: list[Any] = [] if bell is None else [bell]
+    results: list[PGresult] = []
+    while True:
+        has_more = bool(pgconn.flush())
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise psycopg.OperationalError("The database did not answer in time.")
+        ready, _, _ = select.select([pgconn.socket, *bells], [pgconn.socket] if has_more else [], [], left)
+        if bell in ready:
+            bells, deadline = [], min(deadline, time.monotonic() + BELL_PATIENCE)
+        pgconn.consume_input()
+        while not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                transformer = Transformer(conn)
+                transformer.set_pgresult(_checked(results))
+                return transformer.load_rows(0, results[-1].ntuples, tuple)
+            results.append(result)
 
 
 def _checked(results: list[PGresult]) -> PGresult:

@@ -11,6 +11,7 @@ would hand them out twice.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,6 +38,8 @@ from pg_layer.statement import (
 
 T = TypeVar("T")
 
+CLOSE_PATIENCE = 2.0  # seconds
+SWEEP_PATIENCE = 60.0  # seconds for a batch
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
 
@@ -97,9 +100,11 @@ _DELETE = Statement(
     *(TEXT, INT8S, INT8S),
 )
 _TAKE = Statement("SELECT * FROM pg_layer_take($1, $2, $3, $4, $5)", TEXT, TEXT, TEXT, INT8, INT4)
-_PUT_BACK = Statement("SELECT pg_layer_put_back($1, $2, $3, $4)", TEXT, TEXT, INT8S, INT8S)
-_CLOSE = Statement("SELECT pg_layer_close($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8S, INT8S, TEXTS, TEXTS)
-_FLUSH = Statement("SELECT pg_layer_flush($1)", TEXT)
+_PUT_BACK = Statement(_LAZY_CALL + "pg_layer_put_back($1, $2, $3, $4)", TEXT, TEXT, INT8S, INT8S)
+_CLOSE = Statement(
+    _LAZY_CALL + "pg_layer_close($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8S, INT8S, TEXTS, TEXTS
+)
+_FLUSH = Statement(_LAZY_CALL + "pg_layer_flush($1)", TEXT)
 _SWEEP = Statement(_LAZILY + "pg_layer_sweep($1, $2, $3, $4, $5) AS f", TEXT, INT4, BOOL, TEXT, INT8)
 _SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
 
@@ -336,12 +341,12 @@ async def close(session: Session, farewell: Farewell) -> None:
 
 def close_now(conn: Connection[Any], farewell: Farewell) -> None:
     """End a client, where no loop runs any more."""
-    execute_now(conn, _CLOSE, *_close_values(farewell))
+    execute_now(conn, _CLOSE, *_close_values(farewell), patience=CLOSE_PATIENCE)
 
 
 async def flush(session: Session, prefix: str) -> int:
     """Remove every message and membership of a prefix, and tell its clients; returns up to which id."""
-    (id,) = await _one(session, _FLUSH, prefix)
+    _, id = await _one(session, _FLUSH, prefix)
     return int(id)
 
 
@@ -355,9 +360,16 @@ async def sweep(session: Session, prefix: str, limit: int, after: Place) -> tupl
     return None if None in counts else (Swept(*counts), (inbox, id))
 
 
-def sweep_now(conn: Connection[Any], prefix: str, limit: int, after: Place) -> tuple[Swept, Place]:
-    """Sweep one batch from there on, beside whoever else does; returns where it ended."""
-    ((_, *counts, inbox, id),) = execute_now(conn, _SWEEP, prefix, limit, False, *after)
+def sweep_now(
+    conn: Connection[Any], prefix: str, limit: int, after: Place, bell: socket.socket
+) -> tuple[Swept, Place]:
+    """Sweep one batch from there on, beside whoever else does; returns where it ended.
+
+    Does not wait much longer for the server once ``bell`` can be read.
+    """
+    ((_, *counts, inbox, id),) = execute_now(
+        conn, _SWEEP, prefix, limit, False, *after, patience=SWEEP_PATIENCE, bell=bell
+    )
     return Swept(*counts), (inbox, id)
 
 

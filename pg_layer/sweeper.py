@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,11 +13,7 @@ from pg_layer import store
 from pg_layer.config import Config
 from pg_layer.connections import unavailable
 from pg_layer.exceptions import NotMigrated, PgLayerError
-from pg_layer.session import cut
 from pg_layer.store import Swept
-
-BATCH_PATIENCE = 60.0  # seconds for a batch
-STOP_PATIENCE = 2.0  # seconds for the batch that runs when it is to stop
 
 
 class Sweeper:
@@ -52,7 +47,6 @@ class Sweeper:
             self._ringer.send(b".")
         except OSError:  # it has ended already, or was rung enough
             pass
-        self._watch(STOP_PATIENCE)
 
     def run(self, interval: float) -> None:
         """Sweep every ``interval`` seconds, until `stop`."""
@@ -101,23 +95,11 @@ class Sweeper:
         with _translated():
             conn = self._connection()
             while not self._is_stopped:
-                watchdog = self._watch(BATCH_PATIENCE)
-                try:
-                    swept, place = store.sweep_now(conn, self._config.prefix, self._batch_size, place)
-                finally:
-                    watchdog.cancel()
+                swept, place = store.sweep_now(conn, self._config.prefix, self._batch_size, place, self._bell)
                 total = Swept(*map(sum, zip(total, swept, strict=True)))
                 if max(swept) < self._batch_size:
                     break
         return total
-
-    def _watch(self, seconds: float) -> threading.Timer:
-        """Cut the connection after so many seconds: a server that says nothing must not hold us for ever."""
-        conn = self._conn
-        watchdog = threading.Timer(seconds, lambda: cut(conn.pgconn) if conn is not None else None)
-        watchdog.daemon = True
-        watchdog.start()
-        return watchdog
 
     def _connection(self) -> psycopg.Connection[tuple[object, ...]]:
         if self._conn is None or self._conn.closed:

@@ -42,20 +42,26 @@ def heed_sigterm() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     handler = signal.getsignal(signal.SIGTERM)
-    if handler is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _leave_and_die)
-    elif callable(handler) and handler is not _leave_and_die and not isinstance(handler, _Postponed):
-        signal.signal(signal.SIGTERM, _Postponed(handler))
+    try:
+        if handler is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _leave_and_die)
+        elif callable(handler) and handler is not _leave_and_die and not isinstance(handler, _Postponed):
+            signal.signal(signal.SIGTERM, _Postponed(handler))
+    except ValueError:  # an interpreter within another's process, whose signals are not ours
+        pass
 
 
 class _Postponed:
     """Another's handler, after which this thread is spared further SIGTERMs until it has taken leave."""
 
+    is_blocking = False
+
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self._handler = handler
+        self.handler = handler
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        self._handler(signum, frame)
+        self.handler(signum, frame)
+        _Postponed.is_blocking = True
         # Only those that the thread sends itself: one from outside finds another thread, or waits until then.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -78,6 +84,25 @@ def _leave_all() -> None:
 @atexit.register
 def _end() -> None:
     _leave_all()
-    if threading.current_thread() is threading.main_thread():
-        # A SIGTERM that was kept waiting tells the parent what ended this process.
+    # A SIGTERM that was kept waiting tells the parent what ended this process.
+    _unblock()
+
+
+def _unblock() -> None:
+    if _Postponed.is_blocking and threading.current_thread() is threading.main_thread():
+        _Postponed.is_blocking = False
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    """A child has nothing to take leave of yet: SIGTERM does there what it did before."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is _leave_and_die:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    elif isinstance(handler, _Postponed):
+        signal.signal(signal.SIGTERM, handler.handler)
+    _unblock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
