@@ -205,11 +205,14 @@ class Mailbox:
 
     def _forget(self, waiter: Waiter) -> bool:
         """Returns whether it was still waiting, and not woken."""
-        if waiter in self._waiters:
+        if waiter in self._woken:
+            self._woken.discard(waiter)
+            return False
+        try:
             self._waiters.remove(waiter)
-            return True
-        self._woken.discard(waiter)
-        return False
+        except ValueError:
+            return False
+        return True
 
     def _wake_one(self) -> None:
         while self._waiters:
