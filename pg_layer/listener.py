@@ -51,18 +51,20 @@ class Listener:
     async def run(self) -> None:
         """Connect, and again for ever. Ends only by cancellation."""
         backoff = BACKOFF_FIRST
+        is_faulty = False
         while True:
             try:
                 await self._connect()
-                backoff = BACKOFF_FIRST
+                backoff, is_faulty = BACKOFF_FIRST, False
                 assert self._lost is not None
                 await self._lost
                 error: Exception = psycopg.OperationalError("The listening connection was lost.")
             except (psycopg.Error, OSError) as caught:
                 error = caught
             except Exception as caught:  # a fault of ours must not make the process deaf
-                logger.exception("Listening failed.")
-                error = caught
+                if not is_faulty:
+                    logger.exception("Listening failed.")
+                error, is_faulty = caught, True
             finally:
                 self._drop()
             self.reconnects += 1
