@@ -163,7 +163,6 @@ class Engine:
             await asyncio.sleep(heartbeat)
             self.receiver.forget_idle_readers()
             client.forget_idle_mailboxes()
-            client.memberships.forget_left()
             try:
                 await self.expire_unread()
                 if interval and time.monotonic() - swept_at >= interval:

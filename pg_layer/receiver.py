@@ -212,6 +212,8 @@ class Receiver:
 
     def _caught_up(self) -> None:
         caught_up, self._caught = self._caught, 0
+        # All that was sent before the last time has been read: who had left by then is due nothing more.
+        self._client.memberships.forget_left()
         self.on_caught_up(caught_up)
         for reader in self._readers.values():
             self._take_soon(reader)
