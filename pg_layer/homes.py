@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import threading
+from contextlib import closing
 
 import psycopg
 from asgiref.sync import AsyncToSync
@@ -191,7 +192,7 @@ class Homes:
         client.has_lease = False
         try:
             kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
-            with psycopg.connect(**kwargs) as conn:
+            with closing(psycopg.connect(**kwargs)) as conn:
                 store.close_now(conn, client.farewell())
         except Exception as error:  # the lease runs out by itself
             logger.debug("Left without taking leave: %s", error)

@@ -187,3 +187,24 @@ async def test_a_lost_connection_leaves_nothing_in_the_event_loop(
         assert watched <= {int(name) for name in os.listdir("/proc/self/fd")}
         await layer.send(channel, {"n": number})
         assert await numbers(layer, channel, 1) == [number]
+
+
+async def test_closing_a_layer_that_never_reached_its_database_wakes_who_waits() -> None:
+    layer = PostgresChannelLayer(dsn="postgresql://nobody@127.0.0.1:1/none")
+    waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(layer.close(), PATIENCE)
+    with pytest.raises(LayerUnavailable):
+        await asyncio.wait_for(waiting, PATIENCE)
+
+
+async def test_who_has_no_lease_is_not_told_that_a_channel_is_empty(
+    make_layer: MakeLayer, migrated_dsn: str
+) -> None:
+    """It would look for later jobs only, and they would overtake those that wait."""
+    await make_layer().send("jobs", {"n": 0})
+    with (
+        psycopg.connect(migrated_dsn) as conn,
+        pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no lease"),
+    ):
+        conn.execute("SELECT * FROM pg_layer_take('asgi', 'jobs', 'asgi!nobody', 0, 1)")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import select
+import socket
 import threading
 from collections.abc import AsyncIterator
+from contextlib import closing
 from typing import Any
 
 import psycopg
@@ -13,7 +15,8 @@ import pytest
 from psycopg import AsyncConnection, errors
 
 from pg_layer import PostgresChannelLayer
-from pg_layer.session import Session
+from pg_layer import session as session_module
+from pg_layer.session import Session, execute_now
 from pg_layer.statement import BYTEA, FLOAT8, INT4, INT8S, TEXT, TEXTS, Statement
 from tests.conftest import MakeLayer, Observer
 from tests.processes import until
@@ -230,3 +233,36 @@ async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
     for n in range(1, 4):
         await layer.send(channel, {"n": n})
         assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": n}
+
+
+# ---------------------------------------------------------------------- where no loop runs
+
+
+def test_a_blocking_statement_is_heard(postgres_dsn: str) -> None:
+    data = bytes(range(256)) * 2**14
+    with closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
+        assert execute_now(conn, LENGTH, data) == [(len(data), data)]
+        with pytest.raises(errors.DivisionByZero):
+            execute_now(conn, WRONG, 0)
+        assert execute_now(conn, NUMBER, 1) == [(1,)]
+
+
+def test_a_blocking_statement_is_not_waited_for_without_end(
+    postgres_dsn: str, lock: psycopg.Connection[Any]
+) -> None:
+    with (
+        closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn,
+        pytest.raises(psycopg.OperationalError, match="did not answer in time"),
+    ):
+        execute_now(conn, WAIT, patience=0.1)
+
+
+def test_a_blocking_statement_is_waited_for_less_when_the_bell_rings(
+    postgres_dsn: str, lock: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "BELL_PATIENCE", 0.1)
+    bell, ringer = socket.socketpair()
+    with bell, ringer, closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
+        ringer.send(b".")
+        with pytest.raises(psycopg.OperationalError, match="did not answer in time"):
+            execute_now(conn, WAIT, patience=3600, bell=bell)
