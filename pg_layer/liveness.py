@@ -111,6 +111,8 @@ class Liveness:
             self._outage.begin(error)
 
     def _on_lost(self, error: Exception) -> None:
+        # A crash may have undone what was put back: that comes before what is taken next.
+        self._client.inbox.suspect()
         if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(_REFUSALS):
             self._fall_back(f"the server refuses LISTEN: {error.diag.message_primary}.")
         else:
