@@ -124,7 +124,7 @@ class Session:
             _checked(await self._results())
 
     def close(self) -> None:
-        """Close at once, on the loop of whoever uses it, or where that runs no more; they are told."""
+        """Close at once, and tell who waits for an answer: on their loop, or when that runs no more."""
         if self._answer_to is not None:
             self._answer_to.fail(psycopg.OperationalError("The connection was closed."))
         self._pgconn.finish()
