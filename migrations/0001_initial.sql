@@ -155,18 +155,18 @@ END
 $$;
 
 -- Send many messages to their channels, by the same rules, in their order.
---   _floor_inboxes, _floor_ids: floors by inbox
---   returns: positions (from 1) refused because their channel is full, and the floors for the next call
+--   _floor_inboxes, _floor_ids: floors by inbox; null: the caller has looked a moment ago, as for pg_layer_send_one
+--   returns: positions (from 1) refused because their channel is full; the floors for the next call, and how many wait now
+--       in the fullest of the inboxes; nothing of it, if it was not to look
 CREATE FUNCTION pg_layer_send_batch(
     _prefix text, _channels text[], _payloads bytea[], _expiries float8[], _capacities integer[],
     _floor_inboxes text[], _floor_ids bigint[],
-    OUT full_positions bigint[], OUT floor_inboxes text[], OUT floor_ids bigint[]
+    OUT full_positions bigint[], OUT floor_inboxes text[], OUT floor_ids bigint[], OUT waiting bigint
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
-    _waiting bigint;
     _lapsed text[];
     _inboxes text[];
     _firsts bigint[];
@@ -174,37 +174,39 @@ DECLARE
     _first bigint;
     _rung text;
 BEGIN
-    SELECT array_agg(t.inbox), array_agg(w.first), max(w.count), array_agg(t.inbox) FILTER (WHERE t.is_lapsed)
-    INTO floor_inboxes, floor_ids, _waiting, _lapsed
-    FROM (
-        SELECT d.inbox,
-            coalesce((SELECT f.id FROM unnest(_floor_inboxes, _floor_ids) AS f (inbox, id) WHERE f.inbox = d.inbox), 0)
-                AS floor,
-            coalesce((SELECT c.expires_at <= _now FROM pg_layer_client AS c WHERE c.inbox = d.inbox), false) AS is_lapsed
-        FROM (SELECT DISTINCT pg_layer_inbox(_prefix, s.channel) AS inbox FROM unnest(_channels) AS s (channel)) AS d
-    ) AS t
-    CROSS JOIN LATERAL (
-        SELECT count(*) AS count, min(m.id) AS first FROM pg_layer_message AS m
-        WHERE m.inbox = t.inbox AND m.id >= t.floor AND m.expires_at > _now AND m.channel IS NOT NULL
-    ) AS w;
-
-    -- Only where an inbox holds enough for a channel of it to be full is it counted which.
-    IF _waiting + cardinality(_channels) > (SELECT min(c) FROM unnest(_capacities) AS c) THEN
-        SELECT array_agg(s.position) INTO full_positions
+    IF _floor_inboxes IS NOT NULL THEN
+        SELECT array_agg(t.inbox), array_agg(w.first), max(w.count), array_agg(t.inbox) FILTER (WHERE t.is_lapsed)
+        INTO floor_inboxes, floor_ids, waiting, _lapsed
         FROM (
-            SELECT s.position, s.capacity, s.channel,
-                row_number() OVER (PARTITION BY s.channel ORDER BY s.position) AS place
-            FROM unnest(_channels, _capacities) WITH ORDINALITY AS s (channel, capacity, position)
-            WHERE _lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed)
-        ) AS s
-        LEFT JOIN (
-            SELECT m.channel, count(*) AS count
-            FROM unnest(floor_inboxes, floor_ids) AS t (inbox, first)
-            JOIN pg_layer_message AS m ON m.inbox = t.inbox AND m.id >= t.first
-            WHERE m.expires_at > _now AND m.channel IS NOT NULL
-            GROUP BY m.channel
-        ) AS w ON w.channel = s.channel
-        WHERE coalesce(w.count, 0) + s.place > s.capacity;
+            SELECT d.inbox,
+                coalesce((SELECT f.id FROM unnest(_floor_inboxes, _floor_ids) AS f (inbox, id) WHERE f.inbox = d.inbox), 0)
+                    AS floor,
+                coalesce((SELECT c.expires_at <= _now FROM pg_layer_client AS c WHERE c.inbox = d.inbox), false) AS is_lapsed
+            FROM (SELECT DISTINCT pg_layer_inbox(_prefix, s.channel) AS inbox FROM unnest(_channels) AS s (channel)) AS d
+        ) AS t
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS count, min(m.id) AS first FROM pg_layer_message AS m
+            WHERE m.inbox = t.inbox AND m.id >= t.floor AND m.expires_at > _now AND m.channel IS NOT NULL
+        ) AS w;
+
+        -- Only where an inbox holds enough for a channel of it to be full is it counted which.
+        IF waiting + cardinality(_channels) > (SELECT min(c) FROM unnest(_capacities) AS c) THEN
+            SELECT array_agg(s.position) INTO full_positions
+            FROM (
+                SELECT s.position, s.capacity, s.channel,
+                    row_number() OVER (PARTITION BY s.channel ORDER BY s.position) AS place
+                FROM unnest(_channels, _capacities) WITH ORDINALITY AS s (channel, capacity, position)
+                WHERE _lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed)
+            ) AS s
+            LEFT JOIN (
+                SELECT m.channel, count(*) AS count
+                FROM unnest(floor_inboxes, floor_ids) AS t (inbox, first)
+                JOIN pg_layer_message AS m ON m.inbox = t.inbox AND m.id >= t.first
+                WHERE m.expires_at > _now AND m.channel IS NOT NULL
+                GROUP BY m.channel
+            ) AS w ON w.channel = s.channel
+            WHERE coalesce(w.count, 0) + s.place > s.capacity;
+        END IF;
     END IF;
 
     WITH written AS (
@@ -227,9 +229,12 @@ BEGIN
             _rung := pg_layer_ring(_inboxes[_i], _nonce, _firsts[_i], _lasts[_i]);
         END IF;
     END LOOP;
-    _first := (SELECT min(f) FROM unnest(_firsts) AS f);
-    floor_ids := ARRAY(SELECT coalesce(f.id, _first, 0) FROM unnest(floor_ids) WITH ORDINALITY AS f (id, position)
-                       ORDER BY f.position);
+    IF _floor_inboxes IS NOT NULL THEN
+        waiting := waiting + cardinality(_channels);
+        _first := (SELECT min(f) FROM unnest(_firsts) AS f);
+        floor_ids := ARRAY(SELECT coalesce(f.id, _first, 0) FROM unnest(floor_ids) WITH ORDINALITY AS f (id, position)
+                           ORDER BY f.position);
+    END IF;
 END
 $$;
 

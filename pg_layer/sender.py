@@ -92,20 +92,21 @@ class Credits:
 
     def grant(self, channel: str, room: int) -> None:
         """That much room was seen in a channel."""
-        if room >= CREDIT_PART:
-            self._left[channel] = room // CREDIT_PART
+        self._left[channel] = room // CREDIT_PART
 
-    def spend(self, channel: str) -> bool:
-        """Whether the next message may go without a look."""
+    def spend(self, channels: Sequence[str]) -> bool:
+        """Whether the next messages, one for each of these channels, may go without a look."""
         now = time.monotonic()
         if now - self._since > CREDIT_AGE:
             self._left.clear()
             self._since = now
             return False
-        left = self._left.get(channel, 0)
-        if left:
+        for channel in channels:
+            left = self._left.get(channel, 0)
+            if left <= 0:
+                return False
             self._left[channel] = left - 1
-        return left > 0
+        return True
 
 
 class Sender:
@@ -166,7 +167,7 @@ class Sender:
         if len(ops) == 1:
             op = ops[0]
             inbox = inbox_of(prefix, op.channel)
-            floor = None if self._credits.spend(op.channel) else self._floors.of(inbox)
+            floor = None if self._credits.spend((op.channel,)) else self._floors.of(inbox)
             is_full, look = await self.connections.run(
                 lambda session: store.send_one(session, prefix, *op, floor), timeout=timeout
             )
@@ -176,13 +177,17 @@ class Sender:
                 self._credits.grant(op.channel, op.capacity - look.waiting)
         else:
             channels, payloads, expiries, capacities = zip(*ops, strict=True)
-            full, floors = await self.connections.run(
+            known = None if self._credits.spend(channels) else self._floors.tell()
+            full, looks = await self.connections.run(
                 lambda session: store.send_batch(
-                    session, prefix, channels, payloads, expiries, capacities, self._floors.tell()
+                    session, prefix, channels, payloads, expiries, capacities, known
                 ),
                 timeout=timeout,
             )
-            self._floors.learn(floors)
+            if looks is not None:
+                self._floors.learn(looks.floors)
+                for op in ops:
+                    self._credits.grant(op.channel, op.capacity - looks.waiting)
         self.client.counters["sent"] += len(ops) - len(full)
         self.client.counters["refused_full"] += len(full)
         return [

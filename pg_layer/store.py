@@ -150,6 +150,13 @@ class Look(NamedTuple):
     floor: int
 
 
+class Looks(NamedTuple):
+    """What a batch saw: how many messages wait, at most, in each of its inboxes, and their floors."""
+
+    waiting: int
+    floors: Floors
+
+
 async def look_at_queue(session: Session) -> None:
     """See to it that NOTIFY's queue, if it was full, is found empty: nothing else moves its end then."""
     await session.execute(_QUEUE_USAGE)
@@ -186,13 +193,15 @@ async def send_batch(
     payloads: Sequence[bytes],
     expiries: Sequence[float],
     capacities: Sequence[int],
-    floors: Floors,
-) -> tuple[set[int], Floors]:
-    """Returns the indexes of the messages whose channel was full, and the new floors."""
-    _, full, inboxes, ids = await _one(
-        session, _SEND_BATCH, prefix, channels, payloads, expiries, capacities, floors.inboxes, floors.ids
+    floors: Floors | None,
+) -> tuple[set[int], Looks | None]:
+    """Returns the indexes of those whose channel was full; and what was seen, where floors were given."""
+    inboxes, ids = (None, None) if floors is None else floors
+    _, full, *seen, waiting = await _one(
+        session, _SEND_BATCH, prefix, channels, payloads, expiries, capacities, inboxes, ids
     )
-    return {position - 1 for position in full or ()}, Floors(inboxes, ids)
+    looks = None if floors is None else Looks(waiting, Floors(*seen))
+    return {position - 1 for position in full or ()}, looks
 
 
 async def group_send_one(

@@ -23,7 +23,7 @@ from tests.processes import PATIENCE, Link, Process, Processes, listen, open_lay
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
-KILLING = 6.0  # seconds
+KILLING = 30.0  # seconds
 KILLING_EVERY = (0.02, 0.3)
 
 # No lease runs out, nothing is full, and nothing expires: what does not arrive was lost.

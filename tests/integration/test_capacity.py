@@ -132,6 +132,20 @@ async def test_of_sends_at_once_the_first_find_room(make_layer: MakeLayer, name:
     await expect_nothing(layer, channel)
 
 
+@pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
+async def test_batches_of_one_sender_fill_a_channel_exactly(make_layer: MakeLayer, name: str | None) -> None:
+    capacity, size = 500, 7  # some batches are sent on the strength of what an earlier one saw
+    layer, sender = make_layer(capacity=capacity), make_layer(capacity=capacity)
+    await listen(sender)
+    channel, other = name or await layer.new_channel(), await layer.new_channel()
+    for start in range(0, capacity + 3 * size, size):
+        sends = [sender.send(channel, {"number": number}) for number in range(start, start + size)]
+        await asyncio.gather(sender.send(other, {}), *sends, return_exceptions=True)
+    await expect_full(sender, channel)
+    assert await receive_numbers(layer, channel, capacity) == list(range(capacity))
+    await expect_nothing(layer, channel)
+
+
 async def test_channel_capacity_by_glob_and_by_pattern(make_layer: MakeLayer) -> None:
     layer = make_layer(
         capacity=6,
