@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import msgpack
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
@@ -440,3 +441,26 @@ async def test_backends_killed_in_the_middle_of_a_burst(migrated_dsn: str, obser
             for stream, tasks in sending.items():
                 sent[stream] += await asyncio.gather(*tasks)
         assert await traffic.end(sent_here=sent) == []
+
+
+async def test_jobs_found_in_the_own_inbox_after_a_loss_come_before_those_in_the_channel(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """As after a crash that undid their being put back: nobody is told of them, and they are the oldest."""
+    listen_dsn = make_conninfo(migrated_dsn, application_name="listener")
+    payloads = [msgpack.packb({"number": number}) for number in range(2)]
+    for _ in range(5):
+        async with open_layer(migrated_dsn, listen_dsn=listen_dsn) as layer:
+            await listen(layer)
+            own = await layer.new_channel()
+            jobs = [asyncio.create_task(layer.receive("jobs")) for _ in payloads]
+            await asyncio.wait(jobs, timeout=0.2)  # they are not told of what comes now
+            observer.execute(
+                "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
+                " SELECT pg_layer_inbox('asgi', j.channel), pg_layer_nonce(), 'jobs', j.payload, 'infinity'"
+                " FROM unnest(%s::text[], %s::bytea[]) WITH ORDINALITY AS j (channel, payload, number)"
+                " ORDER BY j.number",
+                [[own, "jobs"], payloads],
+            )
+            assert kill(observer, "listener")
+            assert await asyncio.gather(*jobs) == [{"number": 0}, {"number": 1}]
