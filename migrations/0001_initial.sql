@@ -13,7 +13,9 @@ CREATE TABLE pg_layer_message (
     kind       text COLLATE "C" NOT NULL DEFAULT 'message',  -- message | join | leave | flush
     channel    text COLLATE "C",                          -- null: for all local members of the group
     group_name text COLLATE "C",
+    excluded   text COLLATE "C",                          -- the member of the group that is not to get it
     payload    bytea NOT NULL DEFAULT '',
+    sent_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     expires_at timestamptz NOT NULL,
     PRIMARY KEY (inbox, id)
 );
@@ -40,7 +42,15 @@ CREATE TABLE pg_layer_client (
     host       text NOT NULL DEFAULT '',
     pid        integer NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    expires_at timestamptz NOT NULL                       -- the lease: past it, nothing is written for this client
+    expires_at timestamptz NOT NULL,                      -- the lease: past it, nothing is written for this client
+    fence      bigint NOT NULL DEFAULT 0,                 -- what it began with a smaller number it has given up
+    ended_at   timestamptz,                               -- it has taken leave, or a sweeper has cleared what it left
+    counters   jsonb NOT NULL DEFAULT '{}'                -- what it did since its start, as of the last renewal
+) WITH (fillfactor = 50);
+
+CREATE TABLE pg_layer_last_sweep (
+    prefix     text COLLATE "C" PRIMARY KEY,
+    swept_at   timestamptz NOT NULL
 ) WITH (fillfactor = 50);
 
 
@@ -85,9 +95,9 @@ LANGUAGE sql VOLATILE AS $$ SELECT (random() * 9007199254740992)::bigint $$;
 
 -- ---------------------------------------------------------------------------------------------- sending
 
--- Ring an inbox's doorbell. What it says is either the one message itself, 'M id nonce expires channel group base64', or
--- what to read, 'R nonce first last'. A NOTIFY payload must stay below 8000 bytes: 5700 are 7699 in base64, with names and
--- numbers at most 7957. Written so that PostgreSQL inlines it. With pg_layer.silent on, as where NOTIFY cannot be had, it
+-- Ring an inbox's doorbell. What it says is either the one message itself, 'M id nonce expires channel group excluded
+-- base64', or what to read, 'R nonce first last'. A NOTIFY payload must stay below 8000 bytes: 5600 are 7564 in base64, with
+-- names and numbers at most 7922. Written so that PostgreSQL inlines it. With pg_layer.silent on, as where NOTIFY cannot be had, it
 -- does not ring: readers find the rows by looking.
 CREATE FUNCTION pg_layer_ring(_inbox text, _nonce bigint, _first bigint, _last bigint) RETURNS text
 LANGUAGE sql VOLATILE AS $$
@@ -96,13 +106,14 @@ LANGUAGE sql VOLATILE AS $$
 $$;
 
 CREATE FUNCTION pg_layer_ring_with(
-    _inbox text, _nonce bigint, _id bigint, _expires_at timestamptz, _channel text, _group text, _payload bytea
+    _inbox text, _nonce bigint, _id bigint, _expires_at timestamptz, _channel text, _group text, _excluded text,
+    _payload bytea
 ) RETURNS text
 LANGUAGE sql VOLATILE AS $$
     SELECT CASE WHEN current_setting('pg_layer.silent', true) = 'on' THEN '' ELSE pg_notify(pg_layer_doorbell(_inbox),
-        CASE WHEN octet_length(_payload) <= 5700
+        CASE WHEN octet_length(_payload) <= 5600
             THEN 'M ' || _id || ' ' || _nonce || ' ' || extract(epoch FROM _expires_at) || ' ' || _channel || ' ' || _group
-                || ' ' || encode(_payload, 'base64')
+                || ' ' || _excluded || ' ' || encode(_payload, 'base64')
             ELSE 'R ' || _nonce || ' ' || _id || ' ' || _id
         END)::text END
 $$;
@@ -144,7 +155,7 @@ BEGIN
     VALUES (pg_layer_inbox(_prefix, _channel), pg_layer_nonce(), _channel, _payload,
             clock_timestamp() + make_interval(secs => _expiry))
     RETURNING m.id, CASE WHEN position('!' IN m.channel) > 0
-        THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', m.payload)
+        THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', '', _payload)
         ELSE pg_layer_ring(m.inbox, m.nonce, m.id, m.id) END
     INTO _id, _rung;
     IF _floor IS NULL THEN
@@ -157,7 +168,7 @@ $$;
 -- Send many messages to their channels, by the same rules, in their order.
 --   _floor_inboxes, _floor_ids: floors by inbox; null: the caller has looked a moment ago, as for pg_layer_send_one
 --   returns: positions (from 1) refused because their channel is full; the floors for the next call, and how many wait now
---       in the fullest of the inboxes; nothing of it, if it was not to look
+--       in the fullest of the inboxes, unless a lease is over; nothing of it, if it was not to look
 CREATE FUNCTION pg_layer_send_batch(
     _prefix text, _channels text[], _payloads bytea[], _expiries float8[], _capacities integer[],
     _floor_inboxes text[], _floor_ids bigint[],
@@ -171,6 +182,9 @@ DECLARE
     _inboxes text[];
     _firsts bigint[];
     _lasts bigint[];
+    _places bigint[];
+    _positions bigint[];
+    _position bigint;
     _first bigint;
     _rung text;
 BEGIN
@@ -218,19 +232,34 @@ BEGIN
         ORDER BY s.position
         RETURNING inbox, id
     )
-    SELECT array_agg(b.inbox), array_agg(b.first), array_agg(b.last) INTO _inboxes, _firsts, _lasts
-    FROM (SELECT w.inbox, min(w.id) AS first, max(w.id) AS last FROM written AS w GROUP BY w.inbox) AS b;
+    SELECT array_agg(b.inbox), array_agg(b.first), array_agg(b.last), array_agg(b.place)
+    INTO _inboxes, _firsts, _lasts, _places
+    FROM (
+        SELECT w.inbox, min(w.id) AS first, max(w.id) AS last, min(w.place) AS place
+        FROM (SELECT inbox, id, row_number() OVER (ORDER BY id) AS place FROM written) AS w
+        GROUP BY w.inbox
+    ) AS b;
 
+    IF full_positions IS NOT NULL OR _lapsed IS NOT NULL THEN
+        _positions := ARRAY(
+            SELECT s.position FROM unnest(_channels) WITH ORDINALITY AS s (channel, position)
+            WHERE (full_positions IS NULL OR s.position <> ALL (full_positions))
+                AND (_lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed))
+            ORDER BY s.position);
+    END IF;
     FOR _i IN 1 .. coalesce(cardinality(_inboxes), 0) LOOP
         IF _firsts[_i] = _lasts[_i] AND _inboxes[_i] NOT LIKE '%!:%' THEN
-            SELECT pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', m.payload) INTO _rung
-            FROM pg_layer_message AS m WHERE m.inbox = _inboxes[_i] AND m.id = _firsts[_i];
+            -- From the arguments and not from its row: who only sends need not be allowed to read what others sent.
+            _position := coalesce(_positions[_places[_i]], _places[_i]);
+            _rung := pg_layer_ring_with(_inboxes[_i], _nonce, _firsts[_i], _now + make_interval(secs => _expiries[_position]),
+                _channels[_position], '', '', _payloads[_position]);
         ELSE
             _rung := pg_layer_ring(_inboxes[_i], _nonce, _firsts[_i], _lasts[_i]);
         END IF;
     END LOOP;
     IF _floor_inboxes IS NOT NULL THEN
-        waiting := waiting + cardinality(_channels);
+        -- Not told where somebody's lease is over: he is to be looked at each time.
+        waiting := CASE WHEN _lapsed IS NULL THEN waiting + cardinality(_channels) END;
         _first := (SELECT min(f) FROM unnest(_firsts) AS f);
         floor_ids := ARRAY(SELECT coalesce(f.id, _first, 0) FROM unnest(floor_ids) WITH ORDINALITY AS f (id, position)
                            ORDER BY f.position);
@@ -239,9 +268,10 @@ END
 $$;
 
 -- Send one message to its group; the same rules as pg_layer_group_send_batch.
+--   _excluded: a member that is not to get it, or null
 --   returns: the normal channels in the group that were full and missed it, or null
 CREATE FUNCTION pg_layer_group_send_one(
-    _prefix text, _group text, _payload bytea, _expiry float8
+    _prefix text, _group text, _payload bytea, _expiry float8, _excluded text
 ) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -262,18 +292,18 @@ BEGIN
         WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"'
         ORDER BY m.inbox LIMIT 1;
         EXIT WHEN NOT FOUND;
-        CONTINUE WHEN NOT _is_live;
+        CONTINUE WHEN NOT _is_live OR _inbox = _prefix || '!:' || _excluded;
         IF _capacity IS NOT NULL AND _capacity <= (
             SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > clock_timestamp()
         ) THEN
             _missed := _missed || split_part(_inbox, '!:', 2);
             CONTINUE;
         END IF;
-        INSERT INTO pg_layer_message AS m (inbox, nonce, channel, group_name, payload, expires_at)
+        INSERT INTO pg_layer_message AS m (inbox, nonce, channel, group_name, excluded, payload, expires_at)
         VALUES (_inbox, pg_layer_nonce(), CASE WHEN _capacity IS NOT NULL THEN split_part(_inbox, '!:', 2) END, _group,
-                _payload, clock_timestamp() + make_interval(secs => _expiry))
+                _excluded, _payload, clock_timestamp() + make_interval(secs => _expiry))
         RETURNING CASE WHEN m.channel IS NULL
-            THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', m.group_name, m.payload)
+            THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', m.group_name, coalesce(_excluded, ''), _payload)
             ELSE pg_layer_ring(m.inbox, m.nonce, m.id, m.id) END
         INTO _rung;
     END LOOP;
@@ -283,10 +313,11 @@ $$;
 
 -- Send each message to its group: one row per inbox that has a live member, found by hopping through the index, so that the
 -- cost grows with processes and not with members. A normal channel that is a member and full misses the message.
---   returns: how many such messages were missed, by group and channel
+--   _excluded: for each message a member that is not to get it, or null
+--   returns: the positions (from 1) of such messages, and the channels that missed them
 CREATE FUNCTION pg_layer_group_send_batch(
-    _prefix text, _groups text[], _payloads bytea[], _expiries float8[],
-    OUT missed_groups text[], OUT missed_channels text[]
+    _prefix text, _groups text[], _payloads bytea[], _expiries float8[], _excluded text[],
+    OUT missed_positions bigint[], OUT missed_channels text[]
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
@@ -299,7 +330,8 @@ DECLARE
 BEGIN
     WITH RECURSIVE sent AS MATERIALIZED (
         SELECT s.*
-        FROM unnest(_groups, _payloads, _expiries) WITH ORDINALITY AS s (group_name, payload, expiry, position)
+        FROM unnest(_groups, _payloads, _expiries, _excluded)
+            WITH ORDINALITY AS s (group_name, payload, expiry, excluded, position)
     ), hop (group_name, inbox) AS (
         SELECT g.group_name, (
             SELECT m.inbox FROM pg_layer_membership AS m
@@ -332,19 +364,20 @@ BEGIN
         FROM sent AS s
         JOIN target AS t ON t.group_name = s.group_name
         LEFT JOIN waiting AS w ON w.inbox = t.inbox
+        WHERE t.channel IS DISTINCT FROM s.excluded OR t.channel IS NULL
     ), written AS (
-        INSERT INTO pg_layer_message (inbox, nonce, channel, group_name, payload, expires_at)
-        SELECT p.inbox, _nonce, p.channel, p.group_name, p.payload, _now + make_interval(secs => p.expiry)
+        INSERT INTO pg_layer_message (inbox, nonce, channel, group_name, excluded, payload, expires_at)
+        SELECT p.inbox, _nonce, p.channel, p.group_name, p.excluded, p.payload, _now + make_interval(secs => p.expiry)
         FROM placed AS p WHERE p.is_full IS NOT TRUE
         ORDER BY p.position, p.inbox
         RETURNING inbox, id
     ), batch AS (
         SELECT w.inbox, min(w.id) AS first, max(w.id) AS last FROM written AS w GROUP BY w.inbox
     )
-    SELECT b.inboxes, b.firsts, b.lasts, p.groups, p.channels
-    INTO _inboxes, _firsts, _lasts, missed_groups, missed_channels
+    SELECT b.inboxes, b.firsts, b.lasts, p.positions, p.channels
+    INTO _inboxes, _firsts, _lasts, missed_positions, missed_channels
     FROM (SELECT array_agg(inbox) AS inboxes, array_agg(first) AS firsts, array_agg(last) AS lasts FROM batch) AS b,
-        (SELECT array_agg(group_name) AS groups, array_agg(channel) AS channels FROM placed WHERE is_full) AS p;
+        (SELECT array_agg(position) AS positions, array_agg(channel) AS channels FROM placed WHERE is_full) AS p;
     FOR _i IN 1 .. coalesce(cardinality(_inboxes), 0) LOOP
         _rung := pg_layer_ring(_inboxes[_i], _nonce, _firsts[_i], _lasts[_i]);
     END LOOP;
@@ -352,9 +385,95 @@ END
 $$;
 
 
+
+-- ---------------------------------------------------------------------------------------------- for SQL
+
+-- Messages from psql, a trigger, another language: as JSON, under the rules above. They leave when the transaction commits.
+
+-- In somebody's own transaction a full NOTIFY queue would fail the commit: better not to ring, so that readers find the rows
+-- by looking. Returns its argument, so that it can stand in another call, before which it runs.
+CREATE FUNCTION pg_layer_spare_commit(_prefix text) RETURNS text
+LANGUAGE sql VOLATILE AS $$
+    SELECT CASE WHEN pg_notification_queue_usage() > 0.9 AND set_config('pg_layer.silent', 'on', true) = '' THEN NULL
+        ELSE _prefix END
+$$;
+
+-- The payload of a message in JSON, if that and what it is for are sound.
+--   _what, _pattern: what the name is the name of, and what it must look like
+CREATE FUNCTION pg_layer_payload(_what text, _name text, _pattern text, _message jsonb, _prefix text, _expiry float8)
+RETURNS bytea
+LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    _reserved text;
+BEGIN
+    IF _name IS NULL OR _name !~ _pattern OR length(_name) > 99 THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('pg_layer: %s is no valid name of a %s.', coalesce(quote_literal(left(_name, 120)), 'NULL'), _what),
+            HINT = 'Names have at most 99 letters, digits, ".", "-" and "_", those of specific channels one "!" as well.';
+    ELSIF _prefix IS NULL OR _prefix !~ '^[A-Za-z0-9._-]{1,50}$' THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('pg_layer: %s is no valid prefix.', coalesce(quote_literal(left(_prefix, 120)), 'NULL')),
+            HINT = 'It must be the option "prefix" of the channel layer, which is "asgi" if none was set.';
+    ELSIF _message IS NULL OR jsonb_typeof(_message) <> 'object' THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('pg_layer: a message must be a JSON object, not %s.', coalesce(jsonb_typeof(_message), 'NULL')),
+            HINT = 'For example {"type": "chat.message", "text": "hi"}.';
+    ELSIF jsonb_typeof(_message -> 'type') IS DISTINCT FROM 'string' OR _message ->> 'type' = '' THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = 'pg_layer: a message must have a "type" that is a string.',
+            HINT = 'It names the method that handles it: {"type": "chat.message"} goes to chat_message().';
+    ELSIF _expiry IS NULL OR NOT (_expiry > 0 AND _expiry <= 1000000000) THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('pg_layer: expiry must be a number of seconds above 0, not %s.', coalesce(_expiry::text, 'NULL'));
+    END IF;
+    SELECT k INTO _reserved FROM jsonb_object_keys(_message) AS k WHERE starts_with(k, '__asgi_') LIMIT 1;
+    IF FOUND THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('pg_layer: the key %s belongs to channel layers.', quote_literal(_reserved));
+    END IF;
+    RETURN convert_to(_message::text, 'UTF8');
+END
+$$;
+
+-- Send a message to a channel.
+--   prefix, expiry (seconds), capacity: as in the layer's options
+--   returns: whether it was taken; false: the channel is full
+CREATE FUNCTION pg_layer_send(
+    channel text, message jsonb, prefix text DEFAULT 'asgi', expiry float8 DEFAULT 60, capacity integer DEFAULT 100
+) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    _payload bytea := pg_layer_payload('channel', channel, '^[A-Za-z0-9._-]+(![A-Za-z0-9._-]*)?$', message, prefix, expiry);
+    _hushed text := pg_layer_spare_commit(prefix);
+BEGIN
+    IF capacity IS NULL OR capacity < 1 THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('pg_layer: capacity must be at least 1, not %s.', coalesce(capacity::text, 'NULL'));
+    END IF;
+    RETURN pg_layer_send_one(prefix, channel, _payload, expiry, capacity, 0) IS NOT NULL;
+END
+$$;
+
+-- Send a message to all members of a group.
+--   prefix, expiry (seconds): as in the layer's options
+--   exclude: a member that is not to get it
+CREATE FUNCTION pg_layer_group_send(
+    group_name text, message jsonb, prefix text DEFAULT 'asgi', expiry float8 DEFAULT 60, exclude text DEFAULT NULL
+) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    _payload bytea := pg_layer_payload('group', group_name, '^[A-Za-z0-9._-]+$', message, prefix, expiry);
+    _hushed text := pg_layer_spare_commit(prefix);
+BEGIN
+    PERFORM pg_layer_group_send_one(prefix, group_name, _payload, expiry, exclude);
+END
+$$;
+
+
 -- ---------------------------------------------------------------------------------------------- groups
 
--- Tell the owners of other clients' channels of a change of membership: a row in their inbox, so that it takes its place in the order.
+-- Tell the owners of other clients' channels of a change of membership: a row in their inbox, so that it takes its place in
+-- the order.
 CREATE FUNCTION pg_layer_tell(
     _prefix text, _own_inbox text, _kind text, _groups text[], _channels text[], _expires_at timestamptz
 ) RETURNS void
@@ -363,6 +482,12 @@ DECLARE
     _nonce bigint := pg_layer_nonce();
     _rung bigint;
 BEGIN
+    -- Who changes memberships of its own alone need not be allowed to write messages.
+    PERFORM FROM unnest(_channels) AS c (channel)
+    WHERE position('!' IN c.channel) > 0 AND pg_layer_inbox(_prefix, c.channel) IS DISTINCT FROM _own_inbox LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
     WITH written AS (
         INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, expires_at)
         SELECT pg_layer_inbox(_prefix, c.channel), _nonce, _kind, c.channel, c.group_name, _expires_at
@@ -376,7 +501,7 @@ END
 $$;
 
 -- Change memberships: some channels join their groups, some leave. No (group, channel) may stand twice.
---   _own_inbox: the caller's own client, which needs no telling of its own channels
+--   _own_inbox: the caller's own client, which needs no telling of its own channels; null: every owner is told
 --   _expiry: seconds, or null for as long as the client's lease
 --   returns: messages up to this id were sent before the joining, and when the memberships end (seconds since 1970)
 CREATE FUNCTION pg_layer_regroup(
@@ -422,6 +547,26 @@ BEGIN
 END
 $$;
 
+-- Who is in a group: its live members' channels. Those of a process without a lease are not.
+CREATE FUNCTION pg_layer_group_channels(_prefix text, _group text) RETURNS SETOF text
+LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
+    SELECT m.channel FROM pg_layer_membership AS m
+    WHERE m.group_name = _group AND m.inbox > _prefix || '!' AND m.inbox < _prefix || '"'
+        AND m.expires_at > clock_timestamp()
+        AND (m.capacity IS NOT NULL
+             OR (SELECT c.expires_at > clock_timestamp() FROM pg_layer_client AS c WHERE c.inbox = m.inbox))
+    ORDER BY m.inbox, m.channel
+$$;
+
+-- All groups that have live members, and how many.
+CREATE VIEW pg_layer_group AS
+    SELECT split_part(m.inbox, '!', 1) AS prefix, m.group_name, count(*) AS members,
+        count(DISTINCT m.inbox) AS inboxes
+    FROM pg_layer_membership AS m
+    LEFT JOIN pg_layer_client AS c ON c.inbox = m.inbox
+    WHERE m.expires_at > clock_timestamp() AND (m.capacity IS NOT NULL OR c.expires_at > clock_timestamp())
+    GROUP BY 1, 2;
+
 -- Put back memberships that a client remembers and the tables may have lost (a crash, a failover, a lapsed lease).
 --   _ttls: seconds each has left, or null for as long as the client's lease
 CREATE FUNCTION pg_layer_reassert(_inbox text, _groups text[], _channels text[], _ttls float8[]) RETURNS void
@@ -442,7 +587,7 @@ $$;
 --   returns: the database's clock (seconds since 1970), whether there was no lease to renew, so that memberships may be gone,
 --       when the server started: another one, as after a failover, may hand ids out again; and from which id on
 CREATE FUNCTION pg_layer_renew(
-    _inbox text, _host text, _pid integer, _lease float8, _token text,
+    _inbox text, _host text, _pid integer, _lease float8, _fence bigint, _counters jsonb, _token text,
     OUT clock float8, OUT is_new boolean, OUT server float8, OUT next_id bigint
 )
 LANGUAGE plpgsql AS $$
@@ -452,9 +597,10 @@ BEGIN
     -- Locked, so that no sweeper clears this client between the look and the renewal.
     SELECT c.expires_at <= _now INTO is_new FROM pg_layer_client AS c WHERE c.inbox = _inbox FOR UPDATE;
     is_new := coalesce(is_new, true);
-    INSERT INTO pg_layer_client AS c (inbox, host, pid, expires_at)
-    VALUES (_inbox, _host, _pid, _now + make_interval(secs => _lease))
-    ON CONFLICT (inbox) DO UPDATE SET host = excluded.host, pid = excluded.pid, expires_at = excluded.expires_at;
+    INSERT INTO pg_layer_client AS c (inbox, host, pid, expires_at, fence, counters)
+    VALUES (_inbox, _host, _pid, _now + make_interval(secs => _lease), _fence, _counters)
+    ON CONFLICT (inbox) DO UPDATE SET host = excluded.host, pid = excluded.pid, expires_at = excluded.expires_at,
+        fence = greatest(c.fence, excluded.fence), ended_at = NULL, counters = excluded.counters;
     IF _token IS NOT NULL AND current_setting('pg_layer.silent', true) IS DISTINCT FROM 'on' THEN
         PERFORM pg_notify(pg_layer_doorbell(_inbox), 'P ' || _token);
     END IF;
@@ -464,17 +610,27 @@ BEGIN
 END
 $$;
 
+-- A client gives up what it began with a smaller number and has had no answer to. A network may deliver that late, when
+-- something else was done instead: it takes no effect then.
+CREATE FUNCTION pg_layer_raise_fence(_inbox text, _fence bigint) RETURNS void
+LANGUAGE sql AS $$
+    UPDATE pg_layer_client AS c SET fence = greatest(c.fence, _fence) WHERE c.inbox = _inbox
+$$;
+
 -- Competing readers: move up to _limit messages of a normal channel into the own inbox, where nobody else takes them.
 -- The caller commits this durably: undone by a crash of the server, the same job would be handed out twice.
-CREATE FUNCTION pg_layer_take(_prefix text, _channel text, _inbox text, _floor bigint, _limit integer)
-RETURNS TABLE (id bigint, nonce bigint, kind text, channel text, group_name text, payload bytea, expires_at float8)
+CREATE FUNCTION pg_layer_take(_prefix text, _channel text, _inbox text, _fence bigint, _floor bigint, _limit integer)
+RETURNS TABLE (
+    id bigint, nonce bigint, kind text, channel text, group_name text, payload bytea, expires_at float8, excluded text
+)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 BEGIN
-    -- Locked, so that a client that takes leave does so before this or after it. Without a lease there are no jobs.
-    PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.expires_at > clock_timestamp() FOR SHARE;
+    -- Locked, so that a client that takes leave or gives this up does so before or after. Without a lease there are no jobs.
+    PERFORM FROM pg_layer_client AS c
+    WHERE c.inbox = _inbox AND c.expires_at > clock_timestamp() AND c.fence <= _fence FOR SHARE;
     IF NOT FOUND THEN
         -- No answer would be taken for an empty channel.
-        RAISE object_not_in_prerequisite_state USING MESSAGE = 'The client has no lease.';
+        RAISE object_not_in_prerequisite_state USING MESSAGE = 'The client has no lease, or has given this up.';
     END IF;
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -488,17 +644,24 @@ BEGIN
     )
     UPDATE pg_layer_message AS m SET inbox = _inbox
     FROM picked AS p WHERE m.inbox = p.inbox AND m.id = p.id
-    RETURNING m.id, m.nonce, m.kind, m.channel, NULL::text, m.payload, extract(epoch FROM m.expires_at)::float8;
+    RETURNING m.id, m.nonce, m.kind, m.channel, NULL::text, m.payload, extract(epoch FROM m.expires_at)::float8, NULL::text;
 END
 $$;
 
 -- Give taken messages back to their channel, with their place and their expiry.
-CREATE FUNCTION pg_layer_put_back(_prefix text, _inbox text, _ids bigint[], _nonces bigint[]) RETURNS void
+--   _fence: as for pg_layer_take; null: the client is at its end
+CREATE FUNCTION pg_layer_put_back(_prefix text, _inbox text, _fence bigint, _ids bigint[], _nonces bigint[]) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _nonce bigint := pg_layer_nonce();
     _rung bigint;
 BEGIN
+    IF _fence IS NOT NULL THEN
+        PERFORM FROM pg_layer_client AS c WHERE c.inbox = _inbox AND c.fence <= _fence FOR SHARE;
+        IF NOT FOUND THEN
+            RAISE object_not_in_prerequisite_state USING MESSAGE = 'The client has given this up.';
+        END IF;
+    END IF;
     WITH moved AS (
         UPDATE pg_layer_message AS m SET inbox = pg_layer_inbox(_prefix, m.channel)
         WHERE m.inbox = _inbox AND m.id = ANY (_ids) AND m.nonce = ANY (_nonces)
@@ -519,11 +682,11 @@ DECLARE
     _nonces bigint[];
 BEGIN
     -- Kept for a day with a lease that is over, so that nothing more is written for it.
-    UPDATE pg_layer_client AS c SET expires_at = clock_timestamp() WHERE c.inbox = _inbox;
+    UPDATE pg_layer_client AS c SET expires_at = clock_timestamp(), ended_at = clock_timestamp() WHERE c.inbox = _inbox;
     DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.id = ANY (_done_ids) AND m.nonce = ANY (_done_nonces);
     SELECT array_agg(m.id), array_agg(m.nonce) INTO _ids, _nonces
     FROM pg_layer_message AS m WHERE m.inbox = _inbox AND position('!' IN m.channel) = 0;
-    PERFORM pg_layer_put_back(_prefix, _inbox, _ids, _nonces);
+    PERFORM pg_layer_put_back(_prefix, _inbox, NULL, _ids, _nonces);
     DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox;
     DELETE FROM pg_layer_membership AS m USING unnest(_groups, _channels) AS g (group_name, channel)
     WHERE m.group_name = g.group_name AND m.inbox = _inbox AND m.channel = g.channel;
@@ -609,6 +772,11 @@ BEGIN
         DELETE FROM pg_layer_client AS c USING doomed AS d WHERE c.inbox = d.inbox RETURNING 1
     )
     SELECT count(*) INTO clients FROM gone;
+    IF messages < _limit AND memberships < _limit THEN
+        UPDATE pg_layer_client AS c SET ended_at = _now WHERE c.inbox = ANY (_lapsed) AND c.ended_at IS NULL;
+        INSERT INTO pg_layer_last_sweep AS l (prefix, swept_at) VALUES (_prefix, _now)
+        ON CONFLICT (prefix) DO UPDATE SET swept_at = greatest(l.swept_at, excluded.swept_at);
+    END IF;
 END
 $$;
 

@@ -1,3 +1,4 @@
+DROP VIEW pg_layer_group;
 DO $$
 DECLARE
     _function regprocedure;
@@ -11,4 +12,4 @@ BEGIN
     END LOOP;
 END
 $$;
-DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client;
+DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_last_sweep;

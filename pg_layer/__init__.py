@@ -9,6 +9,7 @@ from pg_layer.exceptions import (
     LayerUnavailable,
     MessageTooLarge,
     NotMigrated,
+    OutcomeUnknown,
     PgLayerError,
 )
 from pg_layer.layer import PostgresChannelLayer
@@ -19,6 +20,7 @@ __all__ = [
     "LayerUnavailable",
     "MessageTooLarge",
     "NotMigrated",
+    "OutcomeUnknown",
     "PgLayerError",
     "PostgresChannelLayer",
 ]

@@ -60,6 +60,8 @@ class Client:
         self.process = os.getpid()
         self.has_lease = False
         self.renewed_at = 0.0  # by time.monotonic()
+        self.fence = 0  # goes with what moves rows: with a larger one, what is on its way is given up
+        self.raised_fence = 0  # the one that the database knows of
         self.last_id = 0  # the largest that was met
         self._server: float | None = None  # when it started, by its clock
         self._met_at = 0.0  # by its clock
@@ -161,7 +163,7 @@ class Client:
                 mailbox.put(Letter(row.id, payload, row.expires_at, row.key))
                 return True
             if row.group is not None:
-                self._fan_out(row.group, Letter(row.id, payload, row.expires_at, None))
+                self._fan_out(row.group, row.excluded, Letter(row.id, payload, row.expires_at, None))
         elif row.kind == "flush":
             self.flush(row.id)
         elif row.kind not in ("join", "leave"):
@@ -175,11 +177,16 @@ class Client:
                 self.memberships.leave(row.group, row.channel, row.id)
         return False
 
-    def _fan_out(self, group: str, letter: Letter) -> None:
+    def _fan_out(self, group: str, excluded: str | None, letter: Letter) -> None:
         now = self.clock.now()
         id = letter.id
         for mailbox, since, _, expires_at, until in self.memberships.of_group(group):
-            if since < id <= until and expires_at > now and not mailbox.put_if_room(letter):
+            if (
+                since < id <= until
+                and expires_at > now
+                and mailbox.channel != excluded
+                and not mailbox.put_if_room(letter)
+            ):
                 self.drop_expired(mailbox)
                 if not mailbox.put_if_room(letter):
                     self.count_dropped(group, mailbox.channel)

@@ -24,8 +24,8 @@ from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg.conninfo import conninfo_to_dict
 
-# Longer than any use, and far within what PostgreSQL's intervals and C's integers hold. In seconds: 31 years.
-MAX_SECONDS = 1_000_000_000
+from pg_layer.ops import MAX_SECONDS
+
 MAX_COUNT = 2**31 - 1
 MAX_MESSAGE_SIZE = 512 * 1024 * 1024
 

@@ -16,7 +16,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotBegun, NotMigrated
+from pg_layer.exceptions import LayerUnavailable, NotBegun, NotMigrated, OutcomeUnknown
 from pg_layer.session import Session
 
 T = TypeVar("T")
@@ -46,8 +46,9 @@ _TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57", "25006", "55P03")
 RETRY = 0.05  # seconds before the next attempt
 # Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
 # is tried again without ringing.
-_REFUSALS = ("54000", "0A000")
+REFUSALS = ("54000", "0A000")
 READ_ONLY = "25006"
+UNDEFINED = (errors.UndefinedFunction, errors.UndefinedTable, errors.UndefinedColumn)
 _WAIT = 0.5  # seconds for which to wait for a connection before the reason is looked at again
 _KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
 _KEEP_MOST = 600.0  # seconds after which the pool has it back however busy it is
@@ -175,7 +176,7 @@ class Connections:
             try:
                 return await (store.silently(session, work) if is_silent else work(session))
             except psycopg.Error as error:
-                is_refused = error.sqlstate in _REFUSALS and not is_silent
+                is_refused = error.sqlstate in REFUSALS and not is_silent
                 if is_refused or error.sqlstate == READ_ONLY:
                     self._on_refused(error)
                 if is_refused:
@@ -186,33 +187,11 @@ class Connections:
                     # An attempt that is cut short would leave it unknown what became of it.
                     now = time.monotonic()
                     is_late = now + RETRY + (now - begun_at) >= deadline
-                    self._judge(error, is_idempotent, is_late)
+                    judge(error, is_idempotent, is_late)
             finally:
                 self._give_back(session)
             if not is_refused:
                 await asyncio.sleep(RETRY)
-
-    def _judge(self, error: psycopg.Error, is_idempotent: bool, is_late: bool) -> None:
-        """Return if the statement may be tried again, else raise."""
-        if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
-            raise NotMigrated from error
-        if error.sqlstate == READ_ONLY and is_late:
-            raise LayerUnavailable(
-                "The database takes no writes: it is a standby, or read-only by its settings."
-            ) from error
-        if error.sqlstate is not None and error.sqlstate.startswith(_TRANSIENT_CLASSES):
-            if is_late:
-                raise unavailable(error) from error
-            return
-        if (error.sqlstate or "08").startswith("08") and isinstance(error, psycopg.OperationalError):
-            if is_idempotent and not is_late:
-                return
-            raise LayerUnavailable(
-                "The connection to the database was lost; it is unknown whether the call took effect."
-            ) from error
-        raise LayerUnavailable(
-            f"The database refused the call: {error.diag.message_primary or error}"
-        ) from error
 
     # ------------------------------------------------------------------ sessions
 
@@ -338,6 +317,25 @@ class Connections:
                 lent[conn.session].call_soon_threadsafe(conn.session.cut)
             except (KeyError, RuntimeError):  # nobody is at it, or on a loop that was closed
                 conn.session.close()
+
+
+def judge(error: psycopg.Error, is_idempotent: bool, is_late: bool) -> None:
+    """Return if a statement may be tried again, else raise: as `Connections.run` says."""
+    if isinstance(error, UNDEFINED):
+        raise NotMigrated from error
+    if error.sqlstate == READ_ONLY and is_late:
+        raise LayerUnavailable(
+            "The database takes no writes: it is a standby, or read-only by its settings."
+        ) from error
+    if error.sqlstate is not None and error.sqlstate.startswith(_TRANSIENT_CLASSES):
+        if is_late:
+            raise unavailable(error) from error
+        return
+    if (error.sqlstate or "08").startswith("08") and isinstance(error, psycopg.OperationalError):
+        if is_idempotent and not is_late:
+            return
+        raise OutcomeUnknown from error
+    raise LayerUnavailable(f"The database refused the call: {error.diag.message_primary or error}") from error
 
 
 def unavailable(reason: BaseException | None) -> LayerUnavailable:

@@ -14,9 +14,11 @@ from pg_layer.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 from pg_layer.liveness import Liveness
+from pg_layer.ops import Regroup
 from pg_layer.outage import Outage
 from pg_layer.receiver import Receiver
-from pg_layer.sender import Regroup, Sender
+from pg_layer.sender import Sender
+from pg_layer.session import Session
 
 T = TypeVar("T")
 
@@ -141,6 +143,18 @@ class Engine:
             is_idempotent=True,
         )
         self.client.flush(id)
+
+    async def group_channels(self, group: str) -> list[str]:
+        """The live members of a group."""
+        return await self._ask(partial(store.group_channels, prefix=self.client.config.prefix, group=group))
+
+    async def group_count(self, group: str) -> int:
+        """How many they are."""
+        return await self._ask(partial(store.group_count, prefix=self.client.config.prefix, group=group))
+
+    async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        timeout = self.client.config.send_timeout
+        return await self.connections.run(work, timeout=timeout, is_idempotent=True)
 
     # ------------------------------------------------------------------ receiving
 

@@ -17,6 +17,7 @@ __all__ = [
     "LayerUnavailable",
     "MessageTooLarge",
     "NotMigrated",
+    "OutcomeUnknown",
     "PgLayerError",
     "UndecodableMessage",
 ]
@@ -46,6 +47,10 @@ class LayerUnavailable(PgLayerError):
     call that surely did not commit is retried until `send_timeout`; one that may have committed is not, as
     that could deliver a message twice. The database's own error is the `__cause__`.
     """
+
+
+class OutcomeUnknown(LayerUnavailable):
+    """The connection to the database was lost; it is unknown whether the call took effect."""
 
 
 class NotBegun(PgLayerError):

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from contextlib import closing
+from typing import Any
 
 import psycopg
 from asgiref.sync import AsyncToSync
@@ -23,7 +24,7 @@ from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.engine import Engine
 from pg_layer.exceptions import LayerUnavailable, NotBegun
-from pg_layer.sender import Op
+from pg_layer.ops import Op
 
 logger = logging.getLogger("pg_layer")
 
@@ -133,16 +134,23 @@ class Homes:
                 self._hub = Hub(self.client)
             return self._hub.engine
 
-    async def submit(self, op: Op) -> None:
-        """Send, or change a membership, wherever that is done now."""
+    async def submit(self, op: Op) -> Any:
+        """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
         # Such a loop is run until its one call has ended, and cancels what it leaves.
         may_write = _is_passing(asyncio.get_running_loop())
         while True:
             try:
-                await self.for_sending().sender.submit(op, may_write=may_write)
-                return
+                return await self.for_sending().sender.submit(op, may_write=may_write)
             except NotBegun:
                 continue  # that loop has ended: another takes over
+
+    def joined(self, channel: str) -> None:
+        """A channel has joined a group, or will when somebody's transaction commits."""
+        client, home = self.client, self._home
+        if client.owns(channel):
+            client.has_lease = True
+            if home is not None:
+                home.call(home.liveness.keep)
 
     def _move_here(self) -> Engine:
         old = self._home

@@ -37,7 +37,10 @@ RECENT_MOST = 100_000  # deleted rows after which they are forgotten sooner than
 
 
 class Row(NamedTuple):
-    """A row of ``pg_layer_message``; ``expires_at`` in seconds since 1970 by the database's clock."""
+    """A row of ``pg_layer_message``; ``expires_at`` in seconds since 1970 by the database's clock.
+
+    ``excluded``: the member of the group that is not to get it.
+    """
 
     id: int
     nonce: int
@@ -46,6 +49,7 @@ class Row(NamedTuple):
     group: str | None
     payload: bytes
     expires_at: float
+    excluded: str | None = None
 
     @property
     def key(self) -> Key:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 Op = TypeVar("Op")
 
@@ -22,14 +22,14 @@ GRACE = 1.0  # seconds that a caller on another loop waits longer than the write
 LATE = "The database could not be reached in time; the call did not take effect."
 MAX_BYTES = 1024 * 1024
 
-# What became of an operation: done, or the exception its caller gets.
-Outcome = Exception | None
+# What became of an operation: what its caller is to be returned, or the exception he gets.
+Outcome = object
 
 
 class _Ticket(NamedTuple):
     op: Any
     loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[None]
+    future: asyncio.Future[Any]
     deadline: float  # by time.monotonic()
 
     def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
@@ -44,10 +44,10 @@ class _Ticket(NamedTuple):
     def _resolve(self, outcome: Outcome) -> None:
         if self.future.done():
             return
-        if outcome is None:
-            self.future.set_result(None)
-        else:
+        if isinstance(outcome, Exception):
             self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
 
 class Lane(Generic[Op]):
@@ -83,8 +83,8 @@ class Lane(Generic[Op]):
         self._late: asyncio.TimerHandle | None = None
         self._rested = asyncio.Event()
 
-    async def submit(self, op: Op, *, may_write: bool = False) -> None:
-        """Write ``op``; returns when it is committed, raises its own outcome.
+    async def submit(self, op: Op, *, may_write: bool = False) -> Any:
+        """Write ``op``; when it is committed, returns or raises its own outcome.
 
         ``may_write``: this loop, if it is another, will not stop before what it has begun has ended or was
         cancelled. Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
@@ -103,17 +103,16 @@ class Lane(Generic[Op]):
                 if is_here:
                     raise
             else:
-                if outcome is not None:
+                if isinstance(outcome, Exception):
                     raise outcome
-                return
+                return outcome
             finally:
                 self._continue(is_here)
         future = loop.create_future()
         ticket = _Ticket(op, loop, future, deadline)
         if is_here:
             self._enqueue(ticket)
-            await future
-            return
+            return await future
         # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
         late = LayerUnavailable("The event loop that serves the channel layer does not answer.")
         timer = loop.call_later(deadline + GRACE - time.monotonic(), ticket.settle, late, loop)
@@ -122,7 +121,7 @@ class Lane(Generic[Op]):
                 self._loop.call_soon_threadsafe(self._enqueue, ticket)
             except RuntimeError:
                 raise NotBegun from None
-            await future
+            return await future
         finally:
             timer.cancel()
 
@@ -200,7 +199,7 @@ class Lane(Generic[Op]):
         finally:
             for ticket in batch:  # cancelled in the middle: the loop ends
                 ticket.settle(
-                    LayerUnavailable("The event loop ended; it is unknown whether the call took effect."),
+                    OutcomeUnknown("The event loop ended; it is unknown whether the call took effect."),
                     self._loop,
                 )
             self._rest()

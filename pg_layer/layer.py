@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.health import Health, examine
 from pg_layer.homes import Homes
 from pg_layer.mailbox import Letter, Mailbox, Waiter
-from pg_layer.sender import GroupSend, Regroup, Send
+from pg_layer.ops import Drafts
+from pg_layer.sync import Sync
 
 NAMES_MOST = 10_000
 BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
@@ -45,6 +47,8 @@ class PostgresChannelLayer(BaseChannelLayer):
             config.serializer_format, config.max_message_size, config.symmetric_encryption_keys
         )
         self._homes = Homes(config, self._codec)
+        self._drafts = Drafts(config, self._codec, self._check_channel, self._check_group)
+        self.sync = Sync(config, self._drafts, self._homes)
         # Names that were found valid, as the check costs more than much of the rest.
         self._valid_channels: set[str] = set()
         self._valid_groups: set[str] = set()
@@ -58,18 +62,27 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     # ------------------------------------------------------------------ channels
 
-    async def send(self, channel: str, message: dict[str, Any]) -> None:
+    async def send(self, channel: str, message: dict[str, Any], *, expiry: float | None = None) -> None:
         """Send a message to a channel; when this returns, it is committed.
 
-        Raises `ChannelFull` if as many messages wait in the channel as it holds, `MessageTooLarge`,
-        `TypeError` for a bad name or message, `LayerUnavailable` if the database cannot be reached within
-        ``send_timeout`` or the outcome is unknown, `NotMigrated`. What is sent to the channel of a client
-        that is gone is dropped.
+        ``expiry``: seconds for which this message may wait, if not as the option says. Raises `ChannelFull`
+        if as many messages wait in the channel as it holds, `MessageTooLarge`, `TypeError` for a bad name or
+        message, `ValueError` for a bad expiry, `LayerUnavailable` if the database cannot be reached within
+        ``send_timeout``, `OutcomeUnknown` (which is one) if it cannot be told whether the message was sent,
+        `NotMigrated`. What is sent to the channel of a client that is gone is dropped.
         """
-        self._check_channel(channel)
-        payload = self._codec.encode(message)
-        config = self.config
-        await self._homes.submit(Send(channel, payload, config.expiry, config.capacity_of(channel)))
+        await self._homes.submit(self._drafts.send(channel, message, expiry))
+
+    async def send_many(
+        self, messages: Iterable[tuple[str, dict[str, Any]]], *, expiry: float | None = None
+    ) -> list[bool]:
+        """Send ``(channel, message)`` pairs in one statement; returns of each whether it was accepted.
+
+        False: its channel is full. Otherwise as `send`; what is wrong with one is raised before any is sent.
+        At most 100,000 messages, together 256 MiB.
+        """
+        many = self._drafts.send_many(messages, expiry)
+        return await self._homes.submit(many) if many.ops else []
 
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.
@@ -122,25 +135,50 @@ class PostgresChannelLayer(BaseChannelLayer):
 
         Ends ``group_expiry`` seconds after the last call, or, where that is None, with the channel's process.
         """
-        self._check_group(group)
-        self._check_channel(channel)
-        await self._homes.submit(Regroup(group, channel, joins=True))
+        await self._homes.submit(self._drafts.regroup(group, channel, joins=True))
 
     async def group_discard(self, group: str, channel: str) -> None:
         """Remove a channel from a group; no error if it is not in it."""
-        self._check_group(group)
-        self._check_channel(channel)
-        await self._homes.submit(Regroup(group, channel, joins=False))
+        await self._homes.submit(self._drafts.regroup(group, channel, joins=False))
 
-    async def group_send(self, group: str, message: dict[str, Any]) -> None:
+    async def group_send(
+        self,
+        group: str,
+        message: dict[str, Any],
+        *,
+        expiry: float | None = None,
+        exclude: str | None = None,
+    ) -> None:
         """Send a message to all channels of a group; when this returns, it is committed.
 
-        A member whose channel is full misses it, silently but for a counter and a log line. Otherwise
-        raises as `send`.
+        ``exclude``: a channel that is not to get it, most often the sender's own. A member whose channel is
+        full misses it, silently but for a counter and a log line. Otherwise as `send`.
         """
-        self._check_group(group)
-        payload = self._codec.encode(message)
-        await self._homes.submit(GroupSend(group, payload, self.config.expiry))
+        await self._homes.submit(self._drafts.group_send(group, message, expiry, exclude))
+
+    async def group_send_many(
+        self,
+        messages: Iterable[tuple[str, dict[str, Any]]],
+        *,
+        expiry: float | None = None,
+        exclude: str | None = None,
+    ) -> list[bool]:
+        """Send ``(group, message)`` pairs in one statement; returns of each whether all could have it.
+
+        False: a normal channel in its group is full and misses it. Otherwise as `group_send` and `send_many`.
+        """
+        many = self._drafts.group_send_many(messages, expiry, exclude)
+        return await self._homes.submit(many) if many.ops else []
+
+    async def group_channels(self, group: str) -> list[str]:
+        """The channels in a group, without those of processes that are gone. Raises as `send`."""
+        engine = self._homes.for_sending()
+        return await engine.bridge(partial(engine.group_channels, self._drafts.group(group)))
+
+    async def group_count(self, group: str) -> int:
+        """How many channels are in a group, without those of processes that are gone. Raises as `send`."""
+        engine = self._homes.for_sending()
+        return await engine.bridge(partial(engine.group_count, self._drafts.group(group)))
 
     # ------------------------------------------------------------------ all
 

@@ -194,7 +194,14 @@ class Liveness:
         asked_at = time.monotonic()
         client.has_lease = True  # perhaps, from here on
         renewal = await store.renew(
-            session, client.inbox_name, socket.gethostname(), os.getpid(), client.config.lease, token
+            session,
+            client.inbox_name,
+            socket.gethostname(),
+            os.getpid(),
+            client.config.lease,
+            client.fence,
+            dict(client.counters),
+            token,
         )
         client.clock.observe(asked_at, renewal.clock)
         client.renewed_at = asked_at

@@ -20,7 +20,9 @@ class Message(models.Model):
     kind: models.TextField[str, str] = models.TextField(db_collation="C", default="message")
     channel: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
     group_name: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
+    excluded: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
     payload: models.BinaryField[bytes, bytes] = models.BinaryField(default=b"")
+    sent_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
     expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
 
     class Meta:
@@ -55,9 +57,25 @@ class Client(models.Model):
     pid: models.IntegerField[int, int] = models.IntegerField(default=0)
     started_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
     expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    fence: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
+    ended_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    counters: models.JSONField[dict[str, int], dict[str, int]] = models.JSONField(default=dict)
 
     class Meta:
         db_table = "pg_layer_client"
 
     def __str__(self) -> str:
         return f"{self.inbox} ({self.host}, process {self.pid})"
+
+
+class LastSweep(models.Model):
+    """When the inboxes of a prefix were last swept, to the end."""
+
+    prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
+    swept_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+
+    class Meta:
+        db_table = "pg_layer_last_sweep"
+
+    def __str__(self) -> str:
+        return f"{self.prefix}, swept at {self.swept_at}"

@@ -20,8 +20,8 @@ from pg_layer.deleter import Deleter
 from pg_layer.exceptions import PgLayerError
 from pg_layer.inbox import EVERYTHING, LAST_ID, Key, Row, Span
 from pg_layer.listener import Listener
-from pg_layer.mailbox import Mailbox
 from pg_layer.outage import Outage
+from pg_layer.reader import Reader
 from pg_layer.session import Session
 
 logger = logging.getLogger("pg_layer")
@@ -32,23 +32,6 @@ QUICK = 0.02  # seconds: a reader that has done with what was taken in less is g
 AHEAD_PART = 16  # of the capacity: what is taken ahead makes room for others
 AHEAD_MOST = 31
 RETRY = 0.5  # seconds
-
-
-class Reader:
-    """A normal channel that this process reads."""
-
-    def __init__(self, mailbox: Mailbox) -> None:
-        self.mailbox = mailbox
-        self.is_wanted = False  # somebody has waited: it is to be listened to
-        self.doorbell: str | None = None  # what is listened to
-        self.is_used = True
-        self.is_taking = False
-        self.is_putting_back = False
-        self.may_have_more = True
-        self.floor = 0  # nothing waits below this id
-        self.ahead = 0  # messages to take beyond what is waited for, as this reader is quick
-        self.took_at = -math.inf
-        self.put_back: asyncio.TimerHandle | None = None
 
 
 class Receiver:
@@ -136,7 +119,7 @@ class Receiver:
         self._client.foreign(doorbell)
 
     def _hear_message(self, rest: str) -> None:
-        id, nonce, expires_at, channel, group, payload = rest.split(" ", 5)
+        id, nonce, expires_at, channel, group, excluded, payload = rest.split(" ", 6)
         row = Row(
             _bigint(id),
             _bigint(nonce),
@@ -145,6 +128,7 @@ class Receiver:
             group or None,
             binascii.a2b_base64(payload),
             float(expires_at),
+            excluded or None,
         )
         if math.isnan(row.expires_at):
             raise ValueError(rest)
@@ -231,7 +215,11 @@ class Receiver:
             self._caught += sum(row.kind == "message" for row in fresh)
             self._dispatch(fresh)
 
-        await store.read_everything(session, self._client.inbox_name, dispatch)
+        client = self._client
+        if client.raised_fence < (fence := client.fence):
+            await store.raise_fence(session, client.inbox_name, fence)
+            client.raised_fence = fence
+        await store.read_everything(session, client.inbox_name, dispatch)
         inbox.end_read(view)
 
     def _dispatch(self, rows: Sequence[Row]) -> None:
@@ -331,6 +319,7 @@ class Receiver:
                             prefix=client.config.prefix,
                             channel=mailbox.channel,
                             inbox=client.inbox_name,
+                            fence=client.fence,
                             floor=floor,
                             limit=limit,
                         ),
@@ -338,13 +327,13 @@ class Receiver:
                     )
                 except PgLayerError:
                     # Rows may have been taken and the answer lost: they are in the own inbox now.
-                    client.inbox.suspect()
+                    self._give_up()
                     self._drain_soon()
                     reader.may_have_more, reader.floor = True, min(floor, reader.floor)
                     await asyncio.sleep(RETRY)
                     continue
                 except BaseException:
-                    client.inbox.suspect()
+                    self._give_up()
                     reader.may_have_more, reader.floor = True, 0
                     raise
                 finally:
@@ -360,6 +349,11 @@ class Receiver:
                 self._put_back_later(reader)
         finally:
             reader.is_taking = False
+
+    def _give_up(self) -> None:
+        """It is unknown what became of a statement that moves rows: it is to have no effect any more."""
+        self._client.fence += 1
+        self._client.inbox.suspect()
 
     def _put_back_later(self, reader: Reader) -> None:
         if reader.put_back is None and not reader.is_putting_back and len(reader.mailbox):
@@ -383,13 +377,14 @@ class Receiver:
         is_sure = False
         try:
             await self._connections.run(
-                lambda session: store.put_back(session, client.config.prefix, client.inbox_name, keys),
+                lambda session: store.put_back(
+                    session, client.config.prefix, client.inbox_name, client.fence, keys
+                ),
                 timeout=client.config.send_timeout,
-                is_idempotent=True,
             )
             is_sure = True
         except BaseException as error:
-            client.inbox.suspect()  # what was not put back is still in the inbox
+            self._give_up()  # what was not put back is still in the inbox
             if not isinstance(error, PgLayerError):
                 raise
             await asyncio.sleep(RETRY)

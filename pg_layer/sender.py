@@ -3,110 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pg_layer import store
 from pg_layer.client import Client, inbox_of
 from pg_layer.connections import Connections
 from pg_layer.exceptions import ChannelFull, LayerUnavailable
 from pg_layer.lane import Lane, Outcome
-
-FLOORS_MOST = 64
-CREDIT_PART = 16
-CREDIT_AGE = 0.1  # seconds
-FLOOR_AGE = 0.1  # seconds: a floor is used when it is at least so old, as ids commit out of order
-
-
-class Send(NamedTuple):
-    """A message for a channel."""
-
-    channel: str
-    payload: bytes
-    expiry: float
-    capacity: int
-
-
-class GroupSend(NamedTuple):
-    """A message for a group."""
-
-    group: str
-    payload: bytes
-    expiry: float
-
-
-class Regroup(NamedTuple):
-    """A channel that joins a group or leaves it."""
-
-    group: str
-    channel: str
-    joins: bool
-
-
-Op = Send | GroupSend | Regroup
-
-
-class FloorBook:
-    """Remembers per inbox where counts of what waits may begin.
-
-    A floor is used only when it is a moment old: a message with a smaller id may still be about to commit.
-    """
-
-    def __init__(self) -> None:
-        self._used: dict[str, int] = {}
-        self._ripe: dict[str, int] = {}  # of the time before: one more keeps all used ones old enough
-        self._ripening: dict[str, int] = {}
-        self._since = time.monotonic()
-
-    def learn(self, floors: store.Floors) -> None:
-        """Take the floors that a statement returned."""
-        now = time.monotonic()
-        if now - self._since >= FLOOR_AGE:
-            self._used, self._ripe = self._ripe, self._ripening
-            self._ripening, self._since = {}, now
-        for inbox, id in zip(floors.inboxes, floors.ids, strict=True):
-            self._ripening.setdefault(inbox, id)
-
-    def tell(self) -> store.Floors:
-        """The floors to count from."""
-        if len(self._used) > FLOORS_MOST:
-            self._used = dict(list(self._used.items())[-FLOORS_MOST:])
-        return store.Floors(list(self._used), list(self._used.values()))
-
-    def of(self, inbox: str) -> int:
-        """The floor of one inbox."""
-        return self._used.get(inbox, 0)
-
-
-class Credits:
-    """How many messages may go to a channel before it is looked at again whether it is full.
-
-    A small part of the room that was seen, for a moment: one sender alone never sends too many, and several
-    at once hardly more than they would by looking at the same time. Near the limit every message looks.
-    """
-
-    def __init__(self) -> None:
-        self._left: dict[str, int] = {}
-        self._since = time.monotonic()
-
-    def grant(self, channel: str, room: int) -> None:
-        """That much room was seen in a channel."""
-        self._left[channel] = room // CREDIT_PART
-
-    def spend(self, channels: Sequence[str]) -> bool:
-        """Whether the next messages, one for each of these channels, may go without a look."""
-        now = time.monotonic()
-        if now - self._since > CREDIT_AGE:
-            self._left.clear()
-            self._since = now
-            return False
-        for channel in channels:
-            left = self._left.get(channel, 0)
-            if left <= 0:
-                return False
-            self._left[channel] = left - 1
-        return True
+from pg_layer.ops import GroupSend, Many, Op, Regroup, Send
+from pg_layer.room import Credits, FloorBook, Floors
 
 
 class Sender:
@@ -125,8 +31,8 @@ class Sender:
         self._reset_counts()
         loop = asyncio.get_running_loop()
         timeout = client.config.send_timeout
-        self._sends = Lane[Send](loop, self._send, spawn, _payload_size, timeout)
-        self._group_sends = Lane[GroupSend](loop, self._group_send, spawn, _payload_size, timeout)
+        self._sends = Lane[Send | Many](loop, self._send, spawn, _payload_size, timeout)
+        self._group_sends = Lane[GroupSend | Many](loop, self._group_send, spawn, _payload_size, timeout)
         self._regroups = Lane[Regroup](loop, self._regroup, spawn, lambda op: 100, timeout)
         self._lanes = (self._sends, self._group_sends, self._regroups)
 
@@ -148,35 +54,36 @@ class Sender:
         """Take no more; returns when the writes in flight have ended."""
         await asyncio.gather(*(lane.finish() for lane in self._lanes))
 
-    def submit(self, op: Op, *, may_write: bool = False) -> Coroutine[Any, Any, None]:
-        """Do it, from any loop; returns when it is committed.
+    def submit(self, op: Op, *, may_write: bool = False) -> Coroutine[Any, Any, Any]:
+        """Do it, from any loop; returns when it is committed: of `Many`, whether each was accepted.
 
         ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
         """
-        if isinstance(op, Send):
+        if isinstance(op, Send) or (isinstance(op, Many) and isinstance(op.ops[0], Send)):
             return self._sends.submit(op, may_write=may_write)
-        if isinstance(op, GroupSend):
+        if isinstance(op, (GroupSend, Many)):
             return self._group_sends.submit(op, may_write=may_write)
         return self._regroups.submit(op, may_write=may_write)
 
-    async def _send(self, ops: list[Send], timeout: float) -> Sequence[Outcome]:
+    async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
         self.client.counters["send_batches"] += 1
         if self._generation != self.connections.generation:  # floors may be ids of another server
             self._reset_counts()
-        if len(ops) == 1:
-            op = ops[0]
-            inbox = inbox_of(prefix, op.channel)
-            floor = None if self._credits.spend((op.channel,)) else self._floors.of(inbox)
+        sends: list[Send] = _flat(ops)
+        if len(sends) == 1:
+            send = sends[0]
+            inbox = inbox_of(prefix, send.channel)
+            floor = None if self._credits.spend((send.channel,)) else self._floors.of(inbox)
             is_full, look = await self.connections.run(
-                lambda session: store.send_one(session, prefix, *op, floor), timeout=timeout
+                lambda session: store.send_one(session, prefix, *send, floor), timeout=timeout
             )
             full = {0} if is_full else set()
             if look is not None:
-                self._floors.learn(store.Floors((inbox,), (look.floor,)))
-                self._credits.grant(op.channel, op.capacity - look.waiting)
+                self._floors.learn(Floors((inbox,), (look.floor,)))
+                self._credits.grant((send.channel,), (send.capacity,), look.waiting)
         else:
-            channels, payloads, expiries, capacities = zip(*ops, strict=True)
+            channels, payloads, expiries, capacities = zip(*sends, strict=True)
             known = None if self._credits.spend(channels) else self._floors.tell()
             full, looks = await self.connections.run(
                 lambda session: store.send_batch(
@@ -186,39 +93,29 @@ class Sender:
             )
             if looks is not None:
                 self._floors.learn(looks.floors)
-                for op in ops:
-                    self._credits.grant(op.channel, op.capacity - looks.waiting)
-        self.client.counters["sent"] += len(ops) - len(full)
+                self._credits.grant(channels, capacities, looks.waiting)
+        self.client.counters["sent"] += len(sends) - len(full)
         self.client.counters["refused_full"] += len(full)
-        return [
-            ChannelFull(f"Channel {op.channel} is full: {op.capacity} messages wait.")
-            if index in full
-            else None
-            for index, op in enumerate(ops)
-        ]
+        return _outcomes(ops, full, channel_full)
 
-    async def _group_send(self, ops: list[GroupSend], timeout: float) -> Sequence[Outcome]:
-        config = self.client.config
+    async def _group_send(self, ops: list[GroupSend | Many], timeout: float) -> Sequence[Outcome]:
+        prefix = self.client.config.prefix
         self.client.counters["group_send_batches"] += 1
-        if len(ops) == 1:
-            op = ops[0]
-            missed = [
-                (op.group, channel)
-                for channel in await self.connections.run(
-                    lambda session: store.group_send_one(session, config.prefix, *op),
-                    timeout=timeout,
-                )
-            ]
-        else:
-            groups, payloads, expiries = zip(*ops, strict=True)
+        sends: list[GroupSend] = _flat(ops)
+        if len(sends) == 1:
             missed = await self.connections.run(
-                lambda session: store.group_send_batch(session, config.prefix, groups, payloads, expiries),
+                lambda session: store.group_send_one(session, prefix, *sends[0]), timeout=timeout
+            )
+        else:
+            groups, payloads, expiries, excluded = zip(*sends, strict=True)
+            missed = await self.connections.run(
+                lambda session: store.group_send_batch(session, prefix, groups, payloads, expiries, excluded),
                 timeout=timeout,
             )
-        self.client.counters["group_sent"] += len(ops)
-        for group, channel in missed:
-            self.client.count_dropped(group, channel)
-        return [None] * len(ops)
+        self.client.counters["group_sent"] += len(sends)
+        for index, channel in missed:
+            self.client.count_dropped(sends[index].group, channel)
+        return _outcomes(ops, {index for index, _ in missed}, lambda send: None)
 
     async def _regroup(self, ops: list[Regroup], timeout: float) -> Sequence[Outcome]:
         client = self.client
@@ -261,5 +158,32 @@ class Sender:
         return [None] * len(ops)
 
 
-def _payload_size(op: Send | GroupSend) -> int:
-    return len(op.payload)
+def channel_full(send: Send) -> ChannelFull:
+    """What the sender of a message that was refused is told."""
+    return ChannelFull(f"Channel {send.channel} is full: {send.capacity} messages wait.")
+
+
+def _flat(ops: list[Any]) -> list[Any]:
+    if Many not in map(type, ops):
+        return ops
+    return [send for op in ops for send in (op.ops if isinstance(op, Many) else (op,))]
+
+
+def _outcomes(ops: list[Any], refused: set[int], refusal: Callable[[Any], Outcome]) -> list[Outcome]:
+    """``refused``: indexes into the flat list of messages."""
+    if not refused and Many not in map(type, ops):
+        return [None] * len(ops)
+    outcomes: list[Outcome] = []
+    index = 0
+    for op in ops:
+        if isinstance(op, Many):
+            outcomes.append([i not in refused for i in range(index, index + len(op.ops))])
+            index += len(op.ops)
+        else:
+            outcomes.append(refusal(op) if index in refused else None)
+            index += 1
+    return outcomes
+
+
+def _payload_size(op: Send | GroupSend | Many) -> int:
+    return sum(len(each.payload) for each in op.ops) if isinstance(op, Many) else len(op.payload)

@@ -16,8 +16,9 @@ _NULL = _LENGTH(-1)
 
 
 class Type(NamedTuple):
-    """A parameter's type: its number in PostgreSQL's catalogue, and a value's bytes in the binary format."""
+    """A parameter's type: its name and number in PostgreSQL's catalogue, and a value's bytes in binary."""
 
+    name: str
     oid: int
     encode: Callable[[Any], bytes]
 
@@ -38,7 +39,7 @@ def _array(oid: int, item: Type) -> Type:
             append(data)
         return b"".join(parts)
 
-    return Type(oid, encode)
+    return Type(f"{item.name}[]", oid, encode)
 
 
 def _array_of_numbers(oid: int, item: Type, code: str, size: int) -> Type:
@@ -50,15 +51,15 @@ def _array_of_numbers(oid: int, item: Type, code: str, size: int) -> Type:
         numbers[1::2] = items
         return _ARRAY(1, 0, item.oid, count, 1) + pack("!" + f"i{code}" * count, *numbers)
 
-    return Type(oid, encode)
+    return Type(f"{item.name}[]", oid, encode)
 
 
-BOOL = Type(16, Struct("!?").pack)
-BYTEA = Type(17, bytes)
-INT8 = Type(20, Struct("!q").pack)
-INT4 = Type(23, Struct("!i").pack)
-TEXT = Type(25, str.encode)
-FLOAT8 = Type(701, Struct("!d").pack)
+BOOL = Type("boolean", 16, Struct("!?").pack)
+BYTEA = Type("bytea", 17, bytes)
+INT8 = Type("bigint", 20, Struct("!q").pack)
+INT4 = Type("integer", 23, Struct("!i").pack)
+TEXT = Type("text", 25, str.encode)
+FLOAT8 = Type("float8", 701, Struct("!d").pack)
 BYTEAS = _array(1001, BYTEA)
 INT4S = _array_of_numbers(1007, INT4, "i", 4)
 TEXTS = _array(1009, TEXT)
@@ -70,10 +71,11 @@ FLOAT8S_OR_NULL = _array(1022, FLOAT8)
 class Statement:
     """SQL with parameters ``$1``, ``$2``, ... of these types. Compared by identity."""
 
-    __slots__ = ("_encoders", "formats", "oids", "sql")
+    __slots__ = ("_encoders", "formats", "names", "oids", "sql")
 
     def __init__(self, sql: str, *types: Type) -> None:
         self.sql = sql.encode()
+        self.names = [type.name for type in types]
         self.oids = [type.oid for type in types]
         self.formats = [1] * len(types)
         self._encoders = [type.encode for type in types]

@@ -11,7 +11,7 @@ import psycopg
 
 from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.connections import unavailable
+from pg_layer.connections import UNDEFINED, unavailable
 from pg_layer.exceptions import NotMigrated, PgLayerError
 from pg_layer.store import Swept
 
@@ -113,7 +113,7 @@ class Sweeper:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable) as error:
+    except UNDEFINED as error:
         raise NotMigrated from error
     except psycopg.Error as error:
         raise unavailable(error) from error

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo

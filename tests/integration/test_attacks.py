@@ -207,4 +207,4 @@ async def test_who_has_no_lease_is_not_told_that_a_channel_is_empty(
         psycopg.connect(migrated_dsn) as conn,
         pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no lease"),
     ):
-        conn.execute("SELECT * FROM pg_layer_take('asgi', 'jobs', 'asgi!nobody', 0, 1)")
+        conn.execute("SELECT * FROM pg_layer_take('asgi', 'jobs', 'asgi!nobody', 0, 0, 1)")

@@ -274,6 +274,7 @@ for model in apps.get_app_config("pg_layer").get_models():
         "Message set() False []",
         "Membership set() True []",
         "Client set() True []",
+        "LastSweep set() True []",
     ]
 
 

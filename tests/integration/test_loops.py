@@ -372,7 +372,12 @@ def test_a_loop_that_was_home_and_runs_again(
             numbers = loops[turn % 2].run_until_complete(waiting)
             assert sorted(numbers) == list(range(first, first + 4))
             assert len(backends(migrated_dsn, name)) <= 3
-    assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
+    assert not [
+        record
+        for record in caplog.records
+        # asyncio's development mode says so of every slow step, on a busy machine of any.
+        if record.levelname in ("ERROR", "WARNING") and not record.getMessage().startswith("Executing ")
+    ]
 
 
 # ---------------------------------------------------------------------- two loops at once
@@ -540,7 +545,7 @@ def test_what_a_loop_took_as_it_ended_comes_before_the_rest(
                 asyncio.run(other.send("jobs", number(n)))
                 if n == 1:
                     # As if the answer had been lost with the loop that asked.
-                    conn.execute("SELECT pg_layer_take('asgi', 'jobs', %s, 0, 1)", (inbox,))
+                    conn.execute("SELECT pg_layer_take('asgi', 'jobs', %s, 0, 0, 1)", (inbox,))
         assert asyncio.run(received(layer, "jobs", 3)) == [1, 2, 3]
 
 

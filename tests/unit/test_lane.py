@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 from pg_layer.lane import MAX_BYTES, MAX_OPS, Lane, Outcome
 
 Task = asyncio.Task[None]
@@ -354,7 +354,7 @@ async def test_when_the_writing_task_is_cancelled_its_callers_are_told() -> None
     work.cancel()
     results = await outcomes(tasks)
     assert results[0] is None
-    assert [type(result) for result in results[1:]] == [LayerUnavailable, LayerUnavailable]
+    assert [type(result) for result in results[1:]] == [OutcomeUnknown, OutcomeUnknown]
 
 
 async def test_finishing_waits_for_the_write_in_flight_and_fails_who_waits() -> None:
@@ -849,6 +849,7 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
     async def caller(name: str, number: int) -> None:
         for turn in range(rounds):
             op = (name, number, turn)
+            outcome: object
             (outcome,) = await asyncio.gather(
                 lane.submit(op, may_write=name != "modest"), return_exceptions=True
             )

@@ -11,9 +11,10 @@ from channels.layers import channel_layers
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from pg_layer.config import MAX_COUNT, MAX_SECONDS
+from pg_layer.config import MAX_COUNT
 from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
+from pg_layer.ops import MAX_SECONDS
 from pg_layer.store import Swept
 from pg_layer.sweeper import Sweeper
 

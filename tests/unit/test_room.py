@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pg_layer import sender
-from pg_layer.sender import CREDIT_AGE, CREDIT_PART, Credits
+from pg_layer import room as module
+from pg_layer.room import CREDIT_AGE, CREDIT_PART, Credits
 
 
 class Clock:
@@ -21,39 +21,43 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(sender, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     return clock
+
+
+def grant(credits: Credits, channel: str, room: int) -> None:
+    credits.grant([channel], [1000], 1000 - room)
 
 
 def test_a_channel_that_was_not_looked_at_has_none(clock: Clock) -> None:
     credits = Credits()
     assert not credits.spend(["jobs"])
-    credits.grant("jobs", 10 * CREDIT_PART)
+    grant(credits, "jobs", 10 * CREDIT_PART)
     assert not credits.spend(["other"])
 
 
 def test_a_part_of_the_room_that_was_seen_is_spent_message_by_message(clock: Clock) -> None:
     credits = Credits()
-    credits.grant("jobs", 4 * CREDIT_PART + CREDIT_PART - 1)
+    grant(credits, "jobs", 4 * CREDIT_PART + CREDIT_PART - 1)
     assert [credits.spend(["jobs"]) for _ in range(6)] == [True] * 4 + [False] * 2
 
 
 def test_near_the_limit_every_message_looks(clock: Clock) -> None:
     credits = Credits()
     for room in (CREDIT_PART - 1, 1, 0, -3):
-        credits.grant("jobs", 10 * CREDIT_PART)
-        credits.grant("jobs", room)
+        grant(credits, "jobs", 10 * CREDIT_PART)
+        grant(credits, "jobs", room)
         assert not credits.spend(["jobs"])
 
 
 def test_a_batch_goes_without_a_look_if_each_of_its_channels_may(clock: Clock) -> None:
     credits = Credits()
     for channel in ("a", "b"):
-        credits.grant(channel, 3 * CREDIT_PART)
+        grant(credits, channel, 3 * CREDIT_PART)
     assert credits.spend(["a", "b", "a"])
     assert credits.spend(["b", "b", "a"])
     assert not credits.spend(["a"])
-    credits.grant("a", 2 * CREDIT_PART)
+    grant(credits, "a", 2 * CREDIT_PART)
     assert not credits.spend(["a", "c"])
     assert not credits.spend(["a", "a"])
 
@@ -61,8 +65,14 @@ def test_a_batch_goes_without_a_look_if_each_of_its_channels_may(clock: Clock) -
 def test_after_a_moment_it_is_looked_again(clock: Clock) -> None:
     credits = Credits()
     clock.now += CREDIT_AGE / 2
-    credits.grant("jobs", 100 * CREDIT_PART)
+    grant(credits, "jobs", 100 * CREDIT_PART)
     assert credits.spend(["jobs"])
     clock.now += CREDIT_AGE
     assert not credits.spend(["jobs"])
+    assert not credits.spend(["jobs"])
+
+
+def test_what_is_not_to_be_trusted_grants_nothing(clock: Clock) -> None:
+    credits = Credits()
+    credits.grant(["jobs"], [1000], None)
     assert not credits.spend(["jobs"])

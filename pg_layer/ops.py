@@ -1,0 +1,139 @@
+"""What callers ask for, checked and made ready to be written. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pg_layer.codec import Codec
+from pg_layer.exceptions import MessageTooLarge
+
+if TYPE_CHECKING:
+    from pg_layer.config import Config
+
+# Longer than any use, and far within what PostgreSQL's intervals and C's integers hold. In seconds: 31 years.
+MAX_SECONDS = 1_000_000_000
+MANY_MOST = 100_000  # messages in a call, which is one statement
+MANY_BYTES = 256 * 1024 * 1024
+
+
+class Send(NamedTuple):
+    """A message for a channel."""
+
+    channel: str
+    payload: bytes
+    expiry: float
+    capacity: int
+
+
+class GroupSend(NamedTuple):
+    """A message for a group, but for the member ``excluded``."""
+
+    group: str
+    payload: bytes
+    expiry: float
+    excluded: str | None
+
+
+class Many(NamedTuple):
+    """Several messages for one statement, all for channels or all for groups."""
+
+    ops: Sequence[Send] | Sequence[GroupSend]
+
+
+class Regroup(NamedTuple):
+    """A channel that joins a group or leaves it."""
+
+    group: str
+    channel: str
+    joins: bool
+
+
+Op = Send | GroupSend | Many | Regroup
+
+
+class Drafts:
+    """Makes operations of what callers give. Raises what is wrong with it, before anything is sent."""
+
+    def __init__(
+        self,
+        config: Config,
+        codec: Codec,
+        check_channel: Callable[[str], None],
+        check_group: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._encode = codec.encode
+        self._check_channel = check_channel
+        self._check_group = check_group
+
+    def send(self, channel: str, message: dict[str, Any], expiry: float | None) -> Send:
+        """A message for a channel, which expires when the options say so, or after ``expiry`` seconds."""
+        self._check_channel(channel)
+        config = self._config
+        seconds = config.expiry if expiry is None else _seconds(expiry)
+        return Send(channel, self._encode(message), seconds, config.capacity_of(channel))
+
+    def group_send(
+        self, group: str, message: dict[str, Any], expiry: float | None, exclude: str | None
+    ) -> GroupSend:
+        """The same for a group."""
+        self._check_group(group)
+        if exclude is not None:
+            self._check_channel(exclude)
+        seconds = self._config.expiry if expiry is None else _seconds(expiry)
+        return GroupSend(group, self._encode(message), seconds, exclude)
+
+    def send_many(self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None) -> Many:
+        """Messages for channels."""
+        return _many([self.send(channel, message, expiry) for channel, message in _pairs(messages)])
+
+    def group_send_many(
+        self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None, exclude: str | None
+    ) -> Many:
+        """Messages for groups."""
+        return _many(
+            [self.group_send(group, message, expiry, exclude) for group, message in _pairs(messages)]
+        )
+
+    def regroup(self, group: str, channel: str, *, joins: bool) -> Regroup:
+        """A channel that joins a group or leaves it."""
+        self._check_group(group)
+        self._check_channel(channel)
+        return Regroup(group, channel, joins)
+
+    def group(self, group: str) -> str:
+        """A group's name."""
+        self._check_group(group)
+        return group
+
+
+def _seconds(expiry: float) -> float:
+    if not isinstance(expiry, (int, float)) or isinstance(expiry, bool):
+        raise TypeError(f"expiry must be a number of seconds, not {type(expiry).__name__}.")
+    if not 0 < expiry <= MAX_SECONDS:
+        raise ValueError(f"expiry must be a number of seconds above 0, at most {MAX_SECONDS}, not {expiry}.")
+    return expiry
+
+
+def _pairs(messages: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(messages, (str, bytes, dict)):
+        raise TypeError(
+            f"Messages must be an iterable of (name, message) pairs, not {type(messages).__name__}."
+        )
+    pairs = list(messages)
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"Item {index} of the messages must be a (name, message) pair.")
+    if len(pairs) > MANY_MOST:
+        raise ValueError(f"{len(pairs)} messages are too many for one call: at most {MANY_MOST}.")
+    return pairs
+
+
+def _many(ops: Sequence[Send] | Sequence[GroupSend]) -> Many:
+    size = sum(len(op.payload) for op in ops)
+    if size > MANY_BYTES:
+        raise MessageTooLarge(
+            f"The messages of a call may be {MANY_BYTES} bytes long together, not {size}: make several calls."
+        )
+    return Many(ops)

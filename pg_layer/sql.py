@@ -1,0 +1,117 @@
+"""The SQL of the layer, and the only module with any.
+
+The functions it calls are defined, and explained, in the migrations' SQL.
+
+The layer's own writes commit with ``synchronous_commit = off``: a crash of the server may undo the last
+moments, and no NOTIFY's commit waits for the disk. The setting is made within the statement's transaction,
+so that it works through a pooler and leaves the session as it was. Taking jobs is the exception: undone, it
+would hand them out twice.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from pg_layer.statement import (
+    BOOL,
+    BYTEA,
+    BYTEAS,
+    FLOAT8,
+    FLOAT8S,
+    FLOAT8S_OR_NULL,
+    INT4,
+    INT4S,
+    INT8,
+    INT8S,
+    TEXT,
+    TEXTS,
+    Statement,
+)
+
+_LAZY = "set_config('synchronous_commit', 'off', true)"
+_LAZY_CALL = "SELECT " + _LAZY + ", "
+_LAZILY = _LAZY_CALL + "f.* FROM "
+
+SEND_ONE = Statement(
+    _LAZY_CALL + "pg_layer_send_one($1, $2, $3, $4, $5, $6)", TEXT, TEXT, BYTEA, FLOAT8, INT4, INT8
+)
+SEND_BATCH = Statement(
+    _LAZILY + "pg_layer_send_batch($1, $2, $3, $4, $5, $6, $7) AS f",
+    *(TEXT, TEXTS, BYTEAS, FLOAT8S, INT4S, TEXTS, INT8S),
+)
+GROUP_SEND_ONE = Statement(
+    _LAZY_CALL + "pg_layer_group_send_one($1, $2, $3, $4, $5)", TEXT, TEXT, BYTEA, FLOAT8, TEXT
+)
+GROUP_SEND_BATCH = Statement(
+    _LAZILY + "pg_layer_group_send_batch($1, $2, $3, $4, $5) AS f", TEXT, TEXTS, BYTEAS, FLOAT8S, TEXTS
+)
+GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
+GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)
+REGROUP = Statement(
+    _LAZILY + "pg_layer_regroup($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
+    *(TEXT, TEXT, FLOAT8, FLOAT8, TEXTS, TEXTS, INT4S, TEXTS, TEXTS),
+)
+REASSERT = Statement(_LAZILY + "pg_layer_reassert($1, $2, $3, $4) AS f", TEXT, TEXTS, TEXTS, FLOAT8S_OR_NULL)
+RENEW = Statement(
+    _LAZILY + "pg_layer_renew($1, $2, $3, $4, $5, $6::jsonb, $7) AS f",
+    *(TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT),
+)
+BACKEND_PID = Statement("SELECT pg_backend_pid()")
+NONCE = Statement("SELECT pg_layer_nonce()")
+LISTEN = Statement("SELECT pg_layer_listen(pg_layer_inbox($1, $2))", TEXT, TEXT)
+UNLISTEN = Statement("SELECT pg_layer_unlisten(pg_layer_inbox($1, $2))", TEXT, TEXT)
+READ = Statement(
+    """
+    SELECT id, nonce, kind, channel, group_name, payload, ends, excluded
+    FROM (
+        SELECT m.*, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS bytes_before
+        FROM (
+            SELECT id, nonce, kind, channel, group_name, payload, excluded,
+                extract(epoch FROM expires_at)::float8 AS ends
+            FROM pg_layer_message
+            WHERE inbox = $1 AND id BETWEEN $2 AND $3 AND expires_at > clock_timestamp()
+            ORDER BY id LIMIT $4
+        ) AS m
+    ) AS m
+    WHERE bytes_before < $5
+    ORDER BY id
+    """,
+    *(TEXT, INT8, INT8, INT4, INT8),
+)
+QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
+BEGIN = Statement("BEGIN")
+SILENCE = Statement("SELECT set_config('pg_layer.silent', 'on', true)")
+BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+COMMIT = Statement("COMMIT")
+DELETE = Statement(
+    """
+    WITH lazily AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+    DELETE FROM pg_layer_message
+    WHERE inbox = $1 AND id = ANY ($2) AND nonce = ANY ($3) AND (SELECT true FROM lazily)
+    """,
+    *(TEXT, INT8S, INT8S),
+)
+TAKE = Statement("SELECT * FROM pg_layer_take($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4)
+PUT_BACK = Statement(_LAZY_CALL + "pg_layer_put_back($1, $2, $3, $4, $5)", TEXT, TEXT, INT8, INT8S, INT8S)
+RAISE_FENCE = Statement(_LAZY_CALL + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
+CLOSE = Statement(
+    _LAZY_CALL + "pg_layer_close($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8S, INT8S, TEXTS, TEXTS
+)
+FLUSH = Statement(_LAZY_CALL + "pg_layer_flush($1)", TEXT)
+SWEEP = Statement(_LAZILY + "pg_layer_sweep($1, $2, $3, $4, $5) AS f", TEXT, INT4, BOOL, TEXT, INT8)
+SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
+
+
+@functools.cache
+def for_cursor(statement: Statement, *, is_in_transaction: bool) -> str:
+    """The statement as psycopg's cursors take it, with its parameters in their order.
+
+    ``is_in_transaction``: it is a part of somebody's, which is to be as durable as he wants it, and not to
+    fail at its commit because NOTIFY's queue is full.
+    """
+    sql = statement.sql.decode()
+    if is_in_transaction and _LAZY in sql:
+        sql = sql.replace(_LAZY, "NULL").replace("($1", "(pg_layer_spare_commit($1)", 1)
+    for number, name in reversed([*enumerate(statement.names, 1)]):
+        sql = sql.replace(f"${number}", f"%s::{name}")
+    return sql
