@@ -8,14 +8,15 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator
 
+import psycopg
 import pytest
 
 from pg_layer import LayerUnavailable
-from tests.conftest import MakeLayer
+from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.faults.test_backends_killed import Party, Recovery, Traffic
 from tests.faults.test_restart import assert_told_once, is_back
-from tests.processes import listen, receive
+from tests.processes import listen, receive, until
 
 HEARTBEAT = 1.0
 SWALLOWING = {"heartbeat": HEARTBEAT, "lease": 300, "send_timeout": 2}
@@ -188,3 +189,61 @@ async def test_receive_waits_out_a_network_that_swallows(
     for proxy in (pool_proxy, listen_proxy):
         proxy.let_go(revive=False)
     assert await asyncio.gather(*receiving) == [{"number": 1}] * 2
+
+
+# ---------------------------------------------------------------------- what comes late
+
+
+async def test_a_taking_that_was_given_up_takes_nothing_when_it_comes_late(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer
+) -> None:
+    """A network may deliver a statement long after its sender has closed the connection."""
+    layer, other = make_layer(), make_layer()
+    one = make_layer(
+        dsn=pool_proxy.dsn(connect_timeout=2),
+        listen_dsn=migrated_dsn,
+        send_timeout=1,
+        lease=300,
+        heartbeat=100,
+    )
+    await listen(one)
+    first = asyncio.create_task(one.receive("jobs"))
+    await layer.send("jobs", {"number": 0})
+    assert await first == {"number": 0}
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+
+    pool_proxy.swallow()
+    second = asyncio.create_task(one.receive("jobs"))
+    await layer.send("jobs", {"number": 1})  # it is told, and its taking does not get through
+    await until(lambda: (client := one._homes.client).fence > client.raised_fence)
+    pool_proxy.let_go(revive=False)  # other connections do
+    assert await asyncio.wait_for(second, 10) == {"number": 1}
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+
+    await layer.send("jobs", {"number": 2})  # for nobody in particular
+    before = observer.execute("SELECT count(*) FROM pg_stat_activity").fetchone()
+    pool_proxy.let_go()  # now the taking gets through, and its connection ends
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_stat_activity").fetchone() != before)
+    assert observer.execute("SELECT inbox FROM pg_layer_message").fetchall() == [("asgi!:jobs",)]
+    assert await receive(other, "jobs") == {"number": 2}
+
+
+async def test_what_a_client_has_given_up_neither_takes_nor_puts_back(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer = make_layer()
+    await listen(layer)
+    await layer.send("jobs", {"number": 0})
+    [(inbox,)] = observer.execute("SELECT inbox FROM pg_layer_client").fetchall()
+    observer.execute("SELECT pg_layer_raise_fence(%s, 5)", [inbox])
+    observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [inbox])  # late itself
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this up"):
+        observer.execute("SELECT pg_layer_take('asgi', 'jobs', %s, 4, 0, 1)", [inbox])
+    taken = observer.execute("SELECT id, nonce FROM pg_layer_take('asgi', 'jobs', %s, 5, 0, 1)", [inbox])
+    [(id, nonce)] = taken.fetchall()
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this up"):
+        observer.execute("SELECT pg_layer_put_back('asgi', %s, 4, ARRAY[%s], ARRAY[%s])", [inbox, id, nonce])
+    where = "SELECT inbox FROM pg_layer_message WHERE channel = 'jobs'"
+    assert observer.execute(where).fetchall() == [(inbox,)]
+    observer.execute("SELECT pg_layer_put_back('asgi', %s, 5, ARRAY[%s], ARRAY[%s])", [inbox, id, nonce])
+    assert observer.execute(where).fetchall() == [("asgi!:jobs",)]
