@@ -7,6 +7,7 @@ connection to one event loop, whereas here threads lend each other a connection 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import select
 import socket
@@ -39,7 +40,7 @@ class Session:
     `is_reusable` is false, a statement is under way or a transaction open: only `settle` may be called.
     """
 
-    def __init__(self, conn: AsyncConnection[Any], *, can_prepare: bool = False) -> None:
+    def __init__(self, conn: AsyncConnection[Any] | Connection[Any], *, can_prepare: bool = False) -> None:
         self.conn = conn
         self.can_prepare = can_prepare
         self.patience = PATIENCE  # seconds for each answer; then the connection is cut
@@ -76,16 +77,59 @@ class Session:
         Cancelled, it leaves the statement to its own end: see `settle`.
         """
         parameters = statement.encode(values)
-        if self.can_prepare:
-            name = self._names.get(statement) or await self._prepare(statement)
+        if self.can_prepare and statement not in self._names:
+            name = self._send_prepare(statement)
+            _checked(await self._results())
+            self._names[statement] = name
+        self._send(statement, parameters)
+        return self._rows(await self._results())
+
+    def execute_now(
+        self,
+        statement: Statement,
+        *values: object,
+        patience: float | None = None,
+        bell: socket.socket | None = None,
+    ) -> Rows:
+        """The same, blocking this thread. The connection is closed if it raises no error of the server's.
+
+        Waits ``patience`` seconds for each answer, or as long as it takes; and no longer than `BELL_PATIENCE`
+        once ``bell`` can be read.
+        """
+        parameters = statement.encode(values)
+        try:
+            if self.can_prepare and statement not in self._names:
+                name = self._send_prepare(statement)
+                _checked(self._results_now(patience, bell))
+                self._names[statement] = name
+            self._send(statement, parameters)
+            results = self._results_now(patience, bell)
+        except BaseException as error:
+            if getattr(error, "sqlstate", None) is None:
+                self.close()
+            raise
+        return self._rows(results)
+
+    def _send(self, statement: Statement, parameters: list[bytes | None]) -> None:
+        name = self._names.get(statement) if self.can_prepare else None
+        if name is not None:
             self._pgconn.send_query_prepared(name, parameters, statement.formats, _BINARY)
         else:
             self._pgconn.send_query_params(
                 statement.sql, parameters, statement.oids, statement.formats, _BINARY
             )
         self._is_waiting = True
+
+    def _send_prepare(self, statement: Statement) -> bytes:
+        # Each attempt has a name of its own: it is unknown what became of one that was cancelled.
+        name = b"pg_layer_%d" % next(_numbers)
+        self._pgconn.send_prepare(name, statement.sql, statement.oids)
+        self._is_waiting = True
+        return name
+
+    def _rows(self, results: list[PGresult]) -> Rows:
         try:
-            result = _checked(await self._results())
+            result = _checked(results)
         except errors.InvalidSqlStatementName:
             self._names.clear()  # the server has forgotten what was prepared
             raise
@@ -98,15 +142,6 @@ class Session:
         rows = self._transformer.load_rows(0, result.ntuples, tuple)
         self._transformer.set_pgresult(None)
         return rows
-
-    async def _prepare(self, statement: Statement) -> bytes:
-        # Each attempt has a name of its own: it is unknown what became of one that was cancelled.
-        name = b"pg_layer_%d" % next(_numbers)
-        self._pgconn.send_prepare(name, statement.sql, statement.oids)
-        self._is_waiting = True
-        _checked(await self._results())
-        self._names[statement] = name
-        return name
 
     def notifies(self) -> Iterator[tuple[str, str]]:
         """The NOTIFYs that have come, by their channel and payload. Raises what psycopg raises."""
@@ -155,6 +190,31 @@ class Session:
             answer.unwatch()
             self._answer_to = None
             self._is_waiting = not (answer.is_complete or self.is_closed)
+
+    def _results_now(self, patience: float | None, bell: socket.socket | None) -> list[PGresult]:
+        pgconn = self._pgconn
+        deadline = math.inf if patience is None else time.monotonic() + patience
+        results: list[PGresult] = []
+        while True:
+            poll = self._poll
+            if pgconn.flush() or bell is not None:
+                poll = select.poll()
+                poll.register(self, select.POLLIN | (select.POLLOUT if pgconn.flush() else 0))
+                if bell is not None:
+                    poll.register(bell, select.POLLIN)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise psycopg.OperationalError("The database did not answer in time.")
+            ready = poll.poll(None if left == math.inf else math.ceil(1000 * left))
+            if bell is not None and any(fd == bell.fileno() for fd, _ in ready):
+                bell, deadline = None, min(deadline, time.monotonic() + BELL_PATIENCE)
+            pgconn.consume_input()
+            while not pgconn.is_busy():
+                result = pgconn.get_result()
+                if result is None:
+                    self._is_waiting = False
+                    return results
+                results.append(result)
 
 
 class _Answer:
@@ -213,42 +273,6 @@ class _Answer:
             if self._is_sending:
                 self._loop.remove_writer(self._fd)
         self._fd = -1
-
-
-def execute_now(
-    conn: Connection[Any],
-    statement: Statement,
-    *values: object,
-    patience: float = PATIENCE,
-    bell: socket.socket | None = None,
-) -> Rows:
-    """The same on a blocking connection, where no loop runs; of no use afterwards, if it raises.
-
-    Waits ``patience`` seconds for the answer, and `BELL_PATIENCE` once ``bell`` can be read.
-    """
-    pgconn = conn.pgconn
-    pgconn.send_query_params(
-        statement.sql, statement.encode(values), statement.oids, statement.formats, _BINARY
-    )
-    deadline = time.monotonic() + patience
-    bells: list[Any] = [] if bell is None else [bell]
-    results: list[PGresult] = []
-    while True:
-        has_more = bool(pgconn.flush())
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise psycopg.OperationalError("The database did not answer in time.")
-        ready, _, _ = select.select([pgconn.socket, *bells], [pgconn.socket] if has_more else [], [], left)
-        if bell in ready:
-            bells, deadline = [], min(deadline, time.monotonic() + BELL_PATIENCE)
-        pgconn.consume_input()
-        while not pgconn.is_busy():
-            result = pgconn.get_result()
-            if result is None:
-                transformer = Transformer(conn)
-                transformer.set_pgresult(_checked(results))
-                return transformer.load_rows(0, results[-1].ntuples, tuple)
-            results.append(result)
 
 
 def _checked(results: list[PGresult]) -> PGresult:

@@ -71,11 +71,11 @@ FLOAT8S_OR_NULL = _array(1022, FLOAT8)
 class Statement:
     """SQL with parameters ``$1``, ``$2``, ... of these types. Compared by identity."""
 
-    __slots__ = ("_encoders", "formats", "names", "oids", "sql")
+    __slots__ = ("_encoders", "formats", "oids", "sql", "types")
 
     def __init__(self, sql: str, *types: Type) -> None:
         self.sql = sql.encode()
-        self.names = [type.name for type in types]
+        self.types = types
         self.oids = [type.oid for type in types]
         self.formats = [1] * len(types)
         self._encoders = [type.encode for type in types]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import select
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
@@ -28,6 +27,7 @@ from pg_layer.exceptions import NotMigrated
 from pg_layer.ops import Drafts, GroupSend, Regroup, Send
 from pg_layer.room import Credits, FloorBook, Floors
 from pg_layer.sender import channel_full
+from pg_layer.session import Session
 from pg_layer.statement import Statement
 
 if TYPE_CHECKING:
@@ -56,10 +56,9 @@ class Sync:
         self._drafts = drafts
         self._homes = homes
         self._alias: str | None = None
-        self._lock = threading.Lock()  # guards the next three
+        self._lock = threading.Lock()  # guards the next two
         self._floors = FloorBook()
         self._credits = Credits()
-        self.counters: Counter[str] = Counter()
 
     # ------------------------------------------------------------------ calls
 
@@ -151,9 +150,10 @@ class Sync:
             if looks is not None:
                 self._floors.learn(looks.floors)
                 self._credits.grant(channels, capacities, looks.waiting)
-            self.counters["send_batches"] += 1
-            self.counters["sent"] += len(sends) - len(full)
-            self.counters["refused_full"] += len(full)
+        counters = self._homes.client.counters
+        counters.add("batches")
+        counters.add("sent", len(sends) - len(full))
+        counters.add("refused_full", len(full))
         return [index not in full for index in range(len(sends))]
 
     def _group_send(self, using: str | None, sends: Any) -> list[bool]:
@@ -167,11 +167,11 @@ class Sync:
                 using,
                 lambda session: store.group_send_batch(session, prefix, groups, payloads, expiries, excluded),
             )
-        with self._lock:
-            self.counters["group_send_batches"] += 1
-            self.counters["group_sent"] += len(sends)
-            for index, channel in missed:
-                self._homes.client.count_dropped(sends[index].group, channel)
+        client = self._homes.client
+        client.counters.add("batches")
+        client.counters.add("group_sent", len(sends))
+        for index, channel in missed:
+            client.count_dropped(sends[index].group, channel)
         refused = {index for index, _ in missed}
         return [index not in refused for index in range(len(sends))]
 
@@ -197,7 +197,7 @@ class Sync:
 
     def _run(self, using: str | None, work: Work[T], *, is_idempotent: bool = False) -> T:
         connection = self._connection(using)
-        session = DjangoSession(connection)
+        session = DjangoSession(connection, self._config.send_timeout)
         if session.is_in_transaction:
             try:
                 return _finish(work(session))
@@ -230,6 +230,7 @@ class Sync:
                 if not isinstance(cause, psycopg.Error):
                     raise
                 if cause.sqlstate in REFUSALS and not is_silent:
+                    self._homes.client.counters.add("refused_notifies")
                     self._homes.client.unheard(f"the server refuses NOTIFY: {cause.diag.message_primary}.")
                     is_silent = True
                     continue
@@ -252,10 +253,16 @@ class Sync:
 
 
 class DjangoSession:
-    """Runs the statements of `pg_layer.store` on a connection of Django's, as far as they need `execute`."""
+    """Runs the statements of `pg_layer.store` on a connection of Django's, as far as they need `execute`.
 
-    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+    Goes past Django's cursors, which take a third of the time, unless somebody wants to see what runs.
+
+    ``patience``: seconds for each answer outside of transactions; within them it takes as long as it takes.
+    """
+
+    def __init__(self, connection: BaseDatabaseWrapper, patience: float) -> None:
         self._connection = connection
+        self._patience = patience
 
     @property
     def is_in_transaction(self) -> bool:
@@ -266,17 +273,49 @@ class DjangoSession:
     def connect(self) -> None:
         """Connect, if there is no connection, or none any more. Outside of transactions."""
         connection = self._connection
-        if connection.connection is not None and _has_hung_up(connection.connection.pgconn):
+        if connection.connection is not None and _has_hung_up(_session_of(connection.connection)):
             connection.close()
         connection.ensure_connection()
 
     async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
         """As `Session.execute`; awaits nothing."""
-        text = sql.for_cursor(statement, is_in_transaction=self.is_in_transaction)
-        with self._connection.cursor() as cursor:
-            cursor.execute(text, values)
+        connection = self._connection
+        is_in_transaction = self.is_in_transaction
+        connection.ensure_connection()  # complains on an event loop's thread
+        if is_in_transaction:
+            statement = sql.for_transaction(statement)
+        psycopg_connection = connection.connection
+        # In a transaction that has not begun yet, psycopg begins it.
+        expected = pq.TransactionStatus.INTRANS if is_in_transaction else pq.TransactionStatus.IDLE
+        if (
+            psycopg_connection.pgconn.transaction_status == expected
+            and not connection.execute_wrappers
+            and not connection.queries_logged
+            and not connection.needs_rollback
+        ):
+            connection.validate_thread_sharing()
+            with connection.wrap_database_errors, psycopg_connection.lock:
+                return _session_of(psycopg_connection).execute_now(
+                    statement, *values, patience=None if is_in_transaction else self._patience
+                )
+        with connection.cursor() as cursor:
+            # Psycopg takes a tuple for a row.
+            cursor.execute(
+                sql.for_cursor(statement),
+                [list(value) if isinstance(value, tuple) else value for value in values],
+            )
             rows: list[tuple[Any, ...]] = cursor.fetchall()
             return rows
+
+
+_sessions: WeakKeyDictionary[psycopg.Connection[Any], Session] = WeakKeyDictionary()
+
+
+def _session_of(connection: psycopg.Connection[Any]) -> Session:
+    session = _sessions.get(connection)
+    if session is None:
+        session = _sessions[connection] = Session(connection)
+    return session
 
 
 def _finish(work: Coroutine[Any, Any, T]) -> T:
@@ -290,14 +329,14 @@ def _finish(work: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("The coroutine waits for something.")
 
 
-def _has_hung_up(pgconn: pq.abc.PGconn) -> bool:
+def _has_hung_up(session: Session) -> bool:
     """Whether the server has closed this idle connection: then nothing is lost if it is opened anew."""
     try:
-        while pgconn.status == pq.ConnStatus.OK and select.select([pgconn.socket], [], [], 0)[0]:
-            pgconn.consume_input()
+        while session.has_hung_up and not session.is_closed:  # or has told something else
+            session.conn.pgconn.consume_input()
     except psycopg.OperationalError:
         return True
-    return bool(pgconn.status != pq.ConnStatus.OK)
+    return session.is_closed
 
 
 # ---------------------------------------------------------------------- which alias

@@ -16,6 +16,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         groups.FAN_OUT_LATENCY,
         churn.CHURN,
         sync.SYNC,
+        sync.NATIVE_SYNC,
         workers.WORKERS,
         connections.CONNECTIONS,
     )

@@ -1,9 +1,14 @@
-"""async_to_sync(layer.group_send) in a row from a plain thread, as a WSGI view or a Celery task calls it."""
+"""Group sends in a row from a plain thread, as a WSGI view or a Celery task makes them.
+
+Through `async_to_sync`, as every layer can be called; and by whatever a layer has of its own for such code.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 from asgiref.sync import async_to_sync
 
@@ -23,24 +28,47 @@ from benchmarks.statistics import Figure, Outcome, rate
 _WARM_UP_LIMIT = 20.0
 
 
-def _warm_up(stage: Stage) -> None:
+GroupSend = Callable[[str, dict[str, Any]], None]
+
+
+def _bridged(stage: Stage) -> GroupSend:
+    def group_send(group: str, message: dict[str, Any]) -> None:
+        async_to_sync(stage.layer.group_send)(group, message)
+
+    return group_send
+
+
+def _native(stage: Stage) -> GroupSend:
+    sync = getattr(stage.layer, "sync", None)
+    return _bridged(stage) if sync is None else cast(GroupSend, sync.group_send)
+
+
+def _warm_up(stage: Stage, group_send: GroupSend) -> None:
     end = time.monotonic() + _WARM_UP_LIMIT
     while stage.board.warmed(0) < 1:
         if time.monotonic() > end:
             raise TimeoutError("no message reached the receiver")
-        async_to_sync(stage.layer.group_send)(GROUP, warm_up_message())
+        group_send(GROUP, warm_up_message())
         time.sleep(0.05)
 
 
-def _send(stage: Stage) -> Sent:
-    _warm_up(stage)
+def _send(stage: Stage, group_send: GroupSend) -> Sent:
+    _warm_up(stage, group_send)
     start = stage.board.start()
     end = start + int(stage.sizes.seconds * 1e9)
     number = 0
     while (now := time.monotonic_ns()) < end:
-        async_to_sync(stage.layer.group_send)(GROUP, message(0, number, now))
+        group_send(GROUP, message(0, number, now))
         number += 1
     return Sent([number], figures={"calls/s": rate(number, start, time.monotonic_ns())})
+
+
+def _send_bridged(stage: Stage) -> Sent:
+    return _send(stage, _bridged(stage))
+
+
+def _send_native(stage: Stage) -> Sent:
+    return _send(stage, _native(stage))
 
 
 def _summarise(run: Run) -> Outcome:
@@ -55,8 +83,14 @@ SYNC = Scenario(
     title="sync: async_to_sync(layer.group_send) in a row from a plain thread",
     figures=(Figure("calls/s", "calls/s", "higher"),),
     scales={"full": _SIZES, "quick": replace(_SIZES, seconds=2), "tiny": replace(_SIZES, seconds=0.3)},
-    send=_send,
+    send=_send_bridged,
     receive=receive_untimed,
     expected=to_all_members,
     summarise=_summarise,
+)
+NATIVE_SYNC = replace(
+    SYNC,
+    name="native-sync",
+    title="native-sync: layer.sync.group_send in a row from a plain thread (Redis: async_to_sync)",
+    send=_send_native,
 )

@@ -164,7 +164,7 @@ async def test_sends_into_a_network_that_swallows_raise_in_time(
                 ),
                 30,
             )
-        assert [type(result) for result in results] == [LayerUnavailable] * 54
+        assert all(isinstance(result, LayerUnavailable) for result in results)
     pool_proxy.let_go(revive=False)
     await layer.send("jobs", {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Observer
+from tests.integration.test_django import postgres
+from tests.processes import Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import run, succeeded
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -95,3 +98,64 @@ def test_children_of_multiprocessing(forking: Any, observer: Observer) -> None:
 
 def test_fork_while_threads_send(forking: Any) -> None:
     assert forking("while_threads_send") == {"numbers": list(range(12))}
+
+
+async def hear_room_and_jobs(link: Link, dsn: str) -> None:
+    """A server with two consumers in a room and one worker."""
+    async with open_layer(dsn, capacity=100_000) as layer:
+        channels = [await layer.new_channel() for _ in range(2)]
+        for channel in channels:
+            await layer.group_add("room", channel)
+        await listen(layer)
+
+        async def read(channel: str) -> None:
+            while True:
+                link.say((channel, (await layer.receive(channel))["n"]))
+
+        reading = [asyncio.create_task(read(channel)) for channel in (*channels, "jobs")]
+        link.say("ready")
+        await link.hear()
+        for task in reading:
+            task.cancel()
+
+
+async def test_a_task_queues_workers_send_in_transactions(
+    migrated_dsn: str, processes: Processes, observer: Observer
+) -> None:
+    servers = [processes.start(hear_room_and_jobs, migrated_dsn) for _ in range(2)]
+    for server in servers:
+        assert await server.hear() == "ready"
+    settings = {
+        "DATABASES": {
+            "default": {**postgres(migrated_dsn), "OPTIONS": {"application_name": "pg_layer_test_parent"}}
+        },
+        "CHANNEL_LAYERS": {
+            "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"capacity": 100_000}}
+        },
+    }
+    arguments = ("-m", "tests.project.forks", "tasks_in_transactions")
+    output = await asyncio.to_thread(lambda: succeeded(run(migrated_dsn, *arguments, settings=settings)))
+    assert json.loads(output)["connections"] <= 4  # Django's own, one a process
+
+    tasks = [n for first in range(1000, 5000, 1000) for n in range(first, first + 400, 2)]
+    committed = [n + 1 for n in tasks if n % 10]
+    room, jobs = sorted([*tasks, *committed]), sorted([0, *committed])
+    heard: list[list[tuple[str, int]]] = [[], []]
+
+    async def hear(server: Process[None], said: list[tuple[str, int]]) -> None:
+        while True:
+            said.append(await server.hear())
+
+    hearing = [asyncio.create_task(hear(*pair)) for pair in zip(servers, heard, strict=True)]
+    await until(lambda: sum(map(len, heard)) >= 4 * len(room) + len(jobs))
+    for task in hearing:
+        task.cancel()
+    assert sorted(n for said in heard for channel, n in said if channel == "jobs") == jobs
+    for said in heard:
+        for channel in {channel for channel, _ in said} - {"jobs"}:
+            numbers = [n for name, n in said if name == channel]
+            assert sorted(numbers) == room
+            for first in range(1000, 5000, 1000):  # each worker in its order
+                assert [n for n in numbers if first <= n < first + 1000] == [
+                    n for n in room if first <= n < first + 1000
+                ]

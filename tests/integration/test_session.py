@@ -16,7 +16,7 @@ from psycopg import AsyncConnection, errors
 
 from pg_layer import PostgresChannelLayer
 from pg_layer import session as session_module
-from pg_layer.session import Session, execute_now
+from pg_layer.session import Session
 from pg_layer.statement import BYTEA, FLOAT8, INT4, INT8S, TEXT, TEXTS, Statement
 from tests.conftest import MakeLayer, Observer
 from tests.processes import until
@@ -241,10 +241,10 @@ async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
 def test_a_blocking_statement_is_heard(postgres_dsn: str) -> None:
     data = bytes(range(256)) * 2**14
     with closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
-        assert execute_now(conn, LENGTH, data) == [(len(data), data)]
+        assert Session(conn).execute_now(LENGTH, data) == [(len(data), data)]
         with pytest.raises(errors.DivisionByZero):
-            execute_now(conn, WRONG, 0)
-        assert execute_now(conn, NUMBER, 1) == [(1,)]
+            Session(conn).execute_now(WRONG, 0)
+        assert Session(conn).execute_now(NUMBER, 1) == [(1,)]
 
 
 def test_a_blocking_statement_is_not_waited_for_without_end(
@@ -254,7 +254,7 @@ def test_a_blocking_statement_is_not_waited_for_without_end(
         closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn,
         pytest.raises(psycopg.OperationalError, match="did not answer in time"),
     ):
-        execute_now(conn, WAIT, patience=0.1)
+        Session(conn).execute_now(WAIT, patience=0.1)
 
 
 def test_a_blocking_statement_is_waited_for_less_when_the_bell_rings(
@@ -265,4 +265,4 @@ def test_a_blocking_statement_is_waited_for_less_when_the_bell_rings(
     with bell, ringer, closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
         ringer.send(b".")
         with pytest.raises(psycopg.OperationalError, match="did not answer in time"):
-            execute_now(conn, WAIT, patience=3600, bell=bell)
+            Session(conn).execute_now(WAIT, patience=3600, bell=bell)

@@ -6,6 +6,7 @@ Each runs in a process of its own, so that a test run is not forked itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -200,6 +201,45 @@ def after_sync_use() -> Result:
     numbers = asyncio.run(received(layer, channel, 251))
     async_to_sync(layer.close)()
     return {"clients": clients, "numbers": numbers, "kept": kept, "connections": len(before)}
+
+
+def tasks_in_transactions() -> Result:
+    """As a task queue's workers: forked after Django was used, they do tasks, some of which fail."""
+    import django
+    from channels.layers import get_channel_layer
+    from django.db import connections as databases
+    from django.db import transaction
+
+    django.setup()
+    layer = get_channel_layer()
+    assert isinstance(layer, PostgresChannelLayer)
+    layer.sync.send("jobs", number(0))
+    databases.close_all()  # as pre-forking servers and task queues do
+
+    def task(n: int) -> None:
+        layer.sync.group_send("room", number(n))
+        with transaction.atomic():
+            layer.sync.group_send("room", number(n + 1))
+            layer.sync.send("jobs", number(n + 1))
+            if n % 10 == 0:
+                raise ZeroDivisionError
+
+    def work(first: int) -> list[int]:
+        most = 0
+        with psycopg.connect(DSN, autocommit=True, application_name="observer") as observer:
+            for n in range(first, first + 400, 2):
+                with contextlib.suppress(ZeroDivisionError):
+                    task(n)
+                if n % 100 == 0:
+                    row = observer.execute(
+                        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", (PARENT,)
+                    ).fetchone()
+                    most = max(most, row[0] if row else 0)
+        databases.close_all()
+        return [most]
+
+    children = [Child(lambda first=first: work(first)) for first in range(1000, 5000, 1000)]  # type: ignore[misc]
+    return {"connections": max(most for child in children for most in child.result())}
 
 
 def children_that_leave_in_order() -> Result:

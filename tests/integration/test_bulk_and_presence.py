@@ -1,0 +1,254 @@
+"""Several messages in one statement; expiry and exclusion per message; who is in a group."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from pg_layer import ChannelFull, MessageTooLarge, PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.processes import Link, Message, Processes, listen, open_layer, receive, until
+
+
+async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    return [(await receive(layer, channel))["number"] for _ in range(count)]
+
+
+async def expect_nothing(layer: PostgresChannelLayer, *channels: str) -> None:
+    """What was sent to them would have come before what is sent now."""
+    for channel in channels:
+        await layer.send(channel, {"number": -99})
+        assert await numbers(layer, channel, 1) == [-99]
+
+
+# ---------------------------------------------------------------------- several at once
+
+
+async def test_many_messages_each_with_its_own_result(make_layer: MakeLayer) -> None:
+    layer, sender = make_layer(capacity=5), make_layer(capacity=5)
+    await listen(layer)
+    own, other = await layer.new_channel(), await layer.new_channel()
+    messages = [(channel, {"number": n}) for n in range(7) for channel in (own, "jobs", other)]
+    accepted = await sender.send_many(messages)
+    assert accepted == [n < 5 for n in range(7) for _ in range(3)]
+    for channel in (own, "jobs", other):
+        assert await numbers(layer, channel, 5) == list(range(5))
+    await expect_nothing(layer, own, "jobs", other)
+
+
+async def test_many_messages_are_one_statement_and_one_doorbell_for_each_inbox(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer, sender = make_layer(capacity=10_000), make_layer(capacity=10_000)
+    await listen(layer)
+    channels = [await layer.new_channel() for _ in range(3)]
+    for channel in (channels[0], "jobs"):
+        observer.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", [channel])
+    messages = [(channel, {"number": n}) for n in range(1000) for channel in (*channels, "jobs")]
+    assert all(await sender.send_many(messages))
+    rung = list(observer.notifies(timeout=1.0, stop_after=3))
+    assert len(rung) == 2
+    transactions = "SELECT count(DISTINCT xmin::text) FROM pg_layer_message WHERE channel = 'jobs'"
+    assert observer.execute(transactions.encode()).fetchone() == (1,)
+    for channel in (*channels, "jobs"):
+        assert await numbers(layer, channel, 1000) == list(range(1000))
+
+
+async def test_many_group_messages(make_layer: MakeLayer) -> None:
+    layer, sender = make_layer(), make_layer(capacity=2)
+    channels = [await layer.new_channel() for _ in range(3)]
+    for channel in channels:
+        await layer.group_add("room", channel)
+    await layer.group_add("attic", channels[0])
+    await sender.group_add("attic", "jobs")
+    messages = [(group, {"number": n}) for n in range(4) for group in ("room", "attic", "nobody")]
+    accepted = await sender.group_send_many(messages, exclude=channels[2])
+    # Of the four in the attic two found the workers' channel full.
+    assert accepted == [group != "attic" or n < 2 for n in range(4) for group in ("room", "attic", "nobody")]
+    assert await numbers(layer, channels[0], 8) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert await numbers(layer, channels[1], 4) == [0, 1, 2, 3]
+    assert await numbers(layer, "jobs", 2) == [0, 1]
+    await expect_nothing(layer, *channels, "jobs")
+
+
+async def test_singles_and_many_keep_their_order(make_layer: MakeLayer) -> None:
+    layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
+    await listen(layer)
+    channel = await layer.new_channel()
+    sends: list[Coroutine[Any, Any, Any]] = []
+    for start in range(0, 300, 10):
+        sends.append(sender.send(channel, {"number": start}))
+        sends.append(sender.send_many([(channel, {"number": start + n}) for n in range(1, 10)]))
+    results = await asyncio.gather(*sends)
+    assert results == [None, [True] * 9] * 30
+    assert await numbers(layer, channel, 300) == list(range(300))
+
+
+async def test_a_single_among_many_is_told_that_its_channel_is_full(make_layer: MakeLayer) -> None:
+    layer = make_layer(capacity=4)
+    await listen(layer)
+    channel = await layer.new_channel()
+    results = await asyncio.gather(
+        layer.send("other", {}),  # goes at once; the rest together
+        layer.send_many([(channel, {"number": n}) for n in range(3)]),
+        layer.send(channel, {"number": 3}),
+        layer.send(channel, {"number": 4}),
+        layer.send_many([(channel, {"number": 5}), ("other", {})]),
+        return_exceptions=True,
+    )
+    assert list(results[:3]) == [None, [True, True, True], None]
+    assert isinstance(results[3], ChannelFull)
+    assert results[4] == [False, True]
+    assert await numbers(layer, channel, 4) == [0, 1, 2, 3]
+
+
+async def test_many_of_none(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer()
+    assert await layer.send_many([]) == await layer.group_send_many(iter(())) == []
+    assert await layer.send_many([("jobs", {"number": 1})]) == [True]
+    assert await layer.group_send_many([("room", {"number": 1})]) == [True]
+
+
+async def test_of_many_all_are_checked_before_any_is_sent(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer(max_message_size=300 * 1024 * 1024)
+    good = ("jobs", {"number": 1})
+    with pytest.raises(TypeError, match="Channel name"):
+        await layer.send_many([good, ("no channel", {})])
+    with pytest.raises(TypeError, match="object"):
+        await layer.send_many([good, ("jobs", {"it": object()})])
+    with pytest.raises(TypeError, match="Item 1"):
+        await layer.send_many([good, ("jobs", {}, 3)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="100001 messages"):
+        await layer.group_send_many([("room", {})] * 100_001)
+    with pytest.raises(MessageTooLarge, match=re.escape(str(256 * 1024 * 1024))):
+        await layer.send_many([("jobs", {"blob": bytes(130 * 1024 * 1024)})] * 2)
+    assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+
+
+# ---------------------------------------------------------------------- expiry and exclusion
+
+
+async def test_an_expiry_of_its_own(make_layer: MakeLayer, observer: Observer) -> None:
+    layer, sender = make_layer(), make_layer()
+    await listen(layer)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await sender.send("jobs", {"number": 1}, expiry=0.01)
+    await sender.send(channel, {"number": 2}, expiry=0.01)
+    await sender.group_send("room", {"number": 3}, expiry=0.01)
+    await sender.send_many([(channel, {"number": 4}), ("jobs", {"number": 5})], expiry=0.01)
+    await sender.group_send_many([("room", {"number": 6})], expiry=0.01)
+    await until(
+        lambda: (
+            observer.execute("SELECT FROM pg_layer_message WHERE expires_at > clock_timestamp()").rowcount
+            == 0
+        )
+    )
+    await layer.group_add("room", channel)  # what expires unread ends a membership
+    await sender.send("jobs", {"number": 7}, expiry=3600)
+    await sender.group_send("room", {"number": 8}, expiry=3600)
+    left = observer.execute(
+        "SELECT max(extract(epoch FROM expires_at - sent_at)) FROM pg_layer_message WHERE channel = 'jobs'"
+    ).fetchone()
+    assert left is None or left[0] is None or 3599 < left[0] < 3601
+    assert await numbers(layer, "jobs", 1) == [7]
+    assert await numbers(layer, channel, 1) == [8]
+
+
+async def member(link: Link, dsn: str, group: str) -> None:
+    async with open_layer(dsn) as layer:
+        channel = await layer.new_channel()
+        await layer.group_add(group, channel)
+        await listen(layer)
+        link.say(channel)
+        while (await link.hear()) == "next":
+            link.say((await receive(layer, channel))["number"])
+
+
+@pytest.mark.parametrize("size", [10, 20_000], ids=["in its doorbell", "read"])
+async def test_everyone_but_me(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, size: int
+) -> None:
+    layer = make_layer()
+    await listen(layer)
+    mine, neighbour = await layer.new_channel(), await layer.new_channel()
+    for channel in (mine, neighbour, "jobs"):
+        await layer.group_add("room", channel)
+    elsewhere = processes.start(member, migrated_dsn, "room")
+    far = await elsewhere.hear()
+
+    async def say(number: int, exclude: str | None) -> None:
+        message: Message = {"number": number, "blob": bytes(size)}
+        if number % 2:
+            await layer.group_send("room", message, exclude=exclude)
+        else:
+            await asyncio.gather(
+                layer.group_send("room", message, exclude=exclude), layer.group_send("nobody", {})
+            )
+
+    excluded = [None, mine, far, "jobs", neighbour, "somebody-else", None]
+    for number, channel in enumerate(excluded):
+        await say(number, channel)
+    for channel in (mine, neighbour, "jobs"):
+        expected = [n for n, name in enumerate(excluded) if name != channel]
+        assert await numbers(layer, channel, len(expected)) == expected
+    heard = []
+    for _ in range(6):
+        elsewhere.say("next")
+        heard.append(await elsewhere.hear())
+    assert heard == [0, 1, 3, 4, 5, 6]
+    elsewhere.say("end")
+
+
+# ---------------------------------------------------------------------- presence
+
+
+async def test_who_is_in_a_group(migrated_dsn: str, make_layer: MakeLayer, processes: Processes) -> None:
+    layer, sender = make_layer(), make_layer()
+    assert await sender.group_channels("room") == []
+    assert await sender.group_count("room") == 0
+    channels = [await layer.new_channel() for _ in range(3)]
+    for channel in (*channels, "jobs"):
+        await layer.group_add("room", channel)
+    await layer.group_add("other", channels[0])
+    far = await processes.start(member, migrated_dsn, "room").hear()
+    expected = sorted([*channels, "jobs", far])
+    assert sorted(await sender.group_channels("room")) == expected
+    assert await sender.group_count("room") == 5
+    assert await layer.group_channels("other") == [channels[0]]
+    await layer.group_discard("room", channels[0])
+    assert await sender.group_count("room") == 4
+    with pytest.raises(TypeError, match="Group name"):
+        await sender.group_count("no!group")
+    with pytest.raises(TypeError, match="Group name"):
+        await sender.group_channels("")
+
+
+async def test_layers_with_other_prefixes_do_not_see_each_others_members(make_layer: MakeLayer) -> None:
+    for prefix in ("a", "aa", "a-b"):
+        layer = make_layer(prefix=prefix)
+        await layer.group_add("room", await layer.new_channel())
+    for prefix in ("a", "aa", "a-b"):
+        assert await make_layer(prefix=prefix).group_count("room") == 1
+
+
+async def test_the_dead_are_not_counted(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
+) -> None:
+    layer = make_layer(group_expiry=None)
+    mine = await layer.new_channel()
+    await layer.group_add("room", mine)
+    killed = processes.start(member, migrated_dsn, "room")
+    await killed.hear()
+    assert await layer.group_count("room") == 2
+    killed.kill()
+    # Its lease runs out: here it is the clock that moves.
+    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() WHERE pid = %s", [killed.pid])
+    assert await layer.group_channels("room") == [mine]
+    assert await layer.group_count("room") == 1
+    observer.execute("UPDATE pg_layer_membership SET expires_at = clock_timestamp()")
+    assert await layer.group_count("room") == 0
