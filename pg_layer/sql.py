@@ -100,18 +100,103 @@ CLOSE = Statement(
 FLUSH = Statement(_LAZY_CALL + "pg_layer_flush($1)", TEXT)
 SWEEP = Statement(_LAZILY + "pg_layer_sweep($1, $2, $3, $4, $5) AS f", TEXT, INT4, BOOL, TEXT, INT8)
 SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
+CLIENTS = Statement(
+    """
+    SELECT split_part(inbox, '!', 2), host, pid,
+        (extract(epoch FROM expires_at) - extract(epoch FROM clock_timestamp()))::float8,
+        (SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = 'pg_layer ' || split_part(inbox, '!', 2))
+    FROM pg_layer_client
+    WHERE inbox > $1 || '!' AND inbox < $1 || '"' AND ended_at IS NULL
+    ORDER BY expires_at > clock_timestamp(), host, pid, inbox LIMIT $2
+    """,
+    *(TEXT, INT4),
+)
+CLIENT_COUNTS = Statement(
+    """
+    SELECT count(*) FILTER (WHERE ended_at IS NULL AND expires_at > clock_timestamp()),
+        count(*) FILTER (WHERE ended_at IS NULL AND expires_at <= clock_timestamp()),
+        count(ended_at)
+    FROM pg_layer_client WHERE inbox > $1 || '!' AND inbox < $1 || '"'
+    """,
+    TEXT,
+)
+DROPS = Statement(
+    """
+    SELECT d.name, coalesce(sum((c.counters ->> d.name)::bigint), 0)::bigint
+    FROM unnest($2) AS d (name)
+    LEFT JOIN pg_layer_client AS c ON c.inbox > $1 || '!' AND c.inbox < $1 || '"'
+        AND c.ended_at IS NULL AND c.expires_at > clock_timestamp()
+    GROUP BY d.name ORDER BY array_position($2, d.name)
+    """,
+    *(TEXT, TEXTS),
+)
+GROUPS = Statement(
+    """
+    SELECT group_name, members, inboxes, count(*) OVER (), (sum(members) OVER ())::bigint
+    FROM pg_layer_group WHERE prefix = $1 ORDER BY members DESC, group_name LIMIT $2
+    """,
+    *(TEXT, INT4),
+)
+CHANNELS = Statement(
+    """
+    SELECT split_part(inbox, '!:', 2), count(*),
+        extract(epoch FROM clock_timestamp() - min(sent_at))::float8,
+        count(*) OVER (), (sum(count(*)) OVER ())::bigint
+    FROM pg_layer_message
+    WHERE inbox > $1 || '!:' AND inbox < $1 || '!;' AND expires_at > clock_timestamp()
+    GROUP BY inbox ORDER BY 2 DESC, 1 LIMIT $2
+    """,
+    *(TEXT, INT4),
+)
+TABLES = Statement(
+    """
+    SELECT t.name, pg_table_size(s.relid), pg_indexes_size(s.relid), s.n_live_tup, s.n_dead_tup
+    FROM unnest($1) AS t (name) JOIN pg_stat_user_tables AS s ON s.relid = t.name::regclass
+    ORDER BY array_position($1, t.name)
+    """,
+    TEXTS,
+)
+LAST_SWEEP = Statement(
+    """
+    SELECT extract(epoch FROM clock_timestamp() - swept_at)::float8
+    FROM pg_layer_last_sweep WHERE prefix = $1
+    """,
+    TEXT,
+)
+FIRST_USE = Statement(
+    """
+    SELECT extract(epoch FROM clock_timestamp() - least(
+        (SELECT min(started_at) FROM pg_layer_client WHERE inbox > $1 || '!' AND inbox < $1 || '"'),
+        (SELECT min(sent_at) FROM pg_layer_message WHERE inbox > $1 || '!' AND inbox < $1 || '"')))::float8
+    """,
+    TEXT,
+)
+
+
+def all_statements() -> list[Statement]:
+    """Each statement above."""
+    return [value for value in globals().values() if isinstance(value, Statement)]
 
 
 @functools.cache
-def for_cursor(statement: Statement, *, is_in_transaction: bool) -> str:
-    """The statement as psycopg's cursors take it, with its parameters in their order.
+def for_transaction(statement: Statement) -> Statement:
+    """The statement as a part of somebody's transaction.
 
-    ``is_in_transaction``: it is a part of somebody's, which is to be as durable as he wants it, and not to
-    fail at its commit because NOTIFY's queue is full.
+    That is to be as durable as he wants it, and not to fail at its commit because NOTIFY's queue is full.
     """
     sql = statement.sql.decode()
-    if is_in_transaction and _LAZY in sql:
-        sql = sql.replace(_LAZY, "NULL").replace("($1", "(pg_layer_spare_commit($1)", 1)
-    for number, name in reversed([*enumerate(statement.names, 1)]):
+    if _LAZY not in sql:
+        return statement
+    sql = sql.replace(_LAZY, "NULL").replace("($1", "(pg_layer_spare_commit($1)", 1)
+    return Statement(sql, *statement.types)
+
+
+@functools.cache
+def for_cursor(statement: Statement) -> str:
+    """The statement as psycopg's cursors take it, with its parameters in their order."""
+    sql = statement.sql.decode()
+    names = [type.name for type in statement.types]
+    for number, name in reversed([*enumerate(names, 1)]):
         sql = sql.replace(f"${number}", f"%s::{name}")
     return sql

@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from psycopg import Connection
+from psycopg import Connection, errors, pq
 
 from pg_layer import sql
 from pg_layer.client import Farewell
 from pg_layer.inbox import LAST_ID, Key, Row, Span
 from pg_layer.room import Floors
-from pg_layer.session import Session, execute_now
+from pg_layer.session import Session
 from pg_layer.statement import Statement
+from pg_layer.status import DROPS, ChannelStatus, ClientStatus, GroupStatus, Status, TableStatus
 
 T = TypeVar("T")
 
 CLOSE_PATIENCE = 2.0  # seconds
 SWEEP_PATIENCE = 60.0  # seconds for a batch
+LOOK_PATIENCE = 10.0  # seconds for each statement of one who only looks
+TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client", "pg_layer_last_sweep")
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
 
@@ -305,7 +309,7 @@ async def close(session: Session, farewell: Farewell) -> None:
 
 def close_now(conn: Connection[Any], farewell: Farewell) -> None:
     """End a client, where no loop runs any more."""
-    execute_now(conn, sql.CLOSE, *_close_values(farewell), patience=CLOSE_PATIENCE)
+    Session(conn).execute_now(sql.CLOSE, *_close_values(farewell), patience=CLOSE_PATIENCE)
 
 
 async def flush(session: Session, prefix: str) -> int:
@@ -331,13 +335,66 @@ def sweep_now(
 
     Does not wait much longer for the server once ``bell`` can be read.
     """
-    ((_, *counts, inbox, id),) = execute_now(
-        conn, sql.SWEEP, prefix, limit, False, *after, patience=SWEEP_PATIENCE, bell=bell
+    ((_, *counts, inbox, id),) = Session(conn).execute_now(
+        sql.SWEEP, prefix, limit, False, *after, patience=SWEEP_PATIENCE, bell=bell
     )
     return Swept(*counts), (inbox, id)
 
 
 def sweepable(conn: Connection[Any], prefix: str) -> Swept:
     """What sweeping would remove."""
-    (counts,) = execute_now(conn, sql.SWEEPABLE, prefix)
+    (counts,) = Session(conn).execute_now(sql.SWEEPABLE, prefix)
     return Swept(*counts)
+
+
+def status(conn: Connection[Any], prefix: str, lease: float, top: int, *, are_named: bool) -> Status:
+    """How the layer of a prefix fares at one moment, with the first ``top`` of clients, groups and channels.
+
+    ``are_named``: connections tell whose they are.
+    """
+    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    run(sql.BEGIN_SNAPSHOT)
+    clients = [
+        ClientStatus(id, host, pid, lease - left, left, connections if are_named else None)
+        for id, host, pid, left, connections in run(sql.CLIENTS, prefix, top)
+    ]
+    ((live, overdue, ended),) = run(sql.CLIENT_COUNTS, prefix)
+    groups = run(sql.GROUPS, prefix, top)
+    channels = run(sql.CHANNELS, prefix, top)
+    drops = run(sql.DROPS, prefix, DROPS)
+    tables = run(sql.TABLES, TABLES)
+    ((notify_queue,),) = run(sql.QUEUE_USAGE)
+    sweeps = run(sql.LAST_SWEEP, prefix)
+    run(sql.COMMIT)
+    return Status(
+        clients=clients,
+        live_clients=live,
+        overdue_clients=overdue,
+        ended_clients=ended,
+        groups=[GroupStatus(*group[:3]) for group in groups],
+        all_groups=groups[0][3] if groups else 0,
+        all_members=groups[0][4] if groups else 0,
+        channels=[ChannelStatus(*channel[:3]) for channel in channels],
+        all_channels=channels[0][3] if channels else 0,
+        all_waiting=channels[0][4] if channels else 0,
+        drops=dict(drops),
+        tables=[TableStatus(*table) for table in tables],
+        notify_queue=notify_queue,
+        last_sweep=sweeps[0][0] if sweeps else None,
+    )
+
+
+def prove_tables(conn: Connection[Any]) -> None:
+    """Raise what psycopg raises if a table or function is missing that a statement needs; runs none."""
+    for statement in sql.all_statements():
+        result = conn.pgconn.prepare(b"", statement.sql, statement.oids)
+        if result.status != pq.ExecStatus.COMMAND_OK:
+            raise errors.error_from_result(result)
+
+
+def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
+    """For how many seconds nobody has swept; None, if nobody has used the layer yet."""
+    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    sweeps = run(sql.LAST_SWEEP, prefix)
+    ((since,),) = sweeps or run(sql.FIRST_USE, prefix)
+    return None if since is None else float(since)

@@ -1,0 +1,145 @@
+"""How a layer fares, as its tables tell: what `manage.py pg_layer_status` shows. No I/O.
+
+Times are in seconds, by the database's clock; sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FULL_QUEUE = 0.5  # of NOTIFY's queue; when all of it is used, PostgreSQL refuses NOTIFY
+DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full")
+
+
+@dataclass(frozen=True)
+class ClientStatus:
+    """A process that uses the layer and has not taken leave.
+
+    ``lease_age``: since its lease was renewed, if it has the lease of this configuration. ``lease_left``:
+    until its lease runs out; negative, once it is overdue. ``connections``: None, if they are not told apart,
+    having an `application_name` of the user's.
+    """
+
+    id: str
+    host: str
+    pid: int
+    lease_age: float
+    lease_left: float
+    connections: int | None
+
+
+@dataclass(frozen=True)
+class GroupStatus:
+    """A group: how many live members, and in how many inboxes (of processes, and of normal channels)."""
+
+    name: str
+    members: int
+    inboxes: int
+
+
+@dataclass(frozen=True)
+class ChannelStatus:
+    """A normal channel in which messages wait: how many, and since when the oldest does."""
+
+    name: str
+    waiting: int
+    oldest: float
+
+
+@dataclass(frozen=True)
+class TableStatus:
+    """A table of the layer's, which it shares with those of other prefixes; rows as PostgreSQL estimates."""
+
+    name: str
+    size: int
+    index_size: int
+    rows: int
+    dead_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How the layer of a prefix fares. Of clients, groups and channels it holds the first ones, and counts.
+
+    ``drops``: messages that live clients have dropped or refused since their start, by the reason.
+    ``notify_queue``: how much of the server's NOTIFY queue is used, from 0 to 1. ``last_sweep``: since the
+    last one ended; None: there was none.
+    """
+
+    clients: list[ClientStatus]
+    live_clients: int
+    overdue_clients: int
+    ended_clients: int
+    groups: list[GroupStatus]
+    all_groups: int
+    all_members: int
+    channels: list[ChannelStatus]
+    all_channels: int
+    all_waiting: int
+    drops: dict[str, int]
+    tables: list[TableStatus]
+    notify_queue: float
+    last_sweep: float | None
+
+    def problems(self, sweep_age: float) -> list[str]:
+        """What is not well, in words. ``sweep_age``: how old the last sweep may be."""
+        problems = []
+        if self.last_sweep is None:
+            problems.append("There was no sweep yet: run manage.py pg_layer_sweep.")
+        elif self.last_sweep > sweep_age:
+            problems.append(
+                f"The last sweep was {in_words(self.last_sweep)} ago: run manage.py pg_layer_sweep."
+            )
+        if self.overdue_clients:
+            overdue = [client for client in self.clients if client.lease_left <= 0]
+            names = [f"process {client.pid} on {client.host}" for client in overdue]
+            if len(names) < self.overdue_clients:
+                names.append("...")
+            problems.append(f"Leases that are overdue: {self.overdue_clients} ({', '.join(names)}).")
+        if self.notify_queue > FULL_QUEUE:
+            problems.append(
+                f"{self.notify_queue:.0%} of NOTIFY's queue is used: "
+                "a session that listens has been in a transaction for long."
+            )
+        return problems
+
+    def as_dict(self, sweep_age: float) -> dict[str, Any]:
+        """All of it in plain types, with the problems."""
+        problems = self.problems(sweep_age)
+        return {
+            "ok": not problems,
+            "problems": problems,
+            "clients": {
+                "live": self.live_clients,
+                "overdue": self.overdue_clients,
+                "ended": self.ended_clients,
+                "list": [asdict(client) for client in self.clients],
+            },
+            "groups": {
+                "count": self.all_groups,
+                "members": self.all_members,
+                "list": [asdict(group) for group in self.groups],
+            },
+            "channels": {
+                "count": self.all_channels,
+                "waiting": self.all_waiting,
+                "list": [asdict(channel) for channel in self.channels],
+            },
+            "drops": self.drops,
+            "tables": [asdict(table) for table in self.tables],
+            "notify_queue": self.notify_queue,
+            "last_sweep": self.last_sweep,
+        }
+
+
+def in_words(seconds: float) -> str:
+    """A time in the one or two units that matter: "7 s", "2 min 5 s", "3 d 4 h"."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left = max(round(seconds), 0)
+    parts = []
+    for name, size in units:
+        count, left = divmod(left, size)
+        parts.append((count, name))
+    first = next((index for index, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    return " ".join(f"{count} {name}" for count, name in parts[first : first + 2] if count or name == "s")
