@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -273,7 +274,7 @@ class DjangoSession:
     def connect(self) -> None:
         """Connect, if there is no connection, or none any more. Outside of transactions."""
         connection = self._connection
-        if connection.connection is not None and _has_hung_up(_session_of(connection.connection)):
+        if connection.connection is not None and _has_hung_up(_session_of(connection)):
             connection.close()
         connection.ensure_connection()
 
@@ -295,7 +296,7 @@ class DjangoSession:
         ):
             connection.validate_thread_sharing()
             with connection.wrap_database_errors, psycopg_connection.lock:
-                return _session_of(psycopg_connection).execute_now(
+                return _session_of(connection).execute_now(
                     statement, *values, patience=None if is_in_transaction else self._patience
                 )
         with connection.cursor() as cursor:
@@ -308,13 +309,14 @@ class DjangoSession:
             return rows
 
 
-_sessions: WeakKeyDictionary[psycopg.Connection[Any], Session] = WeakKeyDictionary()
+_sessions: WeakKeyDictionary[BaseDatabaseWrapper, Session] = WeakKeyDictionary()
 
 
-def _session_of(connection: psycopg.Connection[Any]) -> Session:
+def _session_of(connection: BaseDatabaseWrapper) -> Session:
+    """The session on what Django is connected by now."""
     session = _sessions.get(connection)
-    if session is None:
-        session = _sessions[connection] = Session(connection)
+    if session is None or session.conn is not connection.connection:
+        session = _sessions[connection] = Session(connection.connection)
     return session
 
 
@@ -352,8 +354,9 @@ def alias_of(config: Config) -> str:
     place = _place(conninfo_to_dict(config.dsn))
     for alias in connections:
         wrapper = connections[alias]
-        if wrapper.vendor == "postgresql" and _place(wrapper.get_connection_params()) == place:
-            return alias
+        with suppress(ImproperlyConfigured):  # that alias is wrong by itself
+            if wrapper.vendor == "postgresql" and _place(wrapper.get_connection_params()) == place:
+                return alias
     raise ImproperlyConfigured(
         "pg_layer: layer.sync runs on one of Django's own connections, and no alias in DATABASES leads to "
         "the database of CONFIG['dsn']. Set CONFIG['using'] to an alias instead of 'dsn', or name one in the "

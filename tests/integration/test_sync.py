@@ -28,6 +28,8 @@ from tests.integration.test_django import SQLITE, postgres
 from tests.processes import new_layer, receive
 from tests.project.configured import configured
 
+README = Path(__file__).parents[2] / "README.md"
+
 
 @pytest.fixture
 def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
@@ -368,6 +370,28 @@ def test_who_watches_queries_sees_those_of_the_layer(layer: PostgresChannelLayer
         "pg_layer_group_send_batch",
     ]
     assert received(layer, "jobs", 2) == [1, 2]
+
+
+def test_the_readmes_example(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
+    (example,) = re.findall(
+        r"```python\n(from channels.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    exec(example, names)
+    member = joined(reader, "news")
+
+    class Article:
+        pk = 7
+        saves = 0
+
+        def save(self) -> None:
+            self.saves += 1
+            assert connection.in_atomic_block
+
+    article = Article()
+    names["publish"](article)
+    assert article.saves == 1
+    assert asyncio.run(receive(reader, member)) == {"type": "article.published", "id": 7}
 
 
 # ---------------------------------------------------------------------- requests

@@ -49,7 +49,14 @@ def test_python_snippets_compile() -> None:
 
 
 def test_the_named_exceptions_can_be_imported() -> None:
-    for name in ("ChannelFull", "MessageTooLarge", "LayerUnavailable", "NotMigrated", "PgLayerError"):
+    for name in (
+        "ChannelFull",
+        "MessageTooLarge",
+        "LayerUnavailable",
+        "OutcomeUnknown",
+        "NotMigrated",
+        "PgLayerError",
+    ):
         assert f"`{name}`" in README
         assert name in pg_layer.__all__
 
