@@ -27,6 +27,11 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _repeat(times: int, work: Callable[[], object]) -> None:
+    for _ in range(times):
+        work()
+
+
 def _save(*, and_send: Callable[[], object] | None) -> None:
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("INSERT INTO note VALUES ('x')")
@@ -55,13 +60,13 @@ def measure(rounds: int, transactions: int) -> dict[str, list[float]]:
     works: dict[str, Callable[[], object]] = {
         "1,000 send": lambda: asyncio.run(singles()),
         "send_many of 1,000": lambda: asyncio.run(many()),
-        "1,000 sync.send": lambda: [sync.send("jobs", MESSAGE) for _ in range(MANY)],
+        "1,000 sync.send": lambda: _repeat(MANY, lambda: sync.send("jobs", MESSAGE)),
         "sync.send_many of 1,000": lambda: sync.send_many([("jobs", MESSAGE)] * MANY),
-        "transactions": lambda: [_save(and_send=None) for _ in range(transactions)],
-        "transactions that send": lambda: [
-            _save(and_send=lambda: sync.group_send("room", MESSAGE)) for _ in range(transactions)
-        ],
-        "select 1": lambda: [_select() for _ in range(transactions)],
+        "transactions": lambda: _repeat(transactions, lambda: _save(and_send=None)),
+        "transactions that send": lambda: _repeat(
+            transactions, lambda: _save(and_send=lambda: sync.group_send("room", MESSAGE))
+        ),
+        "select 1": lambda: _repeat(transactions, _select),
     }
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
