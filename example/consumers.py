@@ -12,10 +12,13 @@ import time
 from typing import Any
 from urllib.parse import parse_qs
 
+from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from django.conf import settings
+from django.db import OperationalError
 
-from pg_layer import LayerUnavailable
+from example.models import Announcement
+from pg_layer import LayerUnavailable, PostgresChannelLayer
 
 MAX_NAME = 24
 MAX_TEXT = 1000
@@ -24,6 +27,11 @@ MAX_TEXT = 1000
 def this_process() -> dict[str, Any]:
     """Who is speaking here: what the page shows, and what goes along with every message."""
     return {"name": settings.DEMO_NAME, "pid": os.getpid()}
+
+
+def group_of(room: str) -> str:
+    """The group of everybody in a room, in all processes."""
+    return f"chat.{room}"
 
 
 def clean(value: object, limit: int) -> str:
@@ -42,10 +50,12 @@ def clean_name(value: object) -> str:
 class ChatConsumer(AsyncJsonWebsocketConsumer):
     """One browser in one room.
 
-    From the page come ``{"type": "say", "text": …}`` and ``{"type": "rename", "name": …}``; anything else is
-    answered with an ``error``. To the page go ``welcome``, ``message``, ``joined``, ``left``, ``renamed``.
+    From the page come ``{"type": "say", "text": …}``, ``{"type": "rename", "name": …}`` and
+    ``{"type": "count"}``, which asks how many are ``here``; anything else is answered with an ``error``. To
+    the page go ``welcome``, ``message``, ``announcement``, ``joined``, ``left``, ``renamed``, ``here``.
     """
 
+    channel_layer: PostgresChannelLayer
     name: str
     room: str
     group: str
@@ -54,10 +64,18 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         query = parse_qs(self.scope["query_string"].decode("latin-1"))
         self.name = clean_name(query.get("name", [""])[0])
         self.room = self.scope["url_route"]["kwargs"]["room"]
-        self.group = f"chat.{self.room}"
+        self.group = group_of(self.room)
         await self.accept()
         await self.channel_layer.group_add(self.group, self.channel_name)
-        await self.send_json({"type": "welcome", "room": self.room, "name": self.name, "by": this_process()})
+        await self.send_json(
+            {
+                "type": "welcome",
+                "room": self.room,
+                "name": self.name,
+                "by": this_process(),
+                "saved": await self.count_saved(),
+            }
+        )
         await self.tell("chat.joined")
 
     async def disconnect(self, code: int) -> None:
@@ -88,6 +106,8 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
                     if (name := clean_name(name)) != self.name:
                         before, self.name = self.name, name
                         await self.tell("chat.renamed", before=before)
+                case {"type": "count"}:
+                    await self.send_json({"type": "here", "count": await self.count_here()})
                 case _:
                     await self.complain("The server did not understand that.")
         except LayerUnavailable:
@@ -103,6 +123,23 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
 
     async def complain(self, text: str) -> None:
         await self.send_json({"type": "error", "text": text})
+
+    # What is so right now, for all processes
+
+    async def count_here(self) -> int | None:
+        """How many are in the room; None if the database is away."""
+        try:
+            return await self.channel_layer.group_count(self.group)
+        except LayerUnavailable:
+            return None
+
+    @database_sync_to_async
+    def count_saved(self) -> int | None:
+        """How many announcements of the room are saved; None if the database is away."""
+        try:
+            return Announcement.objects.filter(room=self.room).count()
+        except OperationalError:
+            return None
 
     # To everybody in the room, whichever process they are connected to
 
@@ -125,13 +162,20 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         await self.show("message", event, text=event["text"])
 
     async def chat_joined(self, event: dict[str, Any]) -> None:
-        await self.show("joined", event)
+        # Counted by each who shows it, after the event: whoever sent it may have counted before another came.
+        await self.show("joined", event, here=await self.count_here())
 
     async def chat_left(self, event: dict[str, Any]) -> None:
-        await self.show("left", event)
+        await self.show("left", event, here=await self.count_here())
 
     async def chat_renamed(self, event: dict[str, Any]) -> None:
         await self.show("renamed", event, before=event["before"])
+
+    async def chat_announcement(self, event: dict[str, Any]) -> None:
+        # The message left when its transaction committed: so the row is there by now.
+        await self.send_json(
+            {**event, "type": "announcement", "by": this_process(), "saved": await self.count_saved()}
+        )
 
     async def show(self, kind: str, event: dict[str, Any], **fields: Any) -> None:
         await self.send_json(

@@ -43,9 +43,15 @@ if not DSN:
     )
 
 # What the demo is about.
-INSTALLED_APPS = ["channels", "pg_layer"]
+INSTALLED_APPS = ["channels", "pg_layer", "example"]
 DATABASES = {"default": database_from_dsn(DSN)}
-CHANNEL_LAYERS = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}
+CHANNEL_LAYERS = {
+    "default": {
+        "BACKEND": "pg_layer.PostgresChannelLayer",
+        # Shorter than usual, so that one sees who was in a process that is killed vanish.
+        "CONFIG": {"lease": 12, "heartbeat": 4},
+    }
+}
 
 # What any Django project has.
 DEBUG = False
@@ -56,6 +62,7 @@ ROOT_URLCONF = "example.urls"
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 TEMPLATES = [
@@ -64,6 +71,7 @@ TEMPLATES = [
         "DIRS": [BASE_DIR / "templates"],
     }
 ]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 
 # Which process this is: shown on the page, and sent along with every message.

@@ -72,6 +72,17 @@ class Migration(migrations.Migration):
                     options={"db_table": "pg_layer_membership"},
                 ),
                 migrations.CreateModel(
+                    name="Group",
+                    fields=[
+                        ("key", name(primary_key=True, serialize=False)),
+                        ("prefix", name()),
+                        ("group_name", name()),
+                        ("members", models.BigIntegerField()),
+                        ("inboxes", models.BigIntegerField()),
+                    ],
+                    options={"db_table": "pg_layer_group", "managed": False},
+                ),
+                migrations.CreateModel(
                     name="Client",
                     fields=[
                         ("inbox", name(primary_key=True, serialize=False)),

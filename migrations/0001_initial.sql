@@ -398,42 +398,88 @@ LANGUAGE sql VOLATILE AS $$
         ELSE _prefix END
 $$;
 
--- The payload of a message in JSON, if that and what it is for are sound.
---   _what, _pattern: what the name is the name of, and what it must look like
-CREATE FUNCTION pg_layer_payload(_what text, _name text, _pattern text, _message jsonb, _prefix text, _expiry float8)
-RETURNS bytea
-LANGUAGE plpgsql IMMUTABLE AS $$
-DECLARE
-    _reserved text;
+-- Raise an error about what the caller gave, and say what to do.
+CREATE FUNCTION pg_layer_refuse(_what text, _advice text) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
-    IF _name IS NULL OR _name !~ _pattern OR length(_name) > 99 THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = format('pg_layer: %s is no valid name of a %s.', coalesce(quote_literal(left(_name, 120)), 'NULL'), _what),
-            HINT = 'Names have at most 99 letters, digits, ".", "-" and "_", those of specific channels one "!" as well.';
-    ELSIF _prefix IS NULL OR _prefix !~ '^[A-Za-z0-9._-]{1,50}$' THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = format('pg_layer: %s is no valid prefix.', coalesce(quote_literal(left(_prefix, 120)), 'NULL')),
-            HINT = 'It must be the option "prefix" of the channel layer, which is "asgi" if none was set.';
-    ELSIF _message IS NULL OR jsonb_typeof(_message) <> 'object' THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = format('pg_layer: a message must be a JSON object, not %s.', coalesce(jsonb_typeof(_message), 'NULL')),
-            HINT = 'For example {"type": "chat.message", "text": "hi"}.';
-    ELSIF jsonb_typeof(_message -> 'type') IS DISTINCT FROM 'string' OR _message ->> 'type' = '' THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = 'pg_layer: a message must have a "type" that is a string.',
-            HINT = 'It names the method that handles it: {"type": "chat.message"} goes to chat_message().';
-    ELSIF _expiry IS NULL OR NOT (_expiry > 0 AND _expiry <= 1000000000) THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = format('pg_layer: expiry must be a number of seconds above 0, not %s.', coalesce(_expiry::text, 'NULL'));
-    END IF;
-    SELECT k INTO _reserved FROM jsonb_object_keys(_message) AS k WHERE starts_with(k, '__asgi_') LIMIT 1;
-    IF FOUND THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = format('pg_layer: the key %s belongs to channel layers.', quote_literal(_reserved));
-    END IF;
-    RETURN convert_to(_message::text, 'UTF8');
+    RAISE invalid_parameter_value USING MESSAGE = 'pg_layer: ' || _what, HINT = _advice;
 END
 $$;
+
+CREATE FUNCTION pg_layer_check_channel(_name text, _what text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF _name IS NULL OR _name !~ '^[A-Za-z0-9._-]+(![A-Za-z0-9._-]*)?$' OR length(_name) > 99 THEN
+        PERFORM pg_layer_refuse(
+            format('%s is no valid %s.', coalesce(quote_literal(left(_name, 120)), 'NULL'), _what),
+            'A name has 1 to 99 letters, digits, ".", "-" and "_"; that of a specific channel has one "!" as well.');
+    END IF;
+END
+$$;
+
+CREATE FUNCTION pg_layer_check_group(_name text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF _name IS NULL OR _name !~ '^[A-Za-z0-9._-]{1,99}$' THEN
+        PERFORM pg_layer_refuse(
+            format('%s is no valid name of a group.', coalesce(quote_literal(left(_name, 120)), 'NULL')),
+            'A name has 1 to 99 letters, digits, ".", "-" and "_".');
+    END IF;
+END
+$$;
+
+-- The payload of a message in JSON, if that, its prefix and its expiry are sound: what the layer itself would not send is
+-- refused, so that no consumer meets what its own layer cannot hand on.
+CREATE FUNCTION pg_layer_payload(_prefix text, _message jsonb, _expiry float8) RETURNS bytea
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    _payload bytea;
+    _key text;
+    _number jsonb;
+BEGIN
+    IF _prefix IS NULL OR _prefix !~ '^[A-Za-z0-9._-]{1,50}$' THEN
+        PERFORM pg_layer_refuse(
+            format('%s is no valid prefix.', coalesce(quote_literal(left(_prefix, 120)), 'NULL')),
+            'It must be the option "prefix" of the channel layer, which is "asgi" if none was set.');
+    ELSIF _message IS NULL OR jsonb_typeof(_message) <> 'object' THEN
+        PERFORM pg_layer_refuse(
+            format('a message must be a JSON object, not %s.', coalesce(jsonb_typeof(_message), 'NULL')),
+            'For example {"type": "chat.message", "text": "hi"}.');
+    ELSIF jsonb_typeof(_message -> 'type') IS DISTINCT FROM 'string' OR _message ->> 'type' = '' THEN
+        PERFORM pg_layer_refuse(
+            'a message must have a "type" that is a string, and not an empty one.',
+            'It names the method that handles it: {"type": "chat.message"} goes to chat_message().');
+    ELSIF _expiry IS NULL OR NOT (_expiry > 0 AND _expiry <= 1000000000) THEN
+        PERFORM pg_layer_refuse(
+            format('expiry must be a number of seconds above 0, at most 1000000000, not %s.', coalesce(_expiry::text, 'NULL')),
+            'Leave it out for the 60 seconds that are the layer''s own default.');
+    END IF;
+    SELECT k INTO _key FROM jsonb_object_keys(_message) AS k WHERE starts_with(k, '__asgi_') LIMIT 1;
+    IF FOUND THEN
+        PERFORM pg_layer_refuse(
+            format('the message has a key %s.', quote_literal(left(_key, 120))),
+            'Keys that begin with "__asgi_" belong to channel layers: give it another name.');
+    END IF;
+    _number := jsonb_path_query_first(_message, 'strict $.** ? (@ > 9223372036854775807 || @ < -9223372036854775808)');
+    IF _number IS NOT NULL THEN
+        PERFORM pg_layer_refuse(
+            format('the message has a number that does not fit into 64 bits: %s.', left(_number::text, 40)),
+            'Send it as a string.');
+    END IF;
+    IF jsonb_path_exists(_message, 'strict $.**{200 to last} ? (@.type() == "object" || @.type() == "array")') THEN
+        PERFORM pg_layer_refuse('the message is nested too deeply.', 'At most 200 levels of objects and arrays are taken.');
+    END IF;
+    _payload := convert_to(_message::text, 'UTF8');
+    IF octet_length(_payload) > 8388608 THEN
+        PERFORM pg_layer_refuse(
+            format('the message is %s bytes long; at most 8388608 are taken.', octet_length(_payload)),
+            'Send what identifies the data, and let the consumer fetch it.');
+    END IF;
+    RETURN _payload;
+END
+$$;
+
+-- The texts are compared bytewise, whatever the collation of the column or the variable they come from.
 
 -- Send a message to a channel.
 --   prefix, expiry (seconds), capacity: as in the layer's options
@@ -443,14 +489,19 @@ CREATE FUNCTION pg_layer_send(
 ) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-    _payload bytea := pg_layer_payload('channel', channel, '^[A-Za-z0-9._-]+(![A-Za-z0-9._-]*)?$', message, prefix, expiry);
-    _hushed text := pg_layer_spare_commit(prefix);
+    _channel text COLLATE "C" := channel;
+    _prefix text COLLATE "C" := prefix;
+    _payload bytea;
 BEGIN
+    PERFORM pg_layer_check_channel(_channel, 'name of a channel');
+    _payload := pg_layer_payload(_prefix, message, expiry);
     IF capacity IS NULL OR capacity < 1 THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = format('pg_layer: capacity must be at least 1, not %s.', coalesce(capacity::text, 'NULL'));
+        PERFORM pg_layer_refuse(
+            format('capacity must be at least 1, not %s.', coalesce(capacity::text, 'NULL')),
+            'Leave it out for the 100 messages that are the layer''s own default.');
     END IF;
-    RETURN pg_layer_send_one(prefix, channel, _payload, expiry, capacity, 0) IS NOT NULL;
+    PERFORM pg_layer_spare_commit(_prefix);
+    RETURN pg_layer_send_one(_prefix, _channel, _payload, expiry, capacity, 0) IS NOT NULL;
 END
 $$;
 
@@ -462,10 +513,29 @@ CREATE FUNCTION pg_layer_group_send(
 ) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    _payload bytea := pg_layer_payload('group', group_name, '^[A-Za-z0-9._-]+$', message, prefix, expiry);
-    _hushed text := pg_layer_spare_commit(prefix);
+    _group text COLLATE "C" := group_name;
+    _prefix text COLLATE "C" := prefix;
+    _excluded text COLLATE "C" := exclude;
+    _payload bytea;
 BEGIN
-    PERFORM pg_layer_group_send_one(prefix, group_name, _payload, expiry, exclude);
+    PERFORM pg_layer_check_group(_group);
+    _payload := pg_layer_payload(_prefix, message, expiry);
+    IF _excluded IS NOT NULL THEN
+        PERFORM pg_layer_check_channel(_excluded, 'channel to exclude');
+    END IF;
+    PERFORM pg_layer_spare_commit(_prefix);
+    PERFORM pg_layer_group_send_one(_prefix, _group, _payload, expiry, _excluded);
+END
+$$;
+
+-- Whatever search_path a session has, these find the layer's tables and functions, and never something else of that name, such
+-- as a temporary table that a caller puts in the way of a SECURITY DEFINER trigger.
+DO $$
+BEGIN
+    EXECUTE format('ALTER FUNCTION pg_layer_send(text, jsonb, text, float8, integer) SET search_path = %I, pg_temp',
+                   current_schema());
+    EXECUTE format('ALTER FUNCTION pg_layer_group_send(text, jsonb, text, float8, text) SET search_path = %I, pg_temp',
+                   current_schema());
 END
 $$;
 
@@ -558,14 +628,14 @@ LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
     ORDER BY m.inbox, m.channel
 $$;
 
--- All groups that have live members, and how many.
+-- All groups that have live members, and how many. The key tells groups of different prefixes apart.
 CREATE VIEW pg_layer_group AS
-    SELECT split_part(m.inbox, '!', 1) AS prefix, m.group_name, count(*) AS members,
-        count(DISTINCT m.inbox) AS inboxes
+    SELECT split_part(m.inbox, '!', 1) || '!' || m.group_name AS key, split_part(m.inbox, '!', 1) AS prefix,
+        m.group_name, count(*) AS members, count(DISTINCT m.inbox) AS inboxes
     FROM pg_layer_membership AS m
     LEFT JOIN pg_layer_client AS c ON c.inbox = m.inbox
     WHERE m.expires_at > clock_timestamp() AND (m.capacity IS NOT NULL OR c.expires_at > clock_timestamp())
-    GROUP BY 1, 2;
+    GROUP BY prefix, m.group_name;
 
 -- Put back memberships that a client remembers and the tables may have lost (a crash, a failover, a lapsed lease).
 --   _ttls: seconds each has left, or null for as long as the client's lease

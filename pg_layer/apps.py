@@ -7,3 +7,8 @@ class PgLayerConfig(AppConfig):
     name = "pg_layer"
     verbose_name = "PostgreSQL channel layer"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from pg_layer.checks import register_checks
+
+        register_checks()

@@ -12,8 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pg_layer.clock import DatabaseClock
@@ -22,6 +21,7 @@ from pg_layer.exceptions import UndecodableMessage
 from pg_layer.inbox import LAST_ID, Inbox, Key, Row
 from pg_layer.mailbox import Letter, Mailbox
 from pg_layer.membership import Memberships
+from pg_layer.stats import Counters
 
 if TYPE_CHECKING:
     from pg_layer.config import Config
@@ -49,7 +49,8 @@ def inbox_of(prefix: str, channel: str) -> str:
 class Client:
     """What is known in this process, whatever loop it is used on."""
 
-    def __init__(self, config: Config, codec: Codec) -> None:
+    def __init__(self, config: Config, codec: Codec, counters: Counters | None = None) -> None:
+        # counters: those of the layer, which go on when the next client begins
         self.config = config
         self.codec = codec
         self.id = secrets.token_hex(8)
@@ -68,7 +69,8 @@ class Client:
         self.inbox = Inbox()
         self.memberships = Memberships()
         self.clock = DatabaseClock()
-        self.counters: Counter[str] = Counter()
+        self.counters = counters or Counters()
+        self._counted_before = self.counters.read()
         # Rows of no further use, and the mailbox that counts them (none: a group's). Deleted many at once.
         self.doomed: dict[Key, Mailbox | None] = {}
         self._mailboxes: dict[str, Mailbox] = {}
@@ -136,8 +138,9 @@ class Client:
 
     # ------------------------------------------------------------------ dispatch
 
-    def dispatch(self, rows: Iterable[Row]) -> list[Key]:
+    def dispatch(self, rows: Sequence[Row]) -> list[Key]:
         """Bring rows to their mailboxes, in order; returns the keys of rows that are of no further use."""
+        self.counters.add("received", sum(row.kind == "message" for row in rows))
         done: list[Key] = []
         for row in rows:
             if not self._dispatch_one(row):
@@ -149,7 +152,6 @@ class Client:
         if row.id > self.last_id:
             self.last_id = row.id
         if row.kind == "message":
-            self.counters["received"] += 1
             try:
                 payload = self.codec.open(row.payload)
             except UndecodableMessage as error:
@@ -196,7 +198,7 @@ class Client:
         expired = mailbox.pop_expired(self.clock.now())
         if expired:
             mailbox.is_neglected = True
-            self.counters["dropped_expired"] += len(expired)
+            self.counters.add("dropped_expired", len(expired))
             self.doomed.update({letter.key: mailbox for letter in expired if letter.key is not None})
 
     def announce(self, type: str | None) -> None:
@@ -216,6 +218,12 @@ class Client:
                 {letter.key: mailbox for letter in mailbox.pop_up_to(id) if letter.key is not None}
             )
 
+    # ------------------------------------------------------------------ how it fares
+
+    def counted(self) -> dict[str, int]:
+        """What this process did since this client began, by the names in `Counts`."""
+        return self.counters.since(self._counted_before)
+
     # ------------------------------------------------------------------ the end
 
     def farewell(self) -> Farewell:
@@ -230,13 +238,13 @@ class Client:
 
     def count_dropped(self, group: str, channel: str) -> None:
         """A full channel missed a group's message."""
-        self.counters["dropped_full"] += 1
+        self.counters.add("dropped_full")
         if self._may_log(("full", channel)):
             logger.warning("Channel %s is full and misses messages of group %s.", channel, group)
 
     def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
         """A message could not be read: it is skipped."""
-        self.counters["dropped_undecodable"] += 1
+        self.counters.add("dropped_undecodable")
         if self._may_log(("undecodable", str(error))):
             logger.error("Skipped a message for %s that cannot be read: %s", where, error)
 
@@ -247,7 +255,7 @@ class Client:
 
     def foreign(self, doorbell: str) -> None:
         """Somebody else sent a NOTIFY on one of our doorbells."""
-        self.counters["foreign_notifies"] += 1
+        self.counters.add("foreign_notifies")
         if self._may_log(("foreign", doorbell)):
             logger.warning("Ignored a NOTIFY on %s that pg_layer did not send.", doorbell)
 

@@ -56,16 +56,23 @@ class Codec:
 
     `serializer_format` ("msgpack" or "json") and `keys[0]` decide how messages are written; `keys` (all of
     them) and the payload itself decide how they are read. `max_message_size` is in bytes and counts the
-    serialised message before encryption, which adds a third and about 100 bytes. `keys` needs the
-    `cryptography` package (`ImportError` otherwise); arguments are trusted, `pg_layer.config` checks them.
+    serialised message before encryption, which adds a third and about 100 bytes. With `allow_unencrypted`
+    plain payloads are read although there are keys. `keys` needs the `cryptography` package (`ImportError`
+    otherwise); arguments are trusted, `pg_layer.config` checks them.
     """
 
-    __slots__ = ("_crypter", "_max_message_size", "_pack", "_serializer_format")
+    __slots__ = ("_allow_unencrypted", "_crypter", "_max_message_size", "_pack", "_serializer_format")
 
     def __init__(
-        self, serializer_format: str, max_message_size: int, keys: Sequence[str | bytes] | None = None
+        self,
+        serializer_format: str,
+        max_message_size: int,
+        keys: Sequence[str | bytes] | None = None,
+        *,
+        allow_unencrypted: bool = False,
     ) -> None:
         self._serializer_format = serializer_format
+        self._allow_unencrypted = allow_unencrypted
         self._max_message_size = max_message_size
         # `packb` makes a packer for each message: 0.2 µs dearer than a packer for each thread, but that one
         # could be entered a second time while it works, by a finaliser that sends, and keeps the largest
@@ -114,8 +121,8 @@ class Codec:
         """The plaintext of a stored payload, to be given to `decode` as often as there are readers.
 
         Raises `UndecodableMessage` for a payload in no known format, for one that none of the keys opens, for
-        an encrypted one without keys, and for a plain one where keys are configured (else whoever can write
-        to the table could forge messages).
+        an encrypted one without keys, and for a plain one where there are keys and plain ones are not allowed
+        (else whoever can write to the table could forge messages).
         """
         first = payload[0] if payload else -1
         if self._crypter is None:
@@ -127,9 +134,11 @@ class Codec:
                 )
             raise UndecodableMessage(_unknown_format(payload))
         if first in _PLAIN_FIRST:
+            if self._allow_unencrypted:
+                return payload
             raise UndecodableMessage(
                 "A stored message is not encrypted, but symmetric_encryption_keys is set here. "
-                "Was it sent from SQL, or by a process without keys?"
+                "Was it sent from SQL, or by a process without keys? allow_unencrypted would deliver it."
             )
         if first != _FERNET_FIRST:
             raise UndecodableMessage(_unknown_format(payload))

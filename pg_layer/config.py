@@ -18,12 +18,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
-from psycopg.conninfo import conninfo_to_dict
 
+from pg_layer.dsn import fault_of, is_utf8, looks_secret, parsed, without_secrets
 from pg_layer.ops import MAX_SECONDS
 
 MAX_COUNT = 2**31 - 1
@@ -61,21 +60,7 @@ _DJANGO_ONLY = frozenset(
     )
 )
 
-_SECRET_PARAMETERS = frozenset(
-    ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
-)
-# libpq's words for what is wrong with a connection string quote it. These replace them.
-_DSN_FAULTS = {
-    'missing "="': "a part has no '='; a value with a space in it needs quotes, as in password='a b'",
-    "invalid connection option": "it has an unknown option; a value with a space in it needs quotes",
-    "invalid URI query parameter": "it has an unknown option",
-    "invalid percent-encoded token": "it has a '%' with no code after it; write '%25'",
-    "unterminated quoted string": "a quote is opened and not closed",
-}
-_LOOKS_SECRET = re.compile(r"passw|secret|://|\bpwd", re.IGNORECASE)
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,50}")
-_PORTS = re.compile(r"[0-9]{0,5}(,[0-9]{0,5})*")
-_URL = re.compile(r"postgres(?:ql)?://")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
@@ -93,6 +78,7 @@ class Config:
     - `capacity`: how many messages may wait on a channel.
     - `channel_capacity`: other capacities, by glob or compiled pattern; the first that matches counts.
     - `symmetric_encryption_keys`: a list; messages are encrypted with its first key and read with any.
+    - `allow_unencrypted`: with such keys, deliver plain messages, too.
     - `serializer_format`: "msgpack" or "json".
     - `max_message_size`: of a serialised message; up to 512 MiB.
     - `lease`: how long a process that shows no life still counts as living.
@@ -114,6 +100,7 @@ class Config:
     capacity: int = 100
     channel_capacity: Mapping[str | re.Pattern[str], int] | None = None
     symmetric_encryption_keys: tuple[str | bytes, ...] | None = None
+    allow_unencrypted: bool = False
     serializer_format: Literal["msgpack", "json"] = "msgpack"
     max_message_size: int = 8 * 1024 * 1024
     lease: float = 60
@@ -151,6 +138,8 @@ class Config:
         _check_count("max_message_size", self.max_message_size, MAX_MESSAGE_SIZE, "bytes, an integer")
         if self.serializer_format not in ("msgpack", "json"):
             raise _bad("serializer_format", self.serializer_format, "'msgpack' or 'json'")
+        if not isinstance(self.allow_unencrypted, bool):
+            raise _bad("allow_unencrypted", self.allow_unencrypted, "True or False")
         _set(self, "symmetric_encryption_keys", _checked_keys(self.symmetric_encryption_keys))
         patterns = _compiled_capacities(self.channel_capacity)
         if self.channel_capacity is not None:
@@ -179,7 +168,7 @@ class Config:
         for name in OPTIONS:
             value = getattr(self, name)
             if value is not None and name in ("dsn", "listen_dsn"):
-                value = _without_secrets(value)
+                value = without_secrets(value)
             elif value is not None and name == "symmetric_encryption_keys":
                 shown.append(f"{name}=<{len(value)} keys>")
                 continue
@@ -206,7 +195,7 @@ class Config:
         Raises `ImproperlyConfigured` if `using` names no alias in DATABASES, or one that is no PostgreSQL.
         """
         dsn = self.listen_dsn if role == "listen" and self.listen_dsn is not None else self.dsn
-        kwargs = _django_parameters(self.using or "default") if dsn is None else _parsed(dsn)
+        kwargs = _django_parameters(self.using or "default") if dsn is None else parsed(dsn)
         for name, value in _CONNECTION_DEFAULTS.items():
             if _ENVIRONMENT.get(name, "") not in os.environ:
                 kwargs.setdefault(name, value)
@@ -244,7 +233,7 @@ def _shown(value: object) -> str:
         text = repr(value)
     except Exception:
         text = ""
-    if not text or len(text) > 100 or _LOOKS_SECRET.search(text):
+    if not text or len(text) > 100 or looks_secret(text):
         return f"this {type(value).__name__}"
     return text
 
@@ -285,7 +274,7 @@ def _checked_keys(keys: object) -> tuple[str | bytes, ...] | None:
             raise _bad(f"{name}[{index}]", key, "a str or bytes", shown=f"this {type(key).__name__}")
         if not key:
             raise _bad(f"{name}[{index}]", key, "a non-empty str or bytes", shown="empty")
-        if isinstance(key, str) and not _is_utf8(key):
+        if isinstance(key, str) and not is_utf8(key):
             raise _bad(f"{name}[{index}]", key, "text that UTF-8 can carry", shown="this str")
     try:
         import cryptography.fernet  # noqa: F401
@@ -332,73 +321,13 @@ def _capacity_function(patterns: list[tuple[re.Pattern[str], int]], default: int
     return functools.lru_cache(_REMEMBERED_CAPACITIES)(capacity_of) if patterns else capacity_of
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _check_dsn(name: str, dsn: object) -> None:
     allowed = "a connection string: 'postgresql://user:password@host/name' or 'host=... dbname=...'"
     if not isinstance(dsn, str):
         raise _bad(name, dsn, allowed, shown=f"this {type(dsn).__name__}")
-    fault = _dsn_fault(dsn)
+    fault = fault_of(dsn)
     if fault is not None:
         raise ImproperlyConfigured(f"pg_layer: CONFIG[{name!r}] must be {allowed}; {fault}.")
-
-
-def _dsn_fault(dsn: str) -> str | None:
-    """What is wrong with a connection string, in words that hold no part of it.
-
-    Stricter than libpq where a password that was not percent-encoded is cut at an `@` or `/` and its rest
-    taken for the host, the port or the database: that would fail later, and be shown.
-    """
-    if not dsn.strip():
-        return "it is empty (is the environment variable set that it comes from?)"
-    if "\0" in dsn or not _is_utf8(dsn):
-        return "it has a NUL or a lone surrogate in it"
-    try:
-        parameters = _parsed(dsn)
-    except (psycopg.Error, UnicodeError) as error:
-        text = str(error)
-    else:
-        url = _URL.match(dsn)
-        if url is None:
-            misplaced = False
-        else:
-            # As libpq looks for the end of user and password: an "@", unless a "/" comes first.
-            before, at, rest = dsn[url.end() :].partition("@")
-            misplaced = "@" in rest or bool(at and "/" in before)
-        if misplaced:
-            return "special characters in user, password and options must be percent-encoded ('@' as '%40')"
-        if not _PORTS.fullmatch(str(parameters.get("port", ""))):
-            return (
-                "its port is no number (in a URL, special characters must be percent-encoded: '/' as '%2F')"
-            )
-        return None
-    for beginning, fault in _DSN_FAULTS.items():
-        if text.startswith(beginning):
-            return fault
-    return "libpq does not understand it"
-
-
-def _parsed(dsn: str) -> dict[str, Any]:
-    return dict(conninfo_to_dict(dsn))
-
-
-def _without_secrets(dsn: str) -> str:
-    """The connection string in libpq's `key=value` form, with `***` for whatever is, or looks, secret."""
-    parts = []
-    for name, value in _parsed(dsn).items():
-        if name in _SECRET_PARAMETERS or _LOOKS_SECRET.search(value):
-            value = "***"
-        elif not value or re.search(r"[\s'\\]", value):
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            value = f"'{escaped}'"
-        parts.append(f"{name}={value}")
-    return " ".join(parts)
 
 
 def _django_parameters(alias: str) -> dict[str, Any]:

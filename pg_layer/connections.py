@@ -7,11 +7,12 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, Literal, TypeVar, cast
 
 import psycopg
-from psycopg import AsyncConnection, errors
+from psycopg import AsyncConnection, Connection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from pg_layer import store
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer.connections")
 
-_POOL_NAME = "pg_layer"
+_NAME = "pg_layer"
 
 
 class _Connection(AsyncConnection[Any]):
@@ -34,7 +35,7 @@ class _Connection(AsyncConnection[Any]):
 
 def _is_not_ours(record: logging.LogRecord) -> bool:
     about = record.args[0] if isinstance(record.args, tuple) and record.args else None
-    return not (about == _POOL_NAME or isinstance(about, _Connection))
+    return not (about == _NAME or isinstance(about, _Connection))
 
 
 # The pool warns of every connection that fails. Ours tells its user why instead, and the log once.
@@ -68,9 +69,11 @@ class Connections:
         max_size: int,
         max_idle: float,
         on_refused: Callable[[psycopg.Error], None],
+        client_id: str,
     ) -> None:
         # on_refused: called from any thread when the server refuses NOTIFY, or writing.
         self._config = config
+        self._client_id = client_id
         self._on_refused = on_refused
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self._reason: Exception | None = None
@@ -112,11 +115,11 @@ class Connections:
             reconnect_timeout=0.0,  # who waits tries again, without the pool's growing pauses
             num_workers=1,
             open=False,
-            name=_POOL_NAME,
+            name=_NAME,
         )
 
     async def _kwargs(self) -> dict[str, Any]:
-        return {**self._config.connect_kwargs("pool"), "autocommit": True, "prepare_threshold": None}
+        return connection_kwargs(self._config, "pool", self._client_id)
 
     async def _configure(self, conn: _Connection) -> None:
         conn.session = Session(conn)
@@ -317,6 +320,44 @@ class Connections:
                 lent[conn.session].call_soon_threadsafe(conn.session.cut)
             except (KeyError, RuntimeError):  # nobody is at it, or on a loop that was closed
                 conn.session.close()
+
+
+def connection_kwargs(
+    config: Config, role: Literal["pool", "listen"], client_id: str | None = None
+) -> dict[str, Any]:
+    """The arguments for a connection of a client's, or of nobody's.
+
+    Its `application_name` tells whose it is, unless the user has chosen one of his own.
+    """
+    kwargs = {**config.connect_kwargs(role), "autocommit": True, "prepare_threshold": None}
+    if client_id is not None and kwargs.get("application_name") == _NAME:
+        kwargs["application_name"] = f"{_NAME} {client_id}"
+    return kwargs
+
+
+def are_named(config: Config) -> bool:
+    """Whether connections tell whose they are."""
+    return all(
+        connection_kwargs(config, role).get("application_name") == _NAME for role in ("pool", "listen")
+    )
+
+
+@contextmanager
+def connected_now(config: Config) -> Iterator[Connection[Any]]:
+    """A blocking connection, where no loop runs. Raises `LayerUnavailable` and `NotMigrated`."""
+    with translated(), closing(psycopg.connect(**connection_kwargs(config, "pool"))) as conn:
+        yield conn
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Psycopg's errors become `LayerUnavailable` and `NotMigrated`."""
+    try:
+        yield
+    except UNDEFINED as error:
+        raise NotMigrated from error
+    except psycopg.Error as error:
+        raise unavailable(error) from error
 
 
 def judge(error: psycopg.Error, is_idempotent: bool, is_late: bool) -> None:

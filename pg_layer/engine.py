@@ -49,6 +49,7 @@ class Engine:
             max_size=1,
             max_idle=SENDER_IDLE,
             on_refused=lambda error: self.call(self.liveness.refused, error),
+            client_id=client.id,
         )
         self.receiver = Receiver(client, self.connections, self.spawn, self.outage)
         self.liveness = Liveness(client, self.connections, self.receiver, self.outage, self.spawn)

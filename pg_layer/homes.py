@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from contextlib import closing
 from typing import Any
 
@@ -25,6 +26,7 @@ from pg_layer.config import Config
 from pg_layer.engine import Engine
 from pg_layer.exceptions import LayerUnavailable, NotBegun
 from pg_layer.ops import Op
+from pg_layer.stats import Counters, State
 
 logger = logging.getLogger("pg_layer")
 
@@ -47,6 +49,11 @@ class Hub:
         if self._engine is None:
             raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
         return self._engine
+
+    @property
+    def lane_operations(self) -> int:
+        """How many operations wait in its lanes. Waits for nothing."""
+        return 0 if self._engine is None else self._engine.sender.waiting
 
     @property
     def is_over(self) -> bool:
@@ -90,11 +97,12 @@ class Homes:
         self._config = config
         self._codec = codec
         self._lock = threading.RLock()
+        self._counters = Counters()
         self._begin()
         termination.remember(self)
 
     def _begin(self) -> None:
-        self.client = Client(self._config, self._codec)
+        self.client = Client(self._config, self._codec, self._counters)
         self._home: Engine | None = None
         self._hub: Hub | None = None
 
@@ -102,6 +110,11 @@ class Homes:
     def home(self) -> Engine | None:
         """The engine of the home loop, whether that runs or not."""
         return self._home
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is something to close."""
+        return self._home is not None or self._hub is not None or self.client.has_lease
 
     def for_receiving(self) -> Engine:
         """The engine that receives: this loop's own, or that of a loop that runs elsewhere."""
@@ -151,6 +164,20 @@ class Homes:
             client.has_lease = True
             if home is not None:
                 home.call(home.liveness.keep)
+
+    def state(self) -> State:
+        """How things stand. From any thread; waits for nothing."""
+        client, home, hub = self.client, self._home, self._hub
+        mailboxes = client.mailboxes()
+        return State(
+            mailboxes=len(mailboxes),
+            mailbox_messages=sum(map(len, mailboxes)),
+            lane_operations=(0 if home is None else home.sender.waiting)
+            + (0 if hub is None else hub.lane_operations),
+            memberships=len(client.memberships),
+            listener=home.liveness.listening if home is not None and home.is_running else "off",
+            lease_age=time.monotonic() - client.renewed_at if client.renewed_at else None,
+        )
 
     def _move_here(self) -> Engine:
         old = self._home
@@ -209,6 +236,7 @@ class Homes:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.
         _inherited.append((self._home, self._hub))
         self._lock = threading.RLock()  # the old one may be held by a thread that is not here
+        self._counters = Counters()
         self._begin()
 
 

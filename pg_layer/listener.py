@@ -12,6 +12,7 @@ import psycopg
 from psycopg import AsyncConnection, errors
 
 from pg_layer.config import Config
+from pg_layer.connections import connection_kwargs
 from pg_layer.exceptions import NotMigrated
 from pg_layer.session import Session
 
@@ -35,8 +36,10 @@ class Listener:
         on_connect: Callable[[Session], Awaitable[None]],
         on_notify: Callable[[str, str], None],
         on_lost: Callable[[Exception], None],
+        client_id: str,
     ) -> None:
         self._config = config
+        self._client_id = client_id
         self._on_connect = on_connect
         self._on_notify = on_notify
         self._on_lost = on_lost
@@ -46,7 +49,6 @@ class Listener:
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.is_connected = False
-        self.reconnects = 0
 
     async def run(self) -> None:
         """Connect, and again for ever. Ends only by cancellation."""
@@ -67,7 +69,6 @@ class Listener:
                 error, is_faulty = caught, True
             finally:
                 self._drop()
-            self.reconnects += 1
             if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
                 error = NotMigrated()
             self._on_lost(error)
@@ -75,7 +76,7 @@ class Listener:
             backoff = min(backoff * 2, BACKOFF_LAST)
 
     async def _connect(self) -> None:
-        kwargs = {**self._config.connect_kwargs("listen"), "autocommit": True, "prepare_threshold": None}
+        kwargs = connection_kwargs(self._config, "listen", self._client_id)
         conn: AsyncConnection[Any] = await AsyncConnection.connect(**kwargs)
         self._session = session = Session(conn)
         self._lost = self._loop.create_future()

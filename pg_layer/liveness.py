@@ -57,6 +57,7 @@ class Liveness:
         self._spawn = spawn
         self._listener: Listener | None = None
         self._is_receiving = False
+        self._has_listened = False
         self._is_kept = False
         self._is_deaf = False  # the last ping was not heard
         self._proved_at = 0.0  # when the listener was known to hear, by time.monotonic()
@@ -73,7 +74,9 @@ class Liveness:
         self._is_receiving = True
         self._receiver.on_caught_up = self._on_caught_up
         if config.poll_interval is None:
-            self._listener = Listener(config, self._on_connect, self._receiver.hear, self._on_lost)
+            self._listener = Listener(
+                config, self._on_connect, self._receiver.hear, self._on_lost, self._client.id
+            )
             self._receiver.listener = self._listener
             self._spawn(self._listener.run())
         else:
@@ -102,6 +105,9 @@ class Liveness:
         await self._receiver.listen(session)
         if self._is_pooled and self.polls_because is None:
             self._spawn(self._prove_pooler())
+        if self._has_listened:
+            self._client.counters.add("reconnects")
+        self._has_listened = True
 
     async def _prove_pooler(self) -> None:
         try:
@@ -149,6 +155,7 @@ class Liveness:
             if self._listener is not None:  # it, too, is to find the server that does
                 self._listener.reconnect()
             return
+        self._client.counters.add("refused_notifies")
         self._fall_back(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _fall_back(self, why: str) -> None:
@@ -200,7 +207,7 @@ class Liveness:
             os.getpid(),
             client.config.lease,
             client.fence,
-            dict(client.counters),
+            client.counted(),
             token,
         )
         client.clock.observe(asked_at, renewal.clock)

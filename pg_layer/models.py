@@ -49,6 +49,23 @@ class Membership(models.Model):
         return f"{self.channel} in {self.group_name}"
 
 
+class Group(models.Model):
+    """A group that has live members: a view, so that nothing can be written."""
+
+    key: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
+    prefix: models.TextField[str, str] = models.TextField(db_collation="C")
+    group_name: models.TextField[str, str] = models.TextField(db_collation="C")
+    members: models.BigIntegerField[int, int] = models.BigIntegerField()
+    inboxes: models.BigIntegerField[int, int] = models.BigIntegerField()
+
+    class Meta:
+        db_table = "pg_layer_group"
+        managed = False
+
+    def __str__(self) -> str:
+        return self.group_name
+
+
 class Client(models.Model):
     """The lease of one process that uses the layer."""
 

@@ -133,7 +133,7 @@ class Receiver:
         if math.isnan(row.expires_at):
             raise ValueError(rest)
         if self._client.inbox.hear_message(row.id, row.nonce):
-            self._client.counters["shortcuts"] += 1
+            self._client.counters.add("shortcuts")
             self._dispatch((row,))
         else:
             self._drain_soon()
@@ -187,7 +187,7 @@ class Receiver:
                 except BaseException:
                     inbox.fail_read(view)
                     raise
-                self._client.counters["drains"] += 1
+                self._client.counters.add("drains")
                 self._delete_strays()
                 if span == EVERYTHING:
                     self._caught_up()

@@ -46,6 +46,11 @@ class Sender:
         for lane in self._lanes:
             lane.close()
 
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for a write in flight to end. From any thread."""
+        return sum(len(lane._queue) for lane in self._lanes)
+
     async def guests_finish(self) -> None:
         """Returns when no other loop writes any more."""
         await asyncio.gather(*(lane.guest_finishes() for lane in self._lanes))
@@ -67,7 +72,6 @@ class Sender:
 
     async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
-        self.client.counters["send_batches"] += 1
         if self._generation != self.connections.generation:  # floors may be ids of another server
             self._reset_counts()
         sends: list[Send] = _flat(ops)
@@ -94,13 +98,14 @@ class Sender:
             if looks is not None:
                 self._floors.learn(looks.floors)
                 self._credits.grant(channels, capacities, looks.waiting)
-        self.client.counters["sent"] += len(sends) - len(full)
-        self.client.counters["refused_full"] += len(full)
+        counters = self.client.counters
+        counters.add("batches")
+        counters.add("sent", len(sends) - len(full))
+        counters.add("refused_full", len(full))
         return _outcomes(ops, full, channel_full)
 
     async def _group_send(self, ops: list[GroupSend | Many], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
-        self.client.counters["group_send_batches"] += 1
         sends: list[GroupSend] = _flat(ops)
         if len(sends) == 1:
             missed = await self.connections.run(
@@ -112,7 +117,8 @@ class Sender:
                 lambda session: store.group_send_batch(session, prefix, groups, payloads, expiries, excluded),
                 timeout=timeout,
             )
-        self.client.counters["group_sent"] += len(sends)
+        self.client.counters.add("batches")
+        self.client.counters.add("group_sent", len(sends))
         for index, channel in missed:
             self.client.count_dropped(sends[index].group, channel)
         return _outcomes(ops, {index for index, _ in missed}, lambda send: None)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import psycopg
 
 from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.connections import UNDEFINED, unavailable
-from pg_layer.exceptions import NotMigrated, PgLayerError
+from pg_layer.connections import connection_kwargs, translated
+from pg_layer.exceptions import PgLayerError
 from pg_layer.store import Swept
 
 
@@ -71,7 +70,7 @@ class Sweeper:
     def look(self) -> Swept:
         """What sweeping would remove."""
         try:
-            with _translated():
+            with translated():
                 return store.sweepable(self._connection(), self._config.prefix)
         finally:
             self.close()
@@ -92,7 +91,7 @@ class Sweeper:
 
     def _sweep(self) -> Swept:
         total, place = Swept(0, 0, 0), store.START
-        with _translated():
+        with translated():
             conn = self._connection()
             while not self._is_stopped:
                 swept, place = store.sweep_now(conn, self._config.prefix, self._batch_size, place, self._bell)
@@ -103,17 +102,5 @@ class Sweeper:
 
     def _connection(self) -> psycopg.Connection[tuple[object, ...]]:
         if self._conn is None or self._conn.closed:
-            self._conn = psycopg.connect(
-                **{**self._config.connect_kwargs("pool"), "autocommit": True, "prepare_threshold": None}
-            )
+            self._conn = psycopg.connect(**connection_kwargs(self._config, "pool"))
         return self._conn
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except UNDEFINED as error:
-        raise NotMigrated from error
-    except psycopg.Error as error:
-        raise unavailable(error) from error

@@ -57,7 +57,12 @@ class Sync:
         self._drafts = drafts
         self._homes = homes
         self._alias: str | None = None
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards what follows
+        self.forget()
+
+    def forget(self) -> None:
+        """What was seen of ids and of room says nothing any more."""
+        self._generation = _sessions_made
         self._floors = FloorBook()
         self._credits = Credits()
 
@@ -132,6 +137,8 @@ class Sync:
         prefix = self._config.prefix
         channels, payloads, expiries, capacities = zip(*sends, strict=True)
         with self._lock:
+            if self._generation != _sessions_made:  # it may lead to another server
+                self.forget()
             floors = None if self._credits.spend(channels) else self._floors.tell()
         if len(sends) == 1:
             send: Send = sends[0]
@@ -310,13 +317,16 @@ class DjangoSession:
 
 
 _sessions: WeakKeyDictionary[BaseDatabaseWrapper, Session] = WeakKeyDictionary()
+_sessions_made = 0
 
 
 def _session_of(connection: BaseDatabaseWrapper) -> Session:
     """The session on what Django is connected by now."""
+    global _sessions_made
     session = _sessions.get(connection)
     if session is None or session.conn is not connection.connection:
         session = _sessions[connection] = Session(connection.connection)
+        _sessions_made += 1
     return session
 
 

@@ -68,6 +68,14 @@ class Server:
                 return
         pytest.fail(f"{self.name} did not start:\n{output}")
 
+    def kill(self) -> None:
+        """End the process without a word of farewell."""
+        assert self._process is not None
+        with self._process as process:
+            process.kill()
+            process.communicate(timeout=PATIENCE)
+        self._process = None
+
     def stop(self) -> None:
         if self._process is None:
             return
@@ -152,6 +160,17 @@ def screenshots(tmp_path: Path) -> Path:
     return folder
 
 
+def announce(page: Page, text: str, button: str = "Announce") -> None:
+    page.fill("#announcement", text)
+    page.get_by_role("button", name=button, exact=True).click()
+
+
+def expect_text(page: Page, selector: str, text: str) -> None:
+    page.wait_for_function(
+        "([selector, text]) => document.querySelector(selector).textContent === text", arg=[selector, text]
+    )
+
+
 def say(page: Page, text: str) -> None:
     page.fill("#text", text)
     page.press("#text", "Enter")
@@ -229,6 +248,88 @@ def test_what_others_wrote_stays_text(servers: tuple[Server, Server], open_page:
     assert bob.locator(".text").first.inner_text() == markup
     assert bob.locator("img, .author b, .notice b").count() == 0
     assert bob.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_what_is_committed_shows_in_both_windows_and_what_is_rolled_back_in_none(
+    servers: tuple[Server, Server], open_page: OpenPage, screenshots: Path
+) -> None:
+    a, b = servers
+    ann = open_page(a.url("square/"), "Ann")
+    bob = open_page(b.url("square/"), "Bob", PHONE)
+    expect_text(ann, "#saved", "0 saved")
+
+    announce(ann, "never to be seen", "…and roll back")
+    ann.wait_for_selector("#outcome:has-text('Rolled back')")
+    assert ann.inner_text("#saved") == "0 saved"
+    assert ann.input_value("#announcement") == "never to be seen"
+
+    announce(ann, "<b>The bridge is open</b>")
+    for page, server in ((ann, "server A"), (bob, "server B")):
+        path = page.locator(".announcement", has_text="<b>The bridge is open</b>").locator(".path")
+        assert path.inner_text() == f"saved as row 2 · sent through server A · shown by {server}"
+        expect_text(page, "#saved", "1 saved")
+    ann.wait_for_selector("#outcome:has-text('Committed')")
+    assert ann.input_value("#announcement") == ""
+
+    bob.fill("#announcement", "from the other side")
+    bob.press("#announcement", "Enter")
+    for page in (ann, bob):
+        page.wait_for_selector(".announcement:has-text('from the other side')")
+        expect_text(page, "#saved", "2 saved")
+        assert page.locator(".announcement").count() == 2
+        assert page.get_by_text("never to be seen").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    ann.screenshot(path=screenshots / "announcements-desktop.png")
+    bob.screenshot(path=screenshots / "announcements-phone.png")
+    ann.emulate_media(color_scheme="dark")
+    ann.screenshot(path=screenshots / "announcements-dark.png")
+
+
+def test_announcing_needs_no_script(
+    servers: tuple[Server, Server], browser: Browser, open_page: OpenPage, screenshots: Path
+) -> None:
+    a, b = servers
+    bob = open_page(b.url("plain/"), "Bob")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    page.goto(a.url("plain/"))
+    announce(page, "never to be seen", "…and roll back")
+    page.wait_for_selector("#outcome:has-text('Rolled back')")
+    assert page.inner_text("#saved") == "0 saved"
+    announce(page, "Without a script")
+    page.wait_for_selector("#outcome:has-text('Committed')")
+    assert page.inner_text("#saved") == "1 saved"
+    page.screenshot(path=screenshots / "announcements-no-script.png")
+    bob.wait_for_selector(".announcement:has-text('Without a script')")
+    assert bob.locator(".announcement").count() == 1
+    context.close()
+
+
+def test_the_count_of_members_follows_who_comes_goes_and_is_killed(
+    servers: tuple[Server, Server], open_page: OpenPage
+) -> None:
+    a, b = servers
+    ann = open_page(a.url("count/"), "Ann")
+    expect_text(ann, "#here", "1 here")
+    bob = open_page(b.url("count/"), "Bob", PHONE)
+    cid = open_page(b.url("count/"), "Cid")
+    for page in (ann, bob, cid):
+        expect_text(page, "#here", "3 here")
+    cid.close()
+    for page in (ann, bob):
+        expect_text(page, "#here", "2 here")
+
+    b.kill()
+    bob.wait_for_selector("#status:not([data-state=open])")
+    expect_text(bob, "#here", "")
+    expect_text(ann, "#here", "1 here")
+    assert ann.locator(".notice[data-kind=left]").count() == 1
+
+    b.start()
+    bob.wait_for_selector(CONNECTED)
+    for page in (ann, bob):
+        expect_text(page, "#here", "2 here")
 
 
 def test_an_empty_room_leads_to_the_other_server(

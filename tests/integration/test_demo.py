@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPCookieProcessor, ProxyHandler, Request, build_opener
 
 import psutil
 import pytest
@@ -45,7 +46,7 @@ class RunningDemo:
 
     def child(self, *words: str) -> psutil.Process:
         """The one process among the demo's own whose command line has all of `words`."""
-        [found] = (process for process in self.descendants() if set(words) <= set(process.cmdline()))
+        [found] = (process for process in self.descendants() if set(words) <= set(command_line(process)))
         return found
 
     def postgres_folder(self) -> Path:
@@ -76,6 +77,15 @@ class RunningDemo:
             chat = Chat(connection)
             chat.welcome = chat.next("welcome")
             yield chat
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """A process's command and arguments; none if it has just ended, as PostgreSQL's own come and go."""
+    try:
+        words: list[str] = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+    return words
 
 
 class Chat:
@@ -135,6 +145,39 @@ def demo() -> Iterator[RunningDemo]:
     with running_demo() as running:
         yield running
         running.end(signal.SIGTERM)
+
+
+class Page:
+    """The room's page in a browser that runs no scripts: it keeps cookies, and posts the form as it is."""
+
+    def __init__(self, address: str, path: str = "/") -> None:
+        self.url = f"{address}{path}"
+        self._open = build_opener(ProxyHandler({}), HTTPCookieProcessor()).open
+        self.load()
+
+    def load(self) -> None:
+        self._show(Request(self.url))
+
+    def announce(self, text: str, **more: str) -> int:
+        """Post the form; the status of the page that comes then."""
+        [token] = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', self.text)
+        body = urlencode({"csrfmiddlewaretoken": token, "text": text, **more}).encode()
+        return self._show(Request(self.url, body))
+
+    def _show(self, request: Request) -> int:
+        try:
+            response = self._open(request, timeout=PATIENCE)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            self.text: str = response.read().decode()
+            status: int = response.status
+            return status
+
+    def says(self, id: str) -> str:
+        """The text of the element with that id."""
+        [text] = re.findall(rf'id="{id}">([^<]*)<', self.text)
+        return html.unescape(text)
 
 
 def get(url: str, **headers: str) -> tuple[int, str]:
@@ -270,6 +313,63 @@ def test_strangers_are_turned_away(demo: RunningDemo) -> None:
         pass
 
 
+def test_what_is_announced_is_saved_and_heard_in_both_processes(demo: RunningDemo) -> None:
+    page = Page(demo.addresses["server A"], "/square/")
+    assert page.says("saved") == "0 saved"
+    with (
+        demo.chat("server A", "Ann", "/ws/square/") as ann,
+        demo.chat("server B", "Bob", "/ws/square/") as bob,
+    ):
+        assert bob.welcome["saved"] == 0
+        assert page.announce(" The bridge is <open>. ") == 200
+        for member in (ann, bob):
+            heard = member.next("announcement")
+            assert (heard["text"], heard["saved"]) == ("The bridge is <open>.", 1)
+            assert (heard["via"], heard["by"]) == (ann.welcome["by"], member.welcome["by"])
+    assert page.says("saved") == "1 saved"
+    assert page.says("outcome").startswith("Committed:")
+    assert Page(demo.addresses["server B"], "/square/").says("saved") == "1 saved"
+    with demo.chat("server B", "Cid", "/ws/square/") as cid:
+        assert cid.welcome["saved"] == 1
+
+
+def test_what_is_rolled_back_is_neither_saved_nor_heard(demo: RunningDemo) -> None:
+    page = Page(demo.addresses["server A"], "/tower/")
+    with (
+        demo.chat("server A", "Ann", "/ws/tower/") as ann,
+        demo.chat("server B", "Bob", "/ws/tower/") as bob,
+    ):
+        assert page.announce("never", roll_back="yes") == 200
+        assert page.says("outcome").startswith("Rolled back")
+        assert page.says("saved") == "0 saved"
+        assert page.announce("after it") == 200
+        for member in (ann, bob):
+            heard = member.next("announcement")
+            assert (heard["text"], heard["saved"]) == ("after it", 1)
+
+
+def test_the_form_asks_for_a_text_and_takes_it_from_its_own_page_only(demo: RunningDemo) -> None:
+    page = Page(demo.addresses["server B"], "/gate/")
+    for text in ("", "  ", "x" * 201, "\0"):
+        assert page.announce(text) == 400
+        assert page.says("saved") == "0 saved"
+    page.load()
+    assert page.announce("from elsewhere", csrfmiddlewaretoken="x" * 64) == 403
+    page.load()
+    assert page.says("saved") == "0 saved"
+
+
+def test_everybody_sees_how_many_are_here(demo: RunningDemo) -> None:
+    with demo.chat("server A", "Ann", "/ws/count/") as ann:
+        assert ann.next("joined", name="Ann")["here"] == 1
+        with demo.chat("server B", "Bob", "/ws/count/") as bob:
+            assert ann.next("joined", name="Bob")["here"] == 2
+            assert bob.next("joined", name="Bob")["here"] == 2
+            bob.connection.send('{"type": "count"}')
+            assert bob.next("here")["count"] == 2
+        assert ann.next("left", name="Bob")["here"] == 1
+
+
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name
 )
@@ -322,9 +422,8 @@ def test_a_database_of_ones_own_and_ports_in_use() -> None:
             ports = [int(address.rpartition(":")[2]) for address in demo.addresses.values()]
             assert port < ports[0] < ports[1]
             assert demo.end(signal.SIGINT)[0] == 0
-        assert server.execute("SELECT to_regclass('pg_layer_message') IS NOT NULL", dbname="mine") == [
-            (True,)
-        ]
+        tables = "SELECT to_regclass('pg_layer_message'), to_regclass('example_announcement')"
+        assert server.execute(tables, dbname="mine") == [("pg_layer_message", "example_announcement")]
 
 
 def test_the_chat_goes_on_after_postgresql_was_restarted() -> None:

@@ -110,6 +110,64 @@ async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
     await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
 
 
+# ---------------------------------------------------------------------- plain messages
+
+
+def send_from_sql(observer: Observer, channel: str) -> None:
+    """Small and large ones to a channel, and to a group that it is in."""
+    for size in (10, 10_000):
+        observer.execute(
+            """
+            SELECT pg_layer_send(%s, jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer))),
+                pg_layer_group_send(
+                    'room', jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer)))
+            """,
+            (channel, size, size),
+        )
+
+
+@pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
+async def test_messages_from_sql_are_refused_where_there_are_keys(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
+) -> None:
+    layer, friend = make_layer(symmetric_encryption_keys=[OLD]), make_layer(symmetric_encryption_keys=[OLD])
+    channel = name or await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    send_from_sql(observer, channel)
+    await friend.send(channel, {"text": "encrypted"})
+    assert await receive(layer, channel) == {"text": "encrypted"}
+    [complaint] = complaints(caplog)
+    assert "allow_unencrypted" in complaint
+    assert layer._homes.client.counters["dropped_undecodable"] == 4
+    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+
+
+@pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
+async def test_messages_from_sql_are_delivered_where_that_is_allowed(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
+) -> None:
+    layer = make_layer(symmetric_encryption_keys=[OLD], allow_unencrypted=True)
+    strict, stranger = (
+        make_layer(symmetric_encryption_keys=[OLD]),
+        make_layer(symmetric_encryption_keys=[WRONG]),
+    )
+    channel = name or await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    send_from_sql(observer, channel)
+    sizes = [len((await receive(layer, channel))["pad"]) for _ in range(4)]
+    assert sizes == [10, 10, 10_000, 10_000]
+    assert complaints(caplog) == []
+    # What is encrypted must be so with a known key, and what it sends itself is encrypted.
+    await stranger.send(channel, {"text": SECRET})
+    await layer.send(channel, {"text": SECRET})
+    assert await receive(layer, channel) == {"text": SECRET}
+    assert len(complaints(caplog)) == 1
+    await layer.send("mail", {"text": SECRET})
+    assert await receive(strict, "mail") == {"text": SECRET}
+
+
 # ---------------------------------------------------------------------- damage
 
 DAMAGES = {

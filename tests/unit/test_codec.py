@@ -373,8 +373,31 @@ def test_nothing_of_an_encrypted_message_can_be_read() -> None:
 
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
 def test_plain_messages_are_refused_where_keys_are_set(writer: Codec) -> None:
-    with pytest.raises(UndecodableMessage, match="not encrypted, but symmetric_encryption_keys is set"):
+    with pytest.raises(
+        UndecodableMessage, match=r"not encrypted, but symmetric_encryption_keys is set.*allow_unencrypted"
+    ):
         SECRET.open(writer.encode({"a": 1}))
+
+
+@pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
+def test_plain_messages_are_read_where_that_is_allowed(writer: Codec) -> None:
+    codec = Codec("msgpack", LIMIT, ["first key"], allow_unencrypted=True)
+    assert codec.decode(codec.open(writer.encode({"a": 1}))) == {"a": 1}
+    # It still writes nothing but encrypted ones, and reads these with its keys alone.
+    assert codec.encode({"a": 1})[:1] == b"g"
+    assert SECRET.decode(SECRET.open(codec.encode({"a": 1}))) == {"a": 1}
+    with pytest.raises(UndecodableMessage, match="none of the symmetric_encryption_keys"):
+        codec.open(Codec("msgpack", LIMIT, ["another key"]).encode({"a": 1}))
+    for damaged in (b"", b"\xff", b"null", b"[]"):
+        with pytest.raises(UndecodableMessage, match="in no format"):
+            codec.open(damaged)
+
+
+def test_it_makes_no_difference_without_keys() -> None:
+    codec = Codec("json", LIMIT, allow_unencrypted=True)
+    assert there_and_back(codec, {"a": 1}) == {"a": 1}
+    with pytest.raises(UndecodableMessage, match="symmetric_encryption_keys is not set"):
+        codec.open(SECRET.encode({"a": 1}))
 
 
 def test_encrypted_messages_without_keys_say_so() -> None:

@@ -45,6 +45,7 @@ def test_defaults() -> None:
         "capacity": 100,
         "channel_capacity": None,
         "symmetric_encryption_keys": None,
+        "allow_unencrypted": False,
         "serializer_format": "msgpack",
         "max_message_size": 8388608,
         "lease": 60,
@@ -68,6 +69,7 @@ def test_all_options_are_taken() -> None:
         "capacity": 1,
         "channel_capacity": {"a*": 5},
         "symmetric_encryption_keys": ("a", b"b"),
+        "allow_unencrypted": True,
         "serializer_format": "json",
         "max_message_size": 1,
         "lease": 2,
@@ -186,6 +188,13 @@ def test_prefix_is_a_short_name(value: Any) -> None:
 
 def test_prefix_may_be_50_long() -> None:
     assert load({"prefix": "a" * 50}).prefix == "a" * 50
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "yes", "False"])
+def test_allow_unencrypted_is_true_or_false(value: Any) -> None:
+    assert refusal(allow_unencrypted=value) == (
+        f"pg_layer: CONFIG['allow_unencrypted'] must be True or False, not {value!r}."
+    )
 
 
 @pytest.mark.parametrize("value", ["pickle", "JSON", "", None, 1, ["json"]])

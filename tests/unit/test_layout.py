@@ -30,8 +30,10 @@ PURE = [
     "room",
     "ops",
     "reader",
+    "status",
+    "stats",
 ]
-# `config` reads connection strings, and nothing else, with psycopg.
+# `dsn` reads connection strings, and nothing else, with psycopg.
 SPEAKS_TO_POSTGRESQL = {
     *(
         "store",
@@ -43,7 +45,7 @@ SPEAKS_TO_POSTGRESQL = {
         "engine",
         "liveness",
         "receiver",
-        "config",
+        "dsn",
         "sync",
     ),
 }

@@ -1,0 +1,158 @@
+"""Pages of Django's admin that show what the layer holds: its clients, groups and waiting messages.
+
+Nobody may change anything here. They read the database of the layer ``default``, or else of the first one
+that is ours.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from channels import DEFAULT_CHANNEL_LAYER
+from django.contrib import admin
+from django.core.exceptions import ImproperlyConfigured
+from django.db.models import Model, Q, QuerySet
+from django.db.models.functions import Length, Now
+from django.http import HttpRequest
+
+from pg_layer.checks import configs
+from pg_layer.codec import Codec
+from pg_layer.config import Config
+from pg_layer.exceptions import UndecodableMessage
+from pg_layer.models import Client, Group, Message
+from pg_layer.sync import alias_of
+
+M = TypeVar("M", bound=Model)
+
+MOST_DECODED = 16 * 1024 * 1024  # bytes of a payload; larger ones are not even fetched
+MOST_SHOWN = 4000  # characters
+READER = Codec("msgpack", MOST_DECODED)  # reads the other format, too
+
+if TYPE_CHECKING:
+    ModelAdmin = admin.ModelAdmin
+else:  # generic for the type checker alone
+
+    class ModelAdmin(admin.ModelAdmin):
+        def __class_getitem__(cls, item: object) -> type:
+            return cls
+
+
+def _configs() -> list[Config | ImproperlyConfigured]:
+    found = dict(configs())
+    return sorted(found.values(), key=lambda config: config is not found.get(DEFAULT_CHANNEL_LAYER))
+
+
+def _alias() -> str | None:
+    """The alias in DATABASES whose tables are shown; None, if none leads to the layer's."""
+    for config in _configs():
+        if isinstance(config, Config):
+            try:
+                return alias_of(config)
+            except ImproperlyConfigured:
+                continue
+    return None
+
+
+class ReadOnlyAdmin(ModelAdmin[M]):
+    """Shows, and lets nobody add, change or delete."""
+
+    actions = None
+    list_per_page = 50
+    show_full_result_count = False
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[M]:
+        queryset: QuerySet[M] = super().get_queryset(request).using(_alias())
+        return queryset
+
+    def has_view_permission(self, request: HttpRequest, obj: M | None = None) -> bool:
+        return _alias() is not None and super().has_view_permission(request, obj)
+
+    def has_module_permission(self, request: HttpRequest) -> bool:
+        return _alias() is not None and super().has_module_permission(request)
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: M | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: M | None = None) -> bool:
+        return False
+
+
+class StateFilter(admin.SimpleListFilter):
+    title = "state"
+    parameter_name = "state"
+
+    LIVE = Q(ended_at=None, expires_at__gt=Now())
+    OVERDUE = Q(ended_at=None, expires_at__lte=Now())
+    ENDED = Q(ended_at__isnull=False)
+    STATES = (("live", LIVE), ("overdue", OVERDUE), ("ended", ENDED))
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(name, name) for name, _ in self.STATES]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Client]) -> QuerySet[Client]:
+        wanted = dict(self.STATES).get(self.value() or "")
+        return queryset if wanted is None else queryset.filter(wanted)
+
+
+@admin.register(Client)
+class ClientAdmin(ReadOnlyAdmin[Client]):
+    list_display = ("inbox", "host", "pid", "started_at", "expires_at", "ended_at")
+    list_filter = (StateFilter, "host")
+    search_fields = ("inbox", "host", "pid")
+    ordering = ("-expires_at",)
+
+
+@admin.register(Group)
+class GroupAdmin(ReadOnlyAdmin[Group]):
+    list_display = ("group_name", "prefix", "members", "inboxes")
+    list_filter = ("prefix",)
+    search_fields = ("group_name",)
+    ordering = ("-members", "key")
+
+
+@admin.register(Message)
+class MessageAdmin(ReadOnlyAdmin[Message]):
+    """Messages that wait. Their content is shown only where no layer of the project encrypts."""
+
+    list_display = ("id", "kind", "inbox", "channel", "group_name", "size", "sent_at", "expires_at")
+    list_filter = ("kind",)
+    search_fields = ("inbox", "channel", "group_name")
+    ordering = ("inbox", "id")
+    fields = (*list_display, "excluded", "content")
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Message]:
+        waiting = super().get_queryset(request).filter(expires_at__gt=Now()).defer("payload")
+        sized: QuerySet[Message] = waiting.annotate(size=Length("payload"))
+        return sized
+
+    @admin.display(description="size in bytes", ordering="size")
+    def size(self, message: Any) -> int:
+        return int(message.size)
+
+    @admin.display
+    def content(self, message: Message) -> str:
+        # Of a layer with a fault in its configuration it is unknown.
+        if any(
+            isinstance(config, ImproperlyConfigured) or config.symmetric_encryption_keys
+            for config in _configs()
+        ):
+            return "Not shown, as messages are encrypted."
+        if self.size(message) > MOST_DECODED:
+            return "Not shown, as it is too large."
+        try:
+            return _shown(READER.decode(READER.open(bytes(message.payload))))
+        except UndecodableMessage as error:
+            return str(error)
+
+
+def _shown(message: dict[str, Any]) -> str:
+    writer = reprlib.Repr()
+    writer.maxlevel = 10
+    writer.maxdict = writer.maxlist = 50
+    writer.maxstring = writer.maxother = writer.maxlong = 1000
+    text = writer.repr(message)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

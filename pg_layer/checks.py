@@ -1,0 +1,133 @@
+"""System checks, by id in docs/checks.md: of the settings, and of the database where one is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from channels.layers import channel_layers
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
+
+from pg_layer import store
+from pg_layer.config import Config
+from pg_layer.connections import connected_now
+from pg_layer.exceptions import NotMigrated, PgLayerError
+from pg_layer.layer import PostgresChannelLayer
+from pg_layer.sync import alias_of
+
+DAY = 86400.0  # seconds
+
+
+def register_checks() -> None:
+    """Have Django run them."""
+    register(check_settings)
+    register(check_database, Tags.database)
+
+
+def configs() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
+    """The entries of CHANNEL_LAYERS that are ours: alias and options, or what is wrong with these."""
+    for alias, entry in channel_layers.configs.items():
+        try:
+            backend = import_string(entry["BACKEND"])
+        except (ImportError, KeyError, TypeError, AttributeError):
+            continue  # Channels says what is wrong with it
+        if not (isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)):
+            continue
+        options = entry.get("CONFIG", {})
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            kind = type(options).__name__
+            yield alias, ImproperlyConfigured(f"CONFIG must be a dict of options by their names, not {kind}.")
+            continue
+        try:
+            layer = channel_layers[alias]
+        except ImproperlyConfigured as error:
+            yield alias, error
+        else:
+            if isinstance(layer, PostgresChannelLayer):  # and not another that a test has set
+                yield alias, layer.config
+
+
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    """Whether CHANNEL_LAYERS is sound. Connects to nothing."""
+    found: list[CheckMessage] = []
+    places: dict[tuple[str, ...], str] = {}
+    for alias, config in configs():
+        where = f"CHANNEL_LAYERS[{alias!r}]"
+        if isinstance(config, ImproperlyConfigured):
+            hint = 'The options are described in the README of pg_layer, under "Options".'
+            found.append(Error(_text(config), hint=hint, obj=where, id="pg_layer.E001"))
+            continue
+        try:
+            parameters = config.connect_kwargs("pool")
+        except ImproperlyConfigured as error:
+            hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or 'dsn' to where it is."
+            found.append(Error(_text(error), hint=hint, obj=where, id="pg_layer.E002"))
+            continue
+        place = (config.prefix, *(str(parameters.get(name) or "") for name in ("host", "port", "dbname")))
+        first = places.setdefault(place, alias)
+        if first != alias:
+            found.append(
+                Warning(
+                    f"It is the same layer as {first!r}: the same database, and the same prefix.",
+                    hint="Give each a 'prefix' of its own in CONFIG.",
+                    obj=where,
+                    id="pg_layer.W003",
+                )
+            )
+    return found
+
+
+def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
+    """Whether the tables are there and are swept, in these databases."""
+    found = []
+    for alias, config in configs():
+        if databases and isinstance(config, Config) and (using := _alias_of(config)) in databases:
+            message = _examine(config, f"--database {using}")
+            if message is not None:
+                message.obj = f"CHANNEL_LAYERS[{alias!r}]"
+                found.append(message)
+    return found
+
+
+def _examine(config: Config, option: str) -> CheckMessage | None:
+    try:
+        with connected_now(config) as conn:
+            store.prove_tables(conn)
+            unswept_for = store.unswept_for(conn, config.prefix)
+    except NotMigrated:
+        # Who is at it need not be told. Django runs these checks before it migrates.
+        if sys.argv[1:2] == ["migrate"]:
+            return None
+        return Warning(
+            "The tables of pg_layer are missing or out of date.",
+            hint=f"Run manage.py migrate pg_layer {option}.",
+            id="pg_layer.W001",
+        )
+    except PgLayerError as error:
+        return Warning(
+            f"The tables of pg_layer could not be checked. {_text(error)}",
+            hint="See whether the database runs, and may be reached from here.",
+            id="pg_layer.W004",
+        )
+    if unswept_for is None or unswept_for <= DAY:
+        return None
+    return Warning(
+        "Nobody has swept the tables of pg_layer for a day: they grow.",
+        hint="Keep manage.py pg_layer_sweep running beside the servers.",
+        id="pg_layer.W002",
+    )
+
+
+def _alias_of(config: Config) -> str | None:
+    try:
+        config.connect_kwargs("pool")
+        return alias_of(config)
+    except ImproperlyConfigured:  # `check_settings` tells why; or no alias leads to the database of its dsn
+        return None
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).removeprefix("pg_layer: ").split())

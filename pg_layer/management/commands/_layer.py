@@ -1,0 +1,83 @@
+"""What the commands about a layer have in common."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from channels import DEFAULT_CHANNEL_LAYER
+from channels.layers import channel_layers
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from pg_layer.config import MAX_COUNT, Config
+from pg_layer.exceptions import PgLayerError
+from pg_layer.layer import PostgresChannelLayer
+from pg_layer.ops import MAX_SECONDS
+
+
+class LayerCommand(BaseCommand):
+    """A command about the layer that ``--layer`` names: `begin` is given its configuration.
+
+    What is wrong with that, and a database that is away, is a `CommandError`.
+    """
+
+    # Runs where the tables may not be migrated yet, and touches no models.
+    requires_system_checks = ()
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "--layer", default=DEFAULT_CHANNEL_LAYER, help="The alias in CHANNEL_LAYERS (default: default)."
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            self.begin(_find_layer(options["layer"]).config, options)
+        except (ImproperlyConfigured, PgLayerError) as error:
+            raise CommandError(str(error)) from error
+
+    def begin(self, config: Config, options: dict[str, Any]) -> None:
+        """Do what the command is for."""
+        raise NotImplementedError
+
+
+def _find_layer(alias: str) -> PostgresChannelLayer:
+    if alias not in channel_layers:
+        raise CommandError(f"There is no channel layer {alias!r} in CHANNEL_LAYERS.")
+    layer = channel_layers[alias]
+    if not isinstance(layer, PostgresChannelLayer):
+        raise CommandError(f"The channel layer {alias!r} is no pg_layer.PostgresChannelLayer.")
+    return layer
+
+
+def on_termination(stop: Callable[[], object]) -> None:
+    """Have ``stop`` called at SIGTERM and SIGINT, where this is the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop())
+
+
+def seconds(text: str) -> float:
+    """An argument that is a number of seconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """An argument that is a number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return value

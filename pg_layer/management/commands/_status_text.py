@@ -1,0 +1,153 @@
+"""A status as text: in plain columns, or in tables where `rich` is installed. Both say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
+from typing import NamedTuple
+
+from pg_layer.status import Status, in_words
+
+_LEFT, _RIGHT = "left", "right"
+
+
+class Section(NamedTuple):
+    """A table: its title with what there is in all, its columns (a name and "left" or "right"), its rows."""
+
+    title: str
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[str]]
+
+
+class Page(NamedTuple):
+    """All there is to be shown: whether all is well, or what is wrong; single facts; tables."""
+
+    problems: Sequence[str]
+    facts: Sequence[str]
+    sections: Sequence[Section]
+
+    @property
+    def headline(self) -> list[str]:
+        """The first lines."""
+        return [f"problem: {_shown(problem)}" for problem in self.problems] or ["ok"]
+
+
+def page(problems: Sequence[str], status: Status | None) -> Page:
+    """``status``: None, if the database could not be asked."""
+    return Page(problems, [], []) if status is None else Page(problems, _facts(status), _sections(status))
+
+
+def _facts(status: Status) -> list[str]:
+    drops = ", ".join(f"{name} {count}" for name, count in status.drops.items())
+    return [
+        f"Last sweep: {'never' if status.last_sweep is None else f'{in_words(status.last_sweep)} ago'}",
+        f"NOTIFY's queue: {status.notify_queue:.2%} used",
+        f"Dropped by live clients: {drops}",
+    ]
+
+
+def _sections(status: Status) -> list[Section]:
+    return [
+        Section(
+            f"Clients: {status.live_clients} live, {status.overdue_clients} overdue, "
+            f"{status.ended_clients} ended within a day",
+            [("host", _LEFT), ("process", _RIGHT), ("lease renewed", _RIGHT), ("lease left", _RIGHT)]
+            + [("connections", _RIGHT), ("client", _LEFT)],
+            [
+                (
+                    _shown(client.host),
+                    str(client.pid),
+                    f"{in_words(client.lease_age)} ago",
+                    in_words(client.lease_left)
+                    if client.lease_left > 0
+                    else f"overdue for {in_words(-client.lease_left)}",
+                    "?" if client.connections is None else str(client.connections),
+                    _shown(client.id),
+                )
+                for client in status.clients
+            ],
+        ),
+        Section(
+            f"Groups: {status.all_groups}, with {status.all_members} members",
+            [("group", _LEFT), ("members", _RIGHT), ("inboxes", _RIGHT)],
+            [(_shown(group.name), str(group.members), str(group.inboxes)) for group in status.groups],
+        ),
+        Section(
+            f"Normal channels with a backlog: {status.all_channels}, with {status.all_waiting} messages",
+            [("channel", _LEFT), ("waiting", _RIGHT), ("oldest", _RIGHT)],
+            [
+                (_shown(channel.name), str(channel.waiting), in_words(channel.oldest))
+                for channel in status.channels
+            ],
+        ),
+        Section(
+            "Tables",
+            [("table", _LEFT), ("size", _RIGHT), ("indexes", _RIGHT), ("rows", _RIGHT), ("dead", _RIGHT)],
+            [
+                (
+                    table.name,
+                    _in_bytes(table.size),
+                    _in_bytes(table.index_size),
+                    str(table.rows),
+                    str(table.dead_rows),
+                )
+                for table in status.tables
+            ],
+        ),
+    ]
+
+
+def plain(page: Page) -> str:
+    """As plain text."""
+    lines = [*page.headline, *page.facts]
+    for section in page.sections:
+        lines += ["", section.title]
+        if not section.rows:
+            continue
+        table = [[name for name, _ in section.columns], *section.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            cells = [
+                cell.rjust(width) if side == _RIGHT else cell.ljust(width)
+                for cell, width, (_, side) in zip(row, widths, section.columns, strict=True)
+            ]
+            lines.append(f"  {'  '.join(cells)}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def rich(page: Page, width: int, *, has_colours: bool) -> str:
+    """As tables of this width. Raises `ImportError` where the library `rich` is missing."""
+    from rich.console import Console, Group, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    style = "bold red" if page.problems else "bold green"
+    parts: list[RenderableType] = [Text(line, style) for line in page.headline]
+    parts += map(Text, page.facts)
+    for section in page.sections:
+        parts.append(Text(f"\n{section.title}", "bold"))
+        if not section.rows:
+            continue
+        table = Table(header_style="dim")
+        for name, side in section.columns:
+            table.add_column(name, justify="right" if side == _RIGHT else "left", overflow="fold")
+        for row in section.rows:
+            table.add_row(*map(Text, row))
+        parts.append(table)
+    text = StringIO()
+    console = Console(file=text, width=width, force_terminal=True, no_color=not has_colours)
+    console.print(Group(*parts))
+    return text.getvalue()
+
+
+def _shown(text: str) -> str:
+    """What comes from outside, on one line and without the codes that terminals obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _in_bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from django.core.management.base import CommandParser
+
+from pg_layer import store
+from pg_layer.config import Config
+from pg_layer.connections import are_named, connected_now
+from pg_layer.exceptions import PgLayerError
+from pg_layer.management.commands import _status_text
+from pg_layer.management.commands._layer import LayerCommand, count, on_termination, seconds
+from pg_layer.status import Status
+
+CLEAR = "\x1b[H\x1b[2J"
+
+
+class Command(LayerCommand):
+    help = (
+        "Shows whether all is well with a channel layer: its clients, groups and channels with a backlog, "
+        "what was dropped, its tables, NOTIFY's queue and the last sweep. Ends with 1 unless all is well."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument("--json", action="store_true", help="Print a JSON object.")
+        parser.add_argument(
+            "--watch",
+            type=seconds,
+            nargs="?",
+            const=2.0,
+            metavar="SECONDS",
+            help="Look again and again, every SECONDS (default: 2), until SIGTERM or SIGINT.",
+        )
+        parser.add_argument(
+            "--top",
+            type=count,
+            default=10,
+            metavar="N",
+            help="How many clients, groups and channels to list (default: 10).",
+        )
+        parser.add_argument(
+            "--sweep-age",
+            type=seconds,
+            default=1200.0,
+            metavar="SECONDS",
+            help="How old the last sweep may be (default: 1200).",
+        )
+
+    def begin(self, config: Config, options: dict[str, Any]) -> None:
+        show = self._show_json if options["json"] else self._show_text
+        if options["watch"] is not None:
+            self._watch(config, options, show)
+        elif not self._look(config, options, show):
+            sys.exit(1)
+
+    def _watch(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> None:
+        try:
+            on_termination(_interrupt)
+            while True:
+                self._look(config, options, show)
+                self.stdout.flush()
+                time.sleep(options["watch"])
+        except KeyboardInterrupt:
+            pass
+
+    def _look(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> bool:
+        """Look, and show it; returns whether all is well."""
+        sweep_age = options["sweep_age"]
+        try:
+            with connected_now(config) as conn:
+                status = store.status(
+                    conn, config.prefix, config.lease, options["top"], are_named=are_named(config)
+                )
+            problems = status.problems(sweep_age)
+        except PgLayerError as error:
+            status, problems = None, [" ".join(str(error).split())]
+        show(status, problems, options)
+        return not problems
+
+    def _show_json(self, status: Status | None, problems: list[str], options: dict[str, Any]) -> None:
+        # Where the database could not be asked, there is nothing else to tell.
+        shown: dict[str, Any] = {"ok": False, "problems": problems}
+        if status is not None:
+            shown = status.as_dict(options["sweep_age"])
+        self.stdout.write(json.dumps(shown))
+
+    def _show_text(self, status: Status | None, problems: list[str], options: dict[str, Any]) -> None:
+        page = _status_text.page(problems, status)
+        is_terminal = self.stdout.isatty()
+        size = shutil.get_terminal_size()
+        text = _status_text.plain(page)
+        if is_terminal or options["force_color"]:
+            try:
+                text = _status_text.rich(page, size.columns, has_colours=not options["no_color"])
+            except ImportError:
+                pass
+        if options["watch"] is not None:
+            if is_terminal:
+                # The first lines matter most: they must not scroll away.
+                text = CLEAR + "".join(text.splitlines(keepends=True)[: size.lines - 1])
+            else:
+                text += "\n"
+        self.stdout.write(text)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt

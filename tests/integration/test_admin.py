@@ -1,0 +1,399 @@
+"""The admin's pages: what they show, to whom, of which database, and that nobody changes anything.
+
+Each test runs a Django project with the admin, and asks it as a browser would.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pg_layer.codec import Codec
+from tests.conftest import Observer
+from tests.integration.test_django import BACKEND, SQLITE, postgres
+from tests.project.commands import django
+
+ADMIN: dict[str, Any] = {
+    "INSTALLED_APPS": [
+        "django.contrib.admin",
+        "django.contrib.auth",
+        "django.contrib.contenttypes",
+        "django.contrib.messages",
+        "django.contrib.sessions",
+        "channels",
+        "pg_layer",
+    ],
+    "MIDDLEWARE": [
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.contrib.auth.middleware.AuthenticationMiddleware",
+        "django.contrib.messages.middleware.MessageMiddleware",
+    ],
+    "TEMPLATES": [
+        {
+            "BACKEND": "django.template.backends.django.DjangoTemplates",
+            "APP_DIRS": True,
+            "OPTIONS": {
+                "context_processors": [
+                    "django.template.context_processors.request",
+                    "django.contrib.auth.context_processors.auth",
+                    "django.contrib.messages.context_processors.messages",
+                ]
+            },
+        }
+    ],
+    "STATIC_URL": "/static/",
+    "ALLOWED_HOSTS": ["testserver"],
+    "PASSWORD_HASHERS": ["django.contrib.auth.hashers.MD5PasswordHasher"],
+}
+SETUP = """
+from html import unescape
+import json, re, sys, types, warnings
+warnings.simplefilter("error")
+from django.conf import settings
+from django.contrib import admin
+from django.contrib.auth.models import Permission, User
+from django.core.management import call_command
+from django.test import Client as Browser
+from django.urls import path, reverse
+from django.utils.html import strip_tags
+
+settings.ROOT_URLCONF = types.ModuleType("urls")
+settings.ROOT_URLCONF.urlpatterns = [path("admin/", admin.site.urls)]
+
+for app in ("contenttypes", "auth", "admin", "sessions"):
+    call_command("migrate", app, verbosity=0)
+from django.contrib.auth.management import create_permissions
+from django.apps import apps
+create_permissions(apps.get_app_config("pg_layer"), verbosity=0)
+
+browser = Browser()
+root, _ = User.objects.get_or_create(username="root", is_staff=True, is_superuser=True)
+browser.force_login(root)
+
+def address(model, page="changelist", *args):
+    return reverse(f"admin:pg_layer_{model}_{page}", args=args)
+
+def shown(model, query=""):
+    "The cells of the list, row by row."
+    response = browser.get(address(model) + query)
+    assert response.status_code == 200, response.status_code
+    body = re.search(r"<tbody>(.*)</tbody>", response.content.decode(), re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", body[1], re.DOTALL) if body else []
+    return [[strip_tags(cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
+            for row in rows]
+
+def detail(model, key):
+    response = browser.get(address(model, "change", key))
+    assert response.status_code == 200, response.status_code
+    return response.content.decode()
+"""
+
+
+def ask(dsn: str, code: str, **settings: Any) -> str:
+    """What ``code`` prints in a project with the admin."""
+    return django(dsn, f"{SETUP}\n{code}", settings=ADMIN | settings)
+
+
+def layers(**config: Any) -> dict[str, Any]:
+    return {"CHANNEL_LAYERS": {"default": {"BACKEND": BACKEND, "CONFIG": config}}}
+
+
+def add_message(observer: Observer, payload: bytes, inbox: str = "asgi!:jobs", channel: str = "jobs") -> int:
+    row = observer.execute(
+        "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
+        " VALUES (%s, 1, %s, %s, clock_timestamp() + interval '1 hour') RETURNING id",
+        (inbox, channel, payload),
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def fill(observer: Observer) -> int:
+    """A client that lives, one overdue, one that has ended; groups; a message, whose id is returned."""
+    for client, expires, ended in (
+        ("live", "1 hour", None),
+        ("late", "-1 minute", None),
+        ("gone", "-1 hour", "1 hour"),
+    ):
+        observer.execute(
+            "INSERT INTO pg_layer_client (inbox, host, pid, expires_at, ended_at, counters) VALUES"
+            " ('asgi!' || %s, 'host-' || %s, 4711, clock_timestamp() + %s::interval,"
+            " clock_timestamp() - %s::interval, '{\"dropped_full\": 12345}')",
+            (client, client, expires, ended),
+        )
+    for group, client, member in (("room", "live", 1), ("room", "live", 2), ("hall", "live", 1)):
+        observer.execute(
+            "INSERT INTO pg_layer_membership VALUES (%s, 'asgi!' || %s, %s, 'infinity')",
+            (group, client, f"specific.{client}!{member}"),
+        )
+    observer.execute("INSERT INTO pg_layer_membership VALUES ('old', 'asgi!gone', 'a.gone!1', 'infinity')")
+    observer.execute(
+        "INSERT INTO pg_layer_membership VALUES ('room', 'other!:jobs', 'jobs', 'infinity', 100)"
+    )
+    observer.execute(
+        "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
+        " VALUES ('asgi!:old', 1, 'old', clock_timestamp())"
+    )
+    return add_message(observer, Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}))
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def test_clients(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    output = ask(
+        migrated_dsn,
+        """
+print(json.dumps([row[:3] for row in shown("client")]))
+for query in ("?state=live", "?state=overdue", "?state=ended", "?q=host-late", "?q=4711", "?q=nothing",
+              "?host=host-gone", "?state=nonsense"):
+    print(json.dumps([row[0] for row in shown("client", query)]))
+page = detail("client", "asgi!live")
+print("12345" in page, "host-live" in page, 'name="_save"' in page, "deletelink" in page)
+""",
+    )
+    everyone, *filtered, page = output.splitlines()
+    assert json.loads(everyone) == [
+        ["asgi!live", "host-live", "4711"],
+        ["asgi!late", "host-late", "4711"],
+        ["asgi!gone", "host-gone", "4711"],
+    ]
+    live, late, gone = "asgi!live", "asgi!late", "asgi!gone"
+    assert [json.loads(line) for line in filtered] == [
+        *([live], [late], [gone]),
+        *([late], [live, late, gone], [], [gone], [live, late, gone]),
+    ]
+    assert page == "True True False False"
+
+
+def test_groups(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    output = ask(
+        migrated_dsn,
+        """
+print(json.dumps(shown("group")))
+print(json.dumps([row[:2] for row in shown("group", "?prefix=other")]))
+print(json.dumps([row[:2] for row in shown("group", "?q=hal")]))
+print("room" in detail("group", "asgi!room"), browser.get(address("group", "change", "asgi!no")).status_code)
+""",
+    )
+    everything, other, hall, page = output.splitlines()
+    assert json.loads(everything) == [
+        ["room", "asgi", "2", "1"],
+        ["hall", "asgi", "1", "1"],
+        ["room", "other", "1", "1"],
+    ]
+    assert json.loads(other) == [["room", "other"]]
+    assert json.loads(hall) == [["hall", "asgi"]]
+    assert page == "True 302"
+
+
+def test_waiting_messages(migrated_dsn: str, observer: Observer) -> None:
+    id = fill(observer)
+    output = ask(
+        migrated_dsn,
+        f"""
+print(json.dumps([row[:6] for row in shown("message")]))
+print(*(len(shown("message", query)) for query in ("?kind=message", "?q=jobs", "?q=no")))
+print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message", {id})))
+""",
+    )
+    rows, counts, page = output.splitlines()
+    size = len(Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}))
+    # Not the one that is over.
+    assert json.loads(rows) == [[str(id), "message", "asgi!:jobs", "jobs", "-", str(size)]]
+    assert counts == "1 1 0"
+    assert page == "True"
+
+
+def test_lists_do_not_fetch_payloads(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    output = ask(
+        migrated_dsn,
+        """
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+with CaptureQueriesContext(connection) as queries:
+    assert len(shown("message")) == 1
+selects = [query["sql"] for query in queries if "pg_layer_message" in query["sql"]]
+print(len(selects) > 0, [sql for sql in selects if re.search(r'"payload",', sql)])
+""",
+    )
+    assert output == "True []"
+
+
+# ---------------------------------------------------------------------- payloads
+
+
+def content(dsn: str, id: int, **settings: Any) -> str:
+    """What the page of a message says that it holds."""
+    code = f"""
+page = detail("message", {id})
+assert len(page) < 60_000, len(page)
+[found] = re.findall(r'<label>Content:</label>\\s*<div class="readonly">(.*?)</div>', page, re.DOTALL)
+print(json.dumps(found))
+"""
+    return str(json.loads(ask(dsn, code, **settings)))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\x00",
+        b"\x81\xa4type",
+        b'{"type": "greet"',
+        b"\xdf\xff\xff\xff\xff",
+        b"{" * 5000,
+        b"\xff" * 5000,
+    ],
+    ids=["empty", "zero", "cut short", "cut JSON", "a lie", "deep", "noise"],
+)
+def test_a_damaged_payload_breaks_nothing(migrated_dsn: str, observer: Observer, payload: bytes) -> None:
+    id = add_message(observer, payload)
+    assert content(migrated_dsn, id).startswith("A stored message is ")
+
+
+def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer) -> None:
+    text = "<script>alert(1)</script>"
+    id = add_message(observer, Codec("json", 1000).encode({"type": "greet", "text": text}))
+    found = content(migrated_dsn, id)
+    assert "&lt;script&gt;" in found
+    assert "<script" not in found
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "greet", "text": "beginning" + "x" * 5_000_000},
+        {"type": "greet", "blob": b"beginning" + bytes(5_000_000)},
+        {"type": "greet", "list": ["beginning", *("x" * 900 for _ in range(5000))]},
+        {"type": "greet", **{f"beginning{n}": n for n in range(100_000)}},
+    ],
+    ids=["text", "bytes", "a list", "a dict"],
+)
+def test_a_large_payload_is_truncated(migrated_dsn: str, observer: Observer, message: Any) -> None:
+    id = add_message(observer, Codec("msgpack", 10**9).encode(message))
+    found = content(migrated_dsn, id)
+    assert "beginning" in found
+    assert len(found) < 10_000
+
+
+def test_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) -> None:
+    id = add_message(observer, Codec("msgpack", 10**9).encode({"type": "greet", "blob": bytes(2**24)}))
+    assert content(migrated_dsn, id) == "Not shown, as it is too large."
+
+
+KEYS = {"symmetric_encryption_keys": ["secret"]}
+
+
+def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
+    encrypted = add_message(observer, Codec("msgpack", 1000, ["secret"]).encode({"type": "confidential"}))
+    plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}))
+    for id in (encrypted, plain):
+        assert content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, as messages are encrypted."
+    assert content(migrated_dsn, encrypted) == (
+        "A stored message is encrypted, but symmetric_encryption_keys is not set here."
+    )
+
+
+def test_with_keys_of_another_layer_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
+    id = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}))
+    for config in ({"prefix": "other", **KEYS}, {"prefix": "other", "misspelt": 5}):
+        entries = {"default": {"BACKEND": BACKEND}, "other": {"BACKEND": BACKEND, "CONFIG": config}}
+        assert content(migrated_dsn, id, CHANNEL_LAYERS=entries) == "Not shown, as messages are encrypted."
+
+
+# ---------------------------------------------------------------------- nobody changes anything
+
+
+def test_nobody_changes_anything(migrated_dsn: str, observer: Observer) -> None:
+    id = fill(observer)
+    everything = (
+        "SELECT c::text FROM pg_layer_client AS c UNION ALL SELECT m::text FROM pg_layer_message AS m"
+        " UNION ALL SELECT m::text FROM pg_layer_membership AS m ORDER BY 1"
+    )
+    before = observer.execute(everything.encode()).fetchall()
+    output = ask(
+        migrated_dsn,
+        f"""
+for model, key in (("client", "asgi!live"), ("group", "asgi!room"), ("message", {id})):
+    answers = [
+        browser.get(address(model, "add")),
+        browser.post(address(model, "add"), {{"inbox": "x"}}),
+        browser.post(address(model, "change", key), {{"host": "x", "_save": "1"}}),
+        browser.get(address(model, "delete", key)),
+        browser.post(address(model, "delete", key), {{"post": "yes"}}),
+    ]
+    print(*(answer.status_code for answer in answers))
+    browser.post(address(model), {{"action": "delete_selected", "_selected_action": [key], "post": "yes"}})
+    print("action-select" in browser.get(address(model)).content.decode())
+""",
+    )
+    assert output.splitlines() == ["403 403 403 403 403", "False"] * 3
+    assert observer.execute(everything.encode()).fetchall() == before
+
+
+def test_staff_need_the_permission_to_view(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    output = ask(
+        migrated_dsn,
+        """
+user = User.objects.create_user("staff", is_staff=True)
+browser.force_login(user)
+def answers():
+    return [browser.get(address(model)).status_code for model in ("client", "group", "message")]
+print(answers(), "PostgreSQL channel layer" in browser.get("/admin/").content.decode())
+user.user_permissions.add(Permission.objects.get(content_type__app_label="pg_layer", codename="view_group"))
+print(answers(), "PostgreSQL channel layer" in browser.get("/admin/").content.decode())
+browser.logout()
+print(answers())
+""",
+    )
+    assert output.splitlines() == ["[403, 403, 403] False", "[403, 200, 403] True", "[302, 302, 302]"]
+
+
+# ---------------------------------------------------------------------- which database
+
+
+def test_the_layers_own_database(migrated_dsn: str, observer: Observer, tmp_path: Any) -> None:
+    id = fill(observer)
+    lite = {**SQLITE, "NAME": str(tmp_path / "db.sqlite3")}
+    databases = {"default": lite, "events": postgres(migrated_dsn)}
+    code = f"""
+print(len(shown("client")), len(shown("group")), len(shown("message")))
+print("hello there" in detail("message", {id}))
+"""
+    for config in ({"using": "events"}, {"dsn": migrated_dsn}):
+        output = ask(migrated_dsn, code, DATABASES=databases, **layers(**config))
+        assert output.split() == ["3", "3", "1", "True"]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {},
+        {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}},
+        {"default": {"BACKEND": BACKEND, "CONFIG": {"dsn": "postgresql://elsewhere/db"}}},
+    ],
+    ids=["none", "another", "out of reach"],
+)
+def test_without_a_database_to_show_there_are_no_pages(migrated_dsn: str, entries: dict[str, Any]) -> None:
+    output = ask(
+        migrated_dsn,
+        """
+print([browser.get(address(model)).status_code for model in ("client", "group", "message")])
+print("PostgreSQL channel layer" in browser.get("/admin/").content.decode())
+""",
+        CHANNEL_LAYERS=entries,
+    )
+    assert output.splitlines() == ["[403, 403, 403]", "False"]
+
+
+def test_the_first_layer_is_shown_where_none_is_the_default(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    output = ask(migrated_dsn, 'print(len(shown("client")))', CHANNEL_LAYERS={"mine": {"BACKEND": BACKEND}})
+    assert output == "3"

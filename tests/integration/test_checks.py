@@ -1,0 +1,261 @@
+"""`manage.py check`: what it says of the settings, and of the database where that is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+import pg_layer
+from tests.conftest import Observer
+from tests.integration.test_django import BACKEND, SQLITE, postgres
+from tests.project.commands import ROOT, manage, succeeded
+
+Settings = dict[str, Any]
+
+SOUND = "System check identified no issues (0 silenced)."
+DATABASE = ("--database", "default")
+
+
+def layers(**configs: object) -> Settings:
+    """CHANNEL_LAYERS with these entries, each with its CONFIG."""
+    return {
+        "CHANNEL_LAYERS": {alias: {"BACKEND": BACKEND, "CONFIG": config} for alias, config in configs.items()}
+    }
+
+
+def check(dsn: str, *arguments: str, settings: Settings | None = None) -> list[str]:
+    """What `manage.py check` says: a line for each message, and one for its hint."""
+    result = manage(dsn, "check", "--fail-level", "WARNING", *arguments, settings=settings)
+    assert "Traceback" not in result.stderr
+    if result.returncode == 0:
+        assert (result.stdout.strip(), result.stderr) == (SOUND, "")
+        return []
+    lines = result.stderr.splitlines()
+    return [line.strip() for line in lines if "(pg_layer." in line or "HINT: " in line]
+
+
+def nowhere(dsn: str) -> str:
+    """A connection string that leads to no server."""
+    return make_conninfo(dsn, host="127.0.0.1", port="1")
+
+
+# ---------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"CHANNEL_LAYERS": {"default": {"BACKEND": BACKEND}}},
+        {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.layer.PostgresChannelLayer", "CONFIG": {}}}},
+        layers(default={}, other={"prefix": "other"}),
+        layers(default={}, other={"dsn": "postgresql://elsewhere/db"}),
+        # Not ours: Channels has its own words for them.
+        {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}},
+        {"CHANNEL_LAYERS": {"default": {"BACKEND": "no.such.Layer"}}},
+        {"CHANNEL_LAYERS": {"default": {}}},
+        {"CHANNEL_LAYERS": {}},
+    ],
+)
+def test_nothing_to_say(migrated_dsn: str, settings: Settings) -> None:
+    assert check(migrated_dsn, settings=settings) == []
+    assert check(migrated_dsn, *DATABASE, settings=settings) == []
+
+
+def test_without_database_nobody_connects(migrated_dsn: str) -> None:
+    assert check(nowhere(migrated_dsn)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"capactiy": 5}, "CONFIG has an unknown option 'capactiy'. Did you mean 'capacity'?"),
+        ({"capacity": "many"}, "CONFIG['capacity'] must be an integer"),
+        ({"using": "default", "dsn": "dbname=x"}, "CONFIG must not have both 'dsn' and 'using'"),
+        (["capacity"], "CONFIG must be a dict of options by their names, not list."),
+        (None, "CONFIG must be a dict of options by their names, not NoneType."),
+    ],
+)
+def test_a_config_that_is_wrong(migrated_dsn: str, config: object, complaint: str) -> None:
+    for arguments in ((), DATABASE):
+        message, hint = check(migrated_dsn, *arguments, settings=layers(default={}, jobs=config))
+        assert message.startswith("CHANNEL_LAYERS['jobs']: (pg_layer.E001) ")
+        assert complaint in message
+        assert "README" in hint
+
+
+@pytest.mark.parametrize(
+    ("using", "complaint"),
+    [("nowhere", "must be an alias in DATABASES, not 'nowhere'"), ("lite", "'lite' has the ENGINE")],
+    ids=["missing", "SQLite"],
+)
+def test_a_database_that_cannot_be_used(migrated_dsn: str, using: str, complaint: str) -> None:
+    settings = layers(default={"using": using}) | {
+        "DATABASES": {"default": postgres(migrated_dsn), "lite": SQLITE}
+    }
+    for arguments in ((), DATABASE, ("--database", "lite")):
+        message, hint = check(migrated_dsn, *arguments, settings=settings)
+        assert message.startswith("CHANNEL_LAYERS['default']: (pg_layer.E002) CONFIG['using'] ")
+        assert complaint in message
+        assert "'dsn'" in hint
+
+
+def test_an_error_ends_other_commands(migrated_dsn: str) -> None:
+    result = manage(migrated_dsn, "migrate", settings=layers(default={"capactiy": 5}))
+    assert result.returncode == 1
+    assert "pg_layer.E001" in result.stderr
+
+
+def test_two_layers_that_are_one(migrated_dsn: str) -> None:
+    settings = layers(first={}, apart={"prefix": "apart"}, second={"expiry": 5})
+    message, hint = check(migrated_dsn, settings=settings)
+    assert message == (
+        "CHANNEL_LAYERS['second']: (pg_layer.W003) It is the same layer as 'first': "
+        "the same database, and the same prefix."
+    )
+    assert "'prefix'" in hint
+    same = layers(first={}, second={"dsn": migrated_dsn})
+    assert "(pg_layer.W003)" in check(migrated_dsn, settings=same)[0]
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def test_tables_that_are_missing(fresh_database: str) -> None:
+    assert check(fresh_database) == []
+    message, hint = check(fresh_database, *DATABASE)
+    assert message == (
+        "CHANNEL_LAYERS['default']: (pg_layer.W001) The tables of pg_layer are missing or out of date."
+    )
+    assert hint == "HINT: Run manage.py migrate pg_layer --database default."
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE pg_layer_client DROP COLUMN counters",
+        "DROP VIEW pg_layer_group",
+        "DROP TABLE pg_layer_last_sweep",
+        "DROP FUNCTION pg_layer_sweepable",
+        "ALTER FUNCTION pg_layer_take RENAME TO pg_layer_took",
+    ],
+)
+def test_tables_that_are_out_of_date(migrated_dsn: str, observer: Observer, change: str) -> None:
+    assert check(migrated_dsn, *DATABASE) == []
+    observer.execute(change.encode())
+    assert "(pg_layer.W001)" in check(migrated_dsn, *DATABASE)[0]
+
+
+def test_the_first_migrate_is_not_warned(fresh_database: str) -> None:
+    # Of what it is about to do.
+    assert "pg_layer.0001_initial... OK" in succeeded(manage(fresh_database, "migrate"))
+    assert check(fresh_database, *DATABASE) == []
+
+
+def test_only_databases_that_are_named_are_checked(migrated_dsn: str, fresh_database: str) -> None:
+    databases = {"DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}}
+    settings = databases | layers(default={}, events={"using": "events"})
+    assert check(migrated_dsn, *DATABASE, settings=settings) == []
+    message, hint = check(migrated_dsn, "--database", "events", settings=settings)
+    assert message.startswith("CHANNEL_LAYERS['events']: (pg_layer.W001)")
+    assert hint.endswith("--database events.")
+    both = check(migrated_dsn, *DATABASE, "--database", "events", settings=settings)
+    assert both == [message, hint]
+
+
+def test_a_dsn_is_checked_where_an_alias_leads_there(migrated_dsn: str, fresh_database: str) -> None:
+    databases = {"DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}}
+    settings = databases | layers(default={"dsn": fresh_database})
+    assert check(migrated_dsn, *DATABASE, settings=settings) == []
+    assert "(pg_layer.W001)" in check(migrated_dsn, "--database", "events", settings=settings)[0]
+    alone = {"DATABASES": {"default": postgres(migrated_dsn)}} | layers(default={"dsn": fresh_database})
+    assert check(migrated_dsn, *DATABASE, settings=alone) == []
+
+
+@pytest.mark.parametrize("command", ["check", "migrate"])
+def test_a_database_that_is_away(migrated_dsn: str, command: str) -> None:
+    result = manage(nowhere(migrated_dsn), command, *DATABASE)
+    assert "(pg_layer.W004) The tables of pg_layer could not be checked. The database could" in result.stderr
+    if command == "check":
+        assert result.returncode == 0
+        assert "Traceback" not in result.stderr
+        message, hint = check(nowhere(migrated_dsn), *DATABASE)
+        assert "pg_layer.W004" in message
+        assert "reached" in hint
+    password = conninfo_to_dict(migrated_dsn).get("password")
+    assert not password or str(password) not in result.stderr
+
+
+# ---------------------------------------------------------------------- sweeping
+
+
+def is_warned_of_sweeping(dsn: str) -> bool:
+    found = check(dsn, *DATABASE)
+    assert found == [] or "(pg_layer.W002)" in found[0]
+    return bool(found)
+
+
+def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> None:
+    set_sweep = (
+        "INSERT INTO pg_layer_last_sweep VALUES (%s, clock_timestamp() - %s::interval)"
+        " ON CONFLICT (prefix) DO UPDATE SET swept_at = excluded.swept_at"
+    )
+    observer.execute(set_sweep, ("asgi", "23 hours"))
+    assert not is_warned_of_sweeping(migrated_dsn)
+    observer.execute(set_sweep, ("asgi", "25 hours"))
+    observer.execute(set_sweep, ("other", "1 second"))
+    message, hint = check(migrated_dsn, *DATABASE)
+    assert message.endswith("(pg_layer.W002) Nobody has swept the tables of pg_layer for a day: they grow.")
+    assert "manage.py pg_layer_sweep" in hint
+    succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once"))
+    assert not is_warned_of_sweeping(migrated_dsn)
+
+
+ADD_CLIENT = (
+    "INSERT INTO pg_layer_client (inbox, started_at, expires_at)"
+    " VALUES (%s || '!' || md5(random()::text), clock_timestamp() - %s::interval, 'infinity')"
+)
+ADD_MESSAGE = (
+    "INSERT INTO pg_layer_message (inbox, nonce, sent_at, expires_at)"
+    " VALUES (%s || '!:jobs', 1, clock_timestamp() - %s::interval, clock_timestamp())"
+)
+
+
+@pytest.mark.parametrize("use", [ADD_CLIENT, ADD_MESSAGE], ids=["received", "sent"])
+def test_it_was_never_swept(migrated_dsn: str, observer: Observer, use: str) -> None:
+    # Not a fault in a database that was made a moment ago, such as one for tests.
+    assert not is_warned_of_sweeping(migrated_dsn)
+    observer.execute(use.encode(), ("other", "25 hours"))
+    observer.execute(use.encode(), ("asgi", "23 hours"))
+    assert not is_warned_of_sweeping(migrated_dsn)
+    observer.execute(use.encode(), ("asgi", "25 hours"))
+    assert is_warned_of_sweeping(migrated_dsn)
+
+
+def test_nobody_stays_connected(migrated_dsn: str, observer: Observer) -> None:
+    check(migrated_dsn, *DATABASE)
+    with psycopg.connect(migrated_dsn, dbname="postgres", autocommit=True) as other:
+        name = conninfo_to_dict(migrated_dsn)["dbname"]
+        observer.close()
+        other.execute(f"ALTER DATABASE {name} RENAME TO {name}_renamed".encode())
+        other.execute(f"ALTER DATABASE {name}_renamed RENAME TO {name}".encode())
+
+
+# ---------------------------------------------------------------------- documentation
+
+
+def test_every_id_is_documented_and_has_a_hint() -> None:
+    code = (Path(pg_layer.__file__).parent / "checks.py").read_text(encoding="utf-8")
+    ids = re.findall(r'id="(pg_layer\.[EW]\d{3})"', code)
+    assert len(ids) == code.count("hint=") == len(set(ids))
+    documented = re.findall(
+        r"^\| `(pg_layer\.\w+)` \| (?:settings|database) \| \S.+ \| \S.+ \|$",
+        (ROOT / "docs/checks.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert documented == sorted(ids)

@@ -1,0 +1,475 @@
+"""Roles that may only send, or only receive: what they can do, and cannot; no privilege is one too many."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer, store
+from pg_layer import sql as statements
+from pg_layer.client import Farewell
+from pg_layer.inbox import Span
+from pg_layer.room import Floors
+from pg_layer.session import Session
+from tests.conftest import MakeLayer, Observer
+from tests.processes import listen, receive, until
+from tests.project.commands import django, manage, succeeded
+
+PERMISSIONS = (Path(__file__).parents[2] / "docs" / "permissions.md").read_text(encoding="utf-8")
+PASSWORD = "only for tests"
+
+MakeRole = Callable[[str], str]
+Operation = Callable[[Session], Awaitable[object]]
+
+
+def grants_of(name: str) -> list[str]:
+    """The documentation's statements about a role."""
+    blocks = re.findall(r"```sql\n(.*?)```", PERMISSIONS, re.DOTALL)
+    [block] = [block for block in blocks if name in block]
+    return [statement for statement in block.split(";") if statement.strip()]
+
+
+@pytest.fixture
+def make_role(migrated_dsn: str, observer: Observer) -> Iterator[MakeRole]:
+    """Makes a role of the documentation, or one with no privileges; returns its connection string."""
+    made = []
+
+    def make(name: str) -> str:
+        role = f"{name}_{observer.info.dbname}"
+        observer.execute(
+            sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD))
+        )
+        made.append(sql.Identifier(role))
+        for grant in grants_of(name) if name != "nobody" else ():
+            observer.execute(grant.replace(name, f'"{role}"').encode())
+        return make_conninfo(migrated_dsn, user=role, password=PASSWORD)
+
+    yield make
+    for role in made:
+        observer.execute(
+            sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {}").format(
+                sql.Literal(role.as_string(observer).strip('"'))
+            )
+        )
+        observer.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+
+
+@pytest.fixture
+def sender_dsn(make_role: MakeRole) -> str:
+    return make_role("layer_sender")
+
+
+@pytest.fixture
+def receiver_dsn(make_role: MakeRole) -> str:
+    return make_role("layer_receiver")
+
+
+async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    return [(await receive(layer, channel))["number"] for _ in range(count)]
+
+
+def number(n: int, size: int = 0) -> dict[str, Any]:
+    return {"type": "test", "number": n, "pad": bytes(size)}
+
+
+# ---------------------------------------------------------------------- who may only send
+
+
+async def test_who_may_only_send_sends_in_every_way(make_layer: MakeLayer, sender_dsn: str) -> None:
+    layer, sender = make_layer(), make_layer(dsn=sender_dsn)
+    own, member = await layer.new_channel(), await layer.new_channel()
+    for channel in (member, "members"):
+        await layer.group_add("room", channel)
+    await listen(layer)
+    for n, size in enumerate((0, 10_000)):  # singly
+        for channel in (own, "jobs"):
+            await sender.send(channel, number(n, size))
+        await sender.group_send("room", number(n, size), exclude="specific.nobody!1")
+    await asyncio.gather(*(sender.send(own, number(n)) for n in range(2, 30)))  # in batches
+    await asyncio.gather(*(sender.send("jobs", number(n)) for n in range(2, 30)))
+    await asyncio.gather(*(sender.group_send("room", number(n)) for n in range(2, 30)))
+    pairs = [(number(n), number(n, 6000)) for n in (30, 32)]
+    for small, large in pairs:
+        assert (
+            await sender.send_many([(own, small), ("jobs", small), (own, large), ("jobs", large)])
+            == [True] * 4
+        )
+        assert await sender.group_send_many([("room", small), ("room", large)]) == [True] * 2
+    expected = [*range(30), 30, 30, 32, 32]
+    for channel in (own, "jobs", member, "members"):
+        assert await numbers(layer, channel, len(expected)) == expected
+    assert (await sender.health())["problems"] == []
+
+
+async def test_who_may_only_send_is_told_of_full_channels(make_layer: MakeLayer, sender_dsn: str) -> None:
+    sender = make_layer(dsn=sender_dsn, capacity=2)
+    assert await sender.send_many([("jobs", number(n)) for n in range(3)]) == [True, True, False]
+    with pytest.raises(ChannelFull):
+        await sender.send("jobs", number(3))
+
+
+async def test_who_may_only_send_does_so_from_sql(
+    make_layer: MakeLayer, make_role: MakeRole, sender_dsn: str
+) -> None:
+    layer = make_layer()
+    own, member = await layer.new_channel(), await layer.new_channel()
+    await layer.group_add("room", member)
+    await layer.group_add("room", "members")
+    with psycopg.connect(sender_dsn) as caller:
+        for n, size in enumerate((0, 10_000)):
+            message = f'{{"type": "test", "number": {n}, "pad": "{"x" * size}"}}'
+            for channel in (own, "jobs"):
+                caller.execute("SELECT pg_layer_send(%s, %s)", (channel, message))
+            caller.execute("SELECT pg_layer_group_send('room', %s)", (message,))
+    for channel in (own, "jobs", member, "members"):
+        assert await numbers(layer, channel, 2) == [0, 1]
+    with psycopg.connect(make_role("nobody")) as nobody, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        nobody.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
+
+
+async def test_who_may_only_send_does_so_in_djangos_transactions(
+    make_layer: MakeLayer, sender_dsn: str
+) -> None:
+    layer = make_layer()
+    await layer.group_add("room", "members")
+    code = """
+from channels.layers import get_channel_layer
+from django.db import transaction
+
+sync = get_channel_layer().sync
+
+def send(n):
+    message = {"type": "test", "number": n}
+    sync.send("jobs", message)
+    sync.send_many([("jobs", message), ("jobs", message)])
+    sync.group_send("room", message)
+    sync.group_send_many([("room", message), ("room", message)])
+
+send(1)
+with transaction.atomic():
+    send(2)
+"""
+    await asyncio.to_thread(django, sender_dsn, code)
+    for channel in ("jobs", "members"):
+        assert await numbers(layer, channel, 6) == [1, 1, 1, 2, 2, 2]
+
+
+ME = "specific.0123456789abcdef!1"
+MY_INBOX = "asgi!0123456789abcdef"
+NOT_FOR_SENDERS = [
+    "SELECT payload FROM pg_layer_message",
+    "SELECT * FROM pg_layer_message",
+    "INSERT INTO pg_layer_message (inbox, nonce, expires_at) VALUES ('x', 1, 'infinity') RETURNING payload",
+    "COPY pg_layer_message TO STDOUT",
+    "UPDATE pg_layer_message SET inbox = 'mine'",
+    "UPDATE pg_layer_message SET expires_at = 'infinity'",
+    "DELETE FROM pg_layer_message",
+    "TRUNCATE pg_layer_message",
+    # Joining somebody, and forging what the layer says to itself.
+    "INSERT INTO pg_layer_membership VALUES ('room', 'x', 'y', 'infinity')",
+    "DELETE FROM pg_layer_membership",
+    "INSERT INTO pg_layer_message (inbox, nonce, kind, expires_at) VALUES ('x', 1, 'join', 'infinity')",
+    "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('x', 'infinity')",
+    "UPDATE pg_layer_client SET expires_at = 'infinity'",
+    "SELECT nextval('pg_layer_message_id_seq')",
+    f"SELECT pg_layer_renew('{MY_INBOX}', 'h', 1, 60, 0, '{{}}', NULL)",
+    "SELECT pg_layer_take('asgi', 'jobs', (SELECT min(inbox) FROM pg_layer_client), 99, 0, 1)",
+    f"SELECT pg_layer_put_back('asgi', '{MY_INBOX}', NULL, '{{1}}', '{{1}}')",
+    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{room}}', '{{{ME}}}', '{{1}}', '{{}}', '{{}}')",
+    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{}}', '{{}}', '{{}}', '{{room}}', '{{{ME}}}')",
+    f"SELECT pg_layer_close('asgi', '{MY_INBOX}', '{{}}', '{{}}', '{{}}', '{{}}')",
+    "SELECT pg_layer_flush('asgi')",
+    "SELECT pg_layer_sweep('asgi', 10, false, NULL, NULL)",
+    "CREATE FUNCTION pg_layer_send(text, jsonb) RETURNS boolean LANGUAGE sql AS 'SELECT true'",
+]
+NOT_FOR_RECEIVERS = [
+    "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at) VALUES ('x', 1, 'y', 'infinity')",
+    *(
+        f"UPDATE pg_layer_message SET {column} = {column}"
+        for column in (
+            "payload",
+            "channel",
+            "group_name",
+            "excluded",
+            "kind",
+            "expires_at",
+            "nonce",
+            "sent_at",
+        )
+    ),
+    "UPDATE pg_layer_message SET id = DEFAULT",
+    "TRUNCATE pg_layer_message",
+    "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')",
+    "SELECT pg_layer_group_send('room', '{\"type\": \"test\"}')",
+    "SELECT pg_layer_send_one('asgi', 'jobs', '{}', 60, 100, 0)",
+    "SELECT pg_layer_send_batch('asgi', '{jobs}', '{\"{}\"}', '{60}', '{100}', NULL, NULL)",
+    "SELECT pg_layer_group_send_batch('asgi', '{room}', '{\"{}\"}', '{60}', '{NULL}')",
+    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{room}}', '{{{ME}}}', '{{1}}', '{{}}', '{{}}')",
+    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{}}', '{{}}', '{{}}', '{{room}}', '{{{ME}}}')",
+    "SELECT pg_layer_flush('asgi')",
+    "ALTER TABLE pg_layer_message DISABLE TRIGGER ALL",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "attempts"),
+    [("layer_sender", NOT_FOR_SENDERS), ("layer_receiver", NOT_FOR_RECEIVERS)],
+    ids=["sender", "receiver"],
+)
+async def test_what_is_not_permitted(
+    make_layer: MakeLayer, make_role: MakeRole, observer: Observer, name: str, attempts: list[str]
+) -> None:
+    layer = make_layer()
+    await layer.group_add("room", await layer.new_channel())
+    await layer.group_add("room", "jobs")
+    await layer.group_send("room", number(1))
+    everything = (
+        b"SELECT m.*, (SELECT count(*) FROM pg_layer_membership) FROM pg_layer_message AS m ORDER BY id"
+    )
+    before = observer.execute(everything).fetchall()
+    assert len(before) == 2
+    with psycopg.connect(make_role(name), autocommit=True) as conn:
+        permitted = [attempt for attempt in attempts if not is_refused(conn, attempt)]
+    assert permitted == []
+    assert observer.execute(everything).fetchall() == before
+
+
+def is_refused(conn: psycopg.Connection[Any], attempt: str) -> bool:
+    try:
+        conn.execute(attempt.encode())
+    except psycopg.errors.InsufficientPrivilege:
+        return True
+    return False
+
+
+async def test_calls_that_are_not_permitted_say_so(
+    make_layer: MakeLayer, sender_dsn: str, receiver_dsn: str
+) -> None:
+    layer, sender, receiver = make_layer(), make_layer(dsn=sender_dsn), make_layer(dsn=receiver_dsn)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    for attempt in (
+        sender.group_add("room", channel),
+        sender.group_discard("room", channel),
+        sender.flush(),
+        receiver.send(channel, number(1)),
+        receiver.send("jobs", number(1)),
+        receiver.group_send("room", number(1)),
+        receiver.group_add("room", channel),
+        receiver.flush(),
+    ):
+        with pytest.raises(LayerUnavailable, match=r"permission denied for (table|sequence) pg_layer_"):
+            await attempt
+
+
+# ---------------------------------------------------------------------- who may only receive
+
+
+async def test_who_may_only_receive_receives(
+    make_layer: MakeLayer, observer: Observer, receiver_dsn: str
+) -> None:
+    sender, receiver = make_layer(), make_layer(dsn=receiver_dsn)
+    own, member = await receiver.new_channel(), await receiver.new_channel()
+    for channel in (own, member, "jobs"):
+        await receiver.group_add("room", channel)
+    await receiver.group_discard("room", own)
+    for n, size in enumerate((0, 10_000, 0, 100_000)):
+        await sender.send(own, number(n, size))
+        await sender.send("mail", number(n, size))
+        await sender.group_send("room", number(n, size))
+    for channel in (own, member, "mail", "jobs"):
+        assert await numbers(receiver, channel, 4) == [0, 1, 2, 3]
+    assert await receiver.group_count("room") == 2
+    assert (await receiver.health())["problems"] == []
+    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    await receiver.close()
+    assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [("jobs",)]
+
+
+async def test_workers_that_may_only_receive_share_jobs_and_give_them_back(
+    make_layer: MakeLayer, receiver_dsn: str
+) -> None:
+    sender = make_layer(capacity=1000)
+    workers = [make_layer(dsn=receiver_dsn, capacity=1000) for _ in range(2)]
+    for n in range(100):
+        await sender.send("jobs", number(n))
+    done = await numbers(workers[0], "jobs", 30)  # and takes some ahead
+    await workers[0].close()
+    done += await numbers(workers[1], "jobs", 70)
+    assert done == list(range(100))
+
+
+async def test_who_may_only_receive_lives_on(
+    make_layer: MakeLayer, observer: Observer, receiver_dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Heartbeats, a lost connection, a lost membership, an expired one, and sweeping."""
+    receiver = make_layer(dsn=receiver_dsn, heartbeat=0.1, lease=60, sweep_interval=0.1)
+    sender = make_layer()
+    own, member = await receiver.new_channel(), await receiver.new_channel()
+    await receiver.group_add("room", member)
+    await sender.send(own, number(0))
+    assert await numbers(receiver, own, 1) == [0]
+    renewals = b"SELECT xmin::text FROM pg_layer_client WHERE counters <> '{}'"
+    renewed = await until(lambda: observer.execute(renewals).fetchone())
+    await until(lambda: observer.execute(renewals).fetchone() != renewed)
+    # What a crash may do: the lease and the memberships are gone.
+    observer.execute("DELETE FROM pg_layer_membership; DELETE FROM pg_layer_client")
+    observer.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename LIKE 'layer_receiver%%'"
+        " AND datname = current_database()"
+    )
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (1,))
+    await sender.group_send("room", number(1))
+    assert await numbers(receiver, member, 1) == [1]
+    # A channel that nobody reads leaves its groups, and its messages are swept.
+    await sender.send(member, number(2), expiry=0.01)
+    await sender.send("unread", number(3), expiry=0.01)
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,))
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    assert observer.execute("SELECT count(*) FROM pg_layer_last_sweep").fetchone() == (1,)
+    assert "permission denied" not in caplog.text
+
+
+def test_who_may_only_receive_runs_the_sweeper(observer: Observer, receiver_dsn: str) -> None:
+    observer.execute(
+        "INSERT INTO pg_layer_message (inbox, nonce, expires_at) VALUES ('asgi!:jobs', 1, '-infinity');"
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 'infinity', NULL);"
+        "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!gone', '-infinity')"
+    )
+    for option in ("--dry-run", "--once"):
+        succeeded(manage(receiver_dsn, "pg_layer_sweep", option, "--once"))
+    for table in ("message", "membership"):
+        assert observer.execute(f"SELECT count(*) FROM pg_layer_{table}".encode()).fetchone() == (0,)
+
+
+async def test_a_role_that_may_do_everything(
+    make_layer: MakeLayer, make_role: MakeRole, observer: Observer
+) -> None:
+    dsn = make_role("layer_user")
+    one, other = make_layer(dsn=dsn), make_layer(dsn=dsn)
+    channel = await one.new_channel()
+    await listen(one)
+    await other.group_add("room", channel)
+    await other.group_send("room", number(1))
+    assert await numbers(one, channel, 1) == [1]
+    await other.send("jobs", number(2))
+    assert await numbers(one, "jobs", 1) == [2]
+    await one.flush()
+    succeeded(await asyncio.to_thread(manage, dsn, "pg_layer_sweep", "--once"))
+
+
+# ---------------------------------------------------------------------- nothing can be spared
+
+LIVE, MINE = "asgi!live", "asgi!mine"
+PREFIX = "asgi"
+
+SENDING: list[Operation] = [
+    lambda s: store.send_one(s, PREFIX, "jobs", b"{}", 60, 100, 0),
+    lambda s: store.send_one(s, PREFIX, "a.live!1", b"{}", 60, 100, None),
+    lambda s: store.send_batch(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, Floors([], [])),
+    lambda s: store.group_send_one(s, PREFIX, "room", b"{}", 60, None),
+    lambda s: store.group_send_batch(s, PREFIX, ["room"] * 2, [b"{}"] * 2, [60] * 2, [None] * 2),
+]
+RECEIVING: list[Operation] = [
+    lambda s: store.renew(s, MINE, "host", 1, 60, 0, {}, "1"),
+    lambda s: store.raise_fence(s, MINE, 1),
+    lambda s: store.read(s, MINE, Span(0, 9)),
+    lambda s: store.take(s, PREFIX, "jobs", LIVE, 9, 0, 9),
+    lambda s: store.put_back(s, PREFIX, LIVE, 9, [(1, 1)]),
+    lambda s: store.delete(s, MINE, [(1, 1)]),
+    lambda s: store.regroup(s, PREFIX, MINE, 60, 60, [("room", "a.mine!1"), ("room", "jobs")], [1, 1], []),
+    lambda s: store.regroup(s, PREFIX, MINE, 60, 60, [], [], [("room", "a.mine!1")]),
+    lambda s: store.reassert(s, MINE, [("room", "a.mine!1", None)]),
+    lambda s: store.close(s, Farewell(PREFIX, LIVE, [(1, 1)], [("room", "a.live!1")])),
+    lambda s: store.sweep(s, PREFIX, 9, store.START),
+]
+
+
+async def refused(session: Session, operations: list[Operation]) -> int:
+    """How many of the operations fail for want of a privilege. None has any effect."""
+    count = 0
+    for operation in operations:
+        await session.execute(statements.BEGIN)
+        try:
+            await operation(session)
+        except psycopg.errors.InsufficientPrivilege:
+            count += 1
+        finally:
+            await session.settle()
+    return count
+
+
+@pytest.mark.parametrize(
+    ("name", "operations", "count"),
+    [("layer_sender", SENDING, 19), ("layer_receiver", RECEIVING, 15)],
+    ids=["sender", "receiver"],
+)
+async def test_no_privilege_can_be_spared(
+    make_role: MakeRole, observer: Observer, name: str, operations: list[Operation], count: int
+) -> None:
+    observer.execute(
+        "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!live', 'infinity');"
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 'infinity', NULL),"
+        " ('room', 'asgi!:jobs', 'jobs', 'infinity', 100);"
+        "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
+        " VALUES ('asgi!:jobs', 1, 'jobs', 'infinity')"
+    )
+    dsn = make_role(name)
+    granted = observer.execute(
+        """
+        SELECT format('%%s%%s ON %%s %%s', a.privilege_type, a.of,
+                      CASE a.relkind WHEN 'S' THEN 'SEQUENCE' ELSE '' END, a.relname),
+            a.grantee::regrole::text
+        FROM (
+            SELECT c.relkind, c.relname, '' AS of, (aclexplode(c.relacl)).* FROM pg_class AS c
+            UNION ALL
+            SELECT c.relkind, c.relname, format(' (%%I)', t.attname), (aclexplode(t.attacl)).*
+            FROM pg_attribute AS t JOIN pg_class AS c ON c.oid = t.attrelid
+        ) AS a WHERE a.grantee::regrole::text LIKE %s
+        """,
+        (f"{name}%",),
+    ).fetchall()
+    assert len(granted) == count
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
+        session = Session(conn)
+        assert await refused(session, operations) == 0
+        for privilege, role in granted:
+            observer.execute(f"REVOKE {privilege} FROM {role}".encode())
+            assert await refused(session, operations) > 0, privilege
+            observer.execute(f"GRANT {privilege} TO {role}".encode())
+
+
+# ---------------------------------------------------------------------- what privileges cannot do
+
+
+@pytest.mark.parametrize("keys", [None, ["a key"]], ids=["plain", "encrypted"])
+async def test_whoever_may_connect_hears_and_rings(
+    make_layer: MakeLayer, make_role: MakeRole, keys: list[str] | None
+) -> None:
+    layer = make_layer(symmetric_encryption_keys=keys)
+    channel = await layer.new_channel()
+    await listen(layer)
+    with psycopg.connect(make_role("nobody"), autocommit=True) as nobody:
+        nobody.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (channel,))
+        await layer.send(channel, {"type": "secret", "text": "attack at dawn"})
+        assert (await receive(layer, channel))["text"] == "attack at dawn"
+        [heard] = nobody.notifies(timeout=30, stop_after=1)
+        payload = base64.b64decode(heard.payload.rpartition(" ")[2])
+        assert (b"attack at dawn" in payload) == (keys is None)
+        forged = base64.b64encode(b'{"type": "forged"}').decode()
+        nobody.execute(
+            "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)",
+            (channel, f"M 1000000 1 4102444800 {channel}   {forged}"),
+        )
+        await layer.send(channel, {"type": "genuine"})
+        received = await receive(layer, channel)
+    assert received == {"type": "forged" if keys is None else "genuine"}

@@ -1,0 +1,626 @@
+"""`manage.py pg_layer_status`: what it tells of a layer at work, and when it says that all is not well."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from devtools.postgres import PostgresServer
+from pg_layer.config import load
+from pg_layer.connections import connection_kwargs
+from pg_layer.management.commands import _status_text
+from pg_layer.status import Status, in_words
+from tests.conftest import MIGRATIONS, MakeLayer, Observer
+from tests.faults.test_notify_refused import full_queue
+from tests.processes import Processes, listen, read
+from tests.project.commands import ROOT, environment, eventually, manage, run, started
+
+COMMAND = ("-m", "tests.project.manage", "pg_layer_status")
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+WITHOUT_RICH = f"""
+import sys
+sys.modules["rich"] = None
+from django.core.management import execute_from_command_line
+execute_from_command_line(["manage.py", *{COMMAND[2:]!r}, *sys.argv[1:]])
+"""
+
+
+def sweep(observer: Observer, age: str = "0 seconds", prefix: str = "asgi") -> None:
+    observer.execute(
+        "INSERT INTO pg_layer_last_sweep VALUES (%s, clock_timestamp() - %s::interval)"
+        " ON CONFLICT (prefix) DO UPDATE SET swept_at = excluded.swept_at",
+        (prefix, age),
+    )
+
+
+def add_client(
+    observer: Observer, client: str, expires: str, ended: str | None = None, **counters: int
+) -> None:
+    """A client whose lease ends so long from now, and which has ended so long ago, if it has."""
+    observer.execute(
+        "INSERT INTO pg_layer_client (inbox, host, pid, expires_at, ended_at, counters) VALUES"
+        " ('asgi!' || %s, 'host-of-' || %s, 77, clock_timestamp() + %s::interval,"
+        " clock_timestamp() - %s::interval, %s)",
+        (client, client, expires, ended, json.dumps(counters)),
+    )
+
+
+def look(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the command says in JSON; it says so, too, by how it ends."""
+    result = manage(dsn, COMMAND[2], "--json", *arguments, settings=settings)
+    assert result.stderr == ""
+    shown: dict[str, Any] = json.loads(result.stdout)
+    assert result.returncode == (0 if shown["ok"] else 1)
+    assert shown["ok"] == (shown["problems"] == [])
+    return shown
+
+
+def read_text(dsn: str, *arguments: str) -> tuple[int, list[str]]:
+    """How the command ends, and the lines that it says."""
+    result = manage(dsn, COMMAND[2], *arguments)
+    assert result.stderr == ""
+    return result.returncode, result.stdout.splitlines()
+
+
+# ---------------------------------------------------------------------- all is well
+
+
+async def test_a_layer_at_work(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, processes: Processes
+) -> None:
+    sweep(observer)
+    other = processes.start(read, migrated_dsn, 1)
+    far = await other.hear()
+    layer = make_layer()
+    await listen(layer)
+    near = [await layer.new_channel() for _ in range(3)]
+    for channel in [*near, far, "jobs"]:
+        await layer.group_add("room", channel)
+    await layer.group_add("alone", far)
+    for n in range(4):
+        await layer.send("jobs", {"type": "test", "n": n})
+    await layer.send("letters", {"type": "test"})
+    stranger = make_layer(prefix="other")
+    await stranger.send("jobs", {"type": "test"})
+    await stranger.group_add("room", "jobs")
+
+    # Their leases are longer than the command's own configuration says.
+    settings = {
+        "CHANNEL_LAYERS": {
+            "default": {
+                "BACKEND": "pg_layer.PostgresChannelLayer",
+                "CONFIG": {"lease": 3600, "heartbeat": 1200},
+            }
+        }
+    }
+    shown = look(migrated_dsn, settings=settings)
+    assert shown["ok"]
+    clients = shown["clients"]
+    assert (clients["live"], clients["overdue"], clients["ended"]) == (2, 0, 0)
+    assert {(client["host"], client["pid"]) for client in clients["list"]} == {
+        (socket.gethostname(), os.getpid()),
+        (socket.gethostname(), other.pid),
+    }
+    for client in clients["list"]:
+        assert 0 <= client["lease_age"] < 3600
+        assert client["lease_age"] + client["lease_left"] == pytest.approx(3600)
+    assert shown["groups"] == {
+        "count": 2,
+        "members": 6,
+        "list": [
+            {"name": "room", "members": 5, "inboxes": 3},
+            {"name": "alone", "members": 1, "inboxes": 1},
+        ],
+    }
+    channels = shown["channels"]
+    assert (channels["count"], channels["waiting"]) == (2, 5)
+    assert [(each["name"], each["waiting"]) for each in channels["list"]] == [("jobs", 4), ("letters", 1)]
+    assert channels["list"][0]["oldest"] >= channels["list"][1]["oldest"] > 0
+    assert shown["drops"] == {
+        "dropped_full": 0,
+        "dropped_expired": 0,
+        "dropped_undecodable": 0,
+        "refused_full": 0,
+    }
+    assert [table["name"] for table in shown["tables"]] == [
+        "pg_layer_message",
+        "pg_layer_membership",
+        "pg_layer_client",
+        "pg_layer_last_sweep",
+    ]
+    for table in shown["tables"]:
+        assert table["size"] > 0
+        assert table["index_size"] > 0
+    assert 0 <= shown["notify_queue"] < 0.5
+    assert shown["last_sweep"] >= 0
+
+    await layer.send(far, {"type": "test"})
+    await other.result()
+    after = look(migrated_dsn, settings=settings)
+    assert (after["clients"]["live"], after["clients"]["ended"]) == (1, 1)
+    assert after["ok"]
+
+
+def test_the_first_of_many(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    for n in range(12):
+        add_client(observer, f"client{n:02}", "1 minute")
+        for member in range(n + 1):
+            observer.execute(
+                "INSERT INTO pg_layer_membership VALUES (%s, %s, %s, 'infinity')",
+                (f"group{n}", f"asgi!client{n:02}", f"specific.client{n:02}!{member}"),
+            )
+            observer.execute("SELECT pg_layer_send(%s, %s)", (f"jobs{n}", '{"type": "test"}'))
+    for arguments, count in (([], 10), (["--top", "3"], 3), (["--top", "100"], 12)):
+        shown = look(migrated_dsn, *arguments)
+        assert len(shown["clients"]["list"]) == count
+        assert shown["clients"]["live"] == 12
+        groups, channels = shown["groups"], shown["channels"]
+        assert [(each["name"], each["members"]) for each in groups["list"]] == [
+            (f"group{n}", n + 1) for n in range(11, 11 - count, -1)
+        ]
+        assert (groups["count"], groups["members"]) == (12, 78)
+        assert [(each["name"], each["waiting"]) for each in channels["list"]] == [
+            (f"jobs{n}", n + 1) for n in range(11, 11 - count, -1)
+        ]
+        assert (channels["count"], channels["waiting"]) == (12, 78)
+
+
+def test_what_is_over_does_not_count(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "gone", "-1 hour", "1 hour")
+    observer.execute("INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 'infinity')")
+    observer.execute(
+        "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
+        " VALUES ('asgi!:jobs', 1, 'jobs', clock_timestamp())"
+    )
+    shown = look(migrated_dsn)
+    assert shown["groups"] == {"count": 0, "members": 0, "list": []}
+    assert shown["channels"] == {"count": 0, "waiting": 0, "list": []}
+    assert shown["clients"] == {"live": 0, "overdue": 0, "ended": 1, "list": []}
+
+
+def test_drops_of_live_clients_are_added_up(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "one", "1 minute", dropped_full=3, dropped_expired=1, sent=100)
+    add_client(observer, "two", "1 minute", dropped_full=4, refused_full=2**40, dropped_undecodable=5)
+    add_client(observer, "gone", "-1 minute", "1 minute", dropped_full=1000)
+    assert look(migrated_dsn)["drops"] == {
+        "dropped_full": 7,
+        "dropped_expired": 1,
+        "dropped_undecodable": 5,
+        "refused_full": 2**40,
+    }
+
+
+def test_dead_rows(migrated_dsn: str, observer: Observer) -> None:
+    observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
+    observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}') FROM generate_series(1, 50)")
+    observer.execute("DELETE FROM pg_layer_message WHERE id % 5 > 0")
+    observer.execute("SELECT pg_stat_force_next_flush()")
+    observer.execute("SELECT 1")
+
+    def rows() -> tuple[int, int]:
+        [table] = [each for each in look(migrated_dsn)["tables"] if each["name"] == "pg_layer_message"]
+        return table["rows"], table["dead_rows"]
+
+    eventually(lambda: rows() == (10, 40), "counted")
+
+
+# ---------------------------------------------------------------------- connections
+
+
+def test_connections_of_a_client(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "one", "1 minute")
+    add_client(observer, "two", "1 minute")
+    config = load({"dsn": migrated_dsn})
+    with (
+        psycopg.connect(**connection_kwargs(config, "pool", "one")) as first,
+        psycopg.connect(**connection_kwargs(config, "listen", "one")),
+        psycopg.connect(**connection_kwargs(config, "pool")),
+    ):
+        assert first.execute("SHOW application_name").fetchone() == ("pg_layer one",)
+        shown = look(migrated_dsn)["clients"]["list"]
+        assert {client["id"]: client["connections"] for client in shown} == {"one": 2, "two": 0}
+
+
+async def test_connections_of_a_layer(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, processes: Processes
+) -> None:
+    sweep(observer)
+    other = processes.start(read, migrated_dsn, 1)
+    await other.hear()
+    layer = make_layer()
+    await listen(layer)
+    await asyncio.gather(*(layer.send("jobs", {"type": "test"}) for _ in range(20)))
+    rows = observer.execute(
+        "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name LIKE 'pg_layer%' GROUP BY 1"
+    ).fetchall()
+    clients = look(migrated_dsn)["clients"]["list"]
+    assert {(f"pg_layer {client['id']}", client["connections"]) for client in clients} == set(rows)
+    assert len(rows) == 2
+    for _, connections in rows:
+        assert 2 <= connections <= 3
+
+
+@pytest.mark.parametrize("option", ["dsn", "listen_dsn"])
+def test_connections_that_have_a_name_of_the_users(
+    migrated_dsn: str, observer: Observer, option: str
+) -> None:
+    sweep(observer)
+    add_client(observer, "one", "1 minute")
+    named = make_conninfo(migrated_dsn, application_name="mine")
+    config = {"dsn": migrated_dsn, option: named}
+    settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}}
+    role: Any = "pool" if option == "dsn" else "listen"
+    assert connection_kwargs(load(config), role, "one")["application_name"] == "mine"
+    [client] = look(migrated_dsn, settings=settings)["clients"]["list"]
+    assert client["connections"] is None
+    result = manage(migrated_dsn, COMMAND[2], settings=settings)
+    [line] = [line for line in result.stdout.splitlines() if "host-of-one" in line]
+    assert line.split()[-2:] == ["?", "one"]
+
+
+# ---------------------------------------------------------------------- all is not well
+
+
+def test_it_was_never_swept(migrated_dsn: str) -> None:
+    shown = look(migrated_dsn)
+    assert shown["last_sweep"] is None
+    assert shown["problems"] == ["There was no sweep yet: run manage.py pg_layer_sweep."]
+    status, lines = read_text(migrated_dsn)
+    assert status == 1
+    assert lines[0] == "problem: There was no sweep yet: run manage.py pg_layer_sweep."
+    assert "Last sweep: never" in lines
+
+
+def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer, "19 minutes")
+    sweep(observer, "0 minutes", prefix="other")
+    assert look(migrated_dsn)["ok"]
+    assert not look(migrated_dsn, "--sweep-age", "1100")["ok"]
+    sweep(observer, "125 minutes")
+    shown = look(migrated_dsn)
+    assert shown["problems"] == ["The last sweep was 2 h 5 min ago: run manage.py pg_layer_sweep."]
+    assert shown["last_sweep"] == pytest.approx(7500, abs=100)
+    assert look(migrated_dsn, "--sweep-age", "8000")["ok"]
+
+
+def test_a_real_sweep_is_seen(migrated_dsn: str) -> None:
+    assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
+    assert look(migrated_dsn)["ok"]
+    status, lines = read_text(migrated_dsn)
+    assert (status, lines[0]) == (0, "ok")
+
+
+def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "live", "1 minute")
+    add_client(observer, "ended", "-2 hours", "2 hours")
+    assert look(migrated_dsn)["ok"]
+    add_client(observer, "late", "-150 seconds")
+    add_client(observer, "later", "-30 seconds")
+    shown = look(migrated_dsn)
+    clients = shown["clients"]
+    assert (clients["live"], clients["overdue"], clients["ended"]) == (1, 2, 1)
+    assert [client["id"] for client in clients["list"]] == ["late", "later", "live"]
+    assert clients["list"][0]["lease_left"] == pytest.approx(-150, abs=100)
+    assert shown["problems"] == [
+        "Leases that are overdue: 2 (process 77 on host-of-late, process 77 on host-of-later)."
+    ]
+    assert look(migrated_dsn, "--top", "1")["problems"] == [
+        "Leases that are overdue: 2 (process 77 on host-of-late, ...)."
+    ]
+    # Once a sweeper has cleared what they left, they have ended.
+    assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
+    after = look(migrated_dsn)
+    assert after["ok"]
+    assert (after["clients"]["overdue"], after["clients"]["ended"]) == (0, 3)
+
+
+def test_notifys_queue_is_full() -> None:
+    settings = {"max_notify_queue_pages": 64}
+    with PostgresServer(fsync=False, version="18", settings=settings) as server:
+        migrate(server.dsn())
+        with psycopg.connect(server.dsn(), autocommit=True) as observer:
+            sweep(observer)
+        assert look(server.dsn())["ok"]
+        with full_queue(server.dsn()):
+            shown = look(server.dsn())
+            assert 0.5 < shown["notify_queue"] <= 1
+            [problem] = shown["problems"]
+            assert re.match(r"\d+% of NOTIFY's queue is used", problem)
+
+
+def migrate(dsn: str) -> None:
+    with psycopg.connect(dsn) as connection:
+        for file in sorted(MIGRATIONS.glob("*.sql")):
+            if not file.stem.endswith("_reverse"):
+                connection.execute(file.read_bytes())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "JSON"])
+def test_the_database_cannot_be_asked(migrated_dsn: str, fresh_database: str, arguments: list[str]) -> None:
+    gone = make_conninfo(migrated_dsn, dbname="not_there")
+    for dsn, complaint in ((gone, "not_there"), (fresh_database, "migrate pg_layer")):
+        result = manage(dsn, COMMAND[2], *arguments)
+        assert (result.returncode, result.stderr) == (1, "")
+        [line] = result.stdout.splitlines()
+        assert complaint in line
+        if arguments:
+            shown = json.loads(line)
+            assert shown == {"ok": False, "problems": [shown["problems"][0]]}
+        else:
+            assert line.startswith("problem: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--top", "0"], "'0' is not a number from 1"),
+        (["--watch", "0"], "'0' is not a number of seconds"),
+        (["--sweep-age", "soon"], "'soon' is not a number of seconds"),
+        (["--layer", "jobs"], "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."),
+    ],
+)
+def test_what_is_asked_for_makes_no_sense(migrated_dsn: str, arguments: list[str], complaint: str) -> None:
+    result = manage(migrated_dsn, COMMAND[2], *arguments)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert complaint in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------------- as text
+
+
+def fill(observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "one", "1 minute", dropped_full=3)
+    observer.execute("UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE inbox = 'asgi!one'")
+    observer.execute("INSERT INTO pg_layer_membership VALUES ('room', 'asgi!one', 'a.one!1', 'infinity')")
+    observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
+
+
+PARTS = [
+    "ok",
+    "Clients: 1 live, 0 overdue, 0 ended within a day",
+    "?[31mred?[bold]",
+    "77",
+    "Groups: 1, with 1 members",
+    "room",
+    "Normal channels with a backlog: 1, with 1 messages",
+    "jobs",
+    "dropped_full 3, dropped_expired 0, dropped_undecodable 0, refused_full 0",
+    "pg_layer_membership",
+    "NOTIFY's queue: 0.00% used",
+    "Last sweep: ",
+]
+
+
+@pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "without rich"])
+def test_both_kinds_of_text_say_the_same(migrated_dsn: str, observer: Observer, has_rich: bool) -> None:
+    fill(observer)
+    start = COMMAND if has_rich else ("-c", WITHOUT_RICH)
+    result = subprocess.run(
+        [sys.executable, "-X", "dev", *start, "--force-color"],
+        cwd=ROOT,
+        env={**environment(migrated_dsn), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("━" in result.stdout) == has_rich
+    text = re.sub(r"\x1b\[[\d;]*m", "", result.stdout)
+    assert "\x1b" not in text
+    for part in PARTS:
+        assert part in text
+    assert text.startswith("ok\n")
+
+
+def test_what_is_no_terminal_is_given_plain_text(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    with_it = run(migrated_dsn, *COMMAND)
+    without_it = run(migrated_dsn, "-c", WITHOUT_RICH)
+    for result in (with_it, without_it):
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "\x1b" not in result.stdout
+        for part in PARTS:
+            assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (-1, "0 s"),
+        (0.4, "0 s"),
+        (59.6, "1 min 0 s"),
+        (61, "1 min 1 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (86400 * 3 + 4 * 3600 + 59, "3 d 4 h"),
+    ],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+def test_sizes_in_words() -> None:
+    assert [_status_text._in_bytes(size) for size in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**41)] == [
+        "0 B",
+        "1023 B",
+        "1 KiB",
+        "5 MiB",
+        "3 GiB",
+        "2.0 TiB",
+    ]
+
+
+# ---------------------------------------------------------------------- the documentation
+
+
+def keys(shown: Any, path: str = "") -> Iterator[str]:
+    if isinstance(shown, dict):
+        for name, value in shown.items():
+            yield f"{path}{name}"
+            yield from keys(value, f"{path}{name}.")
+    elif isinstance(shown, list) and shown and isinstance(shown[0], dict):
+        yield from keys(shown[0], path[:-1] + "[].")
+
+
+def test_the_keys_are_documented(migrated_dsn: str, observer: Observer) -> None:
+    fill(observer)
+    told = [key for key in keys(look(migrated_dsn)) if key not in ("clients", "groups", "channels", "drops")]
+    documented = re.findall(r"^\| `([\w.\[\]]+)` \|", OPERATIONS.split("### JSON")[1], re.MULTILINE)
+    assert sorted(documented) == sorted(told)
+
+
+def test_the_options_are_documented() -> None:
+    (usage,) = re.findall(r"manage\.py pg_layer_status (\[.*\])", OPERATIONS)
+    from pg_layer.management.commands.pg_layer_status import Command
+
+    parser = Command().create_parser("manage.py", "pg_layer_status")
+    own = {"--layer", "--json", "--watch", "--top", "--sweep-age"}
+    assert set(re.findall(r"\[(--[\w-]+)", usage)) == own
+    assert own <= {option for action in parser._actions for option in action.option_strings}
+
+
+def test_a_status_tells_all_it_holds() -> None:
+    status = Status(
+        clients=[],
+        live_clients=1,
+        overdue_clients=2,
+        ended_clients=3,
+        groups=[],
+        all_groups=4,
+        all_members=5,
+        channels=[],
+        all_channels=6,
+        all_waiting=7,
+        drops={"dropped_full": 8},
+        tables=[],
+        notify_queue=0.51,
+        last_sweep=9.0,
+    )
+    assert status.as_dict(10) == {
+        "ok": False,
+        "problems": status.problems(10),
+        "clients": {"live": 1, "overdue": 2, "ended": 3, "list": []},
+        "groups": {"count": 4, "members": 5, "list": []},
+        "channels": {"count": 6, "waiting": 7, "list": []},
+        "drops": {"dropped_full": 8},
+        "tables": [],
+        "notify_queue": 0.51,
+        "last_sweep": 9.0,
+    }
+    assert len(status.problems(10)) == 2
+    assert len(status.problems(8)) == 3
+
+
+# ---------------------------------------------------------------------- again and again
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("seconds", [["0.05"], ["3600"], []], ids=["often", "seldom", "by default"])
+def test_it_watches_until_a_signal(
+    migrated_dsn: str, observer: Observer, number: signal.Signals, seconds: list[str]
+) -> None:
+    sweep(observer)
+    with started(migrated_dsn, *COMMAND, "--watch", *seconds) as process:
+        process.expect("ok")
+        process.expect("pg_layer_last_sweep")
+        if seconds == ["0.05"]:
+            process.expect("ok")
+            sweep(observer, "1 hour")
+            process.expect("problem: The last sweep was 1 h")
+        assert process.end(number) == 0
+    assert process.errors == []
+
+
+def test_it_watches_in_json(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    with started(migrated_dsn, *COMMAND, "--watch", "0.05", "--json") as process:
+        assert json.loads(process.expect("{"))["ok"] is True
+        sweep(observer, "1 hour")
+        assert json.loads(process.expect('"ok": false'))["problems"]
+        assert process.end(signal.SIGTERM) == 0
+    assert process.errors == []
+
+
+def test_it_watches_a_database_go_and_come_back() -> None:
+    with PostgresServer(fsync=False) as server:
+        migrate(server.dsn())
+        with psycopg.connect(server.dsn(), autocommit=True) as observer:
+            sweep(observer)
+        with started(server.dsn(), *COMMAND, "--watch", "0.05") as process:
+            process.expect("ok")
+            server.stop()
+            process.expect("problem: The database could not be reached")
+            server.start()
+            process.expect("ok")
+            assert process.end(signal.SIGTERM) == 0
+        assert process.errors == []
+
+
+@contextmanager
+def on_a_terminal(dsn: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    ours, theirs = pty.openpty()
+    popen = subprocess.Popen(
+        [sys.executable, "-X", "dev", *arguments],
+        cwd=ROOT,
+        env={**environment(dsn), "COLUMNS": "120", "LINES": "12", "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    try:
+        yield popen, ours
+    finally:
+        popen.kill()
+        popen.wait()
+        os.close(ours)
+
+
+@pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "without rich"])
+def test_on_a_terminal_it_repaints_what_fits(migrated_dsn: str, observer: Observer, has_rich: bool) -> None:
+    fill(observer)
+    start = COMMAND if has_rich else ("-c", WITHOUT_RICH)
+    with on_a_terminal(migrated_dsn, *start, "--watch", "0.05") as (popen, terminal):
+        seen = b""
+        while seen.count(b"\x1b[H\x1b[2J") < 3:
+            seen += os.read(terminal, 65536)
+        popen.send_signal(signal.SIGTERM)
+        while True:
+            try:
+                seen += os.read(terminal, 65536)
+            except OSError:  # the other side is closed
+                break
+        assert popen.wait() == 0
+    frame = seen.decode().split("\x1b[H\x1b[2J")[1]
+    assert "Traceback" not in seen.decode()
+    assert frame.count("\n") == 11
+    assert ("━" in frame) == has_rich
+    assert re.sub(r"\x1b\[[\d;]*m", "", frame).startswith("ok\r\n")
+
+
+def test_the_package_is_told_of(tmp_path: Path) -> None:
+    assert re.search(r'^status = \["rich', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert "pg-layer[status]" in OPERATIONS

@@ -1,0 +1,604 @@
+"""`pg_layer.testing` as users' projects have it: their suites, run by Django's runner and by pytest."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.conftest import Observer
+from tests.project.commands import PATIENCE, ROOT, django, environment
+
+DOCUMENTATION = ROOT / "docs" / "testing.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
+RUNNERS = ["django", "pytest"]
+
+PYTEST_INI = """
+[pytest]
+asyncio_mode = auto
+asyncio_default_fixture_loop_scope = function
+filterwarnings = error
+"""
+
+IMPORTS = """
+import asyncio
+import pytest
+from asgiref.sync import async_to_sync
+from channels.layers import get_channel_layer
+from django.db import connection, transaction
+from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_settings
+from pg_layer import PostgresChannelLayer
+from pg_layer.models import Client, Membership, Message
+from pg_layer.testing import ResetLayersMixin, Sent, captured_messages, reset_layers
+
+def say(n):
+    return {"type": "say", "n": n}
+"""
+
+
+def run(
+    folder: Path,
+    dsn: str,
+    *arguments: str,
+    settings: dict[str, Any] | None = None,
+    environ: dict[str, str] | None = None,
+) -> str:
+    """Run `python` in development mode; what it said, and its exit status."""
+    everything = environment(dsn, settings) | (environ or {})
+    if importlib.util.find_spec("daphne") is None:
+        # Imported by channels.testing, for a class that nobody needs here.
+        stand_in = folder / "stand_in" / "daphne"
+        stand_in.mkdir(parents=True, exist_ok=True)
+        (stand_in / "__init__.py").touch()
+        (stand_in / "testing.py").write_text("DaphneProcess = None")
+        everything["PYTHONPATH"] = str(stand_in.parent)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", *arguments],
+        cwd=ROOT,
+        env=everything,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    return f"{result.stdout}\nstatus {result.returncode}"
+
+
+def run_suite(
+    runner: str,
+    folder: Path,
+    dsn: str,
+    suite: str,
+    settings: dict[str, Any] | None = None,
+    plugin: bool = True,
+) -> str:
+    """Run a suite in the test project, its tests in their order."""
+    (folder / "test_suite.py").write_text(IMPORTS + textwrap.dedent(suite))
+    if runner == "django":
+        arguments = ["-m", "tests.project.manage", "test", "--noinput", str(folder)]
+    else:
+        (folder / "pytest.ini").write_text(PYTEST_INI)
+        (folder / "conftest.py").write_text('pytest_plugins = ["pg_layer.testing"]' if plugin else "")
+        options = ["-p", "no:randomly", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini")]
+        arguments = ["-m", "pytest", *options, str(folder)]
+    return run(folder, dsn, *arguments, settings=settings)
+
+
+def test_databases(observer: Observer) -> list[str]:
+    """The test databases made from the observer's that are still there."""
+    query = "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_' || current_database() || '%'"
+    return [name for (name,) in observer.execute(query)]
+
+
+test_databases.__test__ = False  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------- the demo's tests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        (["-m", "example.manage", "test", "example", "--noinput", "--shuffle"], "Ran 5 tests"),
+        (["-m", "example.manage", "test", "example", "--noinput", "--parallel", "2"], "Ran 5 tests"),
+        (["-m", "pytest", "-p", "no:cacheprovider", "example"], "7 passed"),
+    ],
+    ids=["Django", "Django in parallel", "pytest"],
+)
+def test_the_demos_tests(
+    tmp_path: Path, observer: Observer, migrated_dsn: str, arguments: list[str], count: str
+) -> None:
+    environ = {"PG_LAYER_DSN": migrated_dsn, "DJANGO_SETTINGS_MODULE": "example.settings"}
+    output = run(tmp_path, migrated_dsn, *arguments, environ=environ)
+    assert output.endswith("status 0"), output
+    assert count in output
+    assert "arning" not in output, output
+    assert test_databases(observer) == []
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_the_documentation_shows_the_demos_tests(snippet: str) -> None:
+    assert any(snippet in path.read_text(encoding="utf-8") for path in (ROOT / "example/tests").glob("*.py"))
+
+
+def test_the_documentation_has_examples_and_its_links_lead_somewhere() -> None:
+    assert len(SNIPPETS) == 5
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", DOCUMENTATION.read_text(encoding="utf-8")):
+        assert (DOCUMENTATION.parent / target).exists(), target
+
+
+# ---------------------------------------------------------------------- what was sent
+
+
+def captured(dsn: str, code: str, **config: Any) -> None:
+    """Run code in a process of the test project; it must complain of nothing."""
+    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}
+    layers["memory"] = {"BACKEND": "channels.layers.InMemoryChannelLayer"}
+    prepared = f"{IMPORTS}\nlayer = get_channel_layer()\n{textwrap.dedent(code)}\nconnection.close()"
+    assert django(dsn, prepared, settings={"CHANNEL_LAYERS": layers}) == ""
+
+
+def test_messages_come_in_the_order_of_sending(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic():
+            specific = async_to_sync(layer.new_channel)()
+            with captured_messages(groups=["a", "b"], channels=["jobs", specific]) as sent:
+                layer.sync.group_send("b", say(1))
+                layer.sync.send("jobs", say(2))
+                layer.sync.send("others", say(0))
+                layer.sync.group_send("others", say(0))
+                three = [("b", say(3)), ("a", say(4)), ("others", say(0))]
+                layer.sync.group_send_many(three, exclude=specific)
+                layer.sync.send(specific, say(5))
+                layer.sync.send_many([("jobs", say(6)), ("others", say(0)), (specific, say(7))])
+                layer.sync.group_send("a", {"type": "say", "data": b"x" * 100_000}, exclude="jobs")
+                assert sent == []
+            assert sent == [
+                Sent(say(1), group="b"),
+                Sent(say(2), channel="jobs"),
+                Sent(say(3), group="b", exclude=specific),
+                Sent(say(4), group="a", exclude=specific),
+                Sent(say(5), channel=specific),
+                Sent(say(6), channel="jobs"),
+                Sent(say(7), channel=specific),
+                Sent({"type": "say", "data": b"x" * 100_000}, group="a", exclude="jobs"),
+            ]
+        """,
+    )
+
+
+def test_what_a_savepoint_sent_that_was_rolled_back_is_not_in_it(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic():
+            with captured_messages(groups=["room"], channels=["jobs"]) as sent:
+                layer.sync.group_send("room", say(1))
+                try:
+                    with transaction.atomic():
+                        layer.sync.group_send("room", say(0))
+                        with transaction.atomic():
+                            layer.sync.send("jobs", say(0))
+                        raise LookupError
+                except LookupError:
+                    pass
+                with transaction.atomic():
+                    layer.sync.send("jobs", say(2))
+            assert sent == [Sent(say(1), group="room"), Sent(say(2), channel="jobs")]
+        """,
+    )
+
+
+def test_each_block_has_its_own(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic():
+            layer.sync.group_send("room", say(0))
+            layer.sync.send("jobs", say(0))
+            with captured_messages(groups=["room"], channels=["jobs"]) as outer:
+                layer.sync.send("jobs", say(1))
+                with captured_messages(groups=["room"], channels=["jobs"]) as inner:
+                    layer.sync.group_send("room", say(2))
+                    layer.sync.send("jobs", say(3))
+                    assert layer.sync.group_count("room") == 2
+            layer.sync.group_send("room", say(0))
+            assert inner == [Sent(say(2), group="room"), Sent(say(3), channel="jobs")]
+            assert outer == [Sent(say(1), channel="jobs"), *inner]
+        """,
+    )
+
+
+def test_a_channel_in_a_group_gets_its_own_messages_as_a_channel(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic():
+            layer.sync.group_add("room", "jobs")
+            with captured_messages(groups=["room"], channels=["jobs"]) as sent:
+                layer.sync.group_send("room", say(1))
+            assert sent == [Sent(say(1), group="room")]
+        """,
+    )
+
+
+def test_encrypted_messages_of_another_prefix_and_from_sql(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic(), captured_messages(groups=["room"], channels=["jobs"]) as sent:
+            layer.sync.group_send("room", say(1))
+            layer.sync.send("jobs", say(2))
+        assert sent == [Sent(say(1), group="room"), Sent(say(2), channel="jobs")]
+        """,
+        prefix="mine",
+        symmetric_encryption_keys=["secret"],
+    )
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic(), captured_messages(groups=["room"]) as sent, connection.cursor() as cursor:
+            cursor.execute("SELECT pg_layer_group_send('room', %s)", ['{"type": "say", "n": 1}'])
+        assert sent == [Sent(say(1), group="room")]
+        """,
+    )
+
+
+def test_short_leases_and_expiries_do_not_matter(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        def rows():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT clock_timestamp(), pg_sleep(0.05)")
+                cursor.fetchall()
+
+        with transaction.atomic(), captured_messages(groups=["room"], channels=["jobs"]) as sent:
+            rows()
+            layer.sync.group_send("room", say(1))
+            layer.sync.send("jobs", say(2))
+            rows()
+        assert sent == [Sent(say(1), group="room"), Sent(say(2), channel="jobs")]
+        """,
+        lease=0.02,
+        heartbeat=0.01,
+        group_expiry=0.02,
+        expiry=0.02,
+    )
+
+
+def test_where_transactions_commit_it_tells_what_was_committed(migrated_dsn: str, observer: Observer) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with captured_messages(groups=["room"], channels=["jobs"]) as sent:
+            layer.sync.group_send("room", say(1))
+            async_to_sync(layer.group_send)("room", say(2))
+            async_to_sync(layer.send)("jobs", say(3))
+            try:
+                with transaction.atomic():
+                    layer.sync.group_send("room", say(0))
+                    raise LookupError
+            except LookupError:
+                pass
+        assert sent == [Sent(say(1), group="room"), Sent(say(2), group="room"), Sent(say(3), channel="jobs")]
+        async_to_sync(layer.close)()
+        """,
+    )
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+    assert observer.execute("SELECT FROM pg_layer_membership").fetchall() == []
+    assert observer.execute("SELECT FROM pg_layer_client").fetchall() == []
+
+
+def test_an_error_in_the_block_is_the_one_that_is_raised(migrated_dsn: str, observer: Observer) -> None:
+    captured(
+        migrated_dsn,
+        """
+        with pytest.raises(LookupError), captured_messages(groups=["room"]) as sent:
+            layer.sync.group_send("room", say(1))
+            raise LookupError
+        assert sent == []
+        with pytest.raises(LookupError), transaction.atomic(), captured_messages(groups=["room"]):
+            with pytest.raises(Exception, match="division by zero"), connection.cursor() as cursor:
+                cursor.execute("SELECT 1 / 0")
+            raise LookupError
+        """,
+    )
+    for table in ("message", "membership", "client"):
+        assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
+
+
+def test_wrong_calls_say_what_is_wrong(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        def refuses(error, part, **arguments):
+            with pytest.raises(error, match=part), captured_messages(**arguments):
+                raise AssertionError
+
+        from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
+        from django.utils.connection import ConnectionDoesNotExist
+
+        refuses(TypeError, "groups must be a list of names, not a str", groups="room")
+        refuses(ValueError, "needs groups or channels")
+        refuses(TypeError, "Group name must be a valid unicode string", groups=["a room"])
+        refuses(TypeError, "Channel name must be a valid unicode string", channels=["a channel"])
+        refuses(ImproperlyConfigured, "'memory'] is a InMemoryChannelLayer", groups=["room"], layer="memory")
+        refuses(ConnectionDoesNotExist, "'nowhere' doesn't exist", groups=["room"], using="nowhere")
+        refuses(ImproperlyConfigured, "'nothing'] does not exist", groups=["room"], layer="nothing")
+
+        async def main():
+            refuses(SynchronousOnlyOperation, "async context", groups=["room"])
+
+        asyncio.run(main())
+        """,
+    )
+
+
+# ---------------------------------------------------------------------- clean layers
+
+LEFTOVERS = """
+class LeftoverTests(ResetLayersMixin, {base}):
+    def test_1_leaves_things_behind(self):
+        layer = get_channel_layer()
+        async_to_sync(layer.send)("jobs", say(1))
+        async_to_sync(layer.group_add)("room", "jobs")
+        async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
+
+    def test_2_finds_nothing(self):
+        assert get_channel_layer().sync.group_channels("room") == []
+        assert not Message.objects.exists()
+        assert not Membership.objects.exists()
+        assert not Client.objects.filter(ended_at=None).exists()
+
+    async def test_3_leaves_a_reader_behind(self):
+        layer = get_channel_layer()
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.group_send("room", say(1))
+        assert await asyncio.wait_for(layer.receive(channel), {patience}) == say(1)
+        asyncio.create_task(layer.receive(channel))
+        await asyncio.sleep(0)
+
+    def test_4_finds_nothing_again(self):
+        self.test_2_finds_nothing()
+
+    def test_5_cleans_up_with_the_layer(self):
+        layer = get_channel_layer()
+        self.addCleanup(async_to_sync(layer.send), "jobs", say(2))
+
+    def test_6_finds_nothing_again(self):
+        self.test_2_finds_nothing()
+
+    @override_settings(CHANNEL_LAYERS={{"default": {{"BACKEND": "pg_layer.PostgresChannelLayer"}}}})
+    def test_7_has_a_layer_of_its_own(self):
+        async_to_sync(get_channel_layer().send)("jobs", say(3))
+"""
+
+
+@pytest.mark.parametrize("base", ["TestCase", "TransactionTestCase"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_test_cases_begin_with_clean_layers(
+    tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str, base: str
+) -> None:
+    suite = LEFTOVERS.format(base=base, patience=PATIENCE)
+    output = run_suite(runner, tmp_path, migrated_dsn, suite, plugin=False)
+    assert output.endswith("status 0"), output
+    assert test_databases(observer) == []
+
+
+@pytest.mark.parametrize(
+    "mark", ["django_db", "django_db(transaction=True)", "usefixtures('transactional_db')"]
+)
+def test_the_plugin_cleans_layers(tmp_path: Path, migrated_dsn: str, observer: Observer, mark: str) -> None:
+    output = run_suite(
+        "pytest",
+        tmp_path,
+        migrated_dsn,
+        f"""
+        pytestmark = pytest.mark.{mark}
+
+        def test_1_leaves_things_behind():
+            layer = get_channel_layer()
+            async_to_sync(layer.send)("jobs", say(1))
+            async_to_sync(layer.group_add)("room", "jobs")
+
+        def test_2_finds_nothing():
+            assert get_channel_layer().sync.group_channels("room") == []
+            assert not Message.objects.exists()
+            assert not Client.objects.filter(ended_at=None).exists()
+
+        @pytest.fixture
+        async def member():
+            layer = get_channel_layer()
+            channel = await layer.new_channel()
+            await layer.group_add("room", channel)
+            yield channel
+            await layer.group_send("room", say(2))
+
+        async def test_3_has_a_fixture_that_uses_the_layer(member):
+            layer = get_channel_layer()
+            await layer.group_send("room", say(1))
+            assert await asyncio.wait_for(layer.receive(member), {PATIENCE}) == say(1)
+
+        async def test_4_asks_the_database_from_async_code():
+            assert await Message.objects.acount() == 0
+            assert await get_channel_layer().group_count("room") == 0
+        """,
+    )
+    assert output.endswith("status 0"), output
+    assert "4 passed" in output
+    assert test_databases(observer) == []
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_layers_are_closed_before_django_empties_its_tables(
+    tmp_path: Path, migrated_dsn: str, runner: str
+) -> None:
+    output = run_suite(
+        runner,
+        tmp_path,
+        migrated_dsn,
+        """
+        from django.db.models.signals import post_migrate
+        from pg_layer.termination import leavers
+
+        calls = []
+
+        def is_emptied(**arguments):
+            calls.append(any(homes.is_used for homes in leavers()))
+
+        class FirstTests(ResetLayersMixin, TransactionTestCase):
+            def test_it(self):
+                post_migrate.connect(is_emptied)
+                async_to_sync(get_channel_layer().send)("jobs", say(1))
+
+        @pytest.mark.usefixtures("transactional_db")
+        def test_it():
+            async_to_sync(get_channel_layer().send)("jobs", say(1))
+
+        class SecondTests(ResetLayersMixin, TransactionTestCase):
+            def test_it(self):
+                assert calls
+                assert not any(calls)
+        """,
+    )
+    assert output.endswith("status 0"), output
+    assert ("Ran 2 tests" if runner == "django" else "3 passed") in output
+
+
+def test_without_the_plugin_there_is_something_to_clean(
+    tmp_path: Path, migrated_dsn: str, observer: Observer
+) -> None:
+    output = run_suite(
+        "pytest",
+        tmp_path,
+        migrated_dsn,
+        """
+        @pytest.mark.django_db
+        def test_it():
+            async_to_sync(get_channel_layer().send)("jobs", say(1))
+        """,
+        plugin=False,
+    )
+    assert "is being accessed by other users" in output
+    [left] = test_databases(observer)
+    observer.execute(f'DROP DATABASE "{left}" WITH (FORCE)')
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_layer_by_dsn_is_closed_and_keeps_its_messages(
+    tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str
+) -> None:
+    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"dsn": migrated_dsn}}}
+    output = run_suite(
+        runner,
+        tmp_path,
+        migrated_dsn,
+        """
+        class DsnTests(ResetLayersMixin, TestCase):
+            def test_it(self):
+                async_to_sync(get_channel_layer().send)("jobs", say(1))
+        """,
+        settings={"CHANNEL_LAYERS": layers},
+    )
+    assert output.endswith("status 0"), output
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+    assert observer.execute("SELECT FROM pg_layer_client WHERE ended_at IS NULL").fetchall() == []
+
+
+def test_a_test_that_has_not_asked_for_the_layers_database_is_told(
+    tmp_path: Path, migrated_dsn: str, observer: Observer
+) -> None:
+    output = run_suite(
+        "pytest",
+        tmp_path,
+        migrated_dsn,
+        """
+        def test_it():
+            async_to_sync(get_channel_layer().send)("jobs", say(1))
+
+        def test_without_the_layer():
+            pass
+        """,
+    )
+    assert "2 passed, 1 error" in output
+    assert "mark the test: @pytest.mark.django_db(transaction=True)." in output
+    # Nothing was flushed: it might have been anybody's.
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+
+
+def test_a_test_case_that_has_not_asked_for_the_layers_database_is_told(
+    tmp_path: Path, migrated_dsn: str, fresh_database: str, observer: Observer
+) -> None:
+    parameters = conninfo_to_dict(migrated_dsn)
+    databases = {
+        alias: {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": conninfo_to_dict(dsn)["dbname"],
+            **{name.upper(): parameters.get(name, "") for name in ("user", "password", "host", "port")},
+        }
+        for alias, dsn in (("default", fresh_database), ("events", migrated_dsn))
+    }
+    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"using": "events"}}}
+    suite = """
+        class EventTests(ResetLayersMixin, TransactionTestCase):
+            databases = {names}
+            def test_it(self):
+                async_to_sync(get_channel_layer().send)("jobs", say(1))
+    """
+    settings = {"CHANNEL_LAYERS": layers, "DATABASES": databases}
+    output = run_suite("django", tmp_path, fresh_database, suite.replace("{names}", '"__all__"'), settings)
+    assert output.endswith("status 0"), output
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == []
+
+    output = run_suite("django", tmp_path, fresh_database, suite.replace("{names}", '["default"]'), settings)
+    assert output.endswith("status 1"), output
+    assert "no test database: events. Name it in `databases` of the test case" in output
+    # It was the real one indeed.
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+
+
+def test_the_mixin_stands_first(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        for bases in [(TestCase, ResetLayersMixin), (TransactionTestCase, ResetLayersMixin),
+                      (ResetLayersMixin, SimpleTestCase)]:
+            with pytest.raises(TypeError, match="Wrong: ResetLayersMixin must stand before Django's Test"):
+                type("Wrong", bases, {})
+
+        class Mine(ResetLayersMixin):
+            pass
+
+        class Right(Mine, TestCase):
+            pass
+        """,
+    )
+
+
+def test_the_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: str) -> None:
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass")
+    (tmp_path / "pytest.ini").write_text(PYTEST_INI)
+    environments: list[dict[str, str]] = [{}, {"DJANGO_SETTINGS_MODULE": ""}]
+    for environ in environments:
+        options = ["-p", "pg_layer.testing", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
+        output = run(tmp_path, migrated_dsn, "-m", "pytest", *options, str(tmp_path), environ=environ)
+        assert "1 passed" in output, output
+
+
+def test_it_needs_no_pytest() -> None:
+    code = (
+        "import sys; sys.modules['pytest'] = None; import pg_layer.testing; pg_layer.testing.reset_layers()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

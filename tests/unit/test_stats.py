@@ -1,0 +1,182 @@
+"""Counting: exactly, on any thread, and what `stats()` makes of it. And its documentation."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event, Thread
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pg_layer.stats import COUNTED, Counters, Counts, State, Stats, make_stats
+
+THREADS = 8
+TIMES = 2000
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+
+NOTHING = State(
+    mailboxes=0, mailbox_messages=0, lane_operations=0, memberships=0, listener="off", lease_age=None
+)
+
+
+@pytest.fixture
+def hasty_switches() -> Iterator[None]:
+    """Threads take turns so often that what is not one step is interrupted."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+class SlowName(str):
+    """Looking it up takes several steps, between which another thread may come."""
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+
+def counts(**some: int) -> Counts:
+    return cast(Counts, {**dict.fromkeys(COUNTED, 0), **some})
+
+
+# ---------------------------------------------------------------------- counting
+
+
+def test_all_begins_at_zero() -> None:
+    assert Counters().read() == counts()
+
+
+@given(st.lists(st.tuples(st.sampled_from(COUNTED), st.integers(0, 1000))))
+def test_each_is_counted_by_itself(events: list[tuple[str, int]]) -> None:
+    counters, expected = Counters(), Counter[str]()
+    for name, count in events:
+        if name == "delivered":
+            for _ in range(count):
+                counters.delivered()
+        else:
+            counters.add(name, count)
+        expected[name] += count
+        assert counters[name] == expected[name]
+    assert counters.read() == counts(**expected)
+
+
+def test_reading_changes_nothing() -> None:
+    counters = Counters()
+    counters.delivered()
+    assert [counters.read()["delivered"] for _ in range(100)] == [1] * 100
+
+
+def test_what_is_read_does_not_change() -> None:
+    counters = Counters()
+    read = counters.read()
+    counters.add("sent")
+    counters.delivered()
+    assert read == counts()
+
+
+def test_what_has_no_name_is_not_counted() -> None:
+    with pytest.raises(KeyError):
+        Counters().add("sendt")
+
+
+def test_since() -> None:
+    counters = Counters()
+    counters.add("sent", 3)
+    counters.delivered()
+    before = counters.read()
+    counters.add("sent", 2)
+    counters.delivered()
+    assert counters.since(before) == counts(sent=2, delivered=1)
+
+
+@pytest.mark.usefixtures("hasty_switches")
+def test_threads_lose_no_count_while_others_read() -> None:
+    counters = Counters()
+    seen: list[Counts] = []
+    is_over = Event()
+
+    def read() -> None:
+        while not is_over.is_set():
+            seen.append(counters.read())
+
+    def count(seed: int) -> None:
+        names = [*map(SlowName, COUNTED), *["delivered"] * len(COUNTED)] * TIMES
+        random.Random(seed).shuffle(names)
+        for name in names:
+            if name == "delivered":
+                counters.delivered()
+            else:
+                counters.add(name)
+
+    reader = Thread(target=read)
+    reader.start()
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(count, range(THREADS)))
+    is_over.set()
+    reader.join()
+    expected = dict.fromkeys(COUNTED, THREADS * TIMES)
+    expected["delivered"] *= 1 + len(COUNTED)
+    assert counters.read() == expected
+    assert len(seen) > 1
+    for name in COUNTED:
+        values = [read[name] for read in seen]  # type: ignore[literal-required]
+        assert values == sorted(values)
+
+
+# ---------------------------------------------------------------------- what is made of it
+
+
+def test_stats_are_the_counters_and_the_state() -> None:
+    state = State(
+        mailboxes=1, mailbox_messages=2, lane_operations=3, memberships=4, listener="polling", lease_age=0.5
+    )
+    counted = counts(**{name: number for number, name in enumerate(COUNTED, start=10)})
+    stats = make_stats(counted, state)
+    assert {name: stats[name] for name in COUNTED} == counted  # type: ignore[literal-required]
+    assert {name: stats[name] for name in state} == state  # type: ignore[literal-required]
+    assert set(stats) == set(Stats.__annotations__)
+    assert json.loads(json.dumps(stats)) == stats
+
+
+@pytest.mark.parametrize(
+    ("counted", "mean"),
+    [
+        (counts(), 0.0),
+        (counts(batches=1, sent=1), 1.0),
+        (counts(batches=2, sent=1, group_sent=6, refused_full=2), 4.5),
+    ],
+)
+def test_the_mean_size_of_batches(counted: Counts, mean: float) -> None:
+    assert make_stats(counted, NOTHING)["mean_batch_size"] == mean
+
+
+# ---------------------------------------------------------------------- its documentation
+
+
+def documented_keys(heading: str) -> list[str]:
+    section = DOCUMENT.split(f"### {heading}\n")[1].split("\n#")[0]
+    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+
+def test_every_counter_is_documented_and_no_other() -> None:
+    assert documented_keys("Counters") == list(COUNTED)
+
+
+def test_every_other_key_is_documented() -> None:
+    assert documented_keys("State") == [*State.__annotations__, "mean_batch_size"]
+
+
+@pytest.mark.parametrize("kind", [Counts, State])
+def test_the_docstrings_name_every_key(kind: type) -> None:
+    named = re.findall(r"``(\w+)``[:,]", str(kind.__doc__))
+    assert named == list(kind.__annotations__)
