@@ -118,7 +118,8 @@ LANGUAGE sql VOLATILE AS $$
         END)::text END
 $$;
 
--- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients.
+-- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients. A lease counts that was good when the
+-- transaction began: where one snapshot serves it all (REPEATABLE READ), no later renewal is seen.
 
 -- Send one message to its channel. Capacity counts what waits per channel, unread and unexpired.
 --   _floor: the id below which the caller has seen nothing waiting in the inbox, so that a count never walks the dead;
@@ -138,7 +139,7 @@ DECLARE
 BEGIN
     IF _floor IS NOT NULL THEN
         SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id),
-            coalesce((SELECT c.expires_at <= clock_timestamp() FROM pg_layer_client AS c
+            coalesce((SELECT c.expires_at <= now() FROM pg_layer_client AS c
                       WHERE c.inbox = pg_layer_inbox(_prefix, _channel)), false)
         INTO _waiting, _next_floor, _is_lapsed
         FROM pg_layer_message AS m
@@ -195,7 +196,7 @@ BEGIN
             SELECT d.inbox,
                 coalesce((SELECT f.id FROM unnest(_floor_inboxes, _floor_ids) AS f (inbox, id) WHERE f.inbox = d.inbox), 0)
                     AS floor,
-                coalesce((SELECT c.expires_at <= _now FROM pg_layer_client AS c WHERE c.inbox = d.inbox), false) AS is_lapsed
+                coalesce((SELECT c.expires_at <= now() FROM pg_layer_client AS c WHERE c.inbox = d.inbox), false) AS is_lapsed
             FROM (SELECT DISTINCT pg_layer_inbox(_prefix, s.channel) AS inbox FROM unnest(_channels) AS s (channel)) AS d
         ) AS t
         CROSS JOIN LATERAL (
@@ -286,7 +287,7 @@ BEGIN
             (m.expires_at > clock_timestamp() OR coalesce((
                 SELECT true FROM pg_layer_membership AS o
                 WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > clock_timestamp() LIMIT 1), false))
-            AND coalesce((SELECT c.expires_at > clock_timestamp() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
+            AND coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
         INTO _inbox, _capacity, _is_live
         FROM pg_layer_membership AS m
         WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"'
@@ -353,7 +354,7 @@ BEGIN
             WHERE m.group_name = h.group_name AND m.inbox = h.inbox AND m.expires_at > _now LIMIT 1
         ) AS l
         WHERE h.inbox IS NOT NULL
-            AND coalesce((SELECT c.expires_at > _now FROM pg_layer_client AS c WHERE c.inbox = h.inbox), true)
+            AND coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = h.inbox), true)
     ), waiting AS MATERIALIZED (
         SELECT t.inbox, (SELECT count(*) FROM pg_layer_message AS m
                          WHERE m.inbox = t.inbox AND m.expires_at > _now) AS count

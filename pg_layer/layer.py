@@ -45,7 +45,10 @@ class PostgresChannelLayer(BaseChannelLayer):
         self.expiry = self.config.expiry  # type: ignore[assignment]  # here fractions of a second count
         config = self.config
         self._codec = Codec(
-            config.serializer_format, config.max_message_size, config.symmetric_encryption_keys
+            config.serializer_format,
+            config.max_message_size,
+            config.symmetric_encryption_keys,
+            allow_unencrypted=config.allow_unencrypted,
         )
         self._homes = Homes(config, self._codec)
         self._drafts = Drafts(config, self._codec, self._check_channel, self._check_group)
