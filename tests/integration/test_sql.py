@@ -18,7 +18,7 @@ from psycopg import sql
 
 from devtools.postgres import PostgresServer, find_binaries
 from pg_layer import PostgresChannelLayer
-from tests.conftest import MIGRATIONS, MakeLayer
+from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.conftest import migrate
 from tests.faults.test_notify_refused import full_queue
 from tests.processes import PATIENCE, Message, listen, open_layer, receive
@@ -870,3 +870,28 @@ def test_links_lead_somewhere() -> None:
         for target, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", content):
             headings = re.findall(r"^#+ (.*)$", (docs / target).read_text(encoding="utf-8"), re.MULTILINE)
             assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+async def test_a_transaction_that_is_longer_than_a_lease(
+    make_layer: MakeLayer, caller: Caller, observer: Observer, isolation: str
+) -> None:
+    layer = make_layer()
+    own, member = await layer.new_channel(), await layer.new_channel()
+    await layer.group_add("room", member)
+    await listen(layer)
+    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '0.5 seconds'")
+    caller.execute(f"BEGIN ISOLATION LEVEL {isolation}".encode())
+    caller.execute("SELECT count(*) FROM pg_layer_client")  # its snapshot
+    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 hour'")
+    caller.execute("SELECT pg_sleep(0.6)")
+    send(caller, own, text(1))
+    group_send(caller, "room", text(1))
+    caller.execute(
+        "SELECT pg_layer_send_batch('asgi', %s::text[], '{\"{}\", \"{}\"}', '{60,60}', '{9,9}', '{}', '{}')",
+        ([own, own],),
+    )
+    caller.execute("COMMIT")
+    assert await numbers(layer, own, 1) == [1]
+    assert await numbers(layer, member, 1) == [1]
+    assert (await receive(layer, own), await receive(layer, own)) == ({}, {})
