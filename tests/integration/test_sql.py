@@ -273,6 +273,27 @@ async def test_beside_an_open_transaction_all_goes_on(make_layer: MakeLayer, cal
         await next_is(layer, channel, -1)
 
 
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+async def test_a_transaction_that_takes_longer_than_a_lease(
+    make_layer: MakeLayer, caller: Caller, observer: Observer, isolation: str
+) -> None:
+    """It sees the lease as it was at its beginning, and not that it was renewed."""
+    layer = make_layer()
+    own, member = await layer.new_channel(), await layer.new_channel()
+    await layer.group_add("room", member)
+    await listen(layer)
+    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 second'")
+    caller.execute(f"BEGIN ISOLATION LEVEL {isolation}".encode())
+    caller.execute("SELECT expires_at FROM pg_layer_client")
+    observer.execute("UPDATE pg_layer_client SET expires_at = 'infinity'")
+    caller.execute("SELECT pg_sleep(1.1)")
+    send(caller, own, text(1))
+    group_send(caller, "room", text(1))
+    caller.execute("COMMIT")
+    for channel in (own, member):
+        assert await numbers(layer, channel, 1) == [1]
+
+
 async def test_many_callers_at_once(make_layer: MakeLayer, migrated_dsn: str) -> None:
     layer = make_layer(capacity=10_000)
     own, member = await layer.new_channel(), await layer.new_channel()

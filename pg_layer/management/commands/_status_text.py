@@ -135,7 +135,8 @@ def rich(page: Page, width: int, *, has_colours: bool) -> str:
             table.add_row(*map(Text, row))
         parts.append(table)
     text = StringIO()
-    console = Console(file=text, width=width, force_terminal=True, no_color=not has_colours)
+    # Given the width alone, it takes 80 columns where TERM is "dumb".
+    console = Console(file=text, width=width, height=25, force_terminal=True, no_color=not has_colours)
     console.print(Group(*parts))
     return text.getvalue()
 
