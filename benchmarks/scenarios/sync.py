@@ -39,7 +39,8 @@ def _bridged(stage: Stage) -> GroupSend:
 
 
 def _native(stage: Stage) -> GroupSend:
-    sync = getattr(stage.layer, "sync", None)
+    # Not by getattr: the Redis pub/sub layer asks the running loop for whatever it does not know.
+    sync = vars(stage.layer).get("sync")
     return _bridged(stage) if sync is None else cast(GroupSend, sync.group_send)
 
 
