@@ -6,6 +6,7 @@ does not outlive a fork: a child begins with a client of its own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -180,14 +181,14 @@ class Client:
         return False
 
     def _fan_out(self, group: str, excluded: str | None, letter: Letter) -> None:
-        now = self.clock.now()
+        now, here = self.clock.now(), asyncio._get_running_loop()
         id = letter.id
         for mailbox, since, _, expires_at, until in self.memberships.of_group(group):
             if (
                 since < id <= until
                 and expires_at > now
                 and mailbox.channel != excluded
-                and not mailbox.put_if_room(letter)
+                and not mailbox.put_if_room(letter, here)
             ):
                 self.drop_expired(mailbox)
                 if not mailbox.put_if_room(letter):

@@ -116,9 +116,8 @@ class Homes:
         """Whether there is something to close."""
         return self._home is not None or self._hub is not None or self.client.has_lease
 
-    def for_receiving(self) -> Engine:
-        """The engine that receives: this loop's own, or that of a loop that runs elsewhere."""
-        loop = asyncio.get_running_loop()
+    def for_receiving(self, loop: asyncio.AbstractEventLoop) -> Engine:
+        """The engine that receives for the running loop: its own, or that of one that runs elsewhere."""
         home = self._home
         if home is not None and home.is_receiving and home.loop is loop and not home.is_closed:
             return home

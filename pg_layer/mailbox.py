@@ -95,8 +95,11 @@ class Mailbox:
             if self._waiters:
                 self._wake_one()
 
-    def put_if_room(self, letter: Letter) -> bool:
-        """Append unless the mailbox is full: what waits keeps its place, the newest is dropped."""
+    def put_if_room(self, letter: Letter, here: asyncio.AbstractEventLoop | None = None) -> bool:
+        """Append unless the mailbox is full: what waits keeps its place, the newest is dropped.
+
+        ``here``: the running loop, from who knows it.
+        """
         letters = self._letters
         with self._lock:
             if self.is_closed:
@@ -105,7 +108,7 @@ class Mailbox:
                 return False
             letters.append(letter)
             if self._waiters:
-                self._wake_one()
+                self._wake_one(here)
             return True
 
     def pop(
@@ -181,27 +184,41 @@ class Mailbox:
         ``on_wait`` is called once this waiter counts as `waiting`. What is returned is for `pop`, at once.
         """
         loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        with self._lock:
-            if self._letters or self.is_closed:
-                return None
-            self.is_used = True
-            self._waiters.append(waiter)
+        waiter = self.enlist(loop)
+        if waiter is None:
+            return None
         timer = None if timeout is None else loop.call_later(timeout, _time_out, waiter)
         try:
             if on_wait is not None:
                 on_wait()
             await waiter
         except BaseException:
-            with self._lock:
-                # If it was woken it will not look: the next one must.
-                if not self._forget(waiter) and self._letters:
-                    self._wake_one()
+            self.desert(waiter)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
         return waiter
+
+    def enlist(self, loop: asyncio.AbstractEventLoop) -> Waiter | None:
+        """A future of the running loop to be awaited until there may be a letter; None: look now.
+
+        Awaited, it is for `pop`, at once; else for `desert`.
+        """
+        waiter = loop.create_future()
+        with self._lock:
+            if self._letters or self.is_closed:
+                return None
+            self.is_used = True
+            self._waiters.append(waiter)
+        return waiter
+
+    def desert(self, waiter: Waiter) -> None:
+        """Wait no more: cancelled."""
+        with self._lock:
+            # If it was woken it will not look: the next one must.
+            if not self._forget(waiter) and self._letters:
+                self._wake_one()
 
     def _forget(self, waiter: Waiter) -> bool:
         """Returns whether it was still waiting, and not woken."""
@@ -214,11 +231,12 @@ class Mailbox:
             return False
         return True
 
-    def _wake_one(self) -> None:
+    def _wake_one(self, here: asyncio.AbstractEventLoop | None = None) -> None:
+        here = here or asyncio._get_running_loop()
         while self._waiters:
             waiter = self._waiters.popleft()
             loop = waiter.get_loop()
-            if loop is _running_loop():
+            if loop is here:
                 if waiter.done():
                     continue
                 self._woken.add(waiter)
@@ -244,10 +262,3 @@ class Mailbox:
 def _time_out(waiter: Waiter) -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
