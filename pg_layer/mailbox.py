@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pg_layer.codec import Template
 from pg_layer.inbox import Key
 
 Waiter = asyncio.Future[None]
@@ -21,13 +22,13 @@ Waiter = asyncio.Future[None]
 class Letter(NamedTuple):
     """A message in a mailbox.
 
-    ``payload`` is serialised and decrypted, ``expires_at`` by the database's clock. ``key`` is that of
+    ``payload`` is for `Codec.decode`, ``expires_at`` by the database's clock. ``key`` is that of
     its row, if the row stays until the message is received; a group's message has one row for all,
     deleted at once.
     """
 
     id: int
-    payload: bytes
+    payload: bytes | Template
     expires_at: float
     key: Key | None
 
@@ -95,21 +96,23 @@ class Mailbox:
             if self._waiters:
                 self._wake_one()
 
-    def put_if_room(self, letter: Letter, here: asyncio.AbstractEventLoop | None = None) -> bool:
-        """Append unless the mailbox is full: what waits keeps its place, the newest is dropped.
+    def put_if_room(
+        self, letters: Sequence[Letter], here: asyncio.AbstractEventLoop | None = None
+    ) -> Sequence[Letter]:
+        """Append as many as there is room for, in their order; returns the rest: what waits keeps its place.
 
         ``here``: the running loop, from who knows it.
         """
-        letters = self._letters
+        queue = self._letters
         with self._lock:
             if self.is_closed:
-                return True
-            if len(letters) >= self.capacity:
-                return False
-            letters.append(letter)
-            if self._waiters:
+                return ()
+            room = max(self.capacity - len(queue), 0)
+            fitting = letters if len(letters) <= room else letters[:room]
+            queue.extend(fitting)
+            for _ in range(min(len(fitting), len(self._waiters))):
                 self._wake_one(here)
-            return True
+            return letters[room:]
 
     def pop(
         self, doomed: dict[Key, Mailbox | None] | None = None, waiter: Waiter | None = None
