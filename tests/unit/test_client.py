@@ -191,7 +191,8 @@ def test_who_left_and_came_back_gets_what_was_sent_before_and_after_in_order(cli
     assert waiting(client.mailbox(channel)) == [4, 5, 8]
 
 
-def test_messages_for_several_groups_and_channels_that_come_together_stay_in_order(client: Client) -> None:
+def test_messages_for_several_groups_and_channels_that_come_together_stay_in_order() -> None:
+    client = make_client(channel_capacity={"s.*": 10})
     channel, other = client.new_channel("s"), client.new_channel("s")
     for group in ("g", "h"):
         client.memberships.join(group, client.mailbox(channel), 0, LATER)
