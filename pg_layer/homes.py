@@ -148,11 +148,14 @@ class Homes:
 
     async def submit(self, op: Op) -> Any:
         """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
-        # Such a loop is run until its one call has ended, and cancels what it leaves.
-        may_write = _is_passing(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
         while True:
+            home = self._home
             try:
-                return await self.for_sending().sender.submit(op, may_write=may_write)
+                if home is not None and home.loop is loop and not home.is_closed:
+                    return await home.sender.submit(op)
+                # Such a loop is run until its one call has ended, and cancels what it leaves.
+                return await self.for_sending().sender.submit(op, may_write=_is_passing(loop))
             except NotBegun:
                 continue  # that loop has ended: another takes over
 
