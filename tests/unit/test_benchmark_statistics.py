@@ -69,6 +69,8 @@ def test_ratio_says_how_many_times_better() -> None:
     assert ratio(0, 10, "higher") == 0
     assert math.isnan(ratio(10, 0, "higher"))
     assert math.isnan(ratio(math.nan, 1, "lower"))
+    assert math.isnan(ratio(1, -2, "lower"))
+    assert math.isnan(ratio(-2, 1, "lower"))
 
 
 def test_rate() -> None:
