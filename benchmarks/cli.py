@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.layers import KINDS, LayerSpec
-from benchmarks.pgbench import CLIENTS, RATE, ROWS, beside, fill
+from benchmarks.pgbench import CLIENTS, RATE, ROWS, beside, fill, find_pgbench
 from benchmarks.report import Progress, Results, context, headline
 from benchmarks.runner import Measurement
 from benchmarks.scenarios import SCENARIOS
@@ -163,20 +163,20 @@ def available(options: Options) -> Iterator[list[LayerSpec]]:
 def _with_application(specs: Sequence[LayerSpec], options: Options, dsn: str | None) -> list[LayerSpec]:
     """The layers with the application's tables beside them; without, where these cannot be had.
 
-    No layer at all then, if everything was to be measured beside them.
+    No layer at all then, if nothing is to be measured without them.
     """
     if dsn is not None:
         try:
+            find_pgbench()
             print(f"filling pgbench's tables: {options.pgbench_scale * ROWS:,} rows", file=sys.stderr)
             fill(dsn, options.pgbench_scale)
         except Unavailable as reason:
             print(reason, file=sys.stderr)
         else:
             return [replace(spec, database=dsn) for spec in specs]
-    if options.big:
-        print("--big needs PostgreSQL and pgbench.", file=sys.stderr)
-        return []
     print("What is measured with pgbench is left out.", file=sys.stderr)
+    if options.big or all(scenario.scales[options.scale].pgbench_scale for scenario in chosen(options)):
+        return []
     return list(specs)
 
 

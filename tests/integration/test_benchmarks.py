@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from benchmarks.pgbench import beside
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.statistics import Outcome
+from devtools.postgres.binaries import BINARIES_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +78,20 @@ def test_failure_of_what_runs_beside_is_the_outcome(migrated_dsn: str) -> None:
     assert outcome.error is not None
     assert outcome.error.startswith("pgbench: ")
     assert "pgbench_branches" in outcome.error
+
+
+@pytest.mark.parametrize("chosen", [["--scenarios", "neighbours"], ["--scenarios", "latency", "--big"]])
+def test_says_how_to_get_pgbench(postgres_dsn: str, tmp_path: Path, chosen: list[str]) -> None:
+    for program in ("postgres", "initdb"):
+        (tmp_path / program).touch(mode=0o755)
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg", "--dsn", postgres_dsn, *chosen]
+    environment = {**os.environ, BINARIES_VARIABLE: str(tmp_path), "PATH": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "No pgbench found. It comes with PostgreSQL" in done.stderr
+    assert "left out" in done.stderr
 
 
 def test_refuses_unknown_names() -> None:
