@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.scenarios import churn, connections, groups, point, sync, workers
+from benchmarks.scenarios import churn, connections, groups, neighbours, point, sync, workers
 from benchmarks.scenarios.base import Scenario
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -19,5 +19,6 @@ SCENARIOS: Mapping[str, Scenario] = {
         sync.NATIVE_SYNC,
         workers.WORKERS,
         connections.CONNECTIONS,
+        neighbours.NEIGHBOURS,
     )
 }
