@@ -28,7 +28,7 @@ class Sizes:
 
     ``seconds``: how long the sender sends; ``processes``: receiving ones; ``members``: channels in each of
     them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
-    flight at most.
+    flight at most; ``room``: members of one group, of all processes together.
     """
 
     seconds: float
@@ -37,6 +37,7 @@ class Sizes:
     tasks: int = 1
     rate: float = 0
     window: int = 0
+    room: int = 0
 
 
 @dataclass
@@ -166,7 +167,7 @@ async def read_all(
         asyncio.ensure_future(_read(stage, channel, streams, receipt, ages=ages, log=log))
         for channel, streams in zip(channels, receipt.streams, strict=True)
     ]
-    stopped = asyncio.ensure_future(_stopped(stage.board))
+    stopped = asyncio.ensure_future(until_stopped(stage.board))
     await asyncio.sleep(0)
     stage.announce(announce)
     try:
@@ -203,7 +204,7 @@ async def _read(
         board.deliver(index, now)
 
 
-async def _stopped(board: Board) -> None:
+async def until_stopped(board: Board) -> None:
     while not board.stopped:  # noqa: ASYNC110  no event reaches across processes
         await asyncio.sleep(_STOP_CHECK)
 
