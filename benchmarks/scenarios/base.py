@@ -28,7 +28,7 @@ class Sizes:
 
     ``seconds``: how long the sender sends; ``processes``: receiving ones; ``members``: channels in each of
     them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
-    flight at most; ``group_rate``: paced sends to a group a second; ``clients``: of the application's, all
+    flight at most; ``room``: members of one group, of all processes together; ``group_rate``: paced sends to a group a second; ``clients``: of the application's, all
     pgbench's; ``pgbench_scale``: of the application's tables, 0 if the scenario does without the application.
     """
 
@@ -38,6 +38,7 @@ class Sizes:
     tasks: int = 1
     rate: float = 0
     window: int = 0
+    room: int = 0
     group_rate: float = 0
     clients: int = 0
     pgbench_scale: int = 0
@@ -180,7 +181,7 @@ async def read_all(
         asyncio.ensure_future(_read(stage, channel, streams, receipt, ages=ages, log=log))
         for channel, streams in zip(channels, receipt.streams, strict=True)
     ]
-    stopped = asyncio.ensure_future(_stopped(stage.board))
+    stopped = asyncio.ensure_future(until_stopped(stage.board))
     await asyncio.sleep(0)
     stage.announce(announce)
     try:
@@ -217,7 +218,7 @@ async def _read(
         board.deliver(index, now)
 
 
-async def _stopped(board: Board) -> None:
+async def until_stopped(board: Board) -> None:
     while not board.stopped:  # noqa: ASYNC110  no event reaches across processes
         await asyncio.sleep(_STOP_CHECK)
 
