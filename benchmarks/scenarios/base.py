@@ -28,8 +28,9 @@ class Sizes:
 
     ``seconds``: how long the sender sends; ``processes``: receiving ones; ``members``: channels in each of
     them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
-    flight at most; ``room``: members of one group, of all processes together; ``group_rate``: paced sends to a group a second; ``clients``: of the application's, all
-    pgbench's; ``pgbench_scale``: of the application's tables, 0 if the scenario does without the application.
+    flight at most; ``room``: members of one group, of all processes together; ``group_rate``: paced sends to
+    a group a second; ``clients``: of the application's, all pgbench's; ``pgbench_scale``: of the
+    application's tables, 0 if the scenario does without the application.
     """
 
     seconds: float
