@@ -97,14 +97,15 @@ LANGUAGE sql VOLATILE AS $$ SELECT (random() * 9007199254740992)::bigint $$;
 
 -- Ring an inbox's doorbell. What it says is either the one message itself, 'M id nonce expires channel group excluded
 -- base64', or what to read, 'R nonce first last'. A NOTIFY payload must stay below 8000 bytes: 5600 are 7564 in base64, with
--- names and numbers at most 7922. Written so that PostgreSQL inlines it. With pg_layer.silent on, as where NOTIFY cannot be had, it
--- does not ring: readers find the rows by looking.
+-- names and numbers at most 7922. Written so that PostgreSQL inlines it, and of few parts, as each is made ready at each call.
+-- With pg_layer.silent on, as where NOTIFY cannot be had, it does not ring: readers find the rows by looking.
 CREATE FUNCTION pg_layer_ring(_inbox text, _nonce bigint, _first bigint, _last bigint) RETURNS text
 LANGUAGE sql VOLATILE AS $$
     SELECT CASE WHEN current_setting('pg_layer.silent', true) = 'on' THEN ''
-        ELSE pg_notify(pg_layer_doorbell(_inbox), 'R ' || _nonce || ' ' || _first || ' ' || _last)::text END
+        ELSE pg_notify(pg_layer_doorbell(_inbox), concat_ws(' ', 'R', _nonce, _first, _last))::text END
 $$;
 
+--   _payload: null where it is not to ride along
 CREATE FUNCTION pg_layer_ring_with(
     _inbox text, _nonce bigint, _id bigint, _expires_at timestamptz, _channel text, _group text, _excluded text,
     _payload bytea
@@ -112,12 +113,13 @@ CREATE FUNCTION pg_layer_ring_with(
 LANGUAGE sql VOLATILE AS $$
     SELECT CASE WHEN current_setting('pg_layer.silent', true) = 'on' THEN '' ELSE pg_notify(pg_layer_doorbell(_inbox),
         CASE WHEN octet_length(_payload) <= 5600
-            THEN 'M ' || _id || ' ' || _nonce || ' ' || extract(epoch FROM _expires_at) || ' ' || _channel || ' ' || _group
-                || ' ' || _excluded || ' ' || encode(_payload, 'base64')
-            ELSE 'R ' || _nonce || ' ' || _id || ' ' || _id
+            THEN concat_ws(' ', 'M', _id, _nonce, extract(epoch FROM _expires_at), _channel, _group, _excluded,
+                           encode(_payload, 'base64'))
+            ELSE concat_ws(' ', 'R', _nonce, _id, _id)
         END)::text END
 $$;
 
+-- No function walks a table: a plan that was made while it was small stays in use when it is not, nor are dead rows seen by it.
 -- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients. A lease counts that was good when the
 -- transaction began: where one snapshot serves it all (REPEATABLE READ), no later renewal is seen.
 
@@ -129,7 +131,7 @@ $$;
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint
 ) RETURNS bigint[]
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     _waiting bigint;
     _next_floor bigint;
@@ -155,9 +157,8 @@ BEGIN
     INSERT INTO pg_layer_message AS m (inbox, nonce, channel, payload, expires_at)
     VALUES (pg_layer_inbox(_prefix, _channel), pg_layer_nonce(), _channel, _payload,
             clock_timestamp() + make_interval(secs => _expiry))
-    RETURNING m.id, CASE WHEN position('!' IN m.channel) > 0
-        THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', '', _payload)
-        ELSE pg_layer_ring(m.inbox, m.nonce, m.id, m.id) END
+    RETURNING m.id, pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, m.channel, '', '',
+                                       CASE WHEN position('!' IN _channel) > 0 THEN _payload END)
     INTO _id, _rung;
     IF _floor IS NULL THEN
         RETURN ARRAY[]::bigint[];
@@ -274,40 +275,46 @@ $$;
 CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _excluded text
 ) RETURNS text[]
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     _inbox text := _prefix || '!';
     _is_live boolean;
     _capacity integer;
+    _inboxes text[];
     _missed text[];
-    _rung text;
+    _rung bigint;
 BEGIN
     LOOP
         SELECT m.inbox, m.capacity,
-            (m.expires_at > clock_timestamp() OR coalesce((
-                SELECT true FROM pg_layer_membership AS o
-                WHERE o.group_name = _group AND o.inbox = m.inbox AND o.expires_at > clock_timestamp() LIMIT 1), false))
-            AND coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
+            coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
         INTO _inbox, _capacity, _is_live
         FROM pg_layer_membership AS m
-        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"'
+        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"' AND m.expires_at > clock_timestamp()
         ORDER BY m.inbox LIMIT 1;
         EXIT WHEN NOT FOUND;
         CONTINUE WHEN NOT _is_live OR _inbox = _prefix || '!:' || _excluded;
-        IF _capacity IS NOT NULL AND _capacity <= (
+        IF _capacity IS NULL THEN
+            _inboxes := _inboxes || _inbox;
+        ELSIF _capacity <= (
             SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > clock_timestamp()
         ) THEN
             _missed := _missed || split_part(_inbox, '!:', 2);
-            CONTINUE;
+        ELSE
+            _inboxes := _inboxes || _inbox;
         END IF;
-        INSERT INTO pg_layer_message AS m (inbox, nonce, channel, group_name, excluded, payload, expires_at)
-        VALUES (_inbox, pg_layer_nonce(), CASE WHEN _capacity IS NOT NULL THEN split_part(_inbox, '!:', 2) END, _group,
-                _excluded, _payload, clock_timestamp() + make_interval(secs => _expiry))
-        RETURNING CASE WHEN m.channel IS NULL
-            THEN pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', m.group_name, coalesce(_excluded, ''), _payload)
-            ELSE pg_layer_ring(m.inbox, m.nonce, m.id, m.id) END
-        INTO _rung;
     END LOOP;
+    IF _inboxes IS NOT NULL THEN
+        WITH written AS (
+            INSERT INTO pg_layer_message AS m (inbox, nonce, channel, group_name, excluded, payload, expires_at)
+            SELECT t.inbox, n.nonce, CASE WHEN t.inbox LIKE '%!:%' THEN split_part(t.inbox, '!:', 2) END, _group, _excluded,
+                _payload, n.expires_at
+            FROM unnest(_inboxes) AS t (inbox),
+                (SELECT pg_layer_nonce() AS nonce, clock_timestamp() + make_interval(secs => _expiry) AS expires_at) AS n
+            RETURNING pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', _group, coalesce(_excluded, ''),
+                                         CASE WHEN m.channel IS NULL THEN _payload END) AS rung
+        )
+        SELECT count(w.rung) INTO _rung FROM written AS w;
+    END IF;
     RETURN _missed;
 END
 $$;
@@ -661,7 +668,7 @@ CREATE FUNCTION pg_layer_renew(
     _inbox text, _host text, _pid integer, _lease float8, _fence bigint, _counters jsonb, _token text,
     OUT clock float8, OUT is_new boolean, OUT server float8, OUT next_id bigint
 )
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
 BEGIN

@@ -127,7 +127,9 @@ class Connections:
         self.generation += 1
         # Through a pooler the next statement may meet another server process, which has not prepared it.
         try:
-            conn.session.can_prepare = await store.is_direct(conn.session)
+            if await store.is_direct(conn.session):
+                await store.avoid_scans(conn.session)
+                conn.session.can_prepare = True
         except BaseException:
             conn.session.close()
             raise

@@ -62,6 +62,14 @@ async def is_direct(session: Session) -> bool:
     return bool(pid == session.conn.info.backend_pid)
 
 
+async def avoid_scans(session: Session) -> None:
+    """Have statements that are prepared from now on take the index, however small the tables are then.
+
+    They stay as they are when the tables have grown, or are full of dead rows.
+    """
+    await session.execute(sql.NO_SCANS)
+
+
 async def probe(session: Session) -> None:
     """See whether the database answers, and knows the layer's functions."""
     await session.execute(sql.NONCE)

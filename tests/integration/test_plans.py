@@ -147,6 +147,23 @@ async def test_nothing_walks_the_rows_of_others(
         before = after
 
 
+async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are_full(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    observer.execute("VACUUM ANALYZE")
+    before = await statistics(observer)
+    layer, sender = make_layer(), make_layer()
+    for work in WORKS:
+        await work(layer, sender)
+    observer.execute(FILL.encode())
+    for work in WORKS:
+        await work(layer, sender)
+    await layer.close()
+    await sender.close()
+    after = await statistics(observer)
+    assert {table: after[table][0] - before[table][0] for table in TABLES} == dict.fromkeys(TABLES, 0)
+
+
 # ---------------------------------------------------------------------- addresses
 
 LETTERS = "abcXYZ019-_."

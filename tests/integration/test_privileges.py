@@ -410,7 +410,7 @@ async def refused(session: Session, operations: list[Operation]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "operations", "count"),
-    [("layer_sender", SENDING, 19), ("layer_receiver", RECEIVING, 15)],
+    [("layer_sender", SENDING, 18), ("layer_receiver", RECEIVING, 15)],
     ids=["sender", "receiver"],
 )
 async def test_no_privilege_can_be_spared(
