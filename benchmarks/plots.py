@@ -20,7 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.statistics import percentile
 
 Results = Mapping[str, Any]
 
@@ -35,6 +37,7 @@ _COLOURS = {
 }
 _OTHER_COLOUR = "#CC79A7"
 _MARKERS = {"pg": "o", "core": "s", "pubsub": "^", "postgres": "D", "memory": "v", "bare": "P"}
+_MARKED = (50, 99)
 _WIDTH = 8.0  # inches; 800 pixels wide at 100 dots an inch
 _FOOT = 0.75
 _HEAD = 0.95
@@ -103,7 +106,7 @@ def _latency(results: Results, scenarios: Results) -> Figure | None:
     with _page(
         results,
         "How late messages arrive",
-        "Further left is better. The logarithmic scale goes down to the slowest of all.",
+        "Further left is better. The marks are at 50 % and at 99 % of the messages.",
         rows=len(panels),
         columns=1,
         height=2.6,
@@ -113,9 +116,11 @@ def _latency(results: Results, scenarios: Results) -> Figure | None:
             for layer, ages in lines.items():
                 shares = [100 * index / max(len(ages) - 1, 1) for index in range(len(ages))]
                 axis.plot(ages, shares, color=_colour(layer), linewidth=2.2 if layer == "pg" else 1.6)
+                marks = [percentile(ages, share) for share in _MARKED]
+                axis.plot(marks, _MARKED, _marker(layer), color=_colour(layer), clip_on=False)
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(_thousands)
-            axis.set_ylim(0, 100.5)
+            axis.set_ylim(0, 101)
             axis.set_yticks([0, 50, 90, 99], ["0", "50", "90", "99 "])
             axis.set_ylabel("% arrived")
             axis.set_xlabel("milliseconds")
@@ -145,10 +150,10 @@ def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
         results,
         "How much gets through" if better == "higher" else "What it takes",
         f"{more}. In brackets: how many times better pg_layer is; below 1x it is behind. "
-        "* lost, doubled or reordered messages.",
+        "* it lost, doubled or reordered some.",
         rows=-(-len(panels) // 2),
         columns=2,
-        height=0.8 + 0.27 * len(results["layers"]),
+        height=1.05 + 0.27 * len(results["layers"]),
     ) as (figure, axes):
         for axis, (scenario, shown) in zip(axes, panels, strict=False):
             _bar_panel(axis, results, scenario, shown)
@@ -159,7 +164,7 @@ def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results)
     layers = [layer for layer in results["layers"] if layer in scenario["layers"]]
     values = [_median(scenario, layer, figure) for layer in layers]
     longest = max((value for value in values if math.isfinite(value)), default=1) or 1
-    axis.set_title(_wrapped(scenario["title"], 48))
+    axis.set_title(_wrapped(scenario["title"], 40), fontsize=9)
     axis.barh(
         range(len(layers)),
         [value if math.isfinite(value) else 0 for value in values],
@@ -210,11 +215,9 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
     columns = min(len(panels), 2)
     with _page(
         results,
-        f"As there are more {points[0]['curve']['axis']}"
-        if points[0]["curve"]["name"] != "growth-size"
-        else "As messages get larger",
+        f"Growth: {points[0]['curve']['axis']}",
         "Both axes are logarithmic. A line ends where its layer failed or was stopped; "
-        "a hollow mark: messages were lost, doubled or reordered.",
+        "a hollow mark: some were lost, doubled or reordered.",
         rows=-(-len(panels) // columns),
         columns=columns,
         height=2.5,
@@ -253,7 +256,10 @@ def _growth_panel(axis: Axes, figure: Results, lines: Mapping[str, Line], xs: Se
     _scale(axis.set_yscale, values)
     low, high = min(values), max(values)
     # Values that hardly differ would otherwise fill the panel, and look like much.
-    axis.set_ylim(low / 2 if low > 0 else min(0, low), max(high * 2, low * 5) or 1)
+    top = max(high * 2, low * 5) or 1
+    axis.set_ylim(low / 2 if low > 0 else -min([value for value in values if value > 0] or [1]) / 3, top)
+    if 0 < top < 100 * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(_thousands)
     axis.yaxis.set_minor_locator(NullLocator())
 
