@@ -181,7 +181,8 @@ def test_quantiles_keep_the_ends_and_the_order() -> None:
     values = [float(n) for n in range(1000, 0, -1)]
     cut = quantiles(values, 100)
     assert len(cut) == 101
-    assert (cut[0], cut[50], cut[-1]) == (1.0, pytest.approx(500, abs=1), 1000.0)
+    assert (cut[0], cut[-1]) == (1.0, 1000.0)
+    assert cut[50] == pytest.approx(500, abs=1)
     assert cut == sorted(cut)
     assert quantiles([]) == []
     assert quantiles([0.123456], 2) == [0.1235] * 3

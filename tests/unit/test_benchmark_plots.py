@@ -16,6 +16,7 @@ from benchmarks.statistics import Outcome, Tally, quantiles
 pytest.importorskip("matplotlib")
 
 from benchmarks import plots
+from benchmarks.canvas import colour_of
 
 TITLES = ("pg_layer", "redis core", "redis pub/sub")
 MEMBERS = choose(["growth-members"], "full")
@@ -117,8 +118,6 @@ def test_layers_keep_their_colour(tmp_path: Path) -> None:
     results.add(SCENARIOS["throughput"], "core", Outcome({"msg/s": 1.0}))
     (alone,) = plots.draw(json.loads(written(results, tmp_path).read_text()), tmp_path / "alone")
     together = plots.draw(json.loads(written(sample_results(), tmp_path).read_text()), tmp_path / "all")
-    assert (
-        len({plots._colour(layer) for layer in ("pg", "core", "pubsub", "postgres", "memory", "bare")}) == 6
-    )
+    assert len({colour_of(layer) for layer in ("pg", "core", "pubsub", "postgres", "memory", "bare")}) == 6
     for file in (alone, *together):
-        assert plots._colour("core").lower() in file.read_text().lower()
+        assert colour_of("core").lower() in file.read_text().lower()
