@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Protocol
 
 from benchmarks.layers import KINDS, LayerSpec
@@ -125,7 +125,7 @@ class NoProbe:
         pass
 
 
-def probe(spec: LayerSpec) -> closing[PostgresProbe] | closing[RedisProbe] | closing[NoProbe]:
+def probe(spec: LayerSpec) -> AbstractContextManager[Probe, None]:
     """A probe of the layer's server, closed at the end of the ``with`` block."""
     server = KINDS[spec.name].server
     if server == "postgres":

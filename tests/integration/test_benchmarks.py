@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import psycopg
 import pytest
 
 from benchmarks.layers import LayerSpec
-from benchmarks.probe import PostgresProbe, probe
+from benchmarks.probe import probe
 from benchmarks.scenarios import SCENARIOS, choose
 from benchmarks.scenarios.base import Scenario
+from benchmarks.servers import Unavailable, redis_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +86,6 @@ def test_latencies_come_with_their_distribution(results: dict[str, Any]) -> None
 def test_a_probe_counts_others_and_not_itself(migrated_dsn: str) -> None:
     spec = LayerSpec("pg", migrated_dsn)
     with probe(spec) as server:
-        assert isinstance(server, PostgresProbe)
 
         def own() -> float:
             before = server.commands()
@@ -110,6 +111,25 @@ def test_a_probe_counts_the_rows_of_a_message(migrated_dsn: str) -> None:
         before = server.rows()
         other.execute("SELECT pg_layer_send('bench', '{\"type\": \"a\"}')")
         assert server.rows() - before == 1
+
+
+@pytest.mark.redis
+def test_a_probe_of_redis_counts_others_and_not_itself() -> None:
+    redis = pytest.importorskip("redis")
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(redis_server())
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        server = stack.enter_context(probe(LayerSpec("core", url)))
+        before = server.commands()
+        assert server.connections() == 0
+        assert server.commands() == before
+        other = stack.enter_context(closing(redis.Redis.from_url(url)))
+        for _ in range(20):
+            other.ping()
+        assert server.connections() == 1
+        assert server.commands() - before >= 20
 
 
 def test_connections_do_not_grow_with_consumers(results: dict[str, Any]) -> None:
