@@ -133,17 +133,18 @@ def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
 def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results) -> None:
     layers = [layer for layer in results["layers"] if layer in scenario["layers"]]
     values = [_median(scenario, layer, figure) for layer in layers]
-    longest = max((value for value in values if math.isfinite(value)), default=1) or 1
+    widths = [max(value, 0) if math.isfinite(value) else 0 for value in values]  # below zero is noise
+    longest = max(widths, default=1) or 1
     axis.set_title(wrapped(scenario["title"], 40), fontsize=9)
     axis.barh(
         range(len(layers)),
-        [value if math.isfinite(value) else 0 for value in values],
+        widths,
         color=[colour_of(layer) for layer in layers],
         height=0.72,
     )
-    for index, (layer, value) in enumerate(zip(layers, values, strict=True)):
+    for index, (layer, value, width) in enumerate(zip(layers, values, widths, strict=True)):
         axis.text(
-            (value if math.isfinite(value) else 0) + longest * 0.015,
+            width + longest * 0.015,
             index,
             _bar_label(scenario, layer, figure, value),
             va="center",

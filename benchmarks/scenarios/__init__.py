@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.scenarios import churn, connections, groups, growth, point, sync, workers
+from benchmarks.scenarios import (
+    churn,
+    connections,
+    groups,
+    growth,
+    neighbours,
+    point,
+    sync,
+    websockets,
+    workers,
+)
 from benchmarks.scenarios.base import Scale, Scenario
 
 #: What a run visits unless it is told otherwise.
@@ -19,7 +29,10 @@ SCENARIOS: Mapping[str, Scenario] = {
         sync.SYNC,
         sync.NATIVE_SYNC,
         workers.WORKERS,
+        websockets.WEBSOCKETS,
+        websockets.WEBSOCKETS_ROOM,
         connections.CONNECTIONS,
+        neighbours.NEIGHBOURS,
     )
 }
 
