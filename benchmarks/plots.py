@@ -162,7 +162,7 @@ def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results)
 
 def _bar_label(scenario: Results, layer: str, figure: Results, value: float) -> str:
     if not math.isfinite(value):
-        return "failed" if scenario["layers"][layer]["median"]["errors"] else "none"
+        return "failed" if scenario["layers"][layer]["median"]["errors"] else "n/a"
     ratio = scenario["ratios"].get(figure["name"], {}).get(layer)
     faulty = any(scenario["layers"][layer]["median"]["tally"].values())
     label = number(value) + (f"  ({ratio:.2f}x)" if ratio is not None else "")
