@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.pgbench import CLIENTS, RATE, ROWS, beside, fill, find_pgbench
 from benchmarks.report import Progress, Results, context, headline
 from benchmarks.runner import Measurement
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.scenarios import EVERY, SCENARIOS, SETS, choose
 from benchmarks.scenarios.base import Scale, Scenario
+from benchmarks.scenarios.growth import CURVES, POINTS
 from benchmarks.servers import PostgresObserver, Unavailable, observe, postgres_server, redis_server
 
 DSN_VARIABLE = "PG_LAYER_DSN"
@@ -45,7 +47,7 @@ class Options:
     @property
     def pgbench_scale(self) -> int:
         """Of the application's tables, 0 if nothing asks for them."""
-        return self.big or max(SCENARIOS[name].scales[self.scale].pgbench_scale for name in self.scenarios)
+        return self.big or max(scenario.scales[self.scale].pgbench_scale for scenario in chosen(self))
 
     def known(self) -> dict[str, object]:
         """What the results say of them."""
@@ -57,7 +59,10 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: measured; 1: pg_layer failed, or lost, doubled or reordered something; 2: nothing ran."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.plots and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plots needs matplotlib: pip install -e '.[bench]'")
     scale: Scale = "tiny" if parsed.tiny else "quick" if parsed.quick else "full"
     options = Options(
         layers=parsed.layers,
@@ -81,13 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"\n{headline(known)}{traffic(options)}\n\n{results.as_table()}\n\n{LEGEND.format(rounds=options.rounds)}"
     )
+    written = results.as_json(known)
     if parsed.json:
-        Path(parsed.json).write_text(json.dumps(results.as_json(known), indent=2) + "\n")
+        Path(parsed.json).write_text(json.dumps(written, indent=2) + "\n")
+    if parsed.plots:
+        from benchmarks.plots import draw
+
+        draw(written, Path(parsed.plots))
     return 1 if results.failed else 0
 
 
 def chosen(options: Options) -> list[Scenario]:
-    return [SCENARIOS[name] for name in options.scenarios]
+    return choose(options.scenarios, options.scale)
 
 
 def traffic(options: Options) -> str:
@@ -99,8 +109,10 @@ def traffic(options: Options) -> str:
 
 def measure(options: Options, specs: Sequence[LayerSpec], results: Results, progress: Progress) -> None:
     """Every round visits every scenario, and in it every layer, one right after the other."""
+    scenarios = chosen(options)
+    width = max(len(scenario.name) for scenario in scenarios)
     for number in range(1, options.rounds + 1):
-        for scenario in chosen(options):
+        for scenario in scenarios:
             sizes = scenario.scales[options.scale]
             for spec in specs:
                 if sizes.pgbench_scale and spec.database is None:
@@ -108,7 +120,7 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
                 with observe(spec) as observer:
                     observer.reset()
                 progress.begin(
-                    f"round {number}/{options.rounds}  {scenario.name:<16} {KINDS[spec.name].title:<14}"
+                    f"round {number}/{options.rounds}  {scenario.name:<{width}} {KINDS[spec.name].title:<14}"
                 )
                 measurement = Measurement(
                     scenario,
@@ -196,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Run pg_layer beside channels_redis in one run, taking turns round by round.",
-        epilog="Scenarios: " + "; ".join(scenario.title for scenario in SCENARIOS.values()) + ".",
+        epilog="Scenarios: "
+        + "; ".join(scenario.title for scenario in SCENARIOS.values())
+        + f". Growth: {', '.join(CURVES)}, or a single point, such as {next(iter(POINTS))}.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one short round of everything, within three minutes"
@@ -210,10 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--scenarios",
-        type=_names(SCENARIOS),
+        type=_names([*EVERY, *SETS], listed=[*SCENARIOS, *SETS]),
         default=tuple(SCENARIOS),
         metavar="NAME,...",
-        help=", ".join(SCENARIOS),
+        help=", ".join([*SCENARIOS, *SETS]),
     )
     parser.add_argument(
         "--dsn",
@@ -223,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--redis", metavar="URL", help="a Redis server to use; its database must be empty")
     parser.add_argument("--json", metavar="FILE", help="write all rounds, medians and ratios to FILE")
+    parser.add_argument("--plots", metavar="FOLDER", help="draw the results into FOLDER, as SVG files")
     parser.add_argument(
         "--big",
         action="store_true",
@@ -245,13 +260,15 @@ def _count(text: str) -> int:
     return count
 
 
-def _names(allowed: Mapping[str, object]) -> Callable[[str], tuple[str, ...]]:
+def _names(allowed: Collection[str], *, listed: Collection[str] = ()) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names; the error lists ``listed``, by default all allowed."""
+
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(name.strip() for name in text.split(",") if name.strip())
         unknown = [name for name in names if name not in allowed]
         if unknown or not names:
             raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown) or text!r}; choose from {', '.join(allowed)}"
+                f"unknown: {', '.join(unknown) or text!r}; choose from {', '.join(listed or allowed)}"
             )
         return names
 

@@ -73,6 +73,7 @@ class Results:
             }
             scenarios[scenario.name] = {
                 "title": scenario.title,
+                "curve": asdict(scenario.curve) if scenario.curve else None,
                 "figures": [asdict(figure) for figure in scenario.figures],
                 "layers": layers,
                 "ratios": {figure.name: self.ratios(scenario, figure) for figure in scenario.figures},

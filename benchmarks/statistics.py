@@ -23,6 +23,18 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
+def quantiles(values: Sequence[float], parts: int = 200) -> list[float]:
+    """``parts + 1`` values, from the smallest to the largest, that cut the rest into equal shares.
+
+    Enough to draw their distribution; empty if there are none. Four digits each, for they go into files.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        return []
+    last = len(ordered) - 1
+    return [float(f"{ordered[round(last * part / parts)]:.4g}") for part in range(parts + 1)]
+
+
 def median(values: Sequence[float]) -> float:
     """The middle of the values that are numbers; NaN if there are none."""
     return percentile([value for value in values if not math.isnan(value)], 50)
@@ -148,12 +160,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One scenario on one layer in one round. ``error`` says why there are no figures."""
+    """One scenario on one layer in one round. ``error`` says why there are no figures.
+
+    ``samples``: `quantiles` of the messages' ages in milliseconds, where their distribution is of interest.
+    """
 
     figures: Mapping[str, float] = field(default_factory=dict)
     tally: Tally = Tally()
     notes: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    samples: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 from benchmarks.board import Board
 from benchmarks.layers import KINDS, LayerSpec, configure_django
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.scenarios import EVERY
 from benchmarks.scenarios.base import Sent, Sizes, Stage
 
 #: What a process says: ("ready", announced), ("report", Receipt or Sent) or ("error", text).
@@ -84,14 +84,14 @@ def _create(spec: LayerSpec) -> Any:
 
 
 def _receive(stage: Stage, part: Part) -> None:
-    receive = SCENARIOS[part.scenario].receive
+    receive = EVERY[part.scenario].receive
     if receive is None:
         raise ValueError(f"{part.scenario} has no receivers")
     asyncio.run(_then_close(stage, receive(stage)))
 
 
 def _send(stage: Stage, part: Part, pipe: Connection) -> None:
-    send = SCENARIOS[part.scenario].send
+    send = EVERY[part.scenario].send
     if inspect.iscoroutinefunction(send):
         asyncio.run(_then_close(stage, _send_async(stage, send, pipe)))
     else:

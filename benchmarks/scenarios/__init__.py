@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from benchmarks.scenarios import churn, connections, groups, neighbours, point, sync, websockets, workers
-from benchmarks.scenarios.base import Scenario
+from benchmarks.scenarios import (
+    churn,
+    connections,
+    groups,
+    growth,
+    neighbours,
+    point,
+    sync,
+    websockets,
+    workers,
+)
+from benchmarks.scenarios.base import Scale, Scenario
 
+#: What a run visits unless it is told otherwise.
 SCENARIOS: Mapping[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
@@ -24,3 +35,27 @@ SCENARIOS: Mapping[str, Scenario] = {
         neighbours.NEIGHBOURS,
     )
 }
+
+#: These, and each point of each curve.
+EVERY: Mapping[str, Scenario] = {**SCENARIOS, **growth.POINTS}
+
+#: What stands for several scenarios.
+SETS = ("all", "growth", *growth.CURVES)
+
+
+def choose(names: Sequence[str], scale: Scale) -> list[Scenario]:
+    """The scenarios of these names, each once; KeyError for an unknown one.
+
+    A curve stands for those of its points that a run of this scale visits, "growth" for all curves, "all" for
+    everything.
+    """
+    chosen: dict[str, Scenario] = {}
+    for name in names:
+        if name in EVERY:
+            chosen[name] = EVERY[name]
+            continue
+        if name == "all":
+            chosen.update(SCENARIOS)
+        for curve in growth.CURVES if name in ("all", "growth") else (name,):
+            chosen.update((point.name, point) for point in growth.points_of(curve, scale))
+    return list(chosen.values())

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from channels.exceptions import ChannelFull
 
@@ -16,6 +16,7 @@ from benchmarks.layers import Layer, LayerSpec
 from benchmarks.statistics import Figure, Outcome, Stream, Tally, tally_channel
 
 Scale = Literal["full", "quick", "tiny"]
+T = TypeVar("T")
 
 PAYLOAD = "x" * 100
 _STOP_CHECK = 0.05
@@ -30,7 +31,10 @@ class Sizes:
     them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
     flight at most; ``room``: members of one group, of all processes together; ``group_rate``: paced sends to
     a group a second; ``clients``: of the application's, all pgbench's; ``pgbench_scale``: of the
-    application's tables, 0 if the scenario does without the application.
+    application's tables, 0 if the scenario does without the application; ``spread``: so many channels over
+    all processes, in place of ``members`` in each; ``payload``: characters in a message; ``groups``: how
+    many; ``waiting``: messages that wait elsewhere; ``settle``: seconds of quiet before a look at what
+    happens at rest.
     """
 
     seconds: float
@@ -43,6 +47,17 @@ class Sizes:
     group_rate: float = 0
     clients: int = 0
     pgbench_scale: int = 0
+    spread: int = 0
+    payload: int = len(PAYLOAD)
+    groups: int = 0
+    waiting: int = 0
+    settle: float = 0
+
+    def channels(self, process: int) -> int:
+        """How many channels this receiving process reads."""
+        if not self.spread:
+            return self.members
+        return self.spread // self.processes + (process < self.spread % self.processes)
 
 
 @dataclass
@@ -106,6 +121,15 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Where a scenario lies on a curve: the curve's name, what grows along its axis, and how much of it."""
+
+    name: str
+    axis: str
+    x: int
+
+
+@dataclass(frozen=True)
 class Scenario:
     """One comparison.
 
@@ -121,11 +145,15 @@ class Scenario:
     receive: Callable[[Stage], Awaitable[None]] | None
     expected: Callable[[Sent, Sizes], int]
     summarise: Callable[[Run], Outcome]
+    curve: Curve | None = None
 
 
-def message(sender: int, number: int, sent_ns: int) -> dict[str, Any]:
-    """The numbered message that every scenario sends. A negative number is a warm-up and is not counted."""
-    return {"type": "bench.message", "s": sender, "n": number, "t": sent_ns, "p": PAYLOAD}
+def message(sender: int, number: int, sent_ns: int, payload: str = PAYLOAD) -> dict[str, Any]:
+    """The numbered message that every scenario sends. A negative number is a warm-up and is not counted.
+
+    Of a message with the time 0 nobody asks the age.
+    """
+    return {"type": "bench.message", "s": sender, "n": number, "t": sent_ns, "p": payload}
 
 
 def warm_up_message() -> dict[str, Any]:
@@ -143,6 +171,28 @@ async def send_retrying(send: Callable[[], Awaitable[None]]) -> int:
             await asyncio.sleep(_FULL_WAIT)
         else:
             return full
+
+
+async def do_many(
+    do: Callable[[int], Awaitable[T]], count: int, what: str, *, at_once: int = 200, time_limit: float = 60.0
+) -> list[T]:
+    """``do(0)``, ``do(1)`` … ``do(count - 1)``, so many at once; their results in no order.
+
+    Raises TimeoutError, which says how many were done of ``what``.
+    """
+    results: list[T] = []
+    indexes = iter(range(count))
+
+    async def work() -> None:
+        for index in indexes:
+            results.append(await do(index))
+
+    try:
+        await asyncio.wait_for(asyncio.gather(*(work() for _ in range(min(at_once, count)))), time_limit)
+    except asyncio.TimeoutError:
+        done = len(results)
+        raise TimeoutError(f"{what}: only {done:,} of {count:,} within {time_limit:g} s") from None
+    return results
 
 
 async def pace(
@@ -212,8 +262,8 @@ async def _read(
         if sender not in streams:
             streams[sender] = Stream()
         streams[sender].see(number)
-        if ages:
-            receipt.ages.append(now - incoming["t"])
+        if ages and (sent_ns := incoming["t"]):
+            receipt.ages.append(now - sent_ns)
         if log:
             receipt.log.append((sender, number))
         board.deliver(index, now)

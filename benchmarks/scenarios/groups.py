@@ -13,6 +13,7 @@ from benchmarks.scenarios.base import (
     Sent,
     Sizes,
     Stage,
+    do_many,
     message,
     pace,
     read_all,
@@ -20,15 +21,18 @@ from benchmarks.scenarios.base import (
     warm_up_message,
 )
 from benchmarks.scenarios.point import AGES
-from benchmarks.statistics import Figure, Outcome, percentile, rate
+from benchmarks.statistics import Figure, Outcome, percentile, quantiles, rate
 
 GROUP = "bench.room"
 
 
 async def _receive(stage: Stage, *, ages: bool) -> None:
-    channels = [await stage.layer.new_channel() for _ in range(stage.sizes.members)]
-    for channel in channels:
+    async def member(index: int) -> str:
+        channel = await stage.layer.new_channel()
         await stage.layer.group_add(GROUP, channel)
+        return channel
+
+    channels = await do_many(member, stage.sizes.channels(stage.index), "members")
     await read_all(stage, channels, ages=ages)
 
 
@@ -40,25 +44,37 @@ async def receive_untimed(stage: Stage) -> None:
     await _receive(stage, ages=False)
 
 
-async def _warm_up(stage: Stage) -> None:
-    async def send() -> None:
-        await stage.layer.group_send(GROUP, warm_up_message())
+async def warm_up_group(stage: Stage) -> None:
+    board, processes = stage.board, range(stage.sizes.processes)
+    before = -1
 
-    await warm_up(stage.board, [stage.sizes.members] * stage.sizes.processes, send)
+    async def send() -> None:
+        # Another one only where nothing comes any more: a large group would drown in them.
+        nonlocal before
+        heard = sum(board.warmed(process) for process in processes)
+        if heard == before or before < 0:
+            await stage.layer.group_send(GROUP, warm_up_message())
+        before = heard
+
+    await warm_up(board, [stage.sizes.channels(process) for process in processes], send)
 
 
 def to_all_members(sent: Sent, sizes: Sizes) -> int:
-    return sent.total * sizes.processes * sizes.members
+    return sent.total * sum(sizes.channels(process) for process in range(sizes.processes))
 
 
-async def _send_flat_out(stage: Stage) -> Sent:
-    await _warm_up(stage)
-    layer, board, sizes = stage.layer, stage.board, stage.sizes
+def group_window(stage: Stage) -> Window:
+    """Its messages have arrived when the slowest process has got them for all its members."""
+    board, sizes = stage.board, stage.sizes
+    processes = range(sizes.processes)
+    return Window(sizes.window, lambda: min(board.delivered(i) // sizes.channels(i) for i in processes))
+
+
+async def send_flat_out(stage: Stage) -> Sent:
+    await warm_up_group(stage)
+    layer, sizes = stage.layer, stage.sizes
     sent = Sent([0] * sizes.tasks)
-    end = board.start() + int(sizes.seconds * 1e9)
-
-    def arrived() -> int:
-        return min(board.delivered(process) for process in range(sizes.processes)) // sizes.members
+    end = stage.board.start() + int(sizes.seconds * 1e9)
 
     async def sender(index: int, window: Window) -> None:
         number = 0
@@ -70,14 +86,14 @@ async def _send_flat_out(stage: Stage) -> Sent:
             number += 1
             sent.by_sender[index] = number
 
-    async with Window(sizes.window, arrived) as window:
+    async with group_window(stage) as window:
         await asyncio.gather(*(sender(index, window) for index in range(sizes.tasks)))
         sent.notes["written off"] = window.written_off
     return sent
 
 
 async def _send_paced(stage: Stage) -> Sent:
-    await _warm_up(stage)
+    await warm_up_group(stage)
     layer = stage.layer
 
     async def send(number: int, sent_ns: int) -> None:
@@ -101,6 +117,7 @@ def _summarise_latency(run: Run) -> Outcome:
         figures={"p50": percentile(ages, 50), "p99": percentile(ages, 99)},
         tally=tally_receipts(run, lambda process, channel: run.sent.counts),
         notes=run.sent.notes,
+        samples=quantiles(ages),
     )
 
 
@@ -114,7 +131,7 @@ FAN_OUT = Scenario(
         "quick": replace(_FAN_OUT, seconds=2),
         "tiny": replace(_FAN_OUT, seconds=0.3, members=5, tasks=3, window=10),
     },
-    send=_send_flat_out,
+    send=send_flat_out,
     receive=receive_untimed,
     expected=to_all_members,
     summarise=_summarise_fan_out,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.board import warm_up
+from benchmarks.board import Window, warm_up
 from benchmarks.scenarios.base import (
     Run,
     Scenario,
@@ -21,7 +22,7 @@ from benchmarks.scenarios.base import (
     tally_receipts,
     warm_up_message,
 )
-from benchmarks.statistics import Figure, Outcome, percentile, rate
+from benchmarks.statistics import Figure, Outcome, Tally, percentile, quantiles, rate
 
 AGES = (Figure("p50", "ms", "lower"), Figure("p99", "ms", "lower"))
 
@@ -31,7 +32,7 @@ async def _receive(stage: Stage, *, ages: bool) -> None:
     await read_all(stage, channels, ages=ages, announce=channels)
 
 
-async def _warm_up(stage: Stage) -> None:
+async def warm_up_channels(stage: Stage) -> None:
     async def send() -> None:
         for channel in stage.peers[0]:
             await stage.layer.send(channel, warm_up_message())
@@ -39,26 +40,33 @@ async def _warm_up(stage: Stage) -> None:
     await warm_up(stage.board, [len(stage.peers[0])], send)
 
 
-def _direct(sent: Sent, sizes: Sizes) -> int:
+def one_each(sent: Sent, sizes: Sizes) -> int:
     return sent.total
 
 
-async def _receive_timed(stage: Stage) -> None:
+async def receive_timed(stage: Stage) -> None:
     await _receive(stage, ages=True)
 
 
 async def _send_paced(stage: Stage) -> Sent:
-    await _warm_up(stage)
-    layer, channel = stage.layer, stage.peers[0][0]
+    await warm_up_channels(stage)
+    stage.board.start()
+    sent = Sent([0])
+    await pace_channel(stage, sent, 0)
+    return sent
+
+
+async def pace_channel(stage: Stage, sent: Sent, index: int) -> None:
+    """Paced sends by the sender of that index to the channel of that index, noted in ``sent``."""
+    layer, channel, body = stage.layer, stage.peers[0][index], "x" * stage.sizes.payload
     full = 0
 
     async def send(number: int, sent_ns: int) -> None:
         nonlocal full
-        full += await send_retrying(partial(layer.send, channel, message(0, number, sent_ns)))
+        full += await send_retrying(partial(layer.send, channel, message(index, number, sent_ns, body)))
 
-    stage.board.start()
-    count = await pace(stage.sizes.seconds, stage.sizes.rate, send)
-    return Sent([count], notes={"full": full})
+    sent.by_sender[index] = await pace(stage.sizes.seconds, stage.sizes.rate, send)
+    sent.notes["full"] = sent.notes.get("full", 0) + full
 
 
 def _summarise_latency(run: Run) -> Outcome:
@@ -67,6 +75,7 @@ def _summarise_latency(run: Run) -> Outcome:
         figures={"p50": percentile(ages, 50), "p99": percentile(ages, 99)},
         tally=tally_receipts(run, lambda process, channel: run.sent.counts),
         notes=run.sent.notes,
+        samples=quantiles(ages),
     )
 
 
@@ -75,32 +84,55 @@ async def _receive_untimed(stage: Stage) -> None:
 
 
 async def _send_flat_out(stage: Stage) -> Sent:
-    await _warm_up(stage)
-    layer = stage.layer
-    channels: list[str] = stage.peers[0]
+    await warm_up_channels(stage)
     sent = Sent([0] * stage.sizes.tasks)
-    full = 0
-    end = stage.board.start() + int(stage.sizes.seconds * 1e9)
+    await flood_channels(stage, sent)
+    return sent
 
-    async def sender(index: int) -> None:
+
+async def flood_channels(stage: Stage, sent: Sent, *, timed: bool = True) -> None:
+    """Each task sends to the channel of its index as fast as it can, noted in ``sent``.
+
+    With a window, no more than that are on their way. Without ``timed``, nobody will ask the messages' ages.
+    """
+    layer, sizes, body = stage.layer, stage.sizes, "x" * stage.sizes.payload
+    channels: list[str] = stage.peers[0]
+    full = 0
+    end = stage.board.start() + int(sizes.seconds * 1e9)
+
+    async def sender(index: int, window: Window | None) -> None:
         nonlocal full
         channel = channels[index]
         number = 0
-        while (now := time.monotonic_ns()) < end:
-            body = message(index, number, now)
-            full += await send_retrying(partial(layer.send, channel, body))
+        while True:
+            if window is not None:
+                await window.take()
+            if (now := time.monotonic_ns()) >= end:
+                return
+            outgoing = message(index, number, now if timed else 0, body)
+            full += await send_retrying(partial(layer.send, channel, outgoing))
             number += 1
             sent.by_sender[index] = number
 
-    await asyncio.gather(*(sender(index) for index in range(stage.sizes.tasks)))
+    async with AsyncExitStack() as stack:
+        window = None
+        if sizes.window:
+            window = await stack.enter_async_context(Window(sizes.window, lambda: stage.board.deliveries))
+        await asyncio.gather(*(sender(index, window) for index in range(sizes.tasks)))
     sent.notes["full"] = full
-    return sent
+    if window is not None:
+        sent.notes["written off"] = window.written_off
+
+
+def tally_own_channels(run: Run) -> Tally:
+    """The balance where each sender sends to the channel of its index."""
+    return tally_receipts(run, lambda process, channel: {channel: run.sent.by_sender[channel]})
 
 
 def _summarise_throughput(run: Run) -> Outcome:
     return Outcome(
         figures={"msg/s": rate(run.deliveries, run.start_ns, run.latest_ns)},
-        tally=tally_receipts(run, lambda process, channel: {channel: run.sent.by_sender[channel]}),
+        tally=tally_own_channels(run),
         notes=run.sent.notes,
     )
 
@@ -116,8 +148,8 @@ LATENCY = Scenario(
         "tiny": replace(_LATENCY, seconds=0.3),
     },
     send=_send_paced,
-    receive=_receive_timed,
-    expected=_direct,
+    receive=receive_timed,
+    expected=one_each,
     summarise=_summarise_latency,
 )
 
@@ -133,6 +165,6 @@ THROUGHPUT = Scenario(
     },
     send=_send_flat_out,
     receive=_receive_untimed,
-    expected=_direct,
+    expected=one_each,
     summarise=_summarise_throughput,
 )

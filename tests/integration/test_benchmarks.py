@@ -7,13 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
+from benchmarks.layers import LayerSpec
 from benchmarks.pgbench import beside
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.probe import probe
+from benchmarks.scenarios import SCENARIOS, choose
+from benchmarks.scenarios.base import Scenario
+from benchmarks.servers import Unavailable, redis_server
 from benchmarks.statistics import Outcome
 from devtools.postgres.binaries import BINARIES_VARIABLE
 
@@ -22,17 +28,27 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="module")
-def results(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one tiny run of everything wrote as JSON."""
-    file = tmp_path_factory.mktemp("benchmarks") / "results.json"
+def run(dsn: str, folder: Path, *options: str) -> dict[str, Any]:
+    """What a tiny run wrote as JSON."""
+    file = folder / "results.json"
     command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg"]
-    command += ["--dsn", postgres_dsn, "--json", str(file)]
+    command += ["--dsn", dsn, "--json", str(file), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode in (0, 1), done.stderr
     written: dict[str, Any] = json.loads(file.read_text())
     written["stdout"] = done.stdout
     return written
+
+
+@pytest.fixture(scope="module")
+def results(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(postgres_dsn, tmp_path_factory.mktemp("benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def growth(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The two smallest points of each curve."""
+    return run(postgres_dsn, tmp_path_factory.mktemp("growth"), "--scenarios", "growth")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -44,6 +60,82 @@ def test_every_message_arrives_once_and_in_order(results: dict[str, Any], name: 
     least = {"cost": -math.inf, "dead": -1.0}  # noise may turn a cost into a gain; vacuum leaves no dead row
     assert all(value > least.get(figure, 0.0) for figure, value in outcome["figures"].items())
     assert not outcome["notes"].get("processes killed")
+
+
+@pytest.mark.parametrize("point", choose(["growth"], "tiny"), ids=lambda point: point.name)
+def test_growth_loses_nothing_and_fills_each_curve(growth: dict[str, Any], point: Scenario) -> None:
+    (outcome,) = growth["scenarios"][point.name]["layers"]["pg"]["rounds"]
+    assert outcome["error"] is None
+    assert outcome["tally"] == {"lost": 0, "twice": 0, "disorder": 0, "stray": 0}
+    missing = {name for name, value in outcome["figures"].items() if value is None}
+    assert missing == ({"memory"} if point.name == "growth-idle/0" else set())
+    assert set(outcome["figures"]) == {figure.name for figure in point.figures}
+    assert point.curve is not None
+    assert growth["scenarios"][point.name]["curve"]["x"] == point.curve.x
+
+
+@pytest.mark.parametrize("members", [10, 100])
+def test_rows_grow_with_processes_and_not_with_members(growth: dict[str, Any], members: int) -> None:
+    (outcome,) = growth["scenarios"][f"growth-members/{members}"]["layers"]["pg"]["rounds"]
+    assert outcome["figures"]["rows"] == 4
+    assert outcome["figures"]["in database"] > 0
+
+
+def test_latencies_come_with_their_distribution(results: dict[str, Any]) -> None:
+    (outcome,) = results["scenarios"]["latency"]["layers"]["pg"]["rounds"]
+    samples = outcome["samples"]
+    assert len(samples) == 201
+    assert samples == sorted(samples)
+    assert samples[100] == pytest.approx(outcome["figures"]["p50"], rel=0.2)
+
+
+def test_a_probe_counts_others_and_not_itself(migrated_dsn: str) -> None:
+    spec = LayerSpec("pg", migrated_dsn)
+    with probe(spec) as server:
+
+        def own() -> float:
+            before = server.commands()
+            server.connections()
+            server.rows()
+            server.group_send_ms("bench.nobody")
+            return server.commands() - before
+
+        # Once of a few times, for the server's own vacuuming is counted as well.
+        assert 0 in [own() for _ in range(3)]
+        before = server.commands()
+        assert server.connections() == 0
+        with psycopg.connect(migrated_dsn, autocommit=True) as other:
+            assert server.connections() == 1
+            for _ in range(20):
+                other.execute("SELECT 1")
+            other.execute("SELECT pg_stat_force_next_flush()")
+        assert server.commands() - before >= 20
+
+
+def test_a_probe_counts_the_rows_of_a_message(migrated_dsn: str) -> None:
+    with probe(LayerSpec("pg", migrated_dsn)) as server, psycopg.connect(migrated_dsn) as other:
+        before = server.rows()
+        other.execute("SELECT pg_layer_send('bench', '{\"type\": \"a\"}')")
+        assert server.rows() - before == 1
+
+
+@pytest.mark.redis
+def test_a_probe_of_redis_counts_others_and_not_itself() -> None:
+    redis = pytest.importorskip("redis")
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(redis_server())
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        server = stack.enter_context(probe(LayerSpec("core", url)))
+        before = server.commands()
+        assert server.connections() == 0
+        assert server.commands() == before
+        other = stack.enter_context(closing(redis.Redis.from_url(url)))
+        for _ in range(20):
+            other.ping()
+        assert server.connections() == 1
+        assert server.commands() - before >= 20
 
 
 def test_connections_do_not_grow_with_consumers(results: dict[str, Any]) -> None:

@@ -1,0 +1,265 @@
+"""Drawings of results: how late messages arrive, how many a second, and what happens as things grow.
+
+``python -m benchmarks.plots results.json FOLDER`` draws what ``--json`` wrote. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from benchmarks.canvas import (
+    STYLE,
+    Results,
+    colour_of,
+    label_of,
+    marker_of,
+    number,
+    page,
+    short,
+    thousands,
+    wrapped,
+)
+from benchmarks.statistics import percentile
+
+_MARKED = (50, 99)
+
+
+def draw(results: Results, folder: Path, *, suffix: str = "svg") -> list[Path]:
+    """Draw all that the results have figures for; returns the files. ``suffix``: svg or png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenarios: Results = results["scenarios"]
+    plain = {name: scenario for name, scenario in scenarios.items() if not scenario["curve"]}
+    curves: dict[str, list[Results]] = {}
+    for scenario in scenarios.values():
+        if scenario["curve"]:
+            curves.setdefault(scenario["curve"]["name"], []).append(scenario)
+    drawings: list[tuple[str, Figure | None]] = []
+    with matplotlib.rc_context(STYLE):
+        drawings.append(("latency", _latency(results, plain)))
+        for name, better in (("throughput", "higher"), ("costs", "lower")):
+            drawings.append((name, _bars(results, plain, better)))
+        drawings += [(name, _growth(results, points)) for name, points in curves.items()]
+        files = []
+        for name, figure in drawings:
+            if figure is not None:
+                files.append(folder / f"{name}.{suffix}")
+                metadata = {"Date": None} if suffix == "svg" else None
+                figure.savefig(files[-1], dpi=100, metadata=metadata)
+    return files
+
+
+# ---------------------------------------------------------------------- how late
+
+
+def _latency(results: Results, scenarios: Results) -> Figure | None:
+    """For each scenario with samples: which share of the messages had arrived after how long."""
+    panels = []
+    for scenario in scenarios.values():
+        lines = {
+            layer: sorted(age for outcome in measured["rounds"] for age in outcome["samples"])
+            for layer, measured in scenario["layers"].items()
+        }
+        if any(lines.values()):
+            panels.append((scenario["title"], lines))
+    if not panels:
+        return None
+    with page(
+        results,
+        "How late messages arrive",
+        "Further left is better. The marks are at 50 % and at 99 % of the messages.",
+        rows=len(panels),
+        columns=1,
+        height=2.6,
+    ) as (figure, axes):
+        for axis, (title, lines) in zip(axes, panels, strict=True):
+            axis.set_title(wrapped(title, 90))
+            for layer, ages in lines.items():
+                shares = [100 * index / max(len(ages) - 1, 1) for index in range(len(ages))]
+                axis.plot(ages, shares, color=colour_of(layer), linewidth=2.2 if layer == "pg" else 1.6)
+                marks = [percentile(ages, share) for share in _MARKED]
+                axis.plot(marks, _MARKED, marker_of(layer), color=colour_of(layer), clip_on=False)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(thousands)
+            axis.set_ylim(0, 101)
+            axis.set_yticks([0, 50, 90, 99], ["0", "50", "90", "99 "])
+            axis.set_ylabel("% arrived")
+            axis.set_xlabel("milliseconds")
+        return figure
+
+
+# ---------------------------------------------------------------------- bars
+
+
+def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
+    """A panel for each figure of which more, or less, is better; beside the bars how far pg_layer is ahead.
+
+    What the distribution of latencies shows already is left out.
+    """
+    panels = [
+        (scenario, figure)
+        for scenario in scenarios.values()
+        for figure in scenario["figures"]
+        if figure["better"] == better
+        and scenario["layers"]
+        and not any(outcome["samples"] for of in scenario["layers"].values() for outcome in of["rounds"])
+    ]
+    if not panels:
+        return None
+    more = "Longer bars are better" if better == "higher" else "Shorter bars are better"
+    with page(
+        results,
+        "How much gets through" if better == "higher" else "What it takes",
+        f"{more}. In brackets: how many times better pg_layer is; below 1x it is behind. "
+        "* it lost, doubled or reordered some.",
+        rows=-(-len(panels) // 2),
+        columns=2,
+        height=1.05 + 0.27 * len(results["layers"]),
+    ) as (figure, axes):
+        for axis, (scenario, shown) in zip(axes, panels, strict=False):
+            _bar_panel(axis, results, scenario, shown)
+        return figure
+
+
+def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results) -> None:
+    layers = [layer for layer in results["layers"] if layer in scenario["layers"]]
+    values = [_median(scenario, layer, figure) for layer in layers]
+    widths = [max(value, 0) if math.isfinite(value) else 0 for value in values]  # below zero is noise
+    longest = max(widths, default=1) or 1
+    axis.set_title(wrapped(scenario["title"], 40), fontsize=9)
+    axis.barh(
+        range(len(layers)),
+        widths,
+        color=[colour_of(layer) for layer in layers],
+        height=0.72,
+    )
+    for index, (layer, value, width) in enumerate(zip(layers, values, widths, strict=True)):
+        axis.text(
+            width + longest * 0.015,
+            index,
+            _bar_label(scenario, layer, figure, value),
+            va="center",
+            fontsize=8.5,
+        )
+    axis.set_yticks(range(len(layers)), [results["layers"][layer] for layer in layers])
+    axis.invert_yaxis()
+    axis.set_xlim(0, longest * 1.42)
+    axis.set_xlabel(label_of(figure))
+    axis.grid(False, axis="y")
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_formatter(thousands)
+    axis.locator_params(axis="x", nbins=4)
+
+
+def _bar_label(scenario: Results, layer: str, figure: Results, value: float) -> str:
+    if not math.isfinite(value):
+        return "failed" if scenario["layers"][layer]["median"]["errors"] else "n/a"
+    ratio = scenario["ratios"].get(figure["name"], {}).get(layer)
+    faulty = any(scenario["layers"][layer]["median"]["tally"].values())
+    label = number(value) + (f"  ({ratio:.2f}x)" if ratio is not None else "")
+    return f"{label}*" if faulty else label
+
+
+# ---------------------------------------------------------------------- growth
+
+
+def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
+    """A panel for each figure, a line for each layer, both axes logarithmic."""
+    points = sorted(points, key=lambda point: int(point["curve"]["x"]))
+    xs = [int(point["curve"]["x"]) for point in points]
+    panels = [
+        (figure, lines)
+        for figure in points[0]["figures"]
+        if any((lines := {layer: _line(points, layer, figure) for layer in results["layers"]}).values())
+    ]
+    if not panels:
+        return None
+    columns = min(len(panels), 2)
+    with page(
+        results,
+        f"Growth: {points[0]['curve']['axis']}",
+        "Both axes are logarithmic. A line ends where its layer failed or was stopped; "
+        "a hollow mark: some were lost, doubled or reordered.",
+        rows=-(-len(panels) // columns),
+        columns=columns,
+        height=2.5,
+    ) as (figure, axes):
+        for axis, (shown, lines) in zip(axes, panels, strict=False):
+            _growth_panel(axis, shown, lines, xs)
+            axis.set_xlabel(points[0]["curve"]["axis"])
+        return figure
+
+
+#: Of each point that has a figure: x, the figure, and whether messages went astray.
+Line = Sequence[tuple[int, float, bool]]
+
+
+def _line(points: Sequence[Results], layer: str, figure: Results) -> Line:
+    line = []
+    for point in points:
+        if layer in point["layers"] and math.isfinite(value := _median(point, layer, figure)):
+            faulty = any(point["layers"][layer]["median"]["tally"].values())
+            line.append((int(point["curve"]["x"]), value, faulty))
+    return line
+
+
+def _growth_panel(axis: Axes, figure: Results, lines: Mapping[str, Line], xs: Sequence[int]) -> None:
+    for layer, line in [*lines.items()][::-1]:  # the first one, pg_layer, on top of the others
+        colour = colour_of(layer)
+        axis.plot([x for x, _, _ in line], [y for _, y, _ in line], color=colour, linewidth=1.8)
+        for x, y, faulty in line:
+            axis.plot(x, y, marker_of(layer), color=colour, markerfacecolor="white" if faulty else colour)
+    better = "higher is better" if figure["better"] == "higher" else "lower is better"
+    axis.set_title(f"{label_of(figure)}: {better}")
+    _scale(axis.set_xscale, xs)
+    axis.set_xticks(xs, [short(x) for x in xs])
+    axis.xaxis.set_minor_locator(NullLocator())
+    values = [y for line in lines.values() for _, y, _ in line]
+    _scale(axis.set_yscale, values)
+    low, high = min(values), max(values)
+    # Values that hardly differ would otherwise fill the panel, and look like much.
+    top = max(high * 2, low * 5) or 1
+    axis.set_ylim(low / 2 if low > 0 else -min([value for value in values if value > 0] or [1]) / 3, top)
+    if 0 < top < 100 * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(thousands)
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _scale(choose: Callable[..., None], values: Sequence[float]) -> None:
+    """Logarithmic, with a place for zero if there is one."""
+    positive = [value for value in values if value > 0]
+    if len(positive) == len(values):
+        choose("log")
+    elif positive:
+        choose("symlog", linthresh=min(positive), linscale=0.5)
+
+
+def _median(scenario: Results, layer: str, figure: Results) -> float:
+    value = scenario["layers"][layer]["median"]["figures"].get(figure["name"])
+    return math.nan if value is None else float(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description="Draw results again.")
+    parser.add_argument("results", type=Path, metavar="FILE", help="what python -m benchmarks --json wrote")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the drawings go")
+    parser.add_argument("--png", action="store_true", help="PNG files in place of SVG")
+    parsed = parser.parse_args(arguments)
+    results = json.loads(parsed.results.read_text())
+    for file in draw(results, parsed.folder, suffix="png" if parsed.png else "svg"):
+        print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Growth: the same measurement again and again, with one thing ten times larger each time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.scenarios import growth_fanout, growth_idle, growth_load
+from benchmarks.scenarios.base import Scale, Scenario
+
+#: The points of each curve, from the smallest on.
+CURVES: Mapping[str, Sequence[Scenario]] = {
+    points[0].name.partition("/")[0]: points
+    for points in (
+        growth_fanout.MEMBERS,
+        growth_fanout.PROCESSES,
+        growth_fanout.GROUPS,
+        growth_load.SIZE,
+        growth_load.WAITING,
+        growth_idle.IDLE,
+    )
+}
+
+POINTS: Mapping[str, Scenario] = {point.name: point for points in CURVES.values() for point in points}
+
+
+def points_of(curve: str, scale: Scale) -> Sequence[Scenario]:
+    """The points that a run of this scale visits: all; all but the largest; the two smallest."""
+    points = CURVES[curve]
+    return {"full": points, "quick": points[:-1], "tiny": points[:2]}[scale]

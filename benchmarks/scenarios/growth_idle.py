@@ -1,0 +1,180 @@
+"""What consumers cost that wait for messages that do not come: memory, connections, queries."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import random
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import psutil
+
+from benchmarks.probe import probe
+from benchmarks.scenarios.base import Curve, Run, Scenario, Sent, Sizes, Stage, cancel, do_many, message, pace
+from benchmarks.statistics import Figure, Outcome, Stream, Tally, percentile
+
+_RATE = 20
+_WARM_UP_LIMIT = 20.0
+_PATIENCE = 3.0
+
+
+class _Consumers:
+    """Loops in ``receive()``, one for each channel, and what they heard."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.channels: list[str] = []
+        self.tasks: list[asyncio.Future[None]] = []
+        self.warm = False
+        self.ages: list[int] = []
+        self._layer = stage.layer
+        self._streams: list[Stream] = []
+        self._sent: list[int] = []
+
+    async def add(self, count: int) -> None:
+        """So many more, each of them waiting when this returns."""
+        new = await do_many(lambda index: self._layer.new_channel(), count, "channels")
+        for channel in new:
+            stream = Stream()
+            self.channels.append(channel)
+            self._streams.append(stream)
+            self._sent.append(0)
+            self.tasks.append(asyncio.ensure_future(self._consume(channel, stream)))
+        await asyncio.sleep(0.1)
+
+    async def _consume(self, channel: str, stream: Stream) -> None:
+        while True:
+            incoming = await self._layer.receive(channel)
+            if incoming["n"] < 0:
+                self.warm = True
+                continue
+            self.ages.append(time.monotonic_ns() - incoming["t"])
+            stream.see(incoming["n"])
+
+    async def send(self, index: int, sent_ns: int) -> None:
+        number = self._sent[index]
+        self._sent[index] += 1
+        await self._layer.send(self.channels[index], message(0, number, sent_ns))
+
+    def check(self) -> None:
+        """Raise what a consumer failed with."""
+        for task in self.tasks:
+            if task.done():
+                task.result()
+
+    @property
+    def outstanding(self) -> int:
+        return sum(self._sent) - len(self.ages)
+
+    @property
+    def tally(self) -> Tally:
+        balances = (stream.tally(sent) for stream, sent in zip(self._streams, self._sent, strict=True))
+        return sum(balances, Tally())
+
+
+async def _idle(stage: Stage) -> Sent:
+    """One consumer that has heard something, so that the layer is up; the idle ones; then messages to any."""
+    count, seconds = stage.sizes.members, stage.sizes.seconds
+    _allow_many_files()
+    consumers = _Consumers(stage)
+    with probe(stage.spec) as server:
+        try:
+            await consumers.add(1)
+            await _warm_up(stage, consumers)
+            before = _memory()
+            await consumers.add(count)
+            await asyncio.sleep(stage.sizes.settle)
+            memory = (_memory() - before) / count / 1024 if count else math.nan
+            connections = await asyncio.to_thread(server.connections)
+            commands, since = await asyncio.to_thread(server.commands), time.monotonic()
+            await asyncio.sleep(seconds)
+            commands = await asyncio.to_thread(server.commands) - commands
+            rate = commands / (time.monotonic() - since)
+            consumers.check()
+            choose = random.Random(count).randrange
+            await pace(seconds, _RATE, lambda number, sent_ns: consumers.send(choose(count + 1), sent_ns))
+            await _arrival(consumers)
+            consumers.check()
+        finally:
+            await cancel(consumers.tasks)
+    return Sent(
+        figures={
+            "memory": memory,
+            "held": connections,
+            "at rest": rate,
+            "p50": percentile([age / 1e6 for age in consumers.ages], 50),
+        },
+        tally=consumers.tally,
+    )
+
+
+async def _warm_up(stage: Stage, consumers: _Consumers) -> None:
+    limit = time.monotonic() + _WARM_UP_LIMIT
+    while not consumers.warm:
+        if time.monotonic() > limit:
+            raise TimeoutError(f"no message reached the consumer in {_WARM_UP_LIMIT:g} s")
+        consumers.check()
+        await stage.layer.send(consumers.channels[0], message(0, -1, 0))
+        await asyncio.sleep(0.25)
+
+
+async def _arrival(consumers: _Consumers) -> None:
+    limit = time.monotonic() + _PATIENCE
+    while consumers.outstanding:
+        if time.monotonic() > limit:
+            return
+        await asyncio.sleep(0.01)
+
+
+def _memory() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _allow_many_files() -> None:
+    """A layer may want a connection for each consumer; where so many are forbidden, that is its failure."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _none(sent: Sent, sizes: Sizes) -> int:
+    return 0
+
+
+def _summarise(run: Run) -> Outcome:
+    return Outcome(figures=run.sent.figures, tally=run.sent.tally)
+
+
+def _consumers(count: int) -> Scenario:
+    # PostgreSQL's sessions may count a transaction ten seconds late, so that a shorter quiet counts too many.
+    sizes = Sizes(seconds=5, processes=0, members=count, settle=11)
+    return Scenario(
+        name=f"growth-idle/{count}",
+        title=f"growth: a process with {count:,} consumers that wait, and one that hears",
+        figures=(
+            Figure("memory", "kB a consumer", "lower"),
+            Figure("held", "connections", "lower"),
+            Figure("at rest", "queries/s", "lower"),
+            Figure("p50", "ms", "lower"),
+        ),
+        scales={
+            "full": sizes,
+            "quick": replace(sizes, seconds=1, settle=1.5),
+            "tiny": replace(sizes, seconds=0.3, settle=0.1),
+        },
+        send=_idle,
+        receive=None,
+        expected=_none,
+        summarise=_summarise,
+        curve=Curve("growth-idle", "idle consumers", count),
+    )
+
+
+IDLE = [_consumers(count) for count in (0, 100, 1_000, 10_000)]
