@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from benchmarks.board import warm_up
+from benchmarks.scenarios import bare
 from benchmarks.scenarios.base import (
     Run,
     Scenario,
@@ -98,9 +99,10 @@ async def _send_flat_out(stage: Stage) -> Sent:
 
 
 def _summarise_throughput(run: Run) -> Outcome:
+    tally = tally_receipts(run, lambda process, channel: {channel: run.sent.by_sender[channel]})
     return Outcome(
-        figures={"msg/s": rate(run.deliveries, run.start_ns, run.latest_ns)},
-        tally=tally_receipts(run, lambda process, channel: {channel: run.sent.by_sender[channel]}),
+        figures={"msg/s": rate(run.deliveries - tally.twice, run.start_ns, run.latest_ns)},
+        tally=tally,
         notes=run.sent.notes,
     )
 
@@ -119,6 +121,8 @@ LATENCY = Scenario(
     receive=_receive_timed,
     expected=_direct,
     summarise=_summarise_latency,
+    bare=bare.LATENCY,
+    in_one_loop=True,
 )
 
 _THROUGHPUT = Sizes(seconds=5, members=100, tasks=100)
@@ -135,4 +139,6 @@ THROUGHPUT = Scenario(
     receive=_receive_untimed,
     expected=_direct,
     summarise=_summarise_throughput,
+    bare=bare.THROUGHPUT,
+    in_one_loop=True,
 )
