@@ -90,7 +90,7 @@ class Plan:
 
 PLANS: Mapping[Scale, Plan] = {
     "full": Plan(5, (1, 4, 16)),
-    "quick": Plan(2, (1, 8)),
+    "quick": Plan(1, (1, 8)),
     "tiny": Plan(1, (2,)),
 }
 
@@ -131,6 +131,14 @@ def measure(
 
 
 def _measure(program: str, dsn: str, script: Script, clients: int, seconds: int) -> Ceiling:
+    try:
+        speed = _speed(program, dsn, script, clients, seconds)
+    except (OSError, ValueError, psycopg.Error, subprocess.SubprocessError) as error:
+        return Ceiling(script.title, clients, error=str(error))
+    return Ceiling(script.title, clients, speed, speed * script.rows)
+
+
+def _speed(program: str, dsn: str, script: Script, clients: int, seconds: int) -> float:
     transactions = max(seconds * _ROWS_A_SECOND // script.rows // clients, 1)  # of each client
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("TRUNCATE bare_message")
@@ -142,11 +150,7 @@ def _measure(program: str, dsn: str, script: Script, clients: int, seconds: int)
         length = ["-t", str(transactions)] if script.consumes else ["-T", str(seconds)]
         command = [program, "-n", "-M", "prepared", "-f", file.name, "-D", "position=0", *length]
         command += ["-c", str(clients), "-j", str(min(clients, os.cpu_count() or 1))]
-        try:
-            speed = transactions_per_second(_run(command, dsn, seconds))
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            return Ceiling(script.title, clients, error=str(error))
-    return Ceiling(script.title, clients, speed, speed * script.rows)
+        return transactions_per_second(_run(command, dsn, seconds))
 
 
 def _run(command: Sequence[str], dsn: str, seconds: int) -> str:

@@ -31,7 +31,7 @@ _CLOSE_LIMIT = 5.0
 _RECORDS = 3
 
 
-class _FirstFew(logging.Filter):
+class FirstFew(logging.Filter):
     """Keeps a layer that says the same of each message from slowing itself down, and hiding all else."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
     """The entry point of a spawned process. The sender first waits for what the receivers announced."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends its processes itself
     logging.basicConfig(level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s")
-    logging.getLogger().handlers[0].addFilter(_FirstFew())
+    logging.getLogger().handlers[0].addFilter(FirstFew())
     profiler = cProfile.Profile() if part.profile else None
     try:
         stage = Stage(

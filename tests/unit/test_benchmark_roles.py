@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from dataclasses import replace
 from multiprocessing import Pipe
 from typing import Any
 
 import pytest
 
-from benchmarks import worker
+from benchmarks import ceiling, cli, servers, worker
 from benchmarks.board import Board
 from benchmarks.ceiling import Ceiling, line, transactions_per_second
 from benchmarks.layers import KINDS, LayerSpec
@@ -120,6 +121,36 @@ def test_a_bare_row_for_one_channel_counts_there() -> None:
     assert record.receipt.streams[1][1].tally(1) == Tally()
     assert record.receipt.log == [(1, 0)]
     assert len(record.receipt.ages) == 1
+
+
+def test_a_server_that_cannot_be_emptied_is_the_outcome_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_PATIENCE", 0.0)
+    outcome = cli.emptied(LayerSpec("pg", "host=127.0.0.1 port=1"))
+    assert outcome is not None
+    assert outcome.error is not None
+    assert outcome.error.startswith("the server could not be emptied: ")
+    assert cli.emptied(LayerSpec("memory", "this process")) is None
+
+
+def test_only_the_first_few_records_of_a_logger_are_shown() -> None:
+    shown = worker.FirstFew()
+    records = [logging.LogRecord(name, logging.ERROR, "", 0, "", None, None) for name in "aaaaab"]
+    assert [shown.filter(record) for record in records] == [True] * 3 + [False] * 2 + [True]
+
+
+def test_a_database_that_is_gone_is_an_error_of_the_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "find_pgbench", lambda: "pgbench")
+    found = ceiling.measure("host=127.0.0.1 port=1", ceiling.Plan(1, [1, 2]))
+    assert [(one.title, one.clients) for one in found] == [
+        (script.title, clients) for script in ceiling.SCRIPTS for clients in (1, 2)
+    ]
+    assert all(one.error and "connection" in one.error for one in found)
+
+
+def test_without_pgbench_there_are_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "find_pgbench", lambda: None)
+    with pytest.raises(servers.Unavailable, match="No pgbench found"):
+        ceiling.measure("", ceiling.PLANS["tiny"])
 
 
 def test_pgbench_is_understood() -> None:
