@@ -100,6 +100,6 @@ SYNC = Scenario(
 NATIVE_SYNC = replace(
     SYNC,
     name="native-sync",
-    title="native-sync: layer.sync.group_send in a row from a plain thread (Redis: async_to_sync)",
+    title="native-sync: layer.sync.group_send in a row from a plain thread (other layers: async_to_sync)",
     send=_send_native,
 )
