@@ -52,9 +52,9 @@ class Board:
     def warmed(self, reader: int) -> int:
         return int(self._slots[self._warmed + reader])
 
-    def deliver(self, reader: int, now: int) -> None:
-        """This reader was handed a message at ``now``."""
-        self._slots[self._delivered + reader] += 1
+    def deliver(self, reader: int, now: int, count: int = 1) -> None:
+        """This reader was handed a message at ``now``, or ``count`` of them at once."""
+        self._slots[self._delivered + reader] += count
         self._slots[self._latest + reader] = now
 
     def delivered(self, reader: int) -> int:

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from benchmarks.ceiling import PLANS, Ceiling, line
+from benchmarks.ceiling import measure as measure_ceilings
 from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.pgbench import CLIENTS, RATE, ROWS, beside, fill, find_pgbench
 from benchmarks.report import Progress, Results, context, headline
@@ -19,11 +21,22 @@ from benchmarks.runner import Measurement
 from benchmarks.scenarios import EVERY, SCENARIOS, SETS, choose
 from benchmarks.scenarios.base import Scale, Scenario
 from benchmarks.scenarios.growth import CURVES, POINTS
-from benchmarks.servers import PostgresObserver, Unavailable, observe, postgres_server, redis_server
+from benchmarks.servers import (
+    PostgresObserver,
+    Unavailable,
+    database_for,
+    observe,
+    postgres_server,
+    redis_server,
+)
+from benchmarks.statistics import Outcome
 
 DSN_VARIABLE = "PG_LAYER_DSN"
+#: What a reader in a hurry waits for.
+QUICK_LAYERS = ("pg", "core", "pubsub", "bare")
 LEGEND = (
     "Medians of {rounds} round(s). 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
+    "\n'of': its share of what PostgreSQL does without a layer; 100% is as good."
     "\n* against a layer that lost, doubled or reordered messages. Compare within one run only."
 )
 
@@ -35,7 +48,7 @@ class Options:
     ``big`` is the scale of the pgbench tables beside which everything is measured, 0 for none.
     """
 
-    layers: Sequence[str] = tuple(KINDS)
+    layers: Sequence[str]
     scenarios: Sequence[str] = tuple(SCENARIOS)
     rounds: int = 3
     scale: Scale = "full"
@@ -65,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--plots needs matplotlib: pip install -e '.[bench]'")
     scale: Scale = "tiny" if parsed.tiny else "quick" if parsed.quick else "full"
     options = Options(
-        layers=parsed.layers,
+        layers=parsed.layers or (QUICK_LAYERS if scale == "quick" else tuple(KINDS)),
         scenarios=parsed.scenarios,
         rounds=parsed.rounds or (3 if scale == "full" else 1),
         scale=scale,
@@ -80,13 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not specs:
             return 2
         results, servers = Results([spec.name for spec in specs], chosen(options)), describe(specs)
+        ceilings: list[Ceiling] = []
         with suppress(KeyboardInterrupt):  # what has been measured is still shown
             measure(options, specs, results, Progress())
+            ceilings = find_ceilings(options, specs)
     known = context(options.known(), servers)
-    print(
-        f"\n{headline(known)}{traffic(options)}\n\n{results.as_table()}\n\n{LEGEND.format(rounds=options.rounds)}"
-    )
-    written = results.as_json(known)
+    head = headline(known) + traffic(options)
+    parts = [head, results.as_table(), results.as_ratios(), LEGEND.format(rounds=options.rounds)]
+    parts.append("\n".join(map(line, ceilings)))
+    print("", *filter(None, parts), sep="\n\n")
+    written = {**results.as_json(known), "ceilings": [asdict(ceiling) for ceiling in ceilings]}
     if parsed.json:
         Path(parsed.json).write_text(json.dumps(written, indent=2) + "\n")
     if parsed.plots:
@@ -115,12 +131,12 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
         for scenario in scenarios:
             sizes = scenario.scales[options.scale]
             for spec in specs:
+                if scenario.roles(KINDS[spec.name]) is None:
+                    continue
                 if sizes.pgbench_scale and spec.database is None:
                     continue  # it has been said why
-                with observe(spec) as observer:
-                    observer.reset()
                 progress.begin(
-                    f"round {number}/{options.rounds}  {scenario.name:<{width}} {KINDS[spec.name].title:<14}"
+                    f"round {number}/{options.rounds}  {scenario.name:<{width}} {KINDS[spec.name].title:<17}"
                 )
                 measurement = Measurement(
                     scenario,
@@ -129,12 +145,35 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
                     profile=options.profile,
                     on_progress=progress.update,
                 )
-                if options.big and spec.database and not sizes.pgbench_scale:  # else it has its own traffic
+                outcome = emptied(spec)
+                if outcome is not None:
+                    pass
+                elif options.big and spec.database and not sizes.pgbench_scale:  # else it has its own traffic
                     outcome = beside(spec.database, measurement.run)
                 else:
                     outcome = measurement.run()
                 results.add(scenario, spec.name, outcome)
                 progress.end(scenario, outcome)
+
+
+def emptied(spec: LayerSpec) -> Outcome | None:
+    """Throw away what the last measurement left on the layer's server; an outcome if that cannot be done."""
+    try:
+        with observe(spec) as observer:
+            observer.reset()
+    except Exception as error:  # whatever the layer has done to its server, the others are still measured
+        return Outcome(error=f"the server could not be emptied: {error}")
+    return None
+
+
+def find_ceilings(options: Options, specs: Sequence[LayerSpec]) -> list[Ceiling]:
+    """What pgbench reaches in the database of the bare measurements; nothing where either is missing."""
+    addresses = [spec.address for spec in specs if KINDS[spec.name].played == "bare"]
+    try:
+        return measure_ceilings(addresses[0], PLANS[options.scale]) if addresses else []
+    except Unavailable as reason:
+        print(reason, file=sys.stderr)
+        return []
 
 
 @contextmanager
@@ -143,6 +182,7 @@ def available(options: Options) -> Iterator[list[LayerSpec]]:
     starters: Mapping[str, Callable[[], object]] = {
         "postgres": lambda: stack.enter_context(postgres_server(options.dsn)),
         "redis": lambda: stack.enter_context(redis_server(options.redis)),
+        "": lambda: "this process",
     }
     addresses: dict[str, str | None] = {}
     specs = []
@@ -165,7 +205,14 @@ def available(options: Options) -> Iterator[list[LayerSpec]]:
                     file=sys.stderr,
                 )
                 continue
-            if found := address(kind.server):
+            if (found := address(kind.server)) is None:
+                continue
+            try:
+                if kind.server == "postgres" and name != "pg":
+                    found = stack.enter_context(database_for(kind, found))
+            except Unavailable as reason:
+                print(reason, file=sys.stderr)
+            else:
                 specs.append(LayerSpec(name, found))
         if specs and options.pgbench_scale:
             specs = _with_application(specs, options, address("postgres"))
@@ -194,10 +241,11 @@ def _with_application(specs: Sequence[LayerSpec], options: Options, dsn: str | N
 
 def describe(specs: Sequence[LayerSpec]) -> dict[str, dict[str, str]]:
     """The servers behind the layers."""
-    servers = {}
+    servers: dict[str, dict[str, str]] = {}
     for spec in specs:
-        with observe(spec) as observer:
-            servers[KINDS[spec.name].server] = observer.describe()
+        if server := KINDS[spec.name].server:
+            with observe(spec) as observer:
+                servers[server] = observer.describe()
         if spec.database and "postgres" not in servers:
             with closing(PostgresObserver(spec.database)) as database:
                 servers["postgres"] = database.describe()
@@ -207,20 +255,23 @@ def describe(specs: Sequence[LayerSpec]) -> dict[str, dict[str, str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Run pg_layer beside channels_redis in one run, taking turns round by round.",
+        description="Run pg_layer beside other layers in one run, taking turns round by round.",
         epilog="Scenarios: "
         + "; ".join(scenario.title for scenario in SCENARIOS.values())
         + f". Growth: {', '.join(CURVES)}, or a single point, such as {next(iter(POINTS))}.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short round of everything, within three minutes"
+        "--quick", action="store_true", help="one short round of four layers, within three minutes"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a smoke test of the harness; its figures mean nothing"
     )
     parser.add_argument("--rounds", type=_count, metavar="N", help="default 3; with --quick or --tiny 1")
     parser.add_argument(
-        "--layers", type=_names(KINDS), default=tuple(KINDS), metavar="NAME,...", help=", ".join(KINDS)
+        "--layers",
+        type=_names(KINDS),
+        metavar="NAME,...",
+        help=f"{', '.join(KINDS)}; default all, with --quick {', '.join(QUICK_LAYERS)}",
     )
     parser.add_argument(
         "--scenarios",

@@ -6,9 +6,11 @@ import importlib
 import importlib.util
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
 import django
+from channels.layers import InMemoryChannelLayer
 from django.conf import settings
 from psycopg.conninfo import conninfo_to_dict
 
@@ -45,13 +47,21 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """``create`` runs in each process of its own; ``close`` gives the layer's connections back."""
+    """``create`` runs in each process of its own; ``close`` gives the layer's connections back.
+
+    ``server``: what it needs one of, "" for none; ``app``: the Django app whose migrations make its tables;
+    ``schema``: the SQL that makes them where there is no such app. ``played``: by processes of their own, by
+    tasks of one event loop around one layer, or with the scenario's bare roles and no layer at all.
+    """
 
     title: str
-    server: str
+    server: Literal["postgres", "redis", ""]
     requires: str
     create: Callable[[str], Layer]
     close: Callable[[Layer], Awaitable[None]]
+    app: str = ""
+    schema: Path | None = None
+    played: Literal["in processes", "in one loop", "bare"] = "in processes"
 
     @property
     def installed(self) -> bool:
@@ -80,6 +90,33 @@ def _redis_pubsub(url: str) -> Layer:
     return cast(Layer, module.RedisPubSubChannelLayer(**_redis_options(url)))
 
 
+def _channels_postgres(dsn: str) -> Layer:
+    module = importlib.import_module("channels_postgres.core")
+    # Its README's CONFIG, pool included, and TIME_ZONE: Django's connection wrapper, which it builds from
+    # this, looks that up where USE_TZ is on. The layer knows no capacity.
+    config = {**_database(dsn), "TIME_ZONE": None, "PSYCOPG_OPTIONS": {"min_size": 10, "max_size": 10}}
+    return cast(Layer, module.PostgresChannelLayer(**config, expiry=EXPIRY))
+
+
+async def _close_channels_postgres(layer: Layer) -> None:
+    # The pool belongs to the module: the layer has nothing to close it with.
+    pool = importlib.import_module("channels_postgres.db").connection_pool
+    if pool is not None:
+        await pool.close()
+
+
+def _memory(address: str) -> Layer:
+    return cast(Layer, InMemoryChannelLayer(capacity=CAPACITY, expiry=EXPIRY))
+
+
+def _no_layer(dsn: str) -> Layer:
+    return cast(Layer, object())  # bare roles connect by themselves, and never touch it
+
+
+async def _close_nothing(layer: Layer) -> None:
+    pass
+
+
 def _closer(name: str) -> Callable[[Layer], Awaitable[None]]:
     async def close(layer: Layer) -> None:
         await getattr(layer, name)()
@@ -88,18 +125,39 @@ def _closer(name: str) -> Callable[[Layer], Awaitable[None]]:
 
 
 KINDS: Mapping[str, LayerKind] = {
-    "pg": LayerKind("pg_layer", "postgres", "pg_layer", _postgres, _closer("close")),
+    "pg": LayerKind("pg_layer", "postgres", "pg_layer", _postgres, _closer("close"), app="pg_layer"),
     "core": LayerKind("redis core", "redis", "channels_redis", _redis_core, _closer("close_pools")),
     "pubsub": LayerKind("redis pub/sub", "redis", "channels_redis", _redis_pubsub, _closer("flush")),
+    "postgres": LayerKind(
+        "channels_postgres",
+        "postgres",
+        "channels_postgres",
+        _channels_postgres,
+        _close_channels_postgres,
+        app="channels_postgres",
+    ),
+    "memory": LayerKind("in memory", "", "channels", _memory, _closer("close"), played="in one loop"),
+    "bare": LayerKind(
+        "bare psycopg",
+        "postgres",
+        "psycopg",
+        _no_layer,
+        _close_nothing,
+        schema=Path(__file__).with_name("bare.sql"),
+        played="bare",
+    ),
 }
 
+#: channels_postgres reads and writes through Django under an alias of its own, beside its pool.
+_ALIASES = {"pg_layer": ["default"], "channels_postgres": ["default", "channels_postgres"]}
 
-def configure_django(dsn: str | None) -> None:
-    """Set Django up as a project with pg_layer would be; without a DSN, as one that has no database."""
+
+def configure_django(dsn: str | None, app: str = "pg_layer") -> None:
+    """Set Django up as a project with this layer would be; without a DSN, as one that has no database."""
     if settings.configured:
         return
-    databases = {} if dsn is None else {"default": _database(dsn)}
-    apps = [] if dsn is None else ["pg_layer"]
+    databases = {} if dsn is None else {alias: _database(dsn) for alias in _ALIASES[app]}
+    apps = [] if dsn is None else [app]
     settings.configure(DATABASES=databases, INSTALLED_APPS=apps, USE_TZ=True)
     django.setup()
 

@@ -6,10 +6,12 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,12 +23,16 @@ _PACKAGES = (
     "pg-layer",
     "channels",
     "channels-redis",
+    "channels-postgres",
     "redis",
     "hiredis",
     "psycopg",
     "psycopg-pool",
     "Django",
 )
+
+#: Six layers side by side stay within 160 columns.
+_CELL = 18
 
 
 @dataclass
@@ -83,23 +89,38 @@ class Results:
 
     def as_table(self) -> str:
         """One line for each figure, with the layers side by side; below it what went wrong."""
-        others = [layer for layer in self.layers if layer != "pg"] if "pg" in self.layers else []
-        head = ["scenario", "", *(KINDS[layer].title for layer in self.layers)]
-        rows = [[*head, *(f"vs {KINDS[layer].title}" for layer in others)]]
-        for scenario in self.scenarios:
-            if scenario.name not in self.outcomes:
-                continue
+        rows = [["scenario", "", *(KINDS[layer].title for layer in self.layers)]]
+        for scenario in self._measured:
             summaries = [self.summary(scenario, layer) for layer in self.layers]
             for index, figure in enumerate(scenario.figures):
-                ratios = self.ratios(scenario, figure)
                 name = scenario.name if index == 0 else ""
                 cells = [_number(summary.figures[figure.name]) for summary in summaries]
-                times = [_times(ratios[layer], self.summary(scenario, layer).tally) for layer in others]
-                rows.append([name, figure.label, *cells, *times])
-            rows.append(["", "faults", *(faults(summary) for summary in summaries), *("" for _ in others)])
+                rows.append([name, figure.label, *cells])
+            rows += _wrap(["", "faults", *(faults(summary) for summary in summaries)])
             if any(notes := [notes_of(summary) for summary in summaries]):
-                rows.append(["", "notes", *notes, *("" for _ in others)])
+                rows += _wrap(["", "notes", *notes])
         return _align(rows)
+
+    def as_ratios(self) -> str:
+        """pg_layer against each other layer, and its share of what PostgreSQL does without; "" if alone."""
+        others = [layer for layer in self.layers if layer != "pg"] if "pg" in self.layers else []
+        if not others:
+            return ""
+        bare = {layer for layer in others if KINDS[layer].played == "bare"}
+        rows = [
+            ["pg_layer", "", *(f"{'of' if layer in bare else 'vs'} {KINDS[layer].title}" for layer in others)]
+        ]
+        for scenario in self._measured:
+            tallies = {layer: self.summary(scenario, layer).tally for layer in others}
+            for index, figure in enumerate(scenario.figures):
+                ratios = self.ratios(scenario, figure)
+                cells = [_times(ratios[layer], tallies[layer], share=layer in bare) for layer in others]
+                rows.append([scenario.name if index == 0 else "", figure.label, *cells])
+        return _align(rows)
+
+    @property
+    def _measured(self) -> list[Scenario]:
+        return [scenario for scenario in self.scenarios if scenario.name in self.outcomes]
 
 
 def faults(summary: Summary) -> str:
@@ -189,9 +210,16 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 
-def _times(value: float, theirs: Tally) -> str:
-    mark = "*" if theirs else ""
-    return "-" if math.isnan(value) else f"{value:.2f}x{mark}"
+def _times(value: float, theirs: Tally, *, share: bool = False) -> str:
+    if math.isnan(value):
+        return "-"
+    return (f"{value:.0%}" if share else f"{value:.2f}x") + ("*" if theirs else "")
+
+
+def _wrap(row: Sequence[str]) -> list[list[str]]:
+    """The row, continued below where a cell is wider than a column of many may be."""
+    cells = [textwrap.wrap(cell, _CELL) for cell in row]
+    return [list(line) for line in zip_longest(*cells, fillvalue="")]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.board import Board
-from benchmarks.layers import LayerSpec
+from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes
 from benchmarks.statistics import Outcome
 from benchmarks.worker import Part, play
@@ -83,10 +83,15 @@ class Measurement:
         """Never raises for what the layer does: a failure becomes the outcome's error."""
         players: list[_Player] = []
         try:
-            readers = [self._start("receive", index, players) for index in range(self._sizes.processes)]
-            sender = self._start("send", 0, players)
-            announced = [self._hear(reader, "ready") for reader in readers]
-            sender.pipe.send(announced)
+            if KINDS[self._spec.name].played == "in one loop":
+                sender = self._start("all", 0, players)
+                readers = [sender] * self._sizes.processes
+            else:
+                readers = [self._start("receive", index, players) for index in range(self._sizes.processes)]
+                sender = self._start("send", 0, players)
+                announced = [self._hear(reader, "ready") for reader in readers]
+                with suppress(OSError):  # it has ended: the next word is why
+                    sender.pipe.send(announced)
             sent: Sent = self._hear(sender, "report")
             self._drain(self._scenario.expected(sent, self._sizes))
             self._board.stop()
@@ -125,7 +130,7 @@ class Measurement:
                 raise Failed(f"{player.part.role}: no {wanted} in time")
         try:
             word, value = player.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             player.process.join(1)
             raise Failed(
                 f"{player.part.role}: the process ended (exit code {player.process.exitcode})"

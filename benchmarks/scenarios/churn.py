@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+from benchmarks.scenarios import bare
 from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes, Stage, cancel, message
 from benchmarks.statistics import Figure, Outcome, Stream, Tally, rate, tally_channel
 
@@ -99,4 +100,6 @@ CHURN = Scenario(
     receive=None,
     expected=_none,
     summarise=_summarise,
+    bare=bare.CHURN,
+    in_one_loop=True,
 )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from benchmarks.board import Window, warm_up
+from benchmarks.scenarios import bare
 from benchmarks.scenarios.base import (
     Run,
     Scenario,
@@ -130,9 +131,10 @@ def tally_own_channels(run: Run) -> Tally:
 
 
 def _summarise_throughput(run: Run) -> Outcome:
+    tally = tally_own_channels(run)
     return Outcome(
-        figures={"msg/s": rate(run.deliveries, run.start_ns, run.latest_ns)},
-        tally=tally_own_channels(run),
+        figures={"msg/s": rate(run.deliveries - tally.twice, run.start_ns, run.latest_ns)},
+        tally=tally,
         notes=run.sent.notes,
     )
 
@@ -151,6 +153,8 @@ LATENCY = Scenario(
     receive=receive_timed,
     expected=one_each,
     summarise=_summarise_latency,
+    bare=bare.LATENCY,
+    in_one_loop=True,
 )
 
 _THROUGHPUT = Sizes(seconds=5, members=100, tasks=100)
@@ -167,4 +171,6 @@ THROUGHPUT = Scenario(
     receive=_receive_untimed,
     expected=one_each,
     summarise=_summarise_throughput,
+    bare=bare.THROUGHPUT,
+    in_one_loop=True,
 )

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 from asgiref.sync import async_to_sync
 
+from benchmarks.scenarios import bare
 from benchmarks.scenarios.base import (
+    Roles,
     Run,
     Scenario,
     Sent,
@@ -72,6 +74,11 @@ def _send_native(stage: Stage) -> Sent:
     return _send(stage, _native(stage))
 
 
+def _send_bare(stage: Stage) -> Sent:
+    with bare.sending_in_a_row(stage) as group_send:
+        return _send(stage, group_send)
+
+
 def _summarise(run: Run) -> Outcome:
     return Outcome(
         figures=run.sent.figures, tally=tally_receipts(run, lambda process, channel: run.sent.counts)
@@ -88,10 +95,11 @@ SYNC = Scenario(
     receive=receive_untimed,
     expected=to_all_members,
     summarise=_summarise,
+    bare=Roles(_send_bare, bare.receive_carried),
 )
 NATIVE_SYNC = replace(
     SYNC,
     name="native-sync",
-    title="native-sync: layer.sync.group_send in a row from a plain thread (Redis: async_to_sync)",
+    title="native-sync: layer.sync.group_send in a row from a plain thread (other layers: async_to_sync)",
     send=_send_native,
 )
