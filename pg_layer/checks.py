@@ -12,11 +12,11 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from pg_layer import store
+from pg_layer.aliases import alias_of
 from pg_layer.config import Config
 from pg_layer.connections import connected_now
 from pg_layer.exceptions import NotMigrated, PgLayerError
 from pg_layer.layer import PostgresChannelLayer
-from pg_layer.sync import alias_of
 
 DAY = 86400.0  # seconds
 
