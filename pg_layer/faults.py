@@ -77,6 +77,11 @@ def was_refused(error: BaseException) -> bool:
     )
 
 
+def is_forbidden(error: BaseException) -> bool:
+    """Whether the role lacks a privilege."""
+    return getattr(error.__cause__, "sqlstate", None) == FORBIDDEN
+
+
 def words_of(error: BaseException) -> str:
     """An error on one line; of the server's the message alone, and not where in which function it came up."""
     said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
