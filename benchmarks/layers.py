@@ -33,10 +33,14 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Which layer, and the address (DSN or URL) of the server behind it."""
+    """Which layer, and the address (DSN or URL) of the server behind it.
+
+    ``database`` is the DSN of the application's own database, if there is one: pgbench's tables are there.
+    """
 
     name: str
     address: str
+    database: str | None = None
 
 
 @dataclass(frozen=True)

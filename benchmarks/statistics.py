@@ -29,9 +29,12 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio(ours: float, theirs: float, better: Better) -> float:
-    """How many times better ``ours`` is: above 1 means ahead, below 1 behind. NaN where it has no meaning."""
+    """How many times better ``ours`` is: above 1 means ahead, below 1 behind. NaN where it has no meaning.
+
+    It has none against nothing, nor with a negative figure.
+    """
     above, below = (ours, theirs) if better == "higher" else (theirs, ours)
-    if math.isnan(above) or math.isnan(below) or below <= 0:
+    if math.isnan(above) or math.isnan(below) or above < 0 or below <= 0:
         return math.nan
     return above / below
 

@@ -6,21 +6,23 @@ does not outlive a fork: a child begins with a client of its own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from pg_layer.clock import DatabaseClock
-from pg_layer.codec import Codec
+from pg_layer.codec import Codec, Template
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.inbox import LAST_ID, Inbox, Key, Row
 from pg_layer.mailbox import Letter, Mailbox
-from pg_layer.membership import Memberships
+from pg_layer.membership import Member, Memberships
 from pg_layer.stats import Counters
 
 if TYPE_CHECKING:
@@ -141,32 +143,31 @@ class Client:
     def dispatch(self, rows: Sequence[Row]) -> list[Key]:
         """Bring rows to their mailboxes, in order; returns the keys of rows that are of no further use."""
         self.counters.add("received", sum(row.kind == "message" for row in rows))
+        self.last_id = max(self.last_id, max((row.id for row in rows), default=0))
         done: list[Key] = []
-        for row in rows:
-            if not self._dispatch_one(row):
-                done.append(row.key)
+        # Under load many messages for the same group come together, and each mailbox gets them at once.
+        for audience, run in groupby(rows, _audience):
+            if audience is None:
+                done += [row.key for row in run if not self._dispatch_one(row)]
+                continue
+            together = list(run)
+            self._fan_out(*audience, together)
+            done += [row.key for row in together]
         return done
 
     def _dispatch_one(self, row: Row) -> bool:
         """Returns whether the row stays until its message is received."""
-        if row.id > self.last_id:
-            self.last_id = row.id
         if row.kind == "message":
-            try:
-                payload = self.codec.open(row.payload)
-            except UndecodableMessage as error:
-                self.undecodable(row.channel or row.group, error)
+            payload = self._opened(row)
+            if payload is None or row.channel is None:
                 return False
-            if row.channel is not None:
-                mailbox = self.mailbox(row.channel)
-                if len(mailbox) >= mailbox.capacity:
-                    self.drop_expired(mailbox)
-                mailbox.undeleted += 1
-                mailbox.put(Letter(row.id, payload, row.expires_at, row.key))
-                return True
-            if row.group is not None:
-                self._fan_out(row.group, row.excluded, Letter(row.id, payload, row.expires_at, None))
-        elif row.kind == "flush":
+            mailbox = self.mailbox(row.channel)
+            if len(mailbox) >= mailbox.capacity:
+                self.drop_expired(mailbox)
+            mailbox.undeleted += 1
+            mailbox.put(Letter(row.id, payload, row.expires_at, row.key))
+            return True
+        if row.kind == "flush":
             self.flush(row.id)
         elif row.kind not in ("join", "leave"):
             self.undecodable(
@@ -179,18 +180,41 @@ class Client:
                 self.memberships.leave(row.group, row.channel, row.id)
         return False
 
-    def _fan_out(self, group: str, excluded: str | None, letter: Letter) -> None:
-        now = self.clock.now()
-        id = letter.id
-        for mailbox, since, _, expires_at, until in self.memberships.of_group(group):
-            if (
-                since < id <= until
-                and expires_at > now
-                and mailbox.channel != excluded
-                and not mailbox.put_if_room(letter)
-            ):
+    def _opened(self, row: Row) -> bytes | None:
+        try:
+            return self.codec.open(row.payload)
+        except UndecodableMessage as error:
+            self.undecodable(row.channel or row.group, error)
+            return None
+
+    def _fan_out(self, group: str, excluded: str | None, rows: Sequence[Row]) -> None:
+        letters = [
+            Letter(row.id, Template(payload), row.expires_at, None)
+            for row in rows
+            if (payload := self._opened(row)) is not None
+        ]
+        members = self.memberships.of_group(group)
+        if members and members[-1].has_left:  # one that has come back is in it twice: in order for both
+            for letter in letters:
+                self._put(group, excluded, [letter], members)
+        elif letters:
+            self._put(group, excluded, letters, members)
+
+    def _put(
+        self, group: str, excluded: str | None, letters: Sequence[Letter], members: Iterable[Member]
+    ) -> None:
+        first, last = letters[0].id, letters[-1].id
+        now, here = self.clock.now(), asyncio._get_running_loop()
+        for mailbox, since, _, expires_at, until in members:
+            if expires_at <= now or mailbox.channel == excluded:
+                continue
+            if since < first and last <= until:
+                due = letters
+            else:
+                due = [letter for letter in letters if since < letter.id <= until]
+            if left := mailbox.put_if_room(due, here):
                 self.drop_expired(mailbox)
-                if not mailbox.put_if_room(letter):
+                for _ in mailbox.put_if_room(left, here):
                     self.count_dropped(group, mailbox.channel)
 
     def drop_expired(self, mailbox: Mailbox) -> None:
@@ -208,7 +232,7 @@ class Client:
         payload = self.codec.open(self.codec.encode({"type": type}))
         for mailbox in self.mailboxes():
             if mailbox.is_receivable and self.owns(mailbox.channel):
-                mailbox.put_if_room(Letter(LAST_ID, payload, math.inf, None))
+                mailbox.put_if_room((Letter(LAST_ID, payload, math.inf, None),))
 
     def flush(self, id: int) -> None:
         """Forget all that was sent or joined before that id."""
@@ -267,3 +291,10 @@ class Client:
             self._logged.clear()
         self._logged[about] = now
         return True
+
+
+def _audience(row: Row) -> tuple[str, str | None] | None:
+    """Whom a group's message is for: the group, but for the member that is excluded. None: it is no such."""
+    if row.kind == "message" and row.channel is None and row.group is not None:
+        return row.group, row.excluded
+    return None

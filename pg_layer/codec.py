@@ -48,7 +48,22 @@ _RESERVED = "__asgi_"
 # Types that hold nothing and need no look at their value. What is wrong with one all the same (a lone
 # surrogate; bytes and NaN in JSON) the serialiser itself finds.
 _LEAVES = frozenset((str, float, bool, type(None), bytes, bytearray, memoryview))
+_IMMUTABLE = frozenset((str, int, float, bool, type(None), bytes))
 _LEAF_BASES = (str, float, bytes, bytearray)
+
+
+class Template:
+    """A plaintext that several readers decode, each into a message of its own.
+
+    One without lists and dicts in it is decoded once and copied: no reader can change what is in it.
+    """
+
+    __slots__ = ("flat", "is_flat", "plaintext")
+
+    def __init__(self, plaintext: bytes) -> None:
+        self.plaintext = plaintext
+        self.is_flat: bool | None = None  # not known yet
+        self.flat: dict[str, Any] = {}
 
 
 class Codec:
@@ -150,11 +165,13 @@ class Codec:
             "A stored message was encrypted with none of the symmetric_encryption_keys, or is damaged."
         )
 
-    def decode(self, plaintext: bytes) -> dict[str, Any]:
+    def decode(self, plaintext: bytes | Template) -> dict[str, Any]:
         """The message in a plaintext of `open`, a new object at every call: readers share nothing.
 
         Raises `UndecodableMessage`, and nothing else, for whatever is not a whole message.
         """
+        if isinstance(plaintext, Template):
+            return self._decode_again(plaintext)
         first = plaintext[0] if plaintext else -1
         try:
             message: Any = None
@@ -173,6 +190,15 @@ class Codec:
                 f"A stored message is damaged: {len(plaintext)} bytes that are no valid {name}."
             )
         raise UndecodableMessage(_unknown_format(plaintext))
+
+    def _decode_again(self, template: Template) -> dict[str, Any]:
+        if template.is_flat:
+            return template.flat.copy()
+        message = self.decode(template.plaintext)
+        if template.is_flat is None:
+            template.flat = message.copy()
+            template.is_flat = _IMMUTABLE.issuperset(map(type, message.values()))
+        return message
 
 
 def _is_sound(values: Iterable[Any], depth: int) -> bool:

@@ -46,7 +46,9 @@ class Deleter:
 
     def soon(self, mailbox: Mailbox | None = None) -> None:
         """Rows were doomed; those of a mailbox at once if senders count enough of them to matter."""
-        self._delete_soon(0.0 if mailbox is not None and mailbox.is_filling else DELETE_DELAY)
+        is_urgent = mailbox is not None and mailbox.is_filling
+        if self._timer is None or is_urgent or len(self._client.doomed) >= DELETE_MOST:
+            self._delete_soon(0.0 if is_urgent else DELETE_DELAY)
 
     async def settle(self, mailbox: Mailbox) -> None:
         """Wait until senders no longer count what was received from this mailbox, or a second at most."""

@@ -66,7 +66,7 @@ class Engine:
     @property
     def is_here(self) -> bool:
         """Whether this engine's loop is the one that runs here."""
-        return _running_loop() is self.loop
+        return asyncio._get_running_loop() is self.loop
 
     @property
     def is_running(self) -> bool:
@@ -280,10 +280,3 @@ async def _uncancelled(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -116,9 +116,8 @@ class Homes:
         """Whether there is something to close."""
         return self._home is not None or self._hub is not None or self.client.has_lease
 
-    def for_receiving(self) -> Engine:
-        """The engine that receives: this loop's own, or that of a loop that runs elsewhere."""
-        loop = asyncio.get_running_loop()
+    def for_receiving(self, loop: asyncio.AbstractEventLoop) -> Engine:
+        """The engine that receives for the running loop: its own, or that of one that runs elsewhere."""
         home = self._home
         if home is not None and home.is_receiving and home.loop is loop and not home.is_closed:
             return home
@@ -149,11 +148,14 @@ class Homes:
 
     async def submit(self, op: Op) -> Any:
         """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
-        # Such a loop is run until its one call has ended, and cancels what it leaves.
-        may_write = _is_passing(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
         while True:
+            home = self._home
             try:
-                return await self.for_sending().sender.submit(op, may_write=may_write)
+                if home is not None and home.loop is loop and not home.is_closed:
+                    return await home.sender.submit(op)
+                # Such a loop is run until its one call has ended, and cancels what it leaves.
+                return await self.for_sending().sender.submit(op, may_write=_is_passing(loop))
             except NotBegun:
                 continue  # that loop has ended: another takes over
 

@@ -96,7 +96,7 @@ class Lane(Generic[Op]):
         is_here = loop is self._loop
         if is_here and self._closed:
             raise NotBegun
-        if (is_here or may_write) and self._try_begin(is_guests=not is_here):
+        if (is_here or may_write) and not self._is_busy and self._try_begin(is_guests=not is_here):
             try:
                 (outcome,) = await self._write([op], self._timeout)
             except NotBegun:
@@ -129,8 +129,8 @@ class Lane(Generic[Op]):
         with self._lock:
             if self._is_busy or self._closed:
                 return False
+            self._is_guests = is_guests  # first: who sees the lane busy sees whose write it is
             self._is_busy = True
-            self._is_guests = is_guests
             return True
 
     def _enqueue(self, ticket: _Ticket) -> None:
@@ -139,6 +139,8 @@ class Lane(Generic[Op]):
             return
         self._queue.append(ticket)
         # Who writes looks at the queue once more when he has done.
+        if self._is_busy and not self._is_guests:
+            return
         if self._try_begin():
             self._work_or_rest()
         elif self._is_guests and self._late is None:

@@ -104,9 +104,19 @@ class PostgresChannelLayer(BaseChannelLayer):
         while True:
             letter = mailbox.pop(client.doomed, waiter)
             if letter is None:
-                engine = homes.for_receiving()
-                want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
-                waiter = await mailbox.wait(None if engine.is_here else BRIDGED_WAIT, want)
+                loop = asyncio.get_running_loop()
+                engine = homes.for_receiving(loop)
+                if is_specific and engine.loop is loop:
+                    waiter = mailbox.enlist(loop)
+                    if waiter is not None:
+                        try:
+                            await waiter
+                        except BaseException:
+                            mailbox.desert(waiter)
+                            raise
+                else:
+                    want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
+                    waiter = await mailbox.wait(None if engine.loop is loop else BRIDGED_WAIT, want)
                 if mailbox.is_closed:
                     if is_specific or homes.client is client:  # which has taken leave: the process ends
                         raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
@@ -259,7 +269,7 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def _settle(self, mailbox: Mailbox, letter: Letter) -> None:
         """Wait until what was received makes room: senders count its row until that is gone."""
         try:
-            engine = self._homes.for_receiving()
+            engine = self._homes.for_receiving(asyncio.get_running_loop())
             await engine.bridge(partial(engine.receiver.deleter.settle, mailbox))
         except LayerUnavailable:
             pass

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pg_layer.codec import Template
 from pg_layer.inbox import Key
 
 Waiter = asyncio.Future[None]
@@ -21,13 +22,13 @@ Waiter = asyncio.Future[None]
 class Letter(NamedTuple):
     """A message in a mailbox.
 
-    ``payload`` is serialised and decrypted, ``expires_at`` by the database's clock. ``key`` is that of
+    ``payload`` is for `Codec.decode`, ``expires_at`` by the database's clock. ``key`` is that of
     its row, if the row stays until the message is received; a group's message has one row for all,
     deleted at once.
     """
 
     id: int
-    payload: bytes
+    payload: bytes | Template
     expires_at: float
     key: Key | None
 
@@ -95,18 +96,23 @@ class Mailbox:
             if self._waiters:
                 self._wake_one()
 
-    def put_if_room(self, letter: Letter) -> bool:
-        """Append unless the mailbox is full: what waits keeps its place, the newest is dropped."""
-        letters = self._letters
+    def put_if_room(
+        self, letters: Sequence[Letter], here: asyncio.AbstractEventLoop | None = None
+    ) -> Sequence[Letter]:
+        """Append as many as there is room for, in their order; returns the rest: what waits keeps its place.
+
+        ``here``: the running loop, from who knows it.
+        """
+        queue = self._letters
         with self._lock:
             if self.is_closed:
-                return True
-            if len(letters) >= self.capacity:
-                return False
-            letters.append(letter)
-            if self._waiters:
-                self._wake_one()
-            return True
+                return ()
+            room = max(self.capacity - len(queue), 0)
+            fitting = letters if len(letters) <= room else letters[:room]
+            queue.extend(fitting)
+            for _ in range(min(len(fitting), len(self._waiters))):
+                self._wake_one(here)
+            return letters[room:]
 
     def pop(
         self, doomed: dict[Key, Mailbox | None] | None = None, waiter: Waiter | None = None
@@ -181,27 +187,41 @@ class Mailbox:
         ``on_wait`` is called once this waiter counts as `waiting`. What is returned is for `pop`, at once.
         """
         loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        with self._lock:
-            if self._letters or self.is_closed:
-                return None
-            self.is_used = True
-            self._waiters.append(waiter)
+        waiter = self.enlist(loop)
+        if waiter is None:
+            return None
         timer = None if timeout is None else loop.call_later(timeout, _time_out, waiter)
         try:
             if on_wait is not None:
                 on_wait()
             await waiter
         except BaseException:
-            with self._lock:
-                # If it was woken it will not look: the next one must.
-                if not self._forget(waiter) and self._letters:
-                    self._wake_one()
+            self.desert(waiter)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
         return waiter
+
+    def enlist(self, loop: asyncio.AbstractEventLoop) -> Waiter | None:
+        """A future of the running loop to be awaited until there may be a letter; None: look now.
+
+        Awaited, it is for `pop`, at once; else for `desert`.
+        """
+        waiter = loop.create_future()
+        with self._lock:
+            if self._letters or self.is_closed:
+                return None
+            self.is_used = True
+            self._waiters.append(waiter)
+        return waiter
+
+    def desert(self, waiter: Waiter) -> None:
+        """Wait no more: cancelled."""
+        with self._lock:
+            # If it was woken it will not look: the next one must.
+            if not self._forget(waiter) and self._letters:
+                self._wake_one()
 
     def _forget(self, waiter: Waiter) -> bool:
         """Returns whether it was still waiting, and not woken."""
@@ -214,11 +234,12 @@ class Mailbox:
             return False
         return True
 
-    def _wake_one(self) -> None:
+    def _wake_one(self, here: asyncio.AbstractEventLoop | None = None) -> None:
+        here = here or asyncio._get_running_loop()
         while self._waiters:
             waiter = self._waiters.popleft()
             loop = waiter.get_loop()
-            if loop is _running_loop():
+            if loop is here:
                 if waiter.done():
                     continue
                 self._woken.add(waiter)
@@ -244,10 +265,3 @@ class Mailbox:
 def _time_out(waiter: Waiter) -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -122,7 +122,7 @@ class Memberships:
                 )
 
     def of_group(self, group: str) -> list[Member]:
-        """The members of a group, and who has left it of late."""
+        """The members of a group, and after them who has left it of late."""
         with self._lock:
             members = list(self._groups.get(group, {}).values())
             for gone in self._gone.get(group, {}).values():

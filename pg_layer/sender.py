@@ -34,7 +34,11 @@ class Sender:
         self._sends = Lane[Send | Many](loop, self._send, spawn, _payload_size, timeout)
         self._group_sends = Lane[GroupSend | Many](loop, self._group_send, spawn, _payload_size, timeout)
         self._regroups = Lane[Regroup](loop, self._regroup, spawn, lambda op: 100, timeout)
-        self._lanes = (self._sends, self._group_sends, self._regroups)
+        self._lane_of: dict[type, Lane[Any]] = {
+            Send: self._sends,
+            GroupSend: self._group_sends,
+            Regroup: self._regroups,
+        }
 
     def _reset_counts(self) -> None:
         self._generation = self.connections.generation
@@ -43,32 +47,29 @@ class Sender:
 
     def close(self) -> None:
         """Take no more."""
-        for lane in self._lanes:
+        for lane in self._lane_of.values():
             lane.close()
 
     @property
     def waiting(self) -> int:
         """How many operations wait for a write in flight to end. From any thread."""
-        return sum(len(lane._queue) for lane in self._lanes)
+        return sum(len(lane._queue) for lane in self._lane_of.values())
 
     async def guests_finish(self) -> None:
         """Returns when no other loop writes any more."""
-        await asyncio.gather(*(lane.guest_finishes() for lane in self._lanes))
+        await asyncio.gather(*(lane.guest_finishes() for lane in self._lane_of.values()))
 
     async def finish(self) -> None:
         """Take no more; returns when the writes in flight have ended."""
-        await asyncio.gather(*(lane.finish() for lane in self._lanes))
+        await asyncio.gather(*(lane.finish() for lane in self._lane_of.values()))
 
     def submit(self, op: Op, *, may_write: bool = False) -> Coroutine[Any, Any, Any]:
         """Do it, from any loop; returns when it is committed: of `Many`, whether each was accepted.
 
         ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
         """
-        if isinstance(op, Send) or (isinstance(op, Many) and isinstance(op.ops[0], Send)):
-            return self._sends.submit(op, may_write=may_write)
-        if isinstance(op, (GroupSend, Many)):
-            return self._group_sends.submit(op, may_write=may_write)
-        return self._regroups.submit(op, may_write=may_write)
+        lane = self._lane_of[type(op.ops[0] if isinstance(op, Many) else op)]
+        return lane.submit(op, may_write=may_write)
 
     async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix

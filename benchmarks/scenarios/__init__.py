@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.scenarios import churn, connections, groups, point, sync, workers
+from benchmarks.scenarios import churn, connections, groups, neighbours, point, sync, websockets, workers
 from benchmarks.scenarios.base import Scenario
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -18,6 +18,9 @@ SCENARIOS: Mapping[str, Scenario] = {
         sync.SYNC,
         sync.NATIVE_SYNC,
         workers.WORKERS,
+        websockets.WEBSOCKETS,
+        websockets.WEBSOCKETS_ROOM,
         connections.CONNECTIONS,
+        neighbours.NEIGHBOURS,
     )
 }

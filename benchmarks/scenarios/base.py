@@ -28,7 +28,9 @@ class Sizes:
 
     ``seconds``: how long the sender sends; ``processes``: receiving ones; ``members``: channels in each of
     them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
-    flight at most.
+    flight at most; ``room``: members of one group, of all processes together; ``group_rate``: paced sends to
+    a group a second; ``clients``: of the application's, all pgbench's; ``pgbench_scale``: of the
+    application's tables, 0 if the scenario does without the application.
     """
 
     seconds: float
@@ -37,6 +39,10 @@ class Sizes:
     tasks: int = 1
     rate: float = 0
     window: int = 0
+    room: int = 0
+    group_rate: float = 0
+    clients: int = 0
+    pgbench_scale: int = 0
 
 
 @dataclass
@@ -139,8 +145,16 @@ async def send_retrying(send: Callable[[], Awaitable[None]]) -> int:
             return full
 
 
-async def pace(seconds: float, rate: float, send: Callable[[int, int], Awaitable[None]]) -> int:
-    """Call ``send(number, sent_ns)`` ``rate`` times a second for so long; returns how many were sent.
+async def pace(
+    seconds: float,
+    rate: float,
+    send: Callable[[int, int], Awaitable[None]],
+    *,
+    enough: Callable[[], bool] = lambda: False,
+) -> int:
+    """Call ``send(number, sent_ns)`` ``rate`` times a second for so long, or until there has been ``enough``.
+
+    Returns how many were sent.
 
     A message's time is when it was handed to the layer, but when it was due if an earlier send held it up, so
     that a layer which stalls shows it in its latency.
@@ -153,6 +167,8 @@ async def pace(seconds: float, rate: float, send: Callable[[int, int], Awaitable
         if wait > 0:
             await asyncio.sleep(wait / 1e9)
             due = time.monotonic_ns()
+        if enough():
+            return number
         await send(number, due)
     return count
 
@@ -166,7 +182,7 @@ async def read_all(
         asyncio.ensure_future(_read(stage, channel, streams, receipt, ages=ages, log=log))
         for channel, streams in zip(channels, receipt.streams, strict=True)
     ]
-    stopped = asyncio.ensure_future(_stopped(stage.board))
+    stopped = asyncio.ensure_future(until_stopped(stage.board))
     await asyncio.sleep(0)
     stage.announce(announce)
     try:
@@ -203,7 +219,7 @@ async def _read(
         board.deliver(index, now)
 
 
-async def _stopped(board: Board) -> None:
+async def until_stopped(board: Board) -> None:
     while not board.stopped:  # noqa: ASYNC110  no event reaches across processes
         await asyncio.sleep(_STOP_CHECK)
 

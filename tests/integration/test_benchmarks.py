@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.pgbench import beside
 from benchmarks.scenarios import SCENARIOS
+from benchmarks.statistics import Outcome
+from devtools.postgres.binaries import BINARIES_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +41,8 @@ def test_every_message_arrives_once_and_in_order(results: dict[str, Any], name: 
     assert outcome["error"] is None
     assert outcome["tally"] == {"lost": 0, "twice": 0, "disorder": 0, "stray": 0}
     assert set(outcome["figures"]) == {figure.name for figure in SCENARIOS[name].figures}
-    assert all(value > 0 for value in outcome["figures"].values())
+    least = {"cost": -math.inf, "dead": -1.0}  # noise may turn a cost into a gain; vacuum leaves no dead row
+    assert all(value > least.get(figure, 0.0) for figure, value in outcome["figures"].items())
     assert not outcome["notes"].get("processes killed")
 
 
@@ -50,6 +56,42 @@ def test_says_what_it_ran_on(results: dict[str, Any]) -> None:
     assert results["machine"]["cores"] >= 1
     assert "pg-layer" in results["packages"]
     assert all(name in results["stdout"] for name in SCENARIOS)
+
+
+def test_measures_beside_the_transactions_of_an_application(postgres_dsn: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg", "--scenarios", "latency"]
+    command += ["--big", "--big-scale", "1", "--dsn", postgres_dsn, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert written["options"]["big"] == {"rows": 100_000, "transactions/s": 200, "clients": 2}
+    assert "100,000 rows and 200 transactions/s of the application" in done.stdout
+    (outcome,) = written["scenarios"]["latency"]["layers"]["pg"]["rounds"]
+    assert outcome["error"] is None
+    assert outcome["notes"]["transactions beside"] > 0
+
+
+def test_failure_of_what_runs_beside_is_the_outcome(migrated_dsn: str) -> None:
+    outcome = beside(migrated_dsn, lambda: Outcome({"p50": 1.0}))
+    assert outcome.figures == {}
+    assert outcome.error is not None
+    assert outcome.error.startswith("pgbench: ")
+    assert "pgbench_branches" in outcome.error
+
+
+@pytest.mark.parametrize("chosen", [["--scenarios", "neighbours"], ["--scenarios", "latency", "--big"]])
+def test_says_how_to_get_pgbench(postgres_dsn: str, tmp_path: Path, chosen: list[str]) -> None:
+    for program in ("postgres", "initdb"):
+        (tmp_path / program).touch(mode=0o755)
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg", "--dsn", postgres_dsn, *chosen]
+    environment = {**os.environ, BINARIES_VARIABLE: str(tmp_path), "PATH": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "No pgbench found. It comes with PostgreSQL" in done.stderr
+    assert "left out" in done.stderr
 
 
 def test_refuses_unknown_names() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.board import Board, Window, warm_up
 from benchmarks.report import Results, faults
 from benchmarks.scenarios import SCENARIOS
+from benchmarks.scenarios.base import pace
 from benchmarks.statistics import (
     Figure,
     Outcome,
@@ -69,6 +70,8 @@ def test_ratio_says_how_many_times_better() -> None:
     assert ratio(0, 10, "higher") == 0
     assert math.isnan(ratio(10, 0, "higher"))
     assert math.isnan(ratio(math.nan, 1, "lower"))
+    assert math.isnan(ratio(1, -2, "lower"))
+    assert math.isnan(ratio(-2, 1, "lower"))
 
 
 def test_rate() -> None:
@@ -239,3 +242,13 @@ async def test_window_writes_off_what_never_arrives() -> None:
         for _ in range(4):
             await asyncio.wait_for(window.take(), 5)
         assert window.written_off >= 2
+
+
+async def test_pace_ends_when_there_has_been_enough() -> None:
+    sent: list[int] = []
+
+    async def send(number: int, sent_ns: int) -> None:
+        sent.append(number)
+
+    assert await pace(600, 1000, send, enough=lambda: len(sent) == 3) == 3
+    assert sent == [0, 1, 2]

@@ -44,9 +44,10 @@ def row(
     group: str | None = None,
     payload: bytes | None = None,
     expires_at: float = LATER,
+    excluded: str | None = None,
 ) -> Row:
     body = b'{"n":%d}' % id if payload is None else payload
-    return Row(id, 1000 + id, kind, channel, group, body, expires_at)
+    return Row(id, 1000 + id, kind, channel, group, body, expires_at, excluded)
 
 
 def waiting(mailbox: Mailbox) -> list[int]:
@@ -153,7 +154,7 @@ def test_a_message_for_a_group_goes_to_its_local_members_and_its_row_is_done_wit
     assert client.dispatch([message]) == [message.key]
     for channel in (a, b):
         (letter,) = client.mailbox(channel).pop_all()
-        assert (letter.id, letter.payload, letter.key) == (5, b'{"n":5}', None)
+        assert (letter.id, client.codec.decode(letter.payload), letter.key) == (5, {"n": 5}, None)
         assert client.mailbox(channel).undeleted == 0
     assert waiting(client.mailbox(c)) == []
 
@@ -181,6 +182,34 @@ def test_what_was_sent_before_a_leave_is_for_who_left(client: Client) -> None:
     assert waiting(client.mailbox(channel)) == [4, 5]
 
 
+def test_who_left_and_came_back_gets_what_was_sent_before_and_after_in_order(client: Client) -> None:
+    channel = client.new_channel("s")
+    client.memberships.join("g", client.mailbox(channel), 1, LATER)
+    client.memberships.leave("g", channel, 5)
+    client.memberships.join("g", client.mailbox(channel), 7, LATER)
+    client.dispatch([row(id, group="g") for id in (4, 5, 6, 7, 8)])
+    assert waiting(client.mailbox(channel)) == [4, 5, 8]
+
+
+def test_messages_for_several_groups_and_channels_that_come_together_stay_in_order() -> None:
+    client = make_client(channel_capacity={"s.*": 10})
+    channel, other = client.new_channel("s"), client.new_channel("s")
+    for group in ("g", "h"):
+        client.memberships.join(group, client.mailbox(channel), 0, LATER)
+    client.memberships.join("h", client.mailbox(other), 0, LATER)
+    rows = [
+        row(1, group="g"),
+        row(2, group="g"),
+        row(3, channel=channel),
+        row(4, group="h"),
+        row(5, group="g"),
+    ]
+    rows.append(row(6, group="h", excluded=other))
+    client.dispatch(rows)
+    assert waiting(client.mailbox(channel)) == [1, 2, 3, 4, 5, 6]
+    assert waiting(client.mailbox(other)) == [4]
+
+
 def test_after_a_reconnect_members_get_messages_whatever_their_ids(client: Client) -> None:
     channel = client.new_channel("s")
     client.memberships.join("g", client.mailbox(channel), 100, LATER)
@@ -196,6 +225,14 @@ def test_a_membership_that_has_ended_gets_nothing(client: Client) -> None:
     client.dispatch([row(1, group="g")])
     assert waiting(client.mailbox(gone)) == []
     assert waiting(client.mailbox(here)) == [1]
+
+
+def test_of_many_that_come_together_a_member_gets_as_many_as_it_has_room_for(client: Client) -> None:
+    channel = client.new_channel("s")
+    client.memberships.join("g", client.mailbox(channel), 0, LATER)
+    client.dispatch([row(id, group="g") for id in range(1, CAPACITY + 4)])
+    assert waiting(client.mailbox(channel)) == list(range(1, CAPACITY + 1))
+    assert client.counters["dropped_full"] == 3
 
 
 def test_a_full_member_misses_the_newest_and_nobody_else_does(

@@ -21,7 +21,7 @@ from django.utils.safestring import mark_safe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer.codec import Codec
+from pg_layer.codec import Codec, Template
 from pg_layer.exceptions import InvalidMessage, PgLayerError, UndecodableMessage
 
 LIMIT = 1024 * 1024
@@ -169,6 +169,32 @@ def test_subclasses_arrive_as_the_plain_type(codec: Codec) -> None:
 def test_all_kinds_of_bytes_arrive_as_bytes() -> None:
     message = {"a": b"\x00\xff", "b": bytearray(b"xy"), "c": memoryview(b"zz")}
     assert there_and_back(MSGPACK, message) == {"a": b"\x00\xff", "b": b"xy", "c": b"zz"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"text": "a", "n": 1}, {}, {"list": [1, {"a": [2]}]}, {"b": b"x", "f": 1.5, "t": True, "0": None}],
+)
+@pytest.mark.parametrize("codec", [MSGPACK, JSON])
+def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str, Any]) -> None:
+    if codec is JSON:
+        message = {key: value for key, value in message.items() if not isinstance(value, bytes)}
+    template = Template(codec.open(codec.encode(message)))
+    for _ in range(4):
+        mine = codec.decode(template)
+        assert mine == message
+        for value in mine.values():
+            if isinstance(value, list):
+                value.clear()
+        mine.clear()
+        mine["text"] = "mine"
+
+
+def test_a_damaged_plaintext_is_refused_by_each_of_its_readers() -> None:
+    template = Template(MSGPACK.encode({"text": "abc"})[:-1])
+    for _ in range(3):
+        with pytest.raises(UndecodableMessage, match="damaged"):
+            MSGPACK.decode(template)
 
 
 def test_each_decode_makes_a_new_message() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ def filled(*ids: int) -> Mailbox:
     return mailbox
 
 
-def ids(letters: list[Letter]) -> list[int]:
+def ids(letters: Iterable[Letter]) -> list[int]:
     return [each.id for each in letters]
 
 
@@ -100,17 +100,17 @@ def test_what_is_popped_is_doomed_in_the_same_step() -> None:
 
 def test_a_full_mailbox_refuses_the_newest() -> None:
     mailbox = filled()
-    assert [mailbox.put_if_room(letter(id)) for id in range(5)] == [True, True, True, False, False]
+    assert ids(mailbox.put_if_room([letter(id) for id in range(5)])) == [3, 4]
     mailbox.pop()
-    assert mailbox.put_if_room(letter(5))
-    assert not mailbox.put_if_room(letter(6))
+    assert not mailbox.put_if_room([letter(5)])
+    assert ids(mailbox.put_if_room([letter(6)])) == [6]
     assert ids(mailbox.pop_all()) == [1, 2, 5]
 
 
 def test_what_senders_were_counted_for_is_put_whatever_waits() -> None:
     mailbox = filled(1, 2, 3, 4)
     assert len(mailbox) == 4
-    assert not mailbox.put_if_room(letter(5))
+    assert ids(mailbox.put_if_room([letter(5)])) == [5]
 
 
 @pytest.mark.parametrize(("undeleted", "is_pressed"), [(0, False), (16, False), (17, True), (100, True)])
@@ -239,7 +239,7 @@ async def test_each_letter_wakes_one_waiter_in_turn() -> None:
     mailbox.put(letter(1))
     await asyncio.wait([first])
     assert mailbox.waiting == 2
-    assert mailbox.put_if_room(letter(2))
+    assert not mailbox.put_if_room([letter(2)])
     mailbox.push_front(letter(3))
     assert [*await asyncio.gather(first, second, third)] == [1, 3, 2]
     assert order == ["a", "b", "c"]
@@ -299,7 +299,7 @@ def test_nothing_comes_into_a_closed_mailbox() -> None:
     mailbox = filled()
     mailbox.close()
     mailbox.put(letter(1))
-    assert mailbox.put_if_room(letter(2))  # nothing is said to be full
+    assert not mailbox.put_if_room([letter(2)])  # nothing is said to be full
     assert len(mailbox) == 0
 
 
@@ -392,8 +392,9 @@ def test_no_order_of_receiving_putting_and_cancelling_loses_or_doubles_a_letter(
                 put.append(len(put))
                 mailbox.put(letter(put[-1]))
             elif action == "put_if_room":
-                if mailbox.put_if_room(letter(len(put))):
-                    put.append(len(put))
+                some = [letter(len(put) + i) for i in range(argument % 4)]
+                left = mailbox.put_if_room(some)
+                put += ids(some)[: len(some) - len(left)]
             elif action == "cancel" and tasks:
                 tasks[argument % len(tasks)].cancel()
             elif action == "give back":

@@ -1,0 +1,79 @@
+"""What the benchmarks read about processes."""
+
+from __future__ import annotations
+
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from benchmarks.resources import Processes, local_process, raise_file_limit
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[str]]:
+    """A process of ours that, once it reads a line, uses 0.2 s of CPU and 50 MB, and says when it has."""
+    code = """
+import sys, time
+sys.stdin.readline()
+held = bytearray(b"x") * 50_000_000
+while time.process_time() < 0.2:
+    pass
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        yield process
+
+
+def test_descendants_count_while_they_run_and_afterwards(child: subprocess.Popen[str]) -> None:
+    ours = Processes([psutil.Process()])
+    before = ours.cpu(), ours.memory()
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "ready\n"
+    assert ours.cpu() - before[0] > 0.1
+    assert ours.memory() - before[1] > 40e6
+    child.communicate()
+    assert child.returncode == 0
+    assert ours.cpu() - before[0] > 0.1
+
+
+def test_cpu_is_that_of_the_process() -> None:
+    times = psutil.Process().cpu_times()
+    ended = times.children_user + times.children_system
+    assert Processes([psutil.Process()]).cpu() == pytest.approx(time.process_time() + ended, abs=0.2)
+
+
+def test_without_processes_there_is_no_cost_to_tell() -> None:
+    assert math.isnan(Processes([]).cpu())
+    assert math.isnan(Processes([]).memory())
+
+
+def test_a_process_is_known_by_its_number_and_its_start() -> None:
+    own = psutil.Process()
+    assert local_process(own.pid, own.create_time()) == own
+    assert local_process(own.pid, own.create_time() - 3600) is None
+    assert local_process(2**22 + 1, own.create_time()) is None
+
+
+def test_the_file_limit_is_raised_as_far_as_it_goes() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        raise_file_limit(200)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, before[1])
+        raise_file_limit(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
