@@ -460,6 +460,18 @@ RECEIVING: list[Operation] = [
     lambda s: store.close(s, Farewell(PREFIX, LIVE, [(1, 1)], [("room", "a.live!1")])),
     lambda s: store.sweep(s, PREFIX, 9, store.START),
 ]
+LOOKING: list[Operation] = [
+    lambda s, statement=statement, values=values: s.execute(statement, *values)  # type: ignore[misc]
+    for statement, values in (
+        (statements.CLIENTS, (PREFIX, 9)),
+        (statements.CLIENT_COUNTS, (PREFIX,)),
+        (statements.GROUPS, (PREFIX, 9)),
+        (statements.CHANNELS, (PREFIX, 9)),
+        (statements.TABLES, (store.TABLES,)),
+        (statements.LAST_SWEEP, (PREFIX,)),
+        (statements.FIRST_USE, (PREFIX,)),
+    )
+]
 
 
 async def refused(session: Session, operations: list[Operation]) -> int:
@@ -478,8 +490,8 @@ async def refused(session: Session, operations: list[Operation]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "operations", "count"),
-    [("layer_sender", SENDING, 19), ("layer_receiver", RECEIVING, 15)],
-    ids=["sender", "receiver"],
+    [("layer_sender", SENDING, 19), ("layer_receiver", RECEIVING, 15), ("layer_watcher", LOOKING, 6)],
+    ids=["sender", "receiver", "watcher"],
 )
 async def test_no_privilege_can_be_spared(
     make_role: MakeRole, observer: Observer, name: str, operations: list[Operation], count: int
