@@ -102,7 +102,7 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
         message: CheckMessage | None = None
         if using is not None:
             message = _examine(config, using) if using in databases else None
-        elif config.dsn is not None:
+        elif config.dsn is not None and not _is_migrating():
             message = Warning(
                 "No alias in DATABASES leads to the database of 'dsn': nothing is known of its tables.",
                 hint="Add one: migrate, check, layer.sync and the admin find databases by their aliases.",
@@ -121,7 +121,7 @@ def _examine(config: Config, using: str) -> CheckMessage | None:
             unswept_for = store.unswept_for(conn, config.prefix)
     except NotMigrated:
         # Who is at it need not be told. Django runs these checks before it migrates.
-        if sys.argv[1:2] == ["migrate"]:
+        if _is_migrating():
             return None
         advice = how_to_migrate(config, using)
         return Warning(
@@ -153,6 +153,10 @@ def _alias_of(config: Config) -> str | None:
         return alias_of(config)
     except ImproperlyConfigured:  # `check_settings` tells why; or no alias leads to the database of its dsn
         return None
+
+
+def _is_migrating() -> bool:
+    return sys.argv[1:2] == ["migrate"]
 
 
 def _text(error: Exception) -> str:
