@@ -16,12 +16,12 @@ from django.db.models import Model, Q, QuerySet
 from django.db.models.functions import Length, Now
 from django.http import HttpRequest
 
+from pg_layer.aliases import alias_of
 from pg_layer.checks import configs
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.models import Client, Group, Message
-from pg_layer.sync import alias_of
 
 M = TypeVar("M", bound=Model)
 
@@ -86,7 +86,7 @@ class StateFilter(admin.SimpleListFilter):
     parameter_name = "state"
 
     LIVE = Q(ended_at=None, expires_at__gt=Now())
-    OVERDUE = Q(ended_at=None, expires_at__lte=Now())
+    OVERDUE = Q(ended_at=None, expires_at__lte=Now()) & ~Client.UNKNOWN
     ENDED = Q(ended_at__isnull=False)
     STATES = (("live", LIVE), ("overdue", OVERDUE), ("ended", ENDED))
 
@@ -100,10 +100,19 @@ class StateFilter(admin.SimpleListFilter):
 
 @admin.register(Client)
 class ClientAdmin(ReadOnlyAdmin[Client]):
-    list_display = ("inbox", "host", "pid", "started_at", "expires_at", "ended_at")
+    list_display = ("inbox", "shown_host", "shown_pid", "started_at", "expires_at", "ended_at")
+    fields = (*list_display, "fence", "counters")
     list_filter = (StateFilter, "host")
     search_fields = ("inbox", "host", "pid")
     ordering = ("-expires_at",)
+
+    @admin.display(description="host", ordering="host")
+    def shown_host(self, client: Client) -> str:
+        return "unknown" if client.is_unknown else client.host
+
+    @admin.display(description="process", ordering="pid")
+    def shown_pid(self, client: Client) -> str:
+        return "unknown" if client.is_unknown else str(client.pid)
 
 
 @admin.register(Group)

@@ -12,13 +12,15 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from pg_layer import store
+from pg_layer.aliases import alias_of, how_to_migrate
 from pg_layer.config import Config
 from pg_layer.connections import connected_now
 from pg_layer.exceptions import NotMigrated, PgLayerError
+from pg_layer.faults import is_forbidden
 from pg_layer.layer import PostgresChannelLayer
-from pg_layer.sync import alias_of
 
 DAY = 86400.0  # seconds
+KEYS = ("BACKEND", "CONFIG", "TEST_CONFIG")  # what Channels reads of an entry
 
 
 def register_checks() -> None:
@@ -56,6 +58,16 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     places: dict[tuple[str, ...], str] = {}
     for alias, config in configs():
         where = f"CHANNEL_LAYERS[{alias!r}]"
+        unread = [repr(key) for key in channel_layers.configs[alias] if key not in KEYS]
+        if unread:
+            found.append(
+                Warning(
+                    f"It has keys that nobody reads: {', '.join(unread)}.",
+                    hint="The layer's options stand in CONFIG. Beside it there are BACKEND and TEST_CONFIG.",
+                    obj=where,
+                    id="pg_layer.W005",
+                )
+            )
         if isinstance(config, ImproperlyConfigured):
             hint = 'The options are described in the README of pg_layer, under "Options".'
             found.append(Error(_text(config), hint=hint, obj=where, id="pg_layer.E001"))
@@ -84,32 +96,46 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
     """Whether the tables are there and are swept, in these databases."""
     found = []
     for alias, config in configs():
-        if databases and isinstance(config, Config) and (using := _alias_of(config)) in databases:
-            message = _examine(config, f"--database {using}")
-            if message is not None:
-                message.obj = f"CHANNEL_LAYERS[{alias!r}]"
-                found.append(message)
+        if not databases or not isinstance(config, Config):
+            continue
+        using = _alias_of(config)
+        message: CheckMessage | None = None
+        if using is not None:
+            message = _examine(config, using) if using in databases else None
+        elif config.dsn is not None and not _is_migrating():
+            message = Warning(
+                "No alias in DATABASES leads to the database of 'dsn': nothing is known of its tables.",
+                hint="Add one: migrate, check, layer.sync and the admin find databases by their aliases.",
+                id="pg_layer.W006",
+            )
+        if message is not None:
+            message.obj = f"CHANNEL_LAYERS[{alias!r}]"
+            found.append(message)
     return found
 
 
-def _examine(config: Config, option: str) -> CheckMessage | None:
+def _examine(config: Config, using: str) -> CheckMessage | None:
     try:
         with connected_now(config) as conn:
             store.prove_tables(conn)
             unswept_for = store.unswept_for(conn, config.prefix)
     except NotMigrated:
         # Who is at it need not be told. Django runs these checks before it migrates.
-        if sys.argv[1:2] == ["migrate"]:
+        if _is_migrating():
             return None
+        advice = how_to_migrate(config, using)
         return Warning(
             "The tables of pg_layer are missing or out of date.",
-            hint=f"Run manage.py migrate pg_layer {option}.",
+            hint=f"{advice[0].upper()}{advice[1:]}.",
             id="pg_layer.W001",
         )
     except PgLayerError as error:
+        hint = "See whether the database runs, and may be reached from here."
+        if is_forbidden(error):
+            hint = "Grant the role what docs/permissions.md names for a role that only looks."
         return Warning(
             f"The tables of pg_layer could not be checked. {_text(error)}",
-            hint="See whether the database runs, and may be reached from here.",
+            hint=hint,
             id="pg_layer.W004",
         )
     if unswept_for is None or unswept_for <= DAY:
@@ -127,6 +153,10 @@ def _alias_of(config: Config) -> str | None:
         return alias_of(config)
     except ImproperlyConfigured:  # `check_settings` tells why; or no alias leads to the database of its dsn
         return None
+
+
+def _is_migrating() -> bool:
+    return sys.argv[1:2] == ["migrate"]
 
 
 def _text(error: Exception) -> str:

@@ -121,7 +121,7 @@ class Config:
             _check_seconds(name, getattr(self, name))
         for name in ("group_expiry", "poll_interval"):
             if getattr(self, name) is not None:
-                _check_seconds(name, getattr(self, name), or_else=" or None")
+                _check_seconds(name, getattr(self, name), or_else=", or None")
         if not (_is_number(self.sweep_interval) and 0 <= self.sweep_interval <= MAX_SECONDS):
             raise _bad("sweep_interval", self.sweep_interval, "a number of seconds, or 0 for never")
         if self.heartbeat > self.lease / 2:
@@ -135,7 +135,9 @@ class Config:
                 raise _bad(name, type_, "a message's type, such as 'database.lost', or None")
         _check_count("capacity", self.capacity)
         _check_count("pool_max_size", self.pool_max_size)
-        _check_count("max_message_size", self.max_message_size, MAX_MESSAGE_SIZE, "bytes, an integer")
+        _check_count(
+            "max_message_size", self.max_message_size, MAX_MESSAGE_SIZE, "a number of bytes, an integer"
+        )
         if self.serializer_format not in ("msgpack", "json"):
             raise _bad("serializer_format", self.serializer_format, "'msgpack' or 'json'")
         if not isinstance(self.allow_unencrypted, bool):

@@ -17,7 +17,8 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotBegun, NotMigrated, OutcomeUnknown
+from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.faults import READ_ONLY, REFUSALS, is_hopeless, judge, translated, unavailable
 from pg_layer.session import Session
 
 T = TypeVar("T")
@@ -41,15 +42,7 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
 # The pool warns of every connection that fails. Ours tells its user why instead, and the log once.
 logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
 
-# Errors after which the statement surely did not take effect, and another attempt may succeed.
-# Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
-_TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57", "25006", "55P03")
 RETRY = 0.05  # seconds before the next attempt
-# Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
-# is tried again without ringing.
-REFUSALS = ("54000", "0A000")
-READ_ONLY = "25006"
-UNDEFINED = (errors.UndefinedFunction, errors.UndefinedTable, errors.UndefinedColumn)
 _WAIT = 0.5  # seconds for which to wait for a connection before the reason is looked at again
 _KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
 _KEEP_MOST = 600.0  # seconds after which the pool has it back however busy it is
@@ -192,7 +185,7 @@ class Connections:
                     # An attempt that is cut short would leave it unknown what became of it.
                     now = time.monotonic()
                     is_late = now + RETRY + (now - begun_at) >= deadline
-                    judge(error, is_idempotent, is_late)
+                    judge(error, is_idempotent, is_late, self._config)
             finally:
                 self._give_back(session)
             if not is_refused:
@@ -228,7 +221,7 @@ class Connections:
                     break
                 except PoolTimeout as error:
                     reason = self._reason
-                    if isinstance(reason, psycopg.Error) and _is_hopeless(reason):
+                    if isinstance(reason, psycopg.Error) and is_hopeless(reason):
                         raise unavailable(reason) from reason
                     if time.monotonic() >= deadline:
                         raise unavailable(reason) from (reason or error)
@@ -347,49 +340,8 @@ def are_named(config: Config) -> bool:
 @contextmanager
 def connected_now(config: Config) -> Iterator[Connection[Any]]:
     """A blocking connection, where no loop runs. Raises `LayerUnavailable` and `NotMigrated`."""
-    with translated(), closing(psycopg.connect(**connection_kwargs(config, "pool"))) as conn:
+    with translated(config), closing(psycopg.connect(**connection_kwargs(config, "pool"))) as conn:
         yield conn
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Psycopg's errors become `LayerUnavailable` and `NotMigrated`."""
-    try:
-        yield
-    except UNDEFINED as error:
-        raise NotMigrated from error
-    except psycopg.Error as error:
-        raise unavailable(error) from error
-
-
-def judge(error: psycopg.Error, is_idempotent: bool, is_late: bool) -> None:
-    """Return if a statement may be tried again, else raise: as `Connections.run` says."""
-    if isinstance(error, UNDEFINED):
-        raise NotMigrated from error
-    if error.sqlstate == READ_ONLY and is_late:
-        raise LayerUnavailable(
-            "The database takes no writes: it is a standby, or read-only by its settings."
-        ) from error
-    if error.sqlstate is not None and error.sqlstate.startswith(_TRANSIENT_CLASSES):
-        if is_late:
-            raise unavailable(error) from error
-        return
-    if (error.sqlstate or "08").startswith("08") and isinstance(error, psycopg.OperationalError):
-        if is_idempotent and not is_late:
-            return
-        raise OutcomeUnknown from error
-    raise LayerUnavailable(f"The database refused the call: {error.diag.message_primary or error}") from error
-
-
-def unavailable(reason: BaseException | None) -> LayerUnavailable:
-    """`LayerUnavailable` that says why. libpq's texts hold hosts and names, never passwords."""
-    why = " ".join(str(reason).split()) if reason is not None else "no connection became free"
-    return LayerUnavailable(f"The database could not be reached: {why}")
-
-
-def _is_hopeless(error: psycopg.Error) -> bool:
-    # A wrong password or a missing database does not mend itself within seconds.
-    return isinstance(error, (errors.InvalidAuthorizationSpecification, errors.InvalidCatalogName))
 
 
 async def _check(conn: _Connection) -> None:

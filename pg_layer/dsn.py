@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
 import psycopg
+from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
 
 _SECRET_PARAMETERS = frozenset(
@@ -14,8 +16,8 @@ _SECRET_PARAMETERS = frozenset(
 # libpq's words for what is wrong with a connection string quote it. These replace them.
 _DSN_FAULTS = {
     'missing "="': "a part has no '='; a value with a space in it needs quotes, as in password='a b'",
-    "invalid connection option": "it has an unknown option; a value with a space in it needs quotes",
-    "invalid URI query parameter": "it has an unknown option",
+    "invalid connection option": "it has an unknown option{}; a value with a space in it needs quotes",
+    "invalid URI query parameter": "it has an unknown option{}",
     "invalid percent-encoded token": "it has a '%' with no code after it; write '%25'",
     "unterminated quoted string": "a quote is opened and not closed",
 }
@@ -69,8 +71,18 @@ def fault_of(dsn: str) -> str | None:
         return None
     for beginning, fault in _DSN_FAULTS.items():
         if text.startswith(beginning):
-            return fault
+            return fault.format(_nearest(text))
     return "libpq does not understand it"
+
+
+def _nearest(text: str) -> str:
+    """The option that libpq does not know, if it is like one that it does: another may be of a password."""
+    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    _, _, wrong = text.strip().rstrip('"').partition('"')
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75)
+    if not near or looks_secret(wrong):
+        return ", not shown here as it may be a part of a password"
+    return f" {wrong!r} (did you mean {near[0]!r}?)"
 
 
 def parsed(dsn: str) -> dict[str, Any]:

@@ -232,7 +232,7 @@ class Engine:
                     is_idempotent=True,
                 )
         except PgLayerError as error:
-            logger.warning("Left without taking leave; the lease runs out by itself: %s", error)
+            logger.warning("Could not give back the lease on closing; it runs out by itself: %s", error)
         finally:
             await self._close_connections()
 

@@ -232,7 +232,7 @@ class Homes:
             with closing(psycopg.connect(**kwargs)) as conn:
                 store.close_now(conn, client.farewell())
         except Exception as error:  # the lease runs out by itself
-            logger.debug("Left without taking leave: %s", error)
+            logger.debug("Could not give back the lease on closing; it runs out by itself: %s", error)
 
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.

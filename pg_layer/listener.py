@@ -11,9 +11,9 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, errors
 
+from pg_layer.aliases import not_migrated
 from pg_layer.config import Config
 from pg_layer.connections import connection_kwargs
-from pg_layer.exceptions import NotMigrated
 from pg_layer.session import Session
 
 logger = logging.getLogger("pg_layer.listener")
@@ -70,7 +70,7 @@ class Listener:
             finally:
                 self._drop()
             if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
-                error = NotMigrated()
+                error = not_migrated(self._config)
             self._on_lost(error)
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
             backoff = min(backoff * 2, BACKOFF_LAST)

@@ -19,8 +19,9 @@ import psycopg
 
 from pg_layer import store
 from pg_layer.client import Client
-from pg_layer.connections import READ_ONLY, Connections
+from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
+from pg_layer.faults import READ_ONLY
 from pg_layer.listener import Listener
 from pg_layer.outage import Outage
 from pg_layer.receiver import Receiver

@@ -78,11 +78,19 @@ class Client(models.Model):
     ended_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
     counters: models.JSONField[dict[str, int], dict[str, int]] = models.JSONField(default=dict)
 
+    UNKNOWN = models.Q(host="", pid=0)
+
     class Meta:
         db_table = "pg_layer_client"
 
     def __str__(self) -> str:
-        return f"{self.inbox} ({self.host}, process {self.pid})"
+        who = "unknown process" if self.is_unknown else f"{self.host}, process {self.pid}"
+        return f"{self.inbox} ({who})"
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it has not told who it is: a channel of its has joined a group, and no more is known."""
+        return self.host == "" and self.pid == 0
 
 
 class LastSweep(models.Model):

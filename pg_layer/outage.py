@@ -6,6 +6,7 @@ import logging
 import time
 
 from pg_layer.client import Client
+from pg_layer.faults import AWAY, was_refused, words_of
 
 logger = logging.getLogger("pg_layer")
 
@@ -17,14 +18,21 @@ class Outage:
         self._client = client
         self.since = 0.0  # by time.monotonic()
         self.why: str | None = None  # while it is away
+        self._was_there = False  # before that
 
     def begin(self, error: Exception) -> None:
-        """The database is lost; the first of several calls counts."""
+        """The database is lost, or cannot be had; the first of several calls counts."""
         if self.why is not None:
             return
-        self.why, self.since = " ".join(str(error).split()), time.monotonic()
-        logger.warning("Lost the database: %s", self.why)
+        self.why, self.since = words_of(error).removeprefix(AWAY), time.monotonic()
+        logger.warning("%s: %s", self._what(error), self.why)
         self._client.announce(self._client.config.on_disconnect)
+
+    def _what(self, error: Exception) -> str:
+        self._was_there = self._client.renewed_at > 0
+        if was_refused(error):
+            return "Cannot receive"
+        return "Lost the database" if self._was_there else "Cannot reach the database"
 
     def end(self, caught_up: int) -> None:
         """The database is back, and so many messages that had come meanwhile have been read."""
@@ -32,7 +40,8 @@ class Outage:
             return
         self.why = None
         logger.warning(
-            "The database is back after %.1f s: caught up with %d messages.",
+            "The database is %s after %.1f s: caught up with %d messages.",
+            "back" if self._was_there else "there",
             time.monotonic() - self.since,
             caught_up,
         )

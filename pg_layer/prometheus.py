@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from channels.layers import BaseChannelLayer, channel_layers
 from django.core.exceptions import ImproperlyConfigured
@@ -143,11 +144,14 @@ class Collector(BaseCollector):
         yield listener
 
 
+_registered: WeakKeyDictionary[CollectorRegistry, Collector] = WeakKeyDictionary()
+
+
 def register(registry: CollectorRegistry = REGISTRY) -> Collector:
     """Register a collector of all layers in ``CHANNEL_LAYERS`` that are of this package.
 
-    Once a process and registry: a second time is `prometheus_client`'s `ValueError`. Raises
-    `ImproperlyConfigured` if there is no such layer.
+    A second time it returns the collector that the registry has already. Raises `ImproperlyConfigured` if
+    there is no such layer, and `prometheus_client`'s `ValueError` if the registry has another `Collector`.
     """
     aliases = [alias for alias, config in channel_layers.configs.items() if _is_ours(config.get("BACKEND"))]
     if not aliases:
@@ -159,7 +163,13 @@ def register(registry: CollectorRegistry = REGISTRY) -> Collector:
     collector = Collector(channel_layers[first], first)
     for alias in others:
         collector.add(channel_layers[alias], alias)
-    registry.register(collector)
+    try:
+        registry.register(collector)
+    except ValueError:
+        if registry not in _registered:
+            raise
+        return _registered[registry]
+    _registered[registry] = collector
     return collector
 
 

@@ -101,6 +101,8 @@ CLOSE = Statement(
 FLUSH = Statement(_LAZY_CALL + "pg_layer_flush($1)", TEXT)
 SWEEP = Statement(_LAZILY + "pg_layer_sweep($1, $2, $3, $4, $5) AS f", TEXT, INT4, BOOL, TEXT, INT8)
 SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
+# Who adds a channel to a group writes a lease for its client if that has none, with no host and no process.
+# That client may be about to come, or never have been: its lease is never overdue.
 CLIENTS = Statement(
     """
     SELECT split_part(inbox, '!', 2), host, pid,
@@ -109,14 +111,16 @@ CLIENTS = Statement(
          WHERE datname = current_database() AND application_name = 'pg_layer ' || split_part(inbox, '!', 2))
     FROM pg_layer_client
     WHERE inbox > $1 || '!' AND inbox < $1 || '"' AND ended_at IS NULL
-    ORDER BY expires_at > clock_timestamp(), host, pid, inbox LIMIT $2
+        AND (expires_at > clock_timestamp() OR host <> '' OR pid <> 0)
+    ORDER BY expires_at > clock_timestamp(), host = '' AND pid = 0, host, pid, inbox LIMIT $2
     """,
     *(TEXT, INT4),
 )
 CLIENT_COUNTS = Statement(
     """
     SELECT count(*) FILTER (WHERE ended_at IS NULL AND expires_at > clock_timestamp()),
-        count(*) FILTER (WHERE ended_at IS NULL AND expires_at <= clock_timestamp()),
+        count(*) FILTER (
+            WHERE ended_at IS NULL AND expires_at <= clock_timestamp() AND (host <> '' OR pid <> 0)),
         count(ended_at)
     FROM pg_layer_client WHERE inbox > $1 || '!' AND inbox < $1 || '"'
     """,

@@ -16,14 +16,15 @@ DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full
 class ClientStatus:
     """A process that uses the layer and has not taken leave.
 
+    ``host`` and ``pid``: None, as long as it has not told them.
     ``lease_age``: since its lease was renewed, if it has the lease of this configuration. ``lease_left``:
     until its lease runs out; negative, once it is overdue. ``connections``: None, if they are not told apart,
     having an `application_name` of the user's.
     """
 
     id: str
-    host: str
-    pid: int
+    host: str | None
+    pid: int | None
     lease_age: float
     lease_left: float
     connections: int | None

@@ -363,7 +363,14 @@ def status(conn: Connection[Any], prefix: str, lease: float, top: int, *, are_na
     run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
     run(sql.BEGIN_SNAPSHOT)
     clients = [
-        ClientStatus(id, host, pid, lease - left, left, connections if are_named else None)
+        ClientStatus(
+            id=id,
+            host=host if host or pid else None,
+            pid=pid if host or pid else None,
+            lease_age=lease - left,
+            lease_left=left,
+            connections=connections if are_named else None,
+        )
         for id, host, pid, left, connections in run(sql.CLIENTS, prefix, top)
     ]
     ((live, overdue, ended),) = run(sql.CLIENT_COUNTS, prefix)

@@ -10,8 +10,9 @@ import psycopg
 
 from pg_layer import store
 from pg_layer.config import Config
-from pg_layer.connections import connection_kwargs, translated
+from pg_layer.connections import connection_kwargs
 from pg_layer.exceptions import PgLayerError
+from pg_layer.faults import translated
 from pg_layer.store import Swept
 
 
@@ -70,7 +71,7 @@ class Sweeper:
     def look(self) -> Swept:
         """What sweeping would remove."""
         try:
-            with translated():
+            with translated(self._config):
                 return store.sweepable(self._connection(), self._config.prefix)
         finally:
             self.close()
@@ -91,7 +92,7 @@ class Sweeper:
 
     def _sweep(self) -> Swept:
         total, place = Swept(0, 0, 0), store.START
-        with translated():
+        with translated(self._config):
             conn = self._connection()
             while not self._is_stopped:
                 swept, place = store.sweep_now(conn, self._config.prefix, self._batch_size, place, self._bell)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,13 +16,12 @@ from django.db import InterfaceError, OperationalError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict
 
 from pg_layer import sql, store
+from pg_layer.aliases import alias_of, not_migrated
 from pg_layer.client import inbox_of
 from pg_layer.config import Config
-from pg_layer.connections import REFUSALS, judge, unavailable
-from pg_layer.exceptions import NotMigrated
+from pg_layer.faults import REFUSALS, judge, unavailable
 from pg_layer.ops import Drafts, GroupSend, Regroup, Send
 from pg_layer.room import Credits, FloorBook, Floors
 from pg_layer.sender import channel_full
@@ -65,6 +62,9 @@ class Sync:
         self._generation = _sessions_made
         self._floors = FloorBook()
         self._credits = Credits()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._config!r})"
 
     # ------------------------------------------------------------------ calls
 
@@ -213,7 +213,7 @@ class Sync:
                 if isinstance(
                     error.__cause__, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)
                 ):
-                    raise NotMigrated from error
+                    raise not_migrated(self._config, connection.alias) from error
                 raise
         deadline = time.monotonic() + self._config.send_timeout
         is_silent = False
@@ -242,7 +242,8 @@ class Sync:
                     self._homes.client.unheard(f"the server refuses NOTIFY: {cause.diag.message_primary}.")
                     is_silent = True
                     continue
-                judge(cause, is_idempotent, time.monotonic() + RETRY >= deadline)
+                is_late = time.monotonic() + RETRY >= deadline
+                judge(cause, is_idempotent, is_late, self._config, connection.alias)
             time.sleep(RETRY)
 
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
@@ -252,7 +253,9 @@ class Sync:
         try:
             connection = connections[alias]
         except ConnectionDoesNotExist as error:
-            raise ImproperlyConfigured(f"pg_layer: there is no alias {alias!r} in DATABASES.") from error
+            raise ImproperlyConfigured(
+                f"pg_layer: there is no alias {alias!r} in DATABASES. There are: {', '.join(connections)}."
+            ) from error
         if connection.vendor != "postgresql":
             raise ImproperlyConfigured(
                 f"pg_layer: DATABASES[{alias!r}] is {connection.vendor}; layer.sync needs PostgreSQL."
@@ -349,35 +352,3 @@ def _has_hung_up(session: Session) -> bool:
     except psycopg.OperationalError:
         return True
     return session.is_closed
-
-
-# ---------------------------------------------------------------------- which alias
-
-
-def alias_of(config: Config) -> str:
-    """The alias in DATABASES that leads to the layer's database.
-
-    Raises `ImproperlyConfigured` if that was given by ``dsn``, and none does.
-    """
-    if config.dsn is None:
-        return config.using or "default"
-    place = _place(conninfo_to_dict(config.dsn))
-    for alias in connections:
-        wrapper = connections[alias]
-        with suppress(ImproperlyConfigured):  # that alias is wrong by itself
-            if wrapper.vendor == "postgresql" and _place(wrapper.get_connection_params()) == place:
-                return alias
-    raise ImproperlyConfigured(
-        "pg_layer: layer.sync runs on one of Django's own connections, and no alias in DATABASES leads to "
-        "the database of CONFIG['dsn']. Set CONFIG['using'] to an alias instead of 'dsn', or name one in the "
-        "call: layer.sync.send(..., using='default')."
-    )
-
-
-def _place(parameters: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Host, port and name of a database."""
-    environ = os.environ
-    host = parameters.get("host") or parameters.get("hostaddr") or environ.get("PGHOST") or ""
-    port = parameters.get("port") or environ.get("PGPORT") or "5432"
-    user = parameters.get("user") or environ.get("PGUSER") or ""
-    return (str(host), str(port), str(parameters.get("dbname") or environ.get("PGDATABASE") or user))

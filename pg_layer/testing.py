@@ -23,10 +23,10 @@ from django.db.models import Q
 from django.db.models.functions import Now
 from django.test import TestCase, TransactionTestCase
 
+from pg_layer.aliases import alias_of
 from pg_layer.client import inbox_of
 from pg_layer.homes import Homes
 from pg_layer.layer import PostgresChannelLayer
-from pg_layer.sync import alias_of
 from pg_layer.termination import leavers
 
 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16")
     parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
-    parser.add_argument("--data-dir", help="keep the data in this folder; thrown away by default")
+    parser.add_argument("--data-dir", help="keep data and password in this folder; thrown away by default")
     parser.add_argument("--no-fsync", action="store_true", help="faster, and lost if the machine crashes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a line of postgresql.conf"
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not found:
             parser.error(f"--set {setting}: NAME=VALUE expected")
         settings[name] = value
+    if importlib.util.find_spec("psycopg") is None:
+        print("psycopg is needed: pip install 'psycopg[binary]'", file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, _interrupt)
     server = PostgresServer(
         version=options.pg_version,

@@ -13,11 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
-
-import psycopg
-from psycopg import sql
 
 from devtools.postgres import guard
 from devtools.postgres.binaries import (
@@ -30,6 +27,9 @@ from devtools.postgres.binaries import (
     usable_binaries,
 )
 
+if TYPE_CHECKING:
+    import psycopg
+
 StopMode = Literal["smart", "fast", "immediate"]
 Setting = str | int | float | bool
 T = TypeVar("T")
@@ -37,6 +37,7 @@ T = TypeVar("T")
 HOST = "127.0.0.1"
 SUPERUSER = "postgres"
 CONFIG_FILE = "pg_layer_devtools.conf"
+PASSWORD_FILE = "pg_layer_devtools.password"
 STOP_SIGNALS: dict[StopMode, signal.Signals] = {
     "smart": signal.SIGTERM,
     "fast": signal.SIGINT,
@@ -52,8 +53,8 @@ class PostgresServer:
 
     `binaries`, `version`: as for `find_binaries`; found when the server starts first.
     `max_connections`, `fsync`, `settings`: configuration; `settings` wins, and ALTER SYSTEM over all of them.
-    `data_dir`: where the data lives; created if it is missing, and kept. By default in a temporary folder,
-    which `close` removes.
+    `data_dir`: where the data lives; created if it is missing, and kept with its password. By default in a
+    temporary folder, which `close` removes.
     `port`: on 127.0.0.1; by default a free one. It stays the same across restarts.
     `primary`: start as a hot standby that streams from this running server, from a fresh base backup of it.
     `timeout`: seconds that starting and stopping may take.
@@ -216,13 +217,15 @@ class PostgresServer:
 
     def execute(self, statement: str, *, dbname: str = "postgres") -> list[tuple[Any, ...]]:
         """Run one statement in autocommit as superuser, and return its rows, if it has any."""
-        with psycopg.connect(self.socket_dsn(dbname), autocommit=True) as connection:
+        with _connect(self.socket_dsn(dbname)) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
     def create_database(self, name: str) -> str:
         """Create a database and return its DSN."""
-        with psycopg.connect(self.socket_dsn(), autocommit=True) as connection:
+        from psycopg import sql
+
+        with _connect(self.socket_dsn()) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         return self.dsn(name)
 
@@ -261,6 +264,7 @@ class PostgresServer:
         if self._data_dir is None:
             self._data_dir = self._folder / "data"
         if (self._data_dir / "PG_VERSION").exists():
+            self._recall_password()
             return
         if not self._data_dir.exists():
             self._data_dir.mkdir(mode=0o700, parents=True)
@@ -287,6 +291,19 @@ class PostgresServer:
         finally:
             password_file.unlink()
 
+    def _recall_password(self) -> None:
+        """Use the password that the data had the last time, so that its DSN stays."""
+        kept = self.data_dir / PASSWORD_FILE
+        if self._primary is None and kept.exists():
+            self.password = kept.read_text()
+
+    def _keep_password(self) -> None:
+        kept = self.data_dir / PASSWORD_FILE
+        kept.touch(mode=0o600)
+        kept.write_text(self.password)
+        self._own(kept)
+        self.execute(f"ALTER ROLE {SUPERUSER} PASSWORD '{self.password}'")
+
     def _launch(self) -> None:
         fixed_port = self._port
         for attempt in range(5):
@@ -305,8 +322,7 @@ class PostgresServer:
                 raise self._failed("did not start")
             time.sleep(0.2 * attempt)
         if self._keep_data and self._primary is None:
-            # The data may be older than this object's password.
-            self.execute(f"ALTER ROLE {SUPERUSER} PASSWORD '{self.password}'")
+            self._keep_password()
 
     def _write_config(self) -> None:
         # A file of its own, rewritten at each start, because a standby's copy comes with its primary's.
@@ -344,10 +360,12 @@ class PostgresServer:
 
     def _wait_until_ready(self) -> bool:
         """True when the server takes connections, False if it ended instead."""
+        import psycopg
+
         deadline = time.monotonic() + self.timeout
         while self.running:
             try:
-                psycopg.connect(self.socket_dsn(connect_timeout=5)).close()
+                _connect(self.socket_dsn(connect_timeout=5)).close()
             except psycopg.OperationalError as error:
                 if time.monotonic() > deadline:
                     raise self._failed(f"is not ready after {self.timeout:g} s") from error
@@ -370,6 +388,13 @@ class PostgresServer:
     def _own(self, path: Path) -> None:
         if self._user is not None:
             os.chown(path, self._user.uid, self._user.gid)
+
+
+def _connect(dsn: str) -> psycopg.Connection[tuple[Any, ...]]:
+    """In autocommit mode. Psycopg is imported late: the command line explains itself without it."""
+    import psycopg
+
+    return psycopg.connect(dsn, autocommit=True)
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from channels.generic.websocket import AsyncWebsocketConsumer, WebsocketConsumer
 
 from devtools.postgres import PostgresServer
 from tests.conftest import MakeLayer, Observer
+from tests.integration.test_django import postgres
 from tests.processes import PATIENCE, listen, open_layer, receive, until
+from tests.project.commands import ROOT, django
 from tests.project.communicators import WebsocketCommunicator
 from tests.project.configured import configured
 
@@ -143,3 +146,83 @@ async def test_health_names_a_listener_that_is_away(
     assert any("migrate" in problem for problem in health["problems"])
     waiting.cancel()
     await until(waiting.done)
+
+
+# ---------------------------------------------------------------------- the log
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_a_database_that_was_never_there_is_not_lost(
+    server: PostgresServer, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await asyncio.to_thread(server.stop)
+    async with open_layer(database) as layer:
+        waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+        await until(lambda: warnings(caplog))
+        await asyncio.to_thread(server.start)
+        await until(lambda: len(warnings(caplog)) > 1)
+        waiting.cancel()
+        await until(waiting.done)
+    first, second = warnings(caplog)
+    assert first.startswith("Cannot reach the database: ")
+    assert "could not be reached" not in first
+    assert second.startswith("The database is there after ")
+
+
+async def test_a_wrong_password_is_no_loss(server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_layer(server.dsn(password="wrong")) as layer:
+        waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+        (said,) = await until(lambda: warnings(caplog))
+        waiting.cancel()
+        await until(waiting.done)
+    assert said.startswith("Cannot reach the database: ")
+
+
+async def test_missing_tables_are_no_loss(fresh_database: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_layer(fresh_database) as layer:
+        waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+        (said,) = await until(lambda: warnings(caplog))
+        waiting.cancel()
+        await until(waiting.done)
+    assert said.startswith("Cannot receive: The tables of pg_layer are missing or out of date")
+
+
+async def test_a_lease_that_cannot_be_given_back(
+    server: PostgresServer, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_layer(database) as layer:
+        await layer.group_add("room", await layer.new_channel())
+        await asyncio.to_thread(server.stop)
+    assert warnings(caplog)[-1].startswith(
+        "Could not give back the lease on closing; it runs out by itself: The database could not be reached: "
+    )
+
+
+VIEW = """
+import sys, types
+from django.conf import settings
+from django.test import Client
+from django.urls import path
+
+settings.ROOT_URLCONF = types.ModuleType("urls")
+settings.ROOT_URLCONF.urlpatterns = [path("health/", health)]
+answer = Client(raise_request_exception=False).get("/health/")
+print(answer.status_code, answer.json()["problems"])
+"""
+
+
+def test_the_view_for_probes(migrated_dsn: str, fresh_database: str) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for dsn, answer in (
+        (migrated_dsn, "200 []"),
+        (fresh_database, "503 ['The tables of pg_layer are missing"),
+    ):
+        settings = {
+            "DATABASES": {"default": {**postgres(dsn), "ATOMIC_REQUESTS": True}},
+            "ALLOWED_HOSTS": ["*"],
+        }
+        assert django(dsn, snippet + VIEW, settings=settings).startswith(answer)

@@ -169,6 +169,19 @@ print("12345" in page, "host-live" in page, 'name="_save"' in page, "deletelink"
     assert page == "True True False False"
 
 
+def test_a_client_that_has_not_told_who_it_is(migrated_dsn: str, observer: Observer) -> None:
+    observer.execute("INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!stranger', '2000-01-01')")
+    output = ask(
+        migrated_dsn,
+        """
+print(json.dumps([row[:3] for row in shown("client")]))
+print(shown("client", "?state=overdue"))
+print("unknown process" in detail("client", "asgi!stranger"))
+""",
+    )
+    assert output.splitlines() == ['[["asgi!stranger", "unknown", "unknown"]]', "[]", "True"]
+
+
 def test_groups(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import pg_layer
 from tests.conftest import Observer
 from tests.integration.test_django import BACKEND, SQLITE, postgres
-from tests.project.commands import ROOT, manage, succeeded
+from tests.project.commands import ROOT, django, manage, succeeded
 
 Settings = dict[str, Any]
 
@@ -54,7 +54,6 @@ def nowhere(dsn: str) -> str:
         {"CHANNEL_LAYERS": {"default": {"BACKEND": BACKEND}}},
         {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.layer.PostgresChannelLayer", "CONFIG": {}}}},
         layers(default={}, other={"prefix": "other"}),
-        layers(default={}, other={"dsn": "postgresql://elsewhere/db"}),
         # Not ours: Channels has its own words for them.
         {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}},
         {"CHANNEL_LAYERS": {"default": {"BACKEND": "no.such.Layer"}}},
@@ -123,7 +122,64 @@ def test_two_layers_that_are_one(migrated_dsn: str) -> None:
     assert "(pg_layer.W003)" in check(migrated_dsn, settings=same)[0]
 
 
+def test_keys_that_nobody_reads(migrated_dsn: str) -> None:
+    entry = {"BACKEND": BACKEND, "CONFIG": {}, "TEST_CONFIG": {}}
+    assert check(migrated_dsn, settings={"CHANNEL_LAYERS": {"default": entry}}) == []
+    wrong = {"CHANNEL_LAYERS": {"default": {**entry, "CONFGI": {"capacity": 5}, "capacity": 5}}}
+    message, hint = check(migrated_dsn, settings=wrong)
+    assert message == (
+        "CHANNEL_LAYERS['default']: (pg_layer.W005) It has keys that nobody reads: 'CONFGI', 'capacity'."
+    )
+    assert "stand in CONFIG" in hint
+
+
 # ---------------------------------------------------------------------- tables
+
+
+ADVICE = """
+from channels.layers import get_channel_layer
+from pg_layer import NotMigrated
+from asgiref.sync import async_to_sync
+from django.db import connection
+
+connection.vendor  # imported here, and not on an event loop that complains of the time it takes
+for alias in ("default", "events", "dsn", "nowhere"):
+    layer = get_channel_layer(alias)
+    calls = [async_to_sync(layer.send)]
+    if alias != "nowhere":
+        calls.append(layer.sync.send)
+    for call in calls:
+        try:
+            call("jobs", {"type": "test"})
+        except NotMigrated as error:
+            print(str(error).partition("out of date: ")[2])
+    async_to_sync(layer.close)()
+try:
+    get_channel_layer().sync.send("jobs", {"type": "test"}, using="events")
+except NotMigrated as error:
+    print(str(error).partition("out of date: ")[2])
+"""
+
+
+def test_who_must_migrate_is_told_how(fresh_database: str) -> None:
+    other = make_conninfo(fresh_database, dbname="template1")
+    third = make_conninfo(fresh_database, dbname="postgres")
+    settings = layers(default={}, events={"using": "events"}, dsn={"dsn": other}, nowhere={"dsn": third})
+    settings["DATABASES"] = {"default": postgres(fresh_database), "events": postgres(other)}
+    migrate = "run `python manage.py migrate pg_layer"
+    add_alias = "add an alias to DATABASES for the database of CONFIG['dsn']"
+    expected = [
+        *[f"{migrate}`."] * 2,
+        *[f"{migrate} --database events`."] * 4,
+        f"{add_alias}, and {migrate} --database <alias>`.",
+        f"{migrate} --database events`.",
+    ]
+    assert django(fresh_database, ADVICE, settings=settings).splitlines() == expected
+    settings["INSTALLED_APPS"] = ["channels"]
+    add_app = 'add "pg_layer" to INSTALLED_APPS'
+    told = django(fresh_database, ADVICE, settings=settings).splitlines()
+    assert told[0] == f"{add_app}, and {expected[0]}"
+    assert told[6] == f"{add_app}, {expected[6]}"
 
 
 def test_tables_that_are_missing(fresh_database: str) -> None:
@@ -132,7 +188,7 @@ def test_tables_that_are_missing(fresh_database: str) -> None:
     assert message == (
         "CHANNEL_LAYERS['default']: (pg_layer.W001) The tables of pg_layer are missing or out of date."
     )
-    assert hint == "HINT: Run manage.py migrate pg_layer --database default."
+    assert hint == "HINT: Run `python manage.py migrate pg_layer`."
 
 
 @pytest.mark.parametrize(
@@ -163,7 +219,7 @@ def test_only_databases_that_are_named_are_checked(migrated_dsn: str, fresh_data
     assert check(migrated_dsn, *DATABASE, settings=settings) == []
     message, hint = check(migrated_dsn, "--database", "events", settings=settings)
     assert message.startswith("CHANNEL_LAYERS['events']: (pg_layer.W001)")
-    assert hint.endswith("--database events.")
+    assert hint == "HINT: Run `python manage.py migrate pg_layer --database events`."
     both = check(migrated_dsn, *DATABASE, "--database", "events", settings=settings)
     assert both == [message, hint]
 
@@ -174,7 +230,10 @@ def test_a_dsn_is_checked_where_an_alias_leads_there(migrated_dsn: str, fresh_da
     assert check(migrated_dsn, *DATABASE, settings=settings) == []
     assert "(pg_layer.W001)" in check(migrated_dsn, "--database", "events", settings=settings)[0]
     alone = {"DATABASES": {"default": postgres(migrated_dsn)}} | layers(default={"dsn": fresh_database})
-    assert check(migrated_dsn, *DATABASE, settings=alone) == []
+    assert check(migrated_dsn, settings=alone) == []
+    message, hint = check(migrated_dsn, *DATABASE, settings=alone)
+    assert message.startswith("CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to ")
+    assert hint.startswith("HINT: Add one")
 
 
 @pytest.mark.parametrize("command", ["check", "migrate"])

@@ -1,12 +1,16 @@
-"""The examples of Channels' own documentation of channel layers, run as they are printed there."""
+"""The examples of Channels' own documentation of channel layers, run as they are printed; and our own."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
 import inspect
+import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -287,3 +291,29 @@ async def test_the_type_names_the_handler(layer: PostgresChannelLayer, event: st
     await layer.group_send("chat", {"type": event})
     assert await socket.receive_from(timeout=PATIENCE) == event
     await socket.disconnect(timeout=PATIENCE)
+
+
+# ---------------------------------------------------------------------- ours
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def our_snippets() -> list[Any]:
+    found = []
+    for page in PAGES:
+        content = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^( *)```python\n(.*?)^ *```", content, re.DOTALL | re.MULTILINE)
+        for number, (indent, text) in enumerate(blocks, 1):
+            lines = [line.removeprefix(indent) for line in text.splitlines(keepends=True)]
+            found.append(pytest.param("".join(lines), id=f"{page.name} {number}"))
+    return found
+
+
+@pytest.mark.parametrize("snippet", our_snippets())
+def test_a_block_can_be_copied_by_itself(snippet: str) -> None:
+    """It imports what it uses, and nothing else. `DSN` is the reader's."""
+    options = ["--isolated", "--select=F", "--config=builtins=['DSN']", "-"]
+    command = [sys.executable, "-m", "ruff", "check", *options]
+    result = subprocess.run(command, input=snippet, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -172,7 +172,7 @@ def test_a_given_data_folder_is_kept() -> None:
     try:
         with PostgresServer(fsync=False, data_dir=data) as server:
             server.execute("CREATE TABLE kept (i int)")
-            folder = server.folder
+            folder, password = server.folder, server.password
         assert not folder.exists()
         assert (data / "PG_VERSION").exists()
         assert not (data / "postmaster.pid").exists()
@@ -181,6 +181,9 @@ def test_a_given_data_folder_is_kept() -> None:
             psycopg.connect(server.dsn()) as connection,
         ):
             assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+            assert server.password == password
+        [kept] = data.glob("*.password")
+        assert kept.stat().st_mode & 0o777 == 0o600
     finally:
         subprocess.run(["rm", "-rf", str(parent)], check=True)
 
@@ -319,3 +322,26 @@ def test_the_command_line_refuses_a_malformed_setting(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["--set", "nonsense"])
     assert "NAME=VALUE expected" in capsys.readouterr().err
+
+
+WITHOUT_PSYCOPG = """
+import runpy, sys
+sys.modules["psycopg"] = None
+sys.argv[1:] = sys.argv[2:]
+runpy.run_module("devtools.postgres", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [(["--help"], 0, "keep data and password"), ([], 1, "psycopg is needed: pip install 'psycopg[binary]'")],
+    ids=["help", "start"],
+)
+def test_the_command_line_explains_itself_without_psycopg(
+    arguments: list[str], status: int, says: str
+) -> None:
+    command = [sys.executable, "-c", WITHOUT_PSYCOPG, "-", *arguments]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == status
+    assert says in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr

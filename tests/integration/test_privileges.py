@@ -364,7 +364,75 @@ async def test_a_role_that_may_do_everything(
     await other.send("jobs", number(2))
     assert await numbers(one, "jobs", 1) == [2]
     await one.flush()
+    await one.close()
     succeeded(await asyncio.to_thread(manage, dsn, "pg_layer_sweep", "--once"))
+    await asyncio.to_thread(all_is_shown, dsn)
+    shown = await asyncio.to_thread(django, dsn, ADMIN_LISTS, settings={"INSTALLED_APPS": ADMIN_APPS})
+    assert shown.split() == ["Client", "Group", "Message"]
+
+
+# ---------------------------------------------------------------------- who may only look
+
+ADMIN_APPS = ["django.contrib.admin", "django.contrib.auth", "django.contrib.contenttypes", "pg_layer"]
+ADMIN_LISTS = """
+from django.contrib import admin
+from django.test import RequestFactory
+
+for model, page in admin.site._registry.items():
+    if model._meta.app_label == "pg_layer":
+        list(page.get_queryset(RequestFactory().get("/")))
+        print(model.__name__)
+"""
+
+
+def all_is_shown(dsn: str) -> None:
+    assert succeeded(manage(dsn, "pg_layer_status")).startswith("ok\n")
+    assert "no issues" in succeeded(manage(dsn, "check", "--database", "default"))
+
+
+def test_who_may_only_look_sees_the_status(observer: Observer, make_role: MakeRole) -> None:
+    dsn = make_role("layer_watcher")
+    observer.execute("INSERT INTO pg_layer_last_sweep VALUES ('asgi', clock_timestamp())")
+    all_is_shown(dsn)
+    observer.execute("DELETE FROM pg_layer_last_sweep")  # then the check looks for the first use
+    assert "no issues" in succeeded(manage(dsn, "check", "--database", "default"))
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        for attempt in ("SELECT payload FROM pg_layer_message", "DELETE FROM pg_layer_client"):
+            assert is_refused(conn, attempt)
+        role = conn.info.user
+    observer.execute(f'GRANT SELECT ON pg_layer_message TO "{role}"'.encode())
+    assert len(django(dsn, ADMIN_LISTS, settings={"INSTALLED_APPS": ADMIN_APPS}).split()) == 3
+
+
+def test_commands_that_are_not_permitted_say_so(observer: Observer, make_role: MakeRole) -> None:
+    dsn = make_role("nobody")
+    refused = "The database refused the call: permission denied for table pg_layer_"
+    results = [
+        manage(dsn, "pg_layer_status"),
+        manage(dsn, "pg_layer_sweep", "--once"),
+        manage(dsn, "check", "--database", "default"),
+    ]
+    for result in results:
+        said = result.stdout + result.stderr
+        assert refused in said
+        assert "CONTEXT" not in said
+        assert "PL/pgSQL" not in said
+        assert "could not be reached" not in said
+    assert "(pg_layer.W004)" in results[-1].stderr
+    assert "HINT: Grant the role what docs/permissions.md names" in results[-1].stderr
+
+
+async def test_a_receiver_that_is_not_permitted_says_so_and_waits(
+    make_layer: MakeLayer, make_role: MakeRole, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = make_layer(dsn=make_role("nobody"))
+    waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+    said = await until(lambda: [text for text in caplog.messages if text.startswith("Cannot receive: ")])
+    assert "permission denied for table pg_layer_client" in said[0]
+    assert "CONTEXT" not in said[0]
+    assert not waiting.done()
+    waiting.cancel()
+    await until(waiting.done)
 
 
 # ---------------------------------------------------------------------- nothing can be spared
@@ -392,6 +460,18 @@ RECEIVING: list[Operation] = [
     lambda s: store.close(s, Farewell(PREFIX, LIVE, [(1, 1)], [("room", "a.live!1")])),
     lambda s: store.sweep(s, PREFIX, 9, store.START),
 ]
+LOOKING: list[Operation] = [
+    lambda s, statement=statement, values=values: s.execute(statement, *values)  # type: ignore[misc]
+    for statement, values in (
+        (statements.CLIENTS, (PREFIX, 9)),
+        (statements.CLIENT_COUNTS, (PREFIX,)),
+        (statements.GROUPS, (PREFIX, 9)),
+        (statements.CHANNELS, (PREFIX, 9)),
+        (statements.TABLES, (store.TABLES,)),
+        (statements.LAST_SWEEP, (PREFIX,)),
+        (statements.FIRST_USE, (PREFIX,)),
+    )
+]
 
 
 async def refused(session: Session, operations: list[Operation]) -> int:
@@ -410,8 +490,8 @@ async def refused(session: Session, operations: list[Operation]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "operations", "count"),
-    [("layer_sender", SENDING, 18), ("layer_receiver", RECEIVING, 15)],
-    ids=["sender", "receiver"],
+    [("layer_sender", SENDING, 18), ("layer_receiver", RECEIVING, 15), ("layer_watcher", LOOKING, 6)],
+    ids=["sender", "receiver", "watcher"],
 )
 async def test_no_privilege_can_be_spared(
     make_role: MakeRole, observer: Observer, name: str, operations: list[Operation], count: int

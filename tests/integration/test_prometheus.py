@@ -250,12 +250,20 @@ def test_register_takes_all_layers_of_the_settings(migrated_dsn: str) -> None:
     registry = CollectorRegistry(auto_describe=True)
     settings = {**SETTINGS, "chat": {**SETTINGS["chat"], "CONFIG": {"dsn": migrated_dsn}}}
     with configured(new_layer(migrated_dsn), CHANNEL_LAYERS=settings):
-        register(registry)
+        collector = register(registry)
         assert "memory" not in channel_layers.backends
         aliases = {dict(labels)["alias"] for _, labels in scrape(registry)}
         assert aliases == {"default", "chat"}
+        # A second time there is nothing to be done, and a layer outside of the settings can be added.
+        assert register(registry) is collector
+        register(registry).add(new_layer(migrated_dsn), "other")
+        assert {dict(labels)["alias"] for _, labels in scrape(registry)} == {*aliases, "other"}
+        registry.unregister(collector)
+        assert register(registry) is not collector
+        taken = CollectorRegistry(auto_describe=True)
+        taken.register(Collector(new_layer(migrated_dsn)))
         with pytest.raises(ValueError, match="Duplicated"):
-            register(registry)
+            register(taken)
 
 
 def test_register_without_a_layer(migrated_dsn: str) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pg_layer.management.commands import _status_text
 from pg_layer.status import Status, in_words
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.test_notify_refused import full_queue
-from tests.processes import Processes, listen, read
+from tests.processes import Processes, listen, read, until
 from tests.project.commands import ROOT, environment, eventually, manage, run, started
 
 COMMAND = ("-m", "tests.project.manage", "pg_layer_status")
@@ -335,6 +336,39 @@ def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
     assert (after["clients"]["overdue"], after["clients"]["ended"]) == (0, 3)
 
 
+def test_a_client_that_has_not_told_who_it_is(migrated_dsn: str, observer: Observer) -> None:
+    """Somebody has added a channel of its to a group, and no more is known of it."""
+    sweep(observer)
+    observer.execute(
+        "SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{room}', '{specific.stranger!1}', '{1}', '{}', '{}')"
+    )
+    shown = look(migrated_dsn)
+    assert shown["ok"]
+    [client] = shown["clients"]["list"]
+    assert (client["id"], client["host"], client["pid"]) == ("stranger", None, None)
+    _, lines = read_text(migrated_dsn)
+    [line] = [line for line in lines if line.endswith("stranger")]
+    assert line.split()[:2] == ["unknown", "unknown"]
+    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() - interval '1 minute'")
+    shown = look(migrated_dsn)
+    assert shown["problems"] == []
+    assert shown["clients"] == {"live": 0, "overdue": 0, "ended": 0, "list": []}
+
+
+async def test_a_client_tells_who_it_is_when_it_listens_or_with_its_next_heartbeat(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
+) -> None:
+    for options in ({}, {"heartbeat": 0.1}):
+        layer = make_layer(**options)
+        await layer.group_add("room", await layer.new_channel())
+        if not options:
+            await listen(layer)
+        me = (socket.gethostname(), os.getpid())
+        await until(lambda: observer.execute("SELECT host, pid FROM pg_layer_client").fetchall() == [me])  # noqa: B023
+        await layer.close()
+        observer.execute("DELETE FROM pg_layer_client")
+
+
 def test_notifys_queue_is_full() -> None:
     settings = {"max_notify_queue_pages": 64}
     with PostgresServer(fsync=False, version="18", settings=settings) as server:
@@ -551,6 +585,19 @@ def test_it_watches_until_a_signal(
             sweep(observer, "1 hour")
             process.expect("problem: The last sweep was 1 h")
         assert process.end(number) == 0
+    assert process.errors == []
+
+
+def test_it_says_when_it_looked_where_that_is_kept(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    begun = datetime.now().astimezone().replace(microsecond=0)
+    with started(migrated_dsn, *COMMAND, "--watch", "0.05") as process:
+        for _ in range(2):
+            looked = datetime.fromisoformat(process.expect("T"))
+            assert begun <= looked <= datetime.now().astimezone()
+            assert process.expect("") == "ok"
+            process.expect("pg_layer_last_sweep")
+        assert process.end(signal.SIGTERM) == 0
     assert process.errors == []
 
 

@@ -179,12 +179,27 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
         (TypeError, "pairs, not dict", lambda: sync.send_many({"jobs": {}})),  # type: ignore[dict-item]
         (TypeError, "Channel name", lambda: sync.send_many([("jobs", {}), ("no channel", {})])),
         (ValueError, "100001 messages", lambda: sync.send_many([("jobs", {})] * 100_001)),
-        (ImproperlyConfigured, "no alias 'nowhere'", lambda: sync.send("jobs", {}, using="nowhere")),
+        (
+            ImproperlyConfigured,
+            "no alias 'nowhere' .* are: default",
+            lambda: sync.send("jobs", {}, using="nowhere"),
+        ),
     ]
     for error, match, call in wrong:
         with pytest.raises(error, match=match):
             call()
     assert waiting(observer) == 0
+
+
+def test_how_it_is_shown() -> None:
+    layer = PostgresChannelLayer(
+        dsn="host=h password=Sup3r", prefix="mine", symmetric_encryption_keys=["S3cret"]
+    )
+    shown = repr(layer.sync)
+    assert shown.startswith("Sync(Config(dsn='password=*** host=h'")
+    assert "prefix='mine'" in shown
+    assert "Sup3r" not in shown
+    assert "S3cret" not in shown
 
 
 # ---------------------------------------------------------------------- transactions

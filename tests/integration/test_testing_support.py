@@ -126,7 +126,21 @@ def test_the_demos_tests(
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_the_documentation_shows_the_demos_tests(snippet: str) -> None:
-    assert any(snippet in path.read_text(encoding="utf-8") for path in (ROOT / "example/tests").glob("*.py"))
+    # Each has the imports that it needs, and not those of the rest of its module.
+    _, _, code = snippet.rpartition("\n\n\n")
+    assert any(code in path.read_text(encoding="utf-8") for path in (ROOT / "example/tests").glob("*.py"))
+
+
+def test_each_example_runs_by_itself(tmp_path: Path, migrated_dsn: str) -> None:
+    (tmp_path / "pytest.ini").write_text(PYTEST_INI)
+    for number, snippet in enumerate(SNIPPETS):
+        name = "conftest.py" if snippet.startswith("pytest_plugins") else f"test_{number}.py"
+        (tmp_path / name).write_text(snippet)
+    options = ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]
+    environ = {"PG_LAYER_DSN": migrated_dsn, "DJANGO_SETTINGS_MODULE": "example.settings"}
+    output = run(tmp_path, migrated_dsn, "-m", "pytest", *options, environ=environ)
+    assert "5 passed" in output, output
+    assert output.endswith("status 0"), output
 
 
 def test_the_documentation_has_examples_and_its_links_lead_somewhere() -> None:

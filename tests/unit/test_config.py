@@ -141,7 +141,7 @@ def test_times_are_positive_numbers(name: str, value: Any) -> None:
     assert f"CONFIG[{name!r}] must be a number of seconds above 0" in text
     if len(repr(value)) < 100:
         assert text.endswith(f"not {value!r}.")
-    assert ("or None" in text) == (name in ("group_expiry", "poll_interval"))
+    assert (", or None, not" in text) == (name in ("group_expiry", "poll_interval"))
 
 
 def test_times_have_a_limit() -> None:
@@ -163,7 +163,8 @@ def test_sweep_interval_is_a_number_or_0(value: Any) -> None:
 @pytest.mark.parametrize("name", ["capacity", "pool_max_size", "max_message_size"])
 def test_counts_are_integers_of_at_least_1(name: str, value: Any) -> None:
     text = refusal(**{name: value})
-    assert f"CONFIG[{name!r}] must be" in text
+    kind = "a number of bytes, an integer" if name == "max_message_size" else "an integer"
+    assert f"CONFIG[{name!r}] must be {kind} from 1 to" in text
     assert text.endswith(f"from 1 to {2**29 if name == 'max_message_size' else 2**31 - 1}, not {value!r}.")
 
 
@@ -370,6 +371,24 @@ def test_wrong_connection_strings_are_refused_and_not_shown(name: str, dsn: Any,
     assert says in text
     assert "Sup3r" not in text
     assert "S3cret" not in text
+
+
+@pytest.mark.parametrize(
+    ("dsn", "says"),
+    [
+        ("host=h sslmod=require", "it has an unknown option 'sslmod' (did you mean 'sslmode'?)"),
+        (
+            "postgresql://h/d?conect_timeout=3",
+            "unknown option 'conect_timeout' (did you mean 'connect_timeout'?)",
+        ),
+        ("host=h colour=red", "it has an unknown option, not shown here as it may be a part of a password"),
+        ("host=h password=my passwort=1", "it has an unknown option, not shown here"),
+    ],
+)
+def test_an_unknown_option_in_a_connection_string_is_named_if_it_can_be_no_secret(
+    dsn: str, says: str
+) -> None:
+    assert says in refusal(dsn=dsn)
 
 
 # Two marked pieces with something ugly before, between and behind them.

@@ -40,6 +40,7 @@ SPEAKS_TO_POSTGRESQL = {
         "session",
         "listener",
         "connections",
+        "faults",
         "homes",
         "sweeper",
         "engine",

@@ -55,8 +55,8 @@ def _sections(status: Status) -> list[Section]:
             + [("connections", _RIGHT), ("client", _LEFT)],
             [
                 (
-                    _shown(client.host),
-                    str(client.pid),
+                    "unknown" if client.host is None else _shown(client.host),
+                    "unknown" if client.pid is None else str(client.pid),
                     f"{in_words(client.lease_age)} ago",
                     in_words(client.lease_left)
                     if client.lease_left > 0

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from django.core.management.base import CommandParser
@@ -105,7 +106,7 @@ class Command(LayerCommand):
                 # The first lines matter most: they must not scroll away.
                 text = CLEAR + "".join(text.splitlines(keepends=True)[: size.lines - 1])
             else:
-                text += "\n"
+                text = f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{text}\n"
         self.stdout.write(text)
 
 
