@@ -12,7 +12,7 @@ from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
 from pg_layer.mailbox import Mailbox
 
-DELETE_DELAY = 0.2  # seconds for which doomed rows gather before they are deleted together
+DELETE_DELAY = 0.5  # seconds for which doomed rows gather before they are deleted together
 DELETE_MOST = 1000
 RECENT_LEAST = 3.0  # seconds for which a deleted row is remembered: PostgreSQL writes lazy commits within one
 RETRY = 0.5  # seconds

@@ -277,7 +277,12 @@ async def read_everything(session: Session, inbox: str, on_rows: Callable[[list[
 
 async def delete(session: Session, inbox: str, keys: Sequence[Key]) -> None:
     """Delete rows that were dispatched."""
-    await session.execute(sql.DELETE, inbox, [id for id, _ in keys], [nonce for _, nonce in keys])
+    await session.execute(sql.DELETE, inbox, *_ids_and_nonces(keys))
+
+
+def _ids_and_nonces(keys: Sequence[Key]) -> tuple[list[int], list[int]]:
+    # Rows of one statement have one nonce: each once, as the server looks through the list for each row.
+    return [id for id, _ in keys], list({nonce for _, nonce in keys})
 
 
 async def raise_fence(session: Session, inbox: str, fence: int) -> None:
@@ -294,8 +299,7 @@ async def take(
 
 async def put_back(session: Session, prefix: str, inbox: str, fence: int, keys: Sequence[Key]) -> None:
     """Give taken messages back to their channels."""
-    ids, nonces = [id for id, _ in keys], [nonce for _, nonce in keys]
-    await session.execute(sql.PUT_BACK, prefix, inbox, fence, ids, nonces)
+    await session.execute(sql.PUT_BACK, prefix, inbox, fence, *_ids_and_nonces(keys))
 
 
 def _close_values(farewell: Farewell) -> tuple[object, ...]:

@@ -6,7 +6,6 @@ import math
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import psutil
@@ -49,10 +48,20 @@ def test_descendants_count_while_they_run_and_afterwards(child: subprocess.Popen
     assert ours.cpu() - before[0] > 0.1
 
 
+BURN = """
+import time
+while time.process_time() < 0.3: pass
+print(time.process_time(), flush=True)
+input()
+"""
+
+
 def test_cpu_is_that_of_the_process() -> None:
-    times = psutil.Process().cpu_times()
-    ended = times.children_user + times.children_system
-    assert Processes([psutil.Process()]).cpu() == pytest.approx(time.process_time() + ended, abs=0.2)
+    with subprocess.Popen([sys.executable, "-c", BURN], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdout is not None
+        used = float(child.stdout.readline())
+        assert Processes([psutil.Process(child.pid)]).cpu() == pytest.approx(used, abs=0.2)
+        child.communicate("done\n")
 
 
 def test_without_processes_there_is_no_cost_to_tell() -> None:
