@@ -93,7 +93,7 @@ def words_of(error: BaseException) -> str:
 
 
 def is_hopeless(error: BaseException | None) -> bool:
-    """Whether a connection failed for a reason that does not mend itself: a wrong password, a missing database.
+    """Whether no connection can be made for what does not mend itself: a wrong password, a missing database.
 
     libpq tells no SQLSTATE of it. A server that speaks another language than English is asked again.
     """
