@@ -25,8 +25,8 @@ def alias_of(config: Config) -> str:
         return config.using or "default"
     place = _place(parsed(config.dsn))
     for alias in connections:
-        wrapper = connections[alias]
-        with suppress(ImproperlyConfigured):  # that alias is wrong by itself
+        with suppress(ImproperlyConfigured, ImportError):  # that alias is wrong by itself
+            wrapper = connections[alias]
             if wrapper.vendor == "postgresql" and _place(wrapper.get_connection_params()) == place:
                 return alias
     raise ImproperlyConfigured(

@@ -345,5 +345,12 @@ def _django_parameters(alias: str) -> dict[str, Any]:
             f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has the ENGINE "
             f"{connection.settings_dict['ENGINE']!r}. Name another alias in 'using', or a database in 'dsn'."
         )
-    parameters = connection.get_connection_params()
-    return {name: value for name, value in parameters.items() if name not in _DJANGO_ONLY}
+    parameters = {
+        name: value for name, value in connection.get_connection_params().items() if name not in _DJANGO_ONLY
+    }
+    role = connection.settings_dict["OPTIONS"].get("assume_role")
+    if role:  # Django sets it on each connection that it has made
+        escaped = re.sub(r"([\\\s])", r"\\\1", str(role))
+        given = parameters.get("options") or os.environ.get("PGOPTIONS", "")
+        parameters["options"] = f"{given} -c role={escaped}".strip()
+    return parameters

@@ -221,7 +221,7 @@ class Connections:
                     break
                 except PoolTimeout as error:
                     reason = self._reason
-                    if isinstance(reason, psycopg.Error) and is_hopeless(reason):
+                    if reason is not None and is_hopeless(reason):
                         raise unavailable(reason) from reason
                     if time.monotonic() >= deadline:
                         raise unavailable(reason) from (reason or error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,9 @@ REFUSALS = ("54000", "0A000")
 READ_ONLY = "25006"
 FORBIDDEN = "42501"
 AWAY = "The database could not be reached: "
+_HOPELESS = re.compile(
+    r"FATAL: +(password authentication failed|no pg_hba\.conf entry|(database|role) .+ does not exist)"
+)
 UNDEFINED = (errors.UndefinedFunction, errors.UndefinedTable, errors.UndefinedColumn)
 
 
@@ -88,6 +92,12 @@ def words_of(error: BaseException) -> str:
     return " ".join((said or str(error)).split())
 
 
-def is_hopeless(error: psycopg.Error) -> bool:
-    """Whether it does not mend itself within seconds: a wrong password, a missing database."""
-    return isinstance(error, (errors.InvalidAuthorizationSpecification, errors.InvalidCatalogName))
+def is_hopeless(error: BaseException | None) -> bool:
+    """Whether no connection can be made for what does not mend itself: a wrong password, a missing database.
+
+    libpq tells no SQLSTATE of it. A server that speaks another language than English is asked again.
+    """
+    if not isinstance(error, psycopg.OperationalError) or error.sqlstate is not None:
+        return False
+    pgconn = error.pgconn
+    return bool(_HOPELESS.search(str(error))) or (pgconn is not None and bool(pgconn.needs_password))

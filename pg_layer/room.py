@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -81,3 +82,42 @@ class Credits:
                 return False
             self._left[channel] = left - 1
         return True
+
+
+class Room:
+    """Both, of one server's channels, for callers on any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._floors = FloorBook()
+        self._credits = Credits()
+
+    def floor_of(self, inbox: str, channel: str) -> int | None:
+        """Where the next message to a channel counts from; None: it may go without a look."""
+        with self._lock:
+            return None if self._credits.spend((channel,)) else self._floors.of(inbox)
+
+    def floors(self, channels: Sequence[str]) -> Floors | None:
+        """The same for many messages, one for each of these channels."""
+        with self._lock:
+            return None if self._credits.spend(channels) else self._floors.tell()
+
+    def learn(
+        self,
+        channels: Sequence[str],
+        capacities: Sequence[int],
+        told: Floors,
+        waiting: int | None,
+        floors: Floors,
+    ) -> None:
+        """What was seen: so many messages wait in each channel, and these are the floors now.
+
+        ``told``: the floors that were counted from. One that has sunk shows that ids have begun anew.
+        """
+        before = dict(zip(*told, strict=True))
+        with self._lock:
+            if any(id < before.get(inbox, 0) for inbox, id in zip(*floors, strict=True)):
+                self._floors = FloorBook()
+                return
+            self._floors.learn(floors)
+            self._credits.grant(channels, capacities, waiting)

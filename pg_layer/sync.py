@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from django.db import Error as DjangoError
-from django.db import InterfaceError, OperationalError, connections, transaction
+from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
-from psycopg import pq
+from psycopg import errors
 
 from pg_layer import sql, store
 from pg_layer.aliases import alias_of, not_migrated
 from pg_layer.client import inbox_of
 from pg_layer.config import Config
-from pg_layer.faults import REFUSALS, judge, unavailable
+from pg_layer.django_session import DjangoSession
+from pg_layer.faults import REFUSALS, UNDEFINED, is_hopeless, judge, unavailable
 from pg_layer.ops import Drafts, GroupSend, Regroup, Send
-from pg_layer.room import Credits, FloorBook, Floors
+from pg_layer.room import Floors, Room
 from pg_layer.sender import channel_full
-from pg_layer.session import Session
-from pg_layer.statement import Statement
 
 if TYPE_CHECKING:
     from pg_layer.homes import Homes
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RETRY = 0.1  # seconds before the next attempt
+CAREFUL = 600.0  # seconds for which a transaction is protected after the server has refused NOTIFY
 Work = Callable[["DjangoSession"], Coroutine[Any, Any, T]]
 
 
@@ -54,14 +54,15 @@ class Sync:
         self._drafts = drafts
         self._homes = homes
         self._alias: str | None = None
-        self._lock = threading.Lock()  # guards what follows
+        self._refusals = 0  # of NOTIFY, that were seen
+        self._careful_until = 0.0
+        _all.add(self)
         self.forget()
 
     def forget(self) -> None:
         """What was seen of ids and of room says nothing any more."""
-        self._generation = _sessions_made
-        self._floors = FloorBook()
-        self._credits = Credits()
+        # By alias, and of which generation of its: each leads to a server of its own.
+        self._rooms: dict[str, tuple[int, Room]] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r})"
@@ -136,33 +137,47 @@ class Sync:
     def _send(self, using: str | None, sends: Any) -> list[bool]:
         prefix = self._config.prefix
         channels, payloads, expiries, capacities = zip(*sends, strict=True)
-        with self._lock:
-            if self._generation != _sessions_made:  # it may lead to another server
-                self.forget()
-            floors = None if self._credits.spend(channels) else self._floors.tell()
-        if len(sends) == 1:
-            send: Send = sends[0]
-            inbox = inbox_of(prefix, send.channel)
-            floor = None if floors is None else dict(zip(*floors, strict=True)).get(inbox, 0)
-            is_full, look = self._run(using, lambda session: store.send_one(session, prefix, *send, floor))
-            full = {0} if is_full else set()
-            looks = None if look is None else store.Looks(look.waiting, Floors((inbox,), (look.floor,)))
-        else:
-            full, looks = self._run(
-                using,
-                lambda session: store.send_batch(
-                    session, prefix, channels, payloads, expiries, capacities, floors
-                ),
+        first: Send = sends[0]
+
+        async def send_one(session: DjangoSession) -> set[int]:
+            # Not before it is connected: it may lead to another server than before.
+            room, inbox = self._room_of(session), inbox_of(prefix, first.channel)
+            floor = room.floor_of(inbox, first.channel)
+            is_full, look = await store.send_one(session, prefix, *first, floor)
+            if floor is not None and look is not None:
+                room.learn(
+                    channels,
+                    capacities,
+                    Floors((inbox,), (floor,)),
+                    look.waiting,
+                    Floors((inbox,), (look.floor,)),
+                )
+            return {0} if is_full else set()
+
+        async def send_batch(session: DjangoSession) -> set[int]:
+            room = self._room_of(session)
+            floors = room.floors(channels)
+            full, looks = await store.send_batch(
+                session, prefix, channels, payloads, expiries, capacities, floors
             )
-        with self._lock:
-            if looks is not None:
-                self._floors.learn(looks.floors)
-                self._credits.grant(channels, capacities, looks.waiting)
+            if floors is not None and looks is not None:
+                room.learn(channels, capacities, floors, looks.waiting, looks.floors)
+            return full
+
+        full = self._run(using, send_one if len(sends) == 1 else send_batch)
         counters = self._homes.client.counters
         counters.add("batches")
         counters.add("sent", len(sends) - len(full))
         counters.add("refused_full", len(full))
         return [index not in full for index in range(len(sends))]
+
+    def _room_of(self, session: DjangoSession) -> Room:
+        """What is known of the room on the server that the session leads to."""
+        generation = session.generation
+        known = self._rooms.get(session.alias)
+        if known is None or known[0] != generation:
+            known = self._rooms[session.alias] = (generation, Room())
+        return known[1]
 
     def _group_send(self, using: str | None, sends: Any) -> list[bool]:
         prefix = self._config.prefix
@@ -205,29 +220,27 @@ class Sync:
 
     def _run(self, using: str | None, work: Work[T], *, is_idempotent: bool = False) -> T:
         connection = self._connection(using)
-        session = DjangoSession(connection, self._config.send_timeout)
-        if session.is_in_transaction:
-            try:
-                return _finish(work(session))
-            except DjangoError as error:
-                if isinstance(
-                    error.__cause__, (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)
-                ):
-                    raise not_migrated(self._config, connection.alias) from error
-                raise
+        session = DjangoSession(connection)
         deadline = time.monotonic() + self._config.send_timeout
         is_silent = False
-        while True:
+        while not session.is_in_transaction:
+            left = deadline - time.monotonic()
             try:
-                session.connect()
-            except (OperationalError, InterfaceError) as error:
+                session.connect(left)
+            except DjangoError as error:
                 cause = error.__cause__
-                if time.monotonic() + RETRY >= deadline or getattr(cause, "sqlstate", None) is not None:
-                    raise unavailable(error) from error
+                if not isinstance(cause, psycopg.Error):
+                    raise
+                is_late = time.monotonic() + RETRY >= deadline
+                if is_late or is_hopeless(cause) or cause.sqlstate is not None:
+                    raise unavailable(cause) from error
                 time.sleep(RETRY)
                 continue
             if session.is_in_transaction:  # AUTOCOMMIT is off
-                return _finish(work(session))
+                break
+            session.patience = deadline - time.monotonic()
+            if session.patience <= 0:  # nothing was sent: that is better known than cut short
+                raise unavailable(TimeoutError("connecting took all the time there was"))
             try:
                 if not is_silent:
                     return _finish(work(session))
@@ -238,16 +251,41 @@ class Sync:
                 if not isinstance(cause, psycopg.Error):
                     raise
                 if cause.sqlstate in REFUSALS and not is_silent:
-                    self._homes.client.counters.add("refused_notifies")
-                    self._homes.client.unheard(f"the server refuses NOTIFY: {cause.diag.message_primary}.")
+                    self._refused(cause)
                     is_silent = True
                     continue
                 is_late = time.monotonic() + RETRY >= deadline
-                judge(cause, is_idempotent, is_late, self._config, connection.alias)
+                judge(cause, is_idempotent, is_late, self._config, session.alias)
+                if isinstance(cause, errors.InvalidSqlStatementName):
+                    continue  # it will not be asked for again
             time.sleep(RETRY)
+        session.patience = None
+        return self._run_in_transaction(session, work)
+
+    def _run_in_transaction(self, session: DjangoSession, work: Work[T]) -> T:
+        refusals = self._homes.client.counters["refused_notifies"]  # also those that asynchronous calls met
+        if refusals != self._refusals:
+            self._refusals = refusals
+            self._careful_until = time.monotonic() + CAREFUL
+        try:
+            if time.monotonic() >= self._careful_until:
+                return _finish(work(session))
+            return _finish(_carefully(session, work))
+        except DjangoError as error:
+            cause = error.__cause__
+            if isinstance(cause, UNDEFINED):
+                raise not_migrated(self._config, session.alias) from error
+            if _is_refusal(error):
+                self._refused(cause)
+            raise
+
+    def _refused(self, error: Any) -> None:
+        """The server refused NOTIFY."""
+        self._homes.client.counters.add("refused_notifies")
+        self._homes.client.unheard(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
-        alias = using or self._alias
+        alias = self._alias if using is None else using
         if alias is None:
             alias = self._alias = alias_of(self._config)
         try:
@@ -263,74 +301,23 @@ class Sync:
         return connection
 
 
-class DjangoSession:
-    """Runs the statements of `pg_layer.store` on a connection of Django's, as far as they need `execute`.
-
-    Goes past Django's cursors, which take a third of the time, unless somebody wants to see what runs.
-
-    ``patience``: seconds for each answer outside of transactions; within them it takes as long as it takes.
-    """
-
-    def __init__(self, connection: BaseDatabaseWrapper, patience: float) -> None:
-        self._connection = connection
-        self._patience = patience
-
-    @property
-    def is_in_transaction(self) -> bool:
-        """Whether what is executed is a part of somebody's transaction."""
-        connection = self._connection
-        return connection.in_atomic_block or (connection.connection is not None and not connection.autocommit)
-
-    def connect(self) -> None:
-        """Connect, if there is no connection, or none any more. Outside of transactions."""
-        connection = self._connection
-        if connection.connection is not None and _has_hung_up(_session_of(connection)):
-            connection.close()
-        connection.ensure_connection()
-
-    async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
-        """As `Session.execute`; awaits nothing."""
-        connection = self._connection
-        is_in_transaction = self.is_in_transaction
-        connection.ensure_connection()  # complains on an event loop's thread
-        if is_in_transaction:
-            statement = sql.for_transaction(statement)
-        psycopg_connection = connection.connection
-        # In a transaction that has not begun yet, psycopg begins it.
-        expected = pq.TransactionStatus.INTRANS if is_in_transaction else pq.TransactionStatus.IDLE
-        if (
-            psycopg_connection.pgconn.transaction_status == expected
-            and not connection.execute_wrappers
-            and not connection.queries_logged
-            and not connection.needs_rollback
-        ):
-            connection.validate_thread_sharing()
-            with connection.wrap_database_errors, psycopg_connection.lock:
-                return _session_of(connection).execute_now(
-                    statement, *values, patience=None if is_in_transaction else self._patience
-                )
-        with connection.cursor() as cursor:
-            # Psycopg takes a tuple for a row.
-            cursor.execute(
-                sql.for_cursor(statement),
-                [list(value) if isinstance(value, tuple) else value for value in values],
-            )
-            rows: list[tuple[Any, ...]] = cursor.fetchall()
-            return rows
+async def _carefully(session: DjangoSession, work: Work[T]) -> T:
+    """Within somebody's transaction, which is not to fail should the server refuse NOTIFY."""
+    await session.execute(sql.SAVEPOINT)
+    try:
+        result = await work(session)
+    except DjangoError as error:
+        if not _is_refusal(error):
+            raise
+        await session.execute(sql.ROLLBACK_TO_SAVEPOINT)
+        return await store.without_ringing(session, work)
+    await session.execute(sql.RELEASE_SAVEPOINT)
+    return result
 
 
-_sessions: WeakKeyDictionary[BaseDatabaseWrapper, Session] = WeakKeyDictionary()
-_sessions_made = 0
-
-
-def _session_of(connection: BaseDatabaseWrapper) -> Session:
-    """The session on what Django is connected by now."""
-    global _sessions_made
-    session = _sessions.get(connection)
-    if session is None or session.conn is not connection.connection:
-        session = _sessions[connection] = Session(connection.connection)
-        _sessions_made += 1
-    return session
+def _is_refusal(error: DjangoError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, psycopg.Error) and cause.sqlstate in REFUSALS
 
 
 def _finish(work: Coroutine[Any, Any, T]) -> T:
@@ -344,11 +331,13 @@ def _finish(work: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("The coroutine waits for something.")
 
 
-def _has_hung_up(session: Session) -> bool:
-    """Whether the server has closed this idle connection: then nothing is lost if it is opened anew."""
-    try:
-        while session.has_hung_up and not session.is_closed:  # or has told something else
-            session.conn.pgconn.consume_input()
-    except psycopg.OperationalError:
-        return True
-    return session.is_closed
+_all: WeakSet[Sync] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for sync in list(_all):
+        sync.forget()  # a thread that is not here may hold a lock of what it knew
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -9,12 +9,15 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 import psycopg
 import pytest
+from django.db import connections, transaction
 
 from devtools.postgres import PostgresServer
-from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer, django_session
 from tests.components import require_executable
 from tests.faults.conftest import migrate
 from tests.faults.pgbouncer import PgBouncer, version
+from tests.integration.test_django import postgres
+from tests.integration.test_sync import on_django
 from tests.processes import Link, Process, Processes, listen, open_layer, receive, until
 
 pytestmark = pytest.mark.pgbouncer
@@ -355,3 +358,22 @@ async def test_a_pooler_in_session_mode_needs_nothing(
             assert health["problems"] == []
     await has_left(direct)
     assert warnings(caplog) == []
+
+
+# ---------------------------------------------------------------------- layer.sync
+
+
+def test_synchronous_code_prepares_nothing_through_a_pooler(direct: str, pooler: PgBouncer) -> None:
+    layer = PostgresChannelLayer(capacity=1000)
+    with on_django(layer, default=postgres(direct), pooled=postgres(pooler.dsn(direct))):
+        for alias, is_prepared in (("default", True), ("pooled", False)):
+            for n in range(20):
+                layer.sync.send("jobs", {"number": n}, using=alias)
+                with transaction.atomic(using=alias):
+                    layer.sync.send("jobs", {"number": n}, using=alias)
+            assert bool(prepared_for(alias)) == is_prepared
+
+
+def prepared_for(alias: str) -> list[object]:
+    """The statements that are prepared, as far as the client knows."""
+    return list(django_session._loan_of(connections[alias])._names)

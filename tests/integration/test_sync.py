@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import threading
+import unittest
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,15 +18,18 @@ import psycopg
 import pytest
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
-from django.db import Error, OperationalError, connection, connections, transaction
+from django.db import DatabaseError, Error, OperationalError, connection, connections, transaction
+from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
 from django.http import HttpRequest, HttpResponse
-from django.test import Client
+from django.test import Client, SimpleTestCase
 from django.urls import path
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer
+from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer, django_session, room
 from tests.conftest import Observer
+from tests.faults.conftest import migrate
 from tests.integration.test_django import SQLITE, postgres
 from tests.processes import new_layer, receive
 from tests.project.configured import configured
@@ -52,12 +58,21 @@ def on_django(layer: PostgresChannelLayer, **databases: dict[str, Any]) -> Itera
     """The layer is Django's, with these DATABASES, whose connections are closed in the end."""
     with configured(layer, DATABASES=databases, ROOT_URLCONF=__name__, SECRET_KEY="x"):
         apps.populate([])  # Django warns of who queries a database before that
-        yield
-        connections.close_all()
-        for alias in databases:  # or the next test would be given these
-            with suppress(AttributeError):
-                del connections[alias]
-        asyncio.run(layer.close())
+        try:
+            yield
+        finally:
+            connections.close_all()
+            for alias in databases:  # or the next test would be given these
+                with suppress(AttributeError):
+                    del connections[alias]
+            asyncio.run(layer.close())
+
+
+@pytest.fixture
+def looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each message is counted, from the floor that was learned a moment ago."""
+    monkeypatch.setattr(room, "FLOOR_AGE", 0.0)
+    monkeypatch.setattr(room, "CREDIT_AGE", -1.0)
 
 
 def number(n: int) -> dict[str, Any]:
@@ -285,12 +300,14 @@ def test_a_full_channel_leaves_the_transaction_as_it_is(
 
 def test_a_transaction_that_is_broken_says_so(layer: PostgresChannelLayer, observer: Observer) -> None:
     with transaction.atomic():
+        layer.sync.send("jobs", number(0))
         with pytest.raises(Error), connection.cursor() as cursor:
             cursor.execute("SELECT 1 / 0")
         with pytest.raises(Error, match="current transaction is aborted"):
             layer.sync.send("jobs", number(1))
         transaction.set_rollback(True)
     with transaction.atomic():
+        layer.sync.send("jobs", number(0))
         with pytest.raises(ZeroDivisionError), transaction.atomic(savepoint=False):
             raise ZeroDivisionError
         with pytest.raises(TransactionManagementError):
@@ -311,19 +328,56 @@ def test_without_autocommit_it_is_the_commit_that_sends(
     assert received(reader, "jobs", 1) == [2]
 
 
+def shown(setting: str) -> str:
+    """A setting of Django's connection."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SHOW {setting}")
+        return str(cursor.fetchone()[0])
+
+
+def test_a_transaction_that_django_knows_nothing_of_is_one(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
+) -> None:
+    layer.sync.send("jobs", number(1))
+    with connection.connection.transaction():
+        for n in (2, 3):
+            layer.sync.send("jobs", number(n))
+        assert shown("synchronous_commit") == "on"
+        assert waiting(observer) == 1
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        layer.sync.send("jobs", number(4))
+        assert shown("synchronous_commit") == "on"
+        with pytest.raises(Error):
+            cursor.execute("SELECT 1 / 0")
+        with pytest.raises(Error, match="current transaction is aborted"):
+            layer.sync.send("jobs", number(5))
+        cursor.execute("ROLLBACK")
+    layer.sync.send("jobs", number(6))
+    assert received(reader, "jobs", 4) == [1, 2, 3, 6]
+
+
+def test_in_a_pipeline(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
+    layer.sync.send("jobs", number(1))
+    with connection.connection.pipeline():
+        layer.sync.send("jobs", number(2))
+    with transaction.atomic():
+        layer.sync.send("jobs", number(3))
+        with connection.connection.pipeline():
+            layer.sync.send("jobs", number(4))
+            assert layer.sync.send_many([("jobs", number(5)), ("jobs", number(6))]) == [True, True]
+    assert received(reader, "jobs", 6) == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_users_transaction_is_as_durable_as_he_wants_it(layer: PostgresChannelLayer) -> None:
     with transaction.atomic():
         layer.sync.send("jobs", number(1))
         layer.sync.send_many([("jobs", number(1)), ("jobs", number(1))])
         layer.sync.group_send("room", number(2))
         layer.sync.group_add("room", "jobs")
-        with connection.cursor() as cursor:
-            cursor.execute("SHOW synchronous_commit")
-            assert cursor.fetchone() == ("on",)
+        assert shown("synchronous_commit") == "on"
     layer.sync.send("jobs", number(3))
-    with connection.cursor() as cursor:
-        cursor.execute("SHOW synchronous_commit")
-        assert cursor.fetchone() == ("on",)
+    assert shown("synchronous_commit") == "on"
 
 
 def test_there_is_no_second_connection_and_no_thread(layer: PostgresChannelLayer, observer: Observer) -> None:
@@ -370,9 +424,9 @@ def test_sending_in_a_transaction_costs_one_round_trip_more(
 def test_who_watches_queries_sees_those_of_the_layer(layer: PostgresChannelLayer) -> None:
     seen: list[str] = []
 
-    def watch(execute: Callable[..., Any], sql: str, *rest: Any) -> Any:
-        seen.append(sql)
-        return execute(sql, *rest)
+    def watch(execute: Callable[..., Any], query: str, *rest: Any) -> Any:
+        seen.append(query)
+        return execute(query, *rest)
 
     with connection.execute_wrapper(watch):
         layer.sync.send("jobs", number(1))
@@ -407,6 +461,57 @@ def test_the_readmes_example(layer: PostgresChannelLayer, reader: PostgresChanne
     names["publish"](article)
     assert article.saves == 1
     assert asyncio.run(receive(reader, member)) == {"type": "article.published", "id": 7}
+
+
+def test_who_has_put_something_in_a_cursors_place_is_not_gone_past(
+    layer: PostgresChannelLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnlyInTransactions(SimpleTestCase):
+        def runTest(self) -> None:
+            with pytest.raises(AssertionError, match="not allowed"):
+                layer.sync.send("jobs", number(0))
+
+    layer.sync.send("jobs", number(1))
+    result = unittest.TestResult()
+    unittest.TestSuite([OnlyInTransactions()]).run(result)
+    assert result.wasSuccessful(), result.errors + result.failures
+    assert waiting(observer) == 1
+
+    seen: list[str] = []
+
+    def watching(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            seen.append(where)
+            return function(*args, **kwargs)
+
+        return watch
+
+    wrapper = connections["default"]
+    places = ((wrapper, "cursor"), (type(wrapper), "make_cursor"), (CursorWrapper, "execute"))
+    for place, name in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, watching(name, getattr(place, name)))
+            layer.sync.send("jobs", number(2))
+        layer.sync.send("jobs", number(3))
+    assert seen == ["cursor", "make_cursor", "execute"]
+    assert waiting(observer) == 7
+
+
+def test_a_cursor_class_of_the_users_sees_what_runs(migrated_dsn: str, observer: Observer) -> None:
+    seen: list[str] = []
+
+    class Seeing(psycopg.ClientCursor[Any]):
+        def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(query)
+            return super().execute(query, *args, **kwargs)
+
+    layer = PostgresChannelLayer()
+    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": {"cursor_factory": Seeing}}):
+        connection.ensure_connection()
+        seen.clear()
+        for n in range(3):
+            layer.sync.send("jobs", number(n))
+    assert len(seen) == waiting(observer) == 3
 
 
 # ---------------------------------------------------------------------- requests
@@ -483,6 +588,111 @@ def test_using_names_another_alias(
         assert layer.sync.group_count("room", using="events") == 0
 
 
+def test_an_alias_that_is_broken_by_itself_is_passed_over(
+    migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer
+) -> None:
+    layer = new_layer(migrated_dsn)
+    broken = {"broken": {"ENGINE": "no.such.engine"}, "nameless": {**postgres(fresh_database), "NAME": ""}}
+    with on_django(layer, default=postgres(fresh_database), **broken, events=postgres(migrated_dsn)):
+        layer.sync.send("jobs", number(1))
+        assert received(reader, "jobs", 1) == [1]
+
+
+def test_an_empty_alias_is_none_of_djangos(layer: PostgresChannelLayer, observer: Observer) -> None:
+    with pytest.raises(ImproperlyConfigured, match="''"):
+        layer.sync.send("jobs", number(1), using="")
+    assert waiting(observer) == 0
+
+
+@pytest.mark.usefixtures("looking")
+def test_databases_do_not_share_what_is_known_of_their_channels(
+    migrated_dsn: str, fresh_database: str, observer: Observer
+) -> None:
+    migrate(fresh_database)
+    layer = PostgresChannelLayer(capacity=10)
+    with (
+        psycopg.connect(fresh_database, autocommit=True) as events,
+        on_django(layer, default=postgres(migrated_dsn), events=postgres(fresh_database)),
+    ):
+        events.execute("SELECT setval('pg_layer_message_id_seq', 1000000)")
+        accepted = 0
+        for _ in range(20):
+            layer.sync.send("jobs", number(1), using="events")
+            events.execute("DELETE FROM pg_layer_message")
+            with suppress(ChannelFull):
+                layer.sync.send("jobs", number(1))
+                accepted += 1
+        assert accepted == waiting(observer) == 10
+
+
+@pytest.mark.usefixtures("looking")
+def test_ids_that_begin_anew_are_noticed(layer: PostgresChannelLayer, observer: Observer) -> None:
+    observer.execute("SELECT setval('pg_layer_message_id_seq', 1000000)")
+    for n in range(5):
+        layer.sync.send("jobs", number(n))
+        observer.execute("DELETE FROM pg_layer_message")
+    observer.execute("TRUNCATE pg_layer_message RESTART IDENTITY")
+    layer.sync.send("jobs", number(0))  # which sees it
+    assert sum(layer.sync.send_many([("jobs", number(n)) for n in range(1000)])) == 999
+    with pytest.raises(ChannelFull):
+        layer.sync.send("jobs", number(0))
+
+
+@pytest.mark.usefixtures("looking")
+def test_another_server_is_another_from_the_first_message_on(migrated_dsn: str, observer: Observer) -> None:
+    layer = PostgresChannelLayer(capacity=5)
+    with on_django(layer, default=postgres(migrated_dsn)):
+        observer.execute("SELECT setval('pg_layer_message_id_seq', 1000000)")
+        for n in range(5):
+            layer.sync.send("jobs", number(n))
+            observer.execute("DELETE FROM pg_layer_message")
+        kill(observer)
+        observer.execute("TRUNCATE pg_layer_message RESTART IDENTITY")
+        for _ in range(5):
+            observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
+        with pytest.raises(ChannelFull):
+            layer.sync.send("jobs", number(5))
+
+
+@pytest.mark.usefixtures("looking")
+def test_what_is_known_of_channels_outlives_requests(
+    layer: PostgresChannelLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(django_session, "GAP", 60.0)
+    layer.sync.send("jobs", number(0))
+    before = layer.sync._rooms["default"]
+    for n in range(3):
+        connections.close_all()
+        layer.sync.send("jobs", number(n))
+        assert layer.sync._rooms["default"] == before
+    monkeypatch.setattr(django_session, "GAP", 0.0)  # it was idle for so long that it may be another server
+    layer.sync.send("jobs", number(4))
+    assert layer.sync._rooms["default"] == before
+    connections.close_all()
+    layer.sync.send("jobs", number(5))
+    assert layer.sync._rooms["default"] != before
+
+
+def test_a_role_that_django_assumes_is_the_layers_own_too(migrated_dsn: str, observer: Observer) -> None:
+    name = f"the owner of {observer.info.dbname}"
+    role = sql.Identifier(name)
+    layer = PostgresChannelLayer()
+    observer.execute(sql.SQL("CREATE ROLE {}").format(role))
+    try:
+        with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": {"assume_role": name}}):
+            with pytest.raises(LayerUnavailable, match="permission denied"):
+                layer.sync.send("jobs", number(1))
+            with pytest.raises(LayerUnavailable, match="permission denied"):
+                asyncio.run(layer.send("jobs", number(1)))
+            for kind in (sql.SQL("TABLES"), sql.SQL("SEQUENCES")):
+                observer.execute(sql.SQL("GRANT ALL ON ALL {} IN SCHEMA public TO {}").format(kind, role))
+            layer.sync.send("jobs", number(1))
+            asyncio.run(layer.send("jobs", number(2)))
+            assert received(layer, "jobs", 2) == [1, 2]
+    finally:
+        observer.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+
+
 def test_on_an_event_loops_own_thread_it_is_refused(layer: PostgresChannelLayer) -> None:
     async def send() -> None:
         with pytest.raises(SynchronousOnlyOperation):
@@ -511,6 +721,111 @@ def test_threads_send_at_once_each_in_its_order(
     numbers = received(reader, "jobs", 800)
     for thread in range(8):
         assert [n for n in numbers if n // 1000 == thread] == [1000 * thread + n for n in range(100)]
+
+
+def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
+    layer.sync.send("jobs", number(1))
+    wrapper = connections["default"]
+
+    def send() -> None:
+        connections["default"] = wrapper
+        with pytest.raises(DatabaseError, match="created in a thread can only be used in that same thread"):
+            layer.sync.send("jobs", number(2))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(send).result()
+    assert waiting(observer) == 1
+
+
+def test_who_was_forked_while_others_sent_sends(layer: PostgresChannelLayer, observer: Observer) -> None:
+    layer.sync.send("jobs", number(1))
+    connections.close_all()
+    ((_, room),) = layer.sync._rooms.values()
+    with room._lock:  # as a thread has that is about to send
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            layer.sync.send("jobs", number(2))
+            os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
+    assert waiting(observer) == 2
+
+
+def test_a_channel_of_this_process_that_joined_leaves_with_it(layer: PostgresChannelLayer) -> None:
+    channel = asyncio.run(layer.new_channel())
+    layer.sync.group_add("room", channel)
+    assert layer.sync.group_channels("room") == [channel]
+    asyncio.run(layer.close())
+    assert layer.sync.group_channels("room") == []
+
+
+# ---------------------------------------------------------------------- prepared statements
+
+
+def prepared() -> list[bool]:
+    """What the server has prepared for Django's connection."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT statement ~ 'pg_layer_group_send_one' FROM pg_prepared_statements ORDER BY 1")
+        return [bool(row[0]) for row in cursor.fetchall()]
+
+
+def test_what_is_sent_again_and_again_is_prepared_outside_of_transactions(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer
+) -> None:
+    member = joined(reader, "room")
+
+    def send_thrice(n: int) -> None:
+        layer.sync.group_send("room", number(n))
+        with transaction.atomic():  # which psycopg begins with the first
+            layer.sync.group_send("room", number(n))
+            layer.sync.group_send("room", number(n))
+
+    for n in range(5):
+        send_thrice(n)
+    assert prepared() == []
+    for n in range(5, 20):
+        send_thrice(n)
+        assert prepared() == [True]
+    assert received(reader, member, 60) == [n for n in range(20) for _ in range(3)]
+
+
+@pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
+def test_what_was_prepared_may_be_discarded_at_any_time(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer, forget: str
+) -> None:
+    member = joined(reader, "room")
+    for n in range(6):
+        layer.sync.group_send("room", number(n))
+    assert prepared() == [True]
+    with connection.cursor() as cursor:
+        cursor.execute(forget)
+        with transaction.atomic():
+            layer.sync.group_send("room", number(6))
+        for n in range(7, 20):
+            layer.sync.group_send("room", number(n))
+    assert prepared() == []  # it is not to meet that again
+    assert received(reader, member, 20) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"prepare_threshold": None}, id="unwanted"),
+        pytest.param({"pool": {"min_size": 1, "max_size": 1}}, id="pool"),
+    ],
+)
+def test_nothing_is_prepared(migrated_dsn: str, options: dict[str, Any]) -> None:
+    layer = PostgresChannelLayer()
+    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
+        for n in range(10):
+            layer.sync.group_send("room", number(n))
+        assert prepared() == []
+        wrapper: Any = connections["default"]
+        wrapper.close()
+        if wrapper.pool:
+            wrapper.close_pool()
 
 
 # ---------------------------------------------------------------------- what goes wrong

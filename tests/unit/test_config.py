@@ -548,7 +548,9 @@ def test_connect_kwargs_of_an_alias_follow_djangos_settings(connections: Connect
         "server_side_binding": True,
     }
     connections["default"] = SimpleNamespace(
-        vendor="postgresql", get_connection_params=lambda: dict(parameters)
+        vendor="postgresql",
+        settings_dict={"OPTIONS": {}},
+        get_connection_params=lambda: dict(parameters),
     )
     expected = DEFAULTS | {
         "dbname": "test_name",
@@ -563,6 +565,18 @@ def test_connect_kwargs_of_an_alias_follow_djangos_settings(connections: Connect
     parameters["password"] = "rotated"
     assert config.connect_kwargs("pool")["password"] == "rotated"
     assert load({"listen_dsn": "host=h"}).connect_kwargs("listen") == {"host": "h"} | DEFAULTS
+
+
+def test_the_role_that_django_assumes_is_the_layers_too(connections: Connections) -> None:
+    options: dict[str, Any] = {"assume_role": "the owner"}
+    connections["default"] = SimpleNamespace(
+        vendor="postgresql",
+        settings_dict={"OPTIONS": options},
+        get_connection_params=lambda: {name: options[name] for name in options if name != "assume_role"},
+    )
+    assert load({}).connect_kwargs("pool")["options"] == r"-c role=the\ owner"
+    options["options"] = "-c statement_timeout=0"
+    assert load({}).connect_kwargs("listen")["options"] == r"-c statement_timeout=0 -c role=the\ owner"
 
 
 def test_an_alias_must_exist_by_the_time_of_connecting(connections: Connections) -> None:
@@ -613,5 +627,5 @@ def test_django_itself_gives_the_parameters() -> None:
         "connection.settings_dict['NAME'] = 'test_n'\n"
         "print(sorted(before), config.connect_kwargs('pool')['dbname'])"
     )
-    expected = [*DEFAULTS, "dbname", "user", "password", "sslmode"]
+    expected = [*DEFAULTS, "dbname", "user", "password", "sslmode", "options"]
     assert run(code) == f"{sorted(expected)} test_n\n"

@@ -48,6 +48,7 @@ SPEAKS_TO_POSTGRESQL = {
         "receiver",
         "dsn",
         "sync",
+        "django_session",
     ),
 }
 MOST_LINES = 420

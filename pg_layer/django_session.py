@@ -1,0 +1,300 @@
+"""Statements on a connection of Django's: how they get there, and what is known of where it leads."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from inspect import getfile
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import django
+import psycopg
+from django.db import Error as DjangoError
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.utils import CursorWrapper
+from psycopg import Connection, pq
+
+from pg_layer import sql
+from pg_layer.session import Session
+from pg_layer.statement import Statement
+
+PREPARE_AFTER = 5  # executions on a connection: psycopg's own default
+MOST_DEAD = 100  # connections of a pool that the server has closed, before the next one is tried unseen
+LEAST_CONNECT_TIMEOUT = 2  # seconds: to libpq and psycopg one is two
+GAP = 0.25  # seconds: no server is replaced by another within
+
+_TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+
+
+class Route:
+    """Where an alias leads in this process. ``generation`` changes when it may be another server than before.
+
+    That is when a connection was lost, and when a new one leads elsewhere. Closing connections in order, and
+    opening others a moment later, as Django does for each request, is no such sign: what was learned from ids
+    would never be of use. What was idle for longer may have missed a restart.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._place: tuple[object, ...] | None = None
+        self._used_at = -math.inf
+
+    def opened(self, pgconn: pq.abc.PGconn) -> None:
+        """A connection was made."""
+        place = (pgconn.host, pgconn.hostaddr, pgconn.port, pgconn.db, pgconn.server_version)
+        if place != self._place or time.monotonic() - self._used_at > GAP:
+            self._place = place
+            self.generation += 1
+        self.used()
+
+    def used(self) -> None:
+        """The server has answered."""
+        self._used_at = time.monotonic()
+
+    def lost(self) -> None:
+        """A connection was lost."""
+        self.generation += 1
+
+
+_routes: dict[str, Route] = {}
+
+
+def route_of(alias: str) -> Route:
+    """Where it leads."""
+    return _routes.get(alias) or _routes.setdefault(alias, Route())
+
+
+class _Loan(Session):
+    """The session on what Django is connected by."""
+
+    def __init__(self, conn: Connection[Any], prepare_after: int | None) -> None:
+        super().__init__(conn)
+        self._prepare_after = prepare_after  # executions; None: never
+        self._uses: dict[Statement, int] = {}
+        self._is_direct: bool | None = None  # unknown
+
+    def is_worth_preparing(self, statement: Statement, patience: float) -> bool:
+        """Whether it was run often enough, by one server process that answers for good: that is asked once.
+
+        Outside of transactions only: a `DISCARD ALL` by somebody else would break them.
+        """
+        if self._prepare_after is None:
+            return False
+        uses = self._uses[statement] = self._uses.get(statement, 0) + 1
+        if uses <= self._prepare_after:
+            return False
+        if self._is_direct is None:
+            ((pid,),) = self.execute_now(sql.BACKEND_PID, patience=patience)
+            self._is_direct = pid == self.conn.info.backend_pid  # a pooler makes up the one it tells at first
+        return self._is_direct
+
+    def forgotten(self) -> None:
+        """The server has been told to forget what was prepared: it would be again."""
+        self._prepare_after = None
+
+
+_loans: WeakKeyDictionary[BaseDatabaseWrapper, _Loan] = WeakKeyDictionary()
+
+
+def _loan_of(connection: BaseDatabaseWrapper) -> _Loan:
+    """The session on what Django is connected by now."""
+    loan = _loans.get(connection)
+    if loan is None or loan.conn is not connection.connection:
+        route = route_of(connection.alias)
+        if loan is not None and loan.conn.broken:
+            route.lost()
+        conn = connection.connection
+        route.opened(conn.pgconn)
+        options = connection.settings_dict["OPTIONS"]
+        # Django's default for the threshold is None, because of poolers: those are found out. A pool's
+        # connection comes and goes with what is prepared on it, and would have ever more of that.
+        after = None if options.get("pool") else options.get("prepare_threshold", PREPARE_AFTER)
+        loan = _loans[connection] = _Loan(conn, after)
+    return loan
+
+
+class DjangoSession:
+    """Runs the statements of `pg_layer.store` on a connection of Django's, as far as they need `execute`.
+
+    Goes past Django's cursors, which take a third of the time, unless somebody wants to see what runs.
+
+    ``patience``: seconds for each answer; None in somebody's transaction: it takes as long as it takes.
+    """
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        self.alias = connection.alias
+        self.patience: float | None = None
+        self._connection = connection
+
+    @property
+    def is_in_transaction(self) -> bool:
+        """Whether what is executed is part of a transaction: of Django's, or one it knows nothing of."""
+        connection = self._connection
+        if connection.in_atomic_block:
+            return True
+        conn = connection.connection
+        return conn is not None and (
+            not connection.autocommit or conn.pgconn.transaction_status in _TRANSACTION
+        )
+
+    @property
+    def generation(self) -> int:
+        """Differs if it may be another server than before."""
+        self._connection.ensure_connection()
+        _loan_of(self._connection)
+        return route_of(self.alias).generation
+
+    def connect(self, timeout: float) -> None:
+        """Connect, if there is no connection, or none any more. Outside of transactions."""
+        connection = self._connection
+        for _ in range(MOST_DEAD if connection.settings_dict["OPTIONS"].get("pool") else 2):
+            if connection.connection is not None:
+                if not _has_hung_up(_loan_of(connection)):
+                    break
+                self._drop()
+            with _connecting_within(connection, timeout):
+                connection.ensure_connection()
+        connection.ensure_connection()  # complains on an event loop's thread
+
+    async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
+        """As `Session.execute`; awaits nothing."""
+        connection = self._connection
+        connection.ensure_connection()
+        if self.patience is None:
+            statement = sql.for_transaction(statement)
+        is_in_transaction = self.is_in_transaction
+        try:
+            if _is_watched(connection, is_in_transaction):
+                rows = self._execute_by_cursor(statement, values)
+            else:
+                rows = self._execute_directly(statement, values)
+        except BaseException:
+            # Django would go on with a dead one. In a transaction it is to find out by itself.
+            if not is_in_transaction and connection.connection is not None and connection.connection.closed:
+                self._drop()
+            raise
+        route_of(self.alias).used()
+        return rows
+
+    def _execute_directly(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        connection, patience = self._connection, self.patience
+        connection.validate_thread_sharing()
+        with connection.wrap_database_errors, connection.connection.lock:
+            loan = _loan_of(connection)
+            loan.can_prepare = patience is not None and loan.is_worth_preparing(statement, patience)
+            try:
+                return loan.execute_now(statement, *values, patience=patience)
+            except psycopg.errors.InvalidSqlStatementName:
+                loan.forgotten()
+                raise
+
+    def _execute_by_cursor(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        with self._connection.cursor() as cursor, self._cutting():
+            # Psycopg takes a tuple for a row.
+            cursor.execute(
+                sql.for_cursor(statement),
+                [list(value) if isinstance(value, tuple) else value for value in values],
+            )
+            # In a pipeline it is fetching that waits for the answer, and tells what it is.
+            is_fetchable = cursor.description is not None or _is_pipelining(self._connection)
+            return cursor.fetchall() if is_fetchable else []
+
+    @contextmanager
+    def _cutting(self) -> Iterator[None]:
+        """Cut the connection when patience ends, as nobody but psycopg waits for the answer."""
+        if self.patience is None:
+            yield
+            return
+        watchdog = threading.Timer(self.patience, _loan_of(self._connection).cut)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
+
+    def _drop(self) -> None:
+        """Close what was lost, as Django knows nothing of it yet."""
+        route_of(self.alias).lost()
+        with suppress(DjangoError):
+            self._connection.close()
+
+
+def _has_hung_up(session: Session) -> bool:
+    """Whether the server has closed this idle connection: then nothing is lost if it is opened anew."""
+    try:
+        while session.has_hung_up and not session.is_closed:  # or has told something else
+            session.conn.pgconn.consume_input()
+    except psycopg.OperationalError:
+        return True
+    return session.is_closed
+
+
+@contextmanager
+def _connecting_within(connection: BaseDatabaseWrapper, seconds: float) -> Iterator[None]:
+    """Connect in that time, where nobody has set a shorter one: for each host, and in whole seconds.
+
+    Of no effect where Django has a pool, which connects by itself.
+    """
+    before = vars(connection).get("get_connection_params")
+    parameters_of = connection.get_connection_params
+
+    def get_connection_params() -> dict[str, Any]:
+        parameters: dict[str, Any] = parameters_of()
+        timeout = max(math.ceil(seconds), LEAST_CONNECT_TIMEOUT)
+        with suppress(TypeError, ValueError):
+            given = int(float(parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT") or 0))
+            timeout = min(timeout, given) if given > 0 else timeout
+        return {**parameters, "connect_timeout": timeout}
+
+    connection.get_connection_params = get_connection_params  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del connection.get_connection_params
+        if before is not None:
+            connection.get_connection_params = before  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------------- who wants to see what runs
+
+_DJANGO = os.path.join(os.path.dirname(getfile(django)), "")
+_ON_THE_WAY = ("cursor", "_cursor", "create_cursor", "_prepare_cursor", "make_cursor")
+
+
+def _is_watched(connection: BaseDatabaseWrapper, is_in_transaction: bool) -> bool:
+    """Whether a statement has to take the way of Django's cursors, or can take no other."""
+    pgconn = connection.connection.pgconn
+    # In a transaction that has not begun yet, psycopg begins it.
+    expected = pq.TransactionStatus.INTRANS if is_in_transaction else pq.TransactionStatus.IDLE
+    return (
+        pgconn.transaction_status != expected
+        or _is_pipelining(connection)
+        or bool(connection.execute_wrappers)
+        or connection.queries_logged
+        or connection.needs_rollback
+        or _is_replaced(connection)
+        or not connection.connection.cursor_factory.__module__.startswith("django.")
+    )
+
+
+def _is_pipelining(connection: BaseDatabaseWrapper) -> bool:
+    status: pq.PipelineStatus = connection.connection.pgconn.pipeline_status
+    return status != pq.PipelineStatus.OFF
+
+
+def _is_replaced(connection: BaseDatabaseWrapper) -> bool:
+    """Whether somebody has put something of his own in the place of Django's: to forbid or to trace."""
+    # Who takes his own away again leaves Django's bound method behind.
+    is_bound = not vars(connection).keys().isdisjoint(_ON_THE_WAY)
+    place = connection if is_bound else type(connection)
+    for function in (CursorWrapper.execute, *[getattr(place, name) for name in _ON_THE_WAY]):
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_DJANGO):
+            return True
+    return False

@@ -1,0 +1,316 @@
+"""``layer.sync`` where something goes wrong on the way: the network, the server, locks, pools."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import NotSupportedError, connection, connections, transaction
+from psycopg import sql
+
+from pg_layer import LayerUnavailable, NotMigrated, OutcomeUnknown, PostgresChannelLayer
+from tests.conftest import Observer
+from tests.faults.proxy import Proxy
+from tests.integration.test_django import postgres
+from tests.integration.test_sync import number, on_django, shown, waiting
+
+
+@pytest.fixture
+def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
+    """A layer on Django's default database, which has some patience."""
+    layer = PostgresChannelLayer(send_timeout=20)
+    with on_django(layer, default=postgres(migrated_dsn)):
+        yield layer
+
+
+@contextmanager
+def locked(dsn: str, table: str) -> Iterator[psycopg.Connection]:
+    """Nobody gets at the table until that is rolled back, in the end at the latest."""
+    with psycopg.connect(dsn) as holder:
+        holder.execute(sql.SQL("LOCK TABLE {}").format(sql.Identifier(table)))
+        yield holder
+        holder.rollback()
+
+
+def until_blocked(observer: Observer, count: int = 1) -> None:
+    """Return when so many statements wait for a lock."""
+    until(observer, "wait_event_type = 'Lock'", count)
+
+
+def until_idle(observer: Observer) -> None:
+    """Return when nobody else executes anything."""
+    until(observer, "state = 'active'", 1)
+
+
+def until(observer: Observer, condition: str, count: int) -> None:
+    """Return when that holds for so many connections of this database."""
+    query = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {condition}"
+    deadline = monotonic() + 20
+    while observer.execute(query.encode()).fetchone() != (count,):
+        assert monotonic() < deadline
+        observer.execute("SELECT pg_sleep(0.01)")
+
+
+def in_thread(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
+    """The future of a call in a thread whose connections are closed in the end."""
+
+    def run() -> Any:
+        try:
+            return call()
+        finally:
+            connections.close_all()
+
+    return pool.submit(run)
+
+
+# ---------------------------------------------------------------------- connections that are lost on the way
+
+
+@pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
+def test_a_message_is_not_sent_again_when_its_answer_is_lost(
+    migrated_dsn: str, observer: Observer, is_watched: bool
+) -> None:
+    layer = PostgresChannelLayer(send_timeout=20)
+    with Proxy(migrated_dsn) as proxy, on_django(layer, default=postgres(proxy.dsn())):
+
+        def send() -> None:
+            connection.force_debug_cursor = is_watched
+            with pytest.raises(OutcomeUnknown):
+                layer.sync.send("jobs", number(1))
+            assert connection.connection is None  # Django is not left with one that is dead
+
+        with locked(migrated_dsn, "pg_layer_message") as holder, ThreadPoolExecutor(1) as pool:
+            sending = in_thread(pool, send)
+            until_blocked(observer)
+            proxy.cut()
+            sending.result()
+            holder.rollback()
+        until_idle(observer)
+        assert waiting(observer) == 1
+
+
+def test_joining_is_tried_again_when_its_answer_is_lost(migrated_dsn: str, observer: Observer) -> None:
+    layer = PostgresChannelLayer(send_timeout=20)
+    with Proxy(migrated_dsn) as proxy, on_django(layer, default=postgres(proxy.dsn())):
+        with locked(migrated_dsn, "pg_layer_membership") as holder, ThreadPoolExecutor(1) as pool:
+            joining = in_thread(pool, lambda: layer.sync.group_add("room", "jobs"))
+            until_blocked(observer)
+            proxy.cut()
+            until_blocked(observer, 2)
+            holder.rollback()
+            joining.result()
+        assert layer.sync.group_channels("room") == ["jobs"]
+
+
+def test_a_pool_whose_connections_are_all_dead(migrated_dsn: str, observer: Observer) -> None:
+    layer = PostgresChannelLayer()
+    options = {"pool": {"min_size": 5, "max_size": 5}}
+    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
+        wrapper: Any = connections["default"]
+        wrapper.pool.open(wait=True)
+        observer.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        layer.sync.send("jobs", number(1))
+        assert waiting(observer) == 1
+        wrapper.close()
+        wrapper.close_pool()
+
+
+# ---------------------------------------------------------------------- what takes too long
+
+
+@pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
+def test_patience_ends_and_django_goes_on(migrated_dsn: str, observer: Observer, is_watched: bool) -> None:
+    layer = PostgresChannelLayer(send_timeout=0.5)
+    with on_django(layer, default=postgres(migrated_dsn)):
+        connection.force_debug_cursor = is_watched
+        layer.sync.send("jobs", number(1))
+        with locked(migrated_dsn, "pg_layer_message"):
+            with pytest.raises(LayerUnavailable):
+                layer.sync.send("jobs", number(2))
+            assert shown("server_version_num")
+            until_blocked(observer)  # the server knows nothing of it
+        connection.force_debug_cursor = False
+
+
+@pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
+def test_in_a_transaction_it_takes_as_long_as_it_takes(
+    migrated_dsn: str, observer: Observer, is_watched: bool
+) -> None:
+    layer = PostgresChannelLayer(send_timeout=0.1)
+    with on_django(layer, default=postgres(migrated_dsn)):
+
+        def send() -> None:
+            connection.force_debug_cursor = is_watched
+            with transaction.atomic():
+                layer.sync.send("jobs", number(1))
+
+        with locked(migrated_dsn, "pg_layer_message") as holder, ThreadPoolExecutor(1) as pool:
+            sending = in_thread(pool, send)
+            until_blocked(observer)
+            observer.execute("SELECT pg_sleep(0.5)")
+            assert not sending.done()
+            holder.rollback()
+            sending.result()
+        assert waiting(observer) == 1
+
+
+def test_a_server_that_accepts_and_says_nothing(migrated_dsn: str) -> None:
+    layer = PostgresChannelLayer(send_timeout=1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = str(silent.getsockname()[1])
+        with on_django(layer, default={**postgres(migrated_dsn), "PORT": port}):
+            wrapper = connections["default"]
+            begun_at = monotonic()
+            with pytest.raises(LayerUnavailable, match="could not be reached"):
+                layer.sync.send("jobs", number(1))
+            assert monotonic() - begun_at < 20  # without a bound it is two minutes
+            assert "connect_timeout" not in wrapper.get_connection_params()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"PASSWORD": "wrong", "USER": "nobody"}, "authentication|does not exist|pg_hba"),
+        ({"NAME": "no_such_database"}, "does not exist"),
+    ],
+    ids=["user", "database"],
+)
+def test_what_is_hopeless_is_said_at_once(
+    migrated_dsn: str, wrong: dict[str, str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = PostgresChannelLayer(send_timeout=3600)
+
+    def never(seconds: float) -> None:
+        raise AssertionError("It is tried again.")
+
+    with on_django(layer, default={**postgres(migrated_dsn), **wrong}):
+        with monkeypatch.context() as patch:
+            patch.setattr("time.sleep", never)
+            with pytest.raises(LayerUnavailable, match=why):
+                layer.sync.send("jobs", number(1))
+        with pytest.raises(LayerUnavailable, match=why):
+            asyncio.run(asyncio.wait_for(layer.send("jobs", number(1)), 60))
+
+
+# ---------------------------------------------------------------------- a server that knows no NOTIFY
+
+
+@pytest.fixture
+def refusing(layer: PostgresChannelLayer, observer: Observer) -> None:
+    """NOTIFY is refused. A stand-in for servers that know none."""
+    observer.execute("CREATE SCHEMA refusing")
+    observer.execute("CREATE TABLE note (text text)")
+    observer.execute(
+        "CREATE FUNCTION refusing.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE feature_not_supported USING MESSAGE = 'NOTIFY is not supported'; END $$"
+    )
+    observer.execute(
+        sql.SQL("ALTER DATABASE {} SET search_path = refusing, pg_catalog, public").format(
+            sql.Identifier(observer.info.dbname)
+        )
+    )
+
+
+def noted() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("INSERT INTO note VALUES ('x')")
+
+
+def notes(observer: Observer) -> int:
+    return len(observer.execute("SELECT FROM note").fetchall())
+
+
+@pytest.mark.usefixtures("refusing")
+def test_where_notify_is_refused_messages_are_written_without(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
+    layer.sync.send("jobs", number(1))
+    layer.sync.send_many([("jobs", number(2)), ("other", number(3))])
+    assert waiting(observer) == 3
+    assert layer.stats()["refused_notifies"] == 2
+
+
+@pytest.mark.usefixtures("refusing")
+def test_transactions_survive_a_refusal_once_one_is_known(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
+    with transaction.atomic():
+        noted()
+        with pytest.raises(NotSupportedError):
+            layer.sync.send("jobs", number(0))
+        transaction.set_rollback(True)
+    assert notes(observer) == 0
+    with transaction.atomic():
+        noted()
+        layer.sync.send("jobs", number(1))
+        layer.sync.group_send("room", number(2))
+        noted()
+        layer.sync.send_many([("jobs", number(3)), ("jobs", number(4))])
+    with connection.connection.transaction():
+        noted()
+        layer.sync.send("jobs", number(5))
+    assert notes(observer) == 3
+    assert waiting(observer) == 4
+    # Each tries, and will ring when it may.
+    observer.execute("DROP FUNCTION refusing.pg_notify")
+    with psycopg.connect(observer.info.dsn, password=observer.info.password, autocommit=True) as listener:
+        listener.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', 'jobs'))")
+        with transaction.atomic():
+            layer.sync.send("jobs", number(6))
+        assert len(list(listener.notifies(timeout=20, stop_after=1))) == 1
+
+
+@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_refusal_outside_of_transactions_is_known_within(
+    layer: PostgresChannelLayer, observer: Observer, is_async: bool
+) -> None:
+    if is_async:
+        asyncio.run(layer.send("jobs", number(1)))
+    else:
+        layer.sync.send("jobs", number(1))
+    with transaction.atomic():
+        noted()
+        layer.sync.send("jobs", number(2))
+    assert notes(observer) == 1
+    assert waiting(observer) == 2
+
+
+# ---------------------------------------------------------------------- tables that are missing
+
+
+def test_missing_tables_are_said_in_every_kind_of_transaction(fresh_database: str) -> None:
+    layer = PostgresChannelLayer()
+    with on_django(layer, default=postgres(fresh_database)):
+        with pytest.raises(NotMigrated):
+            layer.sync.send("jobs", number(1))
+        with pytest.raises(NotMigrated), transaction.atomic():
+            layer.sync.send("jobs", number(1))
+    for _ in range(2):  # with the connection that it makes, and with one that is there
+        with on_django(layer, default={**postgres(fresh_database), "AUTOCOMMIT": False}):
+            with pytest.raises(NotMigrated):
+                layer.sync.send("jobs", number(1))
+            transaction.rollback()
+            with pytest.raises(NotMigrated):
+                layer.sync.send("jobs", number(1))
+            transaction.rollback()
+
+
+def test_an_older_function_is_said_to_be_out_of_date(layer: PostgresChannelLayer, observer: Observer) -> None:
+    observer.execute("ALTER TABLE pg_layer_message RENAME COLUMN nonce TO once")
+    with pytest.raises(NotMigrated):
+        layer.sync.send("jobs", number(1))
+    with pytest.raises(NotMigrated), transaction.atomic():
+        layer.sync.send("jobs", number(1))
