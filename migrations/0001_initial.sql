@@ -181,6 +181,7 @@ DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
     _lapsed text[];
+    _refused boolean[];  -- by position; looked up in it, as a list of positions is walked for each message
     _inboxes text[];
     _firsts bigint[];
     _lasts bigint[];
@@ -205,32 +206,42 @@ BEGIN
             WHERE m.inbox = t.inbox AND m.id >= t.floor AND m.expires_at > _now AND m.channel IS NOT NULL
         ) AS w;
 
+        IF _lapsed IS NOT NULL THEN
+            _refused := ARRAY(
+                SELECT l.inbox IS NOT NULL
+                FROM unnest(_channels) WITH ORDINALITY AS s (channel, position)
+                LEFT JOIN unnest(_lapsed) AS l (inbox) ON l.inbox = pg_layer_inbox(_prefix, s.channel)
+                ORDER BY s.position);
+        END IF;
         -- Only where an inbox holds enough for a channel of it to be full is it counted which.
         IF waiting + cardinality(_channels) > (SELECT min(c) FROM unnest(_capacities) AS c) THEN
-            SELECT array_agg(s.position) INTO full_positions
+            SELECT array_agg(s.position) FILTER (WHERE s.is_full), array_agg(s.is_full OR s.is_lapsed ORDER BY s.position)
+            INTO full_positions, _refused
             FROM (
-                SELECT s.position, s.capacity, s.channel,
-                    row_number() OVER (PARTITION BY s.channel ORDER BY s.position) AS place
-                FROM unnest(_channels, _capacities) WITH ORDINALITY AS s (channel, capacity, position)
-                WHERE _lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed)
-            ) AS s
-            LEFT JOIN (
-                SELECT m.channel, count(*) AS count
-                FROM unnest(floor_inboxes, floor_ids) AS t (inbox, first)
-                JOIN pg_layer_message AS m ON m.inbox = t.inbox AND m.id >= t.first
-                WHERE m.expires_at > _now AND m.channel IS NOT NULL
-                GROUP BY m.channel
-            ) AS w ON w.channel = s.channel
-            WHERE coalesce(w.count, 0) + s.place > s.capacity;
+                SELECT s.position, s.is_lapsed, NOT s.is_lapsed AND s.capacity < coalesce(w.count, 0)
+                    + row_number() OVER (PARTITION BY s.channel ORDER BY s.position) AS is_full
+                FROM (
+                    SELECT s.channel, s.capacity, s.position, coalesce(s.refused, false) AS is_lapsed
+                    FROM unnest(_channels, _capacities, _refused) WITH ORDINALITY
+                        AS s (channel, capacity, refused, position)
+                ) AS s
+                LEFT JOIN (
+                    SELECT m.channel, count(*) AS count
+                    FROM unnest(floor_inboxes, floor_ids) AS t (inbox, first)
+                    JOIN pg_layer_message AS m ON m.inbox = t.inbox AND m.id >= t.first
+                    WHERE m.expires_at > _now AND m.channel IS NOT NULL
+                    GROUP BY m.channel
+                ) AS w ON w.channel = s.channel
+            ) AS s;
         END IF;
     END IF;
 
     WITH written AS (
         INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
         SELECT pg_layer_inbox(_prefix, s.channel), _nonce, s.channel, s.payload, _now + make_interval(secs => s.expiry)
-        FROM unnest(_channels, _payloads, _expiries) WITH ORDINALITY AS s (channel, payload, expiry, position)
-        WHERE (full_positions IS NULL OR s.position <> ALL (full_positions))
-            AND (_lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed))
+        FROM unnest(_channels, _payloads, _expiries, _refused) WITH ORDINALITY
+            AS s (channel, payload, expiry, is_refused, position)
+        WHERE s.is_refused IS NOT TRUE
         ORDER BY s.position
         RETURNING inbox, id
     )
@@ -242,12 +253,10 @@ BEGIN
         GROUP BY w.inbox
     ) AS b;
 
-    IF full_positions IS NOT NULL OR _lapsed IS NOT NULL THEN
+    IF _refused IS NOT NULL THEN
         _positions := ARRAY(
-            SELECT s.position FROM unnest(_channels) WITH ORDINALITY AS s (channel, position)
-            WHERE (full_positions IS NULL OR s.position <> ALL (full_positions))
-                AND (_lapsed IS NULL OR pg_layer_inbox(_prefix, s.channel) <> ALL (_lapsed))
-            ORDER BY s.position);
+            SELECT s.position FROM unnest(_refused) WITH ORDINALITY AS s (is_refused, position)
+            WHERE NOT s.is_refused ORDER BY s.position);
     END IF;
     FOR _i IN 1 .. coalesce(cardinality(_inboxes), 0) LOOP
         IF _firsts[_i] = _lasts[_i] AND _inboxes[_i] NOT LIKE '%!:%' THEN

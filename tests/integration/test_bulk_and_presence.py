@@ -106,6 +106,43 @@ async def test_a_single_among_many_is_told_that_its_channel_is_full(make_layer: 
     assert await numbers(layer, channel, 4) == [0, 1, 2, 3]
 
 
+async def test_the_most_that_a_call_takes_go_to_a_full_channel_and_to_the_dead(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    # Looked through once for each message, a list of those that are refused would take many minutes.
+    layer = make_layer(send_timeout=60)
+    assert sum(await layer.send_many([("jobs", {"number": n}) for n in range(100_000)])) == 100
+    assert await numbers(layer, "jobs", 100) == list(range(100))
+    observer.execute(
+        "INSERT INTO pg_layer_client (inbox, expires_at)"
+        " SELECT 'asgi!dead' || n, clock_timestamp() FROM generate_series(0, 99998) AS n"
+    )
+    dead = [(f"specific.dead{n}!1", {"number": n}) for n in range(99_999)]
+    assert all(await layer.send_many([*dead, ("jobs", {"number": 7})]))
+    assert await numbers(layer, "jobs", 1) == [7]
+    assert observer.execute("SELECT count(*) FROM pg_layer_message WHERE inbox LIKE '%dead%'").fetchone() == (
+        0,
+    )
+
+
+async def test_of_many_for_the_full_the_dead_and_others_each_is_treated_as_its_own(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer = make_layer(capacity=2)
+    await listen(layer)
+    own = await layer.new_channel()
+    observer.execute(
+        "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!dead', clock_timestamp())"
+    )
+    names = ["jobs", "specific.dead!1", own, "jobs", "jobs", "specific.dead!1", "others", "jobs", own, own]
+    accepted = await layer.send_many([(name, {"number": n}) for n, name in enumerate(names)])
+    # What is sent to the dead is accepted, as their end may not be known yet, and goes nowhere.
+    assert [n for n, was_accepted in enumerate(accepted) if not was_accepted] == [4, 7, 9]
+    assert await numbers(layer, own, 2) == [2, 8]
+    assert await numbers(layer, "jobs", 2) == [0, 3]
+    assert await numbers(layer, "others", 1) == [6]
+
+
 async def test_many_of_none(make_layer: MakeLayer, observer: Observer) -> None:
     layer = make_layer()
     assert await layer.send_many([]) == await layer.group_send_many(iter(())) == []
