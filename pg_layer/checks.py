@@ -32,11 +32,7 @@ def register_checks() -> None:
 def configs() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
     """The entries of CHANNEL_LAYERS that are ours: alias and options, or what is wrong with these."""
     for alias, entry in channel_layers.configs.items():
-        try:
-            backend = import_string(entry["BACKEND"])
-        except (ImportError, KeyError, TypeError, AttributeError):
-            continue  # Channels says what is wrong with it
-        if not (isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)):
+        if not is_ours(entry):
             continue
         options = entry.get("CONFIG", {})
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
@@ -50,6 +46,15 @@ def configs() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
         else:
             if isinstance(layer, PostgresChannelLayer):  # and not another that a test has set
                 yield alias, layer.config
+
+
+def is_ours(entry: Any) -> bool:
+    """Whether an entry of CHANNEL_LAYERS is ours. What is wrong with one that is not, Channels says."""
+    try:
+        backend = import_string(entry["BACKEND"])
+    except (ImportError, KeyError, TypeError, AttributeError):
+        return False
+    return isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)
 
 
 def check_settings(**kwargs: Any) -> list[CheckMessage]:

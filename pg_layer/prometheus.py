@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 from channels.layers import BaseChannelLayer, channel_layers
 from django.core.exceptions import ImproperlyConfigured
-from django.utils.module_loading import import_string
 
+from pg_layer.checks import is_ours
 from pg_layer.layer import PostgresChannelLayer
 from pg_layer.stats import Stats
 
@@ -153,7 +153,7 @@ def register(registry: CollectorRegistry = REGISTRY) -> Collector:
     A second time it returns the collector that the registry has already. Raises `ImproperlyConfigured` if
     there is no such layer, and `prometheus_client`'s `ValueError` if the registry has another `Collector`.
     """
-    aliases = [alias for alias, config in channel_layers.configs.items() if _is_ours(config.get("BACKEND"))]
+    aliases = [alias for alias, entry in channel_layers.configs.items() if is_ours(entry)]
     if not aliases:
         raise ImproperlyConfigured(
             "pg_layer.prometheus.register() found no layer of pg_layer in CHANNEL_LAYERS: "
@@ -171,11 +171,6 @@ def register(registry: CollectorRegistry = REGISTRY) -> Collector:
         return _registered[registry]
     _registered[registry] = collector
     return collector
-
-
-def _is_ours(backend: str | None) -> bool:
-    kind = import_string(backend) if backend else None
-    return isinstance(kind, type) and issubclass(kind, PostgresChannelLayer)
 
 
 def _labels(spec: _Spec) -> list[str]:

@@ -243,6 +243,8 @@ SETTINGS: dict[str, Any] = {
     "default": {"BACKEND": "pg_layer.PostgresChannelLayer"},
     "chat": {"BACKEND": "pg_layer.PostgresChannelLayer"},
     "memory": {"BACKEND": "channels.layers.InMemoryChannelLayer"},
+    "missing": {"BACKEND": "not_installed.ChannelLayer"},
+    "wrong": {},
 }
 
 
