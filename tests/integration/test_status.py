@@ -14,22 +14,28 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from django.apps import apps
+from django.core.management import CommandError, call_command
 from psycopg.conninfo import make_conninfo
 
 from devtools.postgres import PostgresServer
+from pg_layer import PostgresChannelLayer
 from pg_layer.config import load
 from pg_layer.connections import connection_kwargs
-from pg_layer.management.commands import _status_text
+from pg_layer.management.commands import _status_text, pg_layer_status
 from pg_layer.status import Status, in_words
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.test_notify_refused import full_queue
+from tests.integration.test_django import postgres
 from tests.processes import Processes, listen, read, until
 from tests.project.commands import ROOT, environment, eventually, manage, run, started
+from tests.project.configured import configured
 
 COMMAND = ("-m", "tests.project.manage", "pg_layer_status")
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
@@ -388,6 +394,19 @@ def migrate(dsn: str) -> None:
         for file in sorted(MIGRATIONS.glob("*.sql")):
             if not file.stem.endswith("_reverse"):
                 connection.execute(file.read_bytes())
+
+
+def test_who_calls_it_from_python_is_told_by_an_error(migrated_dsn: str, observer: Observer) -> None:
+    layer = PostgresChannelLayer()
+    with configured(layer, DATABASES={"default": postgres(migrated_dsn)}):
+        apps.populate([])
+        shown = StringIO()
+        with pytest.raises(CommandError, match="There was no sweep yet") as raised:
+            call_command(pg_layer_status.Command(), stdout=shown)
+        assert raised.value.returncode == 1
+        assert shown.getvalue().startswith("problem: There was no sweep yet")
+        sweep(observer)
+        call_command(pg_layer_status.Command(), stdout=StringIO())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "JSON"])

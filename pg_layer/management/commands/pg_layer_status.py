@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from django.core.management.base import CommandParser
+from django.core.management.base import CommandError, CommandParser
 
 from pg_layer import store
 from pg_layer.config import Config
@@ -26,6 +26,12 @@ class Command(LayerCommand):
         "Shows whether all is well with a channel layer: its clients, groups and channels with a backlog, "
         "what was dropped, its tables, NOTIFY's queue and the last sweep. Ends with 1 unless all is well."
     )
+
+    _is_in_shell = False
+
+    def run_from_argv(self, argv: list[str]) -> None:
+        self._is_in_shell = True
+        super().run_from_argv(argv)
 
     def add_arguments(self, parser: CommandParser) -> None:
         super().add_arguments(parser)
@@ -57,8 +63,10 @@ class Command(LayerCommand):
         show = self._show_json if options["json"] else self._show_text
         if options["watch"] is not None:
             self._watch(config, options, show)
-        elif not self._look(config, options, show):
-            sys.exit(1)
+        elif problems := self._look(config, options, show):
+            if self._is_in_shell:
+                sys.exit(1)  # what is wrong has been said
+            raise CommandError("; ".join(problems), returncode=1)
 
     def _watch(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> None:
         try:
@@ -70,8 +78,8 @@ class Command(LayerCommand):
         except KeyboardInterrupt:
             pass
 
-    def _look(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> bool:
-        """Look, and show it; returns whether all is well."""
+    def _look(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> list[str]:
+        """Look, and show it; returns what is wrong."""
         sweep_age = options["sweep_age"]
         try:
             with connected_now(config) as conn:
@@ -82,7 +90,7 @@ class Command(LayerCommand):
         except PgLayerError as error:
             status, problems = None, [" ".join(str(error).split())]
         show(status, problems, options)
-        return not problems
+        return problems
 
     def _show_json(self, status: Status | None, problems: list[str], options: dict[str, Any]) -> None:
         # Where the database could not be asked, there is nothing else to tell.
