@@ -634,14 +634,13 @@ BEGIN
 END
 $$;
 
--- Who is in a group: its live members' channels. Those of a process without a lease are not.
+-- Who is in a group: its live members' channels, as pg_layer_group_send knows them: not those of a process whose lease is over.
 CREATE FUNCTION pg_layer_group_channels(_prefix text, _group text) RETURNS SETOF text
 LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
     SELECT m.channel FROM pg_layer_membership AS m
     WHERE m.group_name = _group AND m.inbox > _prefix || '!' AND m.inbox < _prefix || '"'
         AND m.expires_at > clock_timestamp()
-        AND (m.capacity IS NOT NULL
-             OR (SELECT c.expires_at > clock_timestamp() FROM pg_layer_client AS c WHERE c.inbox = m.inbox))
+        AND coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
     ORDER BY m.inbox, m.channel
 $$;
 
@@ -651,7 +650,7 @@ CREATE VIEW pg_layer_group AS
         m.group_name, count(*) AS members, count(DISTINCT m.inbox) AS inboxes
     FROM pg_layer_membership AS m
     LEFT JOIN pg_layer_client AS c ON c.inbox = m.inbox
-    WHERE m.expires_at > clock_timestamp() AND (m.capacity IS NOT NULL OR c.expires_at > clock_timestamp())
+    WHERE m.expires_at > clock_timestamp() AND coalesce(c.expires_at > now(), true)
     GROUP BY prefix, m.group_name;
 
 -- Put back memberships that a client remembers and the tables may have lost (a crash, a failover, a lapsed lease).

@@ -256,6 +256,27 @@ def test_a_message_never_leaves_a_transaction_that_is_rolled_back(
     assert received(reader, other, 0) == []
 
 
+def test_a_strict_transaction_counts_those_that_it_sends_to(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
+) -> None:
+    member = joined(reader, "room")
+    # In its snapshot the lease is about to run out. That it is renewed meanwhile is not to be seen in there.
+    ends = observer.execute(
+        "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '0.5 s' RETURNING expires_at"
+    ).fetchone()
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        assert layer.sync.group_count("room") == 1
+        observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 hour'")
+        observer.execute("SELECT pg_sleep_until(%s)", ends)
+        assert layer.sync.group_count("room") == 1
+        assert layer.sync.group_channels("room") == [member]
+        cursor.execute("SELECT sum(members) FROM pg_layer_group")
+        assert cursor.fetchone() == (1,)
+        layer.sync.group_send("room", number(1))
+    assert received(reader, member, 1) == [1]
+
+
 def test_nor_a_savepoint_that_is(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
     member = joined(reader, "room")
     with transaction.atomic():
