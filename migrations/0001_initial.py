@@ -68,6 +68,7 @@ class Migration(migrations.Migration):
                         ("channel", name()),
                         ("expires_at", models.DateTimeField()),
                         ("capacity", models.IntegerField(null=True)),
+                        ("put_back", models.BooleanField(default=False)),
                     ],
                     options={"db_table": "pg_layer_membership"},
                 ),

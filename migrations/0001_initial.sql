@@ -33,6 +33,7 @@ CREATE TABLE pg_layer_membership (
     channel    text COLLATE "C" NOT NULL,
     expires_at timestamptz NOT NULL,                      -- infinity: as long as its client's lease
     capacity   integer,                                   -- of a normal channel
+    put_back   boolean NOT NULL DEFAULT false,            -- by its client, and nobody has joined since: see pg_layer_reassert
     PRIMARY KEY (group_name, inbox, channel)
 );
 ALTER TABLE pg_layer_membership SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 20000);
@@ -561,8 +562,10 @@ $$;
 
 -- Tell the owners of other clients' channels of a change of membership: a row in their inbox, so that it takes its place in
 -- the order.
+--   _unseen: inboxes of clients without a lease so far. When they come, they are to see to it that the membership lasts until
+--       _expires_at (seconds since 1970, in the payload); the row itself does not wait for ever
 CREATE FUNCTION pg_layer_tell(
-    _prefix text, _own_inbox text, _kind text, _groups text[], _channels text[], _expires_at timestamptz
+    _prefix text, _own_inbox text, _kind text, _groups text[], _channels text[], _expires_at timestamptz, _unseen text[]
 ) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -576,10 +579,15 @@ BEGIN
         RETURN;
     END IF;
     WITH written AS (
-        INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, expires_at)
-        SELECT pg_layer_inbox(_prefix, c.channel), _nonce, _kind, c.channel, c.group_name, _expires_at
-        FROM unnest(_groups, _channels) AS c (group_name, channel)
-        WHERE position('!' IN c.channel) > 0 AND pg_layer_inbox(_prefix, c.channel) IS DISTINCT FROM _own_inbox
+        INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, payload, expires_at)
+        SELECT c.inbox, _nonce, _kind, c.channel, c.group_name,
+            CASE WHEN c.is_unseen THEN convert_to(extract(epoch FROM _expires_at)::text, 'UTF8') ELSE '' END,
+            CASE WHEN c.is_unseen THEN least(_expires_at, clock_timestamp() + interval '1 day') ELSE _expires_at END
+        FROM (
+            SELECT c.*, i.inbox, coalesce(i.inbox = ANY (_unseen), false) AS is_unseen
+            FROM unnest(_groups, _channels) AS c (group_name, channel), pg_layer_inbox(_prefix, c.channel) AS i (inbox)
+        ) AS c
+        WHERE position('!' IN c.channel) > 0 AND c.inbox IS DISTINCT FROM _own_inbox
         RETURNING inbox, id
     )
     SELECT count(pg_layer_ring(b.inbox, _nonce, b.first, b.last)) INTO _rung
@@ -588,7 +596,8 @@ END
 $$;
 
 -- Change memberships: some channels join their groups, some leave. No (group, channel) may stand twice.
---   _own_inbox: the caller's own client, which needs no telling of its own channels; null: every owner is told
+--   _own_inbox: the caller's own client, which needs no telling of its own channels; null: every owner is told, and what
+--       somebody's transaction holds is waited for
 --   _expiry: seconds, or null for as long as the client's lease
 --   returns: messages up to this id were sent before the joining, and when the memberships end (seconds since 1970)
 CREATE FUNCTION pg_layer_regroup(
@@ -602,32 +611,47 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
 DECLARE
     _now timestamptz := clock_timestamp();
     _expires_at timestamptz := CASE WHEN _expiry IS NULL THEN 'infinity' ELSE _now + make_interval(secs => _expiry) END;
+    _unseen text[];
 BEGIN
+    IF _own_inbox IS NOT NULL THEN
+        -- The layer's own statement. It carries changes of many, who must not all wait for what one transaction holds.
+        PERFORM set_config('lock_timeout', '100ms', true);
+    END IF;
     IF cardinality(_leave_groups) > 0 THEN
-        -- Row by row in the order of the keys, as everybody does who writes here: so nobody deadlocks.
+        -- Row by row in the order of the keys, as everybody does who writes here: so statements do not deadlock each other,
+        -- where each is a transaction. Transactions of several do, if they change the same memberships in different orders.
         DELETE FROM pg_layer_membership AS m USING (
             SELECT l.group_name COLLATE "C", pg_layer_inbox(_prefix, l.channel) COLLATE "C" AS inbox, l.channel COLLATE "C"
             FROM unnest(_leave_groups, _leave_channels) AS l (group_name, channel)
             ORDER BY 1, 2, 3
         ) AS l
         WHERE m.group_name = l.group_name AND m.inbox = l.inbox AND m.channel = l.channel;
-        PERFORM pg_layer_tell(_prefix, _own_inbox, 'leave', _leave_groups, _leave_channels, _now + interval '1 day');
+        PERFORM pg_layer_tell(_prefix, _own_inbox, 'leave', _leave_groups, _leave_channels, _now + interval '1 day', NULL);
     END IF;
     IF cardinality(_join_groups) > 0 THEN
-        -- A client that joins before its first receive() has a lease from here on.
-        INSERT INTO pg_layer_client (inbox, expires_at)
-        SELECT DISTINCT pg_layer_inbox(_prefix, j.channel), _now + make_interval(secs => _lease)
-        FROM unnest(_join_channels) AS j (channel) WHERE position('!' IN j.channel) > 0
-        ORDER BY 1
-        ON CONFLICT DO NOTHING;
+        -- The caller has a lease from here on, also before its first receive(). Others take theirs themselves: made here, in
+        -- somebody's transaction, it would keep them waiting. Of those that have none nobody knows whether they live: they are
+        -- members for the length of a lease, and see to the rest when they come.
+        WITH joining AS (
+            SELECT DISTINCT pg_layer_inbox(_prefix, j.channel) AS inbox
+            FROM unnest(_join_channels) AS j (channel) WHERE position('!' IN j.channel) > 0
+        ), leased AS (
+            INSERT INTO pg_layer_client (inbox, expires_at)
+            SELECT j.inbox, _now + make_interval(secs => _lease) FROM joining AS j WHERE j.inbox = _own_inbox
+            ON CONFLICT DO NOTHING
+        )
+        SELECT array_agg(j.inbox) INTO _unseen FROM joining AS j
+        WHERE j.inbox IS DISTINCT FROM _own_inbox AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = j.inbox);
         INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at, capacity)
-        SELECT j.group_name COLLATE "C", pg_layer_inbox(_prefix, j.channel) COLLATE "C", j.channel COLLATE "C", _expires_at,
+        SELECT j.group_name COLLATE "C", pg_layer_inbox(_prefix, j.channel) COLLATE "C", j.channel COLLATE "C",
+            CASE WHEN _unseen IS NULL OR pg_layer_inbox(_prefix, j.channel) <> ALL (_unseen) THEN _expires_at
+                ELSE least(_expires_at, _now + make_interval(secs => _lease)) END,
             CASE WHEN position('!' IN j.channel) = 0 THEN j.capacity END
         FROM unnest(_join_groups, _join_channels, _join_capacities) AS j (group_name, channel, capacity)
         ORDER BY 1, 2, 3
         ON CONFLICT (group_name, inbox, channel)
-            DO UPDATE SET expires_at = excluded.expires_at, capacity = excluded.capacity;
-        PERFORM pg_layer_tell(_prefix, _own_inbox, 'join', _join_groups, _join_channels, _expires_at);
+            DO UPDATE SET expires_at = excluded.expires_at, capacity = excluded.capacity, put_back = false;
+        PERFORM pg_layer_tell(_prefix, _own_inbox, 'join', _join_groups, _join_channels, _expires_at, _unseen);
     END IF;
     since_id := nextval('pg_layer_message_id_seq');
     expires_at := extract(epoch FROM _expires_at);
@@ -653,17 +677,55 @@ CREATE VIEW pg_layer_group AS
     WHERE m.expires_at > clock_timestamp() AND coalesce(c.expires_at > now(), true)
     GROUP BY prefix, m.group_name;
 
--- Put back memberships that a client remembers and the tables may have lost (a crash, a failover, a lapsed lease).
+-- Put back memberships that a client remembers and the tables may have lost (a crash, a failover, a lapsed lease), or that
+-- end too early. What somebody is changing right now is left to him: he tells the client. It is not waited for, but where
+-- he joins what is missing here: that fails when it takes long.
 --   _ttls: seconds each has left, or null for as long as the client's lease
-CREATE FUNCTION pg_layer_reassert(_inbox text, _groups text[], _channels text[], _ttls float8[]) RETURNS void
-LANGUAGE sql SET enable_seqscan = off SET jit = off AS $$
-    INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at)
+--   returns: which of them were put back, and stand as that: the client may be about to learn that they had left before, and
+--       is to withdraw them then
+CREATE FUNCTION pg_layer_reassert(
+    _inbox text, _groups text[], _channels text[], _ttls float8[], OUT back_groups text[], OUT back_channels text[]
+)
+LANGUAGE plpgsql SET lock_timeout = '100ms' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+    SET jit = off AS $$
+BEGIN
+    WITH wanted AS (
+        SELECT r.group_name, r.channel,
+            CASE WHEN r.ttl IS NULL THEN 'infinity' ELSE clock_timestamp() + make_interval(secs => r.ttl) END AS expires_at
+        FROM unnest(_groups, _channels, _ttls) AS r (group_name, channel, ttl)
+    ), early AS MATERIALIZED (
+        SELECT m.group_name, m.channel, w.expires_at
+        FROM wanted AS w
+        JOIN pg_layer_membership AS m ON m.group_name = w.group_name AND m.inbox = _inbox AND m.channel = w.channel
+        WHERE m.expires_at < w.expires_at
+        FOR UPDATE OF m SKIP LOCKED
+    )
+    UPDATE pg_layer_membership AS m SET expires_at = e.expires_at
+    FROM early AS e WHERE m.group_name = e.group_name AND m.inbox = _inbox AND m.channel = e.channel;
+    INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at, put_back)
     SELECT r.group_name COLLATE "C", _inbox, r.channel COLLATE "C",
-        CASE WHEN r.ttl IS NULL THEN 'infinity' ELSE clock_timestamp() + make_interval(secs => r.ttl) END
+        CASE WHEN r.ttl IS NULL THEN 'infinity' ELSE clock_timestamp() + make_interval(secs => r.ttl) END, true
     FROM unnest(_groups, _channels, _ttls) AS r (group_name, channel, ttl)
+    WHERE NOT EXISTS (SELECT FROM pg_layer_membership AS m
+                      WHERE m.group_name = r.group_name AND m.inbox = _inbox AND m.channel = r.channel)
     ORDER BY 1, 2, 3
-    ON CONFLICT (group_name, inbox, channel) DO UPDATE SET expires_at = excluded.expires_at
-    WHERE m.expires_at < excluded.expires_at
+    ON CONFLICT DO NOTHING;
+    SELECT array_agg(m.group_name), array_agg(m.channel) INTO back_groups, back_channels
+    FROM unnest(_groups, _channels) AS r (group_name, channel)
+    JOIN pg_layer_membership AS m ON m.group_name = r.group_name AND m.inbox = _inbox AND m.channel = r.channel
+    WHERE m.put_back;
+END
+$$;
+
+-- Remove memberships that a client had put back, and has learnt since that they had left. One that has joined anew stays.
+CREATE FUNCTION pg_layer_withdraw(_inbox text, _groups text[], _channels text[]) RETURNS void
+LANGUAGE sql SET lock_timeout = '100ms' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+    SET jit = off AS $$
+    DELETE FROM pg_layer_membership AS m USING (
+        SELECT w.group_name COLLATE "C", w.channel COLLATE "C"
+        FROM unnest(_groups, _channels) AS w (group_name, channel) ORDER BY 1, 2
+    ) AS w
+    WHERE m.group_name = w.group_name AND m.inbox = _inbox AND m.channel = w.channel AND m.put_back
 $$;
 
 
@@ -767,8 +829,10 @@ DECLARE
     _ids bigint[];
     _nonces bigint[];
 BEGIN
-    -- Kept for a day with a lease that is over, so that nothing more is written for it.
-    UPDATE pg_layer_client AS c SET expires_at = clock_timestamp(), ended_at = clock_timestamp() WHERE c.inbox = _inbox;
+    -- Kept for a day with a lease that is over, so that nothing more is written for it; also where it never had one, as when
+    -- a transaction has its channels join.
+    INSERT INTO pg_layer_client AS c (inbox, expires_at, ended_at) VALUES (_inbox, clock_timestamp(), clock_timestamp())
+    ON CONFLICT (inbox) DO UPDATE SET expires_at = excluded.expires_at, ended_at = excluded.ended_at;
     DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.id = ANY (_done_ids) AND m.nonce = ANY (_done_nonces);
     SELECT array_agg(m.id), array_agg(m.nonce) INTO _ids, _nonces
     FROM pg_layer_message AS m WHERE m.inbox = _inbox AND position('!' IN m.channel) = 0;

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import socket
 import time
@@ -25,11 +24,11 @@ from pg_layer.faults import READ_ONLY
 from pg_layer.listener import Listener
 from pg_layer.outage import Outage
 from pg_layer.receiver import Receiver
+from pg_layer.restorer import Restorer
 from pg_layer.session import Session
 
 logger = logging.getLogger("pg_layer")
 
-REASSERT_MOST = 5000  # memberships a statement
 FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
 PING_PATIENCE = 3.0  # seconds
 POOLED = "a connection pooler is between that does not keep LISTEN; CONFIG['listen_dsn'] is to lead past it."
@@ -56,6 +55,8 @@ class Liveness:
         self._receiver = receiver
         self._outage = outage
         self._spawn = spawn
+        self._restorer = Restorer(client, connections, outage, spawn)
+        receiver.on_told = self._restorer.told
         self._listener: Listener | None = None
         self._is_receiving = False
         self._has_listened = False
@@ -101,9 +102,10 @@ class Liveness:
     async def _on_connect(self, session: Session) -> None:
         self._is_pooled = not await store.is_direct(session)
         await self._renew_on(session, None)
-        await self._reassert_on(session)
         self._proved_at = time.monotonic()
         await self._receiver.listen(session)
+        # Elsewhere: what holds it up must not make the process deaf.
+        self._restorer.restore()
         if self._is_pooled and self.polls_because is None:
             self._spawn(self._prove_pooler())
         if self._has_listened:
@@ -217,25 +219,10 @@ class Liveness:
             client.memberships.ids_begin_anew(renewal.next_id)
         return renewal.is_new
 
-    async def _reassert_on(self, session: Session) -> None:
-        """Put the memberships back that the tables may have lost."""
-        client = self._client
-        members = client.memberships.all()
-        for start in range(0, len(members), REASSERT_MOST):
-            now = client.clock.now()
-            await store.reassert(
-                session,
-                client.inbox_name,
-                [
-                    (group, mailbox.channel, None if expires_at == math.inf else expires_at - now)
-                    for group, (mailbox, _, _, expires_at, _) in members[start : start + REASSERT_MOST]
-                ],
-            )
-
     async def _renew(self, token: str | None, timeout: float | None = None) -> None:
         async def work(session: Session) -> None:
             if await self._renew_on(session, token):
-                await self._reassert_on(session)
+                self._restorer.restore()
                 self._receiver.look_again()  # who has no lease is given no jobs
 
         await self._connections.run(
@@ -275,6 +262,7 @@ class Liveness:
 
     async def _beat(self, heartbeat: float) -> None:
         listener = self._listener
+        self._restorer.look()
         if self.polls_because is not None:
             await self._connections.run(store.look_at_queue, timeout=heartbeat, is_idempotent=True)
         if listener is None or not listener.is_connected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pg_layer.inbox import LAST_ID
@@ -37,6 +38,9 @@ class Memberships:
 
     Changes carry ids, as they come by ways that overtake each other: the answer to the own call, and rows
     that tell of others' calls. The change with the largest id counts.
+
+    What the tables had lost is put back from here, and may be known to have left only afterwards: such a pair
+    is a ghost, which stands in the tables and not here, and is to be removed there.
     """
 
     def __init__(self) -> None:
@@ -47,6 +51,8 @@ class Memberships:
         self._left: dict[tuple[str, str], int] = {}
         self._left_before: dict[tuple[str, str], int] = {}
         self._flushed = -1
+        self._put_back: set[tuple[str, str]] = set()  # (group, channel) pairs
+        self._ghosts: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -68,6 +74,7 @@ class Memberships:
                 since, joined = min(id, known.since), max(id, known.joined)
                 expires_at = max(expires_at, known.expires_at)
             members[channel] = Member(mailbox, since, joined, expires_at)
+            self._ghosts.discard((group, channel))
             self._channels.setdefault(channel, set()).add(group)
 
     def leave(self, group: str, channel: str, id: int) -> None:
@@ -121,6 +128,32 @@ class Memberships:
                     since=-1, joined=min(member.joined, next_id - 1)
                 )
 
+    def put_back(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """These were put back into the tables: who has left meanwhile is a ghost, and who leaves later."""
+        with self._lock:
+            for group, channel in pairs:
+                is_here = channel in self._groups.get(group, ())
+                (self._put_back if is_here else self._ghosts).add((group, channel))
+
+    @property
+    def has_ghosts(self) -> bool:
+        """Whether there are any."""
+        return bool(self._ghosts)
+
+    def ghosts(self) -> list[tuple[str, str]]:
+        """All ghosts."""
+        with self._lock:
+            return list(self._ghosts)
+
+    def banished(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """These ghosts have been removed from the tables."""
+        with self._lock:
+            self._ghosts.difference_update(pairs)
+
+    def of_pair(self, group: str, channel: str) -> Member | None:
+        """The member of a group that is this channel."""
+        return self._groups.get(group, {}).get(channel)
+
     def of_group(self, group: str) -> list[Member]:
         """The members of a group, and after them who has left it of late."""
         with self._lock:
@@ -162,6 +195,9 @@ class Memberships:
             self._gone.pop(group, None)
 
     def _remove(self, group: str, channel: str) -> None:
+        if (group, channel) in self._put_back:
+            self._put_back.discard((group, channel))
+            self._ghosts.add((group, channel))
         members = self._groups[group]
         del members[channel]
         if not members:

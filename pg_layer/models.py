@@ -41,6 +41,7 @@ class Membership(models.Model):
     channel: models.TextField[str, str] = models.TextField(db_collation="C")
     expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
     capacity: models.IntegerField[int | None, int | None] = models.IntegerField(null=True)
+    put_back: models.BooleanField[bool, bool] = models.BooleanField(default=False)
 
     class Meta:
         db_table = "pg_layer_membership"

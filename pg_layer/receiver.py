@@ -60,6 +60,7 @@ class Receiver:
         self._pings: dict[str, asyncio.Future[None]] = {}
         self.listener: Listener | None = None  # none: the tables are polled
         self.on_caught_up: Callable[[int], None] = outage.end  # told how many messages that brought
+        self.on_told: Callable[[Sequence[Row]], None] | None = None  # given what tells of memberships
         for mailbox in client.mailboxes():
             if "!" not in mailbox.channel and len(mailbox):
                 self._put_back_later(self._reader(mailbox.channel))
@@ -224,6 +225,8 @@ class Receiver:
 
     def _dispatch(self, rows: Sequence[Row]) -> None:
         done = self._client.dispatch(rows)
+        if self.on_told is not None and (told := [row for row in rows if row.kind in ("join", "leave")]):
+            self.on_told(told)
         for channel in {row.channel for row in rows if row.was_taken and row.channel is not None}:
             # Read rather than taken: an answer was lost, and perhaps its reader has gone.
             self._put_back_later(self._reader(channel))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from pg_layer import store
 from pg_layer.client import Client, inbox_of
 from pg_layer.connections import Connections
-from pg_layer.exceptions import ChannelFull, LayerUnavailable
+from pg_layer.exceptions import ChannelFull, Held, LayerUnavailable
 from pg_layer.lane import Lane, Outcome
 from pg_layer.ops import GroupSend, Many, Op, Regroup, Send
 from pg_layer.room import Credits, FloorBook, Floors
+
+HELD_PAUSE = 0.25  # seconds before a change of what somebody's transaction holds is tried again
+HELD_TOO_LONG = "Another transaction, still open, has changed this membership: the call did not take effect."
 
 
 class Sender:
@@ -68,8 +72,22 @@ class Sender:
 
         ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
         """
+        if isinstance(op, Regroup):
+            return self._submit_regroup(op, may_write)
         lane = self._lane_of[type(op.ops[0] if isinstance(op, Many) else op)]
         return lane.submit(op, may_write=may_write)
+
+    async def _submit_regroup(self, op: Regroup, may_write: bool) -> None:
+        """What somebody's transaction holds is put behind what others want meanwhile."""
+        deadline = time.monotonic() + self.client.config.send_timeout
+        while True:
+            try:
+                await self._regroups.submit(op, may_write=may_write)
+                return
+            except Held:
+                if time.monotonic() + HELD_PAUSE >= deadline:
+                    raise LayerUnavailable(HELD_TOO_LONG) from None
+            await asyncio.sleep(HELD_PAUSE)
 
     async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
         prefix = self.client.config.prefix
@@ -133,6 +151,7 @@ class Sender:
             client.has_lease = True  # perhaps, from here on
         capacities = [config.capacity_of(channel) for _, channel in joins]
         leaves = [pair for pair, is_join in last.items() if not is_join]
+        deadline = time.monotonic() + timeout
         try:
             since, expires_at = await self.connections.run(
                 lambda session: store.regroup(
@@ -149,10 +168,19 @@ class Sender:
                 is_idempotent=True,
             )
         except LayerUnavailable:
-            # Who wanted to leave hears no more, whatever becomes of the row.
-            for group, channel in leaves:
-                client.memberships.drop(group, channel)
+            self._drop(leaves)
             raise
+        except Held as held:
+            half = len(ops) // 2
+            if not half:
+                self._drop(leaves)
+                return [held]
+            # One of them is held: the others are not to wait.
+            outcomes = [*await self._regroup(ops[:half], timeout)]
+            try:
+                return outcomes + [*await self._regroup(ops[half:], deadline - time.monotonic())]
+            except LayerUnavailable as error:
+                return outcomes + [error] * (len(ops) - half)
         client.last_id = max(client.last_id, since)
         for group, channel in leaves:
             if client.owns(channel):
@@ -163,6 +191,11 @@ class Sender:
         if client.has_lease:
             self._on_lease()
         return [None] * len(ops)
+
+    def _drop(self, leaves: list[tuple[str, str]]) -> None:
+        """Who wanted to leave hears no more, whatever becomes of the row."""
+        for group, channel in leaves:
+            self.client.memberships.drop(group, channel)
 
 
 def channel_full(send: Send) -> ChannelFull:

@@ -52,6 +52,7 @@ REGROUP = Statement(
     *(TEXT, TEXT, FLOAT8, FLOAT8, TEXTS, TEXTS, INT4S, TEXTS, TEXTS),
 )
 REASSERT = Statement(_LAZILY + "pg_layer_reassert($1, $2, $3, $4) AS f", TEXT, TEXTS, TEXTS, FLOAT8S_OR_NULL)
+WITHDRAW = Statement(_LAZY_CALL + "pg_layer_withdraw($1, $2, $3)", TEXT, TEXTS, TEXTS)
 RENEW = Statement(
     _LAZILY + "pg_layer_renew($1, $2, $3, $4, $5, $6::jsonb, $7) AS f",
     *(TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT),

@@ -16,6 +16,7 @@ from psycopg import Connection, errors, pq
 
 from pg_layer import sql
 from pg_layer.client import Farewell
+from pg_layer.exceptions import Held
 from pg_layer.inbox import LAST_ID, Key, Row, Span
 from pg_layer.room import Floors
 from pg_layer.session import Session
@@ -54,6 +55,14 @@ class Executor(Protocol):
 async def _one(session: Executor, statement: Statement, *values: object) -> tuple[Any, ...]:
     (row,) = await session.execute(statement, *values)
     return row
+
+
+async def _one_unheld(session: Executor, statement: Statement, *values: object) -> tuple[Any, ...]:
+    """The same; raises `Held` where the statement does not wait for somebody's transaction."""
+    try:
+        return await _one(session, statement, *values)
+    except errors.LockNotAvailable as error:
+        raise Held from error
 
 
 async def is_direct(session: Session) -> bool:
@@ -192,9 +201,10 @@ async def regroup(
 ) -> tuple[int, float]:
     """Join (each channel with its capacity) and leave (group, channel) pairs, none twice.
 
-    Returns the id at which, and the time until which they have joined.
+    Returns the id at which, and the time until which they have joined. With an ``own_inbox`` it waits for
+    nobody's transaction, and raises `Held`.
     """
-    _, since, expires_at = await _one(
+    _, since, expires_at = await _one_unheld(
         session,
         sql.REGROUP,
         prefix,
@@ -212,9 +222,18 @@ async def regroup(
 
 async def reassert(
     session: Session, inbox: str, memberships: Sequence[tuple[str, str, float | None]]
-) -> None:
-    """Put back (group, channel, seconds left or None for the life of the lease)."""
-    await _one(session, sql.REASSERT, inbox, *zip(*memberships, strict=True))
+) -> list[tuple[str, str]]:
+    """Put back (group, channel, seconds left or None for the life of the lease).
+
+    Returns which (group, channel) pairs the tables had lost, if nobody has joined them since; raises `Held`.
+    """
+    _, groups, channels = await _one_unheld(session, sql.REASSERT, inbox, *zip(*memberships, strict=True))
+    return list(zip(groups or (), channels or (), strict=True))
+
+
+async def withdraw(session: Session, inbox: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Remove (group, channel) pairs that were put back and have not joined since; raises `Held`."""
+    await _one_unheld(session, sql.WITHDRAW, inbox, *zip(*pairs, strict=True))
 
 
 class Renewal(NamedTuple):

@@ -201,6 +201,23 @@ def test_only_so_many_leaves_are_remembered() -> None:
     assert pairs(memberships) == {("g0", "a")}
 
 
+def test_who_was_put_back_and_had_left_is_a_ghost() -> None:
+    memberships = Memberships()
+    for group in ("g", "h", "i"):
+        memberships.join(group, A, 1, math.inf)
+    memberships.leave("g", "a", 2)
+    assert not memberships.has_ghosts
+    memberships.put_back([("g", "a"), ("h", "a")])
+    assert memberships.ghosts() == [("g", "a")]  # it has left while it was put back
+    memberships.leave("h", "a", 3)  # and it before, as is known only now
+    memberships.leave("i", "a", 4)  # and it was never put back
+    assert sorted(memberships.ghosts()) == [("g", "a"), ("h", "a")]
+    memberships.banished([("g", "a")])
+    assert memberships.ghosts() == [("h", "a")]
+    memberships.join("h", A, 5, math.inf)
+    assert not memberships.has_ghosts
+
+
 def test_what_has_ended_is_dropped() -> None:
     memberships = Memberships()
     memberships.join("g", A, 1, 50.0)
