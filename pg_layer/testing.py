@@ -71,7 +71,7 @@ def captured_messages(
     `SynchronousOnlyOperation` on the thread of a running event loop.
     """
     # Their import needs Django's apps, which are not there yet when pytest loads this module.
-    from pg_layer.models import Client, Membership, Message
+    from pg_layer.models import Membership, Message
 
     groups, channels = _names("groups", groups), _names("channels", channels)
     if not groups and not channels:
@@ -86,30 +86,29 @@ def captured_messages(
     own_channel = f"specific.{secrets.token_hex(8)}!captured"
     own_inbox = inbox_of(prefix, own_channel)
     inboxes = [inbox_of(prefix, channel) for channel in channels]
-    own = {model: model.objects.using(alias).filter(inbox=own_inbox) for model in (Client, Membership)}
+    memberships = Membership.objects.using(alias).filter(inbox=own_inbox)
     messages = Message.objects.using(alias).filter(
         Q(inbox=own_inbox) | Q(inbox__in=inboxes, channel__in=channels, group_name=None), kind="message"
     )
     waiting = list(messages.values_list("id", flat=True))
-    for group in groups:
-        channel_layer.sync.group_add(group, own_channel, using=using)
-    for rows in own.values():
-        rows.update(expires_at=Now() + LONGEST_TEST)
 
     def leave() -> None:
-        for rows in (*own.values(), Message.objects.using(alias).filter(inbox=own_inbox)):
+        for rows in (memberships, Message.objects.using(alias).filter(inbox=own_inbox)):
             rows.delete()
 
     sent: list[Sent] = []
     try:
+        for group in groups:
+            channel_layer.sync.group_add(group, own_channel, using=using)
+        memberships.update(expires_at=Now() + LONGEST_TEST)
         yield sent
+        for row in messages.exclude(id__in=waiting).order_by("id"):
+            message = channel_layer._codec.decode(channel_layer._codec.open(bytes(row.payload)))
+            sent.append(Sent(message, row.group_name, row.channel, row.excluded))
     except BaseException:
         with suppress(DjangoError):  # the transaction may be broken, and is rolled back then
             leave()
         raise
-    for row in messages.exclude(id__in=waiting).order_by("id"):
-        message = channel_layer._codec.decode(channel_layer._codec.open(bytes(row.payload)))
-        sent.append(Sent(message, row.group_name, row.channel, row.excluded))
     leave()
 
 

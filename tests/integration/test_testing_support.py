@@ -332,6 +332,34 @@ def test_an_error_in_the_block_is_the_one_that_is_raised(migrated_dsn: str, obse
         assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
 
 
+def test_what_cannot_be_captured_leaves_no_member(migrated_dsn: str, observer: Observer) -> None:
+    captured(
+        migrated_dsn,
+        """
+        from pg_layer import PgLayerError
+
+        with pytest.raises(PgLayerError, match="not encrypted"), captured_messages(groups=["room"]):
+            with connection.cursor() as cursor:
+                cursor.execute('SELECT pg_layer_group_send(%s, %s)', ["room", '{"type": "plain"}'])
+
+        add, added = layer.sync.group_add, []
+
+        def add_one(*arguments, **options):
+            if added:
+                raise LookupError
+            added.append(add(*arguments, **options))
+
+        layer.sync.group_add = add_one
+        with pytest.raises(LookupError), captured_messages(groups=["room", "hall"]):
+            raise AssertionError
+        assert added
+        """,
+        symmetric_encryption_keys=["key"],
+    )
+    for table in ("message", "membership", "client"):
+        assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
+
+
 def test_wrong_calls_say_what_is_wrong(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
