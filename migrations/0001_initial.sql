@@ -611,11 +611,13 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
 DECLARE
     _now timestamptz := clock_timestamp();
     _expires_at timestamptz := CASE WHEN _expiry IS NULL THEN 'infinity' ELSE _now + make_interval(secs => _expiry) END;
+    _is_foreign boolean;  -- whether any channel is another client's
     _unseen text[];
+    _set text;
 BEGIN
     IF _own_inbox IS NOT NULL THEN
         -- The layer's own statement. It carries changes of many, who must not all wait for what one transaction holds.
-        PERFORM set_config('lock_timeout', '100ms', true);
+        _set := set_config('lock_timeout', '100ms', true);
     END IF;
     IF cardinality(_leave_groups) > 0 THEN
         -- Row by row in the order of the keys, as everybody does who writes here: so statements do not deadlock each other,
@@ -632,16 +634,21 @@ BEGIN
         -- The caller has a lease from here on, also before its first receive(). Others take theirs themselves: made here, in
         -- somebody's transaction, it would keep them waiting. Of those that have none nobody knows whether they live: they are
         -- members for the length of a lease, and see to the rest when they come.
-        WITH joining AS (
-            SELECT DISTINCT pg_layer_inbox(_prefix, j.channel) AS inbox
-            FROM unnest(_join_channels) AS j (channel) WHERE position('!' IN j.channel) > 0
-        ), leased AS (
+        IF _own_inbox IS NOT NULL THEN
             INSERT INTO pg_layer_client (inbox, expires_at)
-            SELECT j.inbox, _now + make_interval(secs => _lease) FROM joining AS j WHERE j.inbox = _own_inbox
-            ON CONFLICT DO NOTHING
-        )
-        SELECT array_agg(j.inbox) INTO _unseen FROM joining AS j
-        WHERE j.inbox IS DISTINCT FROM _own_inbox AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = j.inbox);
+            SELECT _own_inbox, _now + make_interval(secs => _lease) FROM unnest(_join_channels) AS j (channel)
+            WHERE position('!' IN j.channel) > 0 AND pg_layer_inbox(_prefix, j.channel) = _own_inbox LIMIT 1
+            ON CONFLICT DO NOTHING;
+        END IF;
+        _is_foreign := EXISTS (
+            SELECT FROM unnest(_join_channels) AS j (channel)
+            WHERE position('!' IN j.channel) > 0 AND pg_layer_inbox(_prefix, j.channel) IS DISTINCT FROM _own_inbox);
+        IF _is_foreign THEN
+            SELECT array_agg(DISTINCT i.inbox) INTO _unseen
+            FROM unnest(_join_channels) AS j (channel), pg_layer_inbox(_prefix, j.channel) AS i (inbox)
+            WHERE position('!' IN j.channel) > 0 AND i.inbox IS DISTINCT FROM _own_inbox
+                AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = i.inbox);
+        END IF;
         INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at, capacity)
         SELECT j.group_name COLLATE "C", pg_layer_inbox(_prefix, j.channel) COLLATE "C", j.channel COLLATE "C",
             CASE WHEN _unseen IS NULL OR pg_layer_inbox(_prefix, j.channel) <> ALL (_unseen) THEN _expires_at
@@ -651,7 +658,9 @@ BEGIN
         ORDER BY 1, 2, 3
         ON CONFLICT (group_name, inbox, channel)
             DO UPDATE SET expires_at = excluded.expires_at, capacity = excluded.capacity, put_back = false;
-        PERFORM pg_layer_tell(_prefix, _own_inbox, 'join', _join_groups, _join_channels, _expires_at, _unseen);
+        IF _is_foreign THEN
+            PERFORM pg_layer_tell(_prefix, _own_inbox, 'join', _join_groups, _join_channels, _expires_at, _unseen);
+        END IF;
     END IF;
     since_id := nextval('pg_layer_message_id_seq');
     expires_at := extract(epoch FROM _expires_at);

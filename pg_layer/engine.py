@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from pg_layer import store
+from pg_layer import roster, store
 from pg_layer.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
@@ -147,11 +147,11 @@ class Engine:
 
     async def group_channels(self, group: str) -> list[str]:
         """The live members of a group."""
-        return await self._ask(partial(store.group_channels, prefix=self.client.config.prefix, group=group))
+        return await self._ask(partial(roster.group_channels, prefix=self.client.config.prefix, group=group))
 
     async def group_count(self, group: str) -> int:
         """How many they are."""
-        return await self._ask(partial(store.group_count, prefix=self.client.config.prefix, group=group))
+        return await self._ask(partial(roster.group_count, prefix=self.client.config.prefix, group=group))
 
     async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
         timeout = self.client.config.send_timeout

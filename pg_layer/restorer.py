@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from pg_layer import store
+from pg_layer import roster
 from pg_layer.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import Held, PgLayerError
@@ -111,7 +111,7 @@ class Restorer:
         async def reassert(session: Session, pairs: Sequence[Pair]) -> None:
             now = client.clock.now()
             values = [(*pair, None if left[pair] == math.inf else left[pair] - now) for pair in pairs]
-            client.memberships.put_back(await store.reassert(session, client.inbox_name, values))
+            client.memberships.put_back(await roster.reassert(session, client.inbox_name, values))
             done.update(pairs)
 
         done: set[Pair] = set()
@@ -129,7 +129,7 @@ class Restorer:
         client = self._client
 
         async def withdraw(session: Session, pairs: Sequence[Pair]) -> None:
-            await store.withdraw(session, client.inbox_name, pairs)
+            await roster.withdraw(session, client.inbox_name, pairs)
             client.memberships.banished(pairs)
             done.update(pairs)
 

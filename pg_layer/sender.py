@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from pg_layer import store
+from pg_layer import roster, store
 from pg_layer.client import Client, inbox_of
 from pg_layer.connections import Connections
 from pg_layer.exceptions import ChannelFull, Held, LayerUnavailable
@@ -154,7 +154,7 @@ class Sender:
         deadline = time.monotonic() + timeout
         try:
             since, expires_at = await self.connections.run(
-                lambda session: store.regroup(
+                lambda session: roster.regroup(
                     session,
                     config.prefix,
                     client.inbox_name,

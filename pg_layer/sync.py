@@ -17,7 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg import errors
 
-from pg_layer import sql, store
+from pg_layer import roster, sql, store
 from pg_layer.aliases import alias_of, not_migrated
 from pg_layer.client import inbox_of
 from pg_layer.config import Config
@@ -124,12 +124,12 @@ class Sync:
         """As `PostgresChannelLayer.group_channels`."""
         prefix, name = self._config.prefix, self._drafts.group(group)
         return self._run(
-            using, lambda session: store.group_channels(session, prefix, name), is_idempotent=True
+            using, lambda session: roster.group_channels(session, prefix, name), is_idempotent=True
         )
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
         """As `PostgresChannelLayer.group_count`."""
-        work = partial(store.group_count, prefix=self._config.prefix, group=self._drafts.group(group))
+        work = partial(roster.group_count, prefix=self._config.prefix, group=self._drafts.group(group))
         return self._run(using, work, is_idempotent=True)
 
     # ------------------------------------------------------------------ how they are done
@@ -203,7 +203,7 @@ class Sync:
         pair = (op.group, op.channel)
         self._run(
             using,
-            lambda session: store.regroup(
+            lambda session: roster.regroup(
                 session,
                 config.prefix,
                 None,  # this process, too, learns of it by its inbox, and only if it is committed

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pg_layer import LayerUnavailable, PostgresChannelLayer, store
+from pg_layer import LayerUnavailable, PostgresChannelLayer, roster
 from pg_layer.session import Session
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, receive, until
@@ -108,11 +108,11 @@ async def test_who_leaves_when_the_owner_has_looked_at_its_mirror_does_not_come_
 ) -> None:
     layer = make_layer()
     leaver, stayer = await member(layer, "room"), await member(layer, "room")
-    reassert: Reassert = store.reassert
+    reassert: Reassert = roster.reassert
     asserted = asyncio.Event()
 
     async def after_a_leave(session: Session, inbox: str, pairs: Any) -> list[tuple[str, str]]:
-        monkeypatch.setattr(store, "reassert", reassert)
+        monkeypatch.setattr(roster, "reassert", reassert)
         if not is_known:  # a crash has undone their joining
             observer.execute("DELETE FROM pg_layer_membership")
         leave(somebody, "room", leaver)
@@ -124,7 +124,7 @@ async def test_who_leaves_when_the_owner_has_looked_at_its_mirror_does_not_come_
         asserted.set()
         return found
 
-    monkeypatch.setattr(store, "reassert", after_a_leave)
+    monkeypatch.setattr(roster, "reassert", after_a_leave)
     await connect_anew(layer, observer)
     await asserted.wait()
     somebody.commit()

@@ -14,7 +14,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer, store
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer, roster, store
 from pg_layer import sql as statements
 from pg_layer.client import Farewell
 from pg_layer.inbox import Span
@@ -454,9 +454,10 @@ RECEIVING: list[Operation] = [
     lambda s: store.take(s, PREFIX, "jobs", LIVE, 9, 0, 9),
     lambda s: store.put_back(s, PREFIX, LIVE, 9, [(1, 1)]),
     lambda s: store.delete(s, MINE, [(1, 1)]),
-    lambda s: store.regroup(s, PREFIX, MINE, 60, 60, [("room", "a.mine!1"), ("room", "jobs")], [1, 1], []),
-    lambda s: store.regroup(s, PREFIX, MINE, 60, 60, [], [], [("room", "a.mine!1")]),
-    lambda s: store.reassert(s, MINE, [("room", "a.mine!1", None)]),
+    lambda s: roster.regroup(s, PREFIX, MINE, 60, 60, [("room", "a.mine!1"), ("room", "jobs")], [1, 1], []),
+    lambda s: roster.regroup(s, PREFIX, MINE, 60, 60, [], [], [("room", "a.mine!1")]),
+    lambda s: roster.reassert(s, MINE, [("room", "a.mine!1", None)]),
+    lambda s: roster.withdraw(s, MINE, [("room", "a.mine!1")]),
     lambda s: store.close(s, Farewell(PREFIX, LIVE, [(1, 1)], [("room", "a.live!1")])),
     lambda s: store.sweep(s, PREFIX, 9, store.START),
 ]

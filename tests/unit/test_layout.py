@@ -37,6 +37,7 @@ PURE = [
 SPEAKS_TO_POSTGRESQL = {
     *(
         "store",
+        "roster",
         "session",
         "listener",
         "connections",
