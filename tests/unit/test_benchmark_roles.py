@@ -7,11 +7,12 @@ import inspect
 import logging
 from dataclasses import replace
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import ceiling, cli, servers, worker
+from benchmarks import ceiling, cli, pgbench, servers, worker
 from benchmarks.board import Board
 from benchmarks.ceiling import Ceiling, line, transactions_per_second
 from benchmarks.layers import KINDS, LayerSpec
@@ -148,7 +149,8 @@ def test_a_database_that_is_gone_is_an_error_of_the_ceilings(monkeypatch: pytest
 
 
 def test_without_pgbench_there_are_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceiling, "find_pgbench", lambda: None)
+    monkeypatch.setattr(pgbench, "find_binaries", lambda: Path("/nowhere"))
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(servers.Unavailable, match="No pgbench found"):
         ceiling.measure("", ceiling.PLANS["tiny"])
 
