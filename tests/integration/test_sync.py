@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from asgiref.sync import async_to_sync
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
 from django.db import Error, OperationalError, connection, connections, transaction
@@ -25,7 +26,9 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer
 from tests.conftest import Observer
 from tests.integration.test_django import SQLITE, postgres
+from tests.integration.test_threads import hubs
 from tests.processes import new_layer, receive
+from tests.project.commands import eventually
 from tests.project.configured import configured
 
 README = Path(__file__).parents[2] / "README.md"
@@ -344,6 +347,37 @@ def test_there_is_no_second_connection_and_no_thread(layer: PostgresChannelLayer
     assert threading.active_count() == threads
 
 
+def test_a_channel_of_this_process_stays_in_its_group_before_anybody_receives(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer(lease=2, heartbeat=0.5)
+
+    def lease() -> float:
+        [(ends,)] = observer.execute("SELECT extract(epoch FROM expires_at) FROM pg_layer_client").fetchall()
+        return float(ends)
+
+    def renewed() -> None:
+        before = lease()
+        eventually(lambda: lease() > before, "the lease is renewed")
+        assert layer.sync.group_count("room") == 1
+
+    with on_django(layer, default=postgres(migrated_dsn)):
+        channel = asyncio.run(layer.new_channel())
+        layer.sync.group_add("room", channel)
+        renewed()
+        layer.sync.group_send("room", number(1))
+        asyncio.run(layer.send("jobs", number(0)))  # by a loop that ends with it
+        renewed()
+        layer.sync.group_send("room", number(2))
+        assert async_to_sync(layer.receive)(channel) == number(1)  # so does this one
+        renewed()
+        assert received(layer, channel, 1) == [2]
+        eventually(lambda: not hubs(), "who serves keeps the lease by itself")
+        # A loop that was gone as well, and a thread that takes over from it.
+        async_to_sync(layer.send)("jobs", number(3))
+        renewed()
+
+
 def test_sending_in_a_transaction_costs_one_round_trip_more(
     layer: PostgresChannelLayer, observer: Observer, tmp_path: Path
 ) -> None:
@@ -453,7 +487,9 @@ def test_a_dsn_finds_its_alias(migrated_dsn: str, fresh_database: str, reader: P
 def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -> None:
     layer = new_layer(migrated_dsn)
     with on_django(layer, default=postgres(fresh_database), lite=SQLITE):
-        with pytest.raises(ImproperlyConfigured, match=r"Set CONFIG\['using'\].*using='default'"):
+        with pytest.raises(
+            ImproperlyConfigured, match=r"Set CONFIG\['using'\].*using='default'"
+        ):
             layer.sync.send("jobs", number(1))
         with pytest.raises(ImproperlyConfigured, match=r"'lite'.*is sqlite"):
             layer.sync.send("jobs", number(1), using="lite")
