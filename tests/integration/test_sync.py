@@ -21,9 +21,10 @@ from django.db.transaction import TransactionManagementError
 from django.http import HttpRequest, HttpResponse
 from django.test import Client
 from django.urls import path
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer
+from pg_layer.aliases import alias_of
 from tests.conftest import Observer
 from tests.integration.test_django import SQLITE, postgres
 from tests.integration.test_threads import hubs
@@ -488,7 +489,7 @@ def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -
     layer = new_layer(migrated_dsn)
     with on_django(layer, default=postgres(fresh_database), lite=SQLITE):
         with pytest.raises(
-            ImproperlyConfigured, match=r"Set CONFIG\['using'\].*using='default'"
+            ImproperlyConfigured, match=r"search_path.* Set CONFIG\['using'\].*using='default'"
         ):
             layer.sync.send("jobs", number(1))
         with pytest.raises(ImproperlyConfigured, match=r"'lite'.*is sqlite"):
@@ -497,6 +498,38 @@ def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -
             layer.sync.send("jobs", number(1), using="default")
         with pytest.raises(NotMigrated), transaction.atomic():
             layer.sync.send("jobs", number(1), using="default")
+
+
+def test_a_dsn_never_finds_the_alias_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(dsn: str, parameters: str) -> bool:
+        layer = new_layer(dsn)
+        options = conninfo_to_dict(parameters)
+        alias = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": options.pop("dbname", ""),
+            "HOST": options.pop("host", ""),
+            "OPTIONS": options,
+        }
+        with on_django(layer, events=alias, default=SQLITE), suppress(ImproperlyConfigured):
+            return alias_of(layer.config) == "events"
+        return False
+
+    lay = r"options='-c search_path=lay,\\ public -c statement_timeout=5s'"
+    assert found("service=prod", "service=prod")
+    assert not found("service=prod", "service=shop")
+    assert not found("service=prod", "host=h dbname=d")
+    assert not found("host=h dbname=d", "service=prod host=h dbname=d")
+    assert found(f"host=h dbname=d {lay}", "host=h dbname=d options=--search-path=lay,public")
+    assert found("host=h dbname=d", "host=h dbname=d options='-c statement_timeout=5s'")
+    assert not found("host=h dbname=d options=-csearch_path=lay", "host=h dbname=d")
+    assert not found("host=h dbname=d", f"host=h dbname=d {lay}")
+    assert not found(f"host=h dbname=d {lay}", "host=h dbname=d options='-c search_path=shop'")
+    monkeypatch.setenv("PGSERVICE", "prod")
+    assert found("service=prod dbname=d", "dbname=d")
+    assert not found("service=shop dbname=d", "dbname=d")
+    monkeypatch.setenv("PGOPTIONS", "-c search_path=lay")
+    assert found("dbname=d options=-csearch_path=lay", "dbname=d")
+    assert not found("dbname=d options=-csearch_path=shop", "dbname=d")
 
 
 def test_using_names_another_alias(
