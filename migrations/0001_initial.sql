@@ -847,8 +847,15 @@ BEGIN
     FROM pg_layer_message AS m WHERE m.inbox = _inbox AND position('!' IN m.channel) = 0;
     PERFORM pg_layer_put_back(_prefix, _inbox, NULL, _ids, _nonces);
     DELETE FROM pg_layer_message AS m WHERE m.inbox = _inbox;
-    DELETE FROM pg_layer_membership AS m USING unnest(_groups, _channels) AS g (group_name, channel)
-    WHERE m.group_name = g.group_name AND m.inbox = _inbox AND m.channel = g.channel;
+    -- One that somebody's open transaction holds is left to the sweeper: the jobs must not wait for that, and without a lease
+    -- it counts for nothing.
+    WITH doomed AS MATERIALIZED (
+        SELECT m.group_name, m.channel FROM pg_layer_membership AS m, unnest(_groups, _channels) AS g (group_name, channel)
+        WHERE m.group_name = g.group_name AND m.inbox = _inbox AND m.channel = g.channel
+        FOR UPDATE OF m SKIP LOCKED
+    )
+    DELETE FROM pg_layer_membership AS m USING doomed AS d
+    WHERE m.group_name = d.group_name AND m.inbox = _inbox AND m.channel = d.channel;
 END
 $$;
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from channels import DEFAULT_CHANNEL_LAYER
 from django.contrib import admin
+from django.contrib.admin.utils import display_for_value
 from django.core.exceptions import ImproperlyConfigured
 from django.db.models import Model, Q, QuerySet
 from django.db.models.functions import Length, Now
@@ -65,6 +66,10 @@ class ReadOnlyAdmin(ModelAdmin[M]):
         queryset: QuerySet[M] = super().get_queryset(request).using(_alias())
         return queryset
 
+    @admin.display(description="expires at", ordering="expires_at")
+    def shown_end(self, shown: Any) -> str:
+        return str(display_for_value(shown.expires_at, "never"))
+
     def has_view_permission(self, request: HttpRequest, obj: M | None = None) -> bool:
         return _alias() is not None and super().has_view_permission(request, obj)
 
@@ -100,7 +105,7 @@ class StateFilter(admin.SimpleListFilter):
 
 @admin.register(Client)
 class ClientAdmin(ReadOnlyAdmin[Client]):
-    list_display = ("inbox", "shown_host", "shown_pid", "started_at", "expires_at", "ended_at")
+    list_display = ("inbox", "shown_host", "shown_pid", "started_at", "shown_end", "ended_at")
     fields = (*list_display, "fence", "counters")
     list_filter = (StateFilter, "host")
     search_fields = ("inbox", "host", "pid")
@@ -127,7 +132,7 @@ class GroupAdmin(ReadOnlyAdmin[Group]):
 class MessageAdmin(ReadOnlyAdmin[Message]):
     """Messages that wait. Their content is shown only where no layer of the project encrypts."""
 
-    list_display = ("id", "kind", "inbox", "channel", "group_name", "size", "sent_at", "expires_at")
+    list_display = ("id", "kind", "inbox", "channel", "group_name", "size", "sent_at", "shown_end")
     list_filter = ("kind",)
     search_fields = ("inbox", "channel", "group_name")
     ordering = ("inbox", "id")

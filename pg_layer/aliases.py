@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -31,18 +32,39 @@ def alias_of(config: Config) -> str:
                 return alias
     raise ImproperlyConfigured(
         "pg_layer: layer.sync runs on one of Django's own connections, and no alias in DATABASES leads to "
-        "the database of CONFIG['dsn']. Set CONFIG['using'] to an alias instead of 'dsn', or name one in the "
-        "call: layer.sync.send(..., using='default')."
+        "the database of CONFIG['dsn']: with the same host, port, name, service and search_path in options. "
+        "Set CONFIG['using'] to an alias instead of 'dsn', or name one in the call: "
+        "layer.sync.send(..., using='default')."
     )
 
 
-def _place(parameters: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Host, port and name of a database."""
-    environ = os.environ
-    host = parameters.get("host") or parameters.get("hostaddr") or environ.get("PGHOST") or ""
-    port = parameters.get("port") or environ.get("PGPORT") or "5432"
-    user = parameters.get("user") or environ.get("PGUSER") or ""
-    return (str(host), str(port), str(parameters.get("dbname") or environ.get("PGDATABASE") or user))
+def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the tables are, as far as a connection's parameters say it.
+
+    A service file is not looked into: with a service in one of them alone, two are different places.
+    """
+
+    def of(*names: str, variable: str) -> str:
+        given = (str(value) for name in names if (value := parameters.get(name)))
+        return next(given, os.environ.get(variable, ""))
+
+    user = of("user", variable="PGUSER")
+    return (
+        of("service", variable="PGSERVICE"),
+        of("host", "hostaddr", variable="PGHOST"),
+        of("port", variable="PGPORT") or "5432",
+        of("dbname", variable="PGDATABASE") or user,
+        _search_path(of("options", variable="PGOPTIONS")),
+    )
+
+
+def _search_path(options: str) -> str:
+    """The search_path that a connection's options for the server set, without spaces; or nothing."""
+    # As the server takes them apart: at spaces, but for those after a backslash.
+    words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^\s\\])+", options)]
+    settings = re.findall(r"(?:^|\0)(?:-c\0?|--)([^\0=]+)=([^\0]*)", "\0".join(words))
+    paths = [value for name, value in settings if name.strip().replace("-", "_").lower() == "search_path"]
+    return "".join(paths[-1].split()) if paths else ""
 
 
 def not_migrated(config: Config, alias: str | None = None) -> NotMigrated:

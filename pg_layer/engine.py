@@ -33,7 +33,8 @@ SWEEP_BATCH = 1000
 class Engine:
     """A client at work on one loop. Made on that loop.
 
-    An engine that only sends has one connection; `start_receiving` gives it the rest.
+    An engine that only sends has one connection; `start_receiving` gives it the rest. If the client has a
+    lease, this one keeps it from here on.
     """
 
     def __init__(self, client: Client) -> None:
@@ -60,6 +61,8 @@ class Engine:
         self._guard_task = self.loop.create_task(self._guard())
         self._guard_task.add_done_callback(lambda _: self.abandon())
         self._tasks.add(self._guard_task)
+        if client.has_lease:
+            self.liveness.keep()
 
     # ------------------------------------------------------------------ tasks
 

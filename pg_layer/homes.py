@@ -3,6 +3,7 @@
 The home loop is the first that uses the layer; connections are native there, and other loops borrow it. One
 that receives takes over from one that only sends. The loops that `async_to_sync` makes for one call never
 become home by sending: where there is none they borrow the hub, a background thread with a loop of its own.
+The hub also keeps the lease of a process that has joined groups by synchronous calls and does not receive.
 No call waits on a loop that nobody runs.
 """
 
@@ -127,6 +128,8 @@ class Homes:
                 home = self._move_here()
             if home.loop is loop and not home.is_receiving:
                 home.start_receiving()
+                if not _is_passing(loop):
+                    self._retire_hub()
                 termination.heed_sigterm()
             return home
 
@@ -141,10 +144,7 @@ class Homes:
                 return home
             if not _is_passing(asyncio.get_running_loop()):
                 return self._move_here()
-            if self._hub is None or self._hub.is_over:
-                self._config.connect_kwargs("pool")
-                self._hub = Hub(self.client)
-            return self._hub.engine
+            return self._borrow_hub()
 
     async def submit(self, op: Op) -> Any:
         """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
@@ -160,12 +160,19 @@ class Homes:
                 continue  # that loop has ended: another takes over
 
     def joined(self, channel: str) -> None:
-        """A channel has joined a group, or will when somebody's transaction commits."""
-        client, home = self.client, self._home
-        if client.owns(channel):
-            client.has_lease = True
-            if home is not None:
-                home.call(home.liveness.keep)
+        """A channel has joined a group, or will when somebody's transaction commits; on no loop's thread.
+
+        If it is of this process, that has a lease to keep. Who receives does; before, it is the hub: a loop
+        that sends may end after its one call.
+        """
+        if not self.client.owns(channel):
+            return
+        with self._lock:
+            self.client.has_lease = True
+            home = self._home
+            if home is None or not (home.is_running and home.is_receiving) or _is_passing(home.loop):
+                engine = self._borrow_hub()
+                engine.call(engine.liveness.keep)
 
     def state(self) -> State:
         """How things stand. From any thread; waits for nothing."""
@@ -181,6 +188,12 @@ class Homes:
             lease_age=time.monotonic() - client.renewed_at if client.renewed_at else None,
         )
 
+    def _borrow_hub(self) -> Engine:
+        if self._hub is None or self._hub.is_over:
+            self._config.connect_kwargs("pool")
+            self._hub = Hub(self.client)
+        return self._hub.engine
+
     def _move_here(self) -> Engine:
         old = self._home
         if old is not None:
@@ -193,10 +206,14 @@ class Homes:
             "pool"
         )  # what is wrong with it is said here, and not tried again for ever
         self._home = Engine(self.client)
+        if not self.client.has_lease:
+            self._retire_hub()
+        return self._home
+
+    def _retire_hub(self) -> None:
         hub, self._hub = self._hub, None
         if hub is not None:
             hub.retire()
-        return self._home
 
     async def close(self) -> None:
         """Take leave of the database. The next call begins with a new client."""

@@ -7,8 +7,26 @@ Writing through a model rings no doorbell: send messages with the layer.
 from __future__ import annotations
 
 from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from django.db import models
+
+if TYPE_CHECKING:
+    DateTimeField = models.DateTimeField[datetime | None, datetime | None]
+else:  # generic for the type checker alone
+    DateTimeField = models.DateTimeField
+
+
+class EndField(DateTimeField):
+    """When something ends. None: at no time; the database says infinity, which no datetime can."""
+
+    def select_format(self, compiler: Any, sql: str, params: Any) -> tuple[str, Any]:
+        return f"NULLIF(NULLIF({sql}, 'infinity'), '-infinity')", params
+
+    def deconstruct(self) -> Any:
+        # To migrations it is the field that it is in the database.
+        name, _, args, kwargs = super().deconstruct()
+        return name, "django.db.models.DateTimeField", args, kwargs
 
 
 class Message(models.Model):
@@ -23,7 +41,7 @@ class Message(models.Model):
     excluded: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
     payload: models.BinaryField[bytes, bytes] = models.BinaryField(default=b"")
     sent_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
-    expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    expires_at = EndField()
 
     class Meta:
         db_table = "pg_layer_message"
@@ -39,7 +57,7 @@ class Membership(models.Model):
     group_name: models.TextField[str, str] = models.TextField(db_collation="C")
     inbox: models.TextField[str, str] = models.TextField(db_collation="C")
     channel: models.TextField[str, str] = models.TextField(db_collation="C")
-    expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    expires_at = EndField()
     capacity: models.IntegerField[int | None, int | None] = models.IntegerField(null=True)
     put_back: models.BooleanField[bool, bool] = models.BooleanField(default=False)
 
@@ -74,7 +92,7 @@ class Client(models.Model):
     host: models.TextField[str, str] = models.TextField(default="")
     pid: models.IntegerField[int, int] = models.IntegerField(default=0)
     started_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
-    expires_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    expires_at = EndField()
     fence: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
     ended_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
     counters: models.JSONField[dict[str, int], dict[str, int]] = models.JSONField(default=dict)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pg_layer.codec import Codec
-from pg_layer.exceptions import MessageTooLarge
+from pg_layer.exceptions import InvalidMessage, MessageTooLarge
 
 if TYPE_CHECKING:
     from pg_layer.config import Config
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MAX_SECONDS = 1_000_000_000
 MANY_MOST = 100_000  # messages in a call, which is one statement
 MANY_BYTES = 256 * 1024 * 1024
+_FAULTS = (InvalidMessage, MessageTooLarge, TypeError)  # of a single message
 
 
 class Send(NamedTuple):
@@ -85,16 +86,36 @@ class Drafts:
         return GroupSend(group, self._encode(message), seconds, exclude)
 
     def send_many(self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None) -> Many:
-        """Messages for channels."""
-        return _many([self.send(channel, message, expiry) for channel, message in _pairs(messages)])
+        """Messages for channels; what is wrong with one of them names its index."""
+        sends: list[Send] = []
+        pairs = _pairs(messages)
+        seconds = self._config.expiry if expiry is None else _seconds(expiry)
+        check_channel, encode, capacity_of = self._check_channel, self._encode, self._config.capacity_of
+        try:
+            for channel, message in pairs:
+                check_channel(channel)
+                sends.append(Send(channel, encode(message), seconds, capacity_of(channel)))
+        except _FAULTS as error:
+            raise _of_item(len(sends), error) from error
+        return _many(sends)
 
     def group_send_many(
         self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None, exclude: str | None
     ) -> Many:
-        """Messages for groups."""
-        return _many(
-            [self.group_send(group, message, expiry, exclude) for group, message in _pairs(messages)]
-        )
+        """The same for groups."""
+        sends: list[GroupSend] = []
+        pairs = _pairs(messages)
+        seconds = self._config.expiry if expiry is None else _seconds(expiry)
+        if exclude is not None:
+            self._check_channel(exclude)
+        check_group, encode = self._check_group, self._encode
+        try:
+            for group, message in pairs:
+                check_group(group)
+                sends.append(GroupSend(group, encode(message), seconds, exclude))
+        except _FAULTS as error:
+            raise _of_item(len(sends), error) from error
+        return _many(sends)
 
     def regroup(self, group: str, channel: str, *, joins: bool) -> Regroup:
         """A channel that joins a group or leaves it."""
@@ -128,6 +149,11 @@ def _pairs(messages: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, di
     if len(pairs) > MANY_MOST:
         raise ValueError(f"{len(pairs)} messages are too many for one call: at most {MANY_MOST}.")
     return pairs
+
+
+def _of_item(index: int, error: Exception) -> Exception:
+    kind = next(kind for kind in _FAULTS if isinstance(error, kind))
+    return kind(f"Item {index}: {error}")
 
 
 def _many(ops: Sequence[Send] | Sequence[GroupSend]) -> Many:

@@ -130,9 +130,12 @@ CLIENT_COUNTS = Statement(
     """,
     TEXT,
 )
+# Anybody with the privilege may have written what is no count.
 DROPS = Statement(
     """
-    SELECT d.name, coalesce(sum((c.counters ->> d.name)::bigint), 0)::bigint
+    SELECT d.name, coalesce(sum(
+        CASE WHEN c.counters ->> d.name ~ '^[0-9]{1,15}$' THEN (c.counters ->> d.name)::bigint END
+    ), 0)::bigint
     FROM unnest($2) AS d (name)
     LEFT JOIN pg_layer_client AS c ON c.inbox > $1 || '!' AND c.inbox < $1 || '"'
         AND c.ended_at IS NULL AND c.expires_at > clock_timestamp()

@@ -18,15 +18,16 @@ class ClientStatus:
 
     ``host`` and ``pid``: None, as long as it has not told them.
     ``lease_age``: since its lease was renewed, if it has the lease of this configuration. ``lease_left``:
-    until its lease runs out; negative, once it is overdue. ``connections``: None, if they are not told apart,
+    until its lease runs out; negative, once it is overdue. Both None, if it never runs out, which is not
+    the layer's doing. ``connections``: None, if they are not told apart,
     having an `application_name` of the user's.
     """
 
     id: str
     host: str | None
     pid: int | None
-    lease_age: float
-    lease_left: float
+    lease_age: float | None
+    lease_left: float | None
     connections: int | None
 
 
@@ -93,7 +94,9 @@ class Status:
                 f"The last sweep was {in_words(self.last_sweep)} ago: run manage.py pg_layer_sweep."
             )
         if self.overdue_clients:
-            overdue = [client for client in self.clients if client.lease_left <= 0]
+            overdue = [
+                client for client in self.clients if client.lease_left is not None and client.lease_left <= 0
+            ]
             names = [f"process {client.pid} on {client.host}" for client in overdue]
             if len(names) < self.overdue_clients:
                 names.append("...")

@@ -7,6 +7,7 @@ nothing; those for an `Executor` also in somebody's transaction.
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -323,8 +324,8 @@ def status(conn: Connection[Any], prefix: str, lease: float, top: int, *, are_na
             id=id,
             host=host if host or pid else None,
             pid=pid if host or pid else None,
-            lease_age=lease - left,
-            lease_left=left,
+            lease_age=None if math.isinf(left) else lease - left,
+            lease_left=None if math.isinf(left) else left,
             connections=connections if are_named else None,
         )
         for id, host, pid, left, connections in run(sql.CLIENTS, prefix, top)

@@ -222,6 +222,26 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
     assert page == "True"
 
 
+def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
+    # A channel of a process that does not receive yet joins a group, with group_expiry=None.
+    observer.execute(
+        "SELECT pg_layer_regroup('asgi', NULL, 60, NULL, '{room}', '{a.live!1}', '{1}', '{}', '{}')"
+    )
+    observer.execute("UPDATE pg_layer_client SET expires_at = 'infinity'")
+    id = observer.execute("SELECT id FROM pg_layer_message").fetchone()
+    assert id is not None
+    output = ask(
+        migrated_dsn,
+        f"""
+from pg_layer.models import Membership
+print([row[7] for row in shown("message")], [row[4] for row in shown("client")])
+print("never" in detail("message", {id[0]}), "never" in detail("client", "asgi!live"))
+print(Membership.objects.get().expires_at)
+""",
+    )
+    assert output.splitlines() == ["['never'] ['never']", "True True", "None"]
+
+
 def test_lists_do_not_fetch_payloads(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(

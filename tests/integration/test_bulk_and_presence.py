@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pg_layer import ChannelFull, MessageTooLarge, PostgresChannelLayer
+from pg_layer import ChannelFull, InvalidMessage, MessageTooLarge, PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.processes import Link, Message, Processes, listen, open_layer, receive, until
 
@@ -163,6 +163,29 @@ async def test_of_many_all_are_checked_before_any_is_sent(make_layer: MakeLayer,
         await layer.group_send_many([("room", {})] * 100_001)
     with pytest.raises(MessageTooLarge, match=re.escape(str(256 * 1024 * 1024))):
         await layer.send_many([("jobs", {"blob": bytes(130 * 1024 * 1024)})] * 2)
+    assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+
+
+async def test_what_is_wrong_with_one_of_many_names_it(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer(max_message_size=1000)
+
+    def many(name: str, message: Any) -> list[tuple[str, Any]]:
+        return [("fine", {"number": n}) for n in range(17)] + [(name, message)] * 2
+
+    for send in (layer.send_many, layer.group_send_many):
+        with pytest.raises(TypeError, match=r"^Item 17: \w+ name must "):
+            await send(many("no name", {}))
+        with pytest.raises(InvalidMessage, match=r'^Item 17: message\["it"\].*\.object'):
+            await send(many("fine", {"it": object()}))
+        with pytest.raises(InvalidMessage, match=r"^Item 17: .* not str"):
+            await send(many("fine", "text"))
+        with pytest.raises(MessageTooLarge, match=r"^Item 17: .*max_message_size is 1000"):
+            await send(many("fine", {"blob": bytes(2000)}))
+        # What is said about all of them is no item's fault.
+        with pytest.raises(TypeError, match=r"^expiry must"):
+            await send(many("fine", {}), expiry="soon")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Channel name"):
+        await layer.group_send_many(many("fine", {}), exclude="no channel")
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 

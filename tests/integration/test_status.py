@@ -215,6 +215,32 @@ def test_drops_of_live_clients_are_added_up(migrated_dsn: str, observer: Observe
     }
 
 
+def test_what_is_no_count_counts_for_nothing(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "one", "1 minute", dropped_full=3)
+    odd = ('{"dropped_full": "x"}', '{"dropped_full": 1e30}', '{"dropped_full": 1.5}', "[]", "7")
+    for number, counters in enumerate(odd):
+        observer.execute(
+            "INSERT INTO pg_layer_client (inbox, expires_at, counters) VALUES"
+            " ('asgi!' || %s::text, clock_timestamp() + interval '1 minute', %s)",
+            (f"odd{number}", counters),
+        )
+    assert look(migrated_dsn)["drops"]["dropped_full"] == 3
+    assert "Dropped by live clients: dropped_full 3" in "\n".join(read_text(migrated_dsn)[1])
+
+
+def test_a_lease_that_never_runs_out(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    add_client(observer, "one", "1 minute")
+    observer.execute("UPDATE pg_layer_client SET expires_at = 'infinity'")
+    shown = look(migrated_dsn)
+    [client] = shown["clients"]["list"]
+    assert shown["ok"]
+    assert (client["lease_age"], client["lease_left"]) == (None, None)
+    [line] = [line for line in read_text(migrated_dsn)[1] if "host-of-one" in line]
+    assert re.search(r"unknown +for ever", line)
+
+
 def test_dead_rows(migrated_dsn: str, observer: Observer) -> None:
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
     observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}') FROM generate_series(1, 50)")

@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from asgiref.sync import async_to_sync
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured, SynchronousOnlyOperation
 from django.db import DatabaseError, Error, OperationalError, connection, connections, transaction
@@ -25,13 +26,16 @@ from django.http import HttpRequest, HttpResponse
 from django.test import Client, SimpleTestCase
 from django.urls import path
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer, django_session, room
+from pg_layer.aliases import alias_of
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
 from tests.integration.test_django import SQLITE, postgres
+from tests.integration.test_threads import hubs
 from tests.processes import new_layer, receive
+from tests.project.commands import eventually
 from tests.project.configured import configured
 
 README = Path(__file__).parents[2] / "README.md"
@@ -419,6 +423,37 @@ def test_there_is_no_second_connection_and_no_thread(layer: PostgresChannelLayer
     assert threading.active_count() == threads
 
 
+def test_a_channel_of_this_process_stays_in_its_group_before_anybody_receives(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer(lease=2, heartbeat=0.5)
+
+    def lease() -> float:
+        [(ends,)] = observer.execute("SELECT extract(epoch FROM expires_at) FROM pg_layer_client").fetchall()
+        return float(ends)
+
+    def renewed() -> None:
+        before = lease()
+        eventually(lambda: lease() > before, "the lease is renewed")
+        assert layer.sync.group_count("room") == 1
+
+    with on_django(layer, default=postgres(migrated_dsn)):
+        channel = asyncio.run(layer.new_channel())
+        layer.sync.group_add("room", channel)
+        renewed()
+        layer.sync.group_send("room", number(1))
+        asyncio.run(layer.send("jobs", number(0)))  # by a loop that ends with it
+        renewed()
+        layer.sync.group_send("room", number(2))
+        assert async_to_sync(layer.receive)(channel) == number(1)  # so does this one
+        renewed()
+        assert received(layer, channel, 1) == [2]
+        eventually(lambda: not hubs(), "who serves keeps the lease by itself")
+        # A loop that was gone as well, and a thread that takes over from it.
+        async_to_sync(layer.send)("jobs", number(3))
+        renewed()
+
+
 def test_sending_in_a_transaction_costs_one_round_trip_more(
     layer: PostgresChannelLayer, observer: Observer, tmp_path: Path
 ) -> None:
@@ -579,7 +614,9 @@ def test_a_dsn_finds_its_alias(migrated_dsn: str, fresh_database: str, reader: P
 def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -> None:
     layer = new_layer(migrated_dsn)
     with on_django(layer, default=postgres(fresh_database), lite=SQLITE):
-        with pytest.raises(ImproperlyConfigured, match=r"Set CONFIG\['using'\].*using='default'"):
+        with pytest.raises(
+            ImproperlyConfigured, match=r"search_path.* Set CONFIG\['using'\].*using='default'"
+        ):
             layer.sync.send("jobs", number(1))
         with pytest.raises(ImproperlyConfigured, match=r"'lite'.*is sqlite"):
             layer.sync.send("jobs", number(1), using="lite")
@@ -587,6 +624,38 @@ def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -
             layer.sync.send("jobs", number(1), using="default")
         with pytest.raises(NotMigrated), transaction.atomic():
             layer.sync.send("jobs", number(1), using="default")
+
+
+def test_a_dsn_never_finds_the_alias_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(dsn: str, parameters: str) -> bool:
+        layer = new_layer(dsn)
+        options = conninfo_to_dict(parameters)
+        alias = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": options.pop("dbname", ""),
+            "HOST": options.pop("host", ""),
+            "OPTIONS": options,
+        }
+        with on_django(layer, events=alias, default=SQLITE), suppress(ImproperlyConfigured):
+            return alias_of(layer.config) == "events"
+        return False
+
+    lay = r"options='-c search_path=lay,\\ public -c statement_timeout=5s'"
+    assert found("service=prod", "service=prod")
+    assert not found("service=prod", "service=shop")
+    assert not found("service=prod", "host=h dbname=d")
+    assert not found("host=h dbname=d", "service=prod host=h dbname=d")
+    assert found(f"host=h dbname=d {lay}", "host=h dbname=d options=--search-path=lay,public")
+    assert found("host=h dbname=d", "host=h dbname=d options='-c statement_timeout=5s'")
+    assert not found("host=h dbname=d options=-csearch_path=lay", "host=h dbname=d")
+    assert not found("host=h dbname=d", f"host=h dbname=d {lay}")
+    assert not found(f"host=h dbname=d {lay}", "host=h dbname=d options='-c search_path=shop'")
+    monkeypatch.setenv("PGSERVICE", "prod")
+    assert found("service=prod dbname=d", "dbname=d")
+    assert not found("service=shop dbname=d", "dbname=d")
+    monkeypatch.setenv("PGOPTIONS", "-c search_path=lay")
+    assert found("dbname=d options=-csearch_path=lay", "dbname=d")
+    assert not found("dbname=d options=-csearch_path=shop", "dbname=d")
 
 
 def test_using_names_another_alias(

@@ -262,6 +262,33 @@ async def test_close_gives_everything_back(make_layer: MakeLayer, observer: Obse
     assert leases(observer) == 1
 
 
+@pytest.mark.parametrize("how", ["close", "exit"])
+async def test_jobs_go_back_while_somebodys_transaction_holds_a_membership(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, how: str
+) -> None:
+    layer = make_layer()
+    held, free = [await layer.new_channel() for _ in range(2)]
+    await listen(layer)
+    for channel in (held, free):
+        await layer.group_add("room", channel)
+    inbox = layer._homes.client.inbox_name
+    with psycopg.connect(migrated_dsn) as somebody:
+        somebody.execute("UPDATE pg_layer_membership SET expires_at = expires_at WHERE channel = %s", [held])
+        for _ in range(3):
+            await layer.send("jobs", {"type": "work"})
+        observer.execute("UPDATE pg_layer_message SET inbox = %s WHERE channel = 'jobs'", [inbox])  # taken
+        if how == "close":
+            await layer.close()
+        else:
+            layer._homes.leave()
+        assert count(observer, "message", "inbox = 'asgi!:jobs'") == 3
+        assert leases(observer) == 0
+        assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(held,)]
+        assert observer.execute("SELECT pg_layer_group_channels('asgi', 'room')").fetchall() == []
+    observer.execute("SELECT pg_layer_sweep('asgi', 10, false, NULL, NULL)")
+    assert count(observer, "membership") == 0
+
+
 async def test_close_ends_memberships_that_others_made(make_layer: MakeLayer, observer: Observer) -> None:
     # The layer has not looked yet when it closes.
     layer, other = make_layer(poll_interval=3600), make_layer()

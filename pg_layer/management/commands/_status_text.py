@@ -57,10 +57,8 @@ def _sections(status: Status) -> list[Section]:
                 (
                     "unknown" if client.host is None else _shown(client.host),
                     "unknown" if client.pid is None else str(client.pid),
-                    f"{in_words(client.lease_age)} ago",
-                    in_words(client.lease_left)
-                    if client.lease_left > 0
-                    else f"overdue for {in_words(-client.lease_left)}",
+                    "unknown" if client.lease_age is None else f"{in_words(client.lease_age)} ago",
+                    _left(client.lease_left),
                     "?" if client.connections is None else str(client.connections),
                     _shown(client.id),
                 )
@@ -95,6 +93,12 @@ def _sections(status: Status) -> list[Section]:
             ],
         ),
     ]
+
+
+def _left(lease_left: float | None) -> str:
+    if lease_left is None:
+        return "for ever"
+    return in_words(lease_left) if lease_left > 0 else f"overdue for {in_words(-lease_left)}"
 
 
 def plain(page: Page) -> str:
