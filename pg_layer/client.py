@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +22,7 @@ from pg_layer.codec import Codec, Template
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.inbox import LAST_ID, Inbox, Key, Row
 from pg_layer.mailbox import Letter, Mailbox
-from pg_layer.membership import Member, Memberships
+from pg_layer.membership import Memberships
 from pg_layer.stats import Counters
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class Client:
         """Drop mailboxes that nobody has used since this was last called."""
         with self._lock:
             for channel, mailbox in list(self._mailboxes.items()):
-                if mailbox.is_used or mailbox.waiting or len(mailbox) or mailbox.undeleted:
-                    mailbox.is_used = False
-                elif not self.memberships.is_member(channel):
+                if not self.memberships.is_member(channel) and mailbox.retire():
                     del self._mailboxes[channel]
 
     # ------------------------------------------------------------------ servers
@@ -193,29 +191,32 @@ class Client:
             for row in rows
             if (payload := self._opened(row)) is not None
         ]
-        members = self.memberships.of_group(group)
-        if members and members[-1].has_left:  # one that has come back is in it twice: in order for both
-            for letter in letters:
-                self._put(group, excluded, [letter], members)
-        elif letters:
-            self._put(group, excluded, letters, members)
-
-    def _put(
-        self, group: str, excluded: str | None, letters: Sequence[Letter], members: Iterable[Member]
-    ) -> None:
+        if not letters:
+            return
         first, last = letters[0].id, letters[-1].id
         now, here = self.clock.now(), asyncio._get_running_loop()
+        members, comers_and_goers = self.memberships.of_group(group)
         for mailbox, since, _, expires_at, until in members:
             if expires_at <= now or mailbox.channel == excluded:
                 continue
             if since < first and last <= until:
-                due = letters
+                self._put(group, mailbox, letters, here)
             else:
-                due = [letter for letter in letters if since < letter.id <= until]
-            if left := mailbox.put_if_room(due, here):
-                self.drop_expired(mailbox)
-                for _ in mailbox.put_if_room(left, here):
-                    self.count_dropped(group, mailbox.channel)
+                self._put(group, mailbox, [letter for letter in letters if since < letter.id <= until], here)
+        for times in comers_and_goers:
+            mailbox = times[-1].mailbox
+            if mailbox.channel != excluded:
+                spans = [(since, until) for _, since, _, expires_at, until in times if expires_at > now]
+                due = [letter for letter in letters if any(a < letter.id <= b for a, b in spans)]
+                self._put(group, mailbox, due, here)
+
+    def _put(
+        self, group: str, mailbox: Mailbox, letters: Sequence[Letter], here: asyncio.AbstractEventLoop | None
+    ) -> None:
+        if left := mailbox.put_if_room(letters, here):
+            self.drop_expired(mailbox)
+            for _ in mailbox.put_if_room(left, here):
+                self.count_dropped(group, mailbox.channel)
 
     def drop_expired(self, mailbox: Mailbox) -> None:
         """Drop what waited in a mailbox beyond its end."""

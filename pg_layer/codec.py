@@ -196,8 +196,10 @@ class Codec:
             return template.flat.copy()
         message = self.decode(template.plaintext)
         if template.is_flat is None:
-            template.flat = message.copy()
-            template.is_flat = _IMMUTABLE.issuperset(map(type, message.values()))
+            is_flat = _IMMUTABLE.issuperset(map(type, message.values()))
+            if is_flat:
+                template.flat = message.copy()
+            template.is_flat = is_flat  # last, as other threads look at it first
         return message
 
 

@@ -102,8 +102,7 @@ class Inbox:
         self._views = 0  # reads and takes are views of the table, numbered
         self._open_views: set[int] = set()
         self._read_view = 0
-        # Rows that left the inbox: views up to this number may have seen them. True: deleted, False: put
-        # back.
+        # Rows that left the inbox, and how: views up to this number may have seen them.
         self._settling: list[tuple[int, Key, _Way]] = []
         self._seen_again: set[Key] = set()  # met while still held
         self._strays: list[Key] = []
@@ -177,7 +176,8 @@ class Inbox:
             if self._is_known(row.key):
                 self._meet_again(row.key)
                 continue
-            if row.nonce not in self._heard_in_read:
+            # One that was taken from a normal channel comes with the answer to that, after those before it.
+            if row.was_taken or row.nonce not in self._heard_in_read:
                 if not is_everything:
                     continue
                 if not row.was_taken and row.nonce not in self._heard:

@@ -117,7 +117,9 @@ class PostgresChannelLayer(BaseChannelLayer):
                 else:
                     want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
                     waiter = await mailbox.wait(None if engine.loop is loop else BRIDGED_WAIT, want)
-                if mailbox.is_closed:
+                if mailbox.is_retired:
+                    mailbox = self._mailbox_to_receive(client, channel)
+                elif mailbox.is_closed:
                     if is_specific or homes.client is client:  # which has taken leave: the process ends
                         raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
                     client = homes.client

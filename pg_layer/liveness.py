@@ -251,8 +251,11 @@ class Liveness:
 
     async def _keep(self) -> None:
         heartbeat = self._client.config.heartbeat
+        is_new = not (self._is_receiving or self._client.renewed_at)
         while True:
-            await asyncio.sleep(heartbeat)
+            if not is_new:
+                await asyncio.sleep(heartbeat)
+            is_new = False
             if not self._is_receiving and time.monotonic() - self._client.renewed_at < heartbeat:
                 continue  # the engine that receives keeps it
             try:

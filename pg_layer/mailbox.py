@@ -46,6 +46,7 @@ class Mailbox:
         "is_closed",
         "is_neglected",
         "is_receivable",
+        "is_retired",
         "is_used",
         "undeleted",
     )
@@ -56,6 +57,7 @@ class Mailbox:
         self.undeleted = 0  # rows of this channel that senders may still count
         self.is_closed = False  # its client has taken leave: nothing comes and goes any more
         self.is_receivable = False  # set once somebody has shown that this process may receive here
+        self.is_retired = False  # nobody used it for a while: who found it before is to look for another
         self.is_neglected = False  # messages have expired here unread
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
@@ -142,6 +144,15 @@ class Mailbox:
             for _ in range(len(self._waiters)):
                 self._wake_one()
 
+    def retire(self) -> bool:
+        """Whether nobody has used it since this was last called, nor waits, and nothing lies here."""
+        with self._lock:
+            if self.is_used or self._waiters or self._letters or self.undeleted:
+                self.is_used = False
+            else:
+                self.is_retired = True
+            return self.is_retired
+
     def pop_all(self) -> list[Letter]:
         """Empty the mailbox."""
         return self._pop_if(lambda letter: True)
@@ -210,7 +221,7 @@ class Mailbox:
         """
         waiter = loop.create_future()
         with self._lock:
-            if self._letters or self.is_closed:
+            if self._letters or self.is_closed or self.is_retired:
                 return None
             self.is_used = True
             self._waiters.append(waiter)

@@ -154,13 +154,15 @@ class Memberships:
         """The member of a group that is this channel."""
         return self._groups.get(group, {}).get(channel)
 
-    def of_group(self, group: str) -> list[Member]:
-        """The members of a group, and after them who has left it of late."""
+    def of_group(self, group: str) -> tuple[list[Member], list[list[Member]]]:
+        """The members of a group; but for who has left it of late: of each all that he was and is."""
         with self._lock:
-            members = list(self._groups.get(group, {}).values())
-            for gone in self._gone.get(group, {}).values():
-                members += gone
-            return members
+            members = self._groups.get(group, {})
+            gone = self._gone.get(group)
+            if not gone:
+                return list(members.values()), []
+            present = [member for channel, member in members.items() if channel not in gone]
+            return present, [[*past, *filter(None, [members.get(channel)])] for channel, past in gone.items()]
 
     def of_channel(self, channel: str) -> list[str]:
         """The groups of a channel."""

@@ -190,6 +190,12 @@ def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str,
         mine["text"] = "mine"
 
 
+def test_what_is_not_flat_is_not_kept() -> None:
+    template = Template(MSGPACK.encode({"list": [1]}))
+    assert MSGPACK.decode(template) == MSGPACK.decode(template) == {"list": [1]}
+    assert template.flat == {}
+
+
 def test_a_damaged_plaintext_is_refused_by_each_of_its_readers() -> None:
     template = Template(MSGPACK.encode({"text": "abc"})[:-1])
     for _ in range(3):

@@ -356,6 +356,17 @@ def test_rows_whose_taking_was_not_answered_are_found_by_reading() -> None:
     assert inbox.hear_message(4, taken.nonce)
 
 
+def test_a_taken_row_whose_statement_announced_another_waits_for_the_answer_to_the_taking() -> None:
+    inbox = connected()
+    view = inbox.begin_view()
+    older, taken = row(4, channel=NORMAL), row(6, channel=NORMAL)
+    inbox.hear_span(taken.nonce, Span(5, 5))
+    inbox.hear_span(7, Span(7, 7))
+    assert read(inbox, [row(5, taken.nonce), taken, row(7, 7)]) == [5, 7]
+    assert [one.id for one in inbox.taken([taken, older])] == [4, 6]
+    inbox.end_view(view)
+
+
 def test_rows_that_a_read_sees_before_the_taking_is_answered_are_dispatched_once() -> None:
     inbox = connected()
     view = inbox.begin_view()

@@ -563,3 +563,21 @@ def test_forgetting_a_waiter_that_was_closed_leaves_nothing(other_loop: asyncio.
     assert mailbox.waiting == 1
     waiting.close()
     assert mailbox.waiting == 0
+
+
+async def test_a_retired_mailbox_takes_no_receiver() -> None:
+    mailbox = filled()
+    assert not mailbox.retire()  # it was new
+    assert mailbox.retire()
+    assert await mailbox.wait() is None
+    assert mailbox.waiting == 0
+
+
+async def test_a_mailbox_in_use_does_not_retire() -> None:
+    mailbox = filled()
+    mailbox.is_used = False
+    receiver = await begin(receive(mailbox))
+    assert not mailbox.retire()
+    mailbox.put(letter(1))
+    assert not mailbox.retire()
+    assert await receiver == 1
