@@ -102,19 +102,21 @@ _loans: WeakKeyDictionary[BaseDatabaseWrapper, _Loan] = WeakKeyDictionary()
 
 
 def _loan_of(connection: BaseDatabaseWrapper) -> _Loan:
-    """The session on what Django is connected by now."""
+    """The session on what Django is connected by now. Raises Django's error if that is lost."""
     loan = _loans.get(connection)
     if loan is None or loan.conn is not connection.connection:
         route = route_of(connection.alias)
         if loan is not None and loan.conn.broken:
             route.lost()
         conn = connection.connection
-        route.opened(conn.pgconn)
+        with connection.wrap_database_errors:
+            route.opened(conn.pgconn)
         options = connection.settings_dict["OPTIONS"]
         # Django's default for the threshold is None, because of poolers: those are found out. A pool's
         # connection comes and goes with what is prepared on it, and would have ever more of that.
         after = None if options.get("pool") else options.get("prepare_threshold", PREPARE_AFTER)
-        loan = _loans[connection] = _Loan(conn, after)
+        with connection.wrap_database_errors:
+            loan = _loans[connection] = _Loan(conn, after)
     return loan
 
 
@@ -154,7 +156,8 @@ class DjangoSession:
         connection = self._connection
         for _ in range(MOST_DEAD if connection.settings_dict["OPTIONS"].get("pool") else 2):
             if connection.connection is not None:
-                if not _has_hung_up(_loan_of(connection)):
+                # Django keeps one that it knows to be lost, until the request ends.
+                if not connection.connection.closed and not _has_hung_up(_loan_of(connection)):
                     break
                 self._drop()
             with _connecting_within(connection, timeout):

@@ -951,6 +951,55 @@ def test_a_connection_that_is_lost_within_a_transaction_is_djangos_affair(
     assert received(reader, "jobs", 1) == [3]
 
 
+def lose(observer: Observer, is_closed: bool) -> None:
+    """Django's connection is lost, and Django has been told."""
+    if is_closed:
+        connection.connection.close()
+    else:
+        kill(observer)
+        with pytest.raises(OperationalError), connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+    assert connection.connection.closed
+
+
+@pytest.mark.parametrize("is_used", [False, True], ids=["unused", "used"])
+@pytest.mark.parametrize("is_closed", [False, True], ids=["terminated", "closed"])
+def test_a_connection_that_django_knows_to_be_lost_is_opened_anew(
+    layer: PostgresChannelLayer,
+    reader: PostgresChannelLayer,
+    observer: Observer,
+    is_used: bool,
+    is_closed: bool,
+) -> None:
+    for n, send in enumerate((layer.sync.send, layer.sync.group_send, layer.sync.send)):
+        connection.close()  # what the layer knew of the last one is of no use for this one
+        connection.ensure_connection()
+        if is_used:
+            layer.sync.group_count("room")
+        lose(observer, is_closed)
+        send("jobs", number(n))
+        assert shown("server_version_num")
+    assert received(reader, "jobs", 2) == [0, 2]
+
+
+@pytest.mark.parametrize("is_used", [False, True], ids=["unused", "used"])
+@pytest.mark.parametrize("is_closed", [False, True], ids=["terminated", "closed"])
+def test_one_that_is_known_to_be_lost_within_a_transaction_is_djangos_affair_too(
+    layer: PostgresChannelLayer, observer: Observer, is_used: bool, is_closed: bool
+) -> None:
+    for call in (layer.sync.send, layer.sync.group_send):
+        with transaction.atomic():
+            if is_used:
+                layer.sync.group_count("room")  # begins the transaction, by psycopg's cursor
+                layer.sync.group_count("room")
+            lose(observer, is_closed)
+            with pytest.raises(OperationalError):
+                call("jobs", number(1))
+            transaction.set_rollback(True)
+        assert waiting(observer) == 0
+        connection.close()
+
+
 def test_a_database_that_is_away(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(send_timeout=0.5)
     with (
