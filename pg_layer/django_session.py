@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from inspect import getfile
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -154,13 +154,15 @@ class DjangoSession:
     def connect(self, timeout: float) -> None:
         """Connect, if there is no connection, or none any more. Outside of transactions."""
         connection = self._connection
-        for _ in range(MOST_DEAD if connection.settings_dict["OPTIONS"].get("pool") else 2):
+        has_pool = bool(connection.settings_dict["OPTIONS"].get("pool"))
+        for _ in range(MOST_DEAD if has_pool else 2):
             if connection.connection is not None:
                 # Django keeps one that it knows to be lost, until the request ends.
                 if not connection.connection.closed and not _has_hung_up(_loan_of(connection)):
                     break
                 self._drop()
-            with _connecting_within(connection, timeout):
+            # A pool is made with the parameters of whoever needs it first, and keeps them.
+            with nullcontext() if has_pool else _connecting_within(connection, timeout):
                 connection.ensure_connection()
         connection.ensure_connection()  # complains on an event loop's thread
 
@@ -240,10 +242,7 @@ def _has_hung_up(session: Session) -> bool:
 
 @contextmanager
 def _connecting_within(connection: BaseDatabaseWrapper, seconds: float) -> Iterator[None]:
-    """Connect in that time, where nobody has set a shorter one: for each host, and in whole seconds.
-
-    Of no effect where Django has a pool, which connects by itself.
-    """
+    """Connect in that time, where nobody has set a shorter one: for each host, and in whole seconds."""
     before = vars(connection).get("get_connection_params")
     parameters_of = connection.get_connection_params
 

@@ -603,6 +603,17 @@ def test_atomic_requests(migrated_dsn: str, reader: PostgresChannelLayer) -> Non
 # ---------------------------------------------------------------------- which connection
 
 
+def test_djangos_pool_connects_as_django_would(migrated_dsn: str) -> None:
+    layer = PostgresChannelLayer(send_timeout=3)
+    options = {"pool": {"min_size": 1, "max_size": 1}}
+    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
+        wrapper: Any = connections["default"]
+        layer.sync.send("jobs", number(1))  # which makes the pool
+        assert "connect_timeout" not in wrapper.pool.kwargs
+        wrapper.close()
+        wrapper.close_pool()
+
+
 def test_a_dsn_finds_its_alias(migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer) -> None:
     layer = new_layer(migrated_dsn)
     with on_django(layer, default=postgres(fresh_database), lite=SQLITE, events=postgres(migrated_dsn)):
