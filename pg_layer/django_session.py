@@ -145,6 +145,11 @@ class DjangoSession:
         )
 
     @property
+    def is_pipelining(self) -> bool:
+        """Whether it is in psycopg's pipeline mode."""
+        return self._connection.connection is not None and _is_pipelining(self._connection)
+
+    @property
     def generation(self) -> int:
         """Differs if it may be another server than before."""
         self._connection.ensure_connection()
@@ -205,7 +210,8 @@ class DjangoSession:
                 sql.for_cursor(statement),
                 [list(value) if isinstance(value, tuple) else value for value in values],
             )
-            # In a pipeline it is fetching that waits for the answer, and tells what it is.
+            # In a pipeline it is fetching that waits for the answer, and tells what it is: here none runs that
+            # returns no rows.
             is_fetchable = cursor.description is not None or _is_pipelining(self._connection)
             return cursor.fetchall() if is_fetchable else []
 

@@ -303,6 +303,8 @@ class Sync:
 
 async def _carefully(session: DjangoSession, work: Work[T]) -> T:
     """Within somebody's transaction, which is not to fail should the server refuse NOTIFY."""
+    if session.is_pipelining:  # a refusal would end the pipeline, savepoint or not: nothing is tried
+        return await store.without_ringing(session, work)
     await session.execute(sql.SAVEPOINT)
     try:
         result = await work(session)

@@ -288,6 +288,23 @@ def test_a_refusal_outside_of_transactions_is_known_within(
     assert waiting(observer) == 2
 
 
+@pytest.mark.usefixtures("refusing")
+def test_a_pipeline_survives_a_refusal_once_one_is_known(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
+    layer.sync.send("jobs", number(0))
+    with transaction.atomic(), connection.connection.pipeline():
+        noted()
+        layer.sync.send("jobs", number(1))
+        layer.sync.group_send("room", number(2))
+        assert layer.sync.send_many([("jobs", number(3)), ("jobs", number(4))]) == [True, True]
+        noted()
+        layer.sync.group_add("room", "jobs")
+    assert notes(observer) == 2
+    assert waiting(observer) == 4
+    assert layer.sync.group_channels("room") == ["jobs"]
+
+
 # ---------------------------------------------------------------------- tables that are missing
 
 
