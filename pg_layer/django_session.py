@@ -210,8 +210,8 @@ class DjangoSession:
                 sql.for_cursor(statement),
                 [list(value) if isinstance(value, tuple) else value for value in values],
             )
-            # In a pipeline it is fetching that waits for the answer, and tells what it is: here none runs that
-            # returns no rows.
+            # In a pipeline it is fetching that waits for the answer, and tells what it is: none runs there
+            # that returns no rows.
             is_fetchable = cursor.description is not None or _is_pipelining(self._connection)
             return cursor.fetchall() if is_fetchable else []
 

@@ -26,7 +26,10 @@ FORBIDDEN = "42501"
 AWAY = "The database could not be reached: "
 _HOPELESS = re.compile(
     r"FATAL: +(password authentication failed|no pg_hba\.conf entry|(database|role) .+ does not exist)"
+    r"|no password supplied"
 )
+# Psycopg's list of what came of several hosts, and of several addresses of one.
+_ATTEMPT = re.compile(r"^- (host: .*?, port: .*?), hostaddr: .*?: ", re.MULTILINE)
 UNDEFINED = (errors.UndefinedFunction, errors.UndefinedTable, errors.UndefinedColumn)
 
 
@@ -95,9 +98,16 @@ def words_of(error: BaseException) -> str:
 def is_hopeless(error: BaseException | None) -> bool:
     """Whether no connection can be made for what does not mend itself: a wrong password, a missing database.
 
+    Of several hosts each has to have said so: one that is away may come back, and take what another denies.
     libpq tells no SQLSTATE of it. A server that speaks another language than English is asked again.
     """
     if not isinstance(error, psycopg.OperationalError) or error.sqlstate is not None:
         return False
-    pgconn = error.pgconn
-    return bool(_HOPELESS.search(str(error))) or (pgconn is not None and bool(pgconn.needs_password))
+    _, *attempts = _ATTEMPT.split(str(error))
+    if not attempts:
+        pgconn = error.pgconn
+        return bool(_HOPELESS.search(str(error))) or (pgconn is not None and bool(pgconn.needs_password))
+    said: dict[str, bool] = {}
+    for host, text in zip(attempts[::2], attempts[1::2], strict=True):
+        said[host] = said.get(host, False) or bool(_HOPELESS.search(text))
+    return all(said.values())

@@ -14,8 +14,10 @@ import psycopg
 import pytest
 from django.db import NotSupportedError, connection, connections, transaction
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import LayerUnavailable, NotMigrated, OutcomeUnknown, PostgresChannelLayer
+from pg_layer.faults import is_hopeless
 from tests.conftest import Observer
 from tests.faults.proxy import Proxy
 from tests.integration.test_django import postgres
@@ -202,6 +204,51 @@ def test_what_is_hopeless_is_said_at_once(
                 layer.sync.send("jobs", number(1))
         with pytest.raises(LayerUnavailable, match=why):
             asyncio.run(asyncio.wait_for(layer.send("jobs", number(1)), 60))
+
+
+def refused_by(dsn: str, **place: str) -> psycopg.OperationalError:
+    """The error of a connection there, for a database that there is not."""
+    with pytest.raises(psycopg.OperationalError) as caught:
+        psycopg.connect(make_conninfo(dsn, **{"dbname": "no_such_database", **place}))
+    return caught.value
+
+
+def test_what_one_of_several_hosts_denies_is_not_hopeless_while_another_is_away(migrated_dsn: str) -> None:
+    with Proxy(migrated_dsn) as proxy, socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))  # and does not listen
+        there, also_there = conninfo_to_dict(migrated_dsn)["port"], conninfo_to_dict(proxy.dsn())["port"]
+        away = unheard.getsockname()[1]
+        for ports, expected in (
+            (f"{there}", True),
+            (f"{away}", False),
+            (f"{there},{also_there}", True),
+            (f"{away},{there}", False),
+            (f"{there},{away}", False),
+        ):
+            hosts = ",".join(["127.0.0.1"] * len(ports.split(",")))
+            assert is_hopeless(refused_by(migrated_dsn, host=hosts, port=ports)) is expected, ports
+
+
+async def test_of_one_hosts_addresses_one_is_enough(
+    migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that listens on IPv4 alone is refused on the other, as everywhere for ``localhost``."""
+
+    def addresses(host: str, port: Any, **options: Any) -> Any:
+        return [(0, 0, 0, "", (address, port)) for address in ("127.0.0.2", "127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    error = refused_by(migrated_dsn, host="localhost")
+    assert "127.0.0.2" in str(error)
+    assert is_hopeless(error)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_password_that_is_missing_is_hopeless(count: int) -> None:
+    text = 'connection to server at "127.0.0.1", port 5432 failed: fe_sendauth: no password supplied'
+    lines = [f"- host: 'h{n}', port: '5432', hostaddr: '127.0.0.1': {text}" for n in range(count)]
+    told = [text, "Multiple connection attempts failed. All failures were:", *lines] if count > 1 else [text]
+    assert is_hopeless(psycopg.OperationalError("\n".join(told)))
 
 
 # ---------------------------------------------------------------------- a server that knows no NOTIFY
