@@ -191,6 +191,17 @@ class DjangoSession:
         route_of(self.alias).used()
         return rows
 
+    def hand_on_notifies(self) -> None:
+        """Give the NOTIFYs that came meanwhile to psycopg, for whoever listens on the connection.
+
+        Not while a call is under way: what their handlers raise would be taken for an error of its own.
+        """
+        conn = self._connection.connection
+        pgconn = None if conn is None else conn.pgconn
+        while pgconn is not None and (notify := pgconn.notifies()) is not None:
+            if pgconn.notify_handler is not None:
+                pgconn.notify_handler(notify)
+
     def _execute_directly(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         connection, patience = self._connection, self.patience
         connection.validate_thread_sharing()

@@ -219,8 +219,12 @@ class Sync:
             self._homes.joined(op.channel)
 
     def _run(self, using: str | None, work: Work[T], *, is_idempotent: bool = False) -> T:
-        connection = self._connection(using)
-        session = DjangoSession(connection)
+        session = DjangoSession(self._connection(using))
+        result = self._run_on(session, work, is_idempotent)
+        session.hand_on_notifies()
+        return result
+
+    def _run_on(self, session: DjangoSession, work: Work[T], is_idempotent: bool) -> T:
         deadline = time.monotonic() + self._config.send_timeout
         is_silent = False
         while not session.is_in_transaction:
@@ -244,7 +248,7 @@ class Sync:
             try:
                 if not is_silent:
                     return _finish(work(session))
-                with transaction.atomic(using=connection.alias):
+                with transaction.atomic(using=session.alias):
                     return _finish(store.without_ringing(session, work))
             except DjangoError as error:
                 cause = error.__cause__

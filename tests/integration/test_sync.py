@@ -893,6 +893,46 @@ def test_what_is_sent_again_and_again_is_prepared_outside_of_transactions(
     assert received(reader, member, 60) == [n for n in range(20) for _ in range(3)]
 
 
+@pytest.mark.parametrize("has_handler", [True, False], ids=["handler", "generator"])
+def test_whoever_listens_on_djangos_connection_hears(
+    layer: PostgresChannelLayer, observer: Observer, has_handler: bool
+) -> None:
+    heard: list[str] = []
+    with connection.cursor() as cursor:
+        cursor.execute("LISTEN mine")
+    conn = connection.connection
+    if has_handler:
+        conn.add_notify_handler(lambda notify: heard.append(notify.payload))
+    for n in range(3):
+        layer.sync.group_count("room")
+        observer.execute(f"NOTIFY mine, '{n}'".encode())
+        layer.sync.send("jobs", number(n))
+        if has_handler:
+            assert heard == [str(m) for m in range(n + 1)]
+    if not has_handler:
+        heard += [notify.payload for notify in conn.notifies(timeout=20, stop_after=3)]
+    assert heard == ["0", "1", "2"]
+
+
+def test_what_a_handler_raises_is_not_taken_for_the_calls_own_error(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
+    layer.sync.send("jobs", number(1))
+    with connection.cursor() as cursor:
+        cursor.execute("LISTEN mine")
+    psycopg_connection = connection.connection
+
+    def fail(notify: psycopg.Notify) -> None:
+        raise OperationalError from psycopg.errors.SerializationFailure()
+
+    psycopg_connection.add_notify_handler(fail)
+    observer.execute("NOTIFY mine")
+    with pytest.raises(OperationalError):
+        layer.sync.send("jobs", number(2))
+    assert waiting(observer) == 2  # it was not sent again
+    assert connection.connection is psycopg_connection
+
+
 @pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
 def test_what_was_prepared_may_be_discarded_at_any_time(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, forget: str
@@ -982,7 +1022,12 @@ def test_a_connection_that_django_knows_to_be_lost_is_opened_anew(
     is_used: bool,
     is_closed: bool,
 ) -> None:
-    for n, send in enumerate((layer.sync.send, layer.sync.group_send, layer.sync.send)):
+    sends: list[Callable[[str, dict[str, Any]], None]] = [
+        layer.sync.send,
+        layer.sync.group_send,
+        layer.sync.send,
+    ]
+    for n, send in enumerate(sends):
         connection.close()  # what the layer knew of the last one is of no use for this one
         connection.ensure_connection()
         if is_used:
