@@ -125,12 +125,13 @@ class DjangoSession:
 
     Goes past Django's cursors, which take a third of the time, unless somebody wants to see what runs.
 
-    ``patience``: seconds for each answer; None in somebody's transaction: it takes as long as it takes.
+    ``deadline``: of `time.monotonic`, for all answers together; None in somebody's transaction: it takes as
+    long as it takes.
     """
 
     def __init__(self, connection: BaseDatabaseWrapper) -> None:
         self.alias = connection.alias
-        self.patience: float | None = None
+        self.deadline: float | None = None
         self._connection = connection
 
     @property
@@ -175,7 +176,7 @@ class DjangoSession:
         """As `Session.execute`; awaits nothing."""
         connection = self._connection
         connection.ensure_connection()
-        if self.patience is None:
+        if self.deadline is None:
             statement = sql.for_transaction(statement)
         is_in_transaction = self.is_in_transaction
         try:
@@ -202,14 +203,20 @@ class DjangoSession:
             if pgconn.notify_handler is not None:
                 pgconn.notify_handler(notify)
 
+    @property
+    def _patience(self) -> float | None:
+        """The seconds that are left."""
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
+
     def _execute_directly(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
-        connection, patience = self._connection, self.patience
+        connection = self._connection
         connection.validate_thread_sharing()
         with connection.wrap_database_errors, connection.connection.lock:
             loan = _loan_of(connection)
+            patience = self._patience
             loan.can_prepare = patience is not None and loan.is_worth_preparing(statement, patience)
             try:
-                return loan.execute_now(statement, *values, patience=patience)
+                return loan.execute_now(statement, *values, patience=self._patience)
             except psycopg.errors.InvalidSqlStatementName:
                 loan.forgotten()
                 raise
@@ -229,10 +236,11 @@ class DjangoSession:
     @contextmanager
     def _cutting(self) -> Iterator[None]:
         """Cut the connection when patience ends, as nobody but psycopg waits for the answer."""
-        if self.patience is None:
+        patience = self._patience
+        if patience is None:
             yield
             return
-        watchdog = threading.Timer(self.patience, _loan_of(self._connection).cut)
+        watchdog = threading.Timer(patience, _loan_of(self._connection).cut)
         watchdog.daemon = True
         watchdog.start()
         try:

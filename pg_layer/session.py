@@ -93,17 +93,18 @@ class Session:
     ) -> Rows:
         """The same, blocking this thread. The connection is closed if it raises no error of the server's.
 
-        Waits ``patience`` seconds for each answer, or as long as it takes; and no longer than `BELL_PATIENCE`
-        once ``bell`` can be read.
+        Waits ``patience`` seconds, preparing included, or as long as it takes; and no longer than
+        `BELL_PATIENCE` once ``bell`` can be read.
         """
         parameters = statement.encode(values)
+        deadline = math.inf if patience is None else time.monotonic() + patience
         try:
             if self.can_prepare and statement not in self._names:
                 name = self._send_prepare(statement)
-                _checked(self._results_now(patience, bell))
+                _checked(self._results_now(deadline, bell))
                 self._names[statement] = name
             self._send(statement, parameters)
-            results = self._results_now(patience, bell)
+            results = self._results_now(deadline, bell)
         except BaseException as error:
             if getattr(error, "sqlstate", None) is None:
                 self.close()
@@ -191,9 +192,8 @@ class Session:
             self._answer_to = None
             self._is_waiting = not (answer.is_complete or self.is_closed)
 
-    def _results_now(self, patience: float | None, bell: socket.socket | None) -> list[PGresult]:
+    def _results_now(self, deadline: float, bell: socket.socket | None) -> list[PGresult]:
         pgconn = self._pgconn
-        deadline = math.inf if patience is None else time.monotonic() + patience
         results: list[PGresult] = []
         while True:
             poll = self._poll

@@ -242,8 +242,8 @@ class Sync:
                 continue
             if session.is_in_transaction:  # AUTOCOMMIT is off
                 break
-            session.patience = deadline - time.monotonic()
-            if session.patience <= 0:  # nothing was sent: that is better known than cut short
+            session.deadline = deadline
+            if time.monotonic() >= deadline:  # nothing was sent: that is better known than cut short
                 raise unavailable(TimeoutError("connecting took all the time there was"))
             try:
                 if not is_silent:
@@ -263,7 +263,7 @@ class Sync:
                 if isinstance(cause, errors.InvalidSqlStatementName):
                     continue  # it will not be asked for again
             time.sleep(RETRY)
-        session.patience = None
+        session.deadline = None
         return self._run_in_transaction(session, work)
 
     def _run_in_transaction(self, session: DjangoSession, work: Work[T]) -> T:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import closing
 from typing import Any
+from unittest.mock import Mock
 
 import psycopg
 import pytest
@@ -255,6 +256,26 @@ def test_a_blocking_statement_is_not_waited_for_without_end(
         pytest.raises(psycopg.OperationalError, match="did not answer in time"),
     ):
         Session(conn).execute_now(WAIT, patience=0.1)
+
+
+def test_preparing_a_blocking_statement_is_part_of_the_time_it_has(
+    postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Mock(monotonic=Mock(return_value=0.0))
+    monkeypatch.setattr(session_module, "time", clock)
+
+    class Slow(Session):
+        """Preparing takes all the time there is."""
+
+        def _send(self, statement: Statement, parameters: list[bytes | None]) -> None:
+            clock.monotonic.return_value = 20.0
+            super()._send(statement, parameters)
+
+    with (
+        closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn,
+        pytest.raises(psycopg.OperationalError, match="did not answer in time"),
+    ):
+        Slow(conn, can_prepare=True).execute_now(NUMBER, 1, patience=20)
 
 
 def test_a_blocking_statement_is_waited_for_less_when_the_bell_rings(

@@ -30,6 +30,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer, django_session, room
 from pg_layer.aliases import alias_of
+from pg_layer.session import Session
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
 from tests.integration.test_django import SQLITE, postgres
@@ -931,6 +932,25 @@ def test_what_a_handler_raises_is_not_taken_for_the_calls_own_error(
         layer.sync.send("jobs", number(2))
     assert waiting(observer) == 2  # it was not sent again
     assert connection.connection is psycopg_connection
+
+
+def test_what_comes_with_preparing_has_no_time_of_its_own(
+    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patiences: list[float] = []
+    execute_now = Session.execute_now
+
+    def execute(self: Session, *args: Any, patience: float) -> Any:
+        patiences.append(patience)
+        return execute_now(self, *args, patience=patience)
+
+    monkeypatch.setattr(Session, "execute_now", execute)
+    for n in range(5):
+        layer.sync.group_send("room", number(n))
+    patiences.clear()
+    layer.sync.group_send("room", number(5))
+    whether_it_is_a_pooler, message = patiences
+    assert message < whether_it_is_a_pooler < 10
 
 
 @pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
