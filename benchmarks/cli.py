@@ -16,7 +16,7 @@ from benchmarks.ceiling import PLANS, Ceiling, line
 from benchmarks.ceiling import measure as measure_ceilings
 from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.pgbench import CLIENTS, RATE, ROWS, beside, fill, find_pgbench
-from benchmarks.report import Progress, Results, context, headline
+from benchmarks.report import Progress, Results, context, headline, load_average
 from benchmarks.runner import Measurement
 from benchmarks.scenarios import EVERY, SCENARIOS, SETS, choose
 from benchmarks.scenarios.base import Scale, Scenario
@@ -89,18 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.profile:
         Path(options.profile).mkdir(parents=True, exist_ok=True)
+    load = load_average()
     with available(options) as specs:
         if not specs:
             return 2
         results, servers = Results([spec.name for spec in specs], chosen(options)), describe(specs)
+        durable = durability(specs)
         ceilings: list[Ceiling] = []
         with suppress(KeyboardInterrupt):  # what has been measured is still shown
             measure(options, specs, results, Progress())
             ceilings = find_ceilings(options, specs)
-    known = context(options.known(), servers)
+    known = context(options.known(), servers, durable, load)
     head = headline(known) + traffic(options)
     parts = [head, results.as_table(), results.as_ratios(), LEGEND.format(rounds=options.rounds)]
-    parts.append("\n".join(map(line, ceilings)))
+    if ceilings:
+        parts.append("\n".join(["pgbench, without a layer, synchronous_commit off:", *map(line, ceilings)]))
     print("", *filter(None, parts), sep="\n\n")
     written = {**results.as_json(known), "ceilings": [asdict(ceiling) for ceiling in ceilings]}
     if parsed.json:
@@ -250,6 +253,15 @@ def describe(specs: Sequence[LayerSpec]) -> dict[str, dict[str, str]]:
             with closing(PostgresObserver(spec.database)) as database:
                 servers["postgres"] = database.describe()
     return servers
+
+
+def durability(specs: Sequence[LayerSpec]) -> dict[str, str]:
+    """How safe the writes of each layer are."""
+    found: dict[str, str] = {}
+    for spec in specs:
+        with observe(spec) as observer:
+            found[spec.name] = KINDS[spec.name].durability or observer.durability()
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,6 +31,9 @@ _PACKAGES = (
     "Django",
 )
 
+#: A load average for each core above which a machine is too busy to be measured.
+_BUSY = 0.5
+
 #: Six layers side by side stay within 160 columns.
 _CELL = 18
 
@@ -144,8 +147,24 @@ def notes_of(result: Summary | Outcome) -> str:
     return ", ".join(f"{value:,.0f} {name}" for name, value in result.notes.items() if value)
 
 
-def context(options: Mapping[str, Any], servers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What a reader must know to judge the figures: machine, versions, settings, options."""
+def load_average() -> list[float] | None:
+    """Of the last 1, 5 and 15 minutes; None where the system has none."""
+    try:
+        return [round(load, 2) for load in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def context(
+    options: Mapping[str, Any],
+    servers: Mapping[str, Mapping[str, str]],
+    durability: Mapping[str, str] | None = None,
+    load_at_start: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What a reader must know to judge the figures: machine, versions, settings, options.
+
+    ``durability``: how safe the writes of each layer are.
+    """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {
@@ -156,19 +175,45 @@ def context(options: Mapping[str, Any], servers: Mapping[str, Mapping[str, str]]
         },
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "servers": {name: dict(settings) for name, settings in servers.items()},
+        "durability": dict(durability or {}),
+        "load average": {"start": load_at_start, "end": load_average()},
         "options": dict(options),
     }
 
 
 def headline(context: Mapping[str, Any]) -> str:
-    """The context in two lines above the table."""
+    """The context in a few lines above the table."""
     machine = context["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in context["packages"].items())
     servers = "; ".join(
         f"{name} " + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
         for name, settings in context["servers"].items()
     )
-    return f"{machine['cores']} x {machine['cpu']}, Python {machine['python']}, {packages}\n{servers}"
+    first = f"{machine['cores']} x {machine['cpu']}, Python {machine['python']}, {packages}"
+    return "\n".join(filter(None, [first, servers, _durability(context), *_load(context)]))
+
+
+def _durability(context: Mapping[str, Any]) -> str:
+    titles: dict[str, list[str]] = {}
+    for layer, durability in context["durability"].items():
+        titles.setdefault(durability, []).append(KINDS[layer].title)
+    words = [f"{', '.join(names)}: {durability}" for durability, names in titles.items()]
+    return f"the layers' own writes: {'; '.join(words)}" if words else ""
+
+
+def _load(context: Mapping[str, Any]) -> list[str]:
+    """How busy the machine was, and a warning if it was so already before the run."""
+    loads, cores = context["load average"], context["machine"]["cores"] or 1
+    if not loads["start"] or not loads["end"]:
+        return []
+    start, end = loads["start"][0], loads["end"][0]
+    lines = [f"load average (1 minute): {start:.2f} at the start, {end:.2f} at the end"]
+    if start > _BUSY * cores:
+        lines.append(
+            "WARNING: the machine was busy with something else when the run began;"
+            " the figures are lower, and differ more, than on an idle one."
+        )
+    return lines
 
 
 class Progress:

@@ -45,11 +45,14 @@ class Observer(Protocol):
     def describe(self) -> dict[str, str]:
         """The server's version and the settings that matter for its speed."""
 
+    def durability(self) -> str:
+        """How safe a write is unless a layer has it otherwise."""
+
     def close(self) -> None: ...
 
 
 class PostgresObserver:
-    _SETTINGS = ("server_version", "fsync", "synchronous_commit", "shared_buffers", "max_connections")
+    _SETTINGS = ("server_version", "fsync", "shared_buffers", "max_connections")
 
     def __init__(self, dsn: str) -> None:
         self._connection = _connect(dsn)
@@ -73,11 +76,14 @@ class PostgresObserver:
             self._connection.execute(sql.SQL("TRUNCATE {}").format(names))
 
     def describe(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name in self._SETTINGS:
-            row = self._connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
-            found[name] = str(row[0]) if row else ""
-        return found
+        return {name: self._setting(name) for name in self._SETTINGS}
+
+    def durability(self) -> str:
+        return f"synchronous_commit {self._setting('synchronous_commit')}"
+
+    def _setting(self, name: str) -> str:
+        row = self._connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
+        return str(row[0]) if row else ""
 
     def close(self) -> None:
         self._connection.close()
@@ -113,6 +119,19 @@ class RedisObserver:
     def describe(self) -> dict[str, str]:
         return {"server_version": str(self._client.info("server")["redis_version"])}
 
+    def durability(self) -> str:
+        import redis
+
+        try:
+            appends = self._client.config_get("appendonly").get("appendonly")
+            snapshots = self._client.config_get("save").get("save")
+        except redis.ResponseError:  # not everybody may ask
+            return "persistence unknown"
+        kinds = [
+            name for name, on in (("append-only file", appends == "yes"), ("snapshots", snapshots)) if on
+        ]
+        return " and ".join(kinds) or "no persistence"
+
     def close(self) -> None:
         self._client.close()
 
@@ -128,6 +147,9 @@ class NoServer:
 
     def describe(self) -> dict[str, str]:
         return {}
+
+    def durability(self) -> str:
+        return ""
 
     def close(self) -> None:
         pass
