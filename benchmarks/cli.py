@@ -101,7 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ceilings = find_ceilings(options, specs)
     known = context(options.known(), servers, durable, load)
     head = headline(known) + traffic(options)
-    parts = [head, results.as_table(), results.as_ratios(), LEGEND.format(rounds=options.rounds)]
+    parts = [
+        head,
+        results.as_table(),
+        results.as_ratios(),
+        results.as_ranges(),
+        LEGEND.format(rounds=options.rounds),
+    ]
     if ceilings:
         parts.append("\n".join(["pgbench, without a layer, synchronous_commit off:", *map(line, ceilings)]))
     print("", *filter(None, parts), sep="\n\n")
@@ -127,13 +133,16 @@ def traffic(options: Options) -> str:
 
 
 def measure(options: Options, specs: Sequence[LayerSpec], results: Results, progress: Progress) -> None:
-    """Every round visits every scenario, and in it every layer, one right after the other."""
+    """Every round visits every scenario, and in it every layer, one right after the other.
+
+    Each begins with another layer, so that none is always the first.
+    """
     scenarios = chosen(options)
     width = max(len(scenario.name) for scenario in scenarios)
     for number in range(1, options.rounds + 1):
         for scenario in scenarios:
             sizes = scenario.scales[options.scale]
-            for spec in specs:
+            for spec in rotated(specs, number - 1):
                 if scenario.roles(KINDS[spec.name]) is None:
                     continue
                 if sizes.pgbench_scale and spec.database is None:
@@ -157,6 +166,12 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
                     outcome = measurement.run()
                 results.add(scenario, spec.name, outcome)
                 progress.end(scenario, outcome)
+
+
+def rotated(specs: Sequence[LayerSpec], places: int) -> Sequence[LayerSpec]:
+    """From the one that stands so many places on, around to the one before it."""
+    start = places % len(specs)
+    return [*specs[start:], *specs[:start]]
 
 
 def emptied(spec: LayerSpec) -> Outcome | None:

@@ -115,11 +115,25 @@ class Results:
         ]
         for scenario in self._measured:
             tallies = {layer: self.summary(scenario, layer).tally for layer in others}
-            for index, figure in enumerate(scenario.figures):
+            lines = []
+            for figure in scenario.figures:
                 ratios = self.ratios(scenario, figure)
                 cells = [_times(ratios[layer], tallies[layer], share=layer in bare) for layer in others]
-                rows.append([scenario.name if index == 0 else "", figure.label, *cells])
-        return _align(rows)
+                lines.append([figure.label, *cells])
+            rows += _named(scenario, lines)
+        return _align(rows) if len(rows) > 1 else ""
+
+    def as_ranges(self) -> str:
+        """The lowest and the highest of the rounds of each figure; "" if there are not several."""
+        rows = [["range", "", *(KINDS[layer].title for layer in self.layers)]]
+        for scenario in self._measured:
+            measured = self.outcomes[scenario.name]
+            lines = [
+                [figure.label, *(_range(measured.get(layer, []), figure) for layer in self.layers)]
+                for figure in scenario.figures
+            ]
+            rows += _named(scenario, lines)
+        return _align(rows) if len(rows) > 1 else ""
 
     @property
     def _measured(self) -> list[Scenario]:
@@ -253,6 +267,26 @@ def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
+
+
+def _short(value: float) -> str:
+    """In three digits."""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{float(f'{value / unit:.3g}'):g}{name}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _range(outcomes: Sequence[Outcome], figure: Figure) -> str:
+    values = [outcome.figures.get(figure.name, math.nan) for outcome in outcomes]
+    values = [value for value in values if not math.isnan(value)]
+    return f"{_short(min(values))} … {_short(max(values))}" if len(values) > 1 else "-"
+
+
+def _named(scenario: Scenario, lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows under the scenario's name, of those lines that have anything beside their label."""
+    kept = [line for line in lines if any(cell != "-" for cell in line[1:])]
+    return [[scenario.name if index == 0 else "", *line] for index, line in enumerate(kept)]
 
 
 def _times(value: float, theirs: Tally, *, share: bool = False) -> str:
