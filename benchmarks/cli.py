@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,13 +29,14 @@ from benchmarks.servers import (
     postgres_server,
     redis_server,
 )
+from benchmarks.signals import interrupt_when_told_to_end
 from benchmarks.statistics import Outcome
 
 DSN_VARIABLE = "PG_LAYER_DSN"
 #: What a reader in a hurry waits for.
 QUICK_LAYERS = ("pg", "core", "pubsub", "bare")
 LEGEND = (
-    "Medians of {rounds} round(s). 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
+    "{what}. 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
     "\n'of': its share of what PostgreSQL does without a layer; 100% is as good."
     "\n* against a layer that lost, doubled or reordered messages. Compare within one run only."
 )
@@ -71,7 +72,11 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: measured; 1: pg_layer failed, or lost, doubled or reordered something; 2: nothing ran."""
+    """Exit code 0: measured; 1: pg_layer failed, or lost, doubled or reordered something; 2: nothing ran.
+
+    130: interrupted.
+    """
+    interrupt_when_told_to_end()
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.plots and not importlib.util.find_spec("matplotlib"):
@@ -90,15 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.profile:
         Path(options.profile).mkdir(parents=True, exist_ok=True)
     load = load_average()
-    with available(options) as specs:
-        if not specs:
-            return 2
-        results, servers = Results([spec.name for spec in specs], chosen(options)), describe(specs)
-        durable = durability(specs)
-        ceilings: list[Ceiling] = []
-        with suppress(KeyboardInterrupt):  # what has been measured is still shown
+    results = Results([], chosen(options))
+    ceilings: list[Ceiling] = []
+    try:
+        with available(options) as specs:
+            if not specs:
+                return 2
+            results.layers = [spec.name for spec in specs]
+            servers, durable = describe(specs), durability(specs)
             measure(options, specs, results, Progress())
             ceilings = find_ceilings(options, specs)
+    except KeyboardInterrupt:  # what has been measured is still shown
+        results.interrupted = True
+    if not results.outcomes:
+        print("\nInterrupted before anything was measured." if results.interrupted else "Nothing to measure.")
+        return 130 if results.interrupted else 2
     known = context(options.known(), servers, durable, load)
     head = headline(known) + traffic(options)
     parts = [
@@ -106,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.as_table(),
         results.as_ratios(),
         results.as_ranges(),
-        LEGEND.format(rounds=options.rounds),
+        LEGEND.format(what=extent(results, options.rounds)),
     ]
     if ceilings:
         parts.append("\n".join(["pgbench, without a layer, synchronous_commit off:", *map(line, ceilings)]))
@@ -118,7 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.plots import draw
 
         draw(written, Path(parsed.plots))
+    if results.interrupted:
+        return 130
     return 1 if results.failed else 0
+
+
+def extent(results: Results, rounds: int) -> str:
+    """In words, of how much the figures are the medians."""
+    if results.interrupted:
+        return f"INTERRUPTED in round {results.round} of {rounds}; medians of what there is"
+    return f"Medians of {rounds} round(s)"
 
 
 def chosen(options: Options) -> list[Scenario]:
@@ -140,6 +160,7 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
     scenarios = chosen(options)
     width = max(len(scenario.name) for scenario in scenarios)
     for number in range(1, options.rounds + 1):
+        results.round = number
         for scenario in scenarios:
             sizes = scenario.scales[options.scale]
             for spec in rotated(specs, number - 1):

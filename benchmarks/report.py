@@ -40,11 +40,16 @@ _CELL = 18
 
 @dataclass
 class Results:
-    """All outcomes of a run: scenario name -> layer name -> one outcome for each round."""
+    """All outcomes of a run: scenario name -> layer name -> one outcome for each round.
+
+    ``round`` is the number of the one that is under way, or was the last.
+    """
 
     layers: Sequence[str]
     scenarios: Sequence[Scenario]
     outcomes: dict[str, dict[str, list[Outcome]]] = field(default_factory=dict)
+    round: int = 0
+    interrupted: bool = False
 
     def add(self, scenario: Scenario, layer: str, outcome: Outcome) -> None:
         self.outcomes.setdefault(scenario.name, {}).setdefault(layer, []).append(outcome)
@@ -88,7 +93,7 @@ class Results:
                 "ratios": {figure.name: self.ratios(scenario, figure) for figure in scenario.figures},
             }
         plain = _plain({**context, "layers": {name: KINDS[name].title for name in self.layers}})
-        return {**plain, "scenarios": _plain(scenarios)}
+        return {**plain, "interrupted": self.interrupted, "scenarios": _plain(scenarios)}
 
     def as_table(self) -> str:
         """One line for each figure, with the layers side by side; below it what went wrong."""

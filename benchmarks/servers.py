@@ -19,6 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from benchmarks.layers import KINDS, LayerKind, LayerSpec, configure_django
+from benchmarks.signals import uninterrupted
 
 REDIS_HELP = (
     "No redis-server found, so the Redis layers are left out. To compare with them, install it"
@@ -196,8 +197,12 @@ def database_for(kind: LayerKind, dsn: str) -> AbstractContextManager[str]:
                 connection.execute(kind.schema.read_bytes())
         if kind.app:  # in a process of its own, because Django is set up once in each
             process = multiprocessing.get_context("spawn").Process(target=_migrate, args=(own, kind.app))
-            process.start()
-            process.join()
+            with uninterrupted():
+                process.start()
+            try:
+                process.join()
+            finally:
+                process.kill()
             if process.exitcode != 0:
                 raise Unavailable(f"{kind.title}: its migrations failed")
 

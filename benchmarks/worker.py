@@ -6,7 +6,6 @@ import asyncio
 import cProfile
 import inspect
 import logging
-import signal
 import sys
 import threading
 import traceback
@@ -72,7 +71,6 @@ class Part:
 
 def play(part: Part, board: Board, pipe: Connection) -> None:
     """The entry point of a spawned process. The sender first waits for what the receivers announced."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends its processes itself
     logging.basicConfig(level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s")
     logging.getLogger().handlers[0].addFilter(FirstFew())
     profiler = cProfile.Profile() if part.profile else None
