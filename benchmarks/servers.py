@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from benchmarks.layers import KINDS, LayerKind, LayerSpec, configure_django
 from benchmarks.signals import uninterrupted
+from devtools.postgres.guard import Guard
 
 REDIS_HELP = (
     "No redis-server found, so the Redis layers are left out. To compare with them, install it"
@@ -248,7 +250,7 @@ def redis_server(url: str | None = None) -> Iterator[str]:
     program = shutil.which("redis-server")
     if program is None:
         raise Unavailable(REDIS_HELP)
-    with tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder:
+    with tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder, _guarded(folder) as guard:
         port = _free_port()
         options = [
             "--port",
@@ -268,11 +270,27 @@ def redis_server(url: str | None = None) -> Iterator[str]:
                 [program, *options], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
+            guard.watch(process.pid, signal.SIGTERM)
             _wait_for_port(port, process, log)
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             process.terminate()
-            process.wait(10)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            guard.forget()
+
+
+@contextmanager
+def _guarded(folder: str) -> Iterator[Guard]:
+    """Should this process die in whatever way, the server and the folder go, too."""
+    guard = Guard(folder)
+    try:
+        yield guard
+    finally:
+        guard.dismiss()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import cProfile
 import inspect
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -75,13 +76,16 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
     logging.getLogger().handlers[0].addFilter(FirstFew())
     profiler = cProfile.Profile() if part.profile else None
     try:
+        layer = _create(part.spec)
+        peers = pipe.recv() if part.role == "send" else ()
+        threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
         stage = Stage(
             spec=part.spec,
-            layer=_create(part.spec),
+            layer=layer,
             sizes=part.sizes,
             board=board,
             index=part.index,
-            peers=pipe.recv() if part.role == "send" else (),
+            peers=peers,
             announce=lambda value: pipe.send(("ready", value)),
             report=lambda receipt: pipe.send(("report", receipt)),
         )
@@ -102,6 +106,13 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
         if profiler and part.profile:
             profiler.disable()
             profiler.dump_stats(Path(part.profile, f"{part.label}.prof"))
+
+
+def end_with(pipe: Connection) -> None:
+    """End this process when the other end of the pipe is closed: nobody is there to stop it any more."""
+    with suppress(OSError, EOFError):
+        pipe.recv_bytes()  # nothing more is said here
+    os._exit(1)
 
 
 def _create(spec: LayerSpec) -> Any:
