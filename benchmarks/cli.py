@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -92,8 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile=parsed.profile,
         big=parsed.big_scale or (100 if parsed.big else 0),
     )
-    if options.profile:
-        Path(options.profile).mkdir(parents=True, exist_ok=True)
+    try:  # before anything is measured that could not be written
+        if parsed.json:
+            check_file(Path(parsed.json))
+        for folder in filter(None, (parsed.plots, options.profile)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            check_folder(Path(folder))
+    except OSError as error:
+        parser.error(f"cannot write there: {error}")
     load = load_average()
     results = Results([], chosen(options))
     ceilings: list[Ceiling] = []
@@ -132,6 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if results.interrupted:
         return 130
     return 1 if results.failed else 0
+
+
+def check_file(file: Path) -> None:
+    """Raises OSError if it cannot be written; leaves what is there as it is."""
+    check_folder(file.parent)
+    if file.exists():
+        file.open("a").close()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError if no file can be made in it."""
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def extent(results: Results, rounds: int) -> str:
@@ -323,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--scenarios",
-        type=_names([*EVERY, *SETS], listed=[*SCENARIOS, *SETS]),
+        type=_names([*EVERY, *SETS], listed=_similar),
         default=tuple(SCENARIOS),
         metavar="NAME,...",
         help=", ".join([*SCENARIOS, *SETS]),
@@ -334,7 +353,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a PostgreSQL server to use, by default {DSN_VARIABLE} from the environment;"
         " a database is made on it and dropped afterwards",
     )
-    parser.add_argument("--redis", metavar="URL", help="a Redis server to use; its database must be empty")
+    parser.add_argument(
+        "--redis", type=_redis_url, metavar="URL", help="a Redis server to use; its database must be empty"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all rounds, medians and ratios to FILE")
     parser.add_argument("--plots", metavar="FOLDER", help="draw the results into FOLDER, as SVG files")
     parser.add_argument(
@@ -353,21 +374,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+    return int(text)
 
 
-def _names(allowed: Collection[str], *, listed: Collection[str] = ()) -> Callable[[str], tuple[str, ...]]:
-    """A parser of comma-separated names; the error lists ``listed``, by default all allowed."""
+def _redis_url(text: str) -> str:
+    if not text.startswith(("redis://", "rediss://", "unix://")):
+        raise argparse.ArgumentTypeError(f"must be a URL such as redis://127.0.0.1:6379/0, not {text!r}")
+    return text
+
+
+def _similar(unknown: Sequence[str]) -> Collection[str]:
+    """The scenarios to choose from instead: the points of the curves that were meant, or all but points."""
+    curves = {curve for curve in (name.partition("/")[0] for name in unknown) if curve in CURVES}
+    return [point.name for curve in CURVES if curve in curves for point in CURVES[curve]] or [
+        *SCENARIOS,
+        *SETS,
+    ]
+
+
+def _names(
+    allowed: Collection[str], *, listed: Callable[[Sequence[str]], Collection[str]] | None = None
+) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names; of unknown ones the error says what is ``listed`` instead."""
 
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(name.strip() for name in text.split(",") if name.strip())
         unknown = [name for name in names if name not in allowed]
         if unknown or not names:
+            choices = listed(unknown) if listed else allowed
             raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown) or text!r}; choose from {', '.join(listed or allowed)}"
+                f"unknown: {', '.join(unknown) or text!r}; choose from {', '.join(choices)}"
             )
         return names
 

@@ -301,7 +301,7 @@ def _empty_redis(url: str) -> Iterator[None]:
     try:
         observer = RedisObserver(url)
         keys = observer.keys()
-    except redis.RedisError as error:
+    except (redis.RedisError, ValueError) as error:  # the latter for a URL
         raise Unavailable(f"Redis: {error}") from error
     with closing(observer):
         if keys:
