@@ -178,17 +178,18 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
     """
     scenarios = chosen(options)
     width = max(len(scenario.name) for scenario in scenarios)
+    planned = {scenario.name: playable(scenario, options.scale, specs) for scenario in scenarios}
+    total = options.rounds * sum(map(len, planned.values()))
+    done = 0
     for number in range(1, options.rounds + 1):
         results.round = number
         for scenario in scenarios:
             sizes = scenario.scales[options.scale]
-            for spec in rotated(specs, number - 1):
-                if scenario.roles(KINDS[spec.name]) is None:
-                    continue
-                if sizes.pgbench_scale and spec.database is None:
-                    continue  # it has been said why
+            for spec in rotated(planned[scenario.name], number - 1):
+                done += 1
                 progress.begin(
-                    f"round {number}/{options.rounds}  {scenario.name:<{width}} {KINDS[spec.name].title:<17}"
+                    f"measurement {done:>{len(str(total))}}/{total}  {scenario.name:<{width}}"
+                    f" {KINDS[spec.name].title:<17}"
                 )
                 measurement = Measurement(
                     scenario,
@@ -208,9 +209,15 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
                 progress.end(scenario, outcome)
 
 
+def playable(scenario: Scenario, scale: Scale, specs: Sequence[LayerSpec]) -> Sequence[LayerSpec]:
+    """The layers with which there is something to measure."""
+    alone = not scenario.scales[scale].pgbench_scale  # else, where there is no database, it has been said why
+    return [spec for spec in specs if scenario.roles(KINDS[spec.name]) and (alone or spec.database)]
+
+
 def rotated(specs: Sequence[LayerSpec], places: int) -> Sequence[LayerSpec]:
     """From the one that stands so many places on, around to the one before it."""
-    start = places % len(specs)
+    start = places % len(specs) if specs else 0
     return [*specs[start:], *specs[:start]]
 
 
@@ -328,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         + f". Growth: {', '.join(CURVES)}, or a single point, such as {next(iter(POINTS))}.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short round of four layers, within three minutes"
+        "--quick", action="store_true", help="one short round of four layers, three to five minutes"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a smoke test of the harness; its figures mean nothing"

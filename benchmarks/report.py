@@ -64,8 +64,8 @@ class Results:
         return any(outcome.error is not None or outcome.tally for outcome in ours)
 
     def ratios(self, scenario: Scenario, figure: Figure) -> dict[str, float]:
-        """How many times better pg_layer is than each other layer."""
-        if "pg" not in self.layers:
+        """How many times better pg_layer is than each other layer; empty where none is better."""
+        if "pg" not in self.layers or figure.better is None:
             return {}
         ours = self.summary(scenario, "pg").figures[figure.name]
         return {
@@ -122,7 +122,8 @@ class Results:
             tallies = {layer: self.summary(scenario, layer).tally for layer in others}
             lines = []
             for figure in scenario.figures:
-                ratios = self.ratios(scenario, figure)
+                if not (ratios := self.ratios(scenario, figure)):
+                    continue
                 cells = [_times(ratios[layer], tallies[layer], share=layer in bare) for layer in others]
                 lines.append([figure.label, *cells])
             rows += _named(scenario, lines)

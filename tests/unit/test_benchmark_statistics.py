@@ -230,6 +230,18 @@ def test_what_cannot_be_compared_has_no_row_among_the_ratios() -> None:
     assert [line.split() for line in lines[2:]] == [["latency", "p99", "ms", "1.00x"]]
 
 
+def test_what_is_no_merit_of_a_layer_has_no_ratio() -> None:
+    neighbours = SCENARIOS["neighbours"]
+    results = Results(["pg", "core"], [neighbours])
+    for layer in results.layers:
+        results.add(neighbours, layer, Outcome({figure.name: 1.0 for figure in neighbours.figures}))
+    ratios = results.as_json({})["scenarios"]["neighbours"]["ratios"]
+    assert {name for name, against in ratios.items() if not against} == {"alone", "carried"}
+    assert "alone" in results.as_table()
+    assert "alone" not in results.as_ratios()
+    assert "p99" in results.as_ratios()
+
+
 def test_each_round_begins_with_another_layer() -> None:
     specs = [LayerSpec(name, "") for name in "abc"]
     rounds = ["".join(spec.name for spec in rotated(specs, places)) for places in range(4)]
