@@ -1,6 +1,10 @@
 """``python -m benchmarks``."""
 
-from benchmarks.cli import main
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        from benchmarks.cli import main
+
+        code = main()
+    except KeyboardInterrupt:  # while it was still loading
+        code = 130
+    raise SystemExit(code)

@@ -7,8 +7,9 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks.ceiling import PLANS, Ceiling, line
 from benchmarks.ceiling import measure as measure_ceilings
 from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.pgbench import CLIENTS, RATE, ROWS, beside, fill, find_pgbench
-from benchmarks.report import Progress, Results, context, headline
+from benchmarks.report import Progress, Results, context, headline, load_average
 from benchmarks.runner import Measurement
 from benchmarks.scenarios import EVERY, SCENARIOS, SETS, choose
 from benchmarks.scenarios.base import Scale, Scenario
@@ -29,13 +30,14 @@ from benchmarks.servers import (
     postgres_server,
     redis_server,
 )
+from benchmarks.signals import interrupt_when_told_to_end
 from benchmarks.statistics import Outcome
 
 DSN_VARIABLE = "PG_LAYER_DSN"
 #: What a reader in a hurry waits for.
 QUICK_LAYERS = ("pg", "core", "pubsub", "bare")
 LEGEND = (
-    "Medians of {rounds} round(s). 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
+    "{what}. 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
     "\n'of': its share of what PostgreSQL does without a layer; 100% is as good."
     "\n* against a layer that lost, doubled or reordered messages. Compare within one run only."
 )
@@ -71,7 +73,11 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: measured; 1: pg_layer failed, or lost, doubled or reordered something; 2: nothing ran."""
+    """Exit code 0: measured; 1: pg_layer failed, or lost, doubled or reordered something; 2: nothing ran.
+
+    130: interrupted.
+    """
+    interrupt_when_told_to_end()
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.plots and not importlib.util.find_spec("matplotlib"):
@@ -87,20 +93,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile=parsed.profile,
         big=parsed.big_scale or (100 if parsed.big else 0),
     )
-    if options.profile:
-        Path(options.profile).mkdir(parents=True, exist_ok=True)
-    with available(options) as specs:
-        if not specs:
-            return 2
-        results, servers = Results([spec.name for spec in specs], chosen(options)), describe(specs)
-        ceilings: list[Ceiling] = []
-        with suppress(KeyboardInterrupt):  # what has been measured is still shown
+    try:  # before anything is measured that could not be written
+        if parsed.json:
+            check_file(Path(parsed.json))
+        for folder in filter(None, (parsed.plots, options.profile)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            check_folder(Path(folder))
+    except OSError as error:
+        parser.error(f"cannot write there: {error}")
+    load = load_average()
+    results = Results([], chosen(options))
+    ceilings: list[Ceiling] = []
+    try:
+        with available(options) as specs:
+            if not specs:
+                return 2
+            results.layers = [spec.name for spec in specs]
+            servers, durable = describe(specs), durability(specs)
             measure(options, specs, results, Progress())
             ceilings = find_ceilings(options, specs)
-    known = context(options.known(), servers)
+    except KeyboardInterrupt:  # what has been measured is still shown
+        results.interrupted = True
+    if not results.outcomes:
+        print("\nInterrupted before anything was measured." if results.interrupted else "Nothing to measure.")
+        return 130 if results.interrupted else 2
+    known = context(options.known(), servers, durable, load)
     head = headline(known) + traffic(options)
-    parts = [head, results.as_table(), results.as_ratios(), LEGEND.format(rounds=options.rounds)]
-    parts.append("\n".join(map(line, ceilings)))
+    parts = [
+        head,
+        results.as_table(),
+        results.as_ratios(),
+        results.as_ranges(),
+        LEGEND.format(what=extent(results, options.rounds)),
+    ]
+    if ceilings:
+        parts.append("\n".join(["pgbench, without a layer, synchronous_commit off:", *map(line, ceilings)]))
     print("", *filter(None, parts), sep="\n\n")
     written = {**results.as_json(known), "ceilings": [asdict(ceiling) for ceiling in ceilings]}
     if parsed.json:
@@ -109,7 +136,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.plots import draw
 
         draw(written, Path(parsed.plots))
+    if results.interrupted:
+        return 130
     return 1 if results.failed else 0
+
+
+def check_file(file: Path) -> None:
+    """Raises OSError if it cannot be written; leaves what is there as it is."""
+    check_folder(file.parent)
+    if file.exists():
+        file.open("a").close()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError if no file can be made in it."""
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def extent(results: Results, rounds: int) -> str:
+    """In words, of how much the figures are the medians."""
+    if results.interrupted:
+        return f"INTERRUPTED in round {results.round} of {rounds}; medians of what there is"
+    return f"Medians of {rounds} round(s)"
 
 
 def chosen(options: Options) -> list[Scenario]:
@@ -124,19 +172,24 @@ def traffic(options: Options) -> str:
 
 
 def measure(options: Options, specs: Sequence[LayerSpec], results: Results, progress: Progress) -> None:
-    """Every round visits every scenario, and in it every layer, one right after the other."""
+    """Every round visits every scenario, and in it every layer, one right after the other.
+
+    Each begins with another layer, so that none is always the first.
+    """
     scenarios = chosen(options)
     width = max(len(scenario.name) for scenario in scenarios)
+    planned = {scenario.name: playable(scenario, options.scale, specs) for scenario in scenarios}
+    total = options.rounds * sum(map(len, planned.values()))
+    done = 0
     for number in range(1, options.rounds + 1):
+        results.round = number
         for scenario in scenarios:
             sizes = scenario.scales[options.scale]
-            for spec in specs:
-                if scenario.roles(KINDS[spec.name]) is None:
-                    continue
-                if sizes.pgbench_scale and spec.database is None:
-                    continue  # it has been said why
+            for spec in rotated(planned[scenario.name], number - 1):
+                done += 1
                 progress.begin(
-                    f"round {number}/{options.rounds}  {scenario.name:<{width}} {KINDS[spec.name].title:<17}"
+                    f"measurement {done:>{len(str(total))}}/{total}  {scenario.name:<{width}}"
+                    f" {KINDS[spec.name].title:<17}"
                 )
                 measurement = Measurement(
                     scenario,
@@ -154,6 +207,18 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
                     outcome = measurement.run()
                 results.add(scenario, spec.name, outcome)
                 progress.end(scenario, outcome)
+
+
+def playable(scenario: Scenario, scale: Scale, specs: Sequence[LayerSpec]) -> Sequence[LayerSpec]:
+    """The layers with which there is something to measure."""
+    alone = not scenario.scales[scale].pgbench_scale  # else, where there is no database, it has been said why
+    return [spec for spec in specs if scenario.roles(KINDS[spec.name]) and (alone or spec.database)]
+
+
+def rotated(specs: Sequence[LayerSpec], places: int) -> Sequence[LayerSpec]:
+    """From the one that stands so many places on, around to the one before it."""
+    start = places % len(specs) if specs else 0
+    return [*specs[start:], *specs[:start]]
 
 
 def emptied(spec: LayerSpec) -> Outcome | None:
@@ -252,6 +317,15 @@ def describe(specs: Sequence[LayerSpec]) -> dict[str, dict[str, str]]:
     return servers
 
 
+def durability(specs: Sequence[LayerSpec]) -> dict[str, str]:
+    """How safe the writes of each layer are."""
+    found: dict[str, str] = {}
+    for spec in specs:
+        with observe(spec) as observer:
+            found[spec.name] = KINDS[spec.name].durability or observer.durability()
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -261,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         + f". Growth: {', '.join(CURVES)}, or a single point, such as {next(iter(POINTS))}.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short round of four layers, within three minutes"
+        "--quick", action="store_true", help="one short round of four layers, three to five minutes"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a smoke test of the harness; its figures mean nothing"
@@ -275,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--scenarios",
-        type=_names([*EVERY, *SETS], listed=[*SCENARIOS, *SETS]),
+        type=_names([*EVERY, *SETS], listed=_similar),
         default=tuple(SCENARIOS),
         metavar="NAME,...",
         help=", ".join([*SCENARIOS, *SETS]),
@@ -286,7 +360,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a PostgreSQL server to use, by default {DSN_VARIABLE} from the environment;"
         " a database is made on it and dropped afterwards",
     )
-    parser.add_argument("--redis", metavar="URL", help="a Redis server to use; its database must be empty")
+    parser.add_argument(
+        "--redis", type=_redis_url, metavar="URL", help="a Redis server to use; its database must be empty"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all rounds, medians and ratios to FILE")
     parser.add_argument("--plots", metavar="FOLDER", help="draw the results into FOLDER, as SVG files")
     parser.add_argument(
@@ -305,21 +381,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+    return int(text)
 
 
-def _names(allowed: Collection[str], *, listed: Collection[str] = ()) -> Callable[[str], tuple[str, ...]]:
-    """A parser of comma-separated names; the error lists ``listed``, by default all allowed."""
+def _redis_url(text: str) -> str:
+    if not text.startswith(("redis://", "rediss://", "unix://")):
+        raise argparse.ArgumentTypeError(f"must be a URL such as redis://127.0.0.1:6379/0, not {text!r}")
+    return text
+
+
+def _similar(unknown: Sequence[str]) -> Collection[str]:
+    """The scenarios to choose from instead: the points of the curves that were meant, or all but points."""
+    curves = {curve for curve in (name.partition("/")[0] for name in unknown) if curve in CURVES}
+    return [point.name for curve in CURVES if curve in curves for point in CURVES[curve]] or [
+        *SCENARIOS,
+        *SETS,
+    ]
+
+
+def _names(
+    allowed: Collection[str], *, listed: Callable[[Sequence[str]], Collection[str]] | None = None
+) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names; of unknown ones the error says what is ``listed`` instead."""
 
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(name.strip() for name in text.split(",") if name.strip())
         unknown = [name for name in names if name not in allowed]
         if unknown or not names:
+            choices = listed(unknown) if listed else allowed
             raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown) or text!r}; choose from {', '.join(listed or allowed)}"
+                f"unknown: {', '.join(unknown) or text!r}; choose from {', '.join(choices)}"
             )
         return names
 

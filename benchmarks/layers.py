@@ -18,6 +18,9 @@ from psycopg.conninfo import conninfo_to_dict
 CAPACITY = 10_000
 EXPIRY = 60
 
+#: How pg_layer writes, and what is measured without a layer.
+LAZY = "synchronous_commit off (taking jobs: on)"
+
 #: redis-py 8 turns "no limit" into 100 connections.
 _UNLIMITED = 10_000
 
@@ -52,6 +55,7 @@ class LayerKind:
     ``server``: what it needs one of, "" for none; ``app``: the Django app whose migrations make its tables;
     ``schema``: the SQL that makes them where there is no such app. ``played``: by processes of their own, by
     tasks of one event loop around one layer, or with the scenario's bare roles and no layer at all.
+    ``durability``: how far its writes are safe, "" if that is the server's affair.
     """
 
     title: str
@@ -62,6 +66,7 @@ class LayerKind:
     app: str = ""
     schema: Path | None = None
     played: Literal["in processes", "in one loop", "bare"] = "in processes"
+    durability: str = ""
 
     @property
     def installed(self) -> bool:
@@ -125,7 +130,9 @@ def _closer(name: str) -> Callable[[Layer], Awaitable[None]]:
 
 
 KINDS: Mapping[str, LayerKind] = {
-    "pg": LayerKind("pg_layer", "postgres", "pg_layer", _postgres, _closer("close"), app="pg_layer"),
+    "pg": LayerKind(
+        "pg_layer", "postgres", "pg_layer", _postgres, _closer("close"), app="pg_layer", durability=LAZY
+    ),
     "core": LayerKind("redis core", "redis", "channels_redis", _redis_core, _closer("close_pools")),
     "pubsub": LayerKind("redis pub/sub", "redis", "channels_redis", _redis_pubsub, _closer("flush")),
     "postgres": LayerKind(
@@ -136,7 +143,15 @@ KINDS: Mapping[str, LayerKind] = {
         _close_channels_postgres,
         app="channels_postgres",
     ),
-    "memory": LayerKind("in memory", "", "channels", _memory, _closer("close"), played="in one loop"),
+    "memory": LayerKind(
+        "in memory",
+        "",
+        "channels",
+        _memory,
+        _closer("close"),
+        played="in one loop",
+        durability="no persistence",
+    ),
     "bare": LayerKind(
         "bare psycopg",
         "postgres",
@@ -145,6 +160,7 @@ KINDS: Mapping[str, LayerKind] = {
         _close_nothing,
         schema=Path(__file__).with_name("bare.sql"),
         played="bare",
+        durability=LAZY,
     ),
 }
 

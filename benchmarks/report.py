@@ -31,17 +31,25 @@ _PACKAGES = (
     "Django",
 )
 
+#: A load average for each core above which a machine is too busy to be measured.
+_BUSY = 0.5
+
 #: Six layers side by side stay within 160 columns.
 _CELL = 18
 
 
 @dataclass
 class Results:
-    """All outcomes of a run: scenario name -> layer name -> one outcome for each round."""
+    """All outcomes of a run: scenario name -> layer name -> one outcome for each round.
+
+    ``round`` is the number of the one that is under way, or was the last.
+    """
 
     layers: Sequence[str]
     scenarios: Sequence[Scenario]
     outcomes: dict[str, dict[str, list[Outcome]]] = field(default_factory=dict)
+    round: int = 0
+    interrupted: bool = False
 
     def add(self, scenario: Scenario, layer: str, outcome: Outcome) -> None:
         self.outcomes.setdefault(scenario.name, {}).setdefault(layer, []).append(outcome)
@@ -56,8 +64,8 @@ class Results:
         return any(outcome.error is not None or outcome.tally for outcome in ours)
 
     def ratios(self, scenario: Scenario, figure: Figure) -> dict[str, float]:
-        """How many times better pg_layer is than each other layer."""
-        if "pg" not in self.layers:
+        """How many times better pg_layer is than each other layer; empty where none is better."""
+        if "pg" not in self.layers or figure.better is None:
             return {}
         ours = self.summary(scenario, "pg").figures[figure.name]
         return {
@@ -85,7 +93,7 @@ class Results:
                 "ratios": {figure.name: self.ratios(scenario, figure) for figure in scenario.figures},
             }
         plain = _plain({**context, "layers": {name: KINDS[name].title for name in self.layers}})
-        return {**plain, "scenarios": _plain(scenarios)}
+        return {**plain, "interrupted": self.interrupted, "scenarios": _plain(scenarios)}
 
     def as_table(self) -> str:
         """One line for each figure, with the layers side by side; below it what went wrong."""
@@ -112,11 +120,26 @@ class Results:
         ]
         for scenario in self._measured:
             tallies = {layer: self.summary(scenario, layer).tally for layer in others}
-            for index, figure in enumerate(scenario.figures):
-                ratios = self.ratios(scenario, figure)
+            lines = []
+            for figure in scenario.figures:
+                if not (ratios := self.ratios(scenario, figure)):
+                    continue
                 cells = [_times(ratios[layer], tallies[layer], share=layer in bare) for layer in others]
-                rows.append([scenario.name if index == 0 else "", figure.label, *cells])
-        return _align(rows)
+                lines.append([figure.label, *cells])
+            rows += _named(scenario, lines)
+        return _align(rows) if len(rows) > 1 else ""
+
+    def as_ranges(self) -> str:
+        """The lowest and the highest of the rounds of each figure; "" if there are not several."""
+        rows = [["range", "", *(KINDS[layer].title for layer in self.layers)]]
+        for scenario in self._measured:
+            measured = self.outcomes[scenario.name]
+            lines = [
+                [figure.label, *(_range(measured.get(layer, []), figure) for layer in self.layers)]
+                for figure in scenario.figures
+            ]
+            rows += _named(scenario, lines)
+        return _align(rows) if len(rows) > 1 else ""
 
     @property
     def _measured(self) -> list[Scenario]:
@@ -144,8 +167,24 @@ def notes_of(result: Summary | Outcome) -> str:
     return ", ".join(f"{value:,.0f} {name}" for name, value in result.notes.items() if value)
 
 
-def context(options: Mapping[str, Any], servers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What a reader must know to judge the figures: machine, versions, settings, options."""
+def load_average() -> list[float] | None:
+    """Of the last 1, 5 and 15 minutes; None where the system has none."""
+    try:
+        return [round(load, 2) for load in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def context(
+    options: Mapping[str, Any],
+    servers: Mapping[str, Mapping[str, str]],
+    durability: Mapping[str, str] | None = None,
+    load_at_start: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What a reader must know to judge the figures: machine, versions, settings, options.
+
+    ``durability``: how safe the writes of each layer are.
+    """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {
@@ -156,19 +195,45 @@ def context(options: Mapping[str, Any], servers: Mapping[str, Mapping[str, str]]
         },
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "servers": {name: dict(settings) for name, settings in servers.items()},
+        "durability": dict(durability or {}),
+        "load average": {"start": load_at_start, "end": load_average()},
         "options": dict(options),
     }
 
 
 def headline(context: Mapping[str, Any]) -> str:
-    """The context in two lines above the table."""
+    """The context in a few lines above the table."""
     machine = context["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in context["packages"].items())
     servers = "; ".join(
         f"{name} " + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
         for name, settings in context["servers"].items()
     )
-    return f"{machine['cores']} x {machine['cpu']}, Python {machine['python']}, {packages}\n{servers}"
+    first = f"{machine['cores']} x {machine['cpu']}, Python {machine['python']}, {packages}"
+    return "\n".join(filter(None, [first, servers, _durability(context), *_load(context)]))
+
+
+def _durability(context: Mapping[str, Any]) -> str:
+    titles: dict[str, list[str]] = {}
+    for layer, durability in context["durability"].items():
+        titles.setdefault(durability, []).append(KINDS[layer].title)
+    words = [f"{', '.join(names)}: {durability}" for durability, names in titles.items()]
+    return f"the layers' own writes: {'; '.join(words)}" if words else ""
+
+
+def _load(context: Mapping[str, Any]) -> list[str]:
+    """How busy the machine was, and a warning if it was so already before the run."""
+    loads, cores = context["load average"], context["machine"]["cores"] or 1
+    if not loads["start"] or not loads["end"]:
+        return []
+    start, end = loads["start"][0], loads["end"][0]
+    lines = [f"load average (1 minute): {start:.2f} at the start, {end:.2f} at the end"]
+    if start > _BUSY * cores:
+        lines.append(
+            "WARNING: the machine was busy with something else when the run began;"
+            " the figures are lower, and differ more, than on an idle one."
+        )
+    return lines
 
 
 class Progress:
@@ -208,6 +273,26 @@ def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
+
+
+def _short(value: float) -> str:
+    """In three digits."""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{float(f'{value / unit:.3g}'):g}{name}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def _range(outcomes: Sequence[Outcome], figure: Figure) -> str:
+    values = [outcome.figures.get(figure.name, math.nan) for outcome in outcomes]
+    values = [value for value in values if not math.isnan(value)]
+    return f"{_short(min(values))} … {_short(max(values))}" if len(values) > 1 else "-"
+
+
+def _named(scenario: Scenario, lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows under the scenario's name, of those lines that have anything beside their label."""
+    kept = [line for line in lines if any(cell != "-" for cell in line[1:])]
+    return [[scenario.name if index == 0 else "", *line] for index, line in enumerate(kept)]
 
 
 def _times(value: float, theirs: Tally, *, share: bool = False) -> str:

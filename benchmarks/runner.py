@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.board import Board
 from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes
+from benchmarks.signals import uninterrupted
 from benchmarks.statistics import Outcome
 from benchmarks.worker import Part, play
 
@@ -44,7 +45,8 @@ class _Player:
     def start(cls, part: Part, board: Board) -> _Player:
         ours, theirs = _SPAWN.Pipe()
         process = _SPAWN.Process(target=play, args=(part, board, theirs), name=part.label, daemon=True)
-        process.start()
+        with uninterrupted():
+            process.start()
         theirs.close()
         return cls(part, process, ours)
 

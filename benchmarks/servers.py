@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from benchmarks.layers import KINDS, LayerKind, LayerSpec, configure_django
+from benchmarks.signals import uninterrupted
+from devtools.postgres.guard import Guard
 
 REDIS_HELP = (
     "No redis-server found, so the Redis layers are left out. To compare with them, install it"
@@ -45,11 +48,14 @@ class Observer(Protocol):
     def describe(self) -> dict[str, str]:
         """The server's version and the settings that matter for its speed."""
 
+    def durability(self) -> str:
+        """How safe a write is unless a layer has it otherwise."""
+
     def close(self) -> None: ...
 
 
 class PostgresObserver:
-    _SETTINGS = ("server_version", "fsync", "synchronous_commit", "shared_buffers", "max_connections")
+    _SETTINGS = ("server_version", "fsync", "shared_buffers", "max_connections")
 
     def __init__(self, dsn: str) -> None:
         self._connection = _connect(dsn)
@@ -73,11 +79,14 @@ class PostgresObserver:
             self._connection.execute(sql.SQL("TRUNCATE {}").format(names))
 
     def describe(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name in self._SETTINGS:
-            row = self._connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
-            found[name] = str(row[0]) if row else ""
-        return found
+        return {name: self._setting(name) for name in self._SETTINGS}
+
+    def durability(self) -> str:
+        return f"synchronous_commit {self._setting('synchronous_commit')}"
+
+    def _setting(self, name: str) -> str:
+        row = self._connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
+        return str(row[0]) if row else ""
 
     def close(self) -> None:
         self._connection.close()
@@ -113,6 +122,19 @@ class RedisObserver:
     def describe(self) -> dict[str, str]:
         return {"server_version": str(self._client.info("server")["redis_version"])}
 
+    def durability(self) -> str:
+        import redis
+
+        try:
+            appends = self._client.config_get("appendonly").get("appendonly")
+            snapshots = self._client.config_get("save").get("save")
+        except redis.ResponseError:  # not everybody may ask
+            return "persistence unknown"
+        kinds = [
+            name for name, on in (("append-only file", appends == "yes"), ("snapshots", snapshots)) if on
+        ]
+        return " and ".join(kinds) or "no persistence"
+
     def close(self) -> None:
         self._client.close()
 
@@ -128,6 +150,9 @@ class NoServer:
 
     def describe(self) -> dict[str, str]:
         return {}
+
+    def durability(self) -> str:
+        return ""
 
     def close(self) -> None:
         pass
@@ -174,8 +199,12 @@ def database_for(kind: LayerKind, dsn: str) -> AbstractContextManager[str]:
                 connection.execute(kind.schema.read_bytes())
         if kind.app:  # in a process of its own, because Django is set up once in each
             process = multiprocessing.get_context("spawn").Process(target=_migrate, args=(own, kind.app))
-            process.start()
-            process.join()
+            with uninterrupted():
+                process.start()
+            try:
+                process.join()
+            finally:
+                process.kill()
             if process.exitcode != 0:
                 raise Unavailable(f"{kind.title}: its migrations failed")
 
@@ -221,7 +250,7 @@ def redis_server(url: str | None = None) -> Iterator[str]:
     program = shutil.which("redis-server")
     if program is None:
         raise Unavailable(REDIS_HELP)
-    with tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder:
+    with tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder, _guarded(folder) as guard:
         port = _free_port()
         options = [
             "--port",
@@ -241,11 +270,27 @@ def redis_server(url: str | None = None) -> Iterator[str]:
                 [program, *options], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
+            guard.watch(process.pid, signal.SIGTERM)
             _wait_for_port(port, process, log)
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             process.terminate()
-            process.wait(10)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            guard.forget()
+
+
+@contextmanager
+def _guarded(folder: str) -> Iterator[Guard]:
+    """Should this process die in whatever way, the server and the folder go, too."""
+    guard = Guard(folder)
+    try:
+        yield guard
+    finally:
+        guard.dismiss()
 
 
 @contextmanager
@@ -256,7 +301,7 @@ def _empty_redis(url: str) -> Iterator[None]:
     try:
         observer = RedisObserver(url)
         keys = observer.keys()
-    except redis.RedisError as error:
+    except (redis.RedisError, ValueError) as error:  # the latter for a URL
         raise Unavailable(f"Redis: {error}") from error
     with closing(observer):
         if keys:

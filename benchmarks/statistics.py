@@ -147,11 +147,11 @@ def tally_competing(readers: Iterable[Sequence[tuple[int, int]]], sent: Mapping[
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a scenario yields."""
+    """One number that a scenario yields. ``better`` is None where it is no merit of the layer."""
 
     name: str
     unit: str
-    better: Better
+    better: Better | None
 
     @property
     def label(self) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import cProfile
 import inspect
 import logging
-import signal
+import os
 import sys
 import threading
 import traceback
@@ -72,18 +72,20 @@ class Part:
 
 def play(part: Part, board: Board, pipe: Connection) -> None:
     """The entry point of a spawned process. The sender first waits for what the receivers announced."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends its processes itself
     logging.basicConfig(level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s")
     logging.getLogger().handlers[0].addFilter(FirstFew())
     profiler = cProfile.Profile() if part.profile else None
     try:
+        layer = _create(part.spec)
+        peers = pipe.recv() if part.role == "send" else ()
+        threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
         stage = Stage(
             spec=part.spec,
-            layer=_create(part.spec),
+            layer=layer,
             sizes=part.sizes,
             board=board,
             index=part.index,
-            peers=pipe.recv() if part.role == "send" else (),
+            peers=peers,
             announce=lambda value: pipe.send(("ready", value)),
             report=lambda receipt: pipe.send(("report", receipt)),
         )
@@ -104,6 +106,13 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
         if profiler and part.profile:
             profiler.disable()
             profiler.dump_stats(Path(part.profile, f"{part.label}.prof"))
+
+
+def end_with(pipe: Connection) -> None:
+    """End this process when the other end of the pipe is closed: nobody is there to stop it any more."""
+    with suppress(OSError, EOFError):
+        pipe.recv_bytes()  # nothing more is said here
+    os._exit(1)
 
 
 def _create(spec: LayerSpec) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 from dataclasses import replace
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ async def test_a_receiver_that_fails_ends_the_process() -> None:
     _, theirs = Pipe()
     with pytest.raises(RuntimeError, match="no such channel"):
         await asyncio.wait_for(worker.play_all(stage, roles, theirs), 20)
+
+
+def test_a_process_ends_when_nobody_is_there_to_stop_it() -> None:
+    spawn = get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=worker.end_with, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    assert process.is_alive()
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 1
 
 
 def _stage(members: int) -> Stage:

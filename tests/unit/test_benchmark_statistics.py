@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.board import Board, Window, warm_up
-from benchmarks.layers import KINDS
+from benchmarks.cli import rotated
+from benchmarks.layers import KINDS, LayerSpec
 from benchmarks.report import Results, faults
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.scenarios.base import pace
@@ -175,7 +176,7 @@ def test_results_put_layers_side_by_side() -> None:
     ratios = [line.split() for line in results.as_ratios().splitlines()]
     assert ["latency", "p50", "ms", "2.00x*"] in ratios
     assert ["p99", "ms", "1.00x*"] in ratios
-    assert ["throughput", "msg/s", "-"] in ratios
+    assert not any("throughput" in line for line in ratios)
     assert not results.failed
 
     written = json.loads(json.dumps(results.as_json({"machine": "any"}), allow_nan=False))
@@ -205,6 +206,48 @@ def test_results_show_the_share_of_what_postgresql_does_without_a_layer() -> Non
     ]
 
 
+def test_results_show_how_far_the_rounds_lie_apart() -> None:
+    latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
+    results = Results(["pg", "core"], [latency, throughput])
+    results.add(latency, "pg", Outcome({"p50": 0.5, "p99": 2.0}))
+    assert results.as_ranges() == ""
+    for speed in (18_892.0, 16_000.4, 1_250_000.0):
+        results.add(throughput, "pg", Outcome({"msg/s": speed}))
+    results.add(throughput, "core", Outcome({"msg/s": 100.0}))
+    results.add(throughput, "core", Outcome(error="it broke"))
+    lines = results.as_ranges().splitlines()
+    assert [line.split() for line in lines[2:]] == [["throughput", "msg/s", "16k", "…", "1.25M", "-"]]
+
+
+def test_what_cannot_be_compared_has_no_row_among_the_ratios() -> None:
+    latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
+    results = Results(["pg", "core"], [latency, throughput])
+    results.add(latency, "pg", Outcome({"p50": 1.0, "p99": 2.0}))
+    results.add(throughput, "pg", Outcome({"msg/s": 1.0}))
+    assert results.as_ratios() == ""
+    results.add(latency, "core", Outcome({"p50": math.nan, "p99": 2.0}))
+    lines = results.as_ratios().splitlines()
+    assert [line.split() for line in lines[2:]] == [["latency", "p99", "ms", "1.00x"]]
+
+
+def test_what_is_no_merit_of_a_layer_has_no_ratio() -> None:
+    neighbours = SCENARIOS["neighbours"]
+    results = Results(["pg", "core"], [neighbours])
+    for layer in results.layers:
+        results.add(neighbours, layer, Outcome({figure.name: 1.0 for figure in neighbours.figures}))
+    ratios = results.as_json({})["scenarios"]["neighbours"]["ratios"]
+    assert {name for name, against in ratios.items() if not against} == {"alone", "carried"}
+    assert "alone" in results.as_table()
+    assert "alone" not in results.as_ratios()
+    assert "p99" in results.as_ratios()
+
+
+def test_each_round_begins_with_another_layer() -> None:
+    specs = [LayerSpec(name, "") for name in "abc"]
+    rounds = ["".join(spec.name for spec in rotated(specs, places)) for places in range(4)]
+    assert rounds == ["abc", "bca", "cab", "abc"]
+
+
 def test_there_are_no_ratios_without_another_layer() -> None:
     assert Results(["pg"], list(SCENARIOS.values())).as_ratios() == ""
     assert Results(["core", "bare"], list(SCENARIOS.values())).as_ratios() == ""
@@ -217,7 +260,8 @@ def test_all_layers_at_their_worst_fit_into_160_columns() -> None:
             figures = {figure.name: 12_345_678.0 for figure in scenario.figures}
             faults = Tally(1_234_567, 1_234_567, 1_234_567, 1_234_567)
             results.add(scenario, layer, Outcome(figures, faults, {"written off": 1_234_567, "full": 1e6}))
-    for table in (results.as_table(), results.as_ratios()):
+            results.add(scenario, layer, Outcome(figures))
+    for table in (results.as_table(), results.as_ratios(), results.as_ranges()):
         assert max(len(line) for line in table.splitlines()) <= 160
     text = " ".join(results.as_table().split())
     for words in ("1,234,567 lost,", "1,234,567 twice,", "1,234,567 stray", "1,234,567 written"):
