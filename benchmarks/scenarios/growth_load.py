@@ -1,10 +1,11 @@
-"""send to one process as messages get larger, and as more and more wait elsewhere."""
+"""send to one process: by more and more tasks, of larger and larger messages, while more and more wait."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from benchmarks.scenarios.base import (
 from benchmarks.scenarios.growth_fanout import scales
 from benchmarks.scenarios.point import (
     AGES,
+    THROUGHPUT,
     flood_channels,
     one_each,
     pace_channel,
@@ -179,6 +181,17 @@ def _waiting(count: int) -> Scenario:
     )
 
 
+def _tasks(count: int) -> Scenario:
+    return replace(
+        THROUGHPUT,
+        name=f"growth-tasks/{count}",
+        title=f"growth: send by {count} tasks of one process to {count} channels of another",
+        scales=scales(Sizes(seconds=3, members=count, tasks=count)),
+        curve=Curve("growth-tasks", "tasks that send at once", count),
+    )
+
+
+TASKS = [_tasks(count) for count in (1, 3, 10, 30, 100)]
 SIZE = [
     _size(100, "100 B"),
     _size(1_000, "1 kB"),

@@ -174,3 +174,11 @@ THROUGHPUT = Scenario(
     bare=bare.THROUGHPUT,
     in_one_loop=True,
 )
+
+_SERIAL = replace(_THROUGHPUT, members=1, tasks=1)
+SERIAL = replace(
+    THROUGHPUT,
+    name="serial",
+    title="serial: one sender in a row in one process to one channel in another, 100 B",
+    scales={"full": _SERIAL, "quick": replace(_SERIAL, seconds=2), "tiny": replace(_SERIAL, seconds=0.3)},
+)

@@ -58,7 +58,7 @@ def test_nobody_receives_where_a_scenario_has_no_roles() -> None:
         _ = part.roles
 
 
-@pytest.mark.parametrize("name", ["latency", "throughput", "fan-out", "churn"])
+@pytest.mark.parametrize("name", ["latency", "throughput", "serial", "fan-out", "churn"])
 def test_one_process_says_what_sender_and_receivers_would(name: str) -> None:
     scenario = SCENARIOS[name]
     sizes = scenario.scales["tiny"]
