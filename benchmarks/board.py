@@ -53,7 +53,7 @@ class Board:
         return int(self._slots[self._warmed + reader])
 
     def deliver(self, reader: int, now: int, count: int = 1) -> None:
-        """This reader was handed a message at ``now``, or ``count`` of them at once."""
+        """This reader was handed a message at ``now``, or ``count`` of them at once; not for another copy."""
         self._slots[self._delivered + reader] += count
         self._slots[self._latest + reader] = now
 

@@ -91,8 +91,8 @@ class Stream:
     twice: int = 0
     disorder: int = 0
 
-    def see(self, number: int) -> None:
-        """Count one delivery."""
+    def see(self, number: int) -> bool:
+        """Count one delivery; False if it is another copy."""
         if number == self.next:
             self.next = number + 1
         elif number > self.next:
@@ -103,6 +103,8 @@ class Stream:
             self.disorder += 1
         else:
             self.twice += 1
+            return False
+        return True
 
     def tally(self, sent: int) -> Tally:
         """The balance against ``sent``, the count of numbers that the sender gave out."""

@@ -290,12 +290,13 @@ async def _read(
         sender = incoming["s"]
         if sender not in streams:
             streams[sender] = Stream()
-        streams[sender].see(number)
-        if ages and (sent_ns := incoming["t"]):
-            receipt.ages.append(now - sent_ns)
+        first = streams[sender].see(number)
         if log:
             receipt.log.append((sender, number))
-        board.deliver(index, now)
+        if first:  # second copies are counted as such, and neither as speed nor as latency
+            if ages and (sent_ns := incoming["t"]):
+                receipt.ages.append(now - sent_ns)
+            board.deliver(index, now)
 
 
 async def until_stopped(board: Board) -> None:

@@ -54,8 +54,7 @@ async def _check(stage: Stage, groups: list[str], channels: list[str]) -> Tally:
     async def read(channel: str, stream: Stream) -> None:
         nonlocal arrived
         while True:
-            stream.see((await stage.layer.receive(channel))["n"])
-            arrived += 1
+            arrived += stream.see((await stage.layer.receive(channel))["n"])
             if arrived == len(staying) * _CHECKS:
                 complete.set()
 

@@ -105,10 +105,9 @@ async def _send_paced(stage: Stage) -> Sent:
 
 
 def _summarise_fan_out(run: Run) -> Outcome:
-    tally = tally_receipts(run, lambda process, channel: run.sent.counts)
     return Outcome(
-        figures={"deliveries/s": rate(run.deliveries - tally.twice, run.start_ns, run.latest_ns)},
-        tally=tally,
+        figures={"deliveries/s": rate(run.deliveries, run.start_ns, run.latest_ns)},
+        tally=tally_receipts(run, lambda process, channel: run.sent.counts),
         notes=run.sent.notes,
     )
 

@@ -50,8 +50,9 @@ class _Consumers:
             if incoming["n"] < 0:
                 self.warm = True
                 continue
-            self.ages.append(time.monotonic_ns() - incoming["t"])
-            stream.see(incoming["n"])
+            now = time.monotonic_ns()
+            if stream.see(incoming["n"]):
+                self.ages.append(now - incoming["t"])
 
     async def send(self, index: int, sent_ns: int) -> None:
         number = self._sent[index]

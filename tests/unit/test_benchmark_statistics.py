@@ -88,9 +88,9 @@ def test_rate() -> None:
 )
 def test_stream_balances_like_counting_everything(sent: int, arrived: list[int]) -> None:
     stream = Stream()
-    for number in arrived:
-        stream.see(number)
+    new = [number for number in arrived if stream.see(number)]
     tally = stream.tally(sent)
+    assert new == list(dict.fromkeys(arrived))
 
     counts = Counter(arrived)
     firsts = [number for index, number in enumerate(arrived) if number not in arrived[:index]]
