@@ -15,6 +15,8 @@ from types import TracebackType
 _STOP = 0
 _START = 1
 _HEAD = 2
+#: After the warm-up: a moment without messages.
+_SETTLE = 0.2
 
 
 class Board:
@@ -75,7 +77,8 @@ async def warm_up(
 ) -> None:
     """Wait until ``wanted[i]`` channels of each reader ``i`` have heard a warm-up message.
 
-    ``send`` is repeated, because a layer may lose what is sent before its subscription is live.
+    ``send`` is repeated, because a layer may lose what is sent before its subscription is live. What it has
+    sent beside the first of each channel has a moment to arrive: it is no part of what follows.
     """
     end = time.monotonic() + time_limit
     while True:
@@ -83,6 +86,7 @@ async def warm_up(
         patience = min(time.monotonic() + 0.25, end)
         while time.monotonic() < patience:
             if all(board.warmed(reader) >= count for reader, count in enumerate(wanted)):
+                await asyncio.sleep(_SETTLE)
                 return
             await asyncio.sleep(0.005)
         if time.monotonic() >= end:

@@ -50,11 +50,12 @@ async def warm_up_group(stage: Stage) -> None:
     before = -1
 
     async def send() -> None:
-        # Another one only where nothing comes any more: a large group would drown in them.
+        # One of each task. Others only where nothing comes any more: a large group would drown in them.
         nonlocal before
         heard = sum(board.warmed(process) for process in processes)
         if heard == before or before < 0:
-            await stage.layer.group_send(GROUP, warm_up_message())
+            tasks = range(stage.sizes.tasks)
+            await asyncio.gather(*(stage.layer.group_send(GROUP, warm_up_message()) for _ in tasks))
         before = heard
 
     await warm_up(board, [stage.sizes.channels(process) for process in processes], send)

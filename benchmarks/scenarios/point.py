@@ -35,8 +35,8 @@ async def _receive(stage: Stage, *, ages: bool) -> None:
 
 async def warm_up_channels(stage: Stage) -> None:
     async def send() -> None:
-        for channel in stage.peers[0]:
-            await stage.layer.send(channel, warm_up_message())
+        # At once, as the messages that are measured: a pool of connections shall be filled before them.
+        await asyncio.gather(*(stage.layer.send(channel, warm_up_message()) for channel in stage.peers[0]))
 
     await warm_up(stage.board, [len(stage.peers[0])], send)
 
