@@ -9,6 +9,11 @@ from typing import Literal
 
 Better = Literal["higher", "lower"]
 
+#: So many in a tenth, at least; a layer is behind if the last tenth is older than that, and so many times.
+_ENOUGH_TO_TELL = 5
+_BEHIND_MS = 20.0
+_BEHIND_TIMES = 3
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which ``percent`` of the values lie, interpolated; NaN if there are none."""
@@ -38,6 +43,19 @@ def quantiles(values: Sequence[float], parts: int = 200) -> list[float]:
 def median(values: Sequence[float]) -> float:
     """The middle of the values that are numbers; NaN if there are none."""
     return percentile([value for value in values if not math.isnan(value)], 50)
+
+
+def fell_behind(ages_ms: Sequence[float]) -> bool:
+    """Did messages that were sent at a pace, in the order of their arrival, get older and older?
+
+    Then their age is the length of a queue. The last tenth is compared to the first; a few messages tell
+    nothing.
+    """
+    tenth = len(ages_ms) // 10
+    if tenth < _ENOUGH_TO_TELL:
+        return False
+    last = median(ages_ms[-tenth:])
+    return last > _BEHIND_MS and last > _BEHIND_TIMES * median(ages_ms[:tenth])
 
 
 def ratio(ours: float, theirs: float, better: Better) -> float:

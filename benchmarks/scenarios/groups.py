@@ -118,7 +118,7 @@ def _summarise_latency(run: Run) -> Outcome:
     return Outcome(
         figures={"p50": percentile(ages, 50), "p99": percentile(ages, 99)},
         tally=tally_receipts(run, lambda process, channel: run.sent.counts),
-        notes=run.sent.notes,
+        notes=run.pace_notes,
         samples=quantiles(ages),
     )
 

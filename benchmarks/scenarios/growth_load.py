@@ -145,7 +145,7 @@ def _summarise(figures: Sequence[Figure], run: Run) -> Outcome:
     return Outcome(
         figures={figure.name: known[figure.name] for figure in figures},
         tally=tally_own_channels(run),
-        notes=run.sent.notes,
+        notes=run.pace_notes,
     )
 
 

@@ -156,7 +156,7 @@ def _summarise(run: Run) -> Outcome:
     return Outcome(
         figures={**run.sent.figures, "messages p99": percentile(run.ages_ms, 99)},
         tally=tally_receipts(run, sent),
-        notes=run.sent.notes,
+        notes=run.pace_notes,
     )
 
 
