@@ -9,6 +9,9 @@ from typing import Literal
 
 Better = Literal["higher", "lower"]
 
+#: What the error of a point says, and its drawing, where what should wait did not get there in time.
+NOT_FILLED = "could not be filled"
+
 #: So many in a tenth, at least; a layer is behind if the last tenth is older than that, and so many times.
 _ENOUGH_TO_TELL = 5
 _BEHIND_MS = 20.0
@@ -167,11 +170,12 @@ def tally_competing(readers: Iterable[Sequence[tuple[int, int]]], sent: Mapping[
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a scenario yields."""
+    """One number that a scenario yields. ``compared``: a ratio of two layers' figures says something."""
 
     name: str
     unit: str
     better: Better
+    compared: bool = True
 
     @property
     def label(self) -> str:

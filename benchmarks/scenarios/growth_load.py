@@ -33,7 +33,7 @@ from benchmarks.scenarios.point import (
     tally_own_channels,
     warm_up_channels,
 )
-from benchmarks.statistics import Figure, Outcome, Tally, percentile, rate
+from benchmarks.statistics import NOT_FILLED, Figure, Outcome, Tally, percentile, rate
 
 _OF_SIZE = (
     Figure("msg/s", "msg/s", "higher"),
@@ -93,7 +93,10 @@ def _waiting_channel(index: int) -> str:
 
 
 async def _fill(stage: Stage) -> None:
-    """Send as many messages as are to wait to channels where nobody receives, the quickest way there is."""
+    """Send as many messages as are to wait to channels where nobody receives, the quickest way there is.
+
+    Raises TimeoutError if that takes too long.
+    """
     layer, waiting = cast(Any, stage.layer), stage.sizes.waiting
     if hasattr(layer, "send_many"):
 
@@ -105,7 +108,9 @@ async def _fill(stage: Stage) -> None:
             if not all(taken):
                 raise RuntimeError(f"{channel} is full already")
 
-        await do_many(fill, _full_channels(waiting), "channels filled", at_once=2, time_limit=_FILL_LIMIT)
+        await do_many(
+            fill, _full_channels(waiting), f"{NOT_FILLED}: channels", at_once=2, time_limit=_FILL_LIMIT
+        )
         return
 
     async def put(index: int) -> None:
@@ -113,7 +118,7 @@ async def _fill(stage: Stage) -> None:
         body = message(0, index % _WAIT_IN_A_CHANNEL, 0)
         await send_retrying(partial(layer.send, channel, body))
 
-    await do_many(put, waiting, "messages to wait", time_limit=_FILL_LIMIT)
+    await do_many(put, waiting, f"{NOT_FILLED}: messages", time_limit=_FILL_LIMIT)
 
 
 async def _look(stage: Stage) -> Tally:

@@ -120,7 +120,7 @@ async def _measure(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnect
         "server memory": servers.memory() / 1e6,
         "database memory": database.memory() / 1e6,
     }
-    notes = {"written off": late, "fell behind": int(fell_behind(ages))}
+    notes: dict[str, float] = {"written off": late, "fell behind": int(fell_behind(ages))}
     return Sent(figures=figures, tally=ledger.tally(), notes=notes)
 
 
