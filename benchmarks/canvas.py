@@ -90,8 +90,11 @@ def page(
         bbox_to_anchor=(0.005, 1 - (head - 0.35) / total),
         ncols=max(len(handles), 1),
         frameon=False,
-        fontsize=9.5,
+        fontsize=9,
         borderaxespad=0,
+        handlelength=1.6,
+        handletextpad=0.5,
+        columnspacing=1.2,
     )
     figure.text(0.012, 0.1 / total, _footnote(results), fontsize=7.5, color="#666666", va="bottom")
 

@@ -119,7 +119,7 @@ def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
         if sampled or not figures or not scenario["layers"]:
             continue
         if len(figures) == 1:
-            cells.append((scenario, figures[0], wrapped(scenario["title"], 40)))
+            cells.append((scenario, figures[0], wrapped(scenario["title"], 34)))
             continue
         cells += [None] * (len(cells) % 2)
         titles = [wrapped(scenario["title"], 85), *[""] * (len(figures) - 1)]
@@ -170,7 +170,14 @@ def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results,
             axis.errorbar(width, index, xerr=whisker, color="#222222", linewidth=1, capsize=2.5)
         end = max(width, high)
         label = _bar_label(scenario, layer, figure, value)
-        axis.text(end + longest * 0.015, index, label, va="center", fontsize=8.5)
+        axis.text(
+            end + longest * 0.025,
+            index,
+            label,
+            va="center",
+            fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the dashed line stays behind
+        )
         # Room for the label, which is as wide however long the axis is.
         limit = max(limit, end / (1 - min(len(label) * _CHARACTER / _BARS_WIDTH + 0.03, 0.7)))
     caption = label_of(figure)
