@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,12 +56,19 @@ STYLE: Any = {
 
 @contextmanager
 def page(
-    results: Results, title: str, hint: str, *, rows: int, columns: int, height: float
+    results: Results,
+    title: str,
+    hint: str,
+    *,
+    layers: Collection[str],
+    rows: int,
+    columns: int,
+    height: float,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with panels, a headline, a legend of the layers, and below what it was measured on."""
-    total = rows * height + _HEAD + _FOOT
-    hint = wrapped(hint, 115)
+    """A figure with panels, a headline, a legend of these layers, and below what it was measured on."""
+    hint = wrapped(hint, 105)
     head = _HEAD + 0.16 * hint.count("\n")
+    total = rows * height + head + _FOOT
     below_head = (0, _FOOT / total, 1, 1 - (head + _FOOT) / total)
     layout = ConstrainedLayoutEngine(rect=below_head, h_pad=0.08, w_pad=0.08)
     figure = Figure(figsize=(_WIDTH, total), layout=layout)
@@ -75,15 +82,19 @@ def page(
     handles = [
         Line2D([], [], color=colour_of(layer), marker=marker_of(layer), linewidth=2, label=label)
         for layer, label in results["layers"].items()
+        if layer in layers
     ]
     figure.legend(
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(0.005, 1 - (head - 0.35) / total),
-        ncols=len(handles),
+        ncols=max(len(handles), 1),
         frameon=False,
-        fontsize=9.5,
+        fontsize=9,
         borderaxespad=0,
+        handlelength=1.6,
+        handletextpad=0.5,
+        columnspacing=1.2,
     )
     figure.text(0.012, 0.1 / total, _footnote(results), fontsize=7.5, color="#666666", va="bottom")
 

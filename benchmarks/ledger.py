@@ -22,7 +22,8 @@ class Said:
 class Ledger:
     """``clients`` in rooms of ``room``, each room spread over as many servers as the board has readers.
 
-    Every sender numbers what it says. Deliveries go on the board, to the account of the listener's server.
+    Every sender numbers what it says. Deliveries go on the board, to the account of the listener's server;
+    second copies are counted in the `tally` alone.
     """
 
     def __init__(self, board: Board, clients: int, room: int) -> None:
@@ -92,7 +93,8 @@ class Ledger:
         streams = self._streams[client]
         if sender not in streams:
             streams[sender] = Stream()
-        streams[sender].see(number)
+        if not streams[sender].see(number):
+            return
         self.ages.append(now - sent_ns)
         self.latest_ns = now
         self._board.deliver(self.server_of(client), now)

@@ -29,9 +29,14 @@ from benchmarks.canvas import (
     thousands,
     wrapped,
 )
-from benchmarks.statistics import percentile
+from benchmarks.statistics import NOT_FILLED, percentile
 
 _MARKED = (50, 99)
+#: No layer: a ceiling that would leave the layers' bars little room, drawn as a line.
+_CEILING = "bare"
+#: Inches, about: a character of a bar's label, and the narrowest axis that bars have.
+_CHARACTER = 0.068
+_BARS_WIDTH = 2.4
 
 
 def draw(results: Results, folder: Path, *, suffix: str = "svg") -> list[Path]:
@@ -77,6 +82,7 @@ def _latency(results: Results, scenarios: Results) -> Figure | None:
         results,
         "How late messages arrive",
         "Further left is better. The marks are at 50 % and at 99 % of the messages.",
+        layers={layer for _, lines in panels for layer, ages in lines.items() if ages},
         rows=len(panels),
         columns=1,
         height=2.6,
@@ -103,57 +109,87 @@ def _latency(results: Results, scenarios: Results) -> Figure | None:
 def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
     """A panel for each figure of which more, or less, is better; beside the bars how far pg_layer is ahead.
 
-    What the distribution of latencies shows already is left out.
+    A scenario with several has one title and rows of its own. What the distribution of latencies shows is
+    left out.
     """
-    panels = [
-        (scenario, figure)
-        for scenario in scenarios.values()
-        for figure in scenario["figures"]
-        if figure["better"] == better
-        and scenario["layers"]
-        and not any(outcome["samples"] for of in scenario["layers"].values() for outcome in of["rounds"])
-    ]
-    if not panels:
+    cells: list[_Cell | None] = []
+    for scenario in scenarios.values():
+        sampled = any(outcome["samples"] for of in scenario["layers"].values() for outcome in of["rounds"])
+        figures = [figure for figure in scenario["figures"] if figure["better"] == better]
+        if sampled or not figures or not scenario["layers"]:
+            continue
+        if len(figures) == 1:
+            cells.append((scenario, figures[0], wrapped(scenario["title"], 34)))
+            continue
+        cells += [None] * (len(cells) % 2)
+        titles = [wrapped(scenario["title"], 85), *[""] * (len(figures) - 1)]
+        cells += [(scenario, figure, title) for figure, title in zip(figures, titles, strict=True)]
+        cells += [None] * (len(cells) % 2)
+    if not cells:
         return None
     more = "Longer bars are better" if better == "higher" else "Shorter bars are better"
     with page(
         results,
         "How much gets through" if better == "higher" else "What it takes",
         f"{more}. In brackets: how many times better pg_layer is; below 1x it is behind. "
-        "* it lost, doubled or reordered some.",
-        rows=-(-len(panels) // 2),
+        "* it lost, doubled or reordered some. Whiskers: the lowest and the highest of the rounds. "
+        "A dashed line: what PostgreSQL does without a layer.",
+        layers={layer for cell in cells if cell for layer in cell[0]["layers"]},
+        rows=-(-len(cells) // 2),
         columns=2,
-        height=1.05 + 0.27 * len(results["layers"]),
+        height=1.2 + 0.27 * len(results["layers"]),
     ) as (figure, axes):
-        for axis, (scenario, shown) in zip(axes, panels, strict=False):
-            _bar_panel(axis, results, scenario, shown)
+        for axis, cell in zip(axes, cells, strict=False):
+            if cell is not None:
+                _bar_panel(axis, results, *cell)
         return figure
 
 
-def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results) -> None:
-    layers = [layer for layer in results["layers"] if layer in scenario["layers"]]
+#: A scenario, one of its figures, and the title above.
+_Cell = tuple[Results, Results, str]
+
+
+def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results, title: str) -> None:
+    measured = [layer for layer in results["layers"] if layer in scenario["layers"]]
+    layers = [layer for layer in measured if layer != _CEILING] or measured
     values = [_median(scenario, layer, figure) for layer in layers]
     widths = [max(value, 0) if math.isfinite(value) else 0 for value in values]  # below zero is noise
     longest = max(widths, default=1) or 1
-    axis.set_title(wrapped(scenario["title"], 40), fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.barh(
         range(len(layers)),
         widths,
         color=[colour_of(layer) for layer in layers],
         height=0.72,
     )
+    limit = longest
     for index, (layer, value, width) in enumerate(zip(layers, values, widths, strict=True)):
+        low, high = _range(scenario, layer, figure)
+        if low < high:
+            whisker = [[max(width - low, 0)], [max(high - width, 0)]]
+            axis.errorbar(width, index, xerr=whisker, color="#222222", linewidth=1, capsize=2.5)
+        end = max(width, high)
+        label = _bar_label(scenario, layer, figure, value)
         axis.text(
-            width + longest * 0.015,
+            end + longest * 0.025,
             index,
-            _bar_label(scenario, layer, figure, value),
+            label,
             va="center",
             fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the dashed line stays behind
         )
+        # Room for the label, which is as wide however long the axis is.
+        limit = max(limit, end / (1 - min(len(label) * _CHARACTER / _BARS_WIDTH + 0.03, 0.7)))
+    caption = label_of(figure)
+    if _CEILING in measured and _CEILING not in layers:
+        ceiling = _median(scenario, _CEILING, figure)
+        caption += f"\n{results['layers'][_CEILING]}: {_bar_label(scenario, _CEILING, figure, ceiling)}"
+        if ceiling <= limit:
+            axis.axvline(ceiling, color=colour_of(_CEILING), linewidth=1, linestyle="--", zorder=0.5)
     axis.set_yticks(range(len(layers)), [results["layers"][layer] for layer in layers])
     axis.invert_yaxis()
-    axis.set_xlim(0, longest * 1.42)
-    axis.set_xlabel(label_of(figure))
+    axis.set_xlim(0, limit)
+    axis.set_xlabel(caption, fontsize=9, loc="left")
     axis.grid(False, axis="y")
     axis.tick_params(axis="y", length=0)
     axis.xaxis.set_major_formatter(thousands)
@@ -163,7 +199,8 @@ def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results)
 def _bar_label(scenario: Results, layer: str, figure: Results, value: float) -> str:
     if not math.isfinite(value):
         return "failed" if scenario["layers"][layer]["median"]["errors"] else "n/a"
-    ratio = scenario["ratios"].get(figure["name"], {}).get(layer)
+    ratios = scenario["ratios"].get(figure["name"], {})
+    ratio = ratios.get(layer)
     faulty = any(scenario["layers"][layer]["median"]["tally"].values())
     label = number(value) + (f"  ({ratio:.2f}x)" if ratio is not None else "")
     return f"{label}*" if faulty else label
@@ -176,6 +213,7 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
     """A panel for each figure, a line for each layer, both axes logarithmic."""
     points = sorted(points, key=lambda point: int(point["curve"]["x"]))
     xs = [int(point["curve"]["x"]) for point in points]
+    unfilled = {layer: x for layer in results["layers"] if (x := _unfilled(points, layer)) is not None}
     panels = [
         (figure, lines)
         for figure in points[0]["figures"]
@@ -189,14 +227,30 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
         f"Growth: {points[0]['curve']['axis']}",
         "Both axes are logarithmic. A line ends where its layer failed or was stopped; "
         "a hollow mark: some were lost, doubled or reordered.",
+        layers={layer for _, lines in panels for layer, line in lines.items() if line} | unfilled.keys(),
         rows=-(-len(panels) // columns),
         columns=columns,
         height=2.5,
     ) as (figure, axes):
         for axis, (shown, lines) in zip(axes, panels, strict=False):
             _growth_panel(axis, shown, lines, xs)
+            for row, (layer, x) in enumerate(unfilled.items()):
+                text = f"{results['layers'][layer]}, {short(x)}: {NOT_FILLED}"
+                place = (0.98, 0.03 + 0.08 * row)
+                axis.text(
+                    *place, text, color=colour_of(layer), fontsize=7.5, ha="right", transform=axis.transAxes
+                )
             axis.set_xlabel(points[0]["curve"]["axis"])
         return figure
+
+
+def _unfilled(points: Sequence[Results], layer: str) -> int | None:
+    """The first x at which what should have waited did not get there in time."""
+    for point in points:
+        errors = point["layers"][layer]["median"]["errors"] if layer in point["layers"] else []
+        if any(NOT_FILLED in error for error in errors):
+            return int(point["curve"]["x"])
+    return None
 
 
 #: Of each point that has a figure: x, the figure, and whether messages went astray.
@@ -242,6 +296,13 @@ def _scale(choose: Callable[..., None], values: Sequence[float]) -> None:
         choose("log")
     elif positive:
         choose("symlog", linthresh=min(positive), linscale=0.5)
+
+
+def _range(scenario: Results, layer: str, figure: Results) -> tuple[float, float]:
+    """The lowest and the highest figure of the rounds; twice zero if there are none."""
+    found = [outcome["figures"].get(figure["name"]) for outcome in scenario["layers"][layer]["rounds"]]
+    values = [max(float(value), 0) for value in found if value is not None]
+    return min(values, default=0), max(values, default=0)
 
 
 def _median(scenario: Results, layer: str, figure: Results) -> float:

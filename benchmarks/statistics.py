@@ -9,6 +9,14 @@ from typing import Literal
 
 Better = Literal["higher", "lower"]
 
+#: What the error of a point says, and its drawing, where what should wait did not get there in time.
+NOT_FILLED = "could not be filled"
+
+#: So many in a tenth, at least; a layer is behind if the last tenth is older than that, and so many times.
+_ENOUGH_TO_TELL = 5
+_BEHIND_MS = 20.0
+_BEHIND_TIMES = 3
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which ``percent`` of the values lie, interpolated; NaN if there are none."""
@@ -38,6 +46,19 @@ def quantiles(values: Sequence[float], parts: int = 200) -> list[float]:
 def median(values: Sequence[float]) -> float:
     """The middle of the values that are numbers; NaN if there are none."""
     return percentile([value for value in values if not math.isnan(value)], 50)
+
+
+def fell_behind(ages_ms: Sequence[float]) -> bool:
+    """Did messages that were sent at a pace, in the order of their arrival, get older and older?
+
+    Then their age is the length of a queue. The last tenth is compared to the first; a few messages tell
+    nothing.
+    """
+    tenth = len(ages_ms) // 10
+    if tenth < _ENOUGH_TO_TELL:
+        return False
+    last = median(ages_ms[-tenth:])
+    return last > _BEHIND_MS and last > _BEHIND_TIMES * median(ages_ms[:tenth])
 
 
 def ratio(ours: float, theirs: float, better: Better) -> float:
@@ -91,8 +112,8 @@ class Stream:
     twice: int = 0
     disorder: int = 0
 
-    def see(self, number: int) -> None:
-        """Count one delivery."""
+    def see(self, number: int) -> bool:
+        """Count one delivery; False if it is another copy."""
         if number == self.next:
             self.next = number + 1
         elif number > self.next:
@@ -103,6 +124,8 @@ class Stream:
             self.disorder += 1
         else:
             self.twice += 1
+            return False
+        return True
 
     def tally(self, sent: int) -> Tally:
         """The balance against ``sent``, the count of numbers that the sender gave out."""

@@ -23,6 +23,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     for scenario in (
         point.LATENCY,
         point.THROUGHPUT,
+        point.SERIAL,
         groups.FAN_OUT,
         groups.FAN_OUT_LATENCY,
         churn.CHURN,

@@ -190,12 +190,13 @@ class Record:
         streams = self.receipt.streams[0 if self._for_all else sender]
         if sender not in streams:
             streams[sender] = Stream()
-        streams[sender].see(number)
-        if self._ages:
-            self.receipt.ages.append(now - body["t"])
+        first = streams[sender].see(number)
         if self._log:
             self.receipt.log.append((sender, number))
-        self._stage.board.deliver(self._stage.index, now, self._deliveries)
+        if first:
+            if self._ages:
+                self.receipt.ages.append(now - body["t"])
+            self._stage.board.deliver(self._stage.index, now, self._deliveries)
 
 
 class _Deleter:

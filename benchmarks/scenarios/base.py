@@ -13,7 +13,7 @@ from channels.exceptions import ChannelFull
 
 from benchmarks.board import Board
 from benchmarks.layers import Layer, LayerKind, LayerSpec
-from benchmarks.statistics import Figure, Outcome, Stream, Tally, tally_channel
+from benchmarks.statistics import Figure, Outcome, Stream, Tally, fell_behind, tally_channel
 
 Scale = Literal["full", "quick", "tiny"]
 T = TypeVar("T")
@@ -104,6 +104,12 @@ class Run:
     @property
     def ages_ms(self) -> list[float]:
         return [age / 1e6 for receipt in self.receipts for age in receipt.ages]
+
+    @property
+    def pace_notes(self) -> dict[str, float]:
+        """The sender's notes, and whether a receiver could not keep their pace; where there is one."""
+        behind = any(fell_behind([age / 1e6 for age in receipt.ages]) for receipt in self.receipts)
+        return {**self.sent.notes, "fell behind": int(behind)}
 
 
 @dataclass
@@ -290,12 +296,13 @@ async def _read(
         sender = incoming["s"]
         if sender not in streams:
             streams[sender] = Stream()
-        streams[sender].see(number)
-        if ages and (sent_ns := incoming["t"]):
-            receipt.ages.append(now - sent_ns)
+        first = streams[sender].see(number)
         if log:
             receipt.log.append((sender, number))
-        board.deliver(index, now)
+        if first:  # second copies are counted as such, and neither as speed nor as latency
+            if ages and (sent_ns := incoming["t"]):
+                receipt.ages.append(now - sent_ns)
+            board.deliver(index, now)
 
 
 async def until_stopped(board: Board) -> None:

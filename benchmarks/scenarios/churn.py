@@ -21,9 +21,8 @@ _CATCH_UP = 60.0
 async def _churn(stage: Stage) -> Sent:
     channels = [await stage.layer.new_channel() for _ in range(stage.sizes.tasks)]
     groups = [f"bench.room.{index}" for index in range(stage.sizes.tasks)]
-    for group, channel in zip(groups, channels, strict=True):  # everybody's connections and statements exist
-        await stage.layer.group_add(group, channel)
-        await stage.layer.group_discard(group, channel)
+    await asyncio.gather(*map(stage.layer.group_add, groups, channels))  # connections and statements exist
+    await asyncio.gather(*map(stage.layer.group_discard, groups, channels))
     start = stage.board.start()
     end = start + int(stage.sizes.seconds * 1e9)
 
@@ -54,8 +53,7 @@ async def _check(stage: Stage, groups: list[str], channels: list[str]) -> Tally:
     async def read(channel: str, stream: Stream) -> None:
         nonlocal arrived
         while True:
-            stream.see((await stage.layer.receive(channel))["n"])
-            arrived += 1
+            arrived += stream.see((await stage.layer.receive(channel))["n"])
             if arrived == len(staying) * _CHECKS:
                 complete.set()
 

@@ -30,8 +30,7 @@ async def _consume(stage: Stage) -> Sent:
         await stage.layer.group_add(groups[index // _MEMBERS_OF_A_GROUP], channel)
         ready += 1
         while True:
-            streams[index].see((await stage.layer.receive(channel))["n"])
-            arrived += 1
+            arrived += streams[index].see((await stage.layer.receive(channel))["n"])
 
     with observe(stage.spec) as observer:
         before = observer.connections()

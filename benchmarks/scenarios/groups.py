@@ -50,11 +50,12 @@ async def warm_up_group(stage: Stage) -> None:
     before = -1
 
     async def send() -> None:
-        # Another one only where nothing comes any more: a large group would drown in them.
+        # One of each task. Others only where nothing comes any more: a large group would drown in them.
         nonlocal before
         heard = sum(board.warmed(process) for process in processes)
         if heard == before or before < 0:
-            await stage.layer.group_send(GROUP, warm_up_message())
+            tasks = range(stage.sizes.tasks)
+            await asyncio.gather(*(stage.layer.group_send(GROUP, warm_up_message()) for _ in tasks))
         before = heard
 
     await warm_up(board, [stage.sizes.channels(process) for process in processes], send)
@@ -105,10 +106,9 @@ async def _send_paced(stage: Stage) -> Sent:
 
 
 def _summarise_fan_out(run: Run) -> Outcome:
-    tally = tally_receipts(run, lambda process, channel: run.sent.counts)
     return Outcome(
-        figures={"deliveries/s": rate(run.deliveries - tally.twice, run.start_ns, run.latest_ns)},
-        tally=tally,
+        figures={"deliveries/s": rate(run.deliveries, run.start_ns, run.latest_ns)},
+        tally=tally_receipts(run, lambda process, channel: run.sent.counts),
         notes=run.sent.notes,
     )
 
@@ -118,7 +118,7 @@ def _summarise_latency(run: Run) -> Outcome:
     return Outcome(
         figures={"p50": percentile(ages, 50), "p99": percentile(ages, 99)},
         tally=tally_receipts(run, lambda process, channel: run.sent.counts),
-        notes=run.sent.notes,
+        notes=run.pace_notes,
         samples=quantiles(ages),
     )
 

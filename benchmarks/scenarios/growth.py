@@ -14,6 +14,7 @@ CURVES: Mapping[str, Sequence[Scenario]] = {
         growth_fanout.MEMBERS,
         growth_fanout.PROCESSES,
         growth_fanout.GROUPS,
+        growth_load.TASKS,
         growth_load.SIZE,
         growth_load.WAITING,
         growth_idle.IDLE,

@@ -159,8 +159,8 @@ async def _send_to_groups(stage: Stage) -> Sent:
     layer, board, sizes = stage.layer, stage.board, stage.sizes
 
     async def warm() -> None:
-        for index in range(sizes.members):
-            await layer.group_send(_group(index), warm_up_message())
+        groups = map(_group, range(sizes.members))
+        await asyncio.gather(*(layer.group_send(group, warm_up_message()) for group in groups))
 
     await warm_up(board, [sizes.members], warm)
     sent = Sent([0] * (sizes.tasks * sizes.members))

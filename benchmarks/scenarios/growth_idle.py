@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.probe import probe
 from benchmarks.scenarios.base import Curve, Run, Scenario, Sent, Sizes, Stage, cancel, do_many, message, pace
-from benchmarks.statistics import Figure, Outcome, Stream, Tally, percentile
+from benchmarks.statistics import Figure, Outcome, Stream, Tally, fell_behind, percentile
 
 _RATE = 20
 _WARM_UP_LIMIT = 20.0
@@ -50,8 +50,9 @@ class _Consumers:
             if incoming["n"] < 0:
                 self.warm = True
                 continue
-            self.ages.append(time.monotonic_ns() - incoming["t"])
-            stream.see(incoming["n"])
+            now = time.monotonic_ns()
+            if stream.see(incoming["n"]):
+                self.ages.append(now - incoming["t"])
 
     async def send(self, index: int, sent_ns: int) -> None:
         number = self._sent[index]
@@ -99,13 +100,15 @@ async def _idle(stage: Stage) -> Sent:
             consumers.check()
         finally:
             await cancel(consumers.tasks)
+    ages = [age / 1e6 for age in consumers.ages]
     return Sent(
         figures={
             "memory": memory,
             "held": connections,
             "at rest": rate,
-            "p50": percentile([age / 1e6 for age in consumers.ages], 50),
+            "p50": percentile(ages, 50),
         },
+        notes={"fell behind": int(fell_behind(ages))},
         tally=consumers.tally,
     )
 
@@ -149,7 +152,7 @@ def _none(sent: Sent, sizes: Sizes) -> int:
 
 
 def _summarise(run: Run) -> Outcome:
-    return Outcome(figures=run.sent.figures, tally=run.sent.tally)
+    return Outcome(figures=run.sent.figures, tally=run.sent.tally, notes=run.sent.notes)
 
 
 def _consumers(count: int) -> Scenario:

@@ -1,10 +1,11 @@
-"""send to one process as messages get larger, and as more and more wait elsewhere."""
+"""send to one process: by more and more tasks, of larger and larger messages, while more and more wait."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from benchmarks.scenarios.base import (
 from benchmarks.scenarios.growth_fanout import scales
 from benchmarks.scenarios.point import (
     AGES,
+    THROUGHPUT,
     flood_channels,
     one_each,
     pace_channel,
@@ -31,7 +33,7 @@ from benchmarks.scenarios.point import (
     tally_own_channels,
     warm_up_channels,
 )
-from benchmarks.statistics import Figure, Outcome, Tally, percentile, rate
+from benchmarks.statistics import NOT_FILLED, Figure, Outcome, Tally, percentile, rate
 
 _OF_SIZE = (
     Figure("msg/s", "msg/s", "higher"),
@@ -91,7 +93,10 @@ def _waiting_channel(index: int) -> str:
 
 
 async def _fill(stage: Stage) -> None:
-    """Send as many messages as are to wait to channels where nobody receives, the quickest way there is."""
+    """Send as many messages as are to wait to channels where nobody receives, the quickest way there is.
+
+    Raises TimeoutError if that takes too long.
+    """
     layer, waiting = cast(Any, stage.layer), stage.sizes.waiting
     if hasattr(layer, "send_many"):
 
@@ -103,7 +108,9 @@ async def _fill(stage: Stage) -> None:
             if not all(taken):
                 raise RuntimeError(f"{channel} is full already")
 
-        await do_many(fill, _full_channels(waiting), "channels filled", at_once=2, time_limit=_FILL_LIMIT)
+        await do_many(
+            fill, _full_channels(waiting), f"{NOT_FILLED}: channels", at_once=2, time_limit=_FILL_LIMIT
+        )
         return
 
     async def put(index: int) -> None:
@@ -111,7 +118,7 @@ async def _fill(stage: Stage) -> None:
         body = message(0, index % _WAIT_IN_A_CHANNEL, 0)
         await send_retrying(partial(layer.send, channel, body))
 
-    await do_many(put, waiting, "messages to wait", time_limit=_FILL_LIMIT)
+    await do_many(put, waiting, f"{NOT_FILLED}: messages", time_limit=_FILL_LIMIT)
 
 
 async def _look(stage: Stage) -> Tally:
@@ -143,7 +150,7 @@ def _summarise(figures: Sequence[Figure], run: Run) -> Outcome:
     return Outcome(
         figures={figure.name: known[figure.name] for figure in figures},
         tally=tally_own_channels(run),
-        notes=run.sent.notes,
+        notes=run.pace_notes,
     )
 
 
@@ -179,6 +186,17 @@ def _waiting(count: int) -> Scenario:
     )
 
 
+def _tasks(count: int) -> Scenario:
+    return replace(
+        THROUGHPUT,
+        name=f"growth-tasks/{count}",
+        title=f"growth: send by {count} tasks of one process to {count} channels of another",
+        scales=scales(Sizes(seconds=3, members=count, tasks=count)),
+        curve=Curve("growth-tasks", "tasks that send at once", count),
+    )
+
+
+TASKS = [_tasks(count) for count in (1, 3, 10, 30, 100)]
 SIZE = [
     _size(100, "100 B"),
     _size(1_000, "1 kB"),

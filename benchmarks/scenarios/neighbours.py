@@ -75,9 +75,8 @@ async def _send(stage: Stage) -> Sent:
 
 async def _warm_up(stage: Stage, channels: Sequence[str]) -> None:
     async def send() -> None:
-        await stage.layer.group_send(GROUP, warm_up_message())
-        for channel in channels:
-            await stage.layer.send(channel, warm_up_message())
+        to_channels = (stage.layer.send(channel, warm_up_message()) for channel in channels)
+        await asyncio.gather(stage.layer.group_send(GROUP, warm_up_message()), *to_channels)
 
     await warm_up(stage.board, [stage.sizes.members] * stage.sizes.processes, send)
 
@@ -157,7 +156,7 @@ def _summarise(run: Run) -> Outcome:
     return Outcome(
         figures={**run.sent.figures, "messages p99": percentile(run.ages_ms, 99)},
         tally=tally_receipts(run, sent),
-        notes=run.sent.notes,
+        notes=run.pace_notes,
     )
 
 

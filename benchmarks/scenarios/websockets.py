@@ -22,7 +22,7 @@ from benchmarks.ledger import Ledger, Said
 from benchmarks.resources import Processes, raise_file_limit, server_of
 from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes, Stage, cancel, pace
 from benchmarks.scenarios.point import AGES
-from benchmarks.statistics import Figure, Outcome, percentile, rate
+from benchmarks.statistics import Figure, Outcome, fell_behind, percentile, rate
 
 #: So many clients connect at a time.
 _AT_ONCE = 20
@@ -120,7 +120,8 @@ async def _measure(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnect
         "server memory": servers.memory() / 1e6,
         "database memory": database.memory() / 1e6,
     }
-    return Sent(figures=figures, tally=ledger.tally(), notes={"written off": late})
+    notes: dict[str, float] = {"written off": late, "fell behind": int(fell_behind(ages))}
+    return Sent(figures=figures, tally=ledger.tally(), notes=notes)
 
 
 async def _talk_paced(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnection]) -> int:

@@ -34,8 +34,8 @@ async def _send(stage: Stage) -> Sent:
     layer, board, sizes = stage.layer, stage.board, stage.sizes
 
     async def warm() -> None:
-        for _ in range(sizes.processes):
-            await layer.send(CHANNEL, warm_up_message())
+        jobs = range(max(sizes.tasks, sizes.processes))
+        await asyncio.gather(*(layer.send(CHANNEL, warm_up_message()) for _ in jobs))
 
     try:
         await warm_up(board, [1] * sizes.processes, warm, time_limit=_WARM_UP_LIMIT)

@@ -128,6 +128,20 @@ async def test_what_fails_ends_the_many() -> None:
         await do_many(do, 9, "members")
 
 
+async def test_second_copies_are_neither_speed_nor_latency() -> None:
+    layer = InMemory()
+    for number in (0, 1, 1, 0):
+        await layer.send("c", message(0, number, 1))
+    receipts: list[Receipt] = []
+    given = stage(layer, Sizes(seconds=1))
+    given.report = receipts.append
+    given.board.stop()
+    await read_all(given, ["c"], ages=True)
+    assert given.board.deliveries == 2
+    assert len(receipts[0].ages) == 2
+    assert receipts[0].streams[0][0].tally(2) == Tally(twice=2)
+
+
 async def test_only_timed_messages_have_an_age() -> None:
     layer = InMemory()
     for number, sent_ns in enumerate((0, 1, 0)):

@@ -94,6 +94,57 @@ def test_curves_have_a_panel_for_each_figure(drawn: dict[str, str]) -> None:
     assert "100k" in said
 
 
+def drawing(results: Results, folder: Path, name: str) -> str:
+    files = plots.draw(json.loads(written(results, folder).read_text()), folder / "plots")
+    return texts(next(file for file in files if file.name == name))
+
+
+def test_the_ceiling_is_a_number_below_the_bars(tmp_path: Path) -> None:
+    """And never one of them, which it would leave no room."""
+    throughput = SCENARIOS["throughput"]
+    results = Results(["pg", "bare"], [throughput])
+    results.add(throughput, "pg", Outcome({"msg/s": 10.0}))
+    results.add(throughput, "bare", Outcome({"msg/s": 90_000.0}))
+    said = drawing(results, tmp_path, "throughput.svg")
+    assert "bare psycopg: 90,000" in said
+    assert "20k" not in said  # nor does the axis reach as far
+
+
+def test_a_scenario_with_several_figures_is_named_once(drawn: dict[str, str]) -> None:
+    assert drawn["costs.svg"].count("connections: a process whose") == 1
+
+
+def test_a_legend_names_what_is_shown(tmp_path: Path) -> None:
+    throughput, connections = SCENARIOS["throughput"], SCENARIOS["connections"]
+    results = Results(["pg", "memory"], [throughput, connections])
+    for layer in results.layers:
+        results.add(throughput, layer, Outcome({"msg/s": 10.0}))
+    results.add(connections, "pg", Outcome({"held": 3.0, "peak": 4.0, "all joined": 0.5}))
+    assert "in memory" in drawing(results, tmp_path, "throughput.svg")
+    assert "in memory" not in drawing(results, tmp_path, "costs.svg")
+
+
+def test_what_says_nothing_beside_another_layer_has_no_ratio(tmp_path: Path) -> None:
+    neighbours = SCENARIOS["neighbours"]
+    results = Results(["pg", "core"], [neighbours])
+    for layer, speed in (("pg", 100.0), ("core", 80.0)):
+        figures = {figure.name: speed for figure in neighbours.figures}
+        results.add(neighbours, layer, Outcome(figures))
+    assert drawing(results, tmp_path, "throughput.svg").count("(1.25x)") == 1  # of three
+
+
+def test_a_point_that_could_not_be_filled_says_so(tmp_path: Path) -> None:
+    points = choose(["growth-waiting"], "full")[:2]
+    results = Results(["pg", "core"], points)
+    for layer in results.layers:
+        results.add(points[0], layer, Outcome({"msg/s": 9.0, "p50": 1.0, "p99": 1.0}))
+    results.add(points[1], "pg", Outcome({"msg/s": 9.0, "p50": 1.0, "p99": 1.0}))
+    results.add(points[1], "core", Outcome(error="send: TimeoutError: could not be filled: messages: only 3"))
+    said = drawing(results, tmp_path, "growth-waiting.svg")
+    assert "redis core, 1k: could not be filled" in said
+    assert "pg_layer, 1k" not in said
+
+
 def test_the_same_results_make_the_same_files(tmp_path: Path) -> None:
     results = json.loads(written(sample_results(), tmp_path).read_text())
     first, second = (plots.draw(results, tmp_path / name) for name in ("first", "second"))

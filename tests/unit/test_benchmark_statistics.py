@@ -24,6 +24,7 @@ from benchmarks.statistics import (
     Stream,
     Summary,
     Tally,
+    fell_behind,
     median,
     percentile,
     rate,
@@ -66,6 +67,23 @@ def test_median_ignores_rounds_without_a_figure() -> None:
     assert math.isnan(median([math.nan]))
 
 
+@pytest.mark.parametrize(
+    ("ages", "behind"),
+    [
+        ([float(n) for n in range(100)], True),
+        ([5.0] * 50 + [30.0] * 50, True),
+        ([30.0] * 50 + [5.0] * 50, False),
+        ([30.0] * 50 + [80.0] * 50, False),  # not even three times as old
+        ([1.0] * 50 + [19.0] * 50, False),  # nothing to speak of
+        ([1.0] * 96 + [900.0] * 4, False),  # a stall at the end of the tenth
+        ([1.0] * 40 + [900.0] * 9, False),  # too few
+        ([], False),
+    ],
+)
+def test_a_layer_is_behind_when_messages_get_older_and_older(ages: list[float], behind: bool) -> None:
+    assert fell_behind(ages) is behind
+
+
 def test_ratio_says_how_many_times_better() -> None:
     assert ratio(20, 10, "higher") == 2
     assert ratio(2, 1, "lower") == 0.5
@@ -89,9 +107,9 @@ def test_rate() -> None:
 )
 def test_stream_balances_like_counting_everything(sent: int, arrived: list[int]) -> None:
     stream = Stream()
-    for number in arrived:
-        stream.see(number)
+    new = [number for number in arrived if stream.see(number)]
     tally = stream.tally(sent)
+    assert new == list(dict.fromkeys(arrived))
 
     counts = Counter(arrived)
     firsts = [number for index, number in enumerate(arrived) if number not in arrived[:index]]
