@@ -104,6 +104,23 @@ async def _send_paced(stage: Stage) -> Sent:
         return Sent([await pace(stage.sizes.seconds, stage.sizes.rate, send)])
 
 
+async def _send_in_a_row(stage: Stage) -> Sent:
+    """One message at a time, each carried by its notification: nothing is there to be put together."""
+    async with await _connect(stage) as connection:
+        inboxes = _inboxes(stage)
+
+        async def send(number: int, sent_ns: int) -> None:
+            await connection.execute(_INSERT_ONE, (_pack(message(0, number, sent_ns)), inboxes))
+
+        await warm_up(stage.board, [1] * stage.sizes.processes, partial(send, -1, 0))
+        end = stage.board.start() + int(stage.sizes.seconds * 1e9)
+        number = 0
+        while (now := time.monotonic_ns()) < end:
+            await send(number, now)
+            number += 1
+        return Sent([number])
+
+
 async def _send_batches(stage: Stage, inboxes: Sequence[str], arrived: Callable[[], int]) -> Sent:
     """One message of each task in a statement: the batch that a layer's concurrent senders fill at best."""
     board, sizes = stage.board, stage.sizes
@@ -320,6 +337,7 @@ async def _churn(stage: Stage) -> Sent:
 receive_carried = partial(_receive_carried, ages=False)
 LATENCY = Roles(_send_paced, partial(_receive_carried, ages=True))
 THROUGHPUT = Roles(_send_to_channels, partial(_receive_ranges, for_all=False))
+SERIAL = Roles(_send_in_a_row, receive_carried)
 FAN_OUT = Roles(_send_to_members, partial(_receive_ranges, for_all=True))
 WORKERS = Roles(_send_jobs, _receive_jobs)
 CHURN = Roles(_churn, None)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 from benchmarks.board import Board
+from benchmarks.scenarios import bare
 from benchmarks.scenarios.base import (
     Curve,
     Run,
@@ -192,6 +193,7 @@ def _tasks(count: int) -> Scenario:
         name=f"growth-tasks/{count}",
         title=f"growth: send by {count} tasks of one process to {count} channels of another",
         scales=scales(Sizes(seconds=3, members=count, tasks=count)),
+        bare=bare.SERIAL if count == 1 else bare.THROUGHPUT,
         curve=Curve("growth-tasks", "tasks that send at once", count),
     )
 

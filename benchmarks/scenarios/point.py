@@ -180,4 +180,5 @@ SERIAL = replace(
     name="serial",
     title="serial: one sender in a row in one process to one channel in another, 100 B",
     scales={"full": _SERIAL, "quick": replace(_SERIAL, seconds=2), "tiny": replace(_SERIAL, seconds=0.3)},
+    bare=bare.SERIAL,
 )
