@@ -6,9 +6,9 @@ Each slot has a single writer, so no lock is needed, and reading it costs the re
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from multiprocessing.sharedctypes import RawArray
 from types import TracebackType
 
@@ -17,10 +17,6 @@ _START = 1
 _HEAD = 2
 #: After the warm-up: a moment without messages.
 _SETTLE = 0.2
-#: A full window: turns of the event loop before a thread watches it; seconds between two looks of the thread.
-_TURNS = 3
-_SHORTEST_LOOK = 0.00015
-_LONGEST_LOOK = 0.001
 
 
 class Board:
@@ -105,9 +101,6 @@ class Window:
 
     ``arrived`` says how many messages have arrived for good. When nothing arrives for ``patience`` seconds,
     what is on its way counts as lost and makes room: a layer that loses messages does not stall its sender.
-
-    While it is full, a thread watches for arrivals, because an event loop sleeps no less than a millisecond,
-    which is long for a quick layer. The longer nothing arrives, the more rarely the thread looks.
     """
 
     def __init__(self, size: int, arrived: Callable[[], int], *, patience: float = 2.0) -> None:
@@ -117,57 +110,39 @@ class Window:
         self._patience = patience
         self._sent = 0
         self._seen = 0
+        self._progress = 0.0
         self._room = asyncio.Event()
-        self._full = threading.Event()
-        self._closed = False
-        self._watch: asyncio.Future[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Window:
-        loop = asyncio.get_running_loop()
-        self._watch = asyncio.ensure_future(asyncio.to_thread(self._watching, loop))
+        self._progress = time.monotonic()
+        self._watch = asyncio.create_task(self._watching())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed = True
-        self._full.set()
         if self._watch is not None:
-            await self._watch
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
 
     async def take(self) -> None:
         """Wait for room for one more message."""
-        turns = 0
-        while not self._has_room():
-            if turns < _TURNS:  # the others in this event loop may be all that it takes
-                turns += 1
-                await asyncio.sleep(0)
-            else:
-                self._room.clear()
-                self._full.set()
-                await self._room.wait()
+        while self._sent - self.written_off - self._seen >= self._size:
+            self._room.clear()
+            await self._room.wait()
         self._sent += 1
 
-    def _has_room(self) -> bool:
-        if self._sent - self.written_off - self._seen >= self._size:
-            self._seen = max(self._arrived(), self._seen)
-        return self._sent - self.written_off - self._seen < self._size
-
-    def _write_off(self) -> None:
-        self.written_off = max(self._sent - self._seen, 0)
-        self._room.set()
-
-    def _watching(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread, which only tells the event loop what it sees."""
-        while self._full.wait() and not self._closed:
-            self._full.clear()
-            seen, since = self._seen, time.monotonic()
-            while not self._closed:
-                waited = time.monotonic() - since
-                if self._arrived() > seen:
-                    loop.call_soon_threadsafe(self._room.set)
-                    break
-                if waited > self._patience:
-                    loop.call_soon_threadsafe(self._write_off)
-                    break
-                time.sleep(min(max(waited / 5, _SHORTEST_LOOK), _LONGEST_LOOK))
+    async def _watching(self) -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.monotonic()
+            arrived = self._arrived()
+            if arrived > self._seen:
+                self._seen, self._progress = arrived, now
+                self._room.set()
+            elif now - self._progress > self._patience:
+                self.written_off = max(self._sent - self._seen, 0)
+                self._progress = now
+                self._room.set()
