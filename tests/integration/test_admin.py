@@ -223,11 +223,11 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
 
 
 def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
-    # A channel of a process that does not receive yet joins a group, with group_expiry=None.
+    # Somebody else adds a channel of this process to a group, with group_expiry=None.
+    observer.execute("INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!live', 'infinity')")
     observer.execute(
         "SELECT pg_layer_regroup('asgi', NULL, 60, NULL, '{room}', '{a.live!1}', '{1}', '{}', '{}')"
     )
-    observer.execute("UPDATE pg_layer_client SET expires_at = 'infinity'")
     id = observer.execute("SELECT id FROM pg_layer_message").fetchone()
     assert id is not None
     output = ask(
