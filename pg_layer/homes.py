@@ -128,7 +128,7 @@ class Homes:
                 home = self._move_here()
             if home.loop is loop and not home.is_receiving:
                 home.start_receiving()
-                # Also where this loop ends with its one call: a test runner drops the database soon after that.
+                # Also where this loop ends with its one call: a test runner soon drops the database.
                 self._retire_hub()
                 termination.heed_sigterm()
             return home

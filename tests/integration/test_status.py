@@ -372,7 +372,8 @@ def test_a_client_that_has_not_told_who_it_is(migrated_dsn: str, observer: Obser
     """It has added a channel of its own to a group, and not renewed its lease yet."""
     sweep(observer)
     observer.execute(
-        "SELECT pg_layer_regroup('asgi', 'asgi!stranger', 60, 60, '{room}', '{specific.stranger!1}', '{1}', '{}', '{}')"
+        "SELECT pg_layer_regroup('asgi', 'asgi!stranger', 60, 60,"
+        " '{room}', '{specific.stranger!1}', '{1}', '{}', '{}')"
     )
     shown = look(migrated_dsn)
     assert shown["ok"]
