@@ -120,7 +120,8 @@ LANGUAGE sql VOLATILE AS $$
         END)::text END
 $$;
 
--- No function walks a table: a plan that was made while it was small stays in use when it is not, nor are dead rows seen by it.
+-- What messages pass through never scans a table (enable_seqscan): a plan that was made while the table was small stays in use
+-- when it has grown, or is full of dead rows.
 -- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients. A lease counts that was good when the
 -- transaction began: where one snapshot serves it all (REPEATABLE READ), no later renewal is seen.
 
