@@ -222,7 +222,7 @@ class Client:
         """Drop what waited in a mailbox beyond its end."""
         expired = mailbox.pop_expired(self.clock.now())
         if expired:
-            mailbox.is_neglected = True
+            mailbox.neglected = max(letter.id for letter in expired)
             self.counters.add("dropped_expired", len(expired))
             self.doomed.update({letter.key: mailbox for letter in expired if letter.key is not None})
 

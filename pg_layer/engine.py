@@ -197,13 +197,13 @@ class Engine:
         for mailbox in client.mailboxes():
             client.drop_expired(mailbox)
             self.receiver.deleter.soon()
-            is_neglected, mailbox.is_neglected = mailbox.is_neglected, False
-            if is_neglected and not mailbox.waiting:
+            neglected, mailbox.neglected = mailbox.neglected, -1
+            if neglected >= 0 and not mailbox.waiting:
                 for group in client.memberships.of_channel(mailbox.channel):
                     logger.info(
                         "Channel %s leaves group %s: its messages expire unread.", mailbox.channel, group
                     )
-                    await self.sender.submit(Regroup(group, mailbox.channel, joins=False))
+                    await self.sender.submit(Regroup(group, mailbox.channel, False, unless_since=neglected))
 
     async def _sweep(self) -> None:
         prefix = self.client.config.prefix

@@ -44,10 +44,10 @@ class Mailbox:
         "capacity",
         "channel",
         "is_closed",
-        "is_neglected",
         "is_receivable",
         "is_retired",
         "is_used",
+        "neglected",
         "undeleted",
     )
 
@@ -58,7 +58,7 @@ class Mailbox:
         self.is_closed = False  # its client has taken leave: nothing comes and goes any more
         self.is_receivable = False  # set once somebody has shown that this process may receive here
         self.is_retired = False  # nobody used it for a while: who found it before is to look for another
-        self.is_neglected = False  # messages have expired here unread
+        self.neglected = -1  # the largest id of those that have expired here unread
         self.is_used = True  # since the last time somebody asked
         self._letters: deque[Letter] = deque()
         self._waiters: deque[Waiter] = deque()

@@ -43,11 +43,12 @@ class Many(NamedTuple):
 
 
 class Regroup(NamedTuple):
-    """A channel that joins a group or leaves it."""
+    """A channel that joins a group or leaves it; with an id, leaves it unless it has joined after that."""
 
     group: str
     channel: str
     joins: bool
+    unless_since: int | None = None
 
 
 Op = Send | GroupSend | Many | Regroup

@@ -145,7 +145,10 @@ class Sender:
     async def _regroup(self, ops: list[Regroup], timeout: float) -> Sequence[Outcome]:
         client = self.client
         config = client.config
-        last = {(op.group, op.channel): op.joins for op in ops}
+        last: dict[tuple[str, str], bool] = {}
+        for op in ops:
+            if not (op.unless_since is not None and self._has_joined(op, last)):
+                last[op.group, op.channel] = op.joins
         joins = [pair for pair, is_join in last.items() if is_join]
         if any(client.owns(channel) for _, channel in joins):
             client.has_lease = True  # perhaps, from here on
@@ -191,6 +194,12 @@ class Sender:
         if client.has_lease:
             self._on_lease()
         return [None] * len(ops)
+
+    def _has_joined(self, op: Regroup, before: dict[tuple[str, str], bool]) -> bool:
+        """Whether it has joined since, or is about to. The lane knows: one write at a time."""
+        member = self.client.memberships.of_pair(op.group, op.channel)
+        is_back = member is not None and op.unless_since is not None and member.joined > op.unless_since
+        return is_back or before.get((op.group, op.channel), False)
 
     def _drop(self, leaves: list[tuple[str, str]]) -> None:
         """Who wanted to leave hears no more, whatever becomes of the row."""

@@ -140,6 +140,30 @@ async def test_a_group_message_that_expires_unread_ends_the_membership(
     assert await receive(layer, channel) == {"number": 2}
 
 
+@pytest.mark.parametrize("is_on_its_way", [False, True], ids=["before", "meanwhile"])
+async def test_who_joins_again_stays_whatever_has_expired_before(
+    make_layer: MakeLayer, observer: Observer, is_on_its_way: bool
+) -> None:
+    layer, sender = make_layer(), make_layer(expiry=EXPIRY)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    await sender.send(channel, {"number": 0})
+    await all_expired(observer)
+    mailbox, engine = layer._homes.client.mailbox(channel), layer._homes.home
+    await until(lambda: len(mailbox))
+    joining = asyncio.create_task(layer.group_add("room", channel))
+    await asyncio.sleep(0)
+    if not is_on_its_way:
+        await joining
+    while len(mailbox):  # its clock may be behind the server's
+        await engine.expire_unread()
+    await joining
+    assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(channel,)]
+    await sender.group_send("room", {"number": 1})
+    assert await receive(layer, channel) == {"number": 1}
+
+
 # ---------------------------------------------------------------------- sweeping
 
 

@@ -66,10 +66,6 @@ def on_django(layer: PostgresChannelLayer, **databases: dict[str, Any]) -> Itera
         try:
             yield
         finally:
-            connections.close_all()
-            for alias in databases:  # or the next test would be given these
-                with suppress(AttributeError):
-                    del connections[alias]
             asyncio.run(layer.close())
 
 

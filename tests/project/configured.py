@@ -15,7 +15,10 @@ from django.utils.functional import empty
 
 @contextmanager
 def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
-    """`get_channel_layer()` returns `layer`, and Django has the settings `values`."""
+    """`get_channel_layer()` returns `layer`, and Django has the settings `values`.
+
+    This thread's connections to these databases are closed in the end. A test with a running event loop has none.
+    """
     values = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}, **values}
     if settings.configured:
         with override_settings(**values), _set(layer):
@@ -26,10 +29,18 @@ def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
         with _set(layer):
             yield
     finally:
+        _forget_connections()
         settings._wrapped = empty
         # What it read from the settings when it was first used.
         vars(connections).pop("settings", None)
         vars(connections)["_settings"] = None
+
+
+def _forget_connections() -> None:
+    """Otherwise whoever asks for that alias next is given a connection to the database of another test."""
+    for connection in connections.all(initialized_only=True):
+        connection.close()
+        del connections[connection.alias]
 
 
 @contextmanager
