@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 SECONDS ?= 120
+# Tests wait more than they compute: more of them at once than there are cores.
+JOBS ?= 3
 
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check --quiet
@@ -16,13 +18,14 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS are handed on (make test ARGS='-k codec'); PYTHON and VENV choose the interpreter and the folder."
+	@echo "JOBS is how many tests run at once, 0 for one after the other in this process."
 	@echo "SECONDS is for how long soak makes faults."
 	@echo "PG_LAYER_TEST_DSN is the server that the tests use, instead of one of their own."
 
 venv: $(VENV)/.installed-dev ## install the project and what its development needs
 
 test: $(VENV)/.installed-dev ## run the tests against a PostgreSQL server of their own
-	$(python) -W error -X dev -m pytest $(ARGS)
+	PYTHONDEVMODE=1 $(python) -W error -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(python) -m ruff check .

@@ -96,10 +96,11 @@ async def processes(migrated_dsn: str) -> AsyncIterator[Processes]:
 
 def _database(postgres_dsn: str, template: str = "template1") -> Iterator[str]:
     name = f"pg_layer_test_{secrets.token_hex(6)}"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
     with psycopg.connect(postgres_dsn, autocommit=True) as connection:
-        connection.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
-        )
+        if connection.info.server_version >= 150000:  # as all did before, and quicker without fsync
+            create += sql.SQL(" STRATEGY file_copy")
+        connection.execute(create)
     try:
         yield make_conninfo(postgres_dsn, dbname=name)
     finally:

@@ -17,7 +17,7 @@ from django.utils.functional import empty
 def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
     """`get_channel_layer()` returns `layer`, and Django has the settings `values`.
 
-    This thread's connections to these databases are closed in the end. A test with a running event loop has none.
+    This thread's connections to these databases are closed in the end.
     """
     values = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}, **values}
     if settings.configured:
