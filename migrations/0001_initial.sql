@@ -8,7 +8,7 @@
 CREATE TABLE pg_layer_message (
     inbox      text COLLATE "C" NOT NULL,                 -- who reads it: one client, or the readers of a normal channel
     id         bigint GENERATED ALWAYS AS IDENTITY,       -- order, and nothing else
-    nonce      bigint NOT NULL,                           -- random, one per statement: with id, the message's identity,
+    nonce      bigint NOT NULL,                           -- random, of one statement: with id, the message's identity,
                                                           -- also where a failover hands the same ids out again
     kind       text COLLATE "C" NOT NULL DEFAULT 'message',  -- message | join | leave | flush
     channel    text COLLATE "C",                          -- null: for all local members of the group
@@ -286,45 +286,51 @@ $$;
 CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _excluded text
 ) RETURNS text[]
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
 DECLARE
-    _inbox text := _prefix || '!';
-    _is_live boolean;
+    _last text := _prefix || '!';
+    _end text := _prefix || '"';
+    _row_count integer;
+    _inbox text;
     _capacity integer;
     _inboxes text[];
     _missed text[];
-    _rung bigint;
+    _rung text;
 BEGIN
+    -- A few rows, which are all that most groups have; then on from the last of their inboxes.
     LOOP
-        SELECT m.inbox, m.capacity,
-            coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = m.inbox), true)
-        INTO _inbox, _capacity, _is_live
-        FROM pg_layer_membership AS m
-        WHERE m.group_name = _group AND m.inbox > _inbox AND m.inbox < _prefix || '"' AND m.expires_at > clock_timestamp()
-        ORDER BY m.inbox LIMIT 1;
-        EXIT WHEN NOT FOUND;
-        CONTINUE WHEN NOT _is_live OR _inbox = _prefix || '!:' || _excluded;
-        IF _capacity IS NULL THEN
+        _row_count := 0;
+        FOR _inbox, _capacity IN
+            SELECT m.inbox, m.capacity FROM pg_layer_membership AS m
+            WHERE m.group_name = _group AND m.inbox > _last AND m.inbox < _end AND m.expires_at > clock_timestamp()
+            ORDER BY m.inbox LIMIT 16
+        LOOP
+            _row_count := _row_count + 1;
+            CONTINUE WHEN _inbox = _last;
+            _last := _inbox;
+            IF _capacity IS NOT NULL THEN
+                CONTINUE WHEN _inbox = _prefix || '!:' || _excluded;
+                IF _capacity <= (
+                    SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > clock_timestamp()
+                ) THEN
+                    _missed := _missed || split_part(_inbox, '!:', 2);
+                    CONTINUE;
+                END IF;
+            END IF;
             _inboxes := _inboxes || _inbox;
-        ELSIF _capacity <= (
-            SELECT count(*) FROM pg_layer_message AS m WHERE m.inbox = _inbox AND m.expires_at > clock_timestamp()
-        ) THEN
-            _missed := _missed || split_part(_inbox, '!:', 2);
-        ELSE
-            _inboxes := _inboxes || _inbox;
-        END IF;
+        END LOOP;
+        EXIT WHEN _row_count < 16;
     END LOOP;
     IF _inboxes IS NOT NULL THEN
-        WITH written AS (
+        FOR _rung IN
             INSERT INTO pg_layer_message AS m (inbox, nonce, channel, group_name, excluded, payload, expires_at)
-            SELECT t.inbox, n.nonce, CASE WHEN t.inbox LIKE '%!:%' THEN split_part(t.inbox, '!:', 2) END, _group, _excluded,
-                _payload, n.expires_at
-            FROM unnest(_inboxes) AS t (inbox),
-                (SELECT pg_layer_nonce() AS nonce, clock_timestamp() + make_interval(secs => _expiry) AS expires_at) AS n
+            SELECT t.inbox, pg_layer_nonce(), CASE WHEN t.inbox LIKE '%!:%' THEN split_part(t.inbox, '!:', 2) END, _group,
+                _excluded, _payload, clock_timestamp() + make_interval(secs => _expiry)
+            FROM unnest(_inboxes) AS t (inbox)
+            WHERE coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = t.inbox), true)
             RETURNING pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', _group, coalesce(_excluded, ''),
-                                         CASE WHEN m.channel IS NULL THEN _payload END) AS rung
-        )
-        SELECT count(w.rung) INTO _rung FROM written AS w;
+                                         CASE WHEN m.channel IS NULL THEN _payload END)
+        LOOP END LOOP;
     END IF;
     RETURN _missed;
 END

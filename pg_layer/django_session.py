@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from inspect import getfile
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -318,10 +320,19 @@ def _is_pipelining(connection: BaseDatabaseWrapper) -> bool:
 def _is_replaced(connection: BaseDatabaseWrapper) -> bool:
     """Whether somebody has put something of his own in the place of Django's: to forbid or to trace."""
     # Who takes his own away again leaves Django's bound method behind.
-    is_bound = not vars(connection).keys().isdisjoint(_ON_THE_WAY)
-    place = connection if is_bound else type(connection)
-    for function in (CursorWrapper.execute, *[getattr(place, name) for name in _ON_THE_WAY]):
+    if not vars(connection).keys().isdisjoint(_ON_THE_WAY):
+        return not _are_djangos.__wrapped__(CursorWrapper.execute, *_steps(connection))
+    return not _are_djangos(CursorWrapper.execute, *_steps(type(connection)))
+
+
+_steps = attrgetter(*_ON_THE_WAY)
+
+
+@lru_cache(maxsize=64)
+def _are_djangos(*functions: Any) -> bool:
+    """Whether Django itself defines them."""
+    for function in functions:
         code = getattr(function, "__code__", None)
         if code is None or not code.co_filename.startswith(_DJANGO):
-            return True
-    return False
+            return False
+    return True
