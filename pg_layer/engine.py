@@ -27,6 +27,7 @@ logger = logging.getLogger("pg_layer")
 SENDER_IDLE = 10.0  # seconds after which a process that only sends closes its connection
 FAREWELL_TIMEOUT = 2.0
 STOP_TIMEOUT = 2.0
+SWALLOWED = 0.2  # seconds after which a cancellation has been swallowed
 SWEEP_BATCH = 1000
 
 
@@ -129,7 +130,7 @@ class Engine:
             self._is_ending = True
             self.sender.close()
             self.is_closed = True
-            # These have been cancelled as well. A second cancellation would interrupt psycopg's tidying up.
+            # These have been cancelled as well.
             await _end_of(self._tasks - {self._guard_task})
             # What other loops write right now has nothing to do with the end of this one.
             await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
@@ -281,5 +282,13 @@ async def _uncancelled(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
-    if tasks:
-        await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+    """Wait for tasks that were cancelled.
+
+    They are once more, if need be: before Python 3.12 `asyncio.wait_for`, on which psycopg's pool waits, may
+    swallow a cancellation. Not at once, as that would interrupt the pool's tidying up.
+    """
+    for timeout in (SWALLOWED, STOP_TIMEOUT):
+        if tasks:
+            _, tasks = await asyncio.wait(tasks, timeout=timeout)
+            for task in tasks:
+                task.cancel()

@@ -10,14 +10,15 @@ import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import PostgresChannelLayer
+from pg_layer import PostgresChannelLayer, engine
+from tests.processes import new_layer
 from tests.project.commands import PATIENCE, eventually, run, succeeded
 
 T = TypeVar("T")
@@ -699,3 +700,23 @@ def test_uvloop_is_home_to_other_loops(
 async def _group_send_all(layer: PostgresChannelLayer, start: int, stop: int) -> None:
     for n in range(start, stop):
         await layer.group_send("room", number(n))
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_loop_that_runs_now_and_then_leaves_no_task_behind(
+    migrated_dsn: str, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """As in a test runner, which runs it for fixtures: whatever step the layer's own tasks have come to."""
+    monkeypatch.setattr(engine, "STOP_TIMEOUT", 600.0)  # none that it has given up
+
+    async def joined() -> None:
+        for channel in (await layer.new_channel(), "jobs"):
+            await layer.group_add("room", channel)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+
+    with closing(asyncio.new_event_loop()) as loop:
+        layer = new_layer(migrated_dsn)
+        loop.run_until_complete(joined())
+        loop.run_until_complete(layer.close())
+        assert not asyncio.all_tasks(loop)
