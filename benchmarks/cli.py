@@ -36,6 +36,7 @@ from benchmarks.statistics import Outcome
 DSN_VARIABLE = "PG_LAYER_DSN"
 #: What a reader in a hurry waits for.
 QUICK_LAYERS = ("pg", "core", "pubsub", "bare")
+LEFT_OUT_OF_QUICK = ("serial", "websockets-room", "connections", "neighbours")
 LEGEND = (
     "{what}. 'vs': how many times better pg_layer is; above 1x ahead, below 1x behind."
     "\n'of': its share of what PostgreSQL does without a layer; 100% is as good."
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale: Scale = "tiny" if parsed.tiny else "quick" if parsed.quick else "full"
     options = Options(
         layers=parsed.layers or (QUICK_LAYERS if scale == "quick" else tuple(KINDS)),
-        scenarios=parsed.scenarios,
+        scenarios=parsed.scenarios or scenarios_of(scale),
         rounds=parsed.rounds or (3 if scale == "full" else 1),
         scale=scale,
         dsn=parsed.dsn,
@@ -158,6 +159,11 @@ def extent(results: Results, rounds: int) -> str:
     if results.interrupted:
         return f"INTERRUPTED in round {results.round} of {rounds}; medians of what there is"
     return f"Medians of {rounds} round(s)"
+
+
+def scenarios_of(scale: Scale) -> tuple[str, ...]:
+    """Those that run unless others are named."""
+    return tuple(name for name in SCENARIOS if scale != "quick" or name not in LEFT_OUT_OF_QUICK)
 
 
 def chosen(options: Options) -> list[Scenario]:
@@ -335,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         + f". Growth: {', '.join(CURVES)}, or a single point, such as {next(iter(POINTS))}.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short round of four layers, three to five minutes"
+        "--quick", action="store_true", help="one short round of four layers, within three minutes"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a smoke test of the harness; its figures mean nothing"
@@ -350,9 +356,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scenarios",
         type=_names([*EVERY, *SETS], listed=_similar),
-        default=tuple(SCENARIOS),
         metavar="NAME,...",
-        help=", ".join([*SCENARIOS, *SETS]),
+        help=f"{', '.join([*SCENARIOS, *SETS])}; default all but growth,"
+        f" with --quick also without {', '.join(LEFT_OUT_OF_QUICK)}",
     )
     parser.add_argument(
         "--dsn",

@@ -193,6 +193,13 @@ DECLARE
     _first bigint;
     _rung text;
 BEGIN
+    -- A few are quicker one by one: each rides along with its doorbell, so that nobody has to read.
+    IF _floor_inboxes IS NULL AND cardinality(_channels) <= 4 THEN
+        FOR _i IN 1 .. cardinality(_channels) LOOP
+            PERFORM pg_layer_send_one(_prefix, _channels[_i], _payloads[_i], _expiries[_i], _capacities[_i], NULL);
+        END LOOP;
+        RETURN;
+    END IF;
     IF _floor_inboxes IS NOT NULL THEN
         SELECT array_agg(t.inbox), array_agg(w.first), max(w.count), array_agg(t.inbox) FILTER (WHERE t.is_lapsed)
         INTO floor_inboxes, floor_ids, waiting, _lapsed
@@ -354,8 +361,8 @@ DECLARE
     _rung text;
     _missed text[];
 BEGIN
-    -- A few are quicker one by one, and each rides along with its doorbell, so that nobody has to read.
-    IF cardinality(_groups) <= 8 THEN
+    -- A few are quicker one by one: each rides along with its doorbell, so that nobody has to read.
+    IF cardinality(_groups) <= 4 THEN
         FOR _i IN 1 .. cardinality(_groups) LOOP
             _missed := pg_layer_group_send_one(_prefix, _groups[_i], _payloads[_i], _expiries[_i], _excluded[_i]);
             CONTINUE WHEN _missed IS NULL;

@@ -91,7 +91,7 @@ CHURN = Scenario(
     figures=(Figure("ops/s", "ops/s", "higher"),),
     scales={
         "full": _SIZES,
-        "quick": replace(_SIZES, seconds=2),
+        "quick": replace(_SIZES, seconds=1.5),
         "tiny": replace(_SIZES, seconds=0.3, tasks=6),
     },
     send=_churn,

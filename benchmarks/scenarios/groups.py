@@ -130,7 +130,7 @@ FAN_OUT = Scenario(
     figures=(Figure("deliveries/s", "deliveries/s", "higher"),),
     scales={
         "full": _FAN_OUT,
-        "quick": replace(_FAN_OUT, seconds=2),
+        "quick": replace(_FAN_OUT, seconds=1.5),
         "tiny": replace(_FAN_OUT, seconds=0.3, members=5, tasks=3, window=10),
     },
     send=send_flat_out,
@@ -148,7 +148,7 @@ FAN_OUT_LATENCY = Scenario(
     figures=AGES,
     scales={
         "full": _LATENCY,
-        "quick": replace(_LATENCY, seconds=3),
+        "quick": replace(_LATENCY, seconds=2),
         "tiny": replace(_LATENCY, seconds=0.3, members=5),
     },
     send=_send_paced,

@@ -58,6 +58,7 @@ async def _send_one_by_one(stage: Stage) -> Sent:
         stage.board.start()
         async with group_window(stage) as window:
             count = await pace(stage.sizes.seconds, stage.sizes.rate, send)
+            await window.take()  # the last has arrived: nobody else wants the cores
             figures = {
                 "send": median(took),
                 "rows": (server.rows() - before) / count,

@@ -145,7 +145,7 @@ LATENCY = Scenario(
     figures=AGES,
     scales={
         "full": _LATENCY,
-        "quick": replace(_LATENCY, seconds=3),
+        "quick": replace(_LATENCY, seconds=2),
         "tiny": replace(_LATENCY, seconds=0.3),
     },
     send=_send_paced,
@@ -163,7 +163,7 @@ THROUGHPUT = Scenario(
     figures=(Figure("msg/s", "msg/s", "higher"),),
     scales={
         "full": _THROUGHPUT,
-        "quick": replace(_THROUGHPUT, seconds=2),
+        "quick": replace(_THROUGHPUT, seconds=1.5),
         "tiny": replace(_THROUGHPUT, seconds=0.3, members=5, tasks=5),
     },
     send=_send_flat_out,
@@ -179,6 +179,6 @@ SERIAL = replace(
     THROUGHPUT,
     name="serial",
     title="serial: one sender in a row in one process to one channel in another, 100 B",
-    scales={"full": _SERIAL, "quick": replace(_SERIAL, seconds=2), "tiny": replace(_SERIAL, seconds=0.3)},
+    scales={"full": _SERIAL, "quick": replace(_SERIAL, seconds=1.5), "tiny": replace(_SERIAL, seconds=0.3)},
     bare=bare.SERIAL,
 )

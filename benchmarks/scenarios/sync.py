@@ -90,7 +90,7 @@ SYNC = Scenario(
     name="sync",
     title="sync: async_to_sync(layer.group_send) in a row from a plain thread",
     figures=(Figure("calls/s", "calls/s", "higher"),),
-    scales={"full": _SIZES, "quick": replace(_SIZES, seconds=2), "tiny": replace(_SIZES, seconds=0.3)},
+    scales={"full": _SIZES, "quick": replace(_SIZES, seconds=1.5), "tiny": replace(_SIZES, seconds=0.3)},
     send=_send_bridged,
     receive=receive_untimed,
     expected=to_all_members,

@@ -204,7 +204,7 @@ WEBSOCKETS = Scenario(
     ),
     scales={
         "full": _ROOMS,
-        "quick": replace(_ROOMS, seconds=2),
+        "quick": replace(_ROOMS, seconds=1.5),
         "tiny": replace(_ROOMS, seconds=0.5, members=10, rate=200),
     },
     send=_send,
@@ -220,7 +220,7 @@ WEBSOCKETS_ROOM = replace(
     title="websockets-room: 500 clients of 2 uvicorn servers in one room",
     scales={
         "full": _ONE_ROOM,
-        "quick": replace(_ONE_ROOM, seconds=2),
+        "quick": replace(_ONE_ROOM, seconds=1.5),
         "tiny": replace(_ONE_ROOM, seconds=0.5, members=10, rate=100, room=20),
     },
 )

@@ -88,7 +88,7 @@ WORKERS = Scenario(
     figures=(Figure("msg/s", "msg/s", "higher"),),
     scales={
         "full": _SIZES,
-        "quick": replace(_SIZES, seconds=2),
+        "quick": replace(_SIZES, seconds=1.5),
         "tiny": replace(_SIZES, seconds=0.3, tasks=3, window=20),
     },
     send=_send,
