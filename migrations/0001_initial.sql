@@ -121,7 +121,8 @@ LANGUAGE sql VOLATILE AS $$
 $$;
 
 -- What messages pass through never scans a table (enable_seqscan): a plan that was made while the table was small stays in use
--- when it has grown, or is full of dead rows.
+-- when it has grown, or is full of dead rows. Nor does what wants the first few rows in an index's order collect and sort them
+-- all (enable_bitmapscan), as it would where nobody has counted them yet.
 -- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients. A lease counts that was good when the
 -- transaction began: where one snapshot serves it all (REPEATABLE READ), no later renewal is seen.
 
@@ -293,7 +294,7 @@ $$;
 CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _excluded text
 ) RETURNS text[]
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     _last text := _prefix || '!';
     _end text := _prefix || '"';
@@ -351,7 +352,7 @@ CREATE FUNCTION pg_layer_group_send_batch(
     _prefix text, _groups text[], _payloads bytea[], _expiries float8[], _excluded text[],
     OUT missed_positions bigint[], OUT missed_channels text[]
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
@@ -805,7 +806,7 @@ CREATE FUNCTION pg_layer_take(_prefix text, _channel text, _inbox text, _fence b
 RETURNS TABLE (
     id bigint, nonce bigint, kind text, channel text, group_name text, payload bytea, expires_at float8, excluded text
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 BEGIN
     -- Locked, so that a client that takes leave or gives this up does so before or after. Without a lease there are no jobs.
     PERFORM FROM pg_layer_client AS c

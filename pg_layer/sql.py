@@ -58,7 +58,9 @@ RENEW = Statement(
     *(TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT),
 )
 BACKEND_PID = Statement("SELECT pg_backend_pid()")
-NO_SCANS = Statement("SELECT set_config('enable_seqscan', 'off', false)")
+NO_SCANS = Statement(
+    "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false)"
+)
 NONCE = Statement("SELECT pg_layer_nonce()")
 LISTEN = Statement("SELECT pg_layer_listen(pg_layer_inbox($1, $2))", TEXT, TEXT)
 UNLISTEN = Statement("SELECT pg_layer_unlisten(pg_layer_inbox($1, $2))", TEXT, TEXT)

@@ -64,7 +64,7 @@ async def is_direct(session: Session) -> bool:
 
 
 async def avoid_scans(session: Session) -> None:
-    """Have statements that are prepared from now on take the index, however small the tables are then.
+    """Have statements that are prepared from now on walk along the index, however small the tables are then.
 
     They stay as they are when the tables have grown, or are full of dead rows.
     """

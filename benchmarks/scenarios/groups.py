@@ -68,8 +68,12 @@ def to_all_members(sent: Sent, sizes: Sizes) -> int:
 def group_window(stage: Stage) -> Window:
     """Its messages have arrived when the slowest process has got them for all its members."""
     board, sizes = stage.board, stage.sizes
-    processes = range(sizes.processes)
-    return Window(sizes.window, lambda: min(board.delivered(i) // sizes.channels(i) for i in processes))
+    channels = [sizes.channels(process) for process in range(sizes.processes)]
+    return Window(
+        sizes.window,
+        lambda: min(board.delivered(process) // count for process, count in enumerate(channels)),
+        patience=2 + sum(channels) / 10_000,  # a message to so many takes seconds
+    )
 
 
 async def send_flat_out(stage: Stage) -> Sent:
