@@ -8,7 +8,7 @@
 CREATE TABLE pg_layer_message (
     inbox      text COLLATE "C" NOT NULL,                 -- who reads it: one client, or the readers of a normal channel
     id         bigint GENERATED ALWAYS AS IDENTITY,       -- order, and nothing else
-    nonce      bigint NOT NULL,                           -- random, of one statement: with id, the message's identity,
+    nonce      bigint NOT NULL,                           -- random, one for each doorbell: with id, the message's identity,
                                                           -- also where a failover hands the same ids out again
     kind       text COLLATE "C" NOT NULL DEFAULT 'message',  -- message | join | leave | flush
     channel    text COLLATE "C",                          -- null: for all local members of the group

@@ -37,14 +37,14 @@ class Sweeper:
         self._conn: psycopg.Connection[tuple[object, ...]] | None = None
         self._is_stopped = False
         # Not an Event: its lock may be held by the very thread that a signal interrupts.
-        self._bell, self._ringer = socket.socketpair()
-        self._ringer.setblocking(False)
+        self._bell, self.ringer = socket.socketpair()  # what is written into the ringer ends a wait
+        self.ringer.setblocking(False)
 
     def stop(self) -> None:
         """End after the batch that runs. May be called from a signal handler."""
         self._is_stopped = True
         try:
-            self._ringer.send(b".")
+            self.ringer.send(b".")
         except OSError:  # it has ended already, or was rung enough
             pass
 
@@ -57,7 +57,8 @@ class Sweeper:
                 except PgLayerError as error:
                     self._complain(error)
                     self.close()
-                select.select([self._bell], [], [], interval)
+                if select.select([self._bell], [], [], interval)[0] and not self._is_stopped:
+                    self._bell.recv(4096)
         finally:
             self.close()
 
@@ -85,7 +86,7 @@ class Sweeper:
     def __exit__(self, *error: object) -> None:
         self.close()
         self._bell.close()
-        self._ringer.close()
+        self.ringer.close()
 
     def __enter__(self) -> Sweeper:
         return self

@@ -151,6 +151,7 @@ async def test_who_joins_again_stays_whatever_has_expired_before(
     await sender.send(channel, {"number": 0})
     await all_expired(observer)
     mailbox, engine = layer._homes.client.mailbox(channel), layer._homes.home
+    assert engine is not None
     await until(lambda: len(mailbox))
     joining = asyncio.create_task(layer.group_add("room", channel))
     await asyncio.sleep(0)

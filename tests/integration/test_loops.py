@@ -709,14 +709,14 @@ def test_a_loop_that_runs_now_and_then_leaves_no_task_behind(
     """As in a test runner, which runs it for fixtures: whatever step the layer's own tasks have come to."""
     monkeypatch.setattr(engine, "STOP_TIMEOUT", 600.0)  # none that it has given up
 
-    async def joined() -> None:
+    async def join(layer: PostgresChannelLayer) -> None:
         for channel in (await layer.new_channel(), "jobs"):
             await layer.group_add("room", channel)
         for _ in range(steps):
             await asyncio.sleep(0)
 
     with closing(asyncio.new_event_loop()) as loop:
-        layer = new_layer(migrated_dsn)
-        loop.run_until_complete(joined())
-        loop.run_until_complete(layer.close())
+        made = new_layer(migrated_dsn)
+        loop.run_until_complete(join(made))
+        loop.run_until_complete(made.close())
         assert not asyncio.all_tasks(loop)

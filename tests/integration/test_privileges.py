@@ -331,9 +331,11 @@ async def test_who_may_only_receive_lives_on(
     await sender.group_send("room", number(1))
     assert await numbers(receiver, member, 1) == [1]
     # A channel that nobody reads leaves its groups, and its messages are swept.
-    await sender.send(member, number(2), expiry=0.01)
     await sender.send("unread", number(3), expiry=0.01)
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,))
+    while observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() != (0,):
+        # Again, as one that is over before it comes is not known to have been unread.
+        await sender.send(member, number(2), expiry=0.1)
+        await asyncio.sleep(0.1)
     await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
     assert observer.execute("SELECT count(*) FROM pg_layer_last_sweep").fetchone() == (1,)
     assert "permission denied" not in caplog.text

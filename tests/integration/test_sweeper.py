@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
@@ -16,6 +18,7 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from pg_layer.config import load
+from pg_layer.management.commands._layer import ended_by_signals
 from pg_layer.sweeper import Sweeper
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import listen, receive, until
@@ -290,6 +293,21 @@ def test_silence(migrated_dsn: str, observer: Observer, processes_to_end: ExitSt
     assert process.end(signal.SIGTERM) == 0
     assert process.output == []
     assert process.errors == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_a_wait_that_is_about_to_begin(number: signal.Signals) -> None:
+    """That it has come is known without a step of Python, which takes none while it waits."""
+    before = signal.getsignal(number)
+    calls: list[None] = []
+    bell, ringer = socket.socketpair()
+    with bell, ringer:
+        with ended_by_signals(lambda: calls.append(None), ringer):
+            signal.raise_signal(number)
+            assert select.select([bell], [], [], 0)[0] == [bell]
+        assert calls == [None]
+        assert signal.getsignal(number) == before
+        assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_signal_that_comes_late(migrated_dsn: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from channels import DEFAULT_CHANNEL_LAYER
@@ -18,6 +20,8 @@ from pg_layer.config import MAX_COUNT, Config
 from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
 from pg_layer.ops import MAX_SECONDS
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class LayerCommand(BaseCommand):
@@ -54,11 +58,25 @@ def _find_layer(alias: str) -> PostgresChannelLayer:
     return layer
 
 
-def on_termination(stop: Callable[[], object]) -> None:
-    """Have ``stop`` called at SIGTERM and SIGINT, where this is the main thread."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop())
+@contextmanager
+def ended_by_signals(stop: Callable[[], object], ringer: socket.socket) -> Iterator[None]:
+    """SIGTERM and SIGINT call ``stop``, where this is the main thread, and write into ``ringer``.
+
+    Python calls nothing while it waits, and a signal that came just before does not end the wait: that has to
+    be for the other end of the ringer, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ringer.setblocking(False)
+    before = {number: signal.signal(number, lambda *_: stop()) for number in ENDING}
+    fd_before = signal.set_wakeup_fd(ringer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def seconds(text: str) -> float:

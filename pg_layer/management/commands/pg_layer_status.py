@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import select
 import shutil
+import socket
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +17,7 @@ from pg_layer.config import Config
 from pg_layer.connections import are_named, connected_now
 from pg_layer.exceptions import PgLayerError
 from pg_layer.management.commands import _status_text
-from pg_layer.management.commands._layer import LayerCommand, count, on_termination, seconds
+from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
 from pg_layer.status import Status
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -69,14 +71,13 @@ class Command(LayerCommand):
             raise CommandError("; ".join(problems), returncode=1)
 
     def _watch(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> None:
-        try:
-            on_termination(_interrupt)
-            while True:
+        bell, ringer = socket.socketpair()
+        with bell, ringer, suppress(KeyboardInterrupt), ended_by_signals(_interrupt, ringer):
+            is_over = False
+            while not is_over:
                 self._look(config, options, show)
                 self.stdout.flush()
-                time.sleep(options["watch"])
-        except KeyboardInterrupt:
-            pass
+                is_over = bool(select.select([bell], [], [], options["watch"])[0])
 
     def _look(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> list[str]:
         """Look, and show it; returns what is wrong."""

@@ -5,7 +5,7 @@ from typing import Any
 from django.core.management.base import CommandParser
 
 from pg_layer.config import Config
-from pg_layer.management.commands._layer import LayerCommand, count, on_termination, seconds
+from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
 from pg_layer.store import Swept
 from pg_layer.sweeper import Sweeper
 
@@ -40,10 +40,10 @@ class Command(LayerCommand):
                 self._run(sweeper, options["interval"])
 
     def _run(self, sweeper: Sweeper, interval: float) -> None:
-        on_termination(sweeper.stop)
-        if self._verbosity:
-            self.stdout.write(f"Sweeping every {interval:g} seconds.")
-        sweeper.run(interval)
+        with ended_by_signals(sweeper.stop, sweeper.ringer):
+            if self._verbosity:
+                self.stdout.write(f"Sweeping every {interval:g} seconds.")
+            sweeper.run(interval)
         if self._verbosity:
             self.stdout.write("Stopped.")
 
