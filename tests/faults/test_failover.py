@@ -338,7 +338,7 @@ async def test_a_standby_alone_is_said_to_be_read_only_until_it_is_promoted(
     await caught_up(server, standby)
     target = "read-write" if insists else "any"
     dsn = make_conninfo(database, port=standby.port, target_session_attrs=target)
-    async with open_layer(dsn, send_timeout=0.5) as layer:
+    async with open_layer(dsn, send_timeout=2) as layer:
         channel = await layer.new_channel()
         receiving = asyncio.create_task(layer.receive(channel))
         working = asyncio.create_task(layer.receive("jobs"))
