@@ -8,8 +8,8 @@
 CREATE TABLE pg_layer_message (
     inbox      text COLLATE "C" NOT NULL,                 -- who reads it: one client, or the readers of a normal channel
     id         bigint GENERATED ALWAYS AS IDENTITY,       -- order, and nothing else
-    nonce      bigint NOT NULL,                           -- random, one for each doorbell: with id, the message's identity,
-                                                          -- also where a failover hands the same ids out again
+    nonce      bigint NOT NULL,                           -- random, one for all that a doorbell announces: with id, the message's
+                                                          -- identity, also where a failover hands the same ids out again
     kind       text COLLATE "C" NOT NULL DEFAULT 'message',  -- message | join | leave | flush
     channel    text COLLATE "C",                          -- null: for all local members of the group
     group_name text COLLATE "C",
@@ -121,8 +121,9 @@ LANGUAGE sql VOLATILE AS $$
 $$;
 
 -- What messages pass through never scans a table (enable_seqscan): a plan that was made while the table was small stays in use
--- when it has grown, or is full of dead rows. Nor does what wants the first few rows in an index's order collect and sort them
--- all (enable_bitmapscan), as it would where nobody has counted them yet.
+-- when it has grown, or is full of dead rows. Nor is an index walked into a bitmap (enable_bitmapscan): who wants the first few
+-- rows in its order would sort them all, where nobody has counted them yet; and it marks no dead entries, which the next one
+-- then walks again.
 -- Look-ups of a lease are scalar subqueries: an EXISTS may become a hash of all clients. A lease counts that was good when the
 -- transaction began: where one snapshot serves it all (REPEATABLE READ), no later renewal is seen.
 
@@ -134,7 +135,7 @@ $$;
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _floor bigint
 ) RETURNS bigint[]
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     _waiting bigint;
     _next_floor bigint;
@@ -179,7 +180,7 @@ CREATE FUNCTION pg_layer_send_batch(
     _floor_inboxes text[], _floor_ids bigint[],
     OUT full_positions bigint[], OUT floor_inboxes text[], OUT floor_ids bigint[], OUT waiting bigint
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _nonce bigint := pg_layer_nonce();
@@ -194,8 +195,8 @@ DECLARE
     _first bigint;
     _rung text;
 BEGIN
-    -- A few are quicker one by one: each rides along with its doorbell, so that nobody has to read.
-    IF _floor_inboxes IS NULL AND cardinality(_channels) <= 4 THEN
+    -- A few that are small are quicker one by one: each rides along with its doorbell, so that nobody has to read.
+    IF _floor_inboxes IS NULL AND cardinality(_channels) <= 4 AND pg_column_size(_payloads) <= 8000 THEN
         FOR _i IN 1 .. cardinality(_channels) LOOP
             PERFORM pg_layer_send_one(_prefix, _channels[_i], _payloads[_i], _expiries[_i], _capacities[_i], NULL);
         END LOOP;
@@ -335,6 +336,7 @@ BEGIN
             SELECT t.inbox, pg_layer_nonce(), CASE WHEN t.inbox LIKE '%!:%' THEN split_part(t.inbox, '!:', 2) END, _group,
                 _excluded, _payload, clock_timestamp() + make_interval(secs => _expiry)
             FROM unnest(_inboxes) AS t (inbox)
+            -- One that was swept away since its members were found counts as living: its row expires.
             WHERE coalesce((SELECT c.expires_at > now() FROM pg_layer_client AS c WHERE c.inbox = t.inbox), true)
             RETURNING pg_layer_ring_with(m.inbox, m.nonce, m.id, m.expires_at, '', _group, coalesce(_excluded, ''),
                                          CASE WHEN m.channel IS NULL THEN _payload END)
@@ -362,8 +364,9 @@ DECLARE
     _rung text;
     _missed text[];
 BEGIN
-    -- A few are quicker one by one: each rides along with its doorbell, so that nobody has to read.
-    IF cardinality(_groups) <= 4 THEN
+    -- A few that are small are quicker one by one: each rides along with its doorbell, so that nobody has to read. Larger ones
+    -- cost all who listen to this database more than that saves.
+    IF cardinality(_groups) <= 4 AND pg_column_size(_payloads) <= 8000 THEN
         FOR _i IN 1 .. cardinality(_groups) LOOP
             _missed := pg_layer_group_send_one(_prefix, _groups[_i], _payloads[_i], _expiries[_i], _excluded[_i]);
             CONTINUE WHEN _missed IS NULL;
@@ -920,10 +923,11 @@ CREATE FUNCTION pg_layer_sweep(
     _prefix text, _limit integer, _alone boolean, _after_inbox text, _after_id bigint,
     OUT messages bigint, OUT memberships bigint, OUT clients bigint, OUT last_inbox text, OUT last_id bigint
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _lapsed text[];
+    _set text;
 BEGIN
     IF _alone AND NOT pg_try_advisory_xact_lock(hashtextextended('pg_layer_sweep ' || _prefix, 0)) THEN
         RETURN;
@@ -944,6 +948,7 @@ BEGIN
     )
     SELECT (SELECT count(*) FROM gone), (SELECT l.inbox FROM last AS l), (SELECT l.id FROM last AS l)
     INTO messages, last_inbox, last_id;
+    _set := set_config('enable_bitmapscan', 'on', true);  -- all memberships are looked through, in no order
     WITH doomed AS MATERIALIZED (
         SELECT m.group_name, m.inbox, m.channel FROM pg_layer_membership AS m
         WHERE m.inbox >= _prefix || '!' AND m.inbox < _prefix || '"' AND (m.expires_at <= _now OR m.inbox = ANY (_lapsed))

@@ -136,6 +136,12 @@ class Client:
         self.last_id = next_id if begins_anew else max(self.last_id, next_id)
         return begins_anew
 
+    def ids_begin_anew(self, next_id: int) -> None:
+        """The server may hand ids out again from ``next_id`` on: what was concluded from ids says nothing."""
+        self.memberships.ids_begin_anew(next_id)
+        for mailbox in self.mailboxes():
+            mailbox.neglected = -1
+
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, rows: Sequence[Row]) -> list[Key]:
@@ -222,7 +228,7 @@ class Client:
         """Drop what waited in a mailbox beyond its end."""
         expired = mailbox.pop_expired(self.clock.now())
         if expired:
-            mailbox.neglected = max(letter.id for letter in expired)
+            mailbox.neglected = max(mailbox.neglected, *(letter.id for letter in expired))
             self.counters.add("dropped_expired", len(expired))
             self.doomed.update({letter.key: mailbox for letter in expired if letter.key is not None})
 

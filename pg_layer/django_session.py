@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import lru_cache
 from inspect import getfile
 from operator import attrgetter
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -293,6 +293,7 @@ def _connecting_within(connection: BaseDatabaseWrapper, seconds: float) -> Itera
 # ---------------------------------------------------------------------- who wants to see what runs
 
 _DJANGO = os.path.join(os.path.dirname(getfile(django)), "")
+_FUNCTIONS = (FunctionType, MethodType)
 _ON_THE_WAY = ("cursor", "_cursor", "create_cursor", "_prepare_cursor", "make_cursor")
 
 
@@ -320,19 +321,15 @@ def _is_pipelining(connection: BaseDatabaseWrapper) -> bool:
 def _is_replaced(connection: BaseDatabaseWrapper) -> bool:
     """Whether somebody has put something of his own in the place of Django's: to forbid or to trace."""
     # Who takes his own away again leaves Django's bound method behind.
-    if not vars(connection).keys().isdisjoint(_ON_THE_WAY):
-        return not _are_djangos.__wrapped__(CursorWrapper.execute, *_steps(connection))
-    return not _are_djangos(CursorWrapper.execute, *_steps(type(connection)))
+    is_bound = not vars(connection).keys().isdisjoint(_ON_THE_WAY)
+    return not all(
+        map(_is_djangos, (CursorWrapper.execute, *_steps(connection if is_bound else type(connection))))
+    )
 
 
 _steps = attrgetter(*_ON_THE_WAY)
 
 
-@lru_cache(maxsize=64)
-def _are_djangos(*functions: Any) -> bool:
-    """Whether Django itself defines them."""
-    for function in functions:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(_DJANGO):
-            return False
-    return True
+def _is_djangos(function: Any) -> bool:
+    """Whether Django itself defines that. What only looks like a function may hand on what it wraps."""
+    return type(function) in _FUNCTIONS and function.__code__.co_filename.startswith(_DJANGO)

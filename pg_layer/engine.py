@@ -287,8 +287,10 @@ async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
     They are once more, if need be: before Python 3.12 `asyncio.wait_for`, on which psycopg's pool waits, may
     swallow a cancellation. Not at once, as that would interrupt the pool's tidying up.
     """
-    for timeout in (SWALLOWED, STOP_TIMEOUT):
-        if tasks:
-            _, tasks = await asyncio.wait(tasks, timeout=timeout)
-            for task in tasks:
-                task.cancel()
+    if not tasks:
+        return
+    _, late = await asyncio.wait(tasks, timeout=SWALLOWED)
+    for task in late:
+        task.cancel()
+    if late:
+        await asyncio.wait(late, timeout=STOP_TIMEOUT)

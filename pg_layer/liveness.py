@@ -216,7 +216,7 @@ class Liveness:
         client.clock.observe(asked_at, renewal.clock)
         client.renewed_at = asked_at
         if client.meet(renewal.server, renewal.clock, renewal.next_id):
-            client.memberships.ids_begin_anew(renewal.next_id)
+            client.ids_begin_anew(renewal.next_id)
         return renewal.is_new
 
     async def _renew(self, token: str | None, timeout: float | None = None) -> None:

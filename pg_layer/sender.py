@@ -149,6 +149,8 @@ class Sender:
         for op in ops:
             if not (op.unless_since is not None and self._has_joined(op, last)):
                 last[op.group, op.channel] = op.joins
+        if not last:
+            return [None] * len(ops)
         joins = [pair for pair, is_join in last.items() if is_join]
         if any(client.owns(channel) for _, channel in joins):
             client.has_lease = True  # perhaps, from here on

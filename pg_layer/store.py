@@ -234,7 +234,7 @@ async def delete(session: Session, inbox: str, keys: Sequence[Key]) -> None:
 
 
 def _ids_and_nonces(keys: Sequence[Key]) -> tuple[list[int], list[int]]:
-    # Rows of one statement have one nonce: each once, as the server looks through the list for each row.
+    # What a doorbell announced has one nonce: each once, as the server looks through the list for each row.
     return [id for id, _ in keys], list({nonce for _, nonce in keys})
 
 

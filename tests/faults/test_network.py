@@ -221,9 +221,10 @@ async def test_a_taking_that_was_given_up_takes_nothing_when_it_comes_late(
     await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
 
     await layer.send("jobs", {"number": 2})  # for nobody in particular
-    before = observer.execute("SELECT count(*) FROM pg_stat_activity").fetchone()
+    connections = b"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    before = observer.execute(connections).fetchone()
     pool_proxy.let_go()  # now the taking gets through, and its connection ends
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_stat_activity").fetchone() != before)
+    await until(lambda: observer.execute(connections).fetchone() != before)
     assert observer.execute("SELECT inbox FROM pg_layer_message").fetchall() == [("asgi!:jobs",)]
     assert await receive(other, "jobs") == {"number": 2}
 

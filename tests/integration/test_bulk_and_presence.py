@@ -134,11 +134,27 @@ async def test_of_many_for_the_full_the_dead_and_others_each_is_treated_as_its_o
     observer.execute(
         "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!dead', clock_timestamp())"
     )
-    names = ["jobs", "specific.dead!1", own, "jobs", "jobs", "specific.dead!1", "others", "jobs", own, own]
+    other = make_layer(capacity=2)
+    await listen(other)
+    alone = await other.new_channel()  # gets one, and so by its doorbell
+    names = [
+        "jobs",
+        "specific.dead!1",
+        own,
+        "jobs",
+        "jobs",
+        "specific.dead!1",
+        "others",
+        "jobs",
+        own,
+        own,
+        alone,
+    ]
     accepted = await layer.send_many([(name, {"number": n}) for n, name in enumerate(names)])
     # What is sent to the dead is accepted, as their end may not be known yet, and goes nowhere.
     assert [n for n, was_accepted in enumerate(accepted) if not was_accepted] == [4, 7, 9]
     assert await numbers(layer, own, 2) == [2, 8]
+    assert await numbers(other, alone, 1) == [10]
     assert await numbers(layer, "jobs", 2) == [0, 3]
     assert await numbers(layer, "others", 1) == [6]
 

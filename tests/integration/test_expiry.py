@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pg_layer.ops import Regroup
 from tests.conftest import MakeLayer, Observer
 from tests.processes import Link, Message, Processes, listen, open_layer, receive, until
 
@@ -163,6 +164,20 @@ async def test_who_joins_again_stays_whatever_has_expired_before(
     assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(channel,)]
     await sender.group_send("room", {"number": 1})
     assert await receive(layer, channel) == {"number": 1}
+
+
+async def test_who_joins_in_the_same_write_stays(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    engine = layer._homes.home
+    assert engine is not None
+    leave = Regroup("room", channel, False, unless_since=2**62)
+    await engine.sender._regroup([leave, Regroup("room", channel, True), leave], 10)
+    assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(channel,)]
+    # And who has joined before the message is made to leave.
+    await engine.sender._regroup([leave], 10)
+    assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == []
 
 
 # ---------------------------------------------------------------------- sweeping

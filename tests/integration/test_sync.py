@@ -11,6 +11,7 @@ import unittest
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -550,6 +551,36 @@ def test_who_has_put_something_in_a_cursors_place_is_not_gone_past(
         layer.sync.send("jobs", number(3))
     assert seen == ["cursor", "make_cursor", "execute"]
     assert waiting(observer) == 7
+
+
+def test_who_watches_disguised_as_what_he_wraps_sees_what_runs(
+    layer: PostgresChannelLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tracers do: what they put there hands on all that it is asked, and cannot always be hashed."""
+    seen: list[str] = []
+
+    class Disguised:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __init__(self, wrapped: Callable[..., Any]) -> None:
+            self.wrapped = wrapped
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.wrapped, name)
+
+        def __get__(self, instance: object, owner: object) -> Any:
+            return self if instance is None else partial(self, instance)
+
+        def __call__(self, *args: Any) -> Any:
+            seen.append(self.wrapped.__name__)
+            return self.wrapped(*args)
+
+    for place, name in ((CursorWrapper, "execute"), (type(connections["default"]), "make_cursor")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, Disguised(getattr(place, name)))
+            layer.sync.send("jobs", number(1))
+    assert seen == ["execute", "make_cursor"]
+    assert waiting(observer) == 2
 
 
 def test_a_cursor_class_of_the_users_sees_what_runs(migrated_dsn: str, observer: Observer) -> None:

@@ -17,7 +17,7 @@ from django.utils.functional import empty
 def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
     """`get_channel_layer()` returns `layer`, and Django has the settings `values`.
 
-    This thread's connections to these databases are closed in the end.
+    Where Django had none before, this thread's connections to these databases are closed in the end.
     """
     values = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}, **values}
     if settings.configured:
@@ -26,21 +26,24 @@ def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
         return
     settings.configure(**values)
     try:
-        with _set(layer):
+        with _set(layer), _closing_connections():
             yield
     finally:
-        _forget_connections()
         settings._wrapped = empty
         # What it read from the settings when it was first used.
         vars(connections).pop("settings", None)
         vars(connections)["_settings"] = None
 
 
-def _forget_connections() -> None:
+@contextmanager
+def _closing_connections() -> Iterator[None]:
     """Otherwise whoever asks for that alias next is given a connection to the database of another test."""
-    for connection in connections.all(initialized_only=True):
-        connection.close()
-        del connections[connection.alias]
+    try:
+        yield
+    finally:
+        for connection in connections.all(initialized_only=True):
+            del connections[connection.alias]
+            connection.close()
 
 
 @contextmanager

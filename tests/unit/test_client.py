@@ -510,3 +510,14 @@ def test_a_server_that_may_hand_ids_out_again(
     client.dispatch([row(11, channel=client.new_channel("s"))])
     assert client.meet(server, 300.0, next_id) is begins_anew
     assert not client.meet(server, 310.0, next_id + 1)
+
+
+def test_what_expired_last_need_not_be_the_newest(client: Client) -> None:
+    mailbox = client.mailbox("jobs")
+    for id, now, neglected in ((10, 80.0, 10), (5, 90.0, 10), (12, 95.0, 12)):
+        client.clock.observe(time.monotonic(), now)
+        mailbox.put(Letter(id, b"", now, None))
+        client.drop_expired(mailbox)
+        assert mailbox.neglected == neglected
+    client.ids_begin_anew(1)  # those of another server say nothing
+    assert mailbox.neglected == -1
