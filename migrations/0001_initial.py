@@ -69,6 +69,7 @@ class Migration(migrations.Migration):
                         ("expires_at", models.DateTimeField()),
                         ("capacity", models.IntegerField(null=True)),
                         ("put_back", models.BooleanField(default=False)),
+                        ("joined", models.BigIntegerField(default=0)),
                     ],
                     options={"db_table": "pg_layer_membership"},
                 ),

@@ -34,6 +34,7 @@ CREATE TABLE pg_layer_membership (
     expires_at timestamptz NOT NULL,                      -- infinity: as long as its client's lease
     capacity   integer,                                   -- of a normal channel
     put_back   boolean NOT NULL DEFAULT false,            -- by its client, and nobody has joined since: see pg_layer_reassert
+    joined     bigint NOT NULL DEFAULT 0,                 -- what was sent with a larger id came after it last joined, or meanwhile
     PRIMARY KEY (group_name, inbox, channel)
 );
 ALTER TABLE pg_layer_membership SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 20000);
@@ -628,12 +629,14 @@ $$;
 --   _own_inbox: the caller's own client, which needs no telling of its own channels; null: every owner is told, and what
 --       somebody's transaction holds is waited for
 --   _expiry: seconds, or null for as long as the client's lease
---   returns: messages up to this id were sent before the joining, and when the memberships end (seconds since 1970)
+--   _leave_unless_since: for each that is to leave an id, or null: it stays if it has joined after that
+--   returns: messages up to this id were sent before the joining; when the memberships end (seconds since 1970); the positions
+--       (from 1) of those that stayed
 CREATE FUNCTION pg_layer_regroup(
     _prefix text, _own_inbox text, _lease float8, _expiry float8,
     _join_groups text[], _join_channels text[], _join_capacities integer[],
-    _leave_groups text[], _leave_channels text[],
-    OUT since_id bigint, OUT expires_at float8
+    _leave_groups text[], _leave_channels text[], _leave_unless_since bigint[] DEFAULT NULL,
+    OUT since_id bigint, OUT expires_at float8, OUT stayed bigint[]
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
     SET enable_mergejoin = off SET jit = off AS $$
@@ -643,6 +646,7 @@ DECLARE
     _is_foreign boolean;  -- whether any channel is another client's
     _unseen text[];
     _set text;
+    _joined bigint;
 BEGIN
     IF _own_inbox IS NOT NULL THEN
         -- The layer's own statement. It carries changes of many, who must not all wait for what one transaction holds.
@@ -652,11 +656,22 @@ BEGIN
         -- Row by row in the order of the keys, as everybody does who writes here: so statements do not deadlock each other,
         -- where each is a transaction. Transactions of several do, if they change the same memberships in different orders.
         DELETE FROM pg_layer_membership AS m USING (
-            SELECT l.group_name COLLATE "C", pg_layer_inbox(_prefix, l.channel) COLLATE "C" AS inbox, l.channel COLLATE "C"
-            FROM unnest(_leave_groups, _leave_channels) AS l (group_name, channel)
+            SELECT l.group_name COLLATE "C", pg_layer_inbox(_prefix, l.channel) COLLATE "C" AS inbox, l.channel COLLATE "C",
+                l.unless_since
+            FROM unnest(_leave_groups, _leave_channels, _leave_unless_since) AS l (group_name, channel, unless_since)
             ORDER BY 1, 2, 3
         ) AS l
-        WHERE m.group_name = l.group_name AND m.inbox = l.inbox AND m.channel = l.channel;
+        WHERE m.group_name = l.group_name AND m.inbox = l.inbox AND m.channel = l.channel
+            AND (l.unless_since IS NULL OR m.joined <= l.unless_since);
+        IF _leave_unless_since IS NOT NULL THEN
+            stayed := ARRAY(
+                SELECT l.position
+                FROM unnest(_leave_groups, _leave_channels, _leave_unless_since) WITH ORDINALITY
+                    AS l (group_name, channel, unless_since, position)
+                JOIN pg_layer_membership AS m ON m.group_name = l.group_name
+                    AND m.inbox = pg_layer_inbox(_prefix, l.channel) AND m.channel = l.channel
+                WHERE l.unless_since IS NOT NULL);
+        END IF;
         PERFORM pg_layer_tell(_prefix, _own_inbox, 'leave', _leave_groups, _leave_channels, _now + interval '1 day', NULL);
     END IF;
     IF cardinality(_join_groups) > 0 THEN
@@ -678,15 +693,17 @@ BEGIN
             WHERE position('!' IN j.channel) > 0 AND i.inbox IS DISTINCT FROM _own_inbox
                 AND NOT EXISTS (SELECT FROM pg_layer_client AS c WHERE c.inbox = i.inbox);
         END IF;
-        INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at, capacity)
+        _joined := nextval('pg_layer_message_id_seq');
+        INSERT INTO pg_layer_membership AS m (group_name, inbox, channel, expires_at, capacity, joined)
         SELECT j.group_name COLLATE "C", pg_layer_inbox(_prefix, j.channel) COLLATE "C", j.channel COLLATE "C",
             CASE WHEN _unseen IS NULL OR pg_layer_inbox(_prefix, j.channel) <> ALL (_unseen) THEN _expires_at
                 ELSE least(_expires_at, _now + make_interval(secs => _lease)) END,
-            CASE WHEN position('!' IN j.channel) = 0 THEN j.capacity END
+            CASE WHEN position('!' IN j.channel) = 0 THEN j.capacity END, _joined
         FROM unnest(_join_groups, _join_channels, _join_capacities) AS j (group_name, channel, capacity)
         ORDER BY 1, 2, 3
         ON CONFLICT (group_name, inbox, channel)
-            DO UPDATE SET expires_at = excluded.expires_at, capacity = excluded.capacity, put_back = false;
+            DO UPDATE SET expires_at = excluded.expires_at, capacity = excluded.capacity, put_back = false,
+                joined = greatest(m.joined, excluded.joined);
         IF _is_foreign THEN
             PERFORM pg_layer_tell(_prefix, _own_inbox, 'join', _join_groups, _join_channels, _expires_at, _unseen);
         END IF;

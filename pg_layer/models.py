@@ -60,6 +60,7 @@ class Membership(models.Model):
     expires_at = EndField()
     capacity: models.IntegerField[int | None, int | None] = models.IntegerField(null=True)
     put_back: models.BooleanField[bool, bool] = models.BooleanField(default=False)
+    joined: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
 
     class Meta:
         db_table = "pg_layer_membership"

@@ -34,13 +34,15 @@ async def regroup(
     joins: Sequence[tuple[str, str]],
     capacities: Sequence[int],
     leaves: Sequence[tuple[str, str]],
-) -> tuple[int, float]:
+    unless_since: Sequence[int | None] | None = None,
+) -> tuple[int, float, set[int]]:
     """Join (each channel with its capacity) and leave (group, channel) pairs, none twice.
 
-    Returns the id at which, and the time until which they have joined. With an ``own_inbox`` it waits for
-    nobody's transaction, and raises `Held`.
+    ``unless_since``: for each that is to leave the id after which it must not have joined, or None.
+    Returns the id at which, and the time until which they have joined; and the indexes of those that stayed.
+    With an ``own_inbox`` it waits for nobody's transaction, and raises `Held`.
     """
-    _, since, expires_at = await _unheld(
+    _, since, expires_at, stayed = await _unheld(
         session,
         sql.REGROUP,
         prefix,
@@ -52,8 +54,9 @@ async def regroup(
         capacities,
         [group for group, _ in leaves],
         [channel for _, channel in leaves],
+        unless_since,
     )
-    return since, expires_at
+    return since, expires_at, {position - 1 for position in stayed or ()}
 
 
 async def reassert(

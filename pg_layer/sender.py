@@ -145,20 +145,21 @@ class Sender:
     async def _regroup(self, ops: list[Regroup], timeout: float) -> Sequence[Outcome]:
         client = self.client
         config = client.config
-        last: dict[tuple[str, str], bool] = {}
+        last: dict[tuple[str, str], Regroup] = {}
         for op in ops:
-            if not (op.unless_since is not None and self._has_joined(op, last)):
-                last[op.group, op.channel] = op.joins
-        if not last:
-            return [None] * len(ops)
-        joins = [pair for pair, is_join in last.items() if is_join]
+            before = last.get((op.group, op.channel))
+            # Who leaves unless he has joined stays if he is about to.
+            if op.unless_since is None or before is None:
+                last[op.group, op.channel] = op
+        joins = [pair for pair, op in last.items() if op.joins]
         if any(client.owns(channel) for _, channel in joins):
             client.has_lease = True  # perhaps, from here on
         capacities = [config.capacity_of(channel) for _, channel in joins]
-        leaves = [pair for pair, is_join in last.items() if not is_join]
+        leaves = [pair for pair, op in last.items() if not op.joins]
+        unless = [op.unless_since for op in last.values() if not op.joins]
         deadline = time.monotonic() + timeout
         try:
-            since, expires_at = await self.connections.run(
+            since, expires_at, stayed = await self.connections.run(
                 lambda session: roster.regroup(
                     session,
                     config.prefix,
@@ -168,17 +169,18 @@ class Sender:
                     joins,
                     capacities,
                     leaves,
+                    unless if any(id is not None for id in unless) else None,
                 ),
                 timeout=timeout,
                 is_idempotent=True,
             )
         except LayerUnavailable:
-            self._drop(leaves)
+            self._drop(last)
             raise
         except Held as held:
             half = len(ops) // 2
             if not half:
-                self._drop(leaves)
+                self._drop(last)
                 return [held]
             # One of them is held: the others are not to wait.
             outcomes = [*await self._regroup(ops[:half], timeout)]
@@ -187,8 +189,8 @@ class Sender:
             except LayerUnavailable as error:
                 return outcomes + [error] * (len(ops) - half)
         client.last_id = max(client.last_id, since)
-        for group, channel in leaves:
-            if client.owns(channel):
+        for index, (group, channel) in enumerate(leaves):
+            if client.owns(channel) and index not in stayed:
                 client.memberships.leave(group, channel, since)
         for group, channel in joins:
             if client.owns(channel):
@@ -197,16 +199,11 @@ class Sender:
             self._on_lease()
         return [None] * len(ops)
 
-    def _has_joined(self, op: Regroup, before: dict[tuple[str, str], bool]) -> bool:
-        """Whether it has joined since, or is about to. The lane knows: one write at a time."""
-        member = self.client.memberships.of_pair(op.group, op.channel)
-        is_back = member is not None and op.unless_since is not None and member.joined > op.unless_since
-        return is_back or before.get((op.group, op.channel), False)
-
-    def _drop(self, leaves: list[tuple[str, str]]) -> None:
+    def _drop(self, last: dict[tuple[str, str], Regroup]) -> None:
         """Who wanted to leave hears no more, whatever becomes of the row."""
-        for group, channel in leaves:
-            self.client.memberships.drop(group, channel)
+        for (group, channel), op in last.items():
+            if not op.joins and op.unless_since is None:
+                self.client.memberships.drop(group, channel)
 
 
 def channel_full(send: Send) -> ChannelFull:

@@ -23,6 +23,7 @@ from pg_layer.statement import (
     INT4S,
     INT8,
     INT8S,
+    INT8S_OR_NULL,
     TEXT,
     TEXTS,
     Statement,
@@ -48,8 +49,8 @@ GROUP_SEND_BATCH = Statement(
 GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
 GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)
 REGROUP = Statement(
-    _LAZILY + "pg_layer_regroup($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
-    *(TEXT, TEXT, FLOAT8, FLOAT8, TEXTS, TEXTS, INT4S, TEXTS, TEXTS),
+    _LAZILY + "pg_layer_regroup($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS f",
+    *(TEXT, TEXT, FLOAT8, FLOAT8, TEXTS, TEXTS, INT4S, TEXTS, TEXTS, INT8S_OR_NULL),
 )
 REASSERT = Statement(_LAZILY + "pg_layer_reassert($1, $2, $3, $4) AS f", TEXT, TEXTS, TEXTS, FLOAT8S_OR_NULL)
 WITHDRAW = Statement(_LAZY_CALL + "pg_layer_withdraw($1, $2, $3)", TEXT, TEXTS, TEXTS)

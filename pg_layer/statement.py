@@ -64,6 +64,7 @@ BYTEAS = _array(1001, BYTEA)
 INT4S = _array_of_numbers(1007, INT4, "i", 4)
 TEXTS = _array(1009, TEXT)
 INT8S = _array_of_numbers(1016, INT8, "q", 8)
+INT8S_OR_NULL = _array(1016, INT8)
 FLOAT8S = _array_of_numbers(1022, FLOAT8, "d", 8)
 FLOAT8S_OR_NULL = _array(1022, FLOAT8)
 
