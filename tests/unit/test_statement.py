@@ -34,6 +34,7 @@ ARRAYS = {
     "BYTEAS": (st.lists(st.binary()), "bytea"),
     "INT4S": (st.lists(INT4), "int4"),
     "INT8S": (st.lists(INT8), "int8"),
+    "INT8S_OR_NULL": (st.lists(INT8 | st.none()), "int8"),
     "TEXTS": (st.lists(TEXT), "text"),
     "FLOAT8S": (st.lists(FLOAT8), "float8"),
     "FLOAT8S_OR_NULL": (st.lists(FLOAT8 | st.none()), "float8"),
