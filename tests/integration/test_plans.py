@@ -175,8 +175,9 @@ async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are
     observer.execute("VACUUM ANALYZE")
     before = await statistics(observer)
     layer, sender = make_layer(), make_layer()
-    for work in WORKS[:-1]:
-        await work(layer, sender)
+    for work in WORKS:
+        if work is not work_off_a_backlog:  # that comes with the rest
+            await work(layer, sender)
     observer.execute(FILL.encode())
     for work in WORKS:
         await work(layer, sender)

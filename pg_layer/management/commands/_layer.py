@@ -69,9 +69,11 @@ def ended_by_signals(stop: Callable[[], object], ringer: socket.socket) -> Itera
         yield
         return
     ringer.setblocking(False)
-    before = {number: signal.signal(number, lambda *_: stop()) for number in ENDING}
     fd_before = signal.set_wakeup_fd(ringer.fileno(), warn_on_full_buffer=False)
+    before: dict[signal.Signals, Any] = {}
     try:
+        for number in ENDING:
+            before[number] = signal.signal(number, lambda *_: stop())
         yield
     finally:
         signal.set_wakeup_fd(fd_before)
