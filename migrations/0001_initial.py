@@ -4,22 +4,22 @@ from django.db import migrations, models
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.state import StateApps
 
-SQL = Path(__file__).with_suffix(".sql")
-DROP = Path(__file__).with_name("0001_initial_reverse.sql")
+FOLDER = Path(__file__).parent
 
 
 def create(apps: StateApps, schema_editor: BaseDatabaseSchemaEditor) -> None:
-    run(schema_editor, SQL)
+    run(schema_editor, "0001_[0-9]_*.sql")
 
 
 def drop(apps: StateApps, schema_editor: BaseDatabaseSchemaEditor) -> None:
-    run(schema_editor, DROP)
+    run(schema_editor, "0001_reverse.sql")
 
 
-def run(schema_editor: BaseDatabaseSchemaEditor, file: Path) -> None:
+def run(schema_editor: BaseDatabaseSchemaEditor, files: str) -> None:
     # A project may have other databases beside PostgreSQL, and no router: the tables are of no use there.
     if schema_editor.connection.vendor == "postgresql":
-        schema_editor.execute(file.read_text(encoding="utf-8"), params=None)
+        for file in sorted(FOLDER.glob(files)):
+            schema_editor.execute(file.read_text(encoding="utf-8"), params=None)
 
 
 def name(**options: object) -> "models.TextField[str, str]":
@@ -36,11 +36,11 @@ class Migration(migrations.Migration):
                     name="Message",
                     fields=[
                         ("id", models.BigAutoField(primary_key=True, serialize=False)),
-                        ("inbox", name()),
-                        ("nonce", models.BigIntegerField()),
+                        ("address", name()),
+                        ("boot", models.BigIntegerField()),
+                        ("marked", models.BooleanField(default=False)),
                         ("kind", name(default="message")),
                         ("channel", name(null=True)),
-                        ("group_name", name(null=True)),
                         ("excluded", name(null=True)),
                         ("payload", models.BinaryField(default=b"")),
                         ("sent_at", models.DateTimeField()),
@@ -55,8 +55,9 @@ class Migration(migrations.Migration):
                             "pk",
                             models.CompositePrimaryKey(
                                 "group_name",
-                                "inbox",
+                                "address",
                                 "channel",
+                                "id",
                                 blank=True,
                                 editable=False,
                                 primary_key=True,
@@ -64,12 +65,12 @@ class Migration(migrations.Migration):
                             ),
                         ),
                         ("group_name", name()),
-                        ("inbox", name()),
+                        ("address", name()),
                         ("channel", name()),
+                        ("id", models.BigIntegerField(default=0)),
+                        ("present", models.BooleanField(default=True)),
                         ("expires_at", models.DateTimeField()),
                         ("capacity", models.IntegerField(null=True)),
-                        ("put_back", models.BooleanField(default=False)),
-                        ("joined", models.BigIntegerField(default=0)),
                     ],
                     options={"db_table": "pg_layer_membership"},
                 ),
@@ -80,23 +81,36 @@ class Migration(migrations.Migration):
                         ("prefix", name()),
                         ("group_name", name()),
                         ("members", models.BigIntegerField()),
-                        ("inboxes", models.BigIntegerField()),
+                        ("addresses", models.BigIntegerField()),
                     ],
                     options={"db_table": "pg_layer_group", "managed": False},
                 ),
                 migrations.CreateModel(
                     name="Client",
                     fields=[
-                        ("inbox", name(primary_key=True, serialize=False)),
+                        ("address", name(primary_key=True, serialize=False)),
                         ("host", models.TextField(default="")),
                         ("pid", models.IntegerField(default=0)),
                         ("started_at", models.DateTimeField()),
                         ("expires_at", models.DateTimeField()),
+                        ("lease", models.FloatField()),
                         ("fence", models.BigIntegerField(default=0)),
                         ("ended_at", models.DateTimeField(null=True)),
+                        ("swept_at", models.DateTimeField(null=True)),
                         ("counters", models.JSONField(default=dict)),
                     ],
                     options={"db_table": "pg_layer_client"},
+                ),
+                migrations.CreateModel(
+                    name="LeaseClock",
+                    fields=[
+                        ("prefix", name(primary_key=True, serialize=False)),
+                        ("boot", models.BigIntegerField()),
+                        ("lease", models.FloatField()),
+                        ("renewed_at", models.DateTimeField()),
+                        ("steady_since", models.DateTimeField()),
+                    ],
+                    options={"db_table": "pg_layer_lease_clock"},
                 ),
                 migrations.CreateModel(
                     name="LastSweep",

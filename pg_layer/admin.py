@@ -1,7 +1,6 @@
-"""Pages of Django's admin that show what the layer holds: its clients, groups and waiting messages.
+"""Pages of Django's admin that show clients, groups and waiting messages.
 
-Nobody may change anything here. They read the database of the layer ``default``, or else of the first one
-that is ours.
+They are read-only. They read the database of the layer ``default``, or else of the first one of this package.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def _configs() -> list[Config | ImproperlyConfigured]:
 
 
 def _alias() -> str | None:
-    """The alias in DATABASES whose tables are shown; None, if none leads to the layer's."""
+    """Return the alias in DATABASES whose tables are shown; None if none leads to the layer's."""
     for config in _configs():
         if isinstance(config, Config):
             try:
@@ -56,7 +55,7 @@ def _alias() -> str | None:
 
 
 class ReadOnlyAdmin(ModelAdmin[M]):
-    """Shows, and lets nobody add, change or delete."""
+    """Shows, and adds, changes and deletes nothing."""
 
     actions = None
     list_per_page = 50
@@ -90,9 +89,9 @@ class StateFilter(admin.SimpleListFilter):
     title = "state"
     parameter_name = "state"
 
-    LIVE = Q(ended_at=None, expires_at__gt=Now())
-    OVERDUE = Q(ended_at=None, expires_at__lte=Now()) & ~Client.UNKNOWN
-    ENDED = Q(ended_at__isnull=False)
+    ENDED = Q(ended_at__isnull=False) | Q(swept_at__isnull=False)
+    LIVE = Q(expires_at__gt=Now()) & ~ENDED
+    OVERDUE = Q(expires_at__lte=Now()) & ~ENDED
     STATES = (("live", LIVE), ("overdue", OVERDUE), ("ended", ENDED))
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
@@ -105,10 +104,10 @@ class StateFilter(admin.SimpleListFilter):
 
 @admin.register(Client)
 class ClientAdmin(ReadOnlyAdmin[Client]):
-    list_display = ("inbox", "shown_host", "shown_pid", "started_at", "shown_end", "ended_at")
-    fields = (*list_display, "fence", "counters")
+    list_display = ("address", "shown_host", "shown_pid", "started_at", "shown_end", "ended_at", "swept_at")
+    fields = (*list_display, "lease", "fence", "counters")
     list_filter = (StateFilter, "host")
-    search_fields = ("inbox", "host", "pid")
+    search_fields = ("address", "host", "pid")
     ordering = ("-expires_at",)
 
     @admin.display(description="host", ordering="host")
@@ -122,7 +121,7 @@ class ClientAdmin(ReadOnlyAdmin[Client]):
 
 @admin.register(Group)
 class GroupAdmin(ReadOnlyAdmin[Group]):
-    list_display = ("group_name", "prefix", "members", "inboxes")
+    list_display = ("group_name", "prefix", "members", "addresses")
     list_filter = ("prefix",)
     search_fields = ("group_name",)
     ordering = ("-members", "key")
@@ -130,13 +129,16 @@ class GroupAdmin(ReadOnlyAdmin[Group]):
 
 @admin.register(Message)
 class MessageAdmin(ReadOnlyAdmin[Message]):
-    """Messages that wait. Their content is shown only where no layer of the project encrypts."""
+    """Messages that have not expired. Their content is shown only if no layer of the project encrypts.
 
-    list_display = ("id", "kind", "inbox", "channel", "group_name", "size", "sent_at", "shown_end")
+    A message to a channel is deleted when it was received; one to a group stays until it expires.
+    """
+
+    list_display = ("id", "kind", "address", "channel", "size", "sent_at", "shown_end")
     list_filter = ("kind",)
-    search_fields = ("inbox", "channel", "group_name")
-    ordering = ("inbox", "id")
-    fields = (*list_display, "excluded", "content")
+    search_fields = ("address", "channel")
+    ordering = ("address", "id")
+    fields = (*list_display, "excluded", "marked", "content")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Message]:
         waiting = super().get_queryset(request).filter(expires_at__gt=Now()).defer("payload")
@@ -149,7 +151,7 @@ class MessageAdmin(ReadOnlyAdmin[Message]):
 
     @admin.display
     def content(self, message: Message) -> str:
-        # Of a layer with a fault in its configuration it is unknown.
+        # A layer with an error in its configuration may encrypt, too.
         if any(
             isinstance(config, ImproperlyConfigured) or config.symmetric_encryption_keys
             for config in _configs()

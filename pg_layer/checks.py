@@ -11,7 +11,7 @@ from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from pg_layer import store
+from pg_layer._db.queries import maintenance
 from pg_layer.aliases import alias_of, how_to_migrate
 from pg_layer.config import Config
 from pg_layer.connections import connected_now
@@ -122,10 +122,10 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
 def _examine(config: Config, using: str) -> CheckMessage | None:
     try:
         with connected_now(config) as conn:
-            store.prove_tables(conn)
-            unswept_for = store.unswept_for(conn, config.prefix)
+            maintenance.prove_tables(conn)
+            unswept_for = maintenance.unswept_for(conn, config.prefix)
     except NotMigrated:
-        # Who is at it need not be told. Django runs these checks before it migrates.
+        # `migrate` runs this check before it creates the tables. Do not warn then.
         if _is_migrating():
             return None
         advice = how_to_migrate(config, using)

@@ -82,7 +82,7 @@ class Config:
     - `serializer_format`: "msgpack" or "json".
     - `max_message_size`: of a serialised message; up to 512 MiB.
     - `lease`: how long a process that shows no life still counts as living.
-    - `heartbeat`: how often it shows life; at most half the lease.
+    - `heartbeat`: how often it is renewed; at most two fifths of the lease.
     - `send_timeout`: for how long a send is tried.
     - `poll_interval`: how often to look for messages instead of listening; None: listen.
     - `pool_max_size`: the most connections in the pool.
@@ -124,9 +124,9 @@ class Config:
                 _check_seconds(name, getattr(self, name), or_else=", or None")
         if not (_is_number(self.sweep_interval) and 0 <= self.sweep_interval <= MAX_SECONDS):
             raise _bad("sweep_interval", self.sweep_interval, "a number of seconds, or 0 for never")
-        if self.heartbeat > self.lease / 2:
+        if self.heartbeat > 0.4 * self.lease:
             raise ImproperlyConfigured(
-                f"pg_layer: CONFIG['heartbeat'] must be at most half of 'lease' ({self.lease!r} seconds), "
+                f"pg_layer: CONFIG['heartbeat'] must be at most two fifths of 'lease' ({self.lease!r} seconds), "
                 f"not {self.heartbeat!r}: one late heartbeat must not end a lease."
             )
         for name in ("on_disconnect", "on_reconnect"):

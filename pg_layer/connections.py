@@ -15,7 +15,7 @@ import psycopg
 from psycopg import AsyncConnection, Connection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
-from pg_layer import store
+from pg_layer._db.queries import receive as queries
 from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotBegun
 from pg_layer.faults import READ_ONLY, REFUSALS, is_hopeless, judge, translated, unavailable
@@ -120,8 +120,8 @@ class Connections:
         self.generation += 1
         # Through a pooler the next statement may meet another server process, which has not prepared it.
         try:
-            if await store.is_direct(conn.session):
-                await store.avoid_scans(conn.session)
+            if await queries.is_direct(conn.session):
+                await queries.avoid_scans(conn.session)
                 conn.session.can_prepare = True
         except BaseException:
             conn.session.close()
@@ -144,10 +144,13 @@ class Connections:
         work: Callable[[Session], Awaitable[T]],
         *,
         timeout: float,
+        quietly: Callable[[Session], Awaitable[T]] | None = None,
         patience: float | None = None,
         is_idempotent: bool = False,
     ) -> T:
         """Run a statement, and again after what surely undid it, until ``timeout`` seconds have passed.
+
+        ``quietly``: what to run instead where the server refuses NOTIFY.
 
         ``patience``: seconds for each of several statements, where all together may take long.
         ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
@@ -157,7 +160,6 @@ class Connections:
         """
         is_guest = asyncio.get_running_loop() is not self._loop
         deadline = time.monotonic() + timeout
-        is_silent = False
         while True:
             begun_at = time.monotonic()
             session = self._at_hand(is_guest)
@@ -172,13 +174,13 @@ class Connections:
             session.patience = patience or left
             is_refused = False
             try:
-                return await (store.silently(session, work) if is_silent else work(session))
+                return await work(session)
             except psycopg.Error as error:
-                is_refused = error.sqlstate in REFUSALS and not is_silent
+                is_refused = error.sqlstate in REFUSALS and quietly is not None
                 if is_refused or error.sqlstate == READ_ONLY:
                     self._on_refused(error)
-                if is_refused:
-                    is_silent = True
+                if is_refused and quietly is not None:
+                    work, quietly = quietly, None
                 else:
                     if error.sqlstate == READ_ONLY:
                         session.close()  # another connection may lead to a server that takes writes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 from psycopg import Connection, pq
 
-from pg_layer import sql
+from pg_layer._db.queries.receive import BACKEND_PID
 from pg_layer.session import Session
 from pg_layer.statement import Statement
 
@@ -91,7 +93,7 @@ class _Loan(Session):
         if uses <= self._prepare_after:
             return False
         if self._is_direct is None:
-            ((pid,),) = self.execute_now(sql.BACKEND_PID, patience=patience)
+            ((pid,),) = self.execute_now(BACKEND_PID, patience=patience)
             self._is_direct = pid == self.conn.info.backend_pid  # a pooler makes up the one it tells at first
         return self._is_direct
 
@@ -148,9 +150,14 @@ class DjangoSession:
         )
 
     @property
-    def is_pipelining(self) -> bool:
-        """Whether it is in psycopg's pipeline mode."""
-        return self._connection.connection is not None and _is_pipelining(self._connection)
+    def is_atomic(self) -> bool:
+        """Whether it is inside `transaction.atomic`, which calls back after the commit."""
+        return bool(self._connection.in_atomic_block)
+
+    @property
+    def connection(self) -> BaseDatabaseWrapper:
+        """The connection of Django's."""
+        return self._connection
 
     @property
     def generation(self) -> int:
@@ -178,8 +185,6 @@ class DjangoSession:
         """As `Session.execute`; awaits nothing."""
         connection = self._connection
         connection.ensure_connection()
-        if self.deadline is None:
-            statement = sql.for_transaction(statement)
         is_in_transaction = self.is_in_transaction
         try:
             if _is_watched(connection, is_in_transaction):
@@ -226,10 +231,11 @@ class DjangoSession:
     def _execute_by_cursor(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         with self._connection.cursor() as cursor, self._cutting():
             # Psycopg takes a tuple for a row.
-            cursor.execute(
-                sql.for_cursor(statement),
-                [list(value) if isinstance(value, tuple) else value for value in values],
-            )
+            parameters = {
+                f"p{number}": list(value) if isinstance(value, tuple) else value
+                for number, value in enumerate(values, 1)
+            }
+            cursor.execute(_for_cursor(statement), parameters or None)
             # In a pipeline it is fetching that waits for the answer, and tells what it is: none runs there
             # that returns no rows.
             is_fetchable = cursor.description is not None or _is_pipelining(self._connection)
@@ -255,6 +261,20 @@ class DjangoSession:
         route_of(self.alias).lost()
         with suppress(DjangoError):
             self._connection.close()
+
+
+@functools.cache
+def _for_cursor(statement: Statement) -> str:
+    """The statement as psycopg's cursors take it: its parameters in their order."""
+    numbered = statement.sql.decode()
+    names = [type.name for type in statement.types]
+    if not names:
+        return numbered
+    return re.sub(
+        r"\$(\d+)",
+        lambda match: f"%(p{match[1]})s::{names[int(match[1]) - 1]}",
+        numbered.replace("%", "%%"),
+    )
 
 
 def _has_hung_up(session: Session) -> bool:

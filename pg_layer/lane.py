@@ -83,6 +83,11 @@ class Lane(Generic[Op]):
         self._late: asyncio.TimerHandle | None = None
         self._rested = asyncio.Event()
 
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for the write in flight. From any thread."""
+        return len(self._queue)
+
     async def submit(self, op: Op, *, may_write: bool = False) -> Any:
         """Write ``op``; when it is committed, returns or raises its own outcome.
 

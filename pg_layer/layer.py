@@ -10,15 +10,15 @@ from typing import Any
 
 from channels.layers import BaseChannelLayer
 
-from pg_layer.client import Client
+from pg_layer._runtime.health import Health, examine
+from pg_layer._runtime.loops import Loops
+from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage, Waiter
+from pg_layer._state.client import Client
+from pg_layer._state.counters import Stats, make_stats
 from pg_layer.codec import Codec
 from pg_layer.config import load
 from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
-from pg_layer.health import Health, examine
-from pg_layer.homes import Homes
-from pg_layer.mailbox import Letter, Mailbox, Waiter
 from pg_layer.ops import Drafts
-from pg_layer.stats import Stats, make_stats
 from pg_layer.sync import Sync
 
 NAMES_MOST = 10_000
@@ -50,9 +50,9 @@ class PostgresChannelLayer(BaseChannelLayer):
             config.symmetric_encryption_keys,
             allow_unencrypted=config.allow_unencrypted,
         )
-        self._homes = Homes(config, self._codec)
+        self._loops = Loops(config, self._codec)
         self._drafts = Drafts(config, self._codec, self._check_channel, self._check_group)
-        self.sync = Sync(config, self._drafts, self._homes)
+        self.sync = Sync(config, self._drafts, self._loops)
         # Names that were found valid, as the check costs more than much of the rest.
         self._valid_channels: set[str] = set()
         self._valid_groups: set[str] = set()
@@ -75,7 +75,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         ``send_timeout``, `OutcomeUnknown` (which is one) if it cannot be told whether the message was sent,
         `NotMigrated`. What is sent to the channel of a client that is gone is dropped.
         """
-        await self._homes.submit(self._drafts.send(channel, message, expiry))
+        await self._loops.submit(self._drafts.send(channel, message, expiry))
 
     async def send_many(
         self, messages: Iterable[tuple[str, dict[str, Any]]], *, expiry: float | None = None
@@ -86,7 +86,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         At most 100,000 messages, together 256 MiB.
         """
         many = self._drafts.send_many(messages, expiry)
-        return await self._homes.submit(many) if many.ops else []
+        return await self._loops.submit(many) if many.ops else []
 
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.
@@ -94,43 +94,43 @@ class PostgresChannelLayer(BaseChannelLayer):
         A specific channel must be one of this process's own. A cancelled call takes no message. Never
         raises because the database is away: it waits.
         """
-        homes = self._homes
-        client = homes.client
-        mailbox = client.find_mailbox(channel) if channel.__class__ is str else None
-        if mailbox is None or not mailbox.is_receivable:
-            mailbox = self._mailbox_to_receive(client, channel)
+        loops = self._loops
+        client = loops.client
+        queue = client.find_queue(channel) if channel.__class__ is str else None
+        if queue is None or not queue.is_receivable:
+            queue = self._queue_to_receive(client, channel)
         is_specific = "!" in channel
         waiter: Waiter | None = None
         while True:
-            letter = mailbox.pop(client.doomed, waiter)
-            if letter is None:
+            taken = queue.pop(client.pending_deletes, waiter)
+            if taken is None:
                 loop = asyncio.get_running_loop()
-                engine = homes.for_receiving(loop)
+                engine = loops.for_receiving(loop)
                 if is_specific and engine.loop is loop:
-                    waiter = mailbox.enlist(loop)
+                    waiter = queue.enlist(loop)
                     if waiter is not None:
                         try:
                             await waiter
                         except BaseException:
-                            mailbox.desert(waiter)
+                            queue.desert(waiter)
                             raise
                 else:
-                    want = None if is_specific else partial(engine.call, engine.receiver.want, channel)
-                    waiter = await mailbox.wait(None if engine.loop is loop else BRIDGED_WAIT, want)
-                if mailbox.is_retired:
-                    mailbox = self._mailbox_to_receive(client, channel)
-                elif mailbox.is_closed:
-                    if is_specific or homes.client is client:  # which has taken leave: the process ends
+                    want = None if is_specific else partial(engine.call, engine.want, channel)
+                    waiter = await queue.wait(None if engine.loop is loop else BRIDGED_WAIT, want)
+                if queue.is_retired:
+                    queue = self._queue_to_receive(client, channel)
+                elif queue.is_closed:
+                    if is_specific or loops.client is client:  # closed: the process ends
                         raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
-                    client = homes.client
-                    mailbox = self._mailbox_to_receive(client, channel)
+                    client = loops.client
+                    queue = self._queue_to_receive(client, channel)
                 continue
             waiter = None
-            message = self._open(client, mailbox, letter)
+            message = self._open(client, queue, taken)
             if message is None:
                 continue
-            if is_specific and letter.key is not None and mailbox.is_pressed:
-                await self._settle(mailbox, letter)
+            if is_specific and taken.key is not None and queue.is_pressed:
+                await self._settle(queue, taken)
             client.counters.delivered()
             return message
 
@@ -141,7 +141,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         """
         if not isinstance(prefix, str):
             raise TypeError(f"The prefix of a channel's name must be a str, not {type(prefix).__name__}.")
-        channel = self._homes.client.new_channel(prefix)
+        channel = self._loops.client.new_channel(prefix)
         self.require_valid_channel_name(channel)
         return channel
 
@@ -152,11 +152,11 @@ class PostgresChannelLayer(BaseChannelLayer):
 
         Ends ``group_expiry`` seconds after the last call, or, where that is None, with the channel's process.
         """
-        await self._homes.submit(self._drafts.regroup(group, channel, joins=True))
+        await self._loops.submit(self._drafts.change(group, channel, added=True))
 
     async def group_discard(self, group: str, channel: str) -> None:
         """Remove a channel from a group; no error if it is not in it."""
-        await self._homes.submit(self._drafts.regroup(group, channel, joins=False))
+        await self._loops.submit(self._drafts.change(group, channel, added=False))
 
     async def group_send(
         self,
@@ -171,7 +171,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         ``exclude``: a channel that is not to get it, most often the sender's own. A member whose channel is
         full misses it, silently but for a counter and a log line. Otherwise as `send`.
         """
-        await self._homes.submit(self._drafts.group_send(group, message, expiry, exclude))
+        await self._loops.submit(self._drafts.group_send(group, message, expiry, exclude))
 
     async def group_send_many(
         self,
@@ -185,29 +185,29 @@ class PostgresChannelLayer(BaseChannelLayer):
         False: a normal channel in its group is full and misses it. Otherwise as `group_send` and `send_many`.
         """
         many = self._drafts.group_send_many(messages, expiry, exclude)
-        return await self._homes.submit(many) if many.ops else []
+        return await self._loops.submit(many) if many.ops else []
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of processes that are gone. Raises as `send`."""
-        engine = self._homes.for_sending()
+        engine = self._loops.for_sending()
         return await engine.bridge(partial(engine.group_channels, self._drafts.group(group)))
 
     async def group_count(self, group: str) -> int:
         """How many channels are in a group, without those of processes that are gone. Raises as `send`."""
-        engine = self._homes.for_sending()
+        engine = self._loops.for_sending()
         return await engine.bridge(partial(engine.group_count, self._drafts.group(group)))
 
     # ------------------------------------------------------------------ all
 
     async def flush(self) -> None:
         """Remove all messages and memberships of this layer's prefix, for every process."""
-        engine = self._homes.for_sending()
+        engine = self._loops.for_sending()
         await engine.bridge(engine.flush)
 
     async def health(self) -> Health:
         """How this process's use of the layer fares. Raises nothing: what is wrong stands in ``problems``."""
         try:
-            engine = self._homes.for_sending()
+            engine = self._loops.for_sending()
             return await engine.bridge(partial(examine, engine))
         except LayerUnavailable as error:
             return Health(
@@ -221,7 +221,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         from any thread, with or without an event loop. `close` leaves the counters as they are; in a child
         after ``fork`` all begin at zero.
         """
-        return make_stats(self._homes.client.counters.read(), self._homes.state())
+        return make_stats(self._loops.client.counters.read(), self._loops.state())
 
     async def close(self) -> None:
         """Take leave: give back the lease, the memberships and the jobs not handed over, and close the
@@ -230,7 +230,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         The layer can be used again afterwards; channels made before are gone.
         """
         self.sync.forget()
-        await self._homes.close()
+        await self._loops.close()
 
     # ------------------------------------------------------------------ helpers
 
@@ -244,40 +244,40 @@ class PostgresChannelLayer(BaseChannelLayer):
             self.require_valid_group_name(group)
             _remember(self._valid_groups, group)
 
-    def _mailbox_to_receive(self, client: Client, channel: str) -> Mailbox:
+    def _queue_to_receive(self, client: Client, channel: str) -> ChannelQueue:
         self._check_channel(channel)
         if "!" in channel and not client.owns(channel):
             raise TypeError(f"Channel {channel} belongs to another process: only that one can receive on it.")
-        mailbox = client.mailbox(channel)
-        mailbox.is_receivable = True
-        return mailbox
+        queue = client.queue(channel)
+        queue.is_receivable = True
+        return queue
 
-    def _open(self, client: Client, mailbox: Mailbox, letter: Letter) -> dict[str, Any] | None:
-        """The message of a letter that was popped; None if it is expired or cannot be read."""
-        _, payload, expires_at, key = letter
+    def _open(self, client: Client, queue: ChannelQueue, message: QueuedMessage) -> dict[str, Any] | None:
+        """Decode a message that was taken; None if it has expired or cannot be decoded."""
+        payload, expires_at, key = message
         if key is not None:
-            engine = self._homes.home
+            engine = self._loops.home
             if engine is not None:
-                engine.call(engine.receiver.deleter.soon, mailbox)
+                engine.call(engine.received, queue)
         if expires_at <= client.clock.now():
             client.counters.add("dropped_expired")
             return None
         try:
             return self._codec.decode(payload)
         except UndecodableMessage as error:
-            client.undecodable(mailbox.channel, error)
+            client.undecodable(queue.channel, error)
             return None
 
-    async def _settle(self, mailbox: Mailbox, letter: Letter) -> None:
+    async def _settle(self, queue: ChannelQueue, message: QueuedMessage) -> None:
         """Wait until what was received makes room: senders count its row until that is gone."""
         try:
-            engine = self._homes.for_receiving(asyncio.get_running_loop())
-            await engine.bridge(partial(engine.receiver.deleter.settle, mailbox))
+            engine = self._loops.for_receiving(asyncio.get_running_loop())
+            await engine.bridge(partial(engine.settle, queue))
         except LayerUnavailable:
             pass
         except asyncio.CancelledError:
-            # Not handed over. Its row is being deleted, so that the letter has none any more.
-            mailbox.push_front(letter._replace(key=None))
+            # Not handed over. Its row is being deleted, so that it has none any more.
+            queue.push_front(message._replace(key=None))
             raise
 
 

@@ -1,7 +1,7 @@
 """The layer's tables as Django knows them: for ``flush``, routers and the admin.
 
-The layer itself never goes through these models, and the tables are made by the SQL of the migrations.
-Writing through a model rings no doorbell: send messages with the layer.
+The layer itself does not use these models, and the SQL of the migrations makes the tables. A message that is
+written through a model is not announced: send messages with the layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ else:  # generic for the type checker alone
 
 
 class EndField(DateTimeField):
-    """When something ends. None: at no time; the database says infinity, which no datetime can."""
+    """When something ends. None: never; the database says infinity, which no datetime can."""
 
     def select_format(self, compiler: Any, sql: str, params: Any) -> tuple[str, Any]:
         return f"NULLIF(NULLIF({sql}, 'infinity'), '-infinity')", params
@@ -30,14 +30,14 @@ class EndField(DateTimeField):
 
 
 class Message(models.Model):
-    """A message that waits in an inbox."""
+    """A message at the address of a client, a normal channel or a group."""
 
     id: models.BigAutoField[int, int] = models.BigAutoField(primary_key=True)
-    inbox: models.TextField[str, str] = models.TextField(db_collation="C")
-    nonce: models.BigIntegerField[int, int] = models.BigIntegerField()
+    address: models.TextField[str, str] = models.TextField(db_collation="C")
+    boot: models.BigIntegerField[int, int] = models.BigIntegerField()
+    marked: models.BooleanField[bool, bool] = models.BooleanField(default=False)
     kind: models.TextField[str, str] = models.TextField(db_collation="C", default="message")
     channel: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
-    group_name: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
     excluded: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
     payload: models.BinaryField[bytes, bytes] = models.BinaryField(default=b"")
     sent_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
@@ -47,36 +47,36 @@ class Message(models.Model):
         db_table = "pg_layer_message"
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.id} for {self.inbox}"
+        return f"{self.kind} {self.id} for {self.address}"
 
 
 class Membership(models.Model):
-    """A channel that belongs to a group."""
+    """A claim about a channel in a group. Of several claims the one with the largest id counts."""
 
-    pk = models.CompositePrimaryKey("group_name", "inbox", "channel")
+    pk = models.CompositePrimaryKey("group_name", "address", "channel", "id")
     group_name: models.TextField[str, str] = models.TextField(db_collation="C")
-    inbox: models.TextField[str, str] = models.TextField(db_collation="C")
+    address: models.TextField[str, str] = models.TextField(db_collation="C")
     channel: models.TextField[str, str] = models.TextField(db_collation="C")
+    id: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
+    present: models.BooleanField[bool, bool] = models.BooleanField(default=True)
     expires_at = EndField()
     capacity: models.IntegerField[int | None, int | None] = models.IntegerField(null=True)
-    put_back: models.BooleanField[bool, bool] = models.BooleanField(default=False)
-    joined: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
 
     class Meta:
         db_table = "pg_layer_membership"
 
     def __str__(self) -> str:
-        return f"{self.channel} in {self.group_name}"
+        return f"{self.channel} {'in' if self.present else 'not in'} {self.group_name}"
 
 
 class Group(models.Model):
-    """A group that has live members: a view, so that nothing can be written."""
+    """A group that has members: a view, so that nothing can be written."""
 
     key: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     prefix: models.TextField[str, str] = models.TextField(db_collation="C")
     group_name: models.TextField[str, str] = models.TextField(db_collation="C")
     members: models.BigIntegerField[int, int] = models.BigIntegerField()
-    inboxes: models.BigIntegerField[int, int] = models.BigIntegerField()
+    addresses: models.BigIntegerField[int, int] = models.BigIntegerField()
 
     class Meta:
         db_table = "pg_layer_group"
@@ -87,34 +87,50 @@ class Group(models.Model):
 
 
 class Client(models.Model):
-    """The lease of one process that uses the layer."""
+    """A client and its lease. A process that receives has one."""
 
-    inbox: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
+    address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     host: models.TextField[str, str] = models.TextField(default="")
     pid: models.IntegerField[int, int] = models.IntegerField(default=0)
     started_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
     expires_at = EndField()
+    lease: models.FloatField[float, float] = models.FloatField()
     fence: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
     ended_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    swept_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
     counters: models.JSONField[dict[str, int], dict[str, int]] = models.JSONField(default=dict)
-
-    UNKNOWN = models.Q(host="", pid=0)
 
     class Meta:
         db_table = "pg_layer_client"
 
     def __str__(self) -> str:
-        who = "unknown process" if self.is_unknown else f"{self.host}, process {self.pid}"
-        return f"{self.inbox} ({who})"
+        process = "unknown process" if self.is_unknown else f"{self.host}, process {self.pid}"
+        return f"{self.address} ({process})"
 
     @property
     def is_unknown(self) -> bool:
-        """Whether it has not told who it is: a channel of its has joined a group, and no more is known."""
+        """Whether host and process are unknown: the client closed without having had a lease."""
         return self.host == "" and self.pid == 0
 
 
+class LeaseClock(models.Model):
+    """Since when leases of a prefix have been renewed without a gap."""
+
+    prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
+    boot: models.BigIntegerField[int, int] = models.BigIntegerField()
+    lease: models.FloatField[float, float] = models.FloatField()
+    renewed_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    steady_since: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+
+    class Meta:
+        db_table = "pg_layer_lease_clock"
+
+    def __str__(self) -> str:
+        return f"{self.prefix}, renewed at {self.renewed_at}"
+
+
 class LastSweep(models.Model):
-    """When the inboxes of a prefix were last swept, to the end."""
+    """When the last sweep of a prefix ended."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     swept_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()

@@ -42,16 +42,16 @@ class Many(NamedTuple):
     ops: Sequence[Send] | Sequence[GroupSend]
 
 
-class Regroup(NamedTuple):
-    """A channel that joins a group or leaves it; with an id, leaves it unless it has joined after that."""
+class Change(NamedTuple):
+    """A channel that is added to a group, or discarded. ``capacity``: of the channel."""
 
     group: str
     channel: str
-    joins: bool
-    unless_since: int | None = None
+    added: bool
+    capacity: int
 
 
-Op = Send | GroupSend | Many | Regroup
+Op = Send | GroupSend | Many | Change
 
 
 class Drafts:
@@ -118,11 +118,11 @@ class Drafts:
             raise _of_item(len(sends), error) from error
         return _many(sends)
 
-    def regroup(self, group: str, channel: str, *, joins: bool) -> Regroup:
-        """A channel that joins a group or leaves it."""
+    def change(self, group: str, channel: str, *, added: bool) -> Change:
+        """A channel that is added to a group, or discarded."""
         self._check_group(group)
         self._check_channel(channel)
-        return Regroup(group, channel, joins)
+        return Change(group, channel, added, self._config.capacity_of(channel))
 
     def group(self, group: str) -> str:
         """A group's name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from pg_layer.client import Client
+from pg_layer._state.client import Client
 from pg_layer.faults import AWAY, was_refused, words_of
 
 logger = logging.getLogger("pg_layer")
@@ -26,7 +26,7 @@ class Outage:
             return
         self.why, self.since = words_of(error).removeprefix(AWAY), time.monotonic()
         logger.warning("%s: %s", self._what(error), self.why)
-        self._client.announce(self._client.config.on_disconnect)
+        self._client.announce_locally(self._client.config.on_disconnect)
 
     def _what(self, error: Exception) -> str:
         self._was_there = self._client.renewed_at > 0
@@ -45,4 +45,4 @@ class Outage:
             time.monotonic() - self.since,
             caught_up,
         )
-        self._client.announce(self._client.config.on_reconnect)
+        self._client.announce_locally(self._client.config.on_reconnect)

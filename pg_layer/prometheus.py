@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 from channels.layers import BaseChannelLayer, channel_layers
 from django.core.exceptions import ImproperlyConfigured
 
+from pg_layer._state.counters import Stats
 from pg_layer.checks import is_ours
 from pg_layer.layer import PostgresChannelLayer
-from pg_layer.stats import Stats
 
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -59,43 +59,54 @@ _COUNTERS = (
     _plain("pg_layer_batches", "Statements that carried sent and refused messages.", "batches"),
     _plain(
         "pg_layer_messages_received",
-        "Messages that came to this process; a group's once for all its members.",
+        "Messages that came to this process; a group message once for all its members.",
         "received",
     ),
     _plain("pg_layer_messages_delivered", "Messages that receive() returned.", "delivered"),
     _Spec(
         "pg_layer_messages_dropped",
-        "Messages that nobody received, by the reason.",
+        "Messages that were dropped before they were received, by the reason.",
         {"full": "dropped_full", "expired": "dropped_expired", "undecodable": "dropped_undecodable"},
         "reason",
     ),
-    _plain("pg_layer_shortcuts", "Messages that came inside their doorbell.", "shortcuts"),
-    _plain("pg_layer_drains", "Reads of the inbox.", "drains"),
-    _plain("pg_layer_reconnects", "Times the listening connection was lost and made anew.", "reconnects"),
     _plain(
-        "pg_layer_notifies_refused",
-        "Statements for which the server refused NOTIFY, and that were run again without.",
-        "refused_notifies",
+        "pg_layer_inline_messages",
+        "Messages delivered inside the notification, without a read.",
+        "inline_messages",
+    ),
+    _plain("pg_layer_reads", "Statements that read announced messages.", "reads"),
+    _plain("pg_layer_reconnects", "Times the listening connection was lost and made again.", "reconnects"),
+    _plain(
+        "pg_layer_gaps",
+        "Times this process was silent for longer than its lease, so that messages may have been missed.",
+        "gaps",
     ),
     _plain(
-        "pg_layer_notifies_foreign",
-        "Notifications on a doorbell that were none of the layer's.",
-        "foreign_notifies",
+        "pg_layer_notifications_refused",
+        "Statements for which the server refused NOTIFY, and that were repeated without.",
+        "refused_notifications",
+    ),
+    _plain(
+        "pg_layer_notifications_foreign",
+        "Notifications on the layer's NOTIFY channels that it did not send.",
+        "foreign_notifications",
     ),
 )
 _GAUGES = (
-    _plain("pg_layer_mailboxes", "Channels of which this process keeps a mailbox.", "mailboxes"),
+    _plain("pg_layer_channels", "Channels for which this process has a queue.", "channels"),
+    _plain("pg_layer_queued_messages", "Messages in those queues, not yet received.", "queued_messages"),
+    _plain("pg_layer_announced", "Announcements that are not dispatched yet.", "announced"),
     _plain(
-        "pg_layer_mailbox_messages",
-        "Messages in them that nobody has received yet.",
-        "mailbox_messages",
-    ),
-    _plain(
-        "pg_layer_lane_operations",
-        "Sends, joinings and leavings that wait for the statement in flight.",
-        "lane_operations",
+        "pg_layer_pending_operations",
+        "Sends and membership changes that wait for the statement in flight.",
+        "pending_operations",
     ),
     _plain("pg_layer_memberships", "Memberships of this process's channels.", "memberships"),
+    _plain(
+        "pg_layer_remembered_keys",
+        "Keys of messages that are remembered, so that none is delivered twice.",
+        "remembered_keys",
+    ),
     _plain(
         "pg_layer_lease_age_seconds",
         "Time since the lease was renewed; absent without a lease.",

@@ -92,10 +92,10 @@ class Room:
         self._floors = FloorBook()
         self._credits = Credits()
 
-    def floor_of(self, inbox: str, channel: str) -> int | None:
+    def low_id(self, address: str, channel: str) -> int | None:
         """Where the next message to a channel counts from; None: it may go without a look."""
         with self._lock:
-            return None if self._credits.spend((channel,)) else self._floors.of(inbox)
+            return None if self._credits.spend((channel,)) else self._floors.of(address)
 
     def floors(self, channels: Sequence[str]) -> Floors | None:
         """The same for many messages, one for each of these channels."""

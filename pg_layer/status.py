@@ -14,18 +14,16 @@ DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full
 
 @dataclass(frozen=True)
 class ClientStatus:
-    """A process that uses the layer and has not taken leave.
+    """A client that has neither closed nor been swept.
 
-    ``host`` and ``pid``: None, as long as it has not told them.
-    ``lease_age``: since its lease was renewed, if it has the lease of this configuration. ``lease_left``:
-    until its lease runs out; negative, once it is overdue. Both None, if it never runs out, which is not
-    the layer's doing. ``connections``: None, if they are not told apart,
-    having an `application_name` of the user's.
+    ``lease_age``: since its lease was renewed. ``lease_left``: until its lease expires; negative if it is
+    overdue. Both None if it never expires, which is not the layer's doing. ``connections``: None if they
+    cannot be told apart, because their `application_name` is the user's.
     """
 
     id: str
-    host: str | None
-    pid: int | None
+    host: str
+    pid: int
     lease_age: float | None
     lease_left: float | None
     connections: int | None
@@ -33,11 +31,11 @@ class ClientStatus:
 
 @dataclass(frozen=True)
 class GroupStatus:
-    """A group: how many live members, and in how many inboxes (of processes, and of normal channels)."""
+    """A group: how many members, and at how many addresses (clients and normal channels)."""
 
     name: str
     members: int
-    inboxes: int
+    addresses: int
 
 
 @dataclass(frozen=True)

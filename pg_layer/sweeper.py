@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Callable
 
 import psycopg
 
-from pg_layer import store
+from pg_layer._db.queries import maintenance
+from pg_layer._db.queries.maintenance import Swept
 from pg_layer.config import Config
 from pg_layer.connections import connection_kwargs
 from pg_layer.exceptions import PgLayerError
 from pg_layer.faults import translated
-from pg_layer.store import Swept
+
+FULL_PASS = 3600.0  # seconds between two passes that begin with the oldest message
 
 
 class Sweeper:
-    """Removes what expired, in batches, until told to stop.
+    """Removes what expired, in parts, until it is stopped.
 
-    Several may run at once. ``report`` is given what each round removed, ``complain`` why a round could not
-    be made; a database that is away is tried again in the next round.
+    Several may run at once. A round goes on where the last one ended among the messages; the first one, and
+    one each hour, begins with the oldest: a message that was written with an end in the past, as in a
+    transaction that was open for long, is not seen otherwise.
+
+    ``report`` is called with what each round removed, ``complain`` with the error that ended a round. After
+    an error the next round connects again.
     """
 
     def __init__(
@@ -36,12 +43,14 @@ class Sweeper:
         self._complain = complain
         self._conn: psycopg.Connection[tuple[object, ...]] | None = None
         self._is_stopped = False
+        self._after = maintenance.START
+        self._full_pass_at = time.monotonic()  # when the next one begins
         # Not an Event: its lock may be held by the very thread that a signal interrupts.
         self._bell, self.ringer = socket.socketpair()  # what is written into the ringer ends a wait
         self.ringer.setblocking(False)
 
     def stop(self) -> None:
-        """End after the batch that runs. May be called from a signal handler."""
+        """End after the part that runs. May be called from a signal handler."""
         self._is_stopped = True
         try:
             self.ringer.send(b".")
@@ -63,17 +72,17 @@ class Sweeper:
             self.close()
 
     def run_once(self) -> Swept:
-        """Sweep all there is; raises `LayerUnavailable` and `NotMigrated`."""
+        """Sweep once, to the end. Raises `LayerUnavailable` and `NotMigrated`."""
         try:
             return self._sweep()
         finally:
             self.close()
 
     def look(self) -> Swept:
-        """What sweeping would remove."""
+        """Return what sweeping would remove."""
         try:
             with translated(self._config):
-                return store.sweepable(self._connection(), self._config.prefix)
+                return maintenance.sweepable(self._connection(), self._config.prefix)
         finally:
             self.close()
 
@@ -92,11 +101,16 @@ class Sweeper:
         return self
 
     def _sweep(self) -> Swept:
-        total, place = Swept(0, 0, 0), store.START
+        total = Swept(0, 0, 0)
         with translated(self._config):
             conn = self._connection()
+            if time.monotonic() >= self._full_pass_at:
+                self._after = maintenance.START
+                self._full_pass_at = time.monotonic() + FULL_PASS
             while not self._is_stopped:
-                swept, place = store.sweep_now(conn, self._config.prefix, self._batch_size, place, self._bell)
+                swept, self._after = maintenance.sweep_now(
+                    conn, self._config.prefix, self._batch_size, self._after, self._bell
+                )
                 total = Swept(*map(sum, zip(total, swept, strict=True)))
                 if max(swept) < self._batch_size:
                     break

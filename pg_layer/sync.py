@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
@@ -17,42 +18,59 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg import errors
 
-from pg_layer import roster, sql, store
+from pg_layer._db.queries import groups as group_queries
+from pg_layer._db.queries import send as queries
+from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._send.sender import channel_full, count_group_sent, count_sent
+from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer.aliases import alias_of, not_migrated
-from pg_layer.client import inbox_of
 from pg_layer.config import Config
 from pg_layer.django_session import DjangoSession
+from pg_layer.exceptions import PgLayerError
 from pg_layer.faults import REFUSALS, UNDEFINED, is_hopeless, judge, unavailable
-from pg_layer.ops import Drafts, GroupSend, Regroup, Send
-from pg_layer.room import Floors, Room
-from pg_layer.sender import channel_full
+from pg_layer.ops import Change, Drafts, GroupSend, Send
+from pg_layer.room import Room
 
 if TYPE_CHECKING:
-    from pg_layer.homes import Homes
+    from pg_layer._runtime.loops import Loops
 
 T = TypeVar("T")
 
+logger = logging.getLogger("pg_layer")
+
 RETRY = 0.1  # seconds before the next attempt
-CAREFUL = 600.0  # seconds for which a transaction is protected after the server has refused NOTIFY
-Work = Callable[["DjangoSession"], Coroutine[Any, Any, T]]
+CAREFUL = 600.0  # seconds for which transactions do not notify after the server has refused NOTIFY
+Work = Callable[[DjangoSession], Coroutine[Any, Any, T]]
+
+
+class Write(Protocol[T]):
+    """A statement that writes, and returns rows to announce if it is quiet."""
+
+    async def __call__(
+        self, session: DjangoSession, *, own: bool, quiet: bool
+    ) -> tuple[T, list[Unannounced]]:
+        """Run it."""
+        ...
 
 
 class Sync:
     """`send` and the like as plain functions, without an event loop.
 
     They run on Django's connection of this thread: to the layer's alias, to the one that leads to the
-    database of its ``dsn``, or to ``using``. Inside `transaction.atomic` a message leaves when the outermost
+    database of its ``dsn``, or to ``using``. Inside `transaction.atomic` a message is sent when the outermost
     block commits, and never if that, or the savepoint it was sent in, is rolled back; outside at once.
+    It is announced after the commit, in a statement of its own: a transaction that notifies would make all
+    others of the server wait for its commit.
 
     Raises what the asynchronous calls raise, `ImproperlyConfigured` if no alias leads to the database, and
     `SynchronousOnlyOperation` on the thread of a running event loop. Inside a transaction the database's own
     errors are Django's, as everywhere in it: they concern the transaction.
     """
 
-    def __init__(self, config: Config, drafts: Drafts, homes: Homes) -> None:
+    def __init__(self, config: Config, drafts: Drafts, loops: Loops) -> None:
         self._config = config
         self._drafts = drafts
-        self._homes = homes
+        self._loops = loops
         self._alias: str | None = None
         self._refusals = 0  # of NOTIFY, that were seen
         self._careful_until = 0.0
@@ -114,62 +132,37 @@ class Sync:
 
     def group_add(self, group: str, channel: str, *, using: str | None = None) -> None:
         """As `PostgresChannelLayer.group_add`; inside a transaction it holds from the commit on."""
-        self._regroup(using, self._drafts.regroup(group, channel, joins=True))
+        self._change(using, self._drafts.change(group, channel, added=True))
 
     def group_discard(self, group: str, channel: str, *, using: str | None = None) -> None:
         """As `PostgresChannelLayer.group_discard`; inside a transaction it holds from the commit on."""
-        self._regroup(using, self._drafts.regroup(group, channel, joins=False))
+        self._change(using, self._drafts.change(group, channel, added=False))
 
     def group_channels(self, group: str, *, using: str | None = None) -> list[str]:
         """As `PostgresChannelLayer.group_channels`."""
         prefix, name = self._config.prefix, self._drafts.group(group)
         return self._run(
-            using, lambda session: roster.group_channels(session, prefix, name), is_idempotent=True
+            using, lambda session: group_queries.group_channels(session, prefix, name), is_idempotent=True
         )
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
         """As `PostgresChannelLayer.group_count`."""
-        work = partial(roster.group_count, prefix=self._config.prefix, group=self._drafts.group(group))
+        work = partial(group_queries.group_count, prefix=self._config.prefix, group=self._drafts.group(group))
         return self._run(using, work, is_idempotent=True)
 
-    # ------------------------------------------------------------------ how they are done
+    # ------------------------------------------------------------------ writing
 
     def _send(self, using: str | None, sends: Any) -> list[bool]:
-        prefix = self._config.prefix
-        channels, payloads, expiries, capacities = zip(*sends, strict=True)
-        first: Send = sends[0]
-
-        async def send_one(session: DjangoSession) -> set[int]:
+        async def write(
+            session: DjangoSession, *, own: bool, quiet: bool
+        ) -> tuple[Sent, list[Unannounced]]:
             # Not before it is connected: it may lead to another server than before.
-            room, inbox = self._room_of(session), inbox_of(prefix, first.channel)
-            floor = room.floor_of(inbox, first.channel)
-            is_full, look = await store.send_one(session, prefix, *first, floor)
-            if floor is not None and look is not None:
-                room.learn(
-                    channels,
-                    capacities,
-                    Floors((inbox,), (floor,)),
-                    look.waiting,
-                    Floors((inbox,), (look.floor,)),
-                )
-            return {0} if is_full else set()
-
-        async def send_batch(session: DjangoSession) -> set[int]:
             room = self._room_of(session)
-            floors = room.floors(channels)
-            full, looks = await store.send_batch(
-                session, prefix, channels, payloads, expiries, capacities, floors
-            )
-            if floors is not None and looks is not None:
-                room.learn(channels, capacities, floors, looks.waiting, looks.floors)
-            return full
+            return await write_sends(session, self._config.prefix, sends, room, own=own, quiet=quiet)
 
-        full = self._run(using, send_one if len(sends) == 1 else send_batch)
-        counters = self._homes.client.counters
-        counters.add("batches")
-        counters.add("sent", len(sends) - len(full))
-        counters.add("refused_full", len(full))
-        return [index not in full for index in range(len(sends))]
+        sent = self._write(using, write)
+        count_sent(self._loops.client, len(sends), sent)
+        return [index not in sent.full for index in range(len(sends))]
 
     def _room_of(self, session: DjangoSession) -> Room:
         """What is known of the room on the server that the session leads to."""
@@ -180,53 +173,111 @@ class Sync:
         return known[1]
 
     def _group_send(self, using: str | None, sends: Any) -> list[bool]:
-        prefix = self._config.prefix
-        if len(sends) == 1:
-            send: GroupSend = sends[0]
-            missed = self._run(using, lambda session: store.group_send_one(session, prefix, *send))
-        else:
-            groups, payloads, expiries, excluded = zip(*sends, strict=True)
-            missed = self._run(
-                using,
-                lambda session: store.group_send_batch(session, prefix, groups, payloads, expiries, excluded),
-            )
-        client = self._homes.client
-        client.counters.add("batches")
-        client.counters.add("group_sent", len(sends))
-        for index, channel in missed:
-            client.count_dropped(sends[index].group, channel)
-        refused = {index for index, _ in missed}
-        return [index not in refused for index in range(len(sends))]
+        async def write(
+            session: DjangoSession, *, own: bool, quiet: bool
+        ) -> tuple[GroupSent, list[Unannounced]]:
+            return await write_group_sends(session, self._config.prefix, sends, own=own, quiet=quiet)
 
-    def _regroup(self, using: str | None, op: Regroup) -> None:
+        sent = self._write(using, write)
+        count_group_sent(self._loops.client, sends, sent)
+        missed = {index for index, _ in sent.missed}
+        return [index not in missed for index in range(len(sends))]
+
+    def _change(self, using: str | None, change: Change) -> None:
         config = self._config
-        pair = (op.group, op.channel)
-        self._run(
-            using,
-            lambda session: roster.regroup(
-                session,
-                config.prefix,
-                None,  # this process, too, learns of it by its inbox, and only if it is committed
-                config.lease,
-                config.group_expiry,
-                [pair] if op.joins else [],
-                [config.capacity_of(op.channel)] if op.joins else [],
-                [] if op.joins else [pair],
-            ),
-            is_idempotent=True,
+
+        async def write(
+            session: DjangoSession, *, own: bool, quiet: bool
+        ) -> tuple[None, list[Unannounced]]:
+            # Owners in this process, too, apply it only if it is committed.
+            return None, await write_changes(
+                session, config.prefix, config.group_expiry, [change], own=own, quiet=quiet
+            )
+
+        self._write(using, write, is_idempotent=True)
+        if change.added:
+            self._loops.joined(change.channel)
+
+    def _write(self, using: str | None, write: Write[T], *, is_idempotent: bool = False) -> T:
+        """Write, and announce it: now, or after the commit."""
+        session = DjangoSession(self._connection(using))
+        announcer = self._loops.announcer
+        if not session.is_in_transaction and announcer:
+            self._announce(session)
+        is_quiet = bool(announcer)
+
+        async def work(session: DjangoSession, *, quiet: bool = False) -> tuple[T, list[Unannounced]]:
+            return await write(session, own=True, quiet=quiet or is_quiet)
+
+        async def work_in_transaction(session: DjangoSession) -> tuple[T, list[Unannounced]]:
+            quiet = session.is_atomic or self._is_careful
+            return await write(session, own=False, quiet=quiet)
+
+        result, rows = self._run_on(
+            session, work, work_in_transaction, is_idempotent, partial(work, quiet=True)
         )
-        if op.joins:
-            self._homes.joined(op.channel)
+        session.hand_on_notifies()
+        if rows and session.is_atomic:
+            self._announce_after_commit(session, rows)
+        elif rows and not session.is_in_transaction:
+            announcer.add(rows)
+        return result
+
+    # ------------------------------------------------------------------ announcing
+
+    def _announce_after_commit(self, session: DjangoSession, rows: list[Unannounced]) -> None:
+        connection = session.connection
+        pending = _pending.setdefault(connection, [])
+        if pending and pending[0].xid != rows[0].xid:  # of a transaction that was rolled back
+            pending.clear()
+        pending.extend(rows)
+        transaction.on_commit(partial(self._committed, connection), using=connection.alias)
+
+    def _committed(self, connection: BaseDatabaseWrapper) -> None:
+        """Announce all that the transaction wrote. Rows that a savepoint has undone are left out."""
+        if connection.in_atomic_block:  # a test runs the callbacks; nothing is committed
+            return
+        rows = _pending.pop(connection, [])
+        if not rows:
+            return
+        self._loops.announcer.add(rows)
+        # What fails is announced by what this process writes next, or found by receivers.
+        self._announce(DjangoSession(connection))
+
+    def _announce(self, session: DjangoSession) -> None:
+        """Announce what was written quietly, on this connection and outside of transactions."""
+        announcer = self._loops.announcer
+        while rows := announcer.first():
+
+            async def work(session: DjangoSession, rows: Any = rows) -> None:
+                await queries.announce(session, rows)
+
+            try:
+                self._run_on(session, work, work, is_idempotent=True)
+            except (PgLayerError, DjangoError) as error:
+                logger.info("Could not announce %d messages yet: %s", len(rows), error)
+                self._loops.announce_soon()
+                return
+            announcer.announced(rows)
+
+    # ------------------------------------------------------------------ running
 
     def _run(self, using: str | None, work: Work[T], *, is_idempotent: bool = False) -> T:
         session = DjangoSession(self._connection(using))
-        result = self._run_on(session, work, is_idempotent)
+        result = self._run_on(session, work, work, is_idempotent)
         session.hand_on_notifies()
         return result
 
-    def _run_on(self, session: DjangoSession, work: Work[T], is_idempotent: bool) -> T:
+    def _run_on(
+        self,
+        session: DjangoSession,
+        work: Work[T],
+        work_in_transaction: Work[T],
+        is_idempotent: bool,
+        quietly: Work[T] | None = None,
+    ) -> T:
+        """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
         deadline = time.monotonic() + self._config.send_timeout
-        is_silent = False
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
             try:
@@ -246,17 +297,14 @@ class Sync:
             if time.monotonic() >= deadline:  # nothing was sent: that is better known than cut short
                 raise unavailable(TimeoutError("connecting took all the time there was"))
             try:
-                if not is_silent:
-                    return _finish(work(session))
-                with transaction.atomic(using=session.alias):
-                    return _finish(store.without_ringing(session, work))
+                return _finish(work(session))
             except DjangoError as error:
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                if cause.sqlstate in REFUSALS and not is_silent:
+                if cause.sqlstate in REFUSALS and quietly is not None:
                     self._refused(cause)
-                    is_silent = True
+                    work, quietly = quietly, None
                     continue
                 is_late = time.monotonic() + RETRY >= deadline
                 judge(cause, is_idempotent, is_late, self._config, session.alias)
@@ -264,29 +312,33 @@ class Sync:
                     continue  # it will not be asked for again
             time.sleep(RETRY)
         session.deadline = None
-        return self._run_in_transaction(session, work)
+        return self._run_in_transaction(session, work_in_transaction)
 
     def _run_in_transaction(self, session: DjangoSession, work: Work[T]) -> T:
-        refusals = self._homes.client.counters["refused_notifies"]  # also those that asynchronous calls met
+        refusals = self._loops.client.counters["refused_notifications"]  # of asynchronous calls, too
         if refusals != self._refusals:
             self._refusals = refusals
             self._careful_until = time.monotonic() + CAREFUL
         try:
-            if time.monotonic() >= self._careful_until:
-                return _finish(work(session))
-            return _finish(_carefully(session, work))
+            return _finish(work(session))
         except DjangoError as error:
             cause = error.__cause__
             if isinstance(cause, UNDEFINED):
                 raise not_migrated(self._config, session.alias) from error
-            if _is_refusal(error):
+            if isinstance(cause, psycopg.Error) and cause.sqlstate in REFUSALS:
                 self._refused(cause)
             raise
 
-    def _refused(self, error: Any) -> None:
+    @property
+    def _is_careful(self) -> bool:
+        """Whether a transaction that notifies could fail, because the server has refused NOTIFY lately."""
+        return time.monotonic() < self._careful_until
+
+    def _refused(self, error: psycopg.Error) -> None:
         """The server refused NOTIFY."""
-        self._homes.client.counters.add("refused_notifies")
-        self._homes.client.unheard(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+        client = self._loops.client
+        client.counters.add("refused_notifications")
+        client.silent(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
         alias = self._alias if using is None else using
@@ -305,27 +357,6 @@ class Sync:
         return connection
 
 
-async def _carefully(session: DjangoSession, work: Work[T]) -> T:
-    """Within somebody's transaction, which is not to fail should the server refuse NOTIFY."""
-    if session.is_pipelining:  # a refusal would end the pipeline, savepoint or not: nothing is tried
-        return await store.without_ringing(session, work)
-    await session.execute(sql.SAVEPOINT)
-    try:
-        result = await work(session)
-    except DjangoError as error:
-        if not _is_refusal(error):
-            raise
-        await session.execute(sql.ROLLBACK_TO_SAVEPOINT)
-        return await store.without_ringing(session, work)
-    await session.execute(sql.RELEASE_SAVEPOINT)
-    return result
-
-
-def _is_refusal(error: DjangoError) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, psycopg.Error) and cause.sqlstate in REFUSALS
-
-
 def _finish(work: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that awaits nothing."""
     try:
@@ -338,6 +369,8 @@ def _finish(work: Coroutine[Any, Any, T]) -> T:
 
 
 _all: WeakSet[Sync] = WeakSet()
+# What the open transaction of a connection of Django's wrote, to be announced after the commit.
+_pending: WeakKeyDictionary[BaseDatabaseWrapper, list[Unannounced]] = WeakKeyDictionary()
 
 
 def _after_fork_in_child() -> None:

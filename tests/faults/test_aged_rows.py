@@ -13,6 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
+from tests.integration.test_sweeper import steady
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 from tests.project.commands import manage, succeeded
 
@@ -20,40 +21,40 @@ MESSAGES, MEMBERSHIPS, CLIENTS = 100_000, 5_000, 2_000
 
 # Whoever waited longer than this for a lock would fail: the sweep may hold none that traffic needs.
 LOCKS = "-c lock_timeout=1s -c deadlock_timeout=100ms"
-OPTIONS: dict[str, object] = {"capacity": 100_000, "sweep_interval": 0}
+OPTIONS: dict[str, object] = {"capacity": 100_000, "sweep_interval": 0, "expiry": 600}
 
 
-def age(observer: Observer, inbox: str) -> None:
-    """What a day without a sweeper leaves: in inboxes of the dead, of the living, and of normal channels."""
+def age(observer: Observer, address: str) -> None:
+    """What a day without a sweeper leaves: of clients that are gone, of a living one, and of groups."""
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
     observer.execute(
-        "INSERT INTO pg_layer_client (inbox, expires_at)"
-        f" SELECT 'asgi!dead' || n, clock_timestamp() FROM generate_series(1, {CLIENTS}) AS n".encode()
+        "INSERT INTO pg_layer_client (address, expires_at, lease, ended_at)"
+        " SELECT 'asgi!' || name || n, clock_timestamp() - interval '25 hours', 60,"
+        " CASE name WHEN 'closed' THEN clock_timestamp() - interval '25 hours' END"
+        f" FROM unnest(ARRAY['dead', 'closed']) AS name, generate_series(1, {CLIENTS}) AS n".encode()
     )
     observer.execute(
-        "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
-        " SELECT CASE n %% 4 WHEN 0 THEN 'asgi!dead' || n / 4 %% %s + 1 WHEN 1 THEN 'asgi!:jobs' ELSE %s END,"
-        " n, CASE n %% 4 WHEN 1 THEN 'jobs' ELSE 'old.!1' END, '\\x80', clock_timestamp()"
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
+        " SELECT CASE n %% 4 WHEN 0 THEN 'asgi!dead' || n / 4 %% %s + 1 WHEN 1 THEN 'asgi!:jobs'"
+        "  WHEN 2 THEN 'asgi!@room' ELSE %s END,"
+        " pg_current_xact_id(), pg_layer_current_boot(),"
+        " CASE n %% 4 WHEN 0 THEN 'old.!1' WHEN 1 THEN 'jobs' WHEN 3 THEN 'old.!1' END, '\\x80',"
+        " clock_timestamp() + CASE n %% 4 WHEN 0 THEN interval '1 hour' ELSE interval '-1 day' END"
         " FROM generate_series(1, %s) AS n",
-        (CLIENTS, inbox, MESSAGES),
+        (CLIENTS, address, MESSAGES),
     )
+    # Rows of owners that are dead; claims about channels of the living one, and about normal channels.
     observer.execute(
-        "INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at)"
+        "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
         " SELECT CASE n %% 2 WHEN 0 THEN 'room' ELSE 'room' || n END,"
-        "  CASE n %% 3 WHEN 0 THEN %s ELSE 'asgi!dead' || n %% %s + 1 END,"
-        "  'old.dead!' || n, CASE n %% 3 WHEN 1 THEN 'infinity' ELSE clock_timestamp() END"
+        "  CASE n %% 3 WHEN 0 THEN %s WHEN 1 THEN 'asgi!:old.jobs' || n ELSE 'asgi!dead' || n %% %s + 1 END,"
+        "  CASE n %% 3 WHEN 1 THEN 'old.jobs' ELSE 'old.dead!' END || n,"
+        "  CASE n %% 3 WHEN 2 THEN 0 ELSE n END,"
+        "  CASE n %% 3 WHEN 2 THEN 'infinity' ELSE clock_timestamp() - interval '1 day' END"
         " FROM generate_series(1, %s) AS n",
-        (inbox, CLIENTS, MEMBERSHIPS),
+        (address, CLIENTS, MEMBERSHIPS),
     )
-    # The living's own rows are not a day old.
-    dead = "inbox LIKE 'asgi!dead%' OR channel LIKE 'old.%' OR channel = 'jobs'"
-    for table in ("message", "membership"):
-        observer.execute(
-            f"UPDATE pg_layer_{table} SET expires_at = expires_at - interval '1 day' WHERE {dead}".encode()
-        )
-    observer.execute(
-        "UPDATE pg_layer_client SET expires_at = expires_at - interval '1 day' WHERE inbox LIKE 'asgi!dead%'"
-    )
+    steady(observer)
 
 
 async def member(link: Link, dsn: str) -> tuple[list[object], list[object]]:
@@ -139,8 +140,8 @@ async def test_a_day_without_a_sweeper_is_caught_up_with_under_traffic(
     layer = make_layer(dsn=impatient, **OPTIONS)
     reader = processes.start(member, impatient)
     channel = await reader.hear()
-    [(inbox,)] = observer.execute("SELECT pg_layer_inbox('asgi', %s)", (channel,)).fetchall()
-    age(observer, inbox)
+    [(address,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (channel,)).fetchall()
+    age(observer, address)
     traffic = Traffic(layer, await layer.new_channel())
     with psycopg.connect(migrated_dsn) as holder:
         if old_snapshot:
@@ -162,8 +163,9 @@ async def test_a_day_without_a_sweeper_is_caught_up_with_under_traffic(
     removed = succeeded(command).split()
     assert (int(removed[1]), int(removed[3]), int(removed[5])) == (MESSAGES, MEMBERSHIPS, CLIENTS)
     assert observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (0, 0, 0)
-    # Nothing is left that would have messages written for the dead.
     assert observer.execute("SELECT FROM pg_layer_membership WHERE channel LIKE 'old.%'").fetchall() == []
+    dead = b"SELECT count(swept_at), count(*) FROM pg_layer_client WHERE address LIKE 'asgi!dead%'"
+    assert observer.execute(dead).fetchone() == (CLIENTS, CLIENTS)
 
 
 async def test_nothing_of_it_is_delivered_before_the_sweeper_comes(
@@ -172,15 +174,18 @@ async def test_nothing_of_it_is_delivered_before_the_sweeper_comes(
     layer = make_layer(**OPTIONS)
     reader = processes.start(member, migrated_dsn)
     channel = await reader.hear()
-    [(inbox,)] = observer.execute("SELECT pg_layer_inbox('asgi', %s)", (channel,)).fetchall()
-    age(observer, inbox)
+    [(address,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (channel,)).fetchall()
+    age(observer, address)
     # Announced as if they were new: the readers look at all of them.
-    for name in (channel, "jobs"):
-        observer.execute(
-            "SELECT pg_layer_ring(inbox, min(nonce), min(id), max(id)) FROM pg_layer_message"
-            " WHERE inbox = pg_layer_inbox('asgi', %s) GROUP BY inbox",
-            (name,),
-        )
+    observer.execute(
+        "SELECT pg_notify(pg_layer_notification_channel(address), CASE address"
+        " WHEN 'asgi!:jobs' THEN 'J ' || min(id)"
+        " ELSE concat_ws(' ', 'R', boot, xid, CASE address WHEN 'asgi!@room' THEN '@room' ELSE '.' END,"
+        "  min(id), max(id)) END)"
+        " FROM pg_layer_message WHERE address IN ('asgi!:jobs', 'asgi!@room', %s)"
+        " GROUP BY address, boot, xid",
+        (address,),
+    )
     traffic = Traffic(layer, await layer.new_channel())
     for _ in range(100):
         await traffic.one()
@@ -197,8 +202,9 @@ def test_each_batch_goes_on_where_the_last_one_ended(migrated_dsn: str, observer
         """How many pages a sweep of so many in small batches looks at."""
         observer.execute("TRUNCATE pg_layer_message")
         observer.execute(
-            "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
-            " SELECT 'asgi!:jobs', n, 'jobs', '\\x80', clock_timestamp() FROM generate_series(1, %s) AS n",
+            "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
+            " SELECT 'asgi!:jobs', pg_current_xact_id(), 0, 'jobs', '\\x80', clock_timestamp()"
+            " FROM generate_series(1, %s) AS n",
             (messages,),
         )
         with psycopg.connect(migrated_dsn) as holder:

@@ -118,24 +118,49 @@ async def flowing(layer: PostgresChannelLayer, alone: str) -> AsyncIterator[Traf
 
 # ---------------------------------------------------------------------- rows
 
-ROWS = {
-    "rubbish": "('message', {channel}, NULL, '\\x00ff00ff')",
-    "rubbish for the group": "('message', NULL, 'room', sha256('rubbish'))",
-    "empty": "('message', {channel}, NULL, '')",
-    "unknown kind": "('something new', {channel}, 'room', '\\x80')",
-    "unknown kind of nothing": "('', NULL, NULL, '')",
-    "message for nobody": "('message', NULL, NULL, '\\x80')",
-    "join of nobody": "('join', NULL, NULL, '')",
-    "join without a group": "('join', {channel}, NULL, '')",
-    "leave without a channel": "('leave', NULL, 'room', '')",
-    "join of somebody else's": "('join', 'specific.0123456789abcdef!1', 'room', '')",
-    "leave of a stranger": "('leave', 'specific.0123456789abcdef!1', 'room', '')",
-    "join of a normal channel": "('join', 'jobs', 'room', '')",
-    "strange name": "('message', E'no name\\n!!/', NULL, '\\x80')",
-    "strange name of a normal channel": "('message', '', NULL, '\\x80')",
-    "somebody else's channel": "('message', 'specific.0123456789abcdef!1', NULL, '\\x80')",
-    "with a group and a channel": "('message', {channel}, 'room', '\\xc1')",
+ELSEWHERE = "specific.0123456789abcdef!1"
+OWN = "a channel of the reader's"
+CONTROL = b'{"group": "room", "claim": 1, "snapshot": "1:1:", "expires_at": null}'
+# Kind, channel and payload of rows at the reader's address.
+ROWS: dict[str, tuple[str, str | None, bytes]] = {
+    "rubbish": ("message", OWN, b"\x00\xff\x00\xff"),
+    "empty": ("message", OWN, b""),
+    "unknown kind": ("something new", OWN, b"\x80"),
+    "unknown kind of nothing": ("", None, b""),
+    "message for no channel": ("message", None, b"\x80"),
+    "add of no channel": ("add", None, CONTROL),
+    "add without JSON": ("add", OWN, b"\xff"),
+    "add without a group": ("add", OWN, b'{"claim": 1, "snapshot": "1:1:"}'),
+    "add of another type": ("add", OWN, b"[1]"),
+    "add with values of other types": (
+        *("add", OWN),
+        b'{"group": 5, "claim": "x", "snapshot": "y", "expires_at": [1]}',
+    ),
+    "discard without a group": ("discard", OWN, b"{}"),
+    "discard of no channel": ("discard", None, CONTROL),
+    "add of another client's channel": ("add", ELSEWHERE, CONTROL),
+    "discard of another client's channel": ("discard", ELSEWHERE, CONTROL),
+    "add of a normal channel": ("add", "jobs", CONTROL),
+    "strange name": ("message", "no name\n!!/", b"\x80"),
+    "strange name of a normal channel": ("message", "", b"\x80"),
+    "another client's channel": ("message", ELSEWHERE, b"\x80"),
 }
+GROUP_ROWS: dict[str, tuple[str, str | None, bytes]] = {
+    "rubbish": ("message", None, b"rubbish" * 5),
+    "empty": ("message", None, b""),
+    "unknown kind": ("something new", None, b"\x80"),
+    "with a channel": ("message", OWN, b"\xc1"),
+    "control message": ("discard", OWN, CONTROL),
+}
+WRITE_ROW = """
+    WITH written AS (
+        INSERT INTO pg_layer_message (address, xid, boot, kind, channel, payload, expires_at)
+        SELECT %s, pg_current_xact_id(), pg_layer_current_boot(), %s, %s, %s, {expires}
+        RETURNING address, xid, boot, id
+    )
+    SELECT pg_notify(pg_layer_notification_channel(address), concat_ws(' ', 'R', boot, xid, %s::text, id, id))
+    FROM written
+"""
 TIMES = {
     "": "clock_timestamp() + interval '1 minute'",
     ", for ever": "'infinity'",
@@ -151,24 +176,21 @@ async def test_broken_rows_between_others_harm_none_of_them(
     reader = processes.start(consumer, migrated_dsn)
     member, alone = await reader.hear()
     async with flowing(layer, alone) as traffic:
-        for values in ROWS.values():
-            row = values.format(channel=f"'{alone}'")
-            await traffic.more(1)
-            # Announced as the layer does, each in a transaction of its own.
+        [(own,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (alone,)).fetchall()
+        for address, name, rows in ((own, ".", ROWS), ("asgi!@room", "@room", GROUP_ROWS)):
+            for kind, channel, payload in rows.values():
+                await traffic.more(1)
+                # Announced as the layer does, each in a transaction of its own.
+                observer.execute(
+                    WRITE_ROW.format(expires=expires).encode(),
+                    (address, kind, alone if channel == OWN else channel, payload, name),
+                )
+        # And where workers claim: for them all rows are alike.
+        for values in ("('message', 'jobs', '\\x00ff')", "('odd', 'jobs', '\\x80')"):
             observer.execute(
-                "WITH row (kind, channel, group_name, payload) AS (VALUES "
-                f"{row}), written AS ("
-                "INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, payload, expires_at)"
-                f" SELECT pg_layer_inbox('asgi', '{alone}'), pg_layer_nonce(), kind, channel, group_name,"
-                f" payload::bytea, {expires} FROM row RETURNING inbox, nonce, id)"
-                " SELECT pg_layer_ring(inbox, nonce, id, id) FROM written".encode()
-            )
-        # And where workers take: for them all rows are alike.
-        for values in ("('message', 'jobs', NULL, '\\x00ff')", "('odd', 'jobs', NULL, '\\x80')"):
-            observer.execute(
-                "INSERT INTO pg_layer_message (inbox, nonce, kind, channel, group_name, payload, expires_at)"
-                f" SELECT 'asgi!:jobs', 5, kind, channel, group_name, payload::bytea, {expires}"
-                f" FROM (VALUES {values}) AS row (kind, channel, group_name, payload)".encode()
+                "INSERT INTO pg_layer_message (address, xid, boot, kind, channel, payload, expires_at)"
+                f" SELECT 'asgi!:jobs', pg_current_xact_id(), 0, kind, channel, payload::bytea, {expires}"
+                f" FROM (VALUES {values}) AS row (kind, channel, payload)".encode()
             )
         await traffic.more(10)
     await traffic.end(member)
@@ -178,8 +200,8 @@ async def test_broken_rows_between_others_harm_none_of_them(
     assert len(said) == len(set(said))
     assert not [line for line in said if "failed" in line]
     # They do not stay: what cannot be read is deleted as what was.
-    own = "SELECT kind, channel, group_name FROM pg_layer_message WHERE inbox = pg_layer_inbox('asgi', %s)"
-    assert observer.execute(own.encode(), (alone,)).fetchall() == []
+    left = "SELECT kind, channel FROM pg_layer_message WHERE address = %s"
+    assert observer.execute(left.encode(), (own,)).fetchall() == []
 
 
 async def test_payloads_overwritten_while_they_wait(
@@ -226,22 +248,35 @@ async def test_a_writer_with_a_wrong_key_among_others(
 FOREIGN = [
     "",
     "R 1 2",
-    "R 1 2 3 4",
-    "R a b c",
-    "R 0 0 0",
-    "R 1 9 2",
-    f"R 1 1 {2**63 - 1}",
-    f"R {HUGE} 1 1",
-    f"R 1 {2**63 - 1} {2**63 - 1}",
-    "R 1 2 3\n",
-    "R  1 2 3",
-    "R +1 2 3",
-    "R 1_0 2 3",
+    "R 1 2 . 3 4 5",
+    "R a b . c d",
+    "R 0 0 . 0 0",
+    "R 1 1 . 9 2",
+    f"R 1 1 . 1 {2**63 - 1}",
+    f"R {HUGE} 1 . 1 1",
+    f"R 1 {HUGE} . 1 1",
+    f"R {2**63 - 1} 1 . 1 1",
+    f"R 1 1 . {2**63 - 1} {2**63 - 1}",
+    "R 1 1 @ 1 1",
+    f"R 1 1 @room 1 {2**63 - 1}",
+    "R 1 1 . 2 3\n",
+    "R  1 2 . 3 4",
+    "R +1 2 . 3 3",
+    "R 1_0 2 . 3 3",
+    f"r 1 1 . 1 {2**63 - 1}",
     "M ",
-    "M 1 2 3 {channel}  !!",
-    "M 1 2 3 {channel}  AAA",
-    "M 1 2 nan {channel}  gA==",
-    f"M {2**63} 2 9999999999 {{channel}}  gA==",
+    "M 1 2",
+    "M 1 2 {channel} 3 9999999999 *",
+    "M 1 2 {channel} 3 9999999999 * !!",
+    "M 1 2 {channel} 3 9999999999 * AAA",
+    "M 1 2 {channel} 3 nan * gA==",
+    "M 1 2 {channel} x 9999999999 * gA==",
+    f"M {2**63} 2 {{channel}} 3 9999999999 * gA==",
+    "m 1 2 {channel} 3 9999999999 * AAA",
+    "J",
+    "J x",
+    f"J {HUGE}",
+    f"J {2**63 - 1}",
     "P 1",
     f"P {HUGE}",
     f"P {2**63 - 1}",
@@ -255,14 +290,14 @@ async def test_foreign_notifications_under_traffic(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(**OPTIONS)
-    # It pings its own doorbell all the while.
+    # It rings its own pings all the while.
     reader = processes.start(consumer, migrated_dsn, lease=5, heartbeat=0.1)
     member, alone = await reader.hear()
     async with flowing(layer, alone) as traffic:
         for payload in FOREIGN * 2:
             for name in (alone, "jobs"):
                 observer.execute(
-                    "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)",
+                    "SELECT pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %s)), %s)",
                     (name, payload.format(channel=alone)),
                 )
             await traffic.more(1)
@@ -270,27 +305,31 @@ async def test_foreign_notifications_under_traffic(
     said = await reader.hear()
     assert await reader.result() == traffic.sure
     assert traffic.errors == []
-    # Once for each doorbell; and one that looks like a message is one, but cannot be read.
+    # Once for each NOTIFY channel; and one that looks like a message is one, but cannot be read.
     assert len(said) == len(set(said))
     assert len([line for line in said if "that pg_layer did not send" in line]) == 2
     assert len([line for line in said if "that pg_layer did not send" not in line]) <= 1
 
 
-async def test_a_shortcut_that_somebody_repeats_is_delivered_once(
+async def test_a_notification_that_is_repeated_is_delivered_once(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
-    # As a proxy or a replica might: every doorbell that rings rings twice.
+    # As a proxy might: each notification comes twice.
     layer = make_layer(**OPTIONS)
     reader = processes.start(consumer, migrated_dsn)
     member, alone = await reader.hear()
-    [(doorbell,)] = observer.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (alone,))
+    observer.execute(
+        "SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(pg_layer_address('asgi', %s)),"
+        " pg_layer_notification_channel('asgi!@room'), pg_layer_notification_channel('asgi!:jobs')])",
+        (alone,),
+    )
     repeated = 0
     async with flowing(layer, alone) as traffic:
         while repeated < 100:
             heard = await asyncio.to_thread(lambda: list(observer.notifies(timeout=5, stop_after=1)))
             for notify in heard:
                 if notify.pid != observer.info.backend_pid:
-                    observer.execute("SELECT pg_notify(%s, %s)", (doorbell, notify.payload))
+                    observer.execute("SELECT pg_notify(%s, %s)", (notify.channel, notify.payload))
                     repeated += 1
     await traffic.end(member)
     await reader.hear()
@@ -303,7 +342,7 @@ async def test_a_shortcut_that_somebody_repeats_is_delivered_once(
 def drop(dsn: str) -> None:
     """Undo the migration."""
     with psycopg.connect(dsn) as connection:
-        connection.execute((MIGRATIONS / "0001_initial_reverse.sql").read_bytes())
+        connection.execute((MIGRATIONS / "0001_reverse.sql").read_bytes())
 
 
 @pytest.mark.parametrize("gap", [True, False], ids=["missing for a while", "in one transaction"])
@@ -331,8 +370,9 @@ async def test_tables_that_are_dropped_and_migrated_again(
             await asyncio.to_thread(migrate, migrated_dsn)
         else:
             with connection.transaction():
-                connection.execute((MIGRATIONS / "0001_initial_reverse.sql").read_bytes())
-                connection.execute((MIGRATIONS / "0001_initial.sql").read_bytes())
+                connection.execute((MIGRATIONS / "0001_reverse.sql").read_bytes())
+                for file in sorted(MIGRATIONS.glob("0001_[0-9]_*.sql")):
+                    connection.execute(file.read_bytes())
         with recovery(
             f"tables migrated again ({'a second later' if gap else 'at once'}): until the group is back"
         ):
@@ -351,8 +391,9 @@ async def test_tables_that_are_dropped_and_migrated_again(
 
 
 async def _received(connection: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Return when all that was sent has been received and deleted."""
-    await until(lambda: connection.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    """Return when all that was sent has been received. A group's messages stay until they expire."""
+    left = b"SELECT FROM pg_layer_message WHERE address NOT LIKE '%!@%'"
+    await until(lambda: connection.execute(left).fetchall() == [])
 
 
 async def test_tables_that_are_dropped_in_the_midst_of_traffic(

@@ -100,41 +100,53 @@ def layers(**config: Any) -> dict[str, Any]:
     return {"CHANNEL_LAYERS": {"default": {"BACKEND": BACKEND, "CONFIG": config}}}
 
 
-def add_message(observer: Observer, payload: bytes, inbox: str = "asgi!:jobs", channel: str = "jobs") -> int:
+def add_message(
+    observer: Observer, payload: bytes, address: str = "asgi!:jobs", channel: str | None = "jobs"
+) -> int:
     row = observer.execute(
-        "INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)"
-        " VALUES (%s, 1, %s, %s, clock_timestamp() + interval '1 hour') RETURNING id",
-        (inbox, channel, payload),
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
+        " VALUES (%s, pg_current_xact_id(), 0, %s, %s, clock_timestamp() + interval '1 hour') RETURNING id",
+        (address, channel, payload),
     ).fetchone()
     assert row is not None
     return int(row[0])
 
 
 def fill(observer: Observer) -> int:
-    """A client that lives, one overdue, one that has ended; groups; a message, whose id is returned."""
-    for client, expires, ended in (
-        ("live", "1 hour", None),
-        ("late", "-1 minute", None),
-        ("gone", "-1 hour", "1 hour"),
+    """A client that is live, one overdue, one closed, one swept; groups; a message, whose id is returned."""
+    for client, expires, ended, swept in (
+        ("live", "1 hour", None, None),
+        ("late", "-1 minute", None, None),
+        ("gone", "-1 hour", "1 hour", None),
+        ("lost", "-2 hours", None, "1 hour"),
     ):
         observer.execute(
-            "INSERT INTO pg_layer_client (inbox, host, pid, expires_at, ended_at, counters) VALUES"
-            " ('asgi!' || %s, 'host-' || %s, 4711, clock_timestamp() + %s::interval,"
-            " clock_timestamp() - %s::interval, '{\"dropped_full\": 12345}')",
-            (client, client, expires, ended),
+            "INSERT INTO pg_layer_client"
+            " (address, host, pid, expires_at, lease, ended_at, swept_at, counters) VALUES"
+            " ('asgi!' || %s, 'host-' || %s, 4711, clock_timestamp() + %s::interval, 60,"
+            " clock_timestamp() - %s::interval, clock_timestamp() - %s::interval,"
+            " '{\"dropped_full\": 12345}')",
+            (client, client, expires, ended, swept),
         )
     for group, client, member in (("room", "live", 1), ("room", "live", 2), ("hall", "live", 1)):
         observer.execute(
-            "INSERT INTO pg_layer_membership VALUES (%s, 'asgi!' || %s, %s, 'infinity')",
+            "INSERT INTO pg_layer_membership VALUES (%s, 'asgi!' || %s, %s, 0, true, 'infinity')",
             (group, client, f"specific.{client}!{member}"),
         )
-    observer.execute("INSERT INTO pg_layer_membership VALUES ('old', 'asgi!gone', 'a.gone!1', 'infinity')")
+    for client in ("gone", "lost"):
+        observer.execute(
+            "INSERT INTO pg_layer_membership VALUES ('old', 'asgi!' || %s, 'a.old!1', 0, true, 'infinity')",
+            (client,),
+        )
     observer.execute(
-        "INSERT INTO pg_layer_membership VALUES ('room', 'other!:jobs', 'jobs', 'infinity', 100)"
+        "INSERT INTO pg_layer_membership VALUES"
+        " ('room', 'other!:jobs', 'jobs', 1, true, 'infinity', 100),"
+        " ('hall', 'asgi!:jobs', 'jobs', 2, true, 'infinity', 100),"
+        " ('hall', 'asgi!:jobs', 'jobs', 3, false, 'infinity', 100)"
     )
     observer.execute(
-        "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
-        " VALUES ('asgi!:old', 1, 'old', clock_timestamp())"
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+        " VALUES ('asgi!:old', pg_current_xact_id(), 0, 'old', clock_timestamp())"
     )
     return add_message(observer, Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}))
 
@@ -160,17 +172,18 @@ print("12345" in page, "host-live" in page, 'name="_save"' in page, "deletelink"
         ["asgi!live", "host-live", "4711"],
         ["asgi!late", "host-late", "4711"],
         ["asgi!gone", "host-gone", "4711"],
+        ["asgi!lost", "host-lost", "4711"],
     ]
-    live, late, gone = "asgi!live", "asgi!late", "asgi!gone"
+    live, late, gone, lost = "asgi!live", "asgi!late", "asgi!gone", "asgi!lost"
     assert [json.loads(line) for line in filtered] == [
-        *([live], [late], [gone]),
-        *([late], [live, late, gone], [], [gone], [live, late, gone]),
+        *([live], [late], [gone, lost]),
+        *([late], [live, late, gone, lost], [], [gone], [live, late, gone, lost]),
     ]
     assert page == "True True False False"
 
 
-def test_a_client_that_has_not_told_who_it_is(migrated_dsn: str, observer: Observer) -> None:
-    observer.execute("INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!stranger', '2000-01-01')")
+def test_a_client_that_closed_without_a_lease(migrated_dsn: str, observer: Observer) -> None:
+    observer.execute("SELECT pg_layer_close('asgi', 'asgi!stranger', '{}', '{}')")
     output = ask(
         migrated_dsn,
         """
@@ -209,7 +222,7 @@ def test_waiting_messages(migrated_dsn: str, observer: Observer) -> None:
     output = ask(
         migrated_dsn,
         f"""
-print(json.dumps([row[:6] for row in shown("message")]))
+print(json.dumps([row[:5] for row in shown("message")]))
 print(*(len(shown("message", query)) for query in ("?kind=message", "?q=jobs", "?q=no")))
 print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message", {id})))
 """,
@@ -217,16 +230,17 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
     rows, counts, page = output.splitlines()
     size = len(Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}))
     # Not the one that is over.
-    assert json.loads(rows) == [[str(id), "message", "asgi!:jobs", "jobs", "-", str(size)]]
+    assert json.loads(rows) == [[str(id), "message", "asgi!:jobs", "jobs", str(size)]]
     assert counts == "1 1 0"
     assert page == "True"
 
 
 def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
-    # Somebody else adds a channel of this process to a group, with group_expiry=None.
-    observer.execute("INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!live', 'infinity')")
     observer.execute(
-        "SELECT pg_layer_regroup('asgi', NULL, 60, NULL, '{room}', '{a.live!1}', '{1}', '{}', '{}')"
+        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!live', 'infinity', 60);"
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity');"
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+        " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, 'jobs', 'infinity')"
     )
     id = observer.execute("SELECT id FROM pg_layer_message").fetchone()
     assert id is not None
@@ -234,7 +248,7 @@ def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
         migrated_dsn,
         f"""
 from pg_layer.models import Membership
-print([row[7] for row in shown("message")], [row[4] for row in shown("client")])
+print([row[6] for row in shown("message")], [row[4] for row in shown("client")])
 print("never" in detail("message", {id[0]}), "never" in detail("client", "asgi!live"))
 print(Membership.objects.get().expires_at)
 """,
@@ -356,7 +370,7 @@ def test_nobody_changes_anything(migrated_dsn: str, observer: Observer) -> None:
 for model, key in (("client", "asgi!live"), ("group", "asgi!room"), ("message", {id})):
     answers = [
         browser.get(address(model, "add")),
-        browser.post(address(model, "add"), {{"inbox": "x"}}),
+        browser.post(address(model, "add"), {{"address": "x"}}),
         browser.post(address(model, "change", key), {{"host": "x", "_save": "1"}}),
         browser.get(address(model, "delete", key)),
         browser.post(address(model, "delete", key), {{"post": "yes"}}),
@@ -402,7 +416,7 @@ print("hello there" in detail("message", {id}))
 """
     for config in ({"using": "events"}, {"dsn": migrated_dsn}):
         output = ask(migrated_dsn, code, DATABASES=databases, **layers(**config))
-        assert output.split() == ["3", "3", "1", "True"]
+        assert output.split() == ["4", "3", "1", "True"]
 
 
 @pytest.mark.parametrize(
@@ -429,4 +443,4 @@ print("PostgreSQL channel layer" in browser.get("/admin/").content.decode())
 def test_the_first_layer_is_shown_where_none_is_the_default(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(migrated_dsn, 'print(len(shown("client")))', CHANNEL_LAYERS={"mine": {"BACKEND": BACKEND}})
-    assert output == "3"
+    assert output == "4"

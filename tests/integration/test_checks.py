@@ -197,8 +197,10 @@ def test_tables_that_are_missing(fresh_database: str) -> None:
         "ALTER TABLE pg_layer_client DROP COLUMN counters",
         "DROP VIEW pg_layer_group",
         "DROP TABLE pg_layer_last_sweep",
+        "DROP TABLE pg_layer_boot",
+        "ALTER TABLE pg_layer_message DROP COLUMN marked",
         "DROP FUNCTION pg_layer_sweepable",
-        "ALTER FUNCTION pg_layer_take RENAME TO pg_layer_took",
+        "ALTER FUNCTION pg_layer_claim RENAME TO pg_layer_claimed",
     ],
 )
 def test_tables_that_are_out_of_date(migrated_dsn: str, observer: Observer, change: str) -> None:
@@ -276,12 +278,12 @@ def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> N
 
 
 ADD_CLIENT = (
-    "INSERT INTO pg_layer_client (inbox, started_at, expires_at)"
-    " VALUES (%s || '!' || md5(random()::text), clock_timestamp() - %s::interval, 'infinity')"
+    "INSERT INTO pg_layer_client (address, started_at, expires_at, lease)"
+    " VALUES (%s || '!' || md5(random()::text), clock_timestamp() - %s::interval, 'infinity', 60)"
 )
 ADD_MESSAGE = (
-    "INSERT INTO pg_layer_message (inbox, nonce, sent_at, expires_at)"
-    " VALUES (%s || '!:jobs', 1, clock_timestamp() - %s::interval, clock_timestamp())"
+    "INSERT INTO pg_layer_message (address, xid, boot, sent_at, expires_at) VALUES"
+    " (%s || '!:jobs', pg_current_xact_id(), 0, clock_timestamp() - %s::interval, clock_timestamp())"
 )
 
 

@@ -276,6 +276,7 @@ for model in apps.get_app_config("pg_layer").get_models():
         "Membership set() True []",
         "Group set() False []",
         "Client set() True []",
+        "LeaseClock set() True []",
         "LastSweep set() True []",
     ]
 
@@ -286,7 +287,7 @@ def test_the_system_check_has_nothing_to_say(migrated_dsn: str) -> None:
 
 
 def test_djangos_flush_empties_the_tables(migrated_dsn: str, observer: Observer) -> None:
-    observer.execute("SELECT pg_layer_send_one('asgi', 'jobs', 'x', 60, 10, 0)")
+    observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
     succeeded(manage(migrated_dsn, "flush", "--no-input"))
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
@@ -372,6 +373,8 @@ def test_the_wheel_works_in_a_clean_environment(fresh_database: str, tmp_path: P
     assert {Path(name).name for name in names if name.endswith(".sql")} == {
         path.name for path in (ROOT / "migrations").glob("*.sql")
     }
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pg_layer").rglob("*.py")}
+    assert modules <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pg_layer"}
 
     environment = tmp_path / "environment"

@@ -14,13 +14,16 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer, roster, store
-from pg_layer import sql as statements
-from pg_layer.client import Farewell
-from pg_layer.inbox import Span
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from pg_layer._db.queries import groups, lease, maintenance, send
+from pg_layer._db.queries import receive as reading
+from pg_layer._messages.rows import Key, KeyAt, Span
+from pg_layer._state.snapshot import Moment, Snapshot
 from pg_layer.room import Floors
 from pg_layer.session import Session
+from pg_layer.statement import Statement
 from tests.conftest import MakeLayer, Observer
+from tests.integration.test_sweeper import steady
 from tests.processes import listen, receive, until
 from tests.project.commands import django, manage, succeeded
 
@@ -164,58 +167,67 @@ with transaction.atomic():
 
 
 ME = "specific.0123456789abcdef!1"
-MY_INBOX = "asgi!0123456789abcdef"
+MY_ADDRESS = "asgi!0123456789abcdef"
+ASK = "SELECT pg_layer_ask('asgi', '{room}', '{%s}', '{%s}', 60, '{1}', 10, false, false)"
 NOT_FOR_SENDERS = [
     "SELECT payload FROM pg_layer_message",
+    "SELECT excluded FROM pg_layer_message",
     "SELECT * FROM pg_layer_message",
-    "INSERT INTO pg_layer_message (inbox, nonce, expires_at) VALUES ('x', 1, 'infinity') RETURNING payload",
+    "INSERT INTO pg_layer_message (address, xid, boot, expires_at) VALUES ('x', '1', 0, 'infinity')"
+    " RETURNING payload",
     "COPY pg_layer_message TO STDOUT",
-    "UPDATE pg_layer_message SET inbox = 'mine'",
+    "UPDATE pg_layer_message SET address = 'mine'",
     "UPDATE pg_layer_message SET expires_at = 'infinity'",
     "DELETE FROM pg_layer_message",
     "TRUNCATE pg_layer_message",
-    # Joining somebody, and forging what the layer says to itself.
-    "INSERT INTO pg_layer_membership VALUES ('room', 'x', 'y', 'infinity')",
+    # Changing memberships, and forging control messages.
+    "INSERT INTO pg_layer_membership VALUES ('room', 'x', 'y', 0, true, 'infinity')",
     "DELETE FROM pg_layer_membership",
-    "INSERT INTO pg_layer_message (inbox, nonce, kind, expires_at) VALUES ('x', 1, 'join', 'infinity')",
-    "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('x', 'infinity')",
+    "INSERT INTO pg_layer_message (address, xid, boot, kind, expires_at)"
+    " VALUES ('x', '1', 0, 'add', 'infinity')",
+    "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('x', 'infinity', 60)",
+    "SELECT * FROM pg_layer_client",
     "UPDATE pg_layer_client SET expires_at = 'infinity'",
+    "UPDATE pg_layer_lease_clock SET steady_since = '-infinity'",
+    "INSERT INTO pg_layer_lease_clock VALUES ('x', 0, 60, now(), now())",
+    "UPDATE pg_layer_boot SET boot = boot + 1",
+    "DELETE FROM pg_layer_boot",
+    f"SELECT pg_layer_begin_boot({10**15})",
     "SELECT nextval('pg_layer_message_id_seq')",
-    f"SELECT pg_layer_renew('{MY_INBOX}', 'h', 1, 60, 0, '{{}}', NULL)",
-    "SELECT pg_layer_take('asgi', 'jobs', (SELECT min(inbox) FROM pg_layer_client), 99, 0, 1)",
-    f"SELECT pg_layer_put_back('asgi', '{MY_INBOX}', NULL, '{{1}}', '{{1}}')",
-    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{room}}', '{{{ME}}}', '{{1}}', '{{}}', '{{}}')",
-    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{}}', '{{}}', '{{}}', '{{room}}', '{{{ME}}}')",
-    f"SELECT pg_layer_close('asgi', '{MY_INBOX}', '{{}}', '{{}}', '{{}}', '{{}}')",
-    "SELECT pg_layer_flush('asgi')",
-    "SELECT pg_layer_sweep('asgi', 10, false, NULL, NULL)",
+    f"SELECT pg_layer_renew('asgi', '{MY_ADDRESS}', 'h', 1, 60, 0, '{{}}', NULL, 0, 0, 0)",
+    "SELECT pg_layer_claim('asgi', 'jobs', (SELECT min(address) FROM pg_layer_client), 99, 0, 1)",
+    f"SELECT pg_layer_release('asgi', '{MY_ADDRESS}', NULL, '{{1}}', '{{1}}')",
+    f"SELECT pg_layer_delete('{MY_ADDRESS}', '{{1}}', '{{1}}')",
+    f"SELECT pg_layer_delete_received('{MY_ADDRESS}', pg_current_snapshot(), '{{}}')",
+    ASK % (ME, "true"),
+    ASK % (ME, "false"),
+    ASK % ("jobs", "true"),
+    f"SELECT pg_layer_write_memberships('{MY_ADDRESS}', 0, '{{room}}', '{{{ME}}}', '{{NULL}}', '{{}}',"
+    " '{}', '{}', '{}', '{}')",
+    f"SELECT pg_layer_close('asgi', '{MY_ADDRESS}', '{{}}', '{{}}')",
+    f"SELECT pg_layer_flush('asgi', '{MY_ADDRESS}')",
+    "SELECT pg_layer_sweep('asgi', 10, false, 0)",
+    "SELECT pg_layer_delete_expired(0, 10)",
     "CREATE FUNCTION pg_layer_send(text, jsonb) RETURNS boolean LANGUAGE sql AS 'SELECT true'",
 ]
 NOT_FOR_RECEIVERS = [
-    "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at) VALUES ('x', 1, 'y', 'infinity')",
+    "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+    " VALUES ('x', '1', 0, 'y', 'infinity')",
     *(
         f"UPDATE pg_layer_message SET {column} = {column}"
-        for column in (
-            "payload",
-            "channel",
-            "group_name",
-            "excluded",
-            "kind",
-            "expires_at",
-            "nonce",
-            "sent_at",
-        )
+        for column in ("payload", "channel", "excluded", "kind", "expires_at", "sent_at")
     ),
     "UPDATE pg_layer_message SET id = DEFAULT",
     "TRUNCATE pg_layer_message",
     "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')",
     "SELECT pg_layer_group_send('room', '{\"type\": \"test\"}')",
-    "SELECT pg_layer_send_one('asgi', 'jobs', '{}', 60, 100, 0)",
-    "SELECT pg_layer_send_batch('asgi', '{jobs}', '{\"{}\"}', '{60}', '{100}', NULL, NULL)",
-    "SELECT pg_layer_group_send_batch('asgi', '{room}', '{\"{}\"}', '{60}', '{NULL}')",
-    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{room}}', '{{{ME}}}', '{{1}}', '{{}}', '{{}}')",
-    f"SELECT pg_layer_regroup('asgi', NULL, 60, 60, '{{}}', '{{}}', '{{}}', '{{room}}', '{{{ME}}}')",
-    "SELECT pg_layer_flush('asgi')",
+    "SELECT pg_layer_send_one('asgi', 'jobs', '{}', 60, 100, 0, true, false)",
+    "SELECT pg_layer_send_batch('asgi', '{jobs}', '{\"{}\"}', '{60}', '{100}', NULL, NULL, true, false)",
+    "SELECT pg_layer_group_send_one('asgi', 'room', '{}', 60, NULL, true)",
+    "SELECT pg_layer_group_send_batch('asgi', '{room}', '{\"{}\"}', '{60}', '{NULL}', true, false)",
+    ASK % (ME, "true"),
+    ASK % (ME, "false"),
+    f"SELECT pg_layer_flush('asgi', '{MY_ADDRESS}')",
     "ALTER TABLE pg_layer_message DISABLE TRIGGER ALL",
 ]
 
@@ -290,7 +302,8 @@ async def test_who_may_only_receive_receives(
         assert await numbers(receiver, channel, 4) == [0, 1, 2, 3]
     assert await receiver.group_count("room") == 2
     assert (await receiver.health())["problems"] == []
-    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    left = b"SELECT FROM pg_layer_message WHERE address NOT LIKE '%!@%'"  # a group's expire
+    await until(lambda: observer.execute(left).fetchall() == [])
     await receiver.close()
     assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [("jobs",)]
 
@@ -328,7 +341,7 @@ async def test_who_may_only_receive_lives_on(
         " AND datname = current_database()"
     )
     await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (1,))
-    await sender.group_send("room", number(1))
+    await sender.group_send("room", number(1), expiry=10)
     assert await numbers(receiver, member, 1) == [1]
     # A channel that nobody reads leaves its groups, and its messages are swept.
     await sender.send("unread", number(3), expiry=0.01)
@@ -343,10 +356,12 @@ async def test_who_may_only_receive_lives_on(
 
 def test_who_may_only_receive_runs_the_sweeper(observer: Observer, receiver_dsn: str) -> None:
     observer.execute(
-        "INSERT INTO pg_layer_message (inbox, nonce, expires_at) VALUES ('asgi!:jobs', 1, '-infinity');"
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 'infinity', NULL);"
-        "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!gone', '-infinity')"
+        "INSERT INTO pg_layer_message (address, xid, boot, expires_at)"
+        " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, '-infinity');"
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity');"
+        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!gone', '-infinity', 60)"
     )
+    steady(observer)
     for option in ("--dry-run", "--once"):
         succeeded(manage(receiver_dsn, "pg_layer_sweep", option, "--once"))
     for table in ("message", "membership"):
@@ -430,7 +445,7 @@ async def test_a_receiver_that_is_not_permitted_says_so_and_waits(
     layer = make_layer(dsn=make_role("nobody"))
     waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
     said = await until(lambda: [text for text in caplog.messages if text.startswith("Cannot receive: ")])
-    assert "permission denied for table pg_layer_client" in said[0]
+    assert "permission denied for table pg_layer_" in said[0]
     assert "CONTEXT" not in said[0]
     assert not waiting.done()
     waiting.cancel()
@@ -441,38 +456,77 @@ async def test_a_receiver_that_is_not_permitted_says_so_and_waits(
 
 LIVE, MINE = "asgi!live", "asgi!mine"
 PREFIX = "asgi"
+BEGIN = Statement("BEGIN")
+KEY = Key(1, 1, 1)
+MOMENT = Moment(1, Snapshot("1:1:"))
+MARKED = send.Unannounced(1, 1, 1, LIVE, "a.live!1", "message", None, b"{}")
+
+
+async def begin_a_later_boot(session: Session) -> None:
+    """As a promoted standby does whose clock is behind."""
+    await reading.position(session, 0)
+    await reading.position(session, 10**15)
+
+
+def _renew(session: Session, address: str) -> Awaitable[object]:
+    return lease.renew(session, PREFIX, address, "host", 1, 60, 9, {}, "1", 0, 0, 0)
+
 
 SENDING: list[Operation] = [
-    lambda s: store.send_one(s, PREFIX, "jobs", b"{}", 60, 100, 0),
-    lambda s: store.send_one(s, PREFIX, "a.live!1", b"{}", 60, 100, None),
-    lambda s: store.send_batch(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, Floors([], [])),
-    lambda s: store.group_send_one(s, PREFIX, "room", b"{}", 60, None),
-    lambda s: store.group_send_batch(s, PREFIX, ["room"] * 2, [b"{}"] * 2, [60] * 2, [None] * 2),
+    operation
+    for own in (True, False)
+    for quiet in (True, False)
+    for operation in (
+        lambda s, own=own, quiet=quiet: send.send_one(  # type: ignore[misc]
+            s, PREFIX, "jobs", b"{}", 60, 100, "asgi!:jobs", 0, own=own, quiet=quiet
+        ),
+        lambda s, own=own, quiet=quiet: send.send_one(  # type: ignore[misc]
+            s, PREFIX, "a.live!1", b"{}", 60, 100, LIVE, None, own=own, quiet=quiet
+        ),
+        lambda s, own=own, quiet=quiet: send.send_batch(  # type: ignore[misc]
+            *(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, Floors([], [])), own=own, quiet=quiet
+        ),
+        lambda s, own=own: send.group_send_one(s, PREFIX, "room", b"{}", 60, None, own=own),  # type: ignore[misc]
+        lambda s, own=own, quiet=quiet: send.group_send_batch(  # type: ignore[misc]
+            *(s, PREFIX, ["room", "empty"], [b"{}"] * 2, [60] * 2, [None] * 2), own=own, quiet=quiet
+        ),
+        lambda s: send.announce(s, [MARKED]),
+    )
 ]
 RECEIVING: list[Operation] = [
-    lambda s: store.renew(s, MINE, "host", 1, 60, 0, {}, "1"),
-    lambda s: store.raise_fence(s, MINE, 1),
-    lambda s: store.read(s, MINE, Span(0, 9)),
-    lambda s: store.take(s, PREFIX, "jobs", LIVE, 9, 0, 9),
-    lambda s: store.put_back(s, PREFIX, LIVE, 9, [(1, 1)]),
-    lambda s: store.delete(s, MINE, [(1, 1)]),
-    lambda s: roster.regroup(s, PREFIX, MINE, 60, 60, [("room", "a.mine!1"), ("room", "jobs")], [1, 1], []),
-    lambda s: roster.regroup(s, PREFIX, MINE, 60, 60, [], [], [("room", "a.mine!1")]),
-    lambda s: roster.reassert(s, MINE, [("room", "a.mine!1", None)]),
-    lambda s: roster.withdraw(s, MINE, [("room", "a.mine!1")]),
-    lambda s: store.close(s, Farewell(PREFIX, LIVE, [(1, 1)], [("room", "a.live!1")])),
-    lambda s: store.sweep(s, PREFIX, 9, store.START),
+    lambda s: _renew(s, MINE),
+    lambda s: _renew(s, LIVE),
+    begin_a_later_boot,
+    lambda s: reading.raise_fence(s, MINE, 1),
+    lambda s: reading.read(s, [Span(MINE, 1, 1, False, 1, 9)]),
+    lambda s: reading.read_keys(s, [KeyAt(MINE, 1, 1, 1, False, 1)]),
+    lambda s: reading.new_keys(s, [MINE], [0], MOMENT, 1),
+    lambda s: reading.new_in_group(s, "asgi!@room", 0, MOMENT, 9),
+    lambda s: reading.marked_keys(s, [MINE], 0, MOMENT),
+    lambda s: reading.claim(s, PREFIX, "jobs", LIVE, 9, 0, 9),
+    lambda s: reading.release(s, PREFIX, LIVE, 9, [KEY]),
+    lambda s: reading.delete(s, MINE, [KEY]),
+    lambda s: reading.delete_received(s, MINE, MOMENT, []),
+    lambda s: groups.write(
+        s, LIVE, 9, groups.OwnRows([("room", "a.live!1", None)], [("b", "a.live!1")], [("c", "a.live!1", 9)])
+    ),
+    lambda s: groups.ask(s, PREFIX, [("room", "jobs", True, 1)], 60, own=True, quiet=False),
+    lambda s: groups.ask(s, PREFIX, [("room", "jobs", False, 1)], 60, own=False, quiet=True),
+    lambda s: groups.group_channels(s, PREFIX, "room"),
+    lambda s: lease.close(s, lease.Closing(PREFIX, LIVE, [KEY])),
+    lambda s: maintenance.sweep(s, PREFIX, 9, maintenance.START),
+    lambda s: maintenance.delete_expired(s, maintenance.START, 9),
 ]
 LOOKING: list[Operation] = [
     lambda s, statement=statement, values=values: s.execute(statement, *values)  # type: ignore[misc]
     for statement, values in (
-        (statements.CLIENTS, (PREFIX, 9)),
-        (statements.CLIENT_COUNTS, (PREFIX,)),
-        (statements.GROUPS, (PREFIX, 9)),
-        (statements.CHANNELS, (PREFIX, 9)),
-        (statements.TABLES, (store.TABLES,)),
-        (statements.LAST_SWEEP, (PREFIX,)),
-        (statements.FIRST_USE, (PREFIX,)),
+        (maintenance.CLIENTS, (PREFIX, 9)),
+        (maintenance.CLIENT_COUNTS, (PREFIX,)),
+        (maintenance.GROUPS, (PREFIX, 9)),
+        (maintenance.CHANNELS, (PREFIX, 9)),
+        (maintenance.TABLE_SIZES, (maintenance.TABLES,)),
+        (maintenance.LAST_SWEEP, (PREFIX,)),
+        (maintenance.FIRST_USE, (PREFIX,)),
     )
 ]
 
@@ -481,7 +535,7 @@ async def refused(session: Session, operations: list[Operation]) -> int:
     """How many of the operations fail for want of a privilege. None has any effect."""
     count = 0
     for operation in operations:
-        await session.execute(statements.BEGIN)
+        await session.execute(BEGIN)
         try:
             await operation(session)
         except psycopg.errors.InsufficientPrivilege:
@@ -493,18 +547,18 @@ async def refused(session: Session, operations: list[Operation]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "operations", "count"),
-    [("layer_sender", SENDING, 18), ("layer_receiver", RECEIVING, 15), ("layer_watcher", LOOKING, 6)],
+    [("layer_sender", SENDING, 20), ("layer_receiver", RECEIVING, 25), ("layer_watcher", LOOKING, 8)],
     ids=["sender", "receiver", "watcher"],
 )
 async def test_no_privilege_can_be_spared(
     make_role: MakeRole, observer: Observer, name: str, operations: list[Operation], count: int
 ) -> None:
     observer.execute(
-        "INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!live', 'infinity');"
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 'infinity', NULL),"
-        " ('room', 'asgi!:jobs', 'jobs', 'infinity', 100);"
-        "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
-        " VALUES ('asgi!:jobs', 1, 'jobs', 'infinity')"
+        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!live', 'infinity', 60);"
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity', NULL),"
+        " ('room', 'asgi!:jobs', 'jobs', 1, true, 'infinity', 100);"
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+        " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, 'jobs', 'infinity')"
     )
     dsn = make_role(name)
     granted = observer.execute(
@@ -542,16 +596,18 @@ async def test_whoever_may_connect_hears_and_rings(
     channel = await layer.new_channel()
     await listen(layer)
     with psycopg.connect(make_role("nobody"), autocommit=True) as nobody:
-        nobody.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (channel,))
+        address = "pg_layer_notification_channel(pg_layer_address('asgi', %s))"
+        nobody.execute(f"SELECT pg_layer_listen(ARRAY[{address}])".encode(), (channel,))
         await layer.send(channel, {"type": "secret", "text": "attack at dawn"})
         assert (await receive(layer, channel))["text"] == "attack at dawn"
         [heard] = nobody.notifies(timeout=30, stop_after=1)
         payload = base64.b64decode(heard.payload.rpartition(" ")[2])
         assert (b"attack at dawn" in payload) == (keys is None)
         forged = base64.b64encode(b'{"type": "forged"}').decode()
+        letter, boot, xid, *_ = heard.payload.split(" ")
         nobody.execute(
-            "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)",
-            (channel, f"M 1000000 1 4102444800 {channel}   {forged}"),
+            f"SELECT pg_notify({address}, %s)".encode(),
+            (channel, f"{letter} {boot} {xid} {channel} 1000000 4102444800 * {forged}"),
         )
         await layer.send(channel, {"type": "genuine"})
         received = await receive(layer, channel)

@@ -20,8 +20,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from pg_layer import ChannelFull, PostgresChannelLayer
+from pg_layer._state.counters import COUNTED
 from pg_layer.prometheus import Collector, register
-from pg_layer.stats import COUNTED
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, new_layer, receive, until
 from tests.project.commands import environment, run, succeeded
@@ -113,10 +113,10 @@ async def test_the_samples_are_the_stats(used: PostgresChannelLayer) -> None:
     assert value(values, "pg_layer_messages_dropped_total", reason="full") == stats["dropped_full"] == 2
     assert value(values, "pg_layer_messages_dropped_total", reason="expired") == 0
     assert value(values, "pg_layer_messages_dropped_total", reason="undecodable") == 0
-    assert value(values, "pg_layer_shortcuts_total") == stats["shortcuts"] > 0
-    assert value(values, "pg_layer_mailbox_messages") == stats["mailbox_messages"] == 4
+    assert value(values, "pg_layer_inline_messages_total") == stats["inline_messages"] > 0
+    assert value(values, "pg_layer_queued_messages") == stats["queued_messages"] == 4
     assert value(values, "pg_layer_memberships") == stats["memberships"] == 2
-    assert value(values, "pg_layer_mailboxes") == stats["mailboxes"] == 3
+    assert value(values, "pg_layer_channels") == stats["channels"] == 3
     assert value(values, "pg_layer_listener", state="listening") == 1
     assert value(values, "pg_layer_listener", state="polling") == 0
     assert 0 <= value(values, "pg_layer_lease_age_seconds") <= (stats["lease_age"] or 0)

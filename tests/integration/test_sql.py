@@ -277,7 +277,7 @@ async def test_beside_an_open_transaction_all_goes_on(make_layer: MakeLayer, cal
 async def test_a_transaction_that_takes_longer_than_a_lease(
     make_layer: MakeLayer, caller: Caller, observer: Observer, isolation: str
 ) -> None:
-    """It sees the lease as it was at its beginning, and not that it was renewed."""
+    """It sees the client as it was at its beginning, and not that its lease was renewed."""
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -604,7 +604,7 @@ async def test_whatever_the_search_path(make_layer: MakeLayer, caller: Caller, p
     caller.execute("CREATE SCHEMA elsewhere")
     caller.execute("CREATE SCHEMA decoy")
     for place in ("decoy", "pg_temp"):
-        for table in ("message", "membership", "client"):
+        for table in ("message", "membership", "client", "lease_clock", "boot"):
             caller.execute(f"CREATE TABLE {place}.pg_layer_{table} (LIKE public.pg_layer_{table})".encode())
     caller.execute(
         b"CREATE FUNCTION decoy.pg_layer_payload(text, jsonb, float8) RETURNS bytea LANGUAGE sql AS"
@@ -657,7 +657,8 @@ async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller
         caller.execute(
             b"""
             CREATE TEMPORARY TABLE pg_layer_membership (
-                group_name text, inbox text, channel text, expires_at timestamptz, capacity integer);
+                group_name text, address text, channel text, id bigint, present boolean,
+                expires_at timestamptz, capacity integer);
             CREATE TEMPORARY TABLE pg_layer_message AS SELECT 'nothing'::text AS caught WITH NO DATA;
             CREATE FUNCTION pg_temp.pg_layer_payload(text, jsonb, float8) RETURNS bytea LANGUAGE sql AS
                 'SELECT NULL::bytea';
@@ -909,7 +910,8 @@ async def test_a_transaction_that_is_longer_than_a_lease(
     send(caller, own, text(1))
     group_send(caller, "room", text(1))
     caller.execute(
-        "SELECT pg_layer_send_batch('asgi', %s::text[], '{\"{}\", \"{}\"}', '{60,60}', '{9,9}', '{}', '{}')",
+        "SELECT pg_layer_send_batch('asgi', %s::text[], '{\"{}\", \"{}\"}', '{60,60}', '{9,9}', '{}', '{}',"
+        " false, false)",
         ([own, own],),
     )
     caller.execute("COMMIT")

@@ -16,9 +16,10 @@ from django.db import connections
 from psycopg import sql
 
 from pg_layer import ChannelFull, PostgresChannelLayer
-from pg_layer.stats import COUNTED, State, Stats
+from pg_layer._state.counters import COUNTED, State, Stats
 from tests.conftest import MakeLayer, Observer
 from tests.integration.test_django import postgres
+from tests.integration.test_sweeper import steady
 from tests.integration.test_sync import on_django
 from tests.processes import Processes, listen, new_layer, receive, until, write
 from tests.project.commands import run, succeeded
@@ -26,7 +27,7 @@ from tests.project.forks import HomeThread
 
 THREADS = 8
 TIMES = 1000
-LARGE = 20_000  # bytes, and so not in a doorbell
+LARGE = 20_000  # bytes, and so not in a notification
 
 Message = dict[str, Any]
 
@@ -60,10 +61,12 @@ def state(stats: Stats) -> State:
 
 
 NOTHING: State = {
-    "mailboxes": 0,
-    "mailbox_messages": 0,
-    "lane_operations": 0,
+    "channels": 0,
+    "queued_messages": 0,
+    "announced": 0,
+    "pending_operations": 0,
     "memberships": 0,
+    "remembered_keys": 0,
     "listener": "off",
     "lease_age": None,
 }
@@ -125,7 +128,7 @@ async def test_in_a_thread_without_a_loop(make_layer: MakeLayer) -> None:
 FORKS = """
 import asyncio, json, os, sys
 from pg_layer import PostgresChannelLayer
-from pg_layer.stats import COUNTED
+from pg_layer._state.counters import COUNTED
 
 layer = PostgresChannelLayer(dsn=os.environ["PG_LAYER_TEST_PROJECT_DSN"])
 
@@ -224,7 +227,9 @@ async def test_bad_input_is_not_counted(make_layer: MakeLayer) -> None:
     assert not layer.stats()["batches"]
 
 
-async def test_what_waits_in_the_lanes(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_operations_that_wait_for_the_statement_in_flight(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer(capacity=1000)
     await layer.send("jobs", number(0))
     with observer.transaction():
@@ -235,29 +240,30 @@ async def test_what_waits_in_the_lanes(make_layer: MakeLayer, observer: Observer
         ]
         waiting = asyncio.gather(*calls)
         # Of each kind one is on its way.
-        await until(lambda: layer.stats()["lane_operations"] == 13)
+        await until(lambda: layer.stats()["pending_operations"] == 13)
         assert layer.stats()["sent"] == 1
     await waiting
-    assert layer.stats()["lane_operations"] == 0
+    assert layer.stats()["pending_operations"] == 0
     assert layer.stats()["sent"] == 11
 
 
 # ---------------------------------------------------------------------- receiving
 
 
-async def test_shortcuts_and_drains(make_layer: MakeLayer, processes: Processes, migrated_dsn: str) -> None:
+async def test_inline_messages_and_reads(
+    make_layer: MakeLayer, processes: Processes, migrated_dsn: str
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)
-    await until(lambda: layer.stats()["drains"])
     moved = Moved(layer)
     await elsewhere(processes, migrated_dsn, channel, [number(1)])
     assert await receive(layer, channel) == number(1)
-    assert moved.all() == {"received": 1, "delivered": 1, "shortcuts": 1}
+    assert moved.all() == {"received": 1, "delivered": 1, "inline_messages": 1}
     await elsewhere(processes, migrated_dsn, channel, [number(2, LARGE)])
     assert await receive(layer, channel) == number(2, LARGE)
-    await until(lambda: moved["drains"] == 1)
-    assert moved.all() == {"received": 2, "delivered": 2, "shortcuts": 1, "drains": 1}
+    await until(lambda: moved["reads"] == 1)
+    assert moved.all() == {"received": 2, "delivered": 2, "inline_messages": 1, "reads": 1}
 
 
 async def test_a_groups_message_is_received_once_and_delivered_to_each(make_layer: MakeLayer) -> None:
@@ -299,10 +305,10 @@ async def test_a_full_member_misses_a_groups_message(make_layer: MakeLayer) -> N
         "delivered": 10,
         "dropped_full": 6,
     }
-    assert layer.stats()["mailbox_messages"] == 4
+    assert layer.stats()["queued_messages"] == 4
 
 
-async def test_messages_that_expire_in_their_mailbox(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_messages_that_expire_in_their_queue(make_layer: MakeLayer, observer: Observer) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)
@@ -310,7 +316,7 @@ async def test_messages_that_expire_in_their_mailbox(make_layer: MakeLayer, obse
     for n in range(3):
         await layer.send(channel, number(n), expiry=0.2)
     await layer.send(channel, number(3))
-    await until(lambda: layer.stats()["mailbox_messages"] == 4)
+    await until(lambda: layer.stats()["queued_messages"] == 4)
     alive = "SELECT 1 FROM pg_layer_message WHERE expires_at > clock_timestamp()"
     await until(lambda: len(observer.execute(alive).fetchall()) == 1)
     assert await receive(layer, channel) == number(3)
@@ -345,11 +351,11 @@ async def test_what_is_not_handed_over_is_not_delivered(make_layer: MakeLayer, o
     await listen(layer)
     delivered = Moved(layer)
     await layer.send(channel, number(1))
-    await until(lambda: layer.stats()["mailbox_messages"] == 1)
+    await until(lambda: layer.stats()["queued_messages"] == 1)
     with observer.transaction():
         observer.execute("LOCK TABLE pg_layer_message")
         receiving = asyncio.create_task(layer.receive(channel))
-        await until(lambda: layer.stats()["mailbox_messages"] == 0)
+        await until(lambda: layer.stats()["queued_messages"] == 0)
         receiving.cancel()
         await asyncio.wait((receiving,))
         assert receiving.cancelled()
@@ -358,23 +364,23 @@ async def test_what_is_not_handed_over_is_not_delivered(make_layer: MakeLayer, o
     assert delivered["delivered"] == 1
 
 
-async def test_mailboxes_and_memberships(make_layer: MakeLayer) -> None:
+async def test_channels_and_memberships(make_layer: MakeLayer) -> None:
     layer = make_layer()
     channels = [await layer.new_channel() for _ in range(3)]
     await listen(layer)
-    before = layer.stats()["mailboxes"]
+    before = layer.stats()["channels"]
     for channel in channels:
         await layer.group_add("room", channel)
         await layer.group_add("other", channel)
     await layer.group_add("room", "jobs")  # not of this process
     stats = layer.stats()
     assert stats["memberships"] == 6
-    assert stats["mailboxes"] == before + 3
+    assert stats["channels"] == before + 3
     await layer.group_send("room", number(1))
     await layer.group_send("room", number(2))
-    await until(lambda: layer.stats()["mailbox_messages"] == 6)
+    await until(lambda: layer.stats()["queued_messages"] == 6)
     await receive(layer, channels[0])
-    assert layer.stats()["mailbox_messages"] == 5
+    assert layer.stats()["queued_messages"] == 5
     await layer.group_discard("room", channels[0])
     assert layer.stats()["memberships"] == 5
 
@@ -437,16 +443,30 @@ def test_another_home_is_not_a_reconnect(migrated_dsn: str) -> None:
     asyncio.run(layer.close())
 
 
-async def test_foreign_notifies(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_a_lease_that_was_over_is_a_gap(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer(lease=60, heartbeat=0.2)
+    await listen(layer)
+    assert layer.stats()["gaps"] == 0
+    for times in range(1, 3):
+        with observer.transaction():
+            observer.execute("UPDATE pg_layer_client SET expires_at = now() - interval '1 second'")
+            steady(observer)
+        await until(lambda: layer.stats()["gaps"] == times)  # noqa: B023
+        await listen(layer)
+    assert layer.stats()["gaps"] == 2
+
+
+async def test_foreign_notifications(make_layer: MakeLayer, observer: Observer) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)
     moved = Moved(layer)
     for said in ("", "hello", "M 1 2 3"):
         observer.execute(
-            "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)", (channel, said)
+            "SELECT pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %s)), %s)",
+            (channel, said),
         )
-    await until(lambda: moved["foreign_notifies"] == 3)
+    await until(lambda: moved["foreign_notifications"] == 3)
     assert moved.of("received", "dropped_undecodable") == {"received": 0, "dropped_undecodable": 0}
 
 
@@ -468,31 +488,31 @@ def no_notify(observer: Observer) -> None:
 
 
 @pytest.mark.usefixtures("no_notify")
-async def test_refused_notifies(make_layer: MakeLayer) -> None:
+async def test_refused_notifications(make_layer: MakeLayer) -> None:
     sender = make_layer()
     await sender.group_add("room", "jobs")
     moved = Moved(sender)
     await sender.send("jobs", number(1))
     await sender.group_send("room", number(2))
-    expected = {"sent": 1, "group_sent": 1, "batches": 2, "refused_notifies": 2}
+    expected = {"sent": 1, "group_sent": 1, "batches": 2, "refused_notifications": 2}
     assert moved.all() == expected
     layer = make_layer()
     for n in (1, 2):
         assert await receive(layer, "jobs") == number(n)
     assert moved.all() == expected
-    assert layer.stats()["refused_notifies"] == 0
-    await layer.health()  # rings its own doorbell
-    assert layer.stats()["refused_notifies"] == 1
+    assert layer.stats()["refused_notifications"] == 0
+    await layer.health()  # rings a ping
+    assert layer.stats()["refused_notifications"] == 1
     assert layer.stats()["listener"] == "polling"
 
 
 @pytest.mark.usefixtures("no_notify")
-def test_refused_notifies_of_synchronous_code(migrated_dsn: str) -> None:
+def test_refused_notifications_of_synchronous_code(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(lease=3600)
     with on_django(layer, default=postgres(migrated_dsn)):
         layer.sync.send("jobs", number(1))
         assert Moved(layer).all() == {}
-        assert layer.stats()["refused_notifies"] == 1
+        assert layer.stats()["refused_notifications"] == 1
         assert layer.stats()["sent"] == 1
 
 
@@ -555,7 +575,7 @@ def test_deliveries_in_threads_are_counted_exactly(migrated_dsn: str) -> None:
         assert moved.of("sent", "received", "delivered") == dict.fromkeys(
             ("sent", "received", "delivered"), THREADS * TIMES
         )
-        assert layer.stats()["mailbox_messages"] == 0
+        assert layer.stats()["queued_messages"] == 0
         home.do(layer.close())
 
 
@@ -596,7 +616,7 @@ def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Obser
 
 def counters_of(observer: Observer, channel: str) -> dict[str, int]:
     row = observer.execute(
-        "SELECT counters FROM pg_layer_client WHERE inbox = pg_layer_inbox('asgi', %s)", (channel,)
+        "SELECT counters FROM pg_layer_client WHERE address = pg_layer_address('asgi', %s)", (channel,)
     ).fetchone()
     assert row is not None
     counters: dict[str, int] = row[0]

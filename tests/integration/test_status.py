@@ -33,7 +33,8 @@ from pg_layer.status import Status, in_words
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.test_notify_refused import full_queue
 from tests.integration.test_django import postgres
-from tests.processes import Processes, listen, read, until
+from tests.integration.test_sweeper import steady
+from tests.processes import Processes, listen, read
 from tests.project.commands import ROOT, environment, eventually, manage, run, started
 from tests.project.configured import configured
 
@@ -60,8 +61,8 @@ def add_client(
 ) -> None:
     """A client whose lease ends so long from now, and which has ended so long ago, if it has."""
     observer.execute(
-        "INSERT INTO pg_layer_client (inbox, host, pid, expires_at, ended_at, counters) VALUES"
-        " ('asgi!' || %s, 'host-of-' || %s, 77, clock_timestamp() + %s::interval,"
+        "INSERT INTO pg_layer_client (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
+        " ('asgi!' || %s, 'host-of-' || %s, 77, clock_timestamp() + %s::interval, 60,"
         " clock_timestamp() - %s::interval, %s)",
         (client, client, expires, ended, json.dumps(counters)),
     )
@@ -107,15 +108,7 @@ async def test_a_layer_at_work(
     await stranger.group_add("room", "jobs")
 
     # Their leases are longer than the command's own configuration says.
-    settings = {
-        "CHANNEL_LAYERS": {
-            "default": {
-                "BACKEND": "pg_layer.PostgresChannelLayer",
-                "CONFIG": {"lease": 3600, "heartbeat": 1200},
-            }
-        }
-    }
-    shown = look(migrated_dsn, settings=settings)
+    shown = look(migrated_dsn)
     assert shown["ok"]
     clients = shown["clients"]
     assert (clients["live"], clients["overdue"], clients["ended"]) == (2, 0, 0)
@@ -130,8 +123,8 @@ async def test_a_layer_at_work(
         "count": 2,
         "members": 6,
         "list": [
-            {"name": "room", "members": 5, "inboxes": 3},
-            {"name": "alone", "members": 1, "inboxes": 1},
+            {"name": "room", "members": 5, "addresses": 3},
+            {"name": "alone", "members": 1, "addresses": 1},
         ],
     }
     channels = shown["channels"]
@@ -148,6 +141,8 @@ async def test_a_layer_at_work(
         "pg_layer_message",
         "pg_layer_membership",
         "pg_layer_client",
+        "pg_layer_lease_clock",
+        "pg_layer_boot",
         "pg_layer_last_sweep",
     ]
     for table in shown["tables"]:
@@ -158,7 +153,7 @@ async def test_a_layer_at_work(
 
     await layer.send(far, {"type": "test"})
     await other.result()
-    after = look(migrated_dsn, settings=settings)
+    after = look(migrated_dsn)
     assert (after["clients"]["live"], after["clients"]["ended"]) == (1, 1)
     assert after["ok"]
 
@@ -169,7 +164,7 @@ def test_the_first_of_many(migrated_dsn: str, observer: Observer) -> None:
         add_client(observer, f"client{n:02}", "1 minute")
         for member in range(n + 1):
             observer.execute(
-                "INSERT INTO pg_layer_membership VALUES (%s, %s, %s, 'infinity')",
+                "INSERT INTO pg_layer_membership VALUES (%s, %s, %s, 0, true, 'infinity')",
                 (f"group{n}", f"asgi!client{n:02}", f"specific.client{n:02}!{member}"),
             )
             observer.execute("SELECT pg_layer_send(%s, %s)", (f"jobs{n}", '{"type": "test"}'))
@@ -191,10 +186,12 @@ def test_the_first_of_many(migrated_dsn: str, observer: Observer) -> None:
 def test_what_is_over_does_not_count(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "gone", "-1 hour", "1 hour")
-    observer.execute("INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 'infinity')")
     observer.execute(
-        "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
-        " VALUES ('asgi!:jobs', 1, 'jobs', clock_timestamp())"
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity')"
+    )
+    observer.execute(
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+        " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, 'jobs', clock_timestamp())"
     )
     shown = look(migrated_dsn)
     assert shown["groups"] == {"count": 0, "members": 0, "list": []}
@@ -221,8 +218,8 @@ def test_what_is_no_count_counts_for_nothing(migrated_dsn: str, observer: Observ
     odd = ('{"dropped_full": "x"}', '{"dropped_full": 1e30}', '{"dropped_full": 1.5}', "[]", "7")
     for number, counters in enumerate(odd):
         observer.execute(
-            "INSERT INTO pg_layer_client (inbox, expires_at, counters) VALUES"
-            " ('asgi!' || %s::text, clock_timestamp() + interval '1 minute', %s)",
+            "INSERT INTO pg_layer_client (address, expires_at, lease, counters) VALUES"
+            " ('asgi!' || %s::text, clock_timestamp() + interval '1 minute', 60, %s)",
             (f"odd{number}", counters),
         )
     assert look(migrated_dsn)["drops"]["dropped_full"] == 3
@@ -361,45 +358,33 @@ def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
     assert look(migrated_dsn, "--top", "1")["problems"] == [
         "Leases that are overdue: 2 (process 77 on host-of-late, ...)."
     ]
-    # Once a sweeper has cleared what they left, they have ended.
+    # Nobody has renewed a lease meanwhile: it may have been the database that was away.
+    assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
+    assert look(migrated_dsn)["clients"]["overdue"] == 2
+    # When their leases are over, a sweep removes what they left, and they have ended.
+    steady(observer)
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
     after = look(migrated_dsn)
     assert after["ok"]
     assert (after["clients"]["overdue"], after["clients"]["ended"]) == (0, 3)
 
 
-def test_a_client_that_has_not_told_who_it_is(migrated_dsn: str, observer: Observer) -> None:
-    """It has added a channel of its own to a group, and not renewed its lease yet."""
-    sweep(observer)
-    observer.execute(
-        "SELECT pg_layer_regroup('asgi', 'asgi!stranger', 60, 60,"
-        " '{room}', '{specific.stranger!1}', '{1}', '{}', '{}')"
-    )
-    shown = look(migrated_dsn)
-    assert shown["ok"]
-    [client] = shown["clients"]["list"]
-    assert (client["id"], client["host"], client["pid"]) == ("stranger", None, None)
-    _, lines = read_text(migrated_dsn)
-    [line] = [line for line in lines if line.endswith("stranger")]
-    assert line.split()[:2] == ["unknown", "unknown"]
-    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() - interval '1 minute'")
-    shown = look(migrated_dsn)
-    assert shown["problems"] == []
-    assert shown["clients"] == {"live": 0, "overdue": 0, "ended": 0, "list": []}
-
-
-async def test_a_client_tells_who_it_is_when_it_listens_or_with_its_next_heartbeat(
+async def test_a_client_is_listed_once_it_has_members_or_listens(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    for options in ({}, {"heartbeat": 0.1}):
-        layer = make_layer(**options)
-        await layer.group_add("room", await layer.new_channel())
-        if not options:
+    sweep(observer)
+    for listens in (True, False):
+        layer = make_layer()
+        await layer.send("jobs", {"type": "test"})
+        assert look(migrated_dsn)["clients"]["list"] == []
+        channel = await layer.new_channel()
+        if listens:
             await listen(layer)
-        me = (socket.gethostname(), os.getpid())
-        await until(lambda: observer.execute("SELECT host, pid FROM pg_layer_client").fetchall() == [me])  # noqa: B023
+        else:
+            await layer.group_add("room", channel)
+        [client] = look(migrated_dsn)["clients"]["list"]
+        assert (client["host"], client["pid"]) == (socket.gethostname(), os.getpid())
         await layer.close()
-        observer.execute("DELETE FROM pg_layer_client")
 
 
 def test_notifys_queue_is_full() -> None:
@@ -474,8 +459,10 @@ def test_what_is_asked_for_makes_no_sense(migrated_dsn: str, arguments: list[str
 def fill(observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute", dropped_full=3)
-    observer.execute("UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE inbox = 'asgi!one'")
-    observer.execute("INSERT INTO pg_layer_membership VALUES ('room', 'asgi!one', 'a.one!1', 'infinity')")
+    observer.execute("UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE address = 'asgi!one'")
+    observer.execute(
+        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!one', 'a.one!1', 0, true, 'infinity')"
+    )
     observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import select
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
@@ -17,6 +18,7 @@ import psycopg
 import pytest
 
 from devtools.postgres import PostgresServer
+from pg_layer import sweeper as sweeping
 from pg_layer.config import load
 from pg_layer.management.commands._layer import ended_by_signals
 from pg_layer.sweeper import Sweeper
@@ -26,6 +28,7 @@ from tests.project.commands import Process, eventually, manage, started, succeed
 
 COMMAND = ("-m", "tests.project.manage", "pg_layer_sweep")
 
+NOW = "clock_timestamp()"
 PAST = "clock_timestamp() - interval '1 second'"
 FUTURE = "clock_timestamp() + interval '1 hour'"
 
@@ -45,26 +48,48 @@ def refusal(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -
 
 
 def add_messages(
-    observer: Observer, count: int, expires_at: str, inbox: str = "asgi!:old", kind: str = "message"
+    observer: Observer, count: int, expires_at: str, address: str = "asgi!:old", kind: str = "message"
 ) -> None:
     observer.execute(
-        "INSERT INTO pg_layer_message (inbox, nonce, kind, channel, payload, expires_at)"
-        f" SELECT '{inbox}', n, '{kind}', 'old', 'x', {expires_at}"
+        "INSERT INTO pg_layer_message (address, xid, boot, kind, channel, payload, expires_at)"
+        f" SELECT '{address}', pg_current_xact_id(), 0, '{kind}', 'old', 'x', {expires_at}"
         f" FROM generate_series(1, {count}) AS n".encode()
     )
 
 
-def add_memberships(observer: Observer, count: int, expires_at: str, inbox: str = "asgi!:old") -> None:
+def add_memberships(
+    observer: Observer, count: int, expires_at: str, address: str = "asgi!:old", id: int = 1
+) -> None:
+    """Claims; with the id 0 rows of the owner."""
     observer.execute(
-        "INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at)"
-        f" SELECT 'group-' || n, '{inbox}', 'old', {expires_at}"
+        "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
+        f" SELECT 'group-' || n, '{address}', 'old', {id}, {expires_at}"
         f" FROM generate_series(1, {count}) AS n".encode()
     )
 
 
-def add_client(observer: Observer, client: str, expires_at: str) -> None:
+def add_client(
+    observer: Observer,
+    client: str,
+    expires_at: str,
+    lease: float = 60,
+    ended_at: str = "NULL",
+    swept_at: str = "NULL",
+) -> None:
     observer.execute(
-        f"INSERT INTO pg_layer_client (inbox, expires_at) VALUES ('asgi!{client}', {expires_at})".encode()
+        "INSERT INTO pg_layer_client (address, expires_at, lease, ended_at, swept_at)"
+        f" VALUES ('asgi!{client}', {expires_at}, {lease}, {ended_at}, {swept_at})".encode()
+    )
+
+
+def steady(observer: Observer, prefix: str = "asgi", since: str = "1 hour") -> None:
+    """Leases of a prefix have been renewed without a gap for so long, until now."""
+    observer.execute(
+        "INSERT INTO pg_layer_lease_clock AS l (prefix, boot, lease, renewed_at, steady_since)"
+        " SELECT %s, pg_layer_current_boot(), 3600, clock_timestamp(), clock_timestamp() - %s::interval"
+        " ON CONFLICT (prefix) DO UPDATE SET (boot, lease, renewed_at, steady_since)"
+        " = (excluded.boot, excluded.lease, excluded.renewed_at, excluded.steady_since)",
+        (prefix, since),
     )
 
 
@@ -81,41 +106,124 @@ def counts(observer: Observer) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------- what is swept
 
 
-def test_it_removes_what_is_over_and_keeps_what_lives(migrated_dsn: str, observer: Observer) -> None:
+def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer: Observer) -> None:
+    steady(observer)
+    day = "clock_timestamp() - interval '25 hours'"
     add_client(observer, "living", FUTURE)
-    add_client(observer, "lapsed", PAST)
-    add_client(observer, "forgotten", "clock_timestamp() - interval '25 hours'")
-    for inbox in ("asgi!:old", "asgi!living", "other!:old", "asgi.!:old"):
-        add_messages(observer, 2, PAST, inbox)
-        add_messages(observer, 3, FUTURE, inbox)
-        add_memberships(observer, 2, PAST, inbox)
-    for inbox in ("asgi!lapsed", "asgi!forgotten"):  # nobody will read or renew what they left
-        add_messages(observer, 5, FUTURE, inbox)
-        add_messages(observer, 5, FUTURE, inbox, kind="join")
-        add_memberships(observer, 5, "'infinity'", inbox)
-    add_memberships(observer, 7, "'infinity'", "asgi!living-too")
+    add_client(observer, "over", PAST)
+    add_client(observer, "over-too", PAST)
+    add_client(observer, "overdue", PAST, lease=7200)
+    add_client(observer, "closed", PAST, ended_at=NOW)
+    add_client(observer, "closed-before", day, ended_at=day)
+    add_client(observer, "swept-before", day, swept_at=day)
+    for address in ("asgi!:old", "asgi!living", "asgi!overdue", "asgi!@old", "other!:old", "asgi.!:old"):
+        add_messages(observer, 2, PAST, address)
+        add_messages(observer, 3, FUTURE, address)
+        add_memberships(observer, 2, PAST, address)
+        add_memberships(observer, 2, FUTURE, address, id=2)
+    add_memberships(observer, 2, PAST, "asgi!living", id=0)  # its owner deletes them
+    for address in ("asgi!over", "asgi!over-too"):  # nobody will receive or renew what they left
+        add_messages(observer, 5, FUTURE, address)
+        add_messages(observer, 5, FUTURE, address, kind="add")
+        add_memberships(observer, 5, "'infinity'", address, id=0)
+    add_memberships(observer, 7, "'infinity'", "asgi!living-too", id=0)
     before = counts(observer)
+    # Expired messages of all prefixes; claims of its own.
     assert sweep(migrated_dsn, "--once", "--dry-run") == (
-        "Would remove 24 messages, 14 memberships, 1 clients."
+        "Would remove 32 messages, 18 memberships, 2 clients."
     )
     assert counts(observer) == before
-    assert sweep(migrated_dsn, "--once") == "Removed 24 messages, 14 memberships, 1 clients."
+    assert sweep(migrated_dsn, "--once") == "Removed 32 messages, 18 memberships, 2 clients."
     assert sweep(migrated_dsn, "--once") == "Removed 0 messages, 0 memberships, 0 clients."
-    assert counts(observer) == (before[0] - 24, before[1] - 14, before[2] - 1)
+    assert counts(observer) == (before[0] - 32, before[1] - 18, before[2] - 2)
     assert observer.execute(
-        "SELECT inbox, count(*) FROM pg_layer_message WHERE inbox LIKE 'asgi!%' GROUP BY 1 ORDER BY 1"
-    ).fetchall() == [("asgi!:old", 3), ("asgi!living", 3)]
-    # A client is remembered for a day, so that nothing is written for it.
-    assert observer.execute("SELECT inbox FROM pg_layer_client ORDER BY 1").fetchall() == [
-        ("asgi!lapsed",),
-        ("asgi!living",),
+        "SELECT address, count(*) FROM pg_layer_message GROUP BY 1 ORDER BY 1"
+    ).fetchall() == [
+        ("asgi!:old", 3),
+        ("asgi!@old", 3),
+        ("asgi!living", 3),
+        ("asgi!overdue", 3),
+        ("asgi.!:old", 3),
+        ("other!:old", 3),
     ]
+    # A client is remembered for a day.
+    assert observer.execute(
+        "SELECT address, swept_at IS NOT NULL FROM pg_layer_client ORDER BY 1"
+    ).fetchall() == [
+        ("asgi!closed", False),
+        ("asgi!living", False),
+        ("asgi!over", True),
+        ("asgi!over-too", True),
+        ("asgi!overdue", False),
+    ]
+
+
+def test_a_lease_that_expired_in_an_outage_is_not_over(migrated_dsn: str, observer: Observer) -> None:
+    """A lease is measured in time in which others have renewed theirs, in this run of the server."""
+    add_client(observer, "late", PAST)
+    add_messages(observer, 5, FUTURE, "asgi!late")
+    add_memberships(observer, 5, "'infinity'", "asgi!late", id=0)
+    nothing, all_of_it = (f"Removed {count} messages, {count} memberships, 0 clients." for count in (0, 5))
+    assert sweep(migrated_dsn, "--once") == nothing  # no renewal is known
+    steady(observer, since="50 seconds")  # shorter than its lease
+    assert sweep(migrated_dsn, "--once") == nothing
+    for change in (
+        "boot = boot - 1",
+        "renewed_at = renewed_at - interval '31 minutes'",  # the longest lease is an hour
+    ):
+        steady(observer)
+        observer.execute(f"UPDATE pg_layer_lease_clock SET {change}".encode())
+        assert sweep(migrated_dsn, "--once") == nothing
+    steady(observer, "other")
+    assert sweep(migrated_dsn, "--once") == nothing
+    steady(observer)
+    assert sweep(migrated_dsn, "--once") == all_of_it
+
+
+def test_claims_that_a_later_one_overrules_are_removed(migrated_dsn: str, observer: Observer) -> None:
+    """At no moment does a claim count that was overruled."""
+    claims = [
+        *(("joined", id, True) for id in (1, 2, 3)),
+        *(("left", id, id < 3) for id in (1, 2, 3)),
+        *(("back", id, id != 2) for id in (1, 2, 3)),
+        ("never", 1, False),
+    ]
+    for group, id, present in claims:
+        observer.execute(
+            "INSERT INTO pg_layer_membership VALUES (%s, 'asgi!:jobs', 'jobs', %s, %s, 'infinity', 100)",
+            (group, id, present),
+        )
+
+    def members() -> list[tuple[Any, ...]]:
+        return observer.execute("SELECT group_name, members FROM pg_layer_group ORDER BY 1").fetchall()
+
+    assert members() == [("back", 1), ("joined", 1)]
+    while observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() != (0, 0, 0):
+        [(removed,)] = observer.execute("SELECT memberships FROM pg_layer_sweep('asgi', 100, false, 0)")
+        assert removed > 0
+        assert members() == [("back", 1), ("joined", 1)]
+    assert observer.execute("SELECT group_name, id FROM pg_layer_membership ORDER BY 1").fetchall() == [
+        ("back", 3),
+        ("joined", 3),
+    ]
+
+
+def test_a_client_with_much_is_swept_in_parts(migrated_dsn: str, observer: Observer) -> None:
+    steady(observer)
+    for client in range(3):
+        add_client(observer, f"over-{client}", PAST)
+        add_messages(observer, 25, FUTURE, f"asgi!over-{client}")
+        add_memberships(observer, 25, "'infinity'", f"asgi!over-{client}", id=0)
+    assert sweep(migrated_dsn, "--once", "--batch-size", "10") == (
+        "Removed 75 messages, 75 memberships, 0 clients."
+    )
+    assert observer.execute("SELECT count(*) FROM pg_layer_client WHERE swept_at IS NULL").fetchone() == (0,)
 
 
 def test_aged_rows_go_in_batches(migrated_dsn: str, observer: Observer) -> None:
     add_messages(observer, 20_000, FUTURE)
     add_messages(observer, 10, FUTURE, "asgi!:kept")
-    observer.execute(f"UPDATE pg_layer_message SET expires_at = {PAST} WHERE inbox = 'asgi!:old'".encode())
+    observer.execute(f"UPDATE pg_layer_message SET expires_at = {PAST} WHERE address = 'asgi!:old'".encode())
     observer.execute("CREATE TABLE batch (size bigint)")
     observer.execute(
         "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
@@ -141,11 +249,14 @@ def test_only_the_named_layer_is_swept(migrated_dsn: str, observer: Observer) ->
         }
     }
     add_messages(observer, 3, PAST)
+    add_memberships(observer, 3, PAST)
     add_messages(observer, 4, PAST, "other!:old")
+    add_memberships(observer, 4, PAST, "other!:old")
     output = sweep(migrated_dsn, "--once", "--layer", "other", settings=settings)
-    assert output == "Removed 4 messages, 0 memberships, 0 clients."
+    # Expired messages are looked for in the order of their ends, whatever their prefix.
+    assert output == "Removed 7 messages, 4 memberships, 0 clients."
     output = sweep(migrated_dsn, "--once", settings=settings)
-    assert output == "Removed 3 messages, 0 memberships, 0 clients."
+    assert output == "Removed 0 messages, 3 memberships, 0 clients."
 
 
 def test_verbosity(migrated_dsn: str, observer: Observer) -> None:
@@ -274,7 +385,7 @@ def test_it_sweeps_again_and_again(
 ) -> None:
     process = start(processes_to_end, migrated_dsn, "--interval", "0.1")
     for n in range(1, 4):
-        add_messages(observer, n, PAST)
+        add_messages(observer, n, NOW)
         assert process.expect("Removed") == f"Removed {n} messages, 0 memberships, 0 clients."
     [(connections,)] = observer.execute(
         "SELECT count(*) FROM pg_stat_activity"
@@ -282,6 +393,38 @@ def test_it_sweeps_again_and_again(
     ).fetchall()
     assert connections == 1
     assert process.end(signal.SIGTERM) == 0
+
+
+def test_a_pass_goes_on_where_the_last_one_ended(
+    migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
+) -> None:
+    """It does not walk again what it deleted; what was written with an end before that, a full pass finds."""
+    process = start(processes_to_end, migrated_dsn, "--interval", "0.1")
+    add_messages(observer, 1, NOW)
+    assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
+    add_messages(observer, 2, PAST + " - interval '1 hour'")
+    for _ in range(3):
+        add_messages(observer, 4, NOW)
+        assert process.expect("Removed") == "Removed 4 messages, 0 memberships, 0 clients."
+    assert process.end(signal.SIGTERM) == 0
+    assert sweep(migrated_dsn, "--once") == "Removed 2 messages, 0 memberships, 0 clients."
+
+
+def test_a_full_pass_is_made_again_and_again(
+    migrated_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "FULL_PASS", 0.1)
+    add_messages(observer, 3, NOW)
+    with Sweeper(load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None) as sweeper:
+        running = threading.Thread(target=sweeper.run, args=(0.05,))
+        running.start()
+        try:
+            for end in (NOW, PAST, "'1960-01-01'", "'-infinity'"):
+                add_messages(observer, 2, end)
+                eventually(lambda: counts(observer)[0] == 0, "swept")
+        finally:
+            sweeper.stop()
+            running.join()
 
 
 def test_silence(migrated_dsn: str, observer: Observer, processes_to_end: ExitStack) -> None:
@@ -339,8 +482,8 @@ def test_it_outlives_a_restart_of_the_database(processes_to_end: ExitStack) -> N
         for file in migrations():
             server.execute(file.read_text())
         add = (
-            "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
-            " VALUES ('asgi!:old', 1, 'old', clock_timestamp())"
+            "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+            " VALUES ('asgi!:old', pg_current_xact_id(), 0, 'old', clock_timestamp())"
         )
         process = start(processes_to_end, server.dsn(), "--interval", "0.1")
         for _ in range(2):
@@ -381,7 +524,7 @@ async def test_two_sweepers_do_no_harm_while_traffic_flows(
             await sender.group_send("room", {"type": "test", "n": n})
             await sender.send("jobs", {"type": "test", "n": n})
             if n % 20 == 0:
-                add_messages(observer, 100, PAST)
+                add_messages(observer, 100, NOW)
                 add_memberships(observer, 3, PAST, f"asgi!:old-{n}")
 
     sending = asyncio.create_task(send())
@@ -406,20 +549,20 @@ async def test_serving_processes_sweep_one_at_a_time(make_layer: MakeLayer, obse
     observer.execute(
         "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$"
         " DECLARE _began timestamptz := clock_timestamp(); BEGIN"
-        " IF EXISTS (SELECT FROM gone WHERE channel = 'old') THEN PERFORM pg_sleep(0.05);"
+        " IF EXISTS (SELECT FROM gone) THEN PERFORM pg_sleep(0.05);"
         " INSERT INTO deletion VALUES (pg_current_xact_id(), _began, clock_timestamp()); END IF;"
         " RETURN NULL; END $$"
     )
     observer.execute(
-        "CREATE TRIGGER note AFTER DELETE ON pg_layer_message REFERENCING OLD TABLE AS gone"
+        "CREATE TRIGGER note AFTER DELETE ON pg_layer_membership REFERENCING OLD TABLE AS gone"
         " FOR EACH STATEMENT EXECUTE FUNCTION note()"
     )
     # As many processes would: each layer is a client of its own.
     for _ in range(5):
         await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0.01))
     for _ in range(4):
-        add_messages(observer, 5_000, PAST)
-        await until(lambda: counts(observer)[0] == 0)
+        add_memberships(observer, 5_000, PAST)
+        await until(lambda: counts(observer)[1] == 0)
     spans: list[tuple[datetime, datetime]] = observer.execute(
         "SELECT began, ended FROM deletion ORDER BY began"
     ).fetchall()
@@ -430,37 +573,38 @@ async def test_serving_processes_sweep_one_at_a_time(make_layer: MakeLayer, obse
 def test_a_sweep_by_a_serving_process_leaves_it_to_one_that_sweeps(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    add_messages(observer, 3, PAST)
+    add_memberships(observer, 3, PAST)
+    counted = "SELECT messages, memberships, clients FROM pg_layer_sweep"
     with psycopg.connect(migrated_dsn) as first:
-        assert first.execute(
-            "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 1, true, null, null)"
-        ).fetchone() == (1, 0, 0)
-        assert (
-            observer.execute(
-                "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 10, true, null, null)"
-            ).fetchone()
-            == (None,) * 3
-        )
+        swept = first.execute(f"{counted}('asgi', 1, true, 0)".encode()).fetchone()
+        assert swept == (0, 1, 0)
+        swept = observer.execute(f"{counted}('asgi', 10, true, 0)".encode()).fetchone()
+        assert swept == (None,) * 3
         # Of another prefix, or by the command: beside it.
-        assert observer.execute(
-            "SELECT messages, memberships, clients FROM pg_layer_sweep('other', 10, true, null, null)"
-        ).fetchone() == (0, 0, 0)
-        assert observer.execute(
-            "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 10, false, null, null)"
-        ).fetchone() == (2, 0, 0)
-    assert observer.execute(
-        "SELECT messages, memberships, clients FROM pg_layer_sweep('asgi', 10, true, null, null)"
-    ).fetchone() == (0, 0, 0)
+        swept = observer.execute(f"{counted}('other', 10, true, 0)".encode()).fetchone()
+        assert swept == (0, 0, 0)
+        swept = observer.execute(f"{counted}('asgi', 10, false, 0)".encode()).fetchone()
+        assert swept == (0, 2, 0)
+    swept = observer.execute(f"{counted}('asgi', 10, true, 0)".encode()).fetchone()
+    assert swept == (0, 0, 0)
 
 
 async def test_serving_processes_do_not_sweep_if_told_so(make_layer: MakeLayer, observer: Observer) -> None:
-    add_messages(observer, 3, PAST)
-    # Busy with other layers' tables, and with its own heartbeat: ten of them pass.
+    add_memberships(observer, 3, PAST)
+    # Busy with its own heartbeat: ten of them pass.
     await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0))
     lease = "SELECT max(expires_at) FROM pg_layer_client"
     for _ in range(10):
         before = observer.execute(lease.encode()).fetchone()
         await until(lambda before=before: observer.execute(lease.encode()).fetchone() != before)  # type: ignore[misc]
-    # Its own may not be deleted yet.
-    expired = b"SELECT count(*) FROM pg_layer_message WHERE expires_at <= clock_timestamp()"
-    assert observer.execute(expired).fetchone() == (3,)
+    assert counts(observer)[1] == 3
+
+
+async def test_heartbeats_delete_expired_messages(make_layer: MakeLayer, observer: Observer) -> None:
+    """Also those of others, and of other prefixes, so that a group's messages do not pile up."""
+    await listen(make_layer(lease=60, heartbeat=0.1, sweep_interval=0))
+    for count in (1, 5_000):
+        for address in ("asgi!@room", "other!:jobs"):
+            add_messages(observer, count, NOW, address)
+        expired = b"SELECT count(*) FROM pg_layer_message WHERE expires_at <= clock_timestamp()"
+        await until(lambda: observer.execute(expired).fetchone() == (0,))  # noqa: B023

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer.stats import COUNTED, Counters, Counts, State, Stats, make_stats
+from pg_layer._state.counters import COUNTED, Counters, Counts, State, Stats, make_stats
 
 THREADS = 8
 TIMES = 2000
@@ -25,7 +25,14 @@ TIMES = 2000
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
 
 NOTHING = State(
-    mailboxes=0, mailbox_messages=0, lane_operations=0, memberships=0, listener="off", lease_age=None
+    channels=0,
+    queued_messages=0,
+    announced=0,
+    pending_operations=0,
+    memberships=0,
+    remembered_keys=0,
+    listener="off",
+    lease_age=None,
 )
 
 
@@ -138,7 +145,14 @@ def test_threads_lose_no_count_while_others_read() -> None:
 
 def test_stats_are_the_counters_and_the_state() -> None:
     state = State(
-        mailboxes=1, mailbox_messages=2, lane_operations=3, memberships=4, listener="polling", lease_age=0.5
+        channels=1,
+        queued_messages=2,
+        announced=3,
+        pending_operations=4,
+        memberships=5,
+        remembered_keys=6,
+        listener="polling",
+        lease_age=0.5,
     )
     counted = counts(**{name: number for number, name in enumerate(COUNTED, start=10)})
     stats = make_stats(counted, state)

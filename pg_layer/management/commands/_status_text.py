@@ -55,8 +55,8 @@ def _sections(status: Status) -> list[Section]:
             + [("connections", _RIGHT), ("client", _LEFT)],
             [
                 (
-                    "unknown" if client.host is None else _shown(client.host),
-                    "unknown" if client.pid is None else str(client.pid),
+                    _shown(client.host),
+                    str(client.pid),
                     "unknown" if client.lease_age is None else f"{in_words(client.lease_age)} ago",
                     _left(client.lease_left),
                     "?" if client.connections is None else str(client.connections),
@@ -67,8 +67,8 @@ def _sections(status: Status) -> list[Section]:
         ),
         Section(
             f"Groups: {status.all_groups}, with {status.all_members} members",
-            [("group", _LEFT), ("members", _RIGHT), ("inboxes", _RIGHT)],
-            [(_shown(group.name), str(group.members), str(group.inboxes)) for group in status.groups],
+            [("group", _LEFT), ("members", _RIGHT), ("addresses", _RIGHT)],
+            [(_shown(group.name), str(group.members), str(group.addresses)) for group in status.groups],
         ),
         Section(
             f"Normal channels with a backlog: {status.all_channels}, with {status.all_waiting} messages",

@@ -12,7 +12,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from pg_layer import store
+from pg_layer._db.queries import maintenance
 from pg_layer.config import Config
 from pg_layer.connections import are_named, connected_now
 from pg_layer.exceptions import PgLayerError
@@ -84,9 +84,7 @@ class Command(LayerCommand):
         sweep_age = options["sweep_age"]
         try:
             with connected_now(config) as conn:
-                status = store.status(
-                    conn, config.prefix, config.lease, options["top"], are_named=are_named(config)
-                )
+                status = maintenance.status(conn, config.prefix, options["top"], are_named=are_named(config))
             problems = status.problems(sweep_age)
         except PgLayerError as error:
             status, problems = None, [" ".join(str(error).split())]

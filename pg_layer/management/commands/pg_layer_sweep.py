@@ -4,15 +4,15 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
+from pg_layer._db.queries.maintenance import Swept
 from pg_layer.config import Config
 from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
-from pg_layer.store import Swept
 from pg_layer.sweeper import Sweeper
 
 
 class Command(LayerCommand):
     help = (
-        "Removes expired messages and memberships, and what processes left that ended without taking leave. "
+        "Removes expired messages, and what processes left that ended without closing their layer. "
         "Runs until SIGTERM or SIGINT. Several at once do no harm; only the size of the tables depends on it."
     )
 
@@ -23,7 +23,10 @@ class Command(LayerCommand):
             "--interval", type=seconds, default=15.0, help="Seconds between two sweeps (default: 15)."
         )
         parser.add_argument(
-            "--batch-size", type=count, default=1000, help="Rows removed by one statement (default: 1000)."
+            "--batch-size",
+            type=count,
+            default=1000,
+            help="About how many rows one statement removes (default: 1000).",
         )
         parser.add_argument("--dry-run", action="store_true", help="Say what would be removed, and end.")
 

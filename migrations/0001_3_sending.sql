@@ -1,0 +1,355 @@
+-- Sending: the one write path for messages.
+--
+-- Common parameters:
+--   _own: the statement is the layer's own, alone in its transaction. It draws ids in the order of the commits, under a lock that no
+--       application's transaction may hold, and begins a boot where there is none
+--   _quiet: mark the rows and do not announce them
+-- Common results, for whoever announces quiet rows later: xid, boot and the ids of the rows.
+--
+-- Functions that messages pass through never scan a table (enable_seqscan): a plan that was made while the table was small stays
+-- in use when it has grown, or is full of dead rows. Nor do they walk an index into a bitmap (enable_bitmapscan): it would sort all
+-- rows for the first few in order, and it marks no dead index entries, which the next one then walks again.
+
+-- Begin to write: the transaction's id, and with it the boot. Ids must be drawn after this: see docs/protocols.md, section 1.
+CREATE FUNCTION pg_layer_begin_write(_own boolean, OUT xid xid8, OUT boot bigint)
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF _own THEN
+        PERFORM pg_advisory_xact_lock(7205759403792794);
+        boot := pg_layer_current_boot();
+    ELSE
+        SELECT b.boot INTO boot FROM pg_layer_boot AS b;
+        boot := coalesce(boot, 0);
+    END IF;
+    xid := pg_current_xact_id();
+END
+$$;
+
+-- One message as a notification carries it: name, id, end, excluded member and payload.
+CREATE FUNCTION pg_layer_entry(_name text, _id bigint, _expires_at timestamptz, _excluded text, _payload bytea) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT concat_ws(' ', _name, _id, extract(epoch FROM _expires_at), coalesce(_excluded, '*'), encode(_payload, 'base64'))
+$$;
+
+-- Announce rows in the order of their ids. Small ones ride along, several in one notification while they fit; for the others readers
+-- are told which rows to read. A payload of NOTIFY must stay below 8,000 bytes: one of 5,600 bytes has 7,566 in base64, with names and
+-- numbers at most 7,860. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes, and a notification
+-- at most 4,000 and one entry.
+--   _letters: 'M' or 'm' and 'R' or 'r', by whether the rows are marked
+CREATE FUNCTION pg_layer_announce(
+    _marked boolean, _boots bigint[], _xids text[], _ids bigint[], _addresses text[], _channels text[], _kinds text[],
+    _excluded text[], _payloads bytea[], _expires_at timestamptz[]
+) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off AS $$
+DECLARE
+    _inline_most integer := CASE WHEN cardinality(_ids) = 1 THEN 5600 ELSE 2400 END;
+    _count bigint;
+BEGIN
+    WITH entry AS (
+        SELECT r.id, r.address, r.head, pg_layer_notification_channel(r.address) AS target,
+            CASE WHEN r.form = 'M' THEN pg_layer_entry(r.name, r.id, r.expires_at, r.excluded, r.payload) END AS text, r.form, r.name
+        FROM (
+            SELECT r.*, concat_ws(' ', r.boot, r.xid) AS head,
+                CASE WHEN position('!@' IN r.address) > 0 THEN '@' || split_part(r.address, '@', 2)
+                    WHEN r.kind <> 'message' THEN '.'
+                    ELSE r.channel END AS name,
+                CASE WHEN r.kind = 'message' AND position('!:' IN r.address) > 0 THEN 'J'
+                    WHEN r.kind = 'message' AND octet_length(r.payload) <= _inline_most THEN 'M'
+                    ELSE 'R' END AS form
+            FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads, _expires_at)
+                AS r (boot, xid, id, address, channel, kind, excluded, payload, expires_at)
+        ) AS r
+    ), run AS (
+        -- A run is announced together: neighbours of one form with one target. What is to be read has one address as well.
+        SELECT e.*, sum(e.is_first) OVER (ORDER BY e.id) AS run
+        FROM (
+            SELECT e.*, ((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END) IS DISTINCT FROM
+                lag((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END)) OVER (ORDER BY e.id))::integer AS is_first
+            FROM entry AS e
+        ) AS e
+    ), part AS (
+        SELECT r.*, (sum(length(r.text)) OVER (PARTITION BY r.run ORDER BY r.id) - length(r.text)) / 4000 AS part FROM run AS r
+    )
+    SELECT count(pg_notify(n.target, n.text)) INTO _count
+    FROM (
+        SELECT min(p.target) AS target, CASE min(p.form)
+                WHEN 'J' THEN 'J ' || min(p.id)
+                WHEN 'M' THEN CASE WHEN _marked THEN 'm ' ELSE 'M ' END || min(p.head) || ' ' || string_agg(p.text, ' ' ORDER BY p.id)
+                ELSE concat_ws(' ', CASE WHEN _marked THEN 'r' ELSE 'R' END, min(p.head),
+                    CASE WHEN min(p.name) LIKE '@%' THEN min(p.name) ELSE '.' END, min(p.id), max(p.id))
+            END AS text
+        FROM part AS p
+        GROUP BY p.run, p.part
+        ORDER BY min(p.id)
+    ) AS n;
+END
+$$;
+
+-- Announce marked rows after the commit, or when the server takes NOTIFY again. Rows that a savepoint has undone, or that were read
+-- meanwhile, are left out.
+CREATE FUNCTION pg_layer_announce_marked(
+    _boots bigint[], _xids bigint[], _ids bigint[], _addresses text[], _channels text[], _kinds text[], _excluded text[],
+    _payloads bytea[]
+) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+BEGIN
+    PERFORM pg_layer_announce(true, r.boots, r.xids, r.ids, r.addresses, r.channels, r.kinds, r.excluded, r.payloads, r.expires_at)
+    FROM (
+        SELECT array_agg(r.boot) AS boots, array_agg(r.xid::text) AS xids, array_agg(r.id) AS ids, array_agg(r.address) AS addresses,
+            array_agg(r.channel) AS channels, array_agg(r.kind) AS kinds, array_agg(r.excluded) AS excluded,
+            array_agg(r.payload) AS payloads, array_agg(m.expires_at) AS expires_at
+        FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads)
+            AS r (boot, xid, id, address, channel, kind, excluded, payload)
+        JOIN pg_layer_message AS m ON m.address = r.address AND m.id = r.id AND m.xid = r.xid::text::xid8
+    ) AS r
+    WHERE r.ids IS NOT NULL;
+END
+$$;
+
+-- Send one message to its channel. The capacity counts what waits in the channel, unread and unexpired.
+--   _low_id: the smallest id that the caller saw waiting at the address, so that a count never walks dead rows; null: the caller has
+--       looked a moment ago, and there was more room than it has used since
+--   returns: whether the message was accepted; how many wait in the channel now and the low-water id for the next call, if it looked
+CREATE FUNCTION pg_layer_send_one(
+    _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _low_id bigint, _own boolean, _quiet boolean,
+    OUT accepted boolean, OUT waiting bigint, OUT low_id bigint, OUT id bigint, OUT xid bigint, OUT boot bigint
+)
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    _address text := pg_layer_address(_prefix, _channel);
+    _xid xid8;
+    _notified text;
+BEGIN
+    IF _low_id IS NOT NULL THEN
+        SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id) INTO waiting, low_id
+        FROM pg_layer_message AS m
+        WHERE m.address = _address AND m.id >= _low_id AND m.expires_at > clock_timestamp() AND m.kind = 'message';
+        IF waiting >= _capacity THEN
+            accepted := false;
+            RETURN;
+        END IF;
+        waiting := waiting + 1;
+    END IF;
+    accepted := true;
+    SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
+    -- One statement writes and announces: each that PL/pgSQL runs costs as much as the row.
+    INSERT INTO pg_layer_message AS m (address, xid, boot, marked, channel, payload, expires_at)
+    VALUES (_address, _xid, boot, _quiet OR boot = 0, _channel, _payload, clock_timestamp() + make_interval(secs => _expiry))
+    RETURNING m.id, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_notification_channel(m.address), CASE
+        WHEN position('!' IN _channel) = 0 THEN 'J ' || m.id
+        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
+            pg_layer_entry(_channel, m.id, m.expires_at, NULL, _payload))
+        ELSE concat_ws(' ', CASE WHEN m.marked THEN 'r' ELSE 'R' END, m.boot, m.xid, '.', m.id, m.id) END)::text END
+    INTO id, _notified;
+    xid := _xid::text::bigint;
+    low_id := coalesce(low_id, id);
+END
+$$;
+
+-- Send many messages to their channels, by the same rules, in their order.
+--   _low_addresses, _low_ids: low-water ids by address; null: the caller has looked a moment ago
+--   returns: positions (from 1) refused because their channel is full; if it looked, the low-water ids for the next call and how many
+--       wait now in the fullest of the addresses; the ids of the rows, in the order of the accepted positions
+CREATE FUNCTION pg_layer_send_batch(
+    _prefix text, _channels text[], _payloads bytea[], _expiries float8[], _capacities integer[],
+    _low_addresses text[], _low_ids bigint[], _own boolean, _quiet boolean,
+    OUT full_positions bigint[], OUT low_addresses text[], OUT low_ids bigint[], OUT waiting bigint,
+    OUT ids bigint[], OUT xid bigint, OUT boot bigint
+)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    _now timestamptz := clock_timestamp();
+    _full boolean[];  -- by position; looked up in it, because a list of positions is walked for each message
+    _xid xid8;
+    _addresses text[];
+    _sent_channels text[];
+    _sent_payloads bytea[];
+    _expires_at timestamptz[];
+BEGIN
+    IF _low_addresses IS NOT NULL THEN
+        SELECT array_agg(t.address), array_agg(w.first), max(w.count) INTO low_addresses, low_ids, waiting
+        FROM (
+            SELECT d.address, coalesce(
+                (SELECT l.id FROM unnest(_low_addresses, _low_ids) AS l (address, id) WHERE l.address = d.address), 0) AS low
+            FROM (SELECT DISTINCT pg_layer_address(_prefix, s.channel) AS address FROM unnest(_channels) AS s (channel)) AS d
+        ) AS t
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS count, min(m.id) AS first FROM pg_layer_message AS m
+            WHERE m.address = t.address AND m.id >= t.low AND m.expires_at > _now AND m.kind = 'message'
+        ) AS w;
+        -- Only where an address holds enough for a channel of it to be full is it counted which.
+        IF waiting + cardinality(_channels) > (SELECT min(c) FROM unnest(_capacities) AS c) THEN
+            SELECT array_agg(s.position) FILTER (WHERE s.is_full), array_agg(s.is_full ORDER BY s.position)
+            INTO full_positions, _full
+            FROM (
+                SELECT s.position, s.capacity < coalesce(w.count, 0)
+                    + row_number() OVER (PARTITION BY s.channel ORDER BY s.position) AS is_full
+                FROM unnest(_channels, _capacities) WITH ORDINALITY AS s (channel, capacity, position)
+                LEFT JOIN (
+                    SELECT m.channel, count(*) AS count
+                    FROM unnest(low_addresses, low_ids) AS t (address, first)
+                    JOIN pg_layer_message AS m ON m.address = t.address AND m.id >= t.first
+                    WHERE m.expires_at > _now AND m.kind = 'message'
+                    GROUP BY m.channel
+                ) AS w ON w.channel = s.channel
+            ) AS s;
+        END IF;
+    END IF;
+
+    SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
+    xid := _xid::text::bigint;
+    SELECT array_agg(s.address), array_agg(s.channel), array_agg(s.payload), array_agg(s.expires_at)
+    INTO _addresses, _sent_channels, _sent_payloads, _expires_at
+    FROM (
+        SELECT s.position, s.channel, s.payload, pg_layer_address(_prefix, s.channel) AS address,
+            _now + make_interval(secs => s.expiry) AS expires_at
+        FROM unnest(_channels, _payloads, _expiries, _full) WITH ORDINALITY AS s (channel, payload, expiry, is_full, position)
+        WHERE s.is_full IS NOT TRUE
+        ORDER BY s.position
+    ) AS s;
+    IF _addresses IS NOT NULL THEN
+        WITH written AS (
+            INSERT INTO pg_layer_message (address, xid, boot, marked, channel, payload, expires_at)
+            SELECT s.address, _xid, boot, _quiet OR boot = 0, s.channel, s.payload, s.expires_at
+            FROM unnest(_addresses, _sent_channels, _sent_payloads, _expires_at) WITH ORDINALITY
+                AS s (address, channel, payload, expires_at, position)
+            ORDER BY s.position
+            RETURNING id
+        )
+        SELECT array_agg(w.id ORDER BY w.id) INTO ids FROM written AS w;
+        IF NOT _quiet THEN
+            PERFORM pg_layer_announce(boot = 0, array_fill(boot, ARRAY[cardinality(ids)]), array_fill(_xid::text, ARRAY[cardinality(ids)]),
+                ids, _addresses, _sent_channels, array_fill('message'::text, ARRAY[cardinality(ids)]), NULL, _sent_payloads, _expires_at);
+        END IF;
+    END IF;
+    IF _low_addresses IS NOT NULL THEN
+        waiting := waiting + cardinality(_channels);
+        low_ids := ARRAY(SELECT coalesce(l.id, ids[1], 0) FROM unnest(low_ids) WITH ORDINALITY AS l (id, position)
+                         ORDER BY l.position);
+    END IF;
+END
+$$;
+
+-- Send each message to its group: one row, however many members it has. A group without membership rows is skipped while the rows
+-- can be trusted. Normal channels that are members have a row each; one that is full misses the message.
+--   _excluded: for each message a member that does not receive it, or null
+--   returns: positions (from 1) and normal channels that missed them; for each row its id, address, channel (null: the group's own row)
+--       and the position of its message
+CREATE FUNCTION pg_layer_group_send_batch(
+    _prefix text, _groups text[], _payloads bytea[], _expiries float8[], _excluded text[], _own boolean, _quiet boolean,
+    OUT missed_positions bigint[], OUT missed_channels text[],
+    OUT ids bigint[], OUT addresses text[], OUT channels text[], OUT positions bigint[], OUT xid bigint, OUT boot bigint
+)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    _now timestamptz := clock_timestamp();
+    _xid xid8;
+    _empty text[];
+    _job_groups text[];
+    _job_channels text[];
+    _job_capacities integer[];
+    _job_counts bigint[];
+    _sent_excluded text[];
+    _sent_payloads bytea[];
+    _expires_at timestamptz[];
+BEGIN
+    SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
+    xid := _xid::text::bigint;
+    -- Groups without a membership row of any client.
+    SELECT array_agg(g.group_name) INTO _empty
+    FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
+    WHERE NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
+                      AND m.address > _prefix || '!' AND m.address < _prefix || '!:')
+        AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
+                        AND m.address >= _prefix || '!;' AND m.address < _prefix || '"');
+    IF _empty IS NOT NULL AND NOT pg_layer_is_steady(_prefix, boot) THEN
+        _empty := NULL;
+    END IF;
+    SELECT array_agg(j.group_name), array_agg(j.channel), array_agg(j.capacity), array_agg(w.count)
+    INTO _job_groups, _job_channels, _job_capacities, _job_counts
+    FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
+    CROSS JOIN LATERAL pg_layer_normal_members(_prefix, g.group_name) AS j
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS count FROM pg_layer_message AS m
+        WHERE m.address = _prefix || '!:' || j.channel AND m.expires_at > _now
+    ) AS w;
+
+    WITH sent AS MATERIALIZED (
+        SELECT s.*, _now + make_interval(secs => s.expiry) AS expires_at
+        FROM unnest(_groups, _payloads, _expiries, _excluded)
+            WITH ORDINALITY AS s (group_name, payload, expiry, excluded, position)
+    ), placed AS MATERIALIZED (
+        SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s WHERE _empty IS NULL OR s.group_name <> ALL (_empty)
+        UNION ALL
+        SELECT s.*, j.channel, j.count + row_number() OVER (PARTITION BY j.channel ORDER BY s.position) > j.capacity
+        FROM sent AS s
+        JOIN unnest(_job_groups, _job_channels, _job_capacities, _job_counts) AS j (group_name, channel, capacity, count)
+            ON j.group_name = s.group_name AND j.channel IS DISTINCT FROM s.excluded
+    )
+    SELECT r.*, f.positions, f.channels
+    INTO positions, addresses, channels, _sent_excluded, _sent_payloads, _expires_at, missed_positions, missed_channels
+    FROM (
+        SELECT array_agg(p.position) AS positions,
+            array_agg(_prefix || CASE WHEN p.channel IS NULL THEN '!@' || p.group_name ELSE '!:' || p.channel END) AS addresses,
+            array_agg(p.channel) AS channels, array_agg(p.excluded) AS excluded, array_agg(p.payload) AS payloads,
+            array_agg(p.expires_at) AS expires_at
+        FROM (SELECT * FROM placed WHERE NOT is_full ORDER BY position, channel NULLS FIRST) AS p
+    ) AS r, (
+        SELECT array_agg(p.position) AS positions, array_agg(p.channel) AS channels FROM placed AS p WHERE p.is_full
+    ) AS f;
+    IF positions IS NULL THEN
+        RETURN;
+    END IF;
+    WITH written AS (
+        INSERT INTO pg_layer_message (address, xid, boot, marked, channel, excluded, payload, expires_at)
+        SELECT r.address, _xid, pg_layer_group_send_batch.boot, _quiet OR pg_layer_group_send_batch.boot = 0,
+            r.channel, r.excluded, r.payload, r.expires_at
+        FROM unnest(addresses, channels, _sent_excluded, _sent_payloads, _expires_at) WITH ORDINALITY
+            AS r (address, channel, excluded, payload, expires_at, place)
+        ORDER BY r.place
+        RETURNING id
+    )
+    SELECT array_agg(w.id ORDER BY w.id) INTO ids FROM written AS w;
+    IF NOT _quiet THEN
+        PERFORM pg_layer_announce(boot = 0, array_fill(boot, ARRAY[cardinality(ids)]),
+            array_fill(_xid::text, ARRAY[cardinality(ids)]), ids, addresses, channels,
+            array_fill('message'::text, ARRAY[cardinality(ids)]), _sent_excluded, _sent_payloads, _expires_at);
+    END IF;
+END
+$$;
+
+-- Send one message to its group, by the same rules.
+--   returns: normal channels that were full and missed it; the id of the group's own row, or null. Where normal channels are members,
+--       or the row is quiet, the caller uses pg_layer_group_send_batch, which this function calls
+CREATE FUNCTION pg_layer_group_send_one(
+    _prefix text, _group text, _payload bytea, _expiry float8, _excluded text, _own boolean
+) RETURNS text[]
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    _xid xid8;
+    _boot bigint;
+    _first text;
+    _missed text[];
+    _notified text;
+BEGIN
+    -- The first membership tells most: client addresses sort before and after those of normal channels.
+    SELECT m.address INTO _first FROM pg_layer_membership AS m
+    WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"'
+    ORDER BY m.address LIMIT 1;
+    IF _first IS NULL OR EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.group_name = _group
+                                 AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;') THEN
+        RETURN (pg_layer_group_send_batch(_prefix, ARRAY[_group], ARRAY[_payload], ARRAY[_expiry], ARRAY[_excluded], _own, false)
+            ).missed_channels;
+    END IF;
+    SELECT w.xid, w.boot INTO _xid, _boot FROM pg_layer_begin_write(_own) AS w;
+    INSERT INTO pg_layer_message AS m (address, xid, boot, marked, excluded, payload, expires_at)
+    VALUES (pg_layer_group_address(_prefix, _group), _xid, _boot, _boot = 0, _excluded, _payload,
+            clock_timestamp() + make_interval(secs => _expiry))
+    RETURNING pg_notify(pg_layer_notification_channel(m.address), CASE
+        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
+            pg_layer_entry('@' || _group, m.id, m.expires_at, _excluded, _payload))
+        ELSE concat_ws(' ', CASE WHEN m.marked THEN 'r' ELSE 'R' END, m.boot, m.xid, '@' || _group, m.id, m.id) END)::text
+    INTO _notified;
+    RETURN NULL;
+END
+$$;

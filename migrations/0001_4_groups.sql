@@ -1,0 +1,179 @@
+-- Memberships: see docs/protocols.md, section 4.
+
+-- Whether the membership rows of a prefix can be trusted to be complete: in this boot leases have been renewed without a gap for a
+-- whole lease.
+CREATE FUNCTION pg_layer_is_steady(_prefix text, _boot bigint) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((
+        SELECT l.boot = _boot AND l.steady_since <= clock_timestamp() - make_interval(secs => l.lease)
+            AND l.renewed_at > clock_timestamp() - make_interval(secs => l.lease / 2)
+        FROM pg_layer_lease_clock AS l WHERE l.prefix = _prefix), false)
+$$;
+
+-- Whether the lease of a client is over: it has expired, and renewals by anybody have come without a gap for as long, and still come.
+-- now() and not clock_timestamp(): a lease counts that was good when the transaction began, because a transaction with one snapshot
+-- does not see later renewals.
+CREATE FUNCTION pg_layer_is_over(_prefix text, _expires_at timestamptz, _lease float8) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT _expires_at <= now() AND coalesce((
+        SELECT l.boot = (SELECT b.boot FROM pg_layer_boot AS b) AND l.steady_since <= now() - make_interval(secs => _lease)
+            AND l.renewed_at > now() - make_interval(secs => l.lease / 2)
+        FROM pg_layer_lease_clock AS l WHERE l.prefix = _prefix), false)
+$$;
+
+-- The normal channels in a group, with their capacities.
+CREATE FUNCTION pg_layer_normal_members(_prefix text, _group text)
+RETURNS TABLE (group_name text, channel text, capacity integer)
+LANGUAGE sql STABLE AS $$
+    SELECT c.group_name, c.channel, c.capacity
+    FROM (
+        SELECT DISTINCT ON (m.channel) m.* FROM pg_layer_membership AS m
+        WHERE m.group_name = _group AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;'
+            AND m.expires_at > clock_timestamp()
+        ORDER BY m.channel, m.id DESC
+    ) AS c
+    WHERE c.present
+$$;
+
+-- The channels in a group, without those of clients that are gone.
+CREATE FUNCTION pg_layer_group_channels(_prefix text, _group text) RETURNS SETOF text
+LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
+    SELECT c.channel
+    FROM (
+        SELECT DISTINCT ON (m.address, m.channel) m.address, m.channel, m.present FROM pg_layer_membership AS m
+        WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"'
+            AND m.expires_at > clock_timestamp()
+        ORDER BY m.address, m.channel, m.id DESC
+    ) AS c
+    WHERE c.present AND NOT coalesce((
+        SELECT l.ended_at IS NOT NULL OR l.swept_at IS NOT NULL OR pg_layer_is_over(_prefix, l.expires_at, l.lease)
+        FROM pg_layer_client AS l WHERE l.address = c.address), false)
+    ORDER BY c.address, c.channel
+$$;
+
+-- All groups that have members, and how many. The key tells groups of different prefixes apart.
+CREATE VIEW pg_layer_group AS
+    SELECT c.prefix || '!' || c.group_name AS key, c.prefix, c.group_name, count(*) AS members,
+        count(DISTINCT c.address) AS addresses
+    FROM (
+        SELECT DISTINCT ON (m.group_name, m.address, m.channel) split_part(m.address, '!', 1) AS prefix, m.group_name, m.address,
+            m.present
+        FROM pg_layer_membership AS m
+        WHERE m.expires_at > clock_timestamp()
+        ORDER BY m.group_name, m.address, m.channel, m.id DESC
+    ) AS c
+    LEFT JOIN pg_layer_client AS l ON l.address = c.address
+    WHERE c.present AND l.ended_at IS NULL AND l.swept_at IS NULL
+        AND NOT coalesce(pg_layer_is_over(c.prefix, l.expires_at, l.lease), false)
+    GROUP BY c.prefix, c.group_name;
+
+-- Raise an error unless the client may still write with this fence. Locked, so that who raises the fence waits for the statement.
+CREATE FUNCTION pg_layer_check_fence(_address text, _fence bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM pg_layer_client AS c WHERE c.address = _address AND c.fence <= _fence AND c.ended_at IS NULL FOR SHARE;
+    IF NOT FOUND THEN
+        RAISE object_not_in_prerequisite_state USING MESSAGE = 'pg_layer: the client has no lease, or has given this statement up.';
+    END IF;
+END
+$$;
+
+-- An owner writes its own rows: these memberships are present, those are not. No (group, channel) may stand twice.
+--   _ttls: seconds each has left, or null for as long as the client's lease
+--   _claim_groups, _claim_channels, _claim_ids: claims up to these ids have been applied, and go
+--   returns: the boot and the snapshot, which are the moment in which new memberships begin
+CREATE FUNCTION pg_layer_write_memberships(
+    _address text, _fence bigint, _groups text[], _channels text[], _ttls float8[], _gone_groups text[], _gone_channels text[],
+    _claim_groups text[], _claim_channels text[], _claim_ids bigint[],
+    OUT boot bigint, OUT snapshot text
+)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
+    SET enable_mergejoin = off SET jit = off AS $$
+DECLARE
+    _now timestamptz := clock_timestamp();
+BEGIN
+    PERFORM pg_layer_check_fence(_address, _fence);
+    IF cardinality(_claim_groups) > 0 THEN
+        DELETE FROM pg_layer_membership AS m
+        USING unnest(_claim_groups, _claim_channels, _claim_ids) AS c (group_name, channel, id)
+        WHERE m.group_name = c.group_name AND m.address = _address AND m.channel = c.channel AND m.id BETWEEN 1 AND c.id;
+    END IF;
+    IF cardinality(_gone_groups) > 0 THEN
+        DELETE FROM pg_layer_membership AS m USING unnest(_gone_groups, _gone_channels) AS g (group_name, channel)
+        WHERE m.group_name = g.group_name AND m.address = _address AND m.channel = g.channel AND m.id = 0;
+    END IF;
+    IF cardinality(_groups) > 0 THEN
+        INSERT INTO pg_layer_membership AS m (group_name, address, channel, expires_at)
+        SELECT j.group_name, _address, j.channel,
+            CASE WHEN j.ttl IS NULL THEN 'infinity' ELSE _now + make_interval(secs => j.ttl) END
+        FROM unnest(_groups, _channels, _ttls) AS j (group_name, channel, ttl)
+        ON CONFLICT (group_name, address, channel, id) DO UPDATE SET expires_at = excluded.expires_at, present = true;
+    END IF;
+    boot := pg_layer_current_boot();
+    snapshot := pg_current_snapshot()::text;
+END
+$$;
+
+-- Ask the owners of channels to add them to groups or to discard them: a control message in the owner's one order, and a claim that
+-- is counted until the owner has written its own row. Normal channels have no owner: their claim lasts.
+--   _adds: for each whether it is added
+--   _expiry: seconds that a membership lasts, or null for as long as the lease
+--   _claim_seconds: how long a claim on an owned channel is counted
+--   returns: the rows of control messages, for whoever announces quiet ones
+CREATE FUNCTION pg_layer_ask(
+    _prefix text, _groups text[], _channels text[], _adds boolean[], _expiry float8, _capacities integer[], _claim_seconds float8,
+    _own boolean, _quiet boolean,
+    OUT ids bigint[], OUT addresses text[], OUT channels text[], OUT kinds text[], OUT payloads bytea[],
+    OUT xid bigint, OUT boot bigint
+)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
+    SET enable_mergejoin = off SET jit = off AS $$
+DECLARE
+    _now timestamptz := clock_timestamp();
+    _expires_at timestamptz := CASE WHEN _expiry IS NULL THEN 'infinity' ELSE _now + make_interval(secs => _expiry) END;
+    _control_end timestamptz := _now + interval '1 day';
+    _xid xid8;
+    _claims bigint[];
+BEGIN
+    SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
+    xid := _xid::text::bigint;
+    SELECT array_agg(nextval('pg_layer_message_id_seq')) INTO _claims FROM generate_series(1, cardinality(_groups));
+    INSERT INTO pg_layer_membership (group_name, address, channel, id, present, expires_at, capacity)
+    SELECT a.group_name, pg_layer_address(_prefix, a.channel), a.channel, a.claim, a.adds,
+        CASE WHEN position('!' IN a.channel) > 0 THEN least(_expires_at, _now + make_interval(secs => _claim_seconds))
+            ELSE _expires_at END,
+        CASE WHEN position('!' IN a.channel) = 0 THEN a.capacity END
+    FROM unnest(_groups, _channels, _adds, _capacities, _claims) AS a (group_name, channel, adds, capacity, claim);
+    -- Older claims on normal channels count no more. What another transaction has locked, the sweeper removes.
+    DELETE FROM pg_layer_membership AS m USING (
+        SELECT m.group_name, m.address, m.channel, m.id
+        FROM unnest(_groups, _channels, _claims) AS a (group_name, channel, claim)
+        JOIN pg_layer_membership AS m ON m.group_name = a.group_name AND m.address = pg_layer_address(_prefix, a.channel)
+            AND m.channel = a.channel AND m.id < a.claim
+        WHERE position('!' IN a.channel) = 0
+        FOR UPDATE OF m SKIP LOCKED
+    ) AS d
+    WHERE m.group_name = d.group_name AND m.address = d.address AND m.channel = d.channel AND m.id = d.id;
+
+    WITH written AS (
+        INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, channel, payload, expires_at)
+        SELECT pg_layer_address(_prefix, a.channel), _xid, pg_layer_ask.boot, _quiet OR pg_layer_ask.boot = 0,
+            CASE WHEN a.adds THEN 'add' ELSE 'discard' END, a.channel,
+            convert_to(json_build_object(
+                'group', a.group_name, 'claim', a.claim, 'snapshot', pg_current_snapshot()::text,
+                'expires_at', CASE WHEN _expiry IS NOT NULL THEN extract(epoch FROM _expires_at) END)::text, 'UTF8'),
+            _control_end
+        FROM unnest(_groups, _channels, _adds, _claims) WITH ORDINALITY AS a (group_name, channel, adds, claim, position)
+        WHERE position('!' IN a.channel) > 0
+        ORDER BY a.position
+        RETURNING m.id, m.address, m.channel, m.kind, m.payload
+    )
+    SELECT array_agg(w.id), array_agg(w.address), array_agg(w.channel), array_agg(w.kind), array_agg(w.payload)
+    INTO ids, addresses, channels, kinds, payloads
+    FROM (SELECT * FROM written ORDER BY id) AS w;
+    IF ids IS NOT NULL AND NOT _quiet THEN
+        PERFORM pg_layer_announce(boot = 0, array_fill(boot, ARRAY[cardinality(ids)]),
+            array_fill(_xid::text, ARRAY[cardinality(ids)]), ids, addresses, channels, kinds, NULL, payloads, NULL);
+    END IF;
+END
+$$;

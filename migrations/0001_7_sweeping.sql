@@ -1,0 +1,147 @@
+-- Sweeping: each call removes one part of bounded size.
+
+-- Delete up to _limit expired messages, of all prefixes, in the order in which they expired.
+--   _after: what expired before then (seconds since 1970) is left alone, because an earlier part has deleted it. Rows that were
+--       written with an end in the past need a pass with 0
+--   returns: how many, and the end of the last one
+CREATE FUNCTION pg_layer_delete_expired(_after float8, _limit integer, OUT count bigint, OUT last float8)
+LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+    WITH expired AS MATERIALIZED (
+        SELECT m.address, m.id FROM pg_layer_message AS m
+        WHERE m.expires_at >= CASE WHEN _after > 0 THEN to_timestamp(_after) ELSE '-infinity' END
+            AND m.expires_at <= clock_timestamp()
+        ORDER BY m.expires_at LIMIT _limit FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM pg_layer_message AS m USING expired AS e WHERE m.address = e.address AND m.id = e.id RETURNING m.expires_at
+    )
+    SELECT count(*), extract(epoch FROM max(g.expires_at))::float8 FROM gone AS g
+$$;
+
+-- Remove up to _limit of each kind: expired messages, claims that are over, and what clients whose lease is over have left. Rows that
+-- others have locked are left for the next time, so that several sweepers do no harm.
+--   _alone: only if nobody else sweeps right now; returns nulls if somebody does
+--   _after: as for pg_layer_delete_expired
+--   returns: how many of each, and where this part of the messages ended
+CREATE FUNCTION pg_layer_sweep(
+    _prefix text, _limit integer, _alone boolean, _after float8,
+    OUT messages bigint, OUT memberships bigint, OUT clients bigint, OUT last float8
+)
+LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    _now timestamptz := clock_timestamp();
+    _over text[];
+    _address text;
+    _count bigint;
+    _is_done boolean := true;
+BEGIN
+    IF _alone AND NOT pg_try_advisory_xact_lock(hashtextextended('pg_layer_sweep ' || _prefix, 0)) THEN
+        RETURN;
+    END IF;
+    SELECT d.count, d.last INTO messages, last FROM pg_layer_delete_expired(_after, _limit) AS d;
+    _is_done := messages < _limit;
+
+    -- Claims: expired, or overruled by a later one. Owners remove those on their channels; an owner that is late still needs them,
+    -- because messages to a group without rows are not written.
+    WITH over AS MATERIALIZED (
+        SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
+        WHERE m.id <> 0 AND m.expires_at <= _now - CASE WHEN position('!:' IN m.address) = 0 THEN interval '1 day' ELSE interval '0' END
+            AND m.expires_at <= _now AND m.address >= _prefix || '!' AND m.address < _prefix || '"'
+        ORDER BY m.expires_at LIMIT _limit FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM pg_layer_membership AS m USING over AS o
+        WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id RETURNING 1
+    )
+    SELECT count(*) INTO memberships FROM gone;
+    WITH over AS MATERIALIZED (
+        SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
+        WHERE m.id <> 0 AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;'
+            AND (NOT m.present OR EXISTS (
+                SELECT FROM pg_layer_membership AS n
+                WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id))
+        LIMIT _limit FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM pg_layer_membership AS m USING over AS o
+        WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id
+            -- The claim that says "not present" goes last.
+            AND (m.present OR NOT EXISTS (
+                SELECT FROM pg_layer_membership AS n
+                WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id < m.id))
+        RETURNING 1
+    )
+    SELECT memberships + count(*) INTO memberships FROM gone;
+    _is_done := _is_done AND memberships < _limit;
+
+    -- What clients left whose lease is over. Locked, so that a client that returns renews before this or after it.
+    FOR _address IN
+        SELECT c.address FROM pg_layer_client AS c
+        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
+            AND pg_layer_is_over(_prefix, c.expires_at, c.lease)
+        ORDER BY c.address
+        FOR UPDATE SKIP LOCKED
+    LOOP
+        IF messages >= _limit OR memberships >= _limit THEN
+            _is_done := false;
+            EXIT;
+        END IF;
+        WITH gone AS (
+            DELETE FROM pg_layer_message AS m WHERE m.address = _address AND m.id IN (
+                SELECT o.id FROM pg_layer_message AS o WHERE o.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED) RETURNING 1
+        )
+        SELECT count(*) INTO _count FROM gone;
+        messages := messages + _count;
+        WITH gone AS (
+            DELETE FROM pg_layer_membership AS m USING (
+                SELECT o.group_name, o.address, o.channel, o.id FROM pg_layer_membership AS o
+                WHERE o.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
+            ) AS o
+            WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id RETURNING 1
+        )
+        SELECT memberships + count(*), _count + count(*) INTO memberships, _count FROM gone;
+        IF NOT EXISTS (SELECT FROM pg_layer_message AS m WHERE m.address = _address)
+            AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address)
+        THEN
+            UPDATE pg_layer_client AS c SET swept_at = _now WHERE c.address = _address;
+        ELSE
+            _is_done := false;
+        END IF;
+    END LOOP;
+
+    -- Clients that ended a day ago are forgotten.
+    WITH old AS MATERIALIZED (
+        SELECT c.address FROM pg_layer_client AS c
+        WHERE (c.ended_at IS NOT NULL OR c.swept_at IS NOT NULL) AND coalesce(c.ended_at, c.swept_at) <= _now - interval '1 day'
+            AND c.address >= _prefix || '!' AND c.address < _prefix || '"'
+        LIMIT _limit FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM pg_layer_client AS c USING old AS o WHERE c.address = o.address RETURNING 1
+    )
+    SELECT count(*) INTO clients FROM gone;
+    IF _is_done AND clients < _limit THEN
+        INSERT INTO pg_layer_last_sweep AS l (prefix, swept_at) VALUES (_prefix, _now)
+        ON CONFLICT (prefix) DO UPDATE SET swept_at = greatest(l.swept_at, excluded.swept_at);
+    END IF;
+END
+$$;
+
+-- What pg_layer_sweep would remove, without a limit.
+CREATE FUNCTION pg_layer_sweepable(_prefix text, OUT messages bigint, OUT memberships bigint, OUT clients bigint)
+LANGUAGE sql STABLE AS $$
+    WITH over AS (
+        SELECT c.address FROM pg_layer_client AS c
+        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
+            AND pg_layer_is_over(_prefix, c.expires_at, c.lease)
+    )
+    SELECT
+        (SELECT count(*) FROM pg_layer_message AS m
+         WHERE m.expires_at <= clock_timestamp() OR m.address IN (SELECT o.address FROM over AS o)),
+        (SELECT count(*) FROM pg_layer_membership AS m
+         WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"'
+            AND (m.address IN (SELECT o.address FROM over AS o)
+                OR m.id <> 0 AND (m.expires_at <= clock_timestamp()
+                    OR m.address >= _prefix || '!:' AND m.address < _prefix || '!;' AND (NOT m.present OR EXISTS (
+                        SELECT FROM pg_layer_membership AS n
+                        WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id))))),
+        (SELECT count(*) FROM pg_layer_client AS c
+         WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"'
+            AND coalesce(c.ended_at, c.swept_at) <= clock_timestamp() - interval '1 day')
+$$;

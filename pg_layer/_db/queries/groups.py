@@ -1,0 +1,101 @@
+"""Memberships, and who is in a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pg_layer._db.queries.common import LAZY, Executor, lazily, one
+from pg_layer._db.queries.send import Unannounced
+from pg_layer._state.snapshot import Moment, Snapshot
+from pg_layer.statement import (
+    BOOL,
+    BOOLS,
+    FLOAT8,
+    FLOAT8S_OR_NULL,
+    INT4S,
+    INT8,
+    INT8S,
+    TEXT,
+    TEXTS,
+    Statement,
+)
+
+CLAIM_SECONDS = 10.0  # for which a change by another process is counted before its owner has applied it
+
+WRITE = Statement(
+    LAZY + "f.* FROM pg_layer_write_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS f",
+    *(TEXT, INT8, TEXTS, TEXTS, FLOAT8S_OR_NULL, TEXTS, TEXTS, TEXTS, TEXTS, INT8S),
+)
+ASK = Statement(
+    lazily("$8") + "f.* FROM pg_layer_ask($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
+    *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL),
+)
+GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
+GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)
+
+
+class OwnRows(NamedTuple):
+    """What an owner writes about its memberships: pairs of group and channel, none twice.
+
+    ``present``: with the seconds each has left, or None for the life of the lease. ``gone``. ``claims``:
+    claims on a pair up to an id that have been applied.
+    """
+
+    present: Sequence[tuple[str, str, float | None]]
+    gone: Sequence[tuple[str, str]]
+    claims: Sequence[tuple[str, str, int]]
+
+
+async def write(session: Executor, address: str, fence: int, rows: OwnRows) -> Moment:
+    """Write rows of an owner. Return the moment in which new memberships begin."""
+    _, boot, snapshot = await one(
+        session,
+        WRITE,
+        address,
+        fence,
+        *_columns(rows.present, 3),
+        *_columns(rows.gone, 2),
+        *_columns(rows.claims, 3),
+    )
+    return Moment(boot, Snapshot(snapshot))
+
+
+async def ask(
+    session: Executor,
+    prefix: str,
+    changes: Sequence[tuple[str, str, bool, int]],
+    expiry: float | None,
+    *,
+    own: bool,
+    quiet: bool,
+) -> list[Unannounced]:
+    """Ask the owners of channels for changes: group, channel, whether it is added, capacity.
+
+    Normal channels change at once. Returns the control messages, to be announced if they are quiet.
+    """
+    groups, channels, adds, capacities = zip(*changes, strict=True)
+    _, ids, addresses, names, kinds, payloads, xid, boot = await one(
+        session, ASK, prefix, groups, channels, adds, expiry, capacities, CLAIM_SECONDS, own, quiet
+    )
+    return [
+        Unannounced(boot, xid, id, address, channel, kind, None, bytes(payload))
+        for id, address, channel, kind, payload in zip(
+            ids or (), addresses or (), names or (), kinds or (), payloads or (), strict=True
+        )
+    ]
+
+
+async def group_channels(session: Executor, prefix: str, group: str) -> list[str]:
+    """Return the channels in a group, without those of clients that are gone."""
+    return [channel for (channel,) in await session.execute(GROUP_CHANNELS, prefix, group)]
+
+
+async def group_count(session: Executor, prefix: str, group: str) -> int:
+    """Return how many they are."""
+    (count,) = await one(session, GROUP_COUNT, prefix, group)
+    return int(count)
+
+
+def _columns(rows: Sequence[tuple[object, ...]], width: int) -> list[Sequence[object]]:
+    return list(zip(*rows, strict=True)) if rows else [()] * width

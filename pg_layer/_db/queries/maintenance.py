@@ -1,0 +1,226 @@
+"""Sweeping, the status of a layer, and whether the tables are there."""
+
+from __future__ import annotations
+
+import math
+import socket
+from functools import partial
+from typing import Any, NamedTuple
+
+from psycopg import Connection, errors, pq
+
+from pg_layer._db.queries import all_statements
+from pg_layer._db.queries.common import LAZY, Executor, one
+from pg_layer._db.queries.receive import BEGIN_SNAPSHOT, COMMIT, QUEUE_USAGE
+from pg_layer.session import Session
+from pg_layer.statement import BOOL, FLOAT8, INT4, TEXT, TEXTS, Statement
+from pg_layer.status import DROPS, ChannelStatus, ClientStatus, GroupStatus, Status, TableStatus
+
+SWEEP_PATIENCE = 60.0  # seconds for one part
+LOOK_PATIENCE = 10.0  # seconds for each statement that only looks
+START = 0.0  # where a full pass begins
+TABLES = (
+    "pg_layer_message",
+    "pg_layer_membership",
+    "pg_layer_client",
+    "pg_layer_lease_clock",
+    "pg_layer_boot",
+    "pg_layer_last_sweep",
+)
+
+SWEEP = Statement(LAZY + "f.* FROM pg_layer_sweep($1, $2, $3, $4) AS f", TEXT, INT4, BOOL, FLOAT8)
+DELETE_EXPIRED = Statement(LAZY + "f.* FROM pg_layer_delete_expired($1, $2) AS f", FLOAT8, INT4)
+SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
+# Clients that have neither closed nor been swept. An overdue one has not renewed its lease in time; whether
+# the lease is over depends on the others, too.
+CLIENTS = Statement(
+    """
+    SELECT split_part(address, '!', 2), host, pid, lease,
+        (extract(epoch FROM expires_at) - extract(epoch FROM clock_timestamp()))::float8,
+        (SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = 'pg_layer ' || split_part(address, '!', 2))
+    FROM pg_layer_client
+    WHERE address > $1 || '!' AND address < $1 || '"' AND ended_at IS NULL AND swept_at IS NULL
+    ORDER BY expires_at > clock_timestamp(), host, pid, address LIMIT $2
+    """,
+    *(TEXT, INT4),
+)
+CLIENT_COUNTS = Statement(
+    """
+    SELECT count(*) FILTER (WHERE is_open AND expires_at > clock_timestamp()),
+        count(*) FILTER (WHERE is_open AND expires_at <= clock_timestamp()),
+        count(*) FILTER (WHERE NOT is_open)
+    FROM (
+        SELECT expires_at, ended_at IS NULL AND swept_at IS NULL AS is_open
+        FROM pg_layer_client WHERE address > $1 || '!' AND address < $1 || '"'
+    ) AS c
+    """,
+    TEXT,
+)
+# A role that may write the counters may have written what is no number.
+DROPPED = Statement(
+    """
+    SELECT d.name, coalesce(sum(
+        CASE WHEN c.counters ->> d.name ~ '^[0-9]{1,15}$' THEN (c.counters ->> d.name)::bigint END
+    ), 0)::bigint
+    FROM unnest($2) AS d (name)
+    LEFT JOIN pg_layer_client AS c ON c.address > $1 || '!' AND c.address < $1 || '"'
+        AND c.ended_at IS NULL AND c.swept_at IS NULL AND c.expires_at > clock_timestamp()
+    GROUP BY d.name ORDER BY array_position($2, d.name)
+    """,
+    *(TEXT, TEXTS),
+)
+GROUPS = Statement(
+    """
+    SELECT group_name, members, addresses, count(*) OVER (), (sum(members) OVER ())::bigint
+    FROM pg_layer_group WHERE prefix = $1 ORDER BY members DESC, group_name LIMIT $2
+    """,
+    *(TEXT, INT4),
+)
+CHANNELS = Statement(
+    """
+    SELECT split_part(address, '!:', 2), count(*),
+        extract(epoch FROM clock_timestamp() - min(sent_at))::float8,
+        count(*) OVER (), (sum(count(*)) OVER ())::bigint
+    FROM pg_layer_message
+    WHERE address > $1 || '!:' AND address < $1 || '!;' AND expires_at > clock_timestamp()
+    GROUP BY address ORDER BY 2 DESC, 1 LIMIT $2
+    """,
+    *(TEXT, INT4),
+)
+TABLE_SIZES = Statement(
+    """
+    SELECT t.name, pg_table_size(s.relid), pg_indexes_size(s.relid), s.n_live_tup, s.n_dead_tup
+    FROM unnest($1) AS t (name) JOIN pg_stat_user_tables AS s ON s.relid = t.name::regclass
+    ORDER BY array_position($1, t.name)
+    """,
+    TEXTS,
+)
+LAST_SWEEP = Statement(
+    """
+    SELECT extract(epoch FROM clock_timestamp() - swept_at)::float8
+    FROM pg_layer_last_sweep WHERE prefix = $1
+    """,
+    TEXT,
+)
+FIRST_USE = Statement(
+    """
+    SELECT extract(epoch FROM clock_timestamp() - least(
+        (SELECT min(started_at) FROM pg_layer_client WHERE address > $1 || '!' AND address < $1 || '"'),
+        (SELECT min(sent_at) FROM pg_layer_message WHERE address > $1 || '!' AND address < $1 || '"')
+    ))::float8
+    """,
+    TEXT,
+)
+
+
+# ---------------------------------------------------------------------- sweeping
+
+
+class Swept(NamedTuple):
+    """What a sweep removed."""
+
+    messages: int
+    memberships: int
+    clients: int
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+
+async def sweep(session: Executor, prefix: str, limit: int, after: float) -> tuple[Swept, float] | None:
+    """Sweep one part, unless another session sweeps right now: then None.
+
+    ``after``: messages that expired before it (seconds since 1970) are left alone. Returns as well where
+    this part of the messages ended: the next part goes on from there.
+    """
+    _, *counts, last = await one(session, SWEEP, prefix, limit, True, after)
+    return None if None in counts else (Swept(*counts), after if last is None else last)
+
+
+def sweep_now(
+    conn: Connection[Any], prefix: str, limit: int, after: float, bell: socket.socket
+) -> tuple[Swept, float]:
+    """Sweep one part, whether or not others sweep.
+
+    Does not wait much longer for the server once ``bell`` can be read.
+    """
+    ((_, *counts, last),) = Session(conn).execute_now(
+        SWEEP, prefix, limit, False, after, patience=SWEEP_PATIENCE, bell=bell
+    )
+    return Swept(*counts), after if last is None else last
+
+
+async def delete_expired(session: Executor, after: float, limit: int) -> tuple[int, float | None]:
+    """Delete messages of all prefixes that expired since then. Return how many, and the last one's end."""
+    _, count, last = await one(session, DELETE_EXPIRED, after, limit)
+    return count, last
+
+
+def sweepable(conn: Connection[Any], prefix: str) -> Swept:
+    """Return what sweeping would remove."""
+    (counts,) = Session(conn).execute_now(SWEEPABLE, prefix)
+    return Swept(*counts)
+
+
+def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
+    """Return for how many seconds no sweep has ended; None if the layer has not been used yet."""
+    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    sweeps = run(LAST_SWEEP, prefix)
+    ((since,),) = sweeps or run(FIRST_USE, prefix)
+    return None if since is None else float(since)
+
+
+# ---------------------------------------------------------------------- looking
+
+
+def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool) -> Status:
+    """Return the status of a prefix at one moment, with the first ``top`` of clients, groups and channels.
+
+    ``are_named``: the names of connections tell which client they belong to.
+    """
+    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    run(BEGIN_SNAPSHOT)
+    clients = [
+        ClientStatus(
+            id=id,
+            host=host,
+            pid=pid,
+            lease_age=None if math.isinf(left) else lease - left,
+            lease_left=None if math.isinf(left) else left,
+            connections=connections if are_named else None,
+        )
+        for id, host, pid, lease, left, connections in run(CLIENTS, prefix, top)
+    ]
+    ((live, overdue, ended),) = run(CLIENT_COUNTS, prefix)
+    groups = run(GROUPS, prefix, top)
+    channels = run(CHANNELS, prefix, top)
+    drops = run(DROPPED, prefix, DROPS)
+    tables = run(TABLE_SIZES, TABLES)
+    ((notify_queue,),) = run(QUEUE_USAGE)
+    sweeps = run(LAST_SWEEP, prefix)
+    run(COMMIT)
+    return Status(
+        clients=clients,
+        live_clients=live,
+        overdue_clients=overdue,
+        ended_clients=ended,
+        groups=[GroupStatus(*group[:3]) for group in groups],
+        all_groups=groups[0][3] if groups else 0,
+        all_members=groups[0][4] if groups else 0,
+        channels=[ChannelStatus(*channel[:3]) for channel in channels],
+        all_channels=channels[0][3] if channels else 0,
+        all_waiting=channels[0][4] if channels else 0,
+        drops=dict(drops),
+        tables=[TableStatus(*table) for table in tables],
+        notify_queue=notify_queue,
+        last_sweep=sweeps[0][0] if sweeps else None,
+    )
+
+
+def prove_tables(conn: Connection[Any]) -> None:
+    """Raise psycopg's error if a table or function is missing that a statement needs. Runs none of them."""
+    for statement in all_statements():
+        result = conn.pgconn.prepare(b"", statement.sql, statement.oids)
+        if result.status != pq.ExecStatus.COMMAND_OK:
+            raise errors.error_from_result(result)

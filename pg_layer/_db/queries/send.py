@@ -1,0 +1,183 @@
+"""Sending messages, and announcing marked rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pg_layer._db.queries.common import Executor, lazily, one
+from pg_layer.room import Floors
+from pg_layer.statement import (
+    BOOL,
+    BYTEA,
+    BYTEAS,
+    FLOAT8,
+    FLOAT8S,
+    INT4,
+    INT4S,
+    INT8,
+    INT8S,
+    TEXT,
+    TEXTS,
+    Statement,
+)
+
+SEND_ONE = Statement(
+    lazily("$7") + "f.* FROM pg_layer_send_one($1, $2, $3, $4, $5, $6, $7, $8) AS f",
+    *(TEXT, TEXT, BYTEA, FLOAT8, INT4, INT8, BOOL, BOOL),
+)
+SEND_BATCH = Statement(
+    lazily("$8") + "f.* FROM pg_layer_send_batch($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
+    *(TEXT, TEXTS, BYTEAS, FLOAT8S, INT4S, TEXTS, INT8S, BOOL, BOOL),
+)
+GROUP_SEND_ONE = Statement(
+    lazily("$6") + "pg_layer_group_send_one($1, $2, $3, $4, $5, $6)",
+    *(TEXT, TEXT, BYTEA, FLOAT8, TEXT, BOOL),
+)
+GROUP_SEND_BATCH = Statement(
+    lazily("$6") + "f.* FROM pg_layer_group_send_batch($1, $2, $3, $4, $5, $6, $7) AS f",
+    *(TEXT, TEXTS, BYTEAS, FLOAT8S, TEXTS, BOOL, BOOL),
+)
+ANNOUNCE = Statement(
+    lazily("true") + "pg_layer_announce_marked($1, $2, $3, $4, $5, $6, $7, $8)",
+    *(INT8S, INT8S, INT8S, TEXTS, TEXTS, TEXTS, TEXTS, BYTEAS),
+)
+
+
+class Unannounced(NamedTuple):
+    """A marked row that its sender must announce."""
+
+    boot: int
+    xid: int
+    id: int
+    address: str
+    channel: str | None
+    kind: str
+    excluded: str | None
+    payload: bytes
+
+
+class Sent(NamedTuple):
+    """What a statement wrote to channels.
+
+    ``full``: the indexes of messages that were refused. ``ids``: of the rows, in the order of the others.
+    ``waiting``: how many messages wait, at most, at each address; ``floors``: low-water ids. Both None if
+    the statement did not look.
+    """
+
+    full: set[int]
+    ids: Sequence[int]
+    xid: int | None
+    boot: int | None
+    waiting: int | None
+    floors: Floors | None
+
+
+class GroupSent(NamedTuple):
+    """What a statement wrote to groups.
+
+    ``missed``: the index of each message that a full normal channel in its group missed, with the channel.
+    The others describe the rows: id, address, channel (None: the group's own row), index of the message.
+    """
+
+    missed: list[tuple[int, str]]
+    ids: Sequence[int]
+    addresses: Sequence[str]
+    channels: Sequence[str | None]
+    indexes: Sequence[int]
+    xid: int | None
+    boot: int | None
+
+
+async def send_one(
+    session: Executor,
+    prefix: str,
+    channel: str,
+    payload: bytes,
+    expiry: float,
+    capacity: int,
+    address: str,
+    low_id: int | None,
+    *,
+    own: bool,
+    quiet: bool,
+) -> Sent:
+    """Send a message to a channel. ``low_id``: None, to send without a look at what waits."""
+    _, accepted, waiting, low, id, xid, boot = await one(
+        session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet
+    )
+    if not accepted:
+        return Sent({0}, (), None, None, None, None)
+    floors = None if low_id is None else Floors((address,), (low,))
+    return Sent(set(), (id,), xid, boot, waiting, floors)
+
+
+async def send_batch(
+    session: Executor,
+    prefix: str,
+    channels: Sequence[str],
+    payloads: Sequence[bytes],
+    expiries: Sequence[float],
+    capacities: Sequence[int],
+    floors: Floors | None,
+    *,
+    own: bool,
+    quiet: bool,
+) -> Sent:
+    """Send messages to channels, in their order. ``floors``: None, to send without a look."""
+    addresses, low_ids = (None, None) if floors is None else floors
+    _, full, low_addresses, lows, waiting, ids, xid, boot = await one(
+        session,
+        SEND_BATCH,
+        prefix,
+        channels,
+        payloads,
+        expiries,
+        capacities,
+        addresses,
+        low_ids,
+        own,
+        quiet,
+    )
+    seen = None if floors is None else Floors(low_addresses, lows)
+    return Sent({position - 1 for position in full or ()}, ids or (), xid, boot, waiting, seen)
+
+
+async def group_send_one(
+    session: Executor,
+    prefix: str,
+    group: str,
+    payload: bytes,
+    expiry: float,
+    excluded: str | None,
+    *,
+    own: bool,
+) -> GroupSent:
+    """Send a message to a group, and announce it."""
+    _, missed = await one(session, GROUP_SEND_ONE, prefix, group, payload, expiry, excluded, own)
+    return GroupSent([(0, channel) for channel in missed or ()], (), (), (), (), None, None)
+
+
+async def group_send_batch(
+    session: Executor,
+    prefix: str,
+    groups: Sequence[str],
+    payloads: Sequence[bytes],
+    expiries: Sequence[float],
+    excluded: Sequence[str | None],
+    *,
+    own: bool,
+    quiet: bool,
+) -> GroupSent:
+    """Send messages to groups, in their order."""
+    _, positions, missing, ids, addresses, channels, sent, xid, boot = await one(
+        session, GROUP_SEND_BATCH, prefix, groups, payloads, expiries, excluded, own, quiet
+    )
+    missed = [(position - 1, channel) for position, channel in zip(positions or (), missing or (), strict=True)]
+    indexes = [position - 1 for position in sent or ()]
+    return GroupSent(missed, ids or (), addresses or (), channels or (), indexes, xid, boot)
+
+
+async def announce(session: Executor, rows: Sequence[Unannounced]) -> None:
+    """Announce marked rows that exist. In the order in which they stand."""
+    await session.execute(ANNOUNCE, *zip(*rows, strict=True))

@@ -1,0 +1,1 @@
+"""Memberships: changes and the rows of the table. Bound to the owner loop."""

@@ -1,0 +1,53 @@
+"""Changes of memberships of own channels. Those of other channels are asked for by `Sender`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from pg_layer._groups.writer import MembershipWriter
+from pg_layer._messages.addresses import group_address, notification_channel
+from pg_layer._receive.receiver import Receiver
+from pg_layer._state.client import Client
+from pg_layer.lane import Outcome
+from pg_layer.ops import Change
+
+
+class OwnChanges:
+    """Adds and discards the client's own channels. Bound to the owner loop."""
+
+    def __init__(
+        self,
+        client: Client,
+        writer: MembershipWriter,
+        receiver: Receiver,
+        lease: Callable[[float], Awaitable[None]],
+    ) -> None:
+        # lease: waits for the first renewal
+        self._client = client
+        self._writer = writer
+        self._receiver = receiver
+        self._lease = lease
+
+    async def write(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
+        """Make these changes, of which the last one of a pair counts. Return an outcome for each."""
+        client, deadline = self._client, time.monotonic() + timeout
+        last = {(change.group, change.channel): change.added for change in changes}
+        present = [pair for pair, added in last.items() if added]
+        gone = [pair for pair, added in last.items() if not added]
+        for pair in gone:
+            client.memberships.discard(*pair)
+        await self._lease(deadline - time.monotonic())
+        prefix = client.config.prefix
+        buckets = {notification_channel(group_address(prefix, group)) for group, _ in present}
+        # Before the rows are written: what is sent after that is heard. Without a connection the next one
+        # listens to what is expected, and catches up.
+        with self._receiver.expecting(buckets):
+            await self._receiver.listen(buckets)
+            since = await self._writer.write(present, gone, deadline - time.monotonic())
+            expiry = client.config.group_expiry
+            expires_at = math.inf if expiry is None else client.clock.now() + expiry
+            for group, channel in present:
+                client.memberships.add(group, client.queue(channel), expires_at, since)
+        return [None] * len(changes)

@@ -1,0 +1,137 @@
+"""Writes the client's own rows of memberships: the table follows the memory of the owner.
+
+Bound to the owner loop. See ``docs/protocols.md``, section 4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from pg_layer._db.queries import groups as queries
+from pg_layer._db.queries import receive
+from pg_layer._state.client import Client
+from pg_layer._state.memberships import Pair
+from pg_layer._state.snapshot import Moment
+from pg_layer.connections import Connections
+from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
+from pg_layer.session import Session
+
+PART = 2000  # memberships in a statement
+RETRY = 0.5  # seconds
+
+
+class MembershipWriter:
+    """Writes rows one statement after the other, in the background and for callers."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._client = client
+        self._connections = connections
+        self._spawn = spawn
+        self._lock = asyncio.Lock()  # one statement at a time: they take effect in this order
+        self._due: dict[Pair, int] = {}  # pairs whose row may differ, with the claim that was applied
+        self._is_writing = False
+
+    @property
+    def due(self) -> int:
+        """How many memberships must be written."""
+        return len(self._due)
+
+    def write_soon(self, group: str, channel: str, claim: int = 0) -> None:
+        """The row of a membership may differ from memory: write it in the background."""
+        pair = (group, channel)
+        self._due[pair] = max(self._due.get(pair, 0), claim)
+        self._start()
+
+    def write_all_soon(self) -> None:
+        """The table may have lost rows: write all memberships again in the background."""
+        for pair in self._client.memberships.pairs():
+            self._due.setdefault(pair, 0)
+        self._start()
+
+    async def write(self, present: Sequence[Pair], gone: Sequence[Pair], timeout: float) -> Moment:
+        """Write that these memberships are about to begin, and that those have ended.
+
+        Returns the moment in which the new ones begin. If it raises, the rows follow memory later.
+        """
+        deadline = time.monotonic() + timeout
+        expiry = self._client.config.group_expiry
+        rows = queries.OwnRows([(*pair, expiry) for pair in present], gone, ())
+        try:
+            async with self._lock:
+                return await self._write(rows, deadline)
+        except BaseException:
+            for pair in (*present, *gone):
+                self.write_soon(*pair)
+            raise
+
+    async def _write(self, rows: queries.OwnRows, deadline: float) -> Moment:
+        """Write rows, again if the outcome is unknown: with a higher fence, so that the first cannot come late."""
+        client = self._client
+
+        async def work(session: Session) -> Moment:
+            if client.raised_fence < (fence := client.fence):
+                await receive.raise_fence(session, client.address, fence)
+                client.raised_fence = fence
+            return await queries.write(session, client.address, fence, rows)
+
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise LayerUnavailable("The database could not be reached in time.")
+            try:
+                return await self._connections.run(work, timeout=left)
+            except OutcomeUnknown:
+                client.fence += 1
+                if time.monotonic() >= deadline:
+                    raise
+            except asyncio.CancelledError:
+                client.fence += 1
+                raise
+
+    def _start(self) -> None:
+        if not self._is_writing and self._due:
+            self._is_writing = True
+            self._spawn(self._write_due())
+
+    async def _write_due(self) -> None:
+        try:
+            while self._due:
+                async with self._lock:
+                    part = dict(list(self._due.items())[:PART])
+                    deadline = time.monotonic() + self._client.config.send_timeout
+                    try:
+                        await self._write(self._rows(part), deadline)
+                    except PgLayerError:
+                        is_written = False
+                    else:
+                        is_written = True
+                        for pair, claim in part.items():
+                            if self._due.get(pair) == claim:
+                                del self._due[pair]
+                # Callers come first.
+                await asyncio.sleep(0 if is_written else RETRY)
+        finally:
+            self._is_writing = False
+
+    def _rows(self, part: dict[Pair, int]) -> queries.OwnRows:
+        present: list[tuple[str, str, float | None]] = []
+        gone: list[Pair] = []
+        now = self._client.clock.now()
+        for group, channel in part:
+            member = self._client.memberships.get(group, channel)
+            if member is None:
+                gone.append((group, channel))
+            else:
+                left = None if member.expires_at == math.inf else member.expires_at - now
+                present.append((group, channel, left))
+        claims = [(*pair, claim) for pair, claim in part.items() if claim]
+        return queries.OwnRows(present, gone, claims)

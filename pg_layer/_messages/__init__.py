@@ -1,0 +1,1 @@
+"""What is sent: rows, addresses and announcements. Pure: no I/O, no database code."""

@@ -1,0 +1,96 @@
+"""The text of notifications: see ``docs/protocols.md``, section 2."""
+
+from __future__ import annotations
+
+import binascii
+import math
+from typing import NamedTuple
+
+from pg_layer._messages.addresses import group_address
+from pg_layer._messages.rows import LAST_ID, Row, Span
+
+
+class Messages(NamedTuple):
+    """Messages that came inside the notification."""
+
+    rows: list[Row]
+
+
+class ToRead(NamedTuple):
+    """Rows that must be read."""
+
+    span: Span
+
+
+class Jobs(NamedTuple):
+    """Jobs wait in a normal channel, from this id on."""
+
+    first: int
+
+
+class Ping(NamedTuple):
+    """A ping of the client itself."""
+
+    token: str
+
+
+Announcement = Messages | ToRead | Jobs | Ping
+
+
+def parse(payload: str, prefix: str, own_address: str) -> Announcement:
+    """Return what a notification says. Raises ``ValueError`` for what the layer does not send."""
+    letter, _, rest = payload.partition(" ")
+    if letter in ("M", "m"):
+        return _messages(rest.split(" "), letter == "m")
+    if letter in ("R", "r"):
+        boot, xid, name, first, last = rest.split(" ")
+        address = group_address(prefix, name[1:]) if name.startswith("@") else own_address
+        span = Span(address, _bigint(boot), _bigint(xid), letter == "r", _bigint(first), _bigint(last))
+        return ToRead(span)
+    if letter == "J":
+        return Jobs(_bigint(rest))
+    if letter == "P":
+        return Ping(rest)
+    raise ValueError(f"{payload[:20]!r} is no announcement.")
+
+
+def _messages(words: list[str], marked: bool) -> Messages:
+    boot, xid = _bigint(words[0]), _bigint(words[1])
+    if len(words) % 5 != 2:
+        raise ValueError("An entry is incomplete.")
+    rows = []
+    for at in range(2, len(words), 5):
+        name, id, expires_at, excluded, payload = words[at : at + 5]
+        end = float(expires_at)
+        if math.isnan(end) or not name:
+            raise ValueError("An entry is malformed.")
+        group, channel = (name[1:], None) if name[0] == "@" else (None, name)
+        rows.append(
+            Row(
+                _bigint(id),
+                xid,
+                boot,
+                marked,
+                "message",
+                group,
+                channel,
+                None if excluded == "*" else excluded,
+                _decode(payload),
+                end,
+            )
+        )
+    return Messages(rows)
+
+
+def _decode(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+
+
+def _bigint(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= LAST_ID:
+        raise ValueError(text)
+    return number

@@ -1,0 +1,90 @@
+"""Rows of ``pg_layer_message`` as a client sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pg_layer._messages.addresses import split_address
+
+LAST_ID = 2**63 - 1
+
+
+class Key(NamedTuple):
+    """The identity of a row: the run of transaction ids, the transaction, and the id."""
+
+    boot: int
+    xid: int
+    id: int
+
+
+class Row(NamedTuple):
+    """A row. ``expires_at``: seconds since 1970 by the database's clock.
+
+    ``group`` is set for a row at a group's address; ``channel`` for all others, and not for a
+    control message of kind ``flush``.
+    """
+
+    id: int
+    xid: int
+    boot: int
+    marked: bool
+    kind: str
+    group: str | None
+    channel: str | None
+    excluded: str | None
+    payload: bytes
+    expires_at: float
+
+    @property
+    def key(self) -> Key:
+        """The identity of the row."""
+        return Key(self.boot, self.xid, self.id)
+
+    @property
+    def is_job(self) -> bool:
+        """Whether it was claimed from a normal channel."""
+        return self.kind == "message" and self.group is None and "!" not in (self.channel or "!")
+
+
+class KeyAt(NamedTuple):
+    """A key with its address, whether the row is marked, and the bytes of its payload."""
+
+    address: str
+    id: int
+    xid: int
+    boot: int
+    marked: bool
+    size: int
+
+    @property
+    def key(self) -> Key:
+        """The identity of the row."""
+        return Key(self.boot, self.xid, self.id)
+
+
+class Span(NamedTuple):
+    """Rows of one transaction at one address, from the id ``first`` to the id ``last``."""
+
+    address: str
+    boot: int
+    xid: int
+    marked: bool
+    first: int
+    last: int
+
+    def covers(self, address: str, key: Key) -> bool:
+        """Whether a row is among them."""
+        return (
+            self.xid == key.xid
+            and self.first <= key.id <= self.last
+            and self.boot == key.boot
+            and self.address == address
+        )
+
+
+def row_from_columns(columns: Sequence[Any]) -> Row:
+    """Make a row of ``address, id, xid, boot, marked, kind, channel, excluded, payload, end``."""
+    address, id, xid, boot, marked, kind, channel, excluded, payload, expires_at = columns
+    group, _ = split_address(address)
+    return Row(id, xid, boot, marked, kind, group, channel, excluded, payload, expires_at)

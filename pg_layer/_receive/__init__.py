@@ -1,0 +1,1 @@
+"""Receiving: notifications in, messages out. Bound to the owner loop."""

@@ -1,0 +1,100 @@
+"""Deletes the rows that were received, many at once. Bound to the owner loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pg_layer._db.queries import receive as queries
+from pg_layer._state.channel_queue import ChannelQueue
+from pg_layer._state.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import PgLayerError
+
+DELETE_DELAY = 0.5  # seconds for which rows gather before they are deleted together
+DELETE_MOST = 1000  # rows in a statement
+RETRY = 0.5  # seconds
+SETTLE_TIMEOUT = 1.0
+
+
+class Deletions:
+    """Deletes the rows that the client has noted."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._client = client
+        self._connections = connections
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_deleting = False
+        self._is_urgent = False  # more must be deleted as soon as that has ended
+        self._settled = asyncio.Event()
+        self.soon()
+
+    def soon(self, queue: ChannelQueue | None = None) -> None:
+        """Rows were noted; those of a queue go at once if senders count enough of them to matter."""
+        is_urgent = queue is not None and queue.is_filling
+        if self._timer is None or is_urgent or len(self._client.pending_deletes) >= DELETE_MOST:
+            self._delete_soon(0.0 if is_urgent else DELETE_DELAY)
+
+    async def settle(self, queue: ChannelQueue) -> None:
+        """Wait until senders no longer count what was received from this queue, or a second at most."""
+        deadline = self._loop.time() + SETTLE_TIMEOUT
+        while queue.undeleted > len(queue) and (left := deadline - self._loop.time()) > 0:
+            self._delete_soon(0.0)
+            # Not wait_for(): before Python 3.12 it may swallow a cancellation.
+            settled = asyncio.ensure_future(self._settled.wait())
+            try:
+                await asyncio.wait((settled,), timeout=left)
+            finally:
+                settled.cancel()
+
+    def _delete_soon(self, delay: float) -> None:
+        pending = self._client.pending_deletes
+        if not pending:
+            return
+        if len(pending) >= DELETE_MOST:
+            delay = 0.0
+        if self._is_deleting:
+            self._is_urgent |= not delay
+            return
+        if self._timer is not None:
+            if delay:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay, self._delete_now)
+
+    def _delete_now(self) -> None:
+        self._timer = None
+        if not self._is_deleting and self._client.pending_deletes:
+            self._is_deleting, self._is_urgent = True, False
+            self._spawn(self._delete())
+
+    async def _delete(self) -> None:
+        client = self._client
+        keys = list(client.pending_deletes)
+        try:
+            for start in range(0, len(keys), DELETE_MOST):
+                part = keys[start : start + DELETE_MOST]
+                await self._connections.run(
+                    lambda session, part=part: queries.delete(session, client.address, part),
+                    timeout=client.config.send_timeout,
+                    is_idempotent=True,
+                )
+                for key in part:
+                    queue = client.pending_deletes.pop(key, None)
+                    if queue is not None:
+                        queue.undeleted -= 1
+                settled, self._settled = self._settled, asyncio.Event()
+                settled.set()
+        except PgLayerError:
+            await asyncio.sleep(RETRY)
+        finally:
+            self._is_deleting = False
+            self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)

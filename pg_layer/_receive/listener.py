@@ -1,0 +1,171 @@
+"""The one connection that listens: connects, is watched as a socket, reconnects. Bound to the owner loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, errors
+
+from pg_layer._db.queries import receive as queries
+from pg_layer.aliases import not_migrated
+from pg_layer.config import Config
+from pg_layer.connections import connection_kwargs
+from pg_layer.session import Session
+
+logger = logging.getLogger("pg_layer.listener")
+
+BACKOFF_FIRST = 0.1  # seconds
+BACKOFF_LAST = 2.0  # so that a server that is back is found within two
+
+
+class Listener:
+    """Keeps a LISTEN connection for as long as `run` runs.
+
+    ``on_connect`` is awaited with each new connection: it calls `listen` and catches up.
+    ``on_notify`` is called with the NOTIFY channel and the payload, ``on_lost`` with the reason whenever the
+    connection is lost or cannot be made.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        on_connect: Callable[[Session], Awaitable[None]],
+        on_notify: Callable[[str, str], None],
+        on_lost: Callable[[Exception], None],
+        client_id: str,
+    ) -> None:
+        self._config = config
+        self._client_id = client_id
+        self._on_connect = on_connect
+        self._on_notify = on_notify
+        self._on_lost = on_lost
+        self._session: Session | None = None
+        self._lost: asyncio.Future[None] | None = None
+        self._fd = -1  # the socket that is watched
+        self._channels: set[str] = set()  # of the present connection
+        self._lock = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self.is_connected = False
+
+    async def run(self) -> None:
+        """Connect, and again for ever. Ends only by cancellation."""
+        backoff = BACKOFF_FIRST
+        is_faulty = False
+        while True:
+            try:
+                await self._connect()
+                backoff, is_faulty = BACKOFF_FIRST, False
+                assert self._lost is not None
+                await self._lost
+                error: Exception = psycopg.OperationalError("The listening connection was lost.")
+            except (psycopg.Error, OSError) as caught:
+                error = caught
+            except Exception as caught:  # a bug must not make the process deaf
+                if not is_faulty:
+                    logger.exception("Listening failed.")
+                error, is_faulty = caught, True
+            finally:
+                self._drop()
+            if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
+                error = not_migrated(self._config)
+            self._on_lost(error)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            backoff = min(backoff * 2, BACKOFF_LAST)
+
+    async def _connect(self) -> None:
+        kwargs = connection_kwargs(self._config, "listen", self._client_id)
+        conn: AsyncConnection[Any] = await AsyncConnection.connect(**kwargs)
+        self._session = session = Session(conn)
+        self._lost = self._loop.create_future()
+        await self._on_connect(session)
+        self.is_connected = True
+        self._watch(session)
+
+    def is_listening_to(self, channel: str) -> bool:
+        """Whether the present connection listens to a NOTIFY channel."""
+        return channel in self._channels
+
+    async def listen(self, channels: Sequence[str]) -> bool:
+        """LISTEN to NOTIFY channels. False if there is no connection, or it was lost.
+
+        Then the next connection listens to all that `on_connect` asks for.
+        """
+        missing = [channel for channel in channels if channel not in self._channels]
+        if not missing:
+            return self._session is not None
+        if not await self._execute(lambda session: queries.listen(session, missing)):
+            return False
+        self._channels.update(missing)
+        return True
+
+    async def unlisten(self, channels: Sequence[str]) -> None:
+        """Stop listening to NOTIFY channels."""
+        listened = [channel for channel in channels if channel in self._channels]
+        if listened and await self._execute(lambda session: queries.unlisten(session, listened)):
+            self._channels.difference_update(listened)
+
+    async def _execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
+        async with self._lock:
+            session = self._session
+            if session is None or session.is_closed:
+                return False
+            # The session watches the same socket while it waits for an answer.
+            self._unwatch()
+            try:
+                if not session.is_reusable:  # the last caller was cancelled
+                    await session.settle()
+                await work(session)
+            except psycopg.Error:
+                self.reconnect()
+                return False
+            finally:
+                if self._session is session:
+                    if session.is_closed:
+                        self.reconnect()
+                    elif self.is_connected:
+                        self._watch(session)
+            return True
+
+    def reconnect(self) -> None:
+        """Give this connection up, however healthy it looks."""
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
+
+    def _readable(self) -> None:
+        session = self._session
+        if session is None:
+            return
+        try:
+            for channel, payload in session.notifies():
+                self._on_notify(channel, payload)
+        except psycopg.Error:
+            # libpq may have closed the socket: the loop would take the next one with its number for it.
+            self._unwatch()
+            self.reconnect()
+
+    def _watch(self, session: Session) -> None:
+        self._fd = session.fileno()
+        self._loop.add_reader(self._fd, self._readable)
+        self._readable()
+
+    def _unwatch(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(fd)
+
+    def _drop(self) -> None:
+        session, self._session = self._session, None
+        self.is_connected = False
+        self._channels.clear()
+        if session is not None:
+            self._unwatch()
+            session.close()
+
+    def abandon(self) -> None:
+        """Drop the connection, also when the loop will not run again."""
+        self._drop()

@@ -1,0 +1,562 @@
+"""From notifications to channel queues: hears, reads, catches up and dispatches, in one order.
+
+Bound to the owner loop. What is new is decided by `pg_layer._state.cursor`, the order by
+`pg_layer._state.announcement_queue`; this is the I/O around them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from pg_layer._db.queries import receive as queries
+from pg_layer._groups.writer import MembershipWriter
+from pg_layer._messages.addresses import channel_address, group_address, notification_channel
+from pg_layer._messages.announcements import Jobs, Ping, parse
+from pg_layer._messages.rows import LAST_ID, Key, Row
+from pg_layer._receive.deletions import Deletions
+from pg_layer._receive.jobs import JobReaders
+from pg_layer._receive.listener import Listener
+from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
+from pg_layer._state.client import Client
+from pg_layer._state.snapshot import Moment, Snapshot
+from pg_layer.codec import Template
+from pg_layer.connections import Connections
+from pg_layer.exceptions import PgLayerError, UndecodableMessage
+from pg_layer.outage import Outage
+from pg_layer.session import Session
+
+logger = logging.getLogger("pg_layer")
+
+READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
+READ_SPANS = 64  # at once
+RETRY = 0.5  # seconds
+# Seconds for each member that is waited for when its channel queue is full, in which it must receive half of
+# it. A slow member costs its neighbours no more than that once for each half of its queue.
+PAUSE = 0.05
+CATCH_UP_ROWS = 20_000  # in the announcement queue, beyond which a catch-up waits for dispatch
+
+
+class Receiver:
+    """The receiving side of a client."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        listener: Listener | None,
+        writer: MembershipWriter,
+        outage: Outage,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        on_caught_up: Callable[[int], None],
+    ) -> None:
+        # listener: None where the tables are polled. on_caught_up: called with the number of messages.
+        self._client = client
+        self._connections = connections
+        self._listener = listener
+        self._writer = writer
+        self._outage = outage
+        self._spawn = spawn
+        self._on_caught_up = on_caught_up
+        self._loop = asyncio.get_running_loop()
+        self.heard_at: float | None = None  # the last notification, by the loop's time
+        self._own_channel = notification_channel(client.address)
+        self._pings: dict[str, asyncio.Future[None]] = {}
+        self._pinged = 0
+        self._is_reading = False
+        self._is_catching_up = False
+        self._is_catch_up_due = False
+        self._is_blocked = False  # dispatch waits
+        self._drained = asyncio.Event()
+        self._flushes: dict[Key, asyncio.Future[None]] = {}
+        self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
+        self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
+        self.deletions = Deletions(client, connections, spawn)
+        self.jobs = JobReaders(client, connections, self, spawn)
+        client.announcements.restart()
+
+    def start(self) -> None:
+        """Go on with what the last owner loop has left."""
+        if self._client.unplaced:
+            self._block(self._place())
+        self.jobs.start()
+        self._read_soon()
+        self._pump()
+
+    # ------------------------------------------------------------------ hearing
+
+    async def listen_to_all(self) -> None:
+        """Have a new connection listen to all that is of interest here."""
+        prefix = self._client.config.prefix
+        while True:
+            wanted = {self._own_channel, *self._expected, *self._channels_of_jobs}
+            wanted.update(
+                notification_channel(group_address(prefix, group))
+                for group in self._client.memberships.groups
+            )
+            if not await self.listen(wanted):  # True at once if nothing was added meanwhile
+                return
+            if all(map(self._is_listening_to, wanted)):
+                return
+
+    def _is_listening_to(self, channel: str) -> bool:
+        return self._listener is not None and self._listener.is_listening_to(channel)
+
+    async def listen(self, channels: Iterable[str]) -> bool:
+        """LISTEN to NOTIFY channels, if there is a connection. Return whether there is one."""
+        return self._listener is not None and await self._listener.listen(list(channels))
+
+    @contextmanager
+    def expecting(self, channels: Iterable[str]) -> Iterator[None]:
+        """A new connection listens to these channels, too."""
+        channels = list(channels)
+        self._expected.update(channels)
+        try:
+            yield
+        finally:
+            self._expected.subtract(channels)
+            self._expected = +self._expected
+
+    async def listen_to_jobs(self, channel: str) -> bool:
+        """Listen for jobs of a normal channel. Return whether there is a connection."""
+        name = notification_channel(channel_address(self._client.config.prefix, channel))
+        self._channels_of_jobs[name] = channel
+        return await self.listen((name,))
+
+    async def unlisten_to_jobs(self, channel: str) -> None:
+        """Undo `listen_to_jobs`."""
+        name = notification_channel(channel_address(self._client.config.prefix, channel))
+        self._channels_of_jobs.pop(name, None)
+        if self._listener is not None:
+            await self._listener.unlisten((name,))
+
+    def hear(self, channel: str, payload: str) -> None:
+        """A notification came."""
+        assert self._client.is_owned_here()
+        self.heard_at = self._loop.time()
+        client = self._client
+        try:
+            announcement = parse(payload, client.config.prefix, client.address)
+        except ValueError:
+            client.foreign(channel)
+            return
+        if isinstance(announcement, Ping):
+            self._hear_ping(announcement.token)
+        elif isinstance(announcement, Jobs):
+            name = self._channels_of_jobs.get(channel)
+            if name is not None:
+                self.jobs.heard(name, announcement.first)
+        else:
+            client.announcements.hear(announcement)
+            self._pump()
+            self._read_soon()
+
+    async def ping(self, send: Callable[[str], Coroutine[Any, Any, None]], timeout: float) -> bool:
+        """Ring the own NOTIFY channel. Return whether it was heard within ``timeout`` seconds."""
+        self._pinged += 1
+        token = f"{self._client.id[:4]}{id(self):x}.{self._pinged}"
+        heard = self._pings[token] = self._loop.create_future()
+        deadline = self._loop.time() + timeout
+        try:
+            await send(token)
+            await asyncio.wait((heard,), timeout=max(deadline - self._loop.time(), 0.0))
+            return heard.done()
+        finally:
+            del self._pings[token]
+
+    def _hear_ping(self, token: str) -> None:
+        if self._client.cursor.heard(token):
+            self._passed()
+        heard = self._pings.get(token)
+        if heard is not None and not heard.done():
+            heard.set_result(None)
+
+    def _passed(self) -> None:
+        moment = self._client.cursor.moment
+        if moment is not None:
+            self._client.memberships.grow_old(moment)
+
+    def connection_lost(self) -> None:
+        """No notification of the old connection will be heard any more."""
+        self._client.cursor.missed()
+
+    def append_claimed(self, rows: Sequence[Row]) -> None:
+        """Dispatch jobs that were claimed, behind what was announced before."""
+        self._client.announcements.append_claimed(rows)
+        self._pump()
+
+    # ------------------------------------------------------------------ reading what was announced
+
+    def _read_soon(self) -> None:
+        if not self._is_reading and self._client.announcements.to_read(1):
+            self._is_reading = True
+            self._spawn(self._read())
+
+    async def _read(self) -> None:
+        announcements = self._client.announcements
+        try:
+            while entries := announcements.to_read(READ_SPANS):
+                spans = [entry.span for entry in entries if entry.span is not None]
+                try:
+                    results = await self._connections.run(
+                        partial(queries.read, spans=spans),
+                        timeout=READ_TIMEOUT,
+                        patience=self._client.config.send_timeout,
+                        is_idempotent=True,
+                    )
+                except PgLayerError as error:
+                    self._outage.begin(error)
+                    await asyncio.sleep(RETRY)
+                    continue
+                self._client.counters.add("reads")
+                for entry, result in zip(entries, results, strict=False):
+                    announcements.read(entry, result.rows, is_all=result.is_all)
+                self._pump()
+        finally:
+            self._is_reading = False
+
+    # ------------------------------------------------------------------ catching up
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether rows may be missing until a catch-up has ended."""
+        return self._is_catching_up or self._is_catch_up_due
+
+    def catch_up_soon(self) -> None:
+        """Read all that is new at the own addresses, once more if that is under way."""
+        self._is_catch_up_due = True
+        if not self._is_catching_up:
+            self._is_catching_up = True
+            self._spawn(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        announcements = self._client.announcements
+        try:
+            while self._is_catch_up_due:
+                self._is_catch_up_due = False
+                announcements.begin_catch_up()
+                counted: list[int] = []
+                try:
+                    await self._connections.run(
+                        partial(self._read_new, counted=counted),
+                        timeout=READ_TIMEOUT,
+                        patience=self._client.config.send_timeout,
+                        is_idempotent=True,
+                    )
+                except PgLayerError as error:
+                    announcements.fail_catch_up()
+                    self._is_catch_up_due = True
+                    self._outage.begin(error)
+                    await asyncio.sleep(RETRY)
+                    continue
+                announcements.end_catch_up()
+                self._pump()
+                self._read_soon()
+                self._on_caught_up(sum(counted))
+        finally:
+            self._is_catching_up = False
+        self.jobs.look_again()
+
+    async def _read_new(self, session: Session, counted: list[int]) -> None:
+        client, cursor = self._client, self._client.cursor
+        await self.raise_fence(session)
+        boot, last_id = await queries.position(session, cursor.moment.boot if cursor.moment else 0)
+        moment = await queries.begin_snapshot(session, boot)
+        # The addresses are collected when the snapshot has been taken: a message that is sent after a
+        # group_add has returned is either not visible in it, or at one of these addresses.
+        cursor.position(moment, last_id)
+        low_id = min(cursor.low_id(), cursor.marked_low_id())
+        group_low_id = low_id if cursor.moment else client.first_id
+        own_low_id = min(low_id, self.jobs.unknown_low_id)
+        prefix = client.config.prefix
+        groups = [group_address(prefix, group) for group in client.memberships.groups]
+        addresses = [client.address, *groups]
+        low_ids = [own_low_id, *[group_low_id] * len(groups)]
+        keys = await queries.new_keys(session, addresses, low_ids, cursor.moment, boot)
+        for part in queries.parts(client.announcements.missing(keys)):
+            rows = await queries.read_keys(session, part)
+            client.announcements.append(rows)
+            counted.append(sum(row.kind == "message" for row in rows))
+            self._pump()
+            while client.announcements.rows > CATCH_UP_ROWS:
+                self._drained.clear()
+                await self._drained.wait()
+        await queries.commit(session)
+        before = cursor.moment
+        cursor.adopt(moment)
+        self.jobs.unknown_low_id = LAST_ID
+        self._passed()
+        if before is not None and before.boot != moment.boot:
+            # A crash may have undone deletions: senders would count those rows until they expire.
+            self._spawn(self._delete_received(moment))
+
+    async def raise_fence(self, session: Session) -> None:
+        """Have the server refuse what was given up, before anything else is concluded."""
+        client = self._client
+        if client.raised_fence < (fence := client.fence):
+            await queries.raise_fence(session, client.address, fence)
+            client.raised_fence = fence
+
+    async def _delete_received(self, moment: Moment) -> None:
+        client = self._client
+        try:
+            await self._connections.run(
+                lambda session: queries.delete_received(
+                    session, client.address, moment, client.held_keys()
+                ),
+                timeout=client.config.send_timeout,
+                is_idempotent=True,
+            )
+        except PgLayerError as error:
+            logger.info("Could not delete received messages after a restart: %s", error)
+
+    async def look_for_marked(self) -> None:
+        """Append marked rows whose announcement should have come by now."""
+        client, cursor = self._client, self._client.cursor
+        look = cursor.look
+        if look is None:
+            return
+        prefix = client.config.prefix
+
+        async def work(session: Session) -> None:
+            addresses = [
+                client.address,
+                *(group_address(prefix, group) for group in client.memberships.groups),
+            ]
+            keys = await queries.marked_keys(session, addresses, cursor.marked_low_id(), look)
+            for part in queries.parts(client.announcements.missing(keys)):
+                client.announcements.append(await queries.read_keys(session, part))
+                self._pump()
+
+        await self._connections.run(work, timeout=client.config.heartbeat, is_idempotent=True)
+        cursor.looked(look)
+
+    # ------------------------------------------------------------------ dispatching
+
+    def _pump(self) -> None:
+        """Dispatch from the head of the queue until nothing is ready, or dispatch must wait."""
+        announcements = self._client.announcements
+        while not self._is_blocked and (rows := announcements.head()) is not None:
+            first = rows[0]
+            if first.kind != "message":
+                if not self._apply(first):
+                    return
+                rows.popleft()
+                announcements.dispatched((first,))
+                continue
+            run = [rows.popleft()]
+            while rows and _goes_with(first, rows[0]):
+                run.append(rows.popleft())
+            announcements.dispatched(run)
+            self._client.counters.add("received", len(run))
+            if first.group is None:
+                self._deliver(run)
+            else:
+                self._fan_out(first.group, first.excluded, run)
+        if announcements.rows <= CATCH_UP_ROWS:
+            self._drained.set()
+        if announcements.is_incomplete and not announcements.rows and not self._is_catching_up:
+            self.catch_up_soon()
+
+    def _deliver(self, rows: Sequence[Row]) -> None:
+        client = self._client
+        channels = set()
+        for row in rows:
+            payload = self._opened(row)
+            if payload is None or row.channel is None:
+                client.pending_deletes[row.key] = None
+                self.deletions.soon()
+                continue
+            if row.is_job:
+                channels.add(row.channel)
+            queue = client.queue(row.channel)
+            if len(queue) >= queue.capacity:
+                client.drop_expired(queue)
+            queue.undeleted += 1
+            queue.put(QueuedMessage(payload, row.expires_at, row.key))
+        for channel in channels:
+            self.jobs.delivered(channel)
+
+    def _fan_out(self, group: str, excluded: str | None, rows: Sequence[Row]) -> None:
+        members = self._client.memberships.members(group)
+        if not members:
+            return
+        ready = [
+            (row, QueuedMessage(Template(payload), row.expires_at, None))
+            for row in rows
+            if (payload := self._opened(row)) is not None
+        ]
+        messages = [message for _, message in ready]
+        now = self._client.clock.now()
+        for member in members:
+            if member.expires_at <= now or member.channel == excluded:
+                continue
+            since = member.since
+            if since is None:
+                due = messages
+            else:
+                due = [message for row, message in ready if not since.sees(row.boot, row.xid)]
+            self._put(group, member.queue, due)
+        if self._client.unplaced:
+            self._block(self._place())
+
+    def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
+        rest = queue.put_if_room(messages, self._loop)
+        if not rest:
+            return
+        self._client.drop_expired(queue)
+        rest = queue.put_if_room(rest, self._loop)
+        if not rest:
+            return
+        if queue.is_stalled:
+            self._client.count_dropped(group, queue.channel, len(rest))
+        else:
+            self._client.unplaced.append((group, queue, list(rest)))
+
+    def _opened(self, row: Row) -> bytes | None:
+        try:
+            return self._client.codec.open(row.payload)
+        except UndecodableMessage as error:
+            self._client.undecodable(row.channel or row.group, error)
+            return None
+
+    def _block(self, work: Coroutine[Any, Any, None]) -> None:
+        self._is_blocked = True
+        self._spawn(self._blocked(work))
+
+    async def _blocked(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        finally:
+            self._is_blocked = False
+        self._pump()
+
+    async def _place(self) -> None:
+        """Give members with full queues a turn, and place what has room then."""
+        client = self._client
+        while client.unplaced:
+            waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
+            await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1))
+            unplaced = []
+            for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
+                rest = queue.put_if_room(messages, self._loop)
+                if not rest:
+                    continue
+                if room.done():
+                    unplaced.append((group, queue, list(rest)))
+                else:
+                    queue.is_stalled = True
+                    client.count_dropped(group, queue.channel, len(rest))
+            client.unplaced = unplaced
+            for room in waiting:
+                room.cancel()
+
+    # ------------------------------------------------------------------ control messages
+
+    def _apply(self, row: Row) -> bool:
+        """Apply a control message. Return False if dispatch must wait for it; it is still at the head then."""
+        client = self._client
+        client.pending_deletes[row.key] = None
+        self.deletions.soon()
+        try:
+            if row.kind == "flush":
+                self._apply_flush(row)
+            elif row.kind == "discard" and row.channel is not None:
+                change = json.loads(row.payload)
+                client.memberships.discard(change["group"], row.channel)
+                self._writer.write_soon(change["group"], row.channel, change["claim"])
+            elif row.kind == "add" and row.channel is not None:
+                return self._apply_add(row, json.loads(row.payload))
+            else:
+                error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
+                client.undecodable(row.channel, error)
+        except (ValueError, KeyError, TypeError) as error:
+            client.undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
+        return True
+
+    def _apply_flush(self, row: Row) -> None:
+        client = self._client
+        for group, channel in client.memberships.flush(row.boot, row.xid):
+            self._writer.write_soon(group, channel)
+        client.unplaced.clear()
+        for queue in client.queues():
+            client.delete_later(queue, queue.pop_all())
+        flushed = self._flushes.pop(row.key, None)
+        if flushed is not None and not flushed.done():
+            flushed.set_result(None)
+
+    async def flushed(self, key: Key, timeout: float) -> None:
+        """Wait until the control message of a flush is applied here, or ``timeout`` seconds."""
+        applied = self._flushes[key] = self._loop.create_future()
+        if self._client.cursor.is_new(key, False) or self._client.announcements.holds(
+            self._client.address, key
+        ):
+            await asyncio.wait((applied,), timeout=timeout)
+        self._flushes.pop(key, None)
+
+    def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
+        client = self._client
+        group, channel = str(change["group"]), str(row.channel)
+        expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
+        since = Moment(row.boot, Snapshot(change["snapshot"]))
+        if not client.owns(channel) or expires_at <= client.clock.now():
+            self._writer.write_soon(group, channel, change["claim"])
+            return True
+        if group not in client.memberships.groups:
+            self._block(self._join(row, group, channel, expires_at, since, change["claim"]))
+            return False
+        client.memberships.add(group, client.queue(channel), expires_at, since)
+        self._writer.write_soon(group, channel, change["claim"])
+        return True
+
+    async def _join(
+        self, row: Row, group: str, channel: str, expires_at: float, since: Moment, claim: int
+    ) -> None:
+        """Add the first member of a group for another process: it may have missed messages already."""
+        client = self._client
+        address = group_address(client.config.prefix, group)
+        bucket = notification_channel(address)
+        queue = client.queue(channel)
+        low_id = client.cursor.low_id_of(since)
+        with self.expecting((bucket,)):
+            missed = await self._read_missed(address, bucket, low_id, since, queue.capacity)
+        rows = client.announcements.head()
+        if rows is None or rows[0] is not row:
+            return  # another owner loop has applied it
+        rows.popleft()
+        client.announcements.dispatched((row,))
+        client.memberships.add(group, queue, expires_at, since)
+        self._writer.write_soon(group, channel, claim)
+        cursor = client.cursor
+        client.announcements.insert(
+            each
+            for each in missed
+            if not client.announcements.holds(address, each.key)
+            and cursor.admit_announced(each.key, each.marked, each.expires_at)
+        )
+
+    async def _read_missed(
+        self, address: str, bucket: str, low_id: int, since: Moment, limit: int
+    ) -> list[Row]:
+        while True:
+            try:
+                await self.listen((bucket,))
+                return await self._connections.run(
+                    lambda session: queries.new_in_group(session, address, low_id, since, limit),
+                    timeout=self._client.config.send_timeout,
+                    is_idempotent=True,
+                )
+            except PgLayerError as error:
+                self._outage.begin(error)
+                await asyncio.sleep(RETRY)
+
+
+def _goes_with(first: Row, row: Row) -> bool:
+    """Whether a message is dispatched together with the first one."""
+    return row.kind == "message" and row.group == first.group and row.excluded == first.excluded

@@ -1,0 +1,1 @@
+"""What runs: event loops, leases, the end of the process."""

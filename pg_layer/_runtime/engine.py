@@ -1,0 +1,371 @@
+"""What of a layer is bound to one event loop: connections, batchers, tasks, and perhaps the owner."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import psycopg
+
+from pg_layer._db.queries import groups, lease, maintenance
+from pg_layer._db.queries import receive as receiving
+from pg_layer._runtime.owner import Owner
+from pg_layer._send.announcer import Announcer
+from pg_layer._send.sender import Sender
+from pg_layer._state.channel_queue import ChannelQueue
+from pg_layer._state.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import LayerUnavailable, NotBegun, PgLayerError
+from pg_layer.faults import READ_ONLY
+from pg_layer.ops import Change
+from pg_layer.outage import Outage
+from pg_layer.session import Session
+
+T = TypeVar("T")
+
+logger = logging.getLogger("pg_layer")
+
+SENDER_IDLE = 10.0  # seconds after which a process that only sends closes its connection
+CLOSE_TIMEOUT = 2.0
+STOP_TIMEOUT = 2.0
+SWALLOWED = 0.2  # seconds after which a cancellation has been swallowed
+SWEEP_BATCH = 1000
+PING_TIMEOUT = 3.0
+
+
+class Engine:
+    """A client at work on one loop. Made on that loop.
+
+    An engine that only sends has one connection; `start_receiving` makes it the owner and gives it the rest.
+    """
+
+    def __init__(self, client: Client, announcer: Announcer) -> None:
+        self.client = client
+        self.loop = asyncio.get_running_loop()
+        self.is_closed = False
+        self.owner: Owner | None = None
+        # Of any thread: the next owner waits for it on another loop.
+        self.stopped: Future[None] = Future()
+        self._predecessor: Engine | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.outage = Outage(client)
+        self.connections = Connections(
+            client.config,
+            max_size=1,
+            max_idle=SENDER_IDLE,
+            on_refused=lambda error: self.call(self._refused, error),
+            client_id=client.id,
+        )
+        self.sender = Sender(client, self.connections, self.spawn, announcer)
+        self._is_ending = False
+        self._guard_task = self.loop.create_task(self._guard())
+        self._guard_task.add_done_callback(lambda _: self.abandon())
+        self._tasks.add(self._guard_task)
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether this engine receives for the client, or is about to."""
+        return self.owner is not None
+
+    def _refused(self, error: psycopg.Error) -> None:
+        if error.sqlstate != READ_ONLY:
+            self.client.counters.add("refused_notifications")
+        if self.owner is not None:
+            self.owner.refused(error)
+        elif error.sqlstate != READ_ONLY:
+            self.client.silent(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+
+    # ------------------------------------------------------------------ tasks
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this engine's loop is the one that runs here."""
+        return asyncio._get_running_loop() is self.loop
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop runs, so that somebody on another may wait for it."""
+        return not self.is_closed and self.loop.is_running()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a task that ends with the engine."""
+        if self.is_closed:
+            work.close()
+            return
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.is_closed:
+            logger.error("A task of the channel layer failed.", exc_info=error)
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Call on the engine's loop, from any thread."""
+        if self.is_here:
+            function(*args)
+            return
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # closed: whoever takes over finds what is to be done in the client
+            pass
+
+    async def bridge(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run on the engine's loop, and wait for it on this one."""
+        if self.is_here:
+            return await work()
+        if not self.is_running:
+            raise LayerUnavailable("The event loop that served the channel layer was closed.")
+        future = asyncio.run_coroutine_threadsafe(_uncancelled(work), self.loop)
+        timeout = self.client.config.send_timeout + 1
+        answer = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait((answer,), timeout=timeout)
+            if not answer.done():
+                raise LayerUnavailable("The event loop that serves the channel layer does not answer.")
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    async def _guard(self) -> None:
+        """Sees the loop's end: before it closes, asyncio cancels what still runs.
+
+        The pool is closed in order even then: its tasks may miss a cancellation, as `asyncio.wait_for` does
+        before Python 3.12.
+        """
+        try:
+            await self.loop.create_future()
+        except asyncio.CancelledError:
+            self._is_ending = True
+            self.sender.close()
+            self.is_closed = True
+            # These have been cancelled as well.
+            await _end_of(self._tasks - {self._guard_task})
+            # What other loops write right now has nothing to do with the end of this one.
+            await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
+            await self.connections.close()
+            raise
+
+    # ------------------------------------------------------------------ what callers ask for
+
+    @property
+    def pending_operations(self) -> int:
+        """How many operations wait for a write in flight. From any thread."""
+        return self.sender.waiting + (0 if self.owner is None else self.owner.changes.waiting)
+
+    async def change(self, change: Change) -> None:
+        """Add an own channel to a group, or discard it. From any loop."""
+        if self.is_here:
+            await self._change(change)
+        else:
+            await self.bridge(partial(self._change, change))
+
+    async def _change(self, change: Change) -> None:
+        if self.owner is None:
+            raise NotBegun
+        await self.owner.changes.submit(change)
+
+    async def flush(self) -> None:
+        """Remove all messages and memberships of the prefix."""
+        client, timeout = self.client, self.client.config.send_timeout
+        key = await self.connections.run(
+            lambda session: lease.flush(session, client.config.prefix, client.address),
+            timeout=timeout,
+            is_idempotent=True,
+        )
+        if key is not None and self.owner is not None:
+            await self.owner.receiver.flushed(key, timeout)
+
+    async def group_channels(self, group: str) -> list[str]:
+        """The channels in a group, without those of clients that are gone."""
+        return await self._ask(
+            partial(groups.group_channels, prefix=self.client.config.prefix, group=group)
+        )
+
+    async def group_count(self, group: str) -> int:
+        """How many they are."""
+        return await self._ask(
+            partial(groups.group_count, prefix=self.client.config.prefix, group=group)
+        )
+
+    async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        timeout = self.client.config.send_timeout
+        return await self.connections.run(work, timeout=timeout, is_idempotent=True)
+
+    async def ping(self) -> bool:
+        """Ask the database whether it is there, by the way of messages. Return whether that worked."""
+        config = self.client.config
+        timeout = min(config.send_timeout, config.heartbeat / 2, PING_TIMEOUT)
+        if self.owner is not None:
+            return await self.owner.ping(timeout)
+        await self.connections.run(receiving.probe, timeout=timeout, is_idempotent=True)
+        return True
+
+    def want(self, channel: str) -> None:
+        """A reader waits on a normal channel. On the engine's loop."""
+        if self.owner is not None:
+            self.owner.want(channel)
+
+    def received(self, queue: ChannelQueue) -> None:
+        """A message was received that has a row. On the engine's loop."""
+        if self.owner is not None:
+            self.owner.received(queue)
+
+    async def settle(self, queue: ChannelQueue) -> None:
+        """Wait until senders no longer count what was received from a channel."""
+        if self.owner is not None:
+            await self.owner.receiver.deletions.settle(queue)
+
+    # ------------------------------------------------------------------ receiving
+
+    def start_receiving(self, predecessor: Engine | None) -> None:
+        """Become the owner, when its predecessor has stopped. Called on the engine's loop."""
+        if self.owner is not None or self.is_closed:
+            return
+        self._predecessor = predecessor
+        self.owner = Owner(self.client, self.connections, self.outage, self.spawn, self._wait_for_predecessor)
+        self.spawn(self.connections.grow(self.client.config.pool_max_size))
+        self.spawn(self._keep_house())
+
+    # ------------------------------------------------------------------ housekeeping
+
+    async def _keep_house(self) -> None:
+        client = self.client
+        heartbeat, interval = client.config.heartbeat, client.config.sweep_interval
+        swept_at = time.monotonic()
+        while True:
+            await asyncio.sleep(heartbeat)
+            if self.owner is not None:
+                self.owner.receiver.jobs.forget_idle()
+            client.forget_idle_queues()
+            for queue in client.queues():
+                client.drop_expired(queue)
+            try:
+                if interval and time.monotonic() - swept_at >= interval:
+                    swept_at = time.monotonic()
+                    await self._sweep()
+            except PgLayerError as error:
+                logger.info("Could not clean up: %s", error)
+
+    async def _sweep(self) -> None:
+        prefix = self.client.config.prefix
+        after = 0.0
+        while True:
+            part = await self.connections.run(
+                partial(maintenance.sweep, prefix=prefix, limit=SWEEP_BATCH, after=after),
+                timeout=self.client.config.send_timeout,
+                is_idempotent=True,
+            )
+            if part is None or not any(part[0]):
+                return
+            swept, after = part
+            logger.debug("Swept %s.", swept)
+
+    # ------------------------------------------------------------------ the end
+
+    async def close(self) -> None:
+        """Give back the lease, the memberships, and the jobs that were taken and not handed over."""
+        client = self.client
+        await self._stop_tasks()
+        try:
+            closing = lease.Closing(client.config.prefix, client.address, client.close())
+            if client.has_lease:
+                client.has_lease = False
+                await self.connections.run(
+                    lambda session: lease.close(session, closing),
+                    timeout=CLOSE_TIMEOUT,
+                    is_idempotent=True,
+                )
+        except PgLayerError as error:
+            logger.warning("Could not give back the lease on closing; it runs out by itself: %s", error)
+        finally:
+            await self._close_connections()
+
+    async def stop(self) -> None:
+        """Close when what was begun is done. The client lives on."""
+        await self.sender.finish()
+        await self._stop_tasks()
+        self._end_ownership()
+        await self._close_connections()
+
+    async def _stop_tasks(self) -> None:
+        self.sender.close()
+        if self.owner is not None:
+            self.owner.changes.close()
+        self.is_closed = True
+        tasks = self._tasks - {asyncio.current_task()} - {self._guard_task}
+        for task in tasks:
+            task.cancel()
+        await _end_of(tasks)
+
+    async def _close_connections(self) -> None:
+        """The guard does that, and ends."""
+        self._guard_task.cancel()
+        await asyncio.wait({self._guard_task})
+
+    def abandon(self) -> None:
+        """Drop all that is bound to the loop, also when the loop will not run again. The client lives on."""
+        self.sender.close()
+        self.is_closed = True
+        if self.owner is not None:
+            self.owner.abandon()
+        self.connections.abandon()
+        self._end_ownership()
+        self.call(self._cancel_tasks)  # should that loop run again, it finds nothing to do
+
+    async def _wait_for_predecessor(self) -> None:
+        """Wait until no other thread touches the client's state of receiving."""
+        before = self._predecessor
+        if before is None:
+            return
+        stopped = asyncio.wrap_future(before.stopped)
+        while not stopped.done():
+            await asyncio.wait((stopped,), timeout=1.0)
+            if not stopped.done() and not before.loop.is_running():
+                before.abandon()  # it will not stop by itself any more
+
+    def _end_ownership(self) -> None:
+        """This engine does not touch the client's state of receiving any more."""
+        before, self._predecessor = self._predecessor, None
+        if before is None or before.stopped.done():
+            self._set_stopped()
+        else:  # this one had not begun yet
+            before.stopped.add_done_callback(lambda _: self._set_stopped())
+
+    def _set_stopped(self) -> None:
+        if not self.stopped.done():
+            self.stopped.set_result(None)
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            if not (self._is_ending and task is self._guard_task):
+                task.cancel()
+
+
+async def _uncancelled(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Who waits on another loop was not cancelled because this one ends."""
+    try:
+        return await work()
+    except asyncio.CancelledError:
+        raise LayerUnavailable("The event loop that served the channel layer was closed.") from None
+
+
+async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
+    """Wait for tasks that were cancelled.
+
+    They are once more, if need be: before Python 3.12 `asyncio.wait_for`, on which psycopg's pool waits, may
+    swallow a cancellation. Not at once, as that would interrupt the pool's tidying up.
+    """
+    if not tasks:
+        return
+    _, late = await asyncio.wait(tasks, timeout=SWALLOWED)
+    for task in late:
+        task.cancel()
+    if late:
+        await asyncio.wait(late, timeout=STOP_TIMEOUT)

@@ -1,0 +1,153 @@
+"""The lease of a client, and the heartbeat that renews it and shows that notifications arrive.
+
+Bound to the owner loop. See ``docs/protocols.md``, section 5.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from pg_layer._db.queries import lease as queries
+from pg_layer._db.queries import maintenance
+from pg_layer._groups.writer import MembershipWriter
+from pg_layer._receive.receiver import Receiver
+from pg_layer._state.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import LayerUnavailable, PgLayerError
+from pg_layer.outage import Outage
+from pg_layer.session import Session
+
+logger = logging.getLogger("pg_layer")
+
+DELETE_PART = 1000  # expired messages in a statement
+
+
+class Lease:
+    """Renews the client's lease, and acts on what a renewal tells."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        receiver: Receiver,
+        writer: MembershipWriter,
+        outage: Outage,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._client = client
+        self._connections = connections
+        self._receiver = receiver
+        self._writer = writer
+        self._outage = outage
+        self._spawn = spawn
+        self._renewed = asyncio.Event()
+        self._boot = 0  # of the last renewal
+        self._swept_to = 0.0  # messages that expired before are deleted
+        self._is_deleting = False
+
+    async def wait(self, timeout: float) -> None:
+        """Wait until this loop has renewed the lease. Raises `LayerUnavailable` after ``timeout`` seconds."""
+        if self._renewed.is_set():
+            return
+        waiting = asyncio.ensure_future(self._renewed.wait())
+        try:
+            await asyncio.wait((waiting,), timeout=max(timeout, 0.0))
+        finally:
+            waiting.cancel()
+        if not self._renewed.is_set():
+            raise LayerUnavailable("The database could not be reached in time.")
+
+    async def renew(self, token: str | None, timeout: float | None = None) -> None:
+        """Renew the lease. With a token, ring a ping."""
+        await self._connections.run(
+            partial(self.renew_on, token=token),
+            quietly=partial(self.renew_on, token=None),
+            timeout=timeout or self._client.config.heartbeat,
+            is_idempotent=True,
+        )
+
+    async def renew_on(self, session: Session, token: str | None) -> None:
+        """The same on this connection."""
+        client, config = self._client, self._client.config
+        asked_at = time.monotonic()
+        client.has_lease = True  # perhaps, from here on
+        cursor = client.cursor
+        renewal = await queries.renew(
+            session,
+            config.prefix,
+            client.address,
+            socket.gethostname(),
+            os.getpid(),
+            config.lease,
+            client.fence,
+            client.counted(),
+            token,
+            cursor.moment.boot if cursor.moment else 0,
+            self._swept_to,
+            cursor.marked_low_id(),
+        )
+        client.clock.observe(asked_at, renewal.clock)
+        is_first, client.renewed_at = not client.renewed_at, asked_at
+        if is_first:
+            client.first_id = renewal.last_id
+        cursor.renew(renewal.moment, renewal.last_id, token)
+        if renewal.is_new or renewal.moment.boot != self._boot:
+            # A crash or a sweep may have removed rows.
+            self._boot = renewal.moment.boot
+            self._writer.write_all_soon()
+        if renewal.was_over:
+            self._tell_gap()
+        if renewal.has_marked:
+            self._spawn(self._look_for_marked())
+        elif cursor.look is not None:
+            cursor.looked(cursor.look)
+        if renewal.has_expired and not self._is_deleting:
+            self._is_deleting = True
+            self._spawn(self._delete_expired())
+        self._renewed.set()
+        if is_first:
+            self._receiver.jobs.look_again()
+
+    def _tell_gap(self) -> None:
+        """This process was silent for longer than its lease, while the database was there."""
+        client = self._client
+        client.counters.add("gaps")
+        logger.warning(
+            "The lease of this process was over: it was silent for too long. "
+            "Messages may have been missed."
+        )
+        if self._outage.why is None:
+            client.announce_locally(client.config.on_disconnect)
+            client.announce_locally(client.config.on_reconnect)
+        self._receiver.catch_up_soon()
+
+    async def _look_for_marked(self) -> None:
+        try:
+            await self._receiver.look_for_marked()
+            self._receiver.jobs.look_again()
+        except PgLayerError as error:
+            logger.info("Could not look for marked messages: %s", error)
+
+    async def _delete_expired(self) -> None:
+        try:
+            while True:
+                count, last = await self._connections.run(
+                    partial(maintenance.delete_expired, after=self._swept_to, limit=DELETE_PART),
+                    timeout=self._client.config.send_timeout,
+                    is_idempotent=True,
+                )
+                if last is not None:
+                    self._swept_to = max(self._swept_to, last)
+                if count < DELETE_PART:
+                    return
+        except PgLayerError as error:
+            logger.info("Could not delete expired messages: %s", error)
+        finally:
+            self._is_deleting = False

@@ -1,0 +1,329 @@
+"""Which event loop does the work: the owner loop, or the background loop.
+
+The first loop that uses the layer holds the connections, and other loops borrow it. A loop that receives
+takes over from one that only sends, and becomes the owner loop. The loops that `async_to_sync` makes for one
+call never take over by sending: where there is no other they borrow the background loop, which runs in a
+thread of its own. The background loop is also the owner loop of a process that adds its channels to groups by
+synchronous calls and does not receive. A new owner begins when the old one has stopped, so that one thread at
+a time touches the state of receiving. No call waits on a loop that does not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from contextlib import closing as closing_connection
+from typing import Any
+
+import psycopg
+from asgiref.sync import AsyncToSync
+
+from pg_layer import termination
+from pg_layer._db.queries import lease
+from pg_layer._runtime.engine import Engine
+from pg_layer._send.announcer import Announcer
+from pg_layer._state.client import Client
+from pg_layer._state.counters import Counters, State
+from pg_layer.codec import Codec
+from pg_layer.config import Config
+from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.ops import Change, Op
+
+logger = logging.getLogger("pg_layer")
+
+
+class BackgroundLoop:
+    """A thread with an event loop and an engine."""
+
+    def __init__(self, client: Client, announcer: Announcer) -> None:
+        self._client = client
+        self._announcer = announcer
+        self._ready = threading.Event()
+        self._engine: Engine | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="pg_layer-background", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; waits for the thread's start. Raises `LayerUnavailable` if that failed."""
+        self._ready.wait()
+        if self._engine is None:
+            raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
+        return self._engine
+
+    @property
+    def pending_operations(self) -> int:
+        """How many operations wait for a write in flight. Waits for nothing."""
+        return 0 if self._engine is None else self._engine.pending_operations
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it could not start, or has ended."""
+        return self._ready.is_set() and not (self._engine is not None and self._engine.is_running)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except Exception as error:
+            self._error = error
+            logger.error("The channel layer's thread failed.", exc_info=error)
+        finally:
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        self._engine = engine = Engine(self._client, self._announcer)
+        self._is_retired = asyncio.Event()
+        self._ready.set()
+        try:
+            await self._is_retired.wait()
+        finally:
+            await engine.stop()
+
+    def retire(self) -> None:
+        """Close the connections and end the thread, when what was begun is done."""
+        if self._ready.wait() and self._engine is not None:
+            self._engine.call(self._is_retired.set)
+
+    def close(self) -> None:
+        """Retire, and wait for it."""
+        self.retire()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+class Loops:
+    """Finds the engine for a caller. Thread-safe."""
+
+    def __init__(self, config: Config, codec: Codec) -> None:
+        self._config = config
+        self._codec = codec
+        self._lock = threading.RLock()
+        self._counters = Counters()
+        self.announcer = Announcer()
+        self._begin()
+        termination.remember(self)
+
+    def _begin(self) -> None:
+        self.client = Client(self._config, self._codec, self._counters)
+        self._home: Engine | None = None
+        self._background: BackgroundLoop | None = None
+        self._owner: Engine | None = None  # the last that became the owner
+
+    @property
+    def home(self) -> Engine | None:
+        """The engine of the loop that holds the connections, whether that runs or not."""
+        return self._home
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is something to close."""
+        return self._home is not None or self._background is not None or self.client.has_lease
+
+    # ------------------------------------------------------------------ which engine
+
+    def for_receiving(self, loop: asyncio.AbstractEventLoop) -> Engine:
+        """The engine that receives for the running loop: its own, or that of one that runs elsewhere."""
+        home = self._home
+        if home is not None and home.is_receiving and home.loop is loop and not home.is_closed:
+            return home
+        with self._lock:
+            home = self._home
+            if home is None or not (home.is_running and (home.is_receiving or home.loop is loop)):
+                home = self._move_here()
+            if home.loop is loop and not home.is_receiving:
+                self._make_owner(home)
+                # Also where this loop ends with its one call: a test runner soon drops the database.
+                self._retire_background()
+                termination.heed_sigterm()
+            return home
+
+    def for_sending(self) -> Engine:
+        """The engine that sends for this loop."""
+        home = self._home
+        if home is not None and home.is_running:
+            return home
+        with self._lock:
+            home = self._home
+            if home is not None and home.is_running:
+                return home
+            if not _is_passing(asyncio.get_running_loop()):
+                return self._move_here()
+            return self._borrow_background()
+
+    def for_own_changes(self) -> Engine:
+        """The engine that owns the client's memberships. From any thread, with or without a loop."""
+        with self._lock:
+            home = self._home
+            if home is not None and home.is_running:
+                if home.is_receiving:
+                    return home
+                if not _is_passing(home.loop):
+                    self._make_owner(home)
+                    return home
+            loop = asyncio._get_running_loop()
+            if loop is not None and not _is_passing(loop):
+                home = self._move_here()
+                self._make_owner(home)
+                self._retire_background()
+                termination.heed_sigterm()
+                return home
+            engine = self._borrow_background()
+            self._make_owner(engine)
+            return engine
+
+    async def submit(self, op: Op) -> Any:
+        """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                if isinstance(op, Change) and self.client.owns(op.channel):
+                    return await self.for_own_changes().change(op)
+                home = self._home
+                if home is not None and home.loop is loop and not home.is_closed:
+                    return await home.sender.submit(op)
+                # Such a loop runs until its one call has ended, and cancels what it leaves.
+                return await self.for_sending().sender.submit(op, may_write=_is_passing(loop))
+            except NotBegun:
+                continue  # that loop has ended: another takes over
+
+    def joined(self, channel: str) -> None:
+        """A channel was added to a group without a loop, or will be when a transaction commits.
+
+        If it is of this process, an owner must apply that.
+        """
+        if self.client.owns(channel):
+            self.for_own_changes()
+
+    def announce_soon(self) -> None:
+        """Rows could not be announced without a loop: one that sends tries again, if there is one."""
+        for engine in (self._home, self._owner):
+            if engine is not None and engine.is_running:
+                engine.call(engine.sender.announce_soon)
+                return
+
+    def state(self) -> State:
+        """The state now. From any thread; waits for nothing."""
+        client, home, background = self.client, self._home, self._background
+        queues = client.queues()
+        receiving = self._owner is not None and self._owner.is_running and self._owner.owner
+        return State(
+            channels=len(queues),
+            queued_messages=sum(map(len, queues)),
+            announced=len(client.announcements),
+            pending_operations=(0 if home is None else home.pending_operations)
+            + (0 if background is None else background.pending_operations),
+            memberships=len(client.memberships),
+            remembered_keys=client.cursor.remembered,
+            listener=receiving.listening if receiving else "off",
+            lease_age=time.monotonic() - client.renewed_at if client.renewed_at else None,
+        )
+
+    # ------------------------------------------------------------------ changes of loops
+
+    def _make_owner(self, engine: Engine) -> None:
+        """Have an engine receive for the client, when the one before has stopped."""
+        before = self._owner
+        if before is engine:
+            return
+        self._owner = engine
+        if before is not None and not before.stopped.done():
+            if before.is_running:
+                asyncio.run_coroutine_threadsafe(before.stop(), before.loop)
+            elif not before.loop.is_running():
+                before.abandon()
+        engine.call(engine.start_receiving, before)
+
+    def _borrow_background(self) -> Engine:
+        if self._background is None or self._background.is_over:
+            self._config.connect_kwargs("pool")
+            self._background = BackgroundLoop(self.client, self.announcer)
+        return self._background.engine
+
+    def _move_here(self) -> Engine:
+        old = self._home
+        if old is not None:
+            if old.is_running:
+                asyncio.run_coroutine_threadsafe(old.stop(), old.loop)
+            elif not old.loop.is_running():
+                old.abandon()
+            # Else it is about to end by itself.
+        # A bad configuration is reported here, and not tried again for ever.
+        self._config.connect_kwargs("pool")
+        self._home = Engine(self.client, self.announcer)
+        if not self.client.has_lease:
+            self._retire_background()
+        return self._home
+
+    def _retire_background(self) -> None:
+        background, self._background = self._background, None
+        if background is not None:
+            background.retire()
+
+    # ------------------------------------------------------------------ the end
+
+    async def close(self) -> None:
+        """Close the client. The next call begins with a new one."""
+        with self._lock:
+            home, background = self._home, self._background
+            client = self.client
+            self._begin()
+        if background is not None:
+            await asyncio.to_thread(background.close)
+        loop = asyncio.get_running_loop()
+        if home is not None and home.loop is not loop:
+            if home.is_running:
+                await home.bridge(home.close)
+                return
+            if not home.loop.is_running():
+                home.abandon()
+            home = None
+        if home is None or home.is_closed:
+            if not client.has_lease:
+                client.close()
+                return
+            home = Engine(client, self.announcer)
+        await home.close()
+
+    def leave(self) -> None:
+        """At the end of the process: close the client, if nobody has."""
+        client = self.client
+        if not client.has_lease or client.process != os.getpid():
+            return
+        client.has_lease = False
+        try:
+            kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
+            closing = lease.Closing(self._config.prefix, client.address, client.close())
+            with closing_connection(psycopg.connect(**kwargs)) as conn:
+                lease.close_now(conn, closing)
+        except Exception as error:  # the lease ends by itself
+            logger.debug("Could not close the client; its lease ends by itself: %s", error)
+
+    def _after_fork(self) -> None:
+        # The parent's sockets and loops are not ours: forget them without a word on the wire.
+        _inherited.append((self._home, self._background, self._owner))
+        self._lock = threading.RLock()  # the old one may be held by a thread that is not here
+        self._counters = Counters()
+        self.announcer = Announcer()
+        self._begin()
+
+
+def _is_passing(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop is one that `async_to_sync` made for one call."""
+    return loop in getattr(AsyncToSync, "loop_thread_executors", ())
+
+
+_inherited: list[object] = []
+
+
+def _after_fork_in_child() -> None:
+    for loops in termination.leavers():
+        if isinstance(loops, Loops):
+            loops._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

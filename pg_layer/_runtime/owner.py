@@ -1,0 +1,311 @@
+"""The owner: what receives for a client, on the one loop that touches its state.
+
+It listens, or polls where notifications do not arrive, keeps the lease and writes memberships.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Literal
+
+import psycopg
+
+from pg_layer._db.queries import receive as queries
+from pg_layer._groups.changes import OwnChanges
+from pg_layer._groups.writer import MembershipWriter
+from pg_layer._receive.listener import Listener
+from pg_layer._receive.receiver import Receiver
+from pg_layer._runtime.lease import Lease
+from pg_layer._state.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import LayerUnavailable, PgLayerError
+from pg_layer.faults import READ_ONLY
+from pg_layer.lane import Lane, Outcome
+from pg_layer.ops import Change
+from pg_layer.outage import Outage
+from pg_layer.session import Session
+
+logger = logging.getLogger("pg_layer")
+
+FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
+PING_TIMEOUT = 3.0  # seconds
+CHANGE_SIZE = 100  # bytes of a membership change, as the batcher counts them
+POOLED = (
+    "a connection pooler is between that does not keep LISTEN; "
+    "CONFIG['listen_dsn'] must lead past it."
+)
+# Errors that say that the server knows no LISTEN.
+_REFUSALS = ("0A", "42601")
+
+
+class Owner:
+    """Receives for a client. Bound to the owner loop; `want` and `submit` may be called on any.
+
+    ``wait_for_predecessor``: waits until the owner before has stopped; nothing is touched earlier.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        outage: Outage,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        wait_for_predecessor: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._client = client
+        self._connections = connections
+        self._outage = outage
+        self._spawn = spawn
+        self._wait_for_predecessor = wait_for_predecessor
+        self._started = asyncio.Event()
+        self._is_pooled = False  # the listener's connection leads through a pooler
+        self._is_deaf = False  # the last ping was not heard
+        self._has_listened = False
+        self._proved_at = 0.0  # when the listener was known to hear, by time.monotonic()
+        self._is_proving = False
+        self._fallbacks = 0
+        self._wanted: list[str] = []  # normal channels, until the start
+        self.polls_because: str | None = None  # although it was not asked to
+        config = client.config
+        self._listener = (
+            Listener(config, self._on_connect, self._hear, self._on_lost, client.id)
+            if config.poll_interval is None
+            else None
+        )
+        self._writer = MembershipWriter(client, connections, spawn)
+        self.changes = Lane[Change](
+            asyncio.get_running_loop(), self._change, spawn, lambda _: CHANGE_SIZE, config.send_timeout
+        )
+        self._receiver: Receiver | None = None
+        self._lease: Lease | None = None
+        spawn(self._run())
+
+    async def _run(self) -> None:
+        client = self._client
+        await self._wait_for_predecessor()
+        client.begin_ownership()
+        self._receiver = Receiver(
+            client,
+            self._connections,
+            self._listener,
+            self._writer,
+            self._outage,
+            self._spawn,
+            self._on_caught_up,
+        )
+        self._lease = Lease(
+            client, self._connections, self._receiver, self._writer, self._outage, self._spawn
+        )
+        self._started.set()
+        self._receiver.start()
+        for channel in self._wanted:
+            self._receiver.jobs.want(channel)
+        self._spawn(self._keep())
+        if self._listener is None:
+            await self._poll(client.config.poll_interval or FALLBACK_POLL, lambda: True)
+        else:
+            await self._listener.run()
+
+    @property
+    def receiver(self) -> Receiver:
+        """The receiver. Raises `LayerUnavailable` before the start."""
+        if self._receiver is None:
+            raise LayerUnavailable("Receiving has not begun yet.")
+        return self._receiver
+
+    @property
+    def lease(self) -> Lease:
+        """The lease. Raises `LayerUnavailable` before the start."""
+        if self._lease is None:
+            raise LayerUnavailable("Receiving has not begun yet.")
+        return self._lease
+
+    @property
+    def heard_at(self) -> float | None:
+        """When the last notification came, by the loop's time."""
+        return None if self._receiver is None else self._receiver.heard_at
+
+    def abandon(self) -> None:
+        """Drop the listening connection, also when the loop will not run again."""
+        self.changes.close()
+        if self._listener is not None:
+            self._listener.abandon()
+
+    # ------------------------------------------------------------------ what others ask for
+
+    def want(self, channel: str) -> None:
+        """A reader waits on a normal channel. Called on the owner loop."""
+        if self._receiver is None:
+            self._wanted.append(channel)
+        else:
+            self._receiver.jobs.want(channel)
+
+    def received(self, queue: Any) -> None:
+        """A message was received that has a row. Called on the owner loop."""
+        if self._receiver is not None:
+            self._receiver.deletions.soon(queue)
+
+    async def _change(self, changes: list[Change], timeout: float) -> list[Outcome]:
+        deadline = time.monotonic() + timeout
+        await _wait(self._started, timeout)
+        own = OwnChanges(self._client, self._writer, self.receiver, self.lease.wait)
+        return list(await own.write(changes, deadline - time.monotonic()))
+
+    # ------------------------------------------------------------------ hearing
+
+    @property
+    def listening(self) -> Literal["connecting", "listening", "polling"]:
+        """How it learns of messages."""
+        if self._listener is None or self.polls_because is not None:
+            return "polling"
+        return "listening" if self._listener.is_connected else "connecting"
+
+    def _hear(self, channel: str, payload: str) -> None:
+        self.receiver.hear(channel, payload)
+
+    async def _on_connect(self, session: Session) -> None:
+        self._is_pooled = not await queries.is_direct(session)
+        await self.lease.renew_on(session, None)
+        self._proved_at = time.monotonic()
+        await self.receiver.listen_to_all()
+        self.receiver.catch_up_soon()
+        if self._is_pooled and self.polls_because is None:
+            self._spawn(self._prove_pooler())
+        if self._has_listened:
+            self._client.counters.add("reconnects")
+        self._has_listened = True
+
+    async def _prove_pooler(self) -> None:
+        try:
+            if not await self.ping(PING_TIMEOUT):
+                self._fall_back(POOLED)
+        except PgLayerError as error:
+            self._outage.begin(error)
+
+    def _on_lost(self, error: Exception) -> None:
+        self.receiver.connection_lost()
+        if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(_REFUSALS):
+            self._fall_back(f"the server refuses LISTEN: {error.diag.message_primary}.")
+        else:
+            self._outage.begin(error)
+
+    def _on_caught_up(self, messages: int) -> None:
+        if self._outage.why is None or self.listening == "connecting":
+            return
+        if self.listening == "polling" or self._proved_at >= self._outage.since:
+            self._outage.end(messages)
+        elif not self._is_proving:
+            self._is_proving = True
+            self._spawn(self._prove(messages))
+
+    async def _prove(self, messages: int) -> None:
+        """The pool's way is open again: find out whether the listener's is, too."""
+        try:
+            if await self.ping(PING_TIMEOUT):
+                self._hears_again()
+                self._outage.end(messages)
+            elif self._listener is not None:
+                self._listener.reconnect()
+        except PgLayerError:
+            pass  # still away
+        finally:
+            self._is_proving = False
+
+    async def ping(self, timeout: float) -> bool:
+        """Renew the lease, and hear of it by notification. Return whether that worked."""
+        if self._listener is not None and self._listener.is_connected:
+            return await self.receiver.ping(partial(self.lease.renew, timeout=timeout), timeout)
+        await self.lease.renew(None, timeout)
+        return True
+
+    # ------------------------------------------------------------------ polling
+
+    def refused(self, error: psycopg.Error) -> None:
+        """The server refused NOTIFY, or takes no writes."""
+        if error.sqlstate == READ_ONLY:
+            if self._listener is not None:  # it must find the server that does, too
+                self._listener.reconnect()
+            return
+        self._fall_back(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+
+    def _fall_back(self, why: str) -> None:
+        if self.polls_because is None and self._listener is not None:
+            self.polls_because = why
+            self._fallbacks += 1
+            number = self._fallbacks
+            logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
+            self._spawn(
+                self._poll(
+                    FALLBACK_POLL,
+                    lambda: self.polls_because is not None and self._fallbacks == number,
+                )
+            )
+
+    def _hears_again(self) -> None:
+        self._is_deaf = False
+        self._proved_at = time.monotonic()
+        if self.polls_because is not None:
+            self.polls_because = None
+            logger.warning("Notifications arrive again.")
+
+    async def _poll(self, interval: float, is_needed: Callable[[], bool]) -> None:
+        heartbeat = self._client.config.heartbeat
+        while is_needed():
+            renewed_at = self._client.renewed_at
+            if not renewed_at or time.monotonic() - renewed_at > heartbeat:
+                try:
+                    await self.lease.renew(None, PING_TIMEOUT)
+                except PgLayerError as error:
+                    self._outage.begin(error)
+            self.receiver.catch_up_soon()
+            await asyncio.sleep(interval)
+
+    # ------------------------------------------------------------------ the heartbeat
+
+    async def _keep(self) -> None:
+        heartbeat = self._client.config.heartbeat
+        while True:
+            await asyncio.sleep(heartbeat)
+            try:
+                await self._beat(heartbeat)
+            except PgLayerError as error:
+                self._outage.begin(error)
+
+    async def _beat(self, heartbeat: float) -> None:
+        client, listener = self._client, self._listener
+        client.cursor.expire(client.clock.now())
+        for pair in client.memberships.expire(client.clock.now()):
+            self._writer.write_soon(*pair)
+        if self.polls_because is not None:
+            await self._connections.run(queries.look_at_queue, timeout=heartbeat, is_idempotent=True)
+        if listener is None or not listener.is_connected:
+            await self.lease.renew(None)
+            if listener is not None:
+                self.receiver.catch_up_soon()  # the pool's way is open
+        elif await self.receiver.ping(self.lease.renew, heartbeat / 2):
+            self._hears_again()
+        elif self.polls_because is not None:
+            return
+        elif self._is_pooled:
+            self._fall_back(POOLED)
+        elif self._is_deaf:
+            self._fall_back("they do not arrive, although the server takes LISTEN and NOTIFY.")
+        else:
+            self._is_deaf = True
+            logger.warning("The database answers, but its notifications do not arrive: reconnecting.")
+            listener.reconnect()
+
+
+async def _wait(event: asyncio.Event, timeout: float) -> None:
+    """Wait for an event. Raises `LayerUnavailable` after ``timeout`` seconds."""
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait((waiting,), timeout=max(timeout, 0.0))
+    finally:
+        waiting.cancel()
+    if not event.is_set():
+        raise LayerUnavailable("The event loop that received before has not stopped in time.")

@@ -1,0 +1,43 @@
+"""Marked rows that must be announced: see ``docs/protocols.md``, section 3."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from pg_layer._db.queries.send import Unannounced
+
+MOST = 10_000  # rows; receivers find older ones within two heartbeats
+PART = 500  # rows in a statement
+
+
+class Announcer:
+    """Remembers marked rows until they are announced. Thread-safe.
+
+    One for a layer in a process, so that whatever it writes next announces them first.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: deque[Unannounced] = deque(maxlen=MOST)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, rows: Iterable[Unannounced]) -> None:
+        """Remember rows."""
+        with self._lock:
+            self._rows.extend(rows)
+
+    def first(self) -> list[Unannounced]:
+        """The oldest rows, as many as a statement announces."""
+        with self._lock:
+            return [row for row, _ in zip(self._rows, range(PART), strict=False)]
+
+    def announced(self, rows: Sequence[Unannounced]) -> None:
+        """Forget rows."""
+        ids = {(row.boot, row.xid, row.id) for row in rows}
+        with self._lock:
+            while self._rows and self._rows[0][:3] in ids:
+                self._rows.popleft()

@@ -1,0 +1,224 @@
+"""The sending side of a client on one loop: a batcher each for sends, group sends and questions to owners."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from pg_layer._db.queries import send as queries
+from pg_layer._db.queries.receive import look_at_queue
+from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._send.announcer import Announcer
+from pg_layer._send.writes import write_changes, write_group_sends, write_sends
+from pg_layer._state.client import Client
+from pg_layer.connections import Connections
+from pg_layer.exceptions import ChannelFull, PgLayerError
+from pg_layer.lane import Lane, Outcome
+from pg_layer.ops import Change, GroupSend, Many, Op, Send
+from pg_layer.room import Room
+from pg_layer.session import Session
+
+T = TypeVar("T")
+
+CHANGE_SIZE = 100  # bytes of a membership change, as a batcher counts them
+ANNOUNCE_TIMEOUT = 5.0  # seconds
+RETRY = 1.0  # seconds before what could not be announced is announced again
+
+
+class Write(Protocol[T]):
+    """A statement that writes, and returns rows to announce if it is quiet."""
+
+    async def __call__(self, session: Session, *, quiet: bool) -> tuple[T, list[Unannounced]]:
+        """Run it."""
+        ...
+
+
+class Sender:
+    """Writes in batches. Bound to a loop; its coroutines may be called on any."""
+
+    def __init__(
+        self,
+        client: Client,
+        connections: Connections,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        announcer: Announcer,
+    ) -> None:
+        self.client = client
+        self.connections = connections
+        self._spawn = spawn
+        self._announcer = announcer
+        self._is_retrying = False
+        self._generation = connections.generation
+        self._room = Room()
+        loop = self._loop = asyncio.get_running_loop()
+        timeout = client.config.send_timeout
+        self._sends = Lane[Send | Many](loop, self._send, spawn, _payload_size, timeout)
+        self._group_sends = Lane[GroupSend | Many](
+            loop, self._group_send, spawn, _payload_size, timeout
+        )
+        self._asks = Lane[Change](loop, self._ask, spawn, lambda _: CHANGE_SIZE, timeout)
+        self._lane_of: dict[type, Lane[Any]] = {
+            Send: self._sends,
+            GroupSend: self._group_sends,
+            Change: self._asks,
+        }
+        self.announce_soon()
+
+    def close(self) -> None:
+        """Take no more."""
+        for lane in self._lane_of.values():
+            lane.close()
+
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for a write in flight to end. From any thread."""
+        return sum(lane.waiting for lane in self._lane_of.values())
+
+    async def guests_finish(self) -> None:
+        """Return when no other loop writes any more."""
+        await asyncio.gather(*(lane.guest_finishes() for lane in self._lane_of.values()))
+
+    async def finish(self) -> None:
+        """Take no more. Return when the writes in flight have ended."""
+        await asyncio.gather(*(lane.finish() for lane in self._lane_of.values()))
+
+    def submit(self, op: Op, *, may_write: bool = False) -> Coroutine[Any, Any, Any]:
+        """Write it, from any loop. Return when it is committed: of `Many`, whether each was accepted.
+
+        ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
+        """
+        lane = self._lane_of[type(op.ops[0] if isinstance(op, Many) else op)]
+        return lane.submit(op, may_write=may_write)
+
+    # ------------------------------------------------------------------ writing
+
+    async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
+        if self._generation != self.connections.generation:  # low-water ids may be another server's
+            self._generation, self._room = self.connections.generation, Room()
+        sends: list[Send] = _flat(ops)
+        room = self._room
+
+        async def write(session: Session, *, quiet: bool) -> tuple[Sent, list[Unannounced]]:
+            prefix = self.client.config.prefix
+            return await write_sends(session, prefix, sends, room, own=True, quiet=quiet)
+
+        sent = await self._write(write, timeout)
+        count_sent(self.client, len(sends), sent)
+        return _outcomes(ops, sent.full, channel_full)
+
+    async def _group_send(self, ops: list[GroupSend | Many], timeout: float) -> Sequence[Outcome]:
+        sends: list[GroupSend] = _flat(ops)
+
+        async def write(session: Session, *, quiet: bool) -> tuple[GroupSent, list[Unannounced]]:
+            prefix = self.client.config.prefix
+            return await write_group_sends(session, prefix, sends, own=True, quiet=quiet)
+
+        sent = await self._write(write, timeout)
+        count_group_sent(self.client, sends, sent)
+        return _outcomes(ops, {index for index, _ in sent.missed}, lambda send: None)
+
+    async def _ask(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
+        async def write(session: Session, *, quiet: bool) -> tuple[None, list[Unannounced]]:
+            config = self.client.config
+            return None, await write_changes(
+                session, config.prefix, config.group_expiry, changes, own=True, quiet=quiet
+            )
+
+        # Adding or discarding twice changes nothing.
+        await self._write(write, timeout, is_idempotent=True)
+        return [None] * len(changes)
+
+    async def _write(self, write: Write[T], timeout: float, *, is_idempotent: bool = False) -> T:
+        """Write, behind what this process could not announce before; remember what it cannot announce now."""
+        is_quiet = bool(self._announcer) and not await self._announce(min(timeout / 2, ANNOUNCE_TIMEOUT))
+        loud, quietly = partial(write, quiet=False), partial(write, quiet=True)
+        result, rows = await self.connections.run(
+            quietly if is_quiet else loud,
+            quietly=quietly,
+            timeout=timeout,
+            is_idempotent=is_idempotent,
+        )
+        if rows:
+            self._announcer.add(rows)
+            self._loop.call_soon_threadsafe(self.announce_soon)
+        return result
+
+    # ------------------------------------------------------------------ announcing later
+
+    async def _announce(self, timeout: float) -> bool:
+        """Announce what was written quietly. Return whether all is announced."""
+        while rows := self._announcer.first():
+            try:
+                await self.connections.run(
+                    partial(queries.announce, rows=rows), timeout=timeout, is_idempotent=True
+                )
+            except PgLayerError:
+                return False
+            self._announcer.announced(rows)
+        return True
+
+    def announce_soon(self) -> None:
+        """Announce what was written quietly, as soon as the server takes it. On this loop."""
+        if self._announcer and not self._is_retrying:
+            self._is_retrying = True
+            self._spawn(self._keep_announcing())
+
+    async def _keep_announcing(self) -> None:
+        try:
+            while not await self._announce(ANNOUNCE_TIMEOUT):
+                await asyncio.sleep(RETRY)
+                await self.connections.run(
+                    look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True
+                )
+        except PgLayerError:
+            pass  # what is written next tries again
+        finally:
+            self._is_retrying = False
+
+
+def count_sent(client: Client, messages: int, sent: Sent) -> None:
+    """Count messages to channels."""
+    client.counters.add("batches")
+    client.counters.add("sent", messages - len(sent.full))
+    client.counters.add("refused_full", len(sent.full))
+
+
+def count_group_sent(client: Client, sends: Sequence[GroupSend], sent: GroupSent) -> None:
+    """Count messages to groups."""
+    client.counters.add("batches")
+    client.counters.add("group_sent", len(sends))
+    for index, channel in sent.missed:
+        client.count_dropped(sends[index].group, channel)
+
+
+def channel_full(send: Send) -> ChannelFull:
+    """The error for a message that was refused."""
+    return ChannelFull(f"Channel {send.channel} is full: {send.capacity} messages wait.")
+
+
+def _flat(ops: list[Any]) -> list[Any]:
+    if Many not in map(type, ops):
+        return ops
+    return [send for op in ops for send in (op.ops if isinstance(op, Many) else (op,))]
+
+
+def _outcomes(ops: list[Any], refused: set[int], refusal: Callable[[Any], Outcome]) -> list[Outcome]:
+    """``refused``: indexes into the flat list of messages."""
+    if not refused and Many not in map(type, ops):
+        return [None] * len(ops)
+    outcomes: list[Outcome] = []
+    index = 0
+    for op in ops:
+        if isinstance(op, Many):
+            outcomes.append([i not in refused for i in range(index, index + len(op.ops))])
+            index += len(op.ops)
+        else:
+            outcomes.append(refusal(op) if index in refused else None)
+            index += 1
+    return outcomes
+
+
+def _payload_size(op: Send | GroupSend | Many) -> int:
+    return sum(len(each.payload) for each in op.ops) if isinstance(op, Many) else len(op.payload)

@@ -1,0 +1,102 @@
+"""The statements that write operations: the same for batches, and for `layer.sync`.
+
+``own``: the statement is alone in its transaction. ``quiet``: it does not announce its rows, and returns
+them for an announcement later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pg_layer._db.queries import groups as group_queries
+from pg_layer._db.queries import send as queries
+from pg_layer._db.queries.common import Executor
+from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._messages.addresses import channel_address
+from pg_layer.ops import Change, GroupSend, Send
+from pg_layer.room import Room
+
+
+async def write_sends(
+    session: Executor, prefix: str, sends: Sequence[Send], room: Room, *, own: bool, quiet: bool
+) -> tuple[Sent, list[Unannounced]]:
+    """Send messages to channels."""
+    channels, payloads, expiries, capacities = zip(*sends, strict=True)
+    if len(sends) == 1:
+        address = channel_address(prefix, channels[0])
+        low_id = room.low_id(address, channels[0])
+        floors = None if low_id is None else queries.Floors((address,), (low_id,))
+        sent = await queries.send_one(
+            session, prefix, *sends[0], address, low_id, own=own, quiet=quiet
+        )
+    else:
+        floors = room.floors(channels)
+        sent = await queries.send_batch(
+            session, prefix, channels, payloads, expiries, capacities, floors, own=own, quiet=quiet
+        )
+    if floors is not None and sent.floors is not None:
+        room.learn(channels, capacities, floors, sent.waiting, sent.floors)
+    if not quiet or sent.boot is None or sent.xid is None:
+        return sent, []
+    accepted = [send for index, send in enumerate(sends) if index not in sent.full]
+    rows = [
+        Unannounced(
+            sent.boot,
+            sent.xid,
+            id,
+            channel_address(prefix, send.channel),
+            send.channel,
+            "message",
+            None,
+            send.payload,
+        )
+        for id, send in zip(sent.ids, accepted, strict=True)
+    ]
+    return sent, rows
+
+
+async def write_group_sends(
+    session: Executor, prefix: str, sends: Sequence[GroupSend], *, own: bool, quiet: bool
+) -> tuple[GroupSent, list[Unannounced]]:
+    """Send messages to groups."""
+    if len(sends) == 1 and not quiet:
+        return await queries.group_send_one(session, prefix, *sends[0], own=own), []
+    groups, payloads, expiries, excluded = zip(*sends, strict=True)
+    sent = await queries.group_send_batch(
+        session, prefix, groups, payloads, expiries, excluded, own=own, quiet=quiet
+    )
+    if not quiet or sent.boot is None or sent.xid is None:
+        return sent, []
+    rows = [
+        Unannounced(
+            sent.boot,
+            sent.xid,
+            id,
+            address,
+            channel,
+            "message",
+            sends[index].excluded,
+            sends[index].payload,
+        )
+        for id, address, channel, index in zip(
+            sent.ids, sent.addresses, sent.channels, sent.indexes, strict=True
+        )
+    ]
+    return sent, rows
+
+
+async def write_changes(
+    session: Executor,
+    prefix: str,
+    expiry: float | None,
+    changes: Sequence[Change],
+    *,
+    own: bool,
+    quiet: bool,
+) -> list[Unannounced]:
+    """Ask the owners of channels for changes of memberships. The last one of a pair counts."""
+    last = {(change.group, change.channel): change for change in changes}
+    rows = await group_queries.ask(
+        session, prefix, [tuple(change) for change in last.values()], expiry, own=own, quiet=quiet
+    )
+    return rows if quiet else []

@@ -1,0 +1,207 @@
+"""The announcement queue: what was heard and is not dispatched yet, in one order.
+
+See ``docs/protocols.md``, section 2. Pure; used by the owner loop only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from pg_layer._messages.announcements import Messages, ToRead
+from pg_layer._messages.rows import Key, KeyAt, Row, Span
+from pg_layer._state.cursor import Cursor
+
+MAX_ROWS = 100_000  # in the queue; beyond it a catch-up brings what follows
+MAX_BYTES = 256 * 1024 * 1024
+MAX_ASIDE = 20_000  # notifications, of at most 8,000 bytes each
+
+
+class Entry:
+    """Rows that are dispatched one after the other, once they are all there or the first are."""
+
+    __slots__ = ("is_complete", "rows", "span")
+
+    def __init__(self, rows: Iterable[Row] = (), span: Span | None = None) -> None:
+        self.rows = deque(rows)
+        self.span = span  # what remains to be read
+        self.is_complete = span is None
+
+
+class AnnouncementQueue:
+    """Entries in the order in which they were heard."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._cursor = cursor
+        self._entries: deque[Entry] = deque()
+        self._rows = 0
+        self._bytes = 0
+        self._kept_aside: list[Messages | ToRead] | None = None  # heard during a catch-up
+        self.is_incomplete = True  # nothing more is appended until a catch-up has ended
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def restart(self) -> None:
+        """Another loop goes on: forget what the last one had begun. A catch-up must follow."""
+        self._kept_aside = None
+        self._lose()
+
+    def _lose(self) -> None:
+        self.is_incomplete = True
+        self._cursor.is_deaf = True
+        self._cursor.missed()
+
+    # ------------------------------------------------------------------ hearing
+
+    def hear(self, announcement: Messages | ToRead) -> None:
+        """Append what is new of an announcement."""
+        if self.is_incomplete:
+            return
+        if self._kept_aside is not None:
+            if len(self._kept_aside) < MAX_ASIDE:
+                self._kept_aside.append(announcement)
+            else:
+                self.is_incomplete = True
+        elif self._rows >= MAX_ROWS or self._bytes >= MAX_BYTES:
+            self._lose()
+        elif isinstance(announcement, Messages):
+            self.append(announcement.rows)
+        else:
+            self._append_span(announcement.span)
+
+    def append(self, rows: Iterable[Row]) -> int:
+        """Append rows that are here, without those that are not new. Return how many are."""
+        admit = self._cursor.admit
+        fresh = [row for row in rows if admit(row.key, row.marked, row.expires_at)]
+        if fresh:
+            self._push(Entry(fresh))
+        return len(fresh)
+
+    def append_claimed(self, rows: Iterable[Row]) -> None:
+        """Append jobs that were just claimed: they are new, whatever is remembered of them."""
+        rows = list(rows)
+        for row in rows:
+            self._cursor.admit(row.key, row.marked, row.expires_at)
+        if rows:
+            self._push(Entry(rows))
+
+    def _append_span(self, span: Span) -> None:
+        if span.marked or not self._cursor.has_passed(span.boot, span.xid):
+            self._entries.append(Entry(span=span))
+            self._rows += 1
+
+    def _push(self, entry: Entry) -> None:
+        self._entries.append(entry)
+        self._rows += len(entry.rows)
+        self._bytes += sum(len(row.payload) for row in entry.rows)
+
+    # ------------------------------------------------------------------ reading
+
+    def to_read(self, most: int) -> list[Entry]:
+        """The first entries whose rows must be read."""
+        found = []
+        for entry in self._entries:
+            if not entry.is_complete:
+                found.append(entry)
+                if len(found) == most:
+                    break
+        return found
+
+    def read(self, entry: Entry, rows: Sequence[Row], *, is_all: bool) -> None:
+        """The read brought these rows of an entry, in the order of ids; ``is_all``: and there are no more."""
+        span = entry.span
+        if span is None or entry.is_complete:
+            return  # read by another loop before
+        # A read that was repeated brings the first rows again.
+        fresh = [
+            row
+            for row in rows
+            if row.id >= span.first
+            and self._cursor.admit_announced(row.key, row.marked, row.expires_at)
+        ]
+        entry.rows.extend(fresh)
+        self._rows += len(fresh)
+        self._bytes += sum(len(row.payload) for row in fresh)
+        if is_all:
+            entry.is_complete, entry.span = True, None
+            self._rows -= 1
+        elif rows:
+            entry.span = span._replace(first=max(rows[-1].id + 1, span.first))
+
+    # ------------------------------------------------------------------ dispatching
+
+    def head(self) -> deque[Row] | None:
+        """The rows that come next; dispatched ones are popped from the left. None: none is ready."""
+        entries = self._entries
+        while entries:
+            entry = entries[0]
+            if entry.rows:
+                return entry.rows
+            if not entry.is_complete:
+                return None
+            entries.popleft()
+        return None
+
+    def dispatched(self, rows: Sequence[Row]) -> None:
+        """These rows of the head have left the queue."""
+        self._rows -= len(rows)
+        self._bytes -= sum(len(row.payload) for row in rows)
+
+    def keys(self) -> list[Key]:
+        """The keys of the rows that are here."""
+        return [row.key for entry in self._entries for row in entry.rows]
+
+    def holds(self, address: str, key: Key) -> bool:
+        """Whether an entry has a row, or will bring it."""
+        return any(
+            (entry.span is not None and entry.span.covers(address, key))
+            or any(row.key == key for row in entry.rows)
+            for entry in self._entries
+        )
+
+    @property
+    def rows(self) -> int:
+        """How many rows are here."""
+        return self._rows
+
+    def insert(self, rows: Iterable[Row]) -> None:
+        """Put rows in front of all others: they belong to a control message that was just applied."""
+        entry = Entry(rows)
+        if entry.rows:
+            self._entries.appendleft(entry)
+            self._rows += len(entry.rows)
+            self._bytes += sum(len(row.payload) for row in entry.rows)
+
+    # ------------------------------------------------------------------ catching up
+
+    def begin_catch_up(self) -> None:
+        """From here on announcements are kept aside, and judged when the catch-up has ended."""
+        self._kept_aside = []
+        self.is_incomplete = False
+        self._cursor.is_deaf = True
+
+    def missing(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
+        """Those that are new, and that no entry of the queue will bring."""
+        spans = [entry.span for entry in self._entries if entry.span is not None]
+        return [
+            at
+            for at in keys
+            if self._cursor.is_new(at.key, at.marked)
+            and not any(span.covers(at.address, at.key) for span in spans)
+        ]
+
+    def end_catch_up(self) -> None:
+        """The catch-up has appended its rows, and the cursor has moved."""
+        aside, self._kept_aside = self._kept_aside or [], None
+        is_incomplete, self.is_incomplete = self.is_incomplete, False
+        self._cursor.is_deaf = False
+        for announcement in aside:
+            self.hear(announcement)
+        if is_incomplete:
+            self._lose()
+
+    def fail_catch_up(self) -> None:
+        """The catch-up has failed: the next one brings what was kept aside."""
+        self._kept_aside = None
+        self._lose()

@@ -1,0 +1,200 @@
+"""One process's use of the layer: its id, its queues, cursor and memberships. Pure.
+
+A client outlives event loops: when one closes, the next finds everything as it was. It does not outlive a
+fork: a child begins with a client of its own. Only the owner loop touches the announcement queue, the cursor
+and the memberships; the rest is thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pg_layer._messages.addresses import channel_address
+from pg_layer._messages.rows import Key
+from pg_layer._state.announcement_queue import AnnouncementQueue
+from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
+from pg_layer._state.clock import DatabaseClock
+from pg_layer._state.counters import Counters
+from pg_layer._state.cursor import Cursor
+from pg_layer._state.memberships import Memberships
+from pg_layer.codec import Codec
+from pg_layer.exceptions import UndecodableMessage
+
+if TYPE_CHECKING:
+    from pg_layer.config import Config
+
+logger = logging.getLogger("pg_layer")
+
+LOG_PERIOD = 60.0  # seconds between two log lines about the same thing
+
+
+class Client:
+    """What is known in this process, whatever loop it is used on."""
+
+    def __init__(self, config: Config, codec: Codec, counters: Counters | None = None) -> None:
+        # counters: those of the layer, which go on when the next client begins
+        self.config = config
+        self.codec = codec
+        self.id = secrets.token_hex(8)
+        # Parts of the names of its channels, of which each has one "!" at most.
+        self._mark, self._bare_mark = f".{self.id}!", f"{self.id}!"
+        self.address = channel_address(config.prefix, f"specific.{self.id}!")
+        self.process = os.getpid()
+        self.has_lease = False
+        self.renewed_at = 0.0  # by time.monotonic(); 0 before the first renewal
+        self.fence = 0  # statements that move jobs or write memberships carry it
+        self.raised_fence = 0  # the one that the database knows
+        self.first_id = 0  # drawn before the client began
+        self.cursor = Cursor()
+        self.announcements = AnnouncementQueue(self.cursor)
+        self.memberships = Memberships()
+        # Messages that left the announcement queue, and wait for room in a member's channel queue.
+        self.unplaced: list[tuple[str, ChannelQueue, list[QueuedMessage]]] = []
+        self.clock = DatabaseClock()
+        self.counters = counters or Counters()
+        self._counted_before = self.counters.read()
+        # Rows of no further use, and the queue that counts them (None: none). Deleted many at once.
+        self.pending_deletes: dict[Key, ChannelQueue | None] = {}
+        self._queues: dict[str, ChannelQueue] = {}
+        self._lock = threading.Lock()
+        self._serial = 0
+        self._logged: dict[object, float] = {}
+        self._owner_thread: int | None = None
+
+    # ------------------------------------------------------------------ names
+
+    def new_channel(self, prefix: str) -> str:
+        """Return a specific channel name that was never used before."""
+        with self._lock:
+            self._serial += 1
+            return f"{prefix}.{self.id}!{self._serial:x}"
+
+    def owns(self, channel: str) -> bool:
+        """Whether it is a specific channel of this client."""
+        return self._mark in channel or channel.startswith(self._bare_mark)
+
+    # ------------------------------------------------------------------ the owner loop
+
+    def begin_ownership(self) -> None:
+        """The running loop's thread is the only one that touches the state of receiving from here on."""
+        self._owner_thread = threading.get_ident()
+
+    def end_ownership(self) -> None:
+        """The owner loop has stopped."""
+        self._owner_thread = None
+
+    def is_owned_here(self) -> bool:
+        """Whether this is the owner loop's thread. For assertions."""
+        return self._owner_thread == threading.get_ident()
+
+    # ------------------------------------------------------------------ channel queues
+
+    def queue(self, channel: str) -> ChannelQueue:
+        """The queue of a channel, made when it is first needed."""
+        queue = self._queues.get(channel)
+        if queue is None:
+            with self._lock:
+                queue = self._queues.get(channel)
+                if queue is None:
+                    queue = ChannelQueue(channel, self.config.capacity_of(channel))
+                    self._queues[channel] = queue
+        queue.is_used = True
+        return queue
+
+    def find_queue(self, channel: str) -> ChannelQueue | None:
+        """The queue of a channel, if there is one."""
+        return self._queues.get(channel)
+
+    def queues(self) -> list[ChannelQueue]:
+        """All channel queues."""
+        with self._lock:
+            return list(self._queues.values())
+
+    def forget_idle_queues(self) -> None:
+        """Drop queues that were not used since the last call."""
+        with self._lock:
+            for channel, queue in list(self._queues.items()):
+                if not self.memberships.is_member(channel) and queue.retire():
+                    del self._queues[channel]
+
+    def drop_expired(self, queue: ChannelQueue) -> None:
+        """Drop messages that expired in a channel queue."""
+        expired = queue.pop_expired(self.clock.now())
+        if expired:
+            self.counters.add("dropped_expired", len(expired))
+            self.delete_later(queue, expired)
+
+    def delete_later(self, queue: ChannelQueue, messages: Iterable[QueuedMessage]) -> None:
+        """Have the rows of these messages deleted with the next ones."""
+        self.pending_deletes.update(
+            {message.key: queue for message in messages if message.key is not None}
+        )
+
+    def held_keys(self) -> list[Key]:
+        """The keys of rows at the own address that were not received yet."""
+        held = self.announcements.keys()
+        for queue in self.queues():
+            held += queue.keys()
+        return held
+
+    def announce_locally(self, type: str | None) -> None:
+        """Put a message of this type, if one is given, into the queue of each consumer here."""
+        if type is None:
+            return
+        payload = self.codec.open(self.codec.encode({"type": type}))
+        for queue in self.queues():
+            if queue.is_receivable and self.owns(queue.channel):
+                queue.put_if_room((QueuedMessage(payload, math.inf, None),))
+
+    # ------------------------------------------------------------------ counters and the end
+
+    def counted(self) -> dict[str, int]:
+        """What this process did since this client began, by the names in `Counts`."""
+        return self.counters.since(self._counted_before)
+
+    def close(self) -> list[Key]:
+        """Close the channel queues. Return the keys of rows that were received and not deleted yet."""
+        for queue in self.queues():
+            queue.close()
+        return list(self.pending_deletes)
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def count_dropped(self, group: str, channel: str, count: int = 1) -> None:
+        """A full channel missed messages of a group."""
+        self.counters.add("dropped_full", count)
+        if self._may_log(("full", channel)):
+            logger.warning("Channel %s is full and misses messages of group %s.", channel, group)
+
+    def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
+        """A message could not be decoded: it is skipped."""
+        self.counters.add("dropped_undecodable")
+        if self._may_log(("undecodable", str(error))):
+            logger.error("Skipped a message for %s that cannot be decoded: %s", where, error)
+
+    def silent(self, why: str) -> None:
+        """What this process sends is not announced."""
+        if self._may_log("silent"):
+            logger.warning("Without notifications: %s Messages wait until their receivers look.", why)
+
+    def foreign(self, channel: str) -> None:
+        """A notification came that the layer did not send."""
+        self.counters.add("foreign_notifications")
+        if self._may_log(("foreign", channel)):
+            logger.warning("Ignored a notification on %s that pg_layer did not send.", channel)
+
+    def _may_log(self, about: object) -> bool:
+        now = time.monotonic()
+        if now - self._logged.get(about, -LOG_PERIOD) < LOG_PERIOD:
+            return False
+        if len(self._logged) > 1000:
+            self._logged.clear()
+        self._logged[about] = now
+        return True

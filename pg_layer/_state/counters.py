@@ -1,0 +1,124 @@
+"""What ``layer.stats()`` returns, and how it is counted. Pure; any thread."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Literal, TypedDict, cast
+
+
+class Counts(TypedDict):
+    """What a layer did in this process since it was created. None of them ever decreases.
+
+    - ``sent``: messages to channels that the database accepted; in a transaction of Django's, whether or
+      not that commits.
+    - ``group_sent``: messages to groups, each once, however many members.
+    - ``refused_full``: messages to channels that were refused, because the channel was full.
+    - ``batches``: statements that carried those messages.
+    - ``received``: messages that came here; a group message once for all its members, a job that was
+      released unread and claimed again once more.
+    - ``delivered``: messages that ``receive()`` returned; a group message once for each member.
+    - ``dropped_full``: group messages that a member missed, because its channel was full. Counted in the
+      member's process; for normal channels in the sender's.
+    - ``dropped_expired``: messages that expired here before they were received.
+    - ``dropped_undecodable``: messages that could not be decoded.
+    - ``inline_messages``: messages delivered inside the notification, without a read.
+    - ``reads``: statements that read announced messages.
+    - ``reconnects``: how often the listening connection was lost and made again.
+    - ``gaps``: how often this process had been silent for longer than its lease, so that messages may have
+      been missed.
+    - ``refused_notifications``: statements for which the server refused NOTIFY, and that were repeated
+      without.
+    - ``foreign_notifications``: notifications on the layer's NOTIFY channels that it did not send.
+    """
+
+    sent: int
+    group_sent: int
+    refused_full: int
+    batches: int
+    received: int
+    delivered: int
+    dropped_full: int
+    dropped_expired: int
+    dropped_undecodable: int
+    inline_messages: int
+    reads: int
+    reconnects: int
+    gaps: int
+    refused_notifications: int
+    foreign_notifications: int
+
+
+class State(TypedDict):
+    """The state of a layer in this process now.
+
+    - ``channels``: channels for which this process has a queue.
+    - ``queued_messages``: messages in those queues, not yet received.
+    - ``announced``: announcements that are not dispatched yet.
+    - ``pending_operations``: sends and membership changes that wait for the statement in flight to end.
+    - ``memberships``: of this process's channels, one for each channel and group.
+    - ``remembered_keys``: keys of messages that are remembered, so that none is delivered twice.
+    - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling", by choice
+      or because notifications do not arrive.
+    - ``lease_age``: seconds since the lease was renewed; None without a lease.
+    """
+
+    channels: int
+    queued_messages: int
+    announced: int
+    pending_operations: int
+    memberships: int
+    remembered_keys: int
+    listener: Literal["off", "connecting", "listening", "polling"]
+    lease_age: float | None
+
+
+class Stats(Counts, State):
+    """Both. ``mean_batch_size``: messages in a statement, since the start; 0.0 before the first."""
+
+    mean_batch_size: float
+
+
+COUNTED = tuple(Counts.__annotations__)
+
+
+class Counters:
+    """Counters that any thread may increase."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(COUNTED, 0)
+        # receive() counts each message, and a lock would cost a tenth of its time. next() of this is one
+        # step of the interpreter.
+        self._delivered = itertools.count()
+        self._reads = 0  # reading it increases it
+        self.delivered = self._delivered.__next__
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Increase a counter of `Counts`; ``delivered`` by calling `delivered`."""
+        with self._lock:
+            self._counts[name] += count
+
+    def read(self) -> Counts:
+        """Return all counters at one moment."""
+        with self._lock:
+            counts = cast(Counts, dict(self._counts))
+            counts["delivered"] = next(self._delivered) - self._reads
+            self._reads += 1
+            return counts
+
+    def __getitem__(self, name: str) -> int:
+        """Return one of them."""
+        return self.read()[name]  # type: ignore[literal-required,no-any-return]
+
+    def since(self, before: Counts) -> dict[str, int]:
+        """Return what was counted since that was read."""
+        now = self.read()
+        return {name: now[name] - before[name] for name in COUNTED}  # type: ignore[literal-required]
+
+
+def make_stats(counts: Counts, state: State) -> Stats:
+    """Return what ``layer.stats()`` returns."""
+    messages = counts["sent"] + counts["group_sent"] + counts["refused_full"]
+    mean = messages / counts["batches"] if counts["batches"] else 0.0
+    return Stats(**counts, **state, mean_batch_size=mean)

@@ -1,0 +1,179 @@
+"""The cursor: which rows are new. See ``docs/protocols.md``, section 3."""
+
+from __future__ import annotations
+
+from pg_layer._messages.rows import Key
+from pg_layer._state.snapshot import Moment
+
+UNKNOWN_BOOT = -1  # of a cursor that has no snapshot yet: every boot is later
+
+
+class Cursor:
+    """A snapshot ``S``, and the keys of what was admitted and is not visible in ``S``.
+
+    Used by the owner loop only.
+    """
+
+    def __init__(self) -> None:
+        self.moment: Moment | None = None
+        self._done: dict[tuple[int, int], set[int]] = {}  # (boot, xid) -> ids
+        self._done_marked: dict[Key, float] = {}  # -> when the message expires
+        self._pending: dict[str, Moment] = {}  # S' by the token of its ping
+        self._delayed: tuple[Moment, set[int]] | None = None  # S', and claims that it may see
+        self._claims: set[int] = set()  # in flight
+        self._claims_begun = 0
+        self._heard_early: str | None = None
+        self.is_deaf = True  # what is heard is not admitted now, until a catch-up has ended
+        self._renewals: list[Moment] = []  # the last two
+        self._looked: Moment | None = None  # marked rows that it sees have been looked for
+        # (xmax, id): transactions from xmax on draw larger ids. All of one boot.
+        self._positions: list[tuple[int, int]] = []
+        self._boot = UNKNOWN_BOOT
+
+    # ------------------------------------------------------------------ the rule
+
+    def admit(self, key: Key, marked: bool, expires_at: float) -> bool:
+        """Whether a row is new; if so, it is remembered, and never new again."""
+        if not self.is_new(key, marked):
+            return False
+        if marked:
+            self._done_marked[key] = expires_at
+        else:
+            self._done.setdefault((key.boot, key.xid), set()).add(key.id)
+        return True
+
+    def is_new(self, key: Key, marked: bool) -> bool:
+        """Whether a row is new."""
+        if marked:
+            return key not in self._done_marked
+        if self.has_passed(key.boot, key.xid):
+            return False
+        ids = self._done.get((key.boot, key.xid))
+        return ids is None or key.id not in ids
+
+    def has_passed(self, boot: int, xid: int) -> bool:
+        """Whether all unmarked rows of a transaction are visible in ``S``."""
+        return self.moment is not None and self.moment.sees(boot, xid)
+
+    def admit_announced(self, key: Key, marked: bool, expires_at: float) -> bool:
+        """The same for a row that was announced when ``S`` had not passed it, and is read later."""
+        if not marked and self.has_passed(key.boot, key.xid):
+            return True
+        return self.admit(key, marked, expires_at)
+
+    # ------------------------------------------------------------------ claims in flight
+
+    def begin_claim(self) -> int:
+        """A statement is sent that claims jobs: ``S`` must not pass them before its answer is here."""
+        self._claims_begun += 1
+        self._claims.add(self._claims_begun)
+        return self._claims_begun
+
+    def end_claim(self, number: int) -> None:
+        """The answer is here, and its rows were admitted; or `missed` was called."""
+        self._claims.discard(number)
+        if self._delayed is not None:
+            moment, claims = self._delayed
+            claims.discard(number)
+            if not claims:
+                self._delayed = None
+                self.adopt(moment)
+
+    # ------------------------------------------------------------------ renewal
+
+    def renew(self, moment: Moment, last_id: int, token: str | None) -> None:
+        """Take note of a snapshot, and of the largest id that was drawn before it.
+
+        With a token it becomes ``S`` when the ping with that token is heard.
+        """
+        self.position(moment, last_id)
+        self._renewals = [*self._renewals[-1:], moment]
+        if token is None:
+            return
+        self._pending[token] = moment
+        if token == self._heard_early:
+            self.heard(token)
+
+    def heard(self, token: str) -> bool:
+        """A ping was heard: what its snapshot sees had been heard before. Return whether ``S`` moved."""
+        moment = self._pending.pop(token, None)
+        if self.is_deaf:
+            return False
+        if moment is None:
+            self._heard_early = token  # before the answer of the statement that rang it
+            return False
+        if self.moment is None or not moment.is_later(self.moment):
+            return False
+        if self._claims:
+            self._delayed = moment, set(self._claims)
+            return False
+        self.adopt(moment)
+        return True
+
+    def missed(self) -> None:
+        """Something may not have been heard, or a claim's answer is lost: no snapshot becomes ``S``."""
+        self._pending.clear()
+        self._heard_early = None
+        self._delayed = None
+
+    def adopt(self, moment: Moment) -> None:
+        """Move ``S``: all unmarked rows that it sees were admitted before, or are of no concern."""
+        if self.moment is not None and not moment.is_later(self.moment):
+            return
+        self.moment = moment
+        self._done = {
+            (boot, xid): ids for (boot, xid), ids in self._done.items() if not moment.sees(boot, xid)
+        }
+
+    # ------------------------------------------------------------------ marked rows
+
+    @property
+    def look(self) -> Moment | None:
+        """The renewal before the last: marked rows that it sees should have been announced by now."""
+        return self._renewals[0] if len(self._renewals) == 2 else None
+
+    def looked(self, moment: Moment) -> None:
+        """All marked rows that this moment sees have been looked for."""
+        self._looked = moment
+
+    def expire(self, now: float) -> None:
+        """Forget the keys of marked rows whose messages have expired."""
+        self._done_marked = {key: end for key, end in self._done_marked.items() if end > now}
+
+    # ------------------------------------------------------------------ bounds
+
+    def low_id(self) -> int:
+        """No row that is new and not marked has this id or a smaller one."""
+        return self.low_id_of(self.moment)
+
+    def marked_low_id(self) -> int:
+        """No marked row that has not been looked for has this id or a smaller one."""
+        return self.low_id_of(self._looked)
+
+    def position(self, moment: Moment, last_id: int) -> None:
+        """Take note of the largest id that was drawn before a snapshot was taken."""
+        if self._boot != moment.boot:
+            self._boot = moment.boot
+            self._positions.clear()
+            self._renewals.clear()
+            self.missed()
+        self._positions.append((moment.snapshot.xmax, last_id))
+        watched = [self.moment, self._looked, *self._renewals]
+        oldest = min(
+            (moment.snapshot.xmin for moment in watched if moment and moment.boot == self._boot), default=0
+        )
+        # Keep the last one that is old enough, and all later ones.
+        while len(self._positions) > 1 and self._positions[1][0] <= oldest:
+            del self._positions[0]
+
+    def low_id_of(self, moment: Moment | None) -> int:
+        """No row that this moment does not see has this id or a smaller one."""
+        if moment is None or moment.boot != self._boot:
+            return 0
+        xmin = moment.snapshot.xmin
+        return max((id for xmax, id in self._positions if xmax <= xmin), default=0)
+
+    @property
+    def remembered(self) -> int:
+        """How many keys are remembered."""
+        return sum(map(len, list(self._done.values()))) + len(self._done_marked)

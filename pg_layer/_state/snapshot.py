@@ -1,0 +1,50 @@
+"""PostgreSQL's snapshots: which transactions had been committed at a moment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Snapshot:
+    """What ``pg_current_snapshot()`` returned: ``xmin:xmax:running,...``."""
+
+    __slots__ = ("_running", "text", "xmax", "xmin")
+
+    def __init__(self, text: str) -> None:
+        xmin, xmax, running = text.split(":")
+        self.text = text
+        self.xmin = int(xmin)
+        self.xmax = int(xmax)
+        self._running = frozenset(map(int, running.split(","))) if running else frozenset()
+
+    def __repr__(self) -> str:
+        return f"Snapshot({self.text!r})"
+
+    def sees(self, xid: int) -> bool:
+        """Whether the transaction had ended; a row of it that exists had been committed."""
+        return xid < self.xmin or (xid < self.xmax and xid not in self._running)
+
+
+class Moment(NamedTuple):
+    """A snapshot of a boot: what had been committed then."""
+
+    boot: int
+    snapshot: Snapshot
+
+    def sees(self, boot: int, xid: int) -> bool:
+        """Whether a row was committed by then. Boot 0 stands for an unknown one: take this."""
+        if boot in (self.boot, 0):
+            return self.snapshot.sees(xid)
+        return boot < self.boot
+
+    def is_later(self, before: Moment) -> bool:
+        """Whether this was taken after the other one, or in the same state."""
+        if self.boot != before.boot:
+            return self.boot > before.boot
+        return self.snapshot.xmin >= before.snapshot.xmin and self.snapshot.xmax >= before.snapshot.xmax
+
+    def covers(self, other: Moment) -> bool:
+        """Whether all that the other one sees is seen by this, for certain."""
+        if self.boot != other.boot:
+            return self.boot > other.boot
+        return other.snapshot.xmax <= self.snapshot.xmin

@@ -1,0 +1,143 @@
+"""Leases are renewed all the time while messages are sent as fast as they go."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import MakeLayer
+from tests.faults.readers import lists, numbered, readers_of
+from tests.processes import Link, Processes, listen, open_layer
+
+# Many renewals are in flight beside everything else. No lease ends.
+OPTIONS: dict[str, object] = {
+    "lease": 3600,
+    "heartbeat": 0.1,
+    "sweep_interval": 0,
+    "send_timeout": 30,
+    "expiry": 3600,
+    "capacity": 100_000,
+}
+STREAMS = 2  # sending processes
+COUNT = 4000  # messages of each to each receiving channel
+LARGE = 9000  # bytes; more than a notification can carry
+CHANGES = 500
+
+
+class Arrived(NamedTuple):
+    """The numbers that arrived, at the process's own channel and at its member of "room"."""
+
+    own: list[int]
+    member: list[int]
+    memberships: int
+
+
+async def read_streams(link: Link, dsn: str, options: dict[str, object]) -> Arrived:
+    """Say two channels; receive until the test says the last number of each stream."""
+    async with open_layer(dsn, **{**OPTIONS, **options}) as layer:
+        own, member = [await layer.new_channel() for _ in range(2)]
+        await listen(layer)
+        await layer.group_add("room", member)
+        async with readers_of(layer, own, member) as readers:
+            link.say((own, member))
+            while (last := await link.hear()) is not None:
+                if last:
+                    await readers.reached(last)
+                link.say(last)
+            memberships = layer.stats()["memberships"]
+            return Arrived(readers.numbers[own], readers.numbers[member], memberships)
+
+
+async def send_stream(link: Link, dsn: str, channels: list[str], first: int) -> None:
+    """Send numbers from ``first`` on to each channel and to "room", several at a time."""
+    async with open_layer(dsn, **OPTIONS) as layer:
+        for start in range(first, first + COUNT, 20):
+            numbers = range(start, start + 20)
+            size = LARGE if start % 400 == 0 else 0
+            await asyncio.gather(
+                *(layer.send(c, numbered(number, size)) for number in numbers for c in channels),
+                *(layer.group_send("room", numbered(number, size)) for number in numbers),
+            )
+            if start % 1000 == 0:
+                link.say(start)
+
+
+@pytest.mark.parametrize("way", ["listening", "polling"])
+async def test_many_renewals_beside_many_sends_lose_and_double_nothing(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, way: str
+) -> None:
+    """Nothing is restarted and nothing fails, so every message arrives once.
+
+    The memberships stay: all of them are listed whenever the test looks.
+    """
+    options: dict[str, object] = {"poll_interval": 0.05} if way == "polling" else {}
+    layer = make_layer(**OPTIONS)
+    reading = [processes.start(read_streams, migrated_dsn, options) for _ in range(2)]
+    channels = [await process.hear() for process in reading]
+    own = [channel for channel, _ in channels]
+    members = sorted(member for _, member in channels)
+    await lists(layer, "room", *members)
+    firsts = [1_000_000 * (stream + 1) for stream in range(STREAMS)]
+    sending = [processes.start(send_stream, migrated_dsn, own, first) for first in firsts]
+    for step in range(0, COUNT, 1000):
+        for first, sender in zip(firsts, sending, strict=True):
+            assert await sender.hear() == first + step
+            assert sorted(await layer.group_channels("room")) == members
+            for reader in reading:  # it does not wait for long in vain
+                reader.say(0)
+                assert await reader.hear() == 0
+    for sender in sending:
+        await sender.result()
+    expected = [number for first in firsts for number in range(first, first + COUNT)]
+    for reader in reading:
+        for first in firsts:
+            reader.say(first + COUNT - 1)
+            assert await reader.hear() == first + COUNT - 1
+    assert sorted(await layer.group_channels("room")) == members
+    for reader in reading:
+        reader.say(None)
+    for reader in reading:
+        arrived = await reader.result()
+        for numbers in (arrived.own, arrived.member):
+            assert len(numbers) == len(set(numbers))
+            assert sorted(numbers) == expected
+        assert arrived.memberships == 1
+
+
+async def test_many_renewals_beside_membership_changes_leave_their_order_as_it_was(
+    make_layer: MakeLayer,
+) -> None:
+    """Another process discards a channel, and the owner adds it again, many times.
+
+    What is sent in between does not arrive, and what is sent afterwards does. There is always much
+    to read, so that changes and messages often have not been read when the next one is made.
+    """
+    layer = make_layer(**{**OPTIONS, "heartbeat": 0.02})
+    other, busy = make_layer(**OPTIONS), make_layer(**OPTIONS)
+    await listen(layer)
+    drain, member = [await layer.new_channel() for _ in range(2)]
+    await layer.group_add("busy", drain)
+    await layer.group_add("room", member)
+    stop = asyncio.Event()
+
+    async with readers_of(layer, drain, member) as readers:
+
+        async def load() -> None:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                await busy.group_send_many([("busy", numbered(number, LARGE))] * 50)
+                await readers.reached(number, drain)
+
+        loading = asyncio.create_task(load())
+        for number in range(0, 2 * CHANGES, 2):
+            await other.group_discard("room", member)
+            await other.group_send("room", numbered(number))
+            await layer.group_add("room", member)
+            await other.group_send("room", numbered(number + 1))
+        stop.set()
+        await loading
+        await readers.reached(2 * CHANGES - 1, member)
+        assert readers.numbers[member] == list(range(1, 2 * CHANGES, 2))

@@ -1,0 +1,232 @@
+"""More messages at once than a channel may hold: a member that reads receives all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import tracemalloc
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from channels.utils import await_many_dispatch
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer
+from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, receive
+
+CAPACITY = 100  # the default
+COUNT = 1000
+LAST = -1  # the number of the message that ends a burst
+BURSTS = ["group_send_many", "gathered group_send"]
+
+Receive = Callable[[PostgresChannelLayer, str], Awaitable[list[int]]]
+
+
+async def send_all(layer: PostgresChannelLayer, how: str, size: int = 0) -> None:
+    """Send ten times the capacity to the group at once."""
+    messages = [{"type": "number", "number": n, "blob": bytes(size)} for n in range(COUNT)]
+    if how == "group_send_many":
+        await layer.group_send_many(("room", message) for message in messages)
+    else:
+        await asyncio.gather(*(layer.group_send("room", message) for message in messages))
+
+
+async def burst(link: Link, dsn: str, size: int) -> None:
+    """Send bursts as the test says, until it says None."""
+    async with open_layer(dsn) as layer:
+        link.say("ready")
+        while (order := await link.hear()) is not None:
+            how, last_to = order
+            await send_all(layer, how, size)
+            for channel in last_to:
+                await layer.send(channel, {"type": "number", "number": LAST})
+            link.say("sent")
+
+
+async def start_burst(processes: Processes, dsn: str, size: int = 0) -> Process[None]:
+    process = processes.start(burst, dsn, size)
+    assert await process.hear() == "ready"
+    return process
+
+
+async def member(layer: PostgresChannelLayer) -> str:
+    """A new channel in the group."""
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    return channel
+
+
+async def read_directly(layer: PostgresChannelLayer, channel: str) -> list[int]:
+    """The numbers of a channel's messages up to the last, received one after the other."""
+    numbers: list[int] = []
+    while (number := (await receive(layer, channel))["number"]) != LAST:
+        numbers.append(number)
+    return numbers
+
+
+async def read_as_a_consumer(layer: PostgresChannelLayer, channel: str) -> list[int]:
+    """The same by the loop that runs Channels' consumers."""
+    numbers: list[int] = []
+    is_over = asyncio.Event()
+
+    async def dispatch(message: dict[str, Any]) -> None:
+        await asyncio.sleep(0)  # as a handler that awaits something
+        if message["number"] == LAST:
+            is_over.set()
+        else:
+            numbers.append(message["number"])
+
+    receive_next: Any = partial(layer.receive, channel)
+    reading = asyncio.create_task(await_many_dispatch([receive_next], dispatch))
+    try:
+        await asyncio.wait_for(is_over.wait(), PATIENCE)
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+    return numbers
+
+
+async def send_burst(sender: Process[None], how: str, last_to: Iterable[str]) -> None:
+    """Have the other process send a burst, and then the last message to each of the channels."""
+    sender.say((how, list(last_to)))
+    assert await sender.hear() == "sent"
+
+
+@contextmanager
+def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+# ---------------------------------------------------------------------- members that read
+
+
+@pytest.mark.parametrize("how", BURSTS)
+@pytest.mark.parametrize("members", [1, 20])
+@pytest.mark.parametrize("read", [read_directly, read_as_a_consumer])
+async def test_group_burst_members_that_read_receive_all_of_it(
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    how: str,
+    members: int,
+    read: Receive,
+) -> None:
+    """Another process sends ten times the capacity at once. Members that read receive all of it."""
+    layer = make_layer()
+    await listen(layer)
+    channels = [await member(layer) for _ in range(members)]
+    sender = await start_burst(processes, migrated_dsn)
+    reading = asyncio.gather(*(read(layer, channel) for channel in channels))
+    await send_burst(sender, how, channels)
+    numbers = await reading
+    assert [len(one) for one in numbers] == [COUNT] * members
+    assert numbers == [list(range(COUNT))] * members
+
+
+@pytest.mark.parametrize("how", BURSTS)
+async def test_group_burst_of_the_same_process_is_received_by_its_member(
+    make_layer: MakeLayer, how: str
+) -> None:
+    """The process that sends ten times the capacity has the member that reads."""
+    layer = make_layer()
+    await listen(layer)
+    channel = await member(layer)
+    reading = asyncio.create_task(read_directly(layer, channel))
+    await send_all(layer, how)
+    await layer.send(channel, {"number": LAST})
+    assert await reading == list(range(COUNT))
+
+
+@pytest.mark.parametrize("how", BURSTS)
+async def test_group_burst_member_on_another_loop_receives_all_of_it(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, how: str
+) -> None:
+    """One member reads on the loop that listens, another on the loop of another thread."""
+    layer = make_layer()
+    await listen(layer)
+    here, there = await member(layer), await member(layer)
+    sender = await start_burst(processes, migrated_dsn)
+    with other_loop() as loop:
+        reading = asyncio.create_task(read_directly(layer, here))
+        reading_there = asyncio.run_coroutine_threadsafe(read_directly(layer, there), loop)
+        await send_burst(sender, how, [here, there])
+        assert await reading == list(range(COUNT))
+        assert await asyncio.wrap_future(reading_there) == list(range(COUNT))
+
+
+async def test_group_burst_only_member_on_another_loop_receives_all_of_it(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    """The only member reads on the loop of another thread, while the first loop only listens."""
+    layer = make_layer()
+    await listen(layer)
+    channel = await member(layer)
+    sender = await start_burst(processes, migrated_dsn)
+    with other_loop() as loop:
+        reading = asyncio.run_coroutine_threadsafe(read_as_a_consumer(layer, channel), loop)
+        await send_burst(sender, "group_send_many", [channel])
+        assert await asyncio.wrap_future(reading) == list(range(COUNT))
+
+
+# ---------------------------------------------------------------------- a member that does not read
+
+
+@pytest.mark.parametrize("how", BURSTS)
+async def test_group_burst_member_that_never_reads_costs_its_neighbours_no_message(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, how: str
+) -> None:
+    """Of two bursts the idle member keeps its capacity, and its neighbours receive everything."""
+    layer = make_layer()
+    await listen(layer)
+    idle, *channels = [await member(layer) for _ in range(4)]
+    sender = await start_burst(processes, migrated_dsn)
+    for _ in range(2):
+        reading = asyncio.gather(*(read_directly(layer, channel) for channel in channels))
+        await send_burst(sender, how, channels)
+        assert await reading == [list(range(COUNT))] * 3
+    await layer.send(idle, {"number": LAST})
+    assert await read_directly(layer, idle) == list(range(CAPACITY))
+
+
+async def hold(link: Link, dsn: str) -> tuple[int, int, int]:
+    """One member reads, another does not.
+
+    Returns how many messages the first received, how many bytes the process then holds more
+    than before, and how many messages the other has.
+    """
+    async with open_layer(dsn) as layer:
+        await listen(layer)
+        idle, busy = await member(layer), await member(layer)
+        tracemalloc.start()
+        link.say(busy)
+        received = len(await read_directly(layer, busy))
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        await layer.send(idle, {"number": LAST})
+        return received, grown, len(await read_directly(layer, idle))
+
+
+async def test_group_burst_member_that_never_reads_holds_at_most_its_capacity_in_memory(
+    migrated_dsn: str, processes: Processes
+) -> None:
+    """What a process holds of 20 MB that one member does not read follows its capacity."""
+    size = 20_000
+    reader = processes.start(hold, migrated_dsn)
+    channel = await reader.hear()
+    sender = await start_burst(processes, migrated_dsn, size)
+    await send_burst(sender, "group_send_many", [channel])
+    received, grown, held = await reader.result()
+    assert (received, held) == (COUNT, CAPACITY)
+    assert grown < 4 * CAPACITY * size

@@ -1,0 +1,163 @@
+"""A loop that receives takes over from the thread that received before: whole and in order."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.apps import apps
+from django.db import connections
+
+from pg_layer import PostgresChannelLayer
+from tests.integration.test_django import postgres
+from tests.processes import PATIENCE, UNHURRIED, Message, open_layer, receive
+from tests.project.configured import configured
+
+LAYERS = 24
+ROUNDS = 2
+PAUSES = [0.003 * step for step in range(12)]  # seconds
+LIVE = 200  # messages that are sent while a loop receives
+CAPACITY = 10_000
+THREADS = 4
+LARGE = bytes(9000)  # does not fit into a notification
+
+
+@pytest.fixture
+def django_dsn(migrated_dsn: str) -> Iterator[str]:
+    """The test's database, which is also Django's default."""
+    settings = {"DATABASES": {"default": postgres(migrated_dsn)}, "SECRET_KEY": "x"}
+    with configured(PostgresChannelLayer(), **settings):
+        apps.populate([])
+        yield migrated_dsn
+
+
+@pytest.fixture(autouse=True)
+def switching() -> Iterator[None]:
+    """Threads take turns often, so that one is interrupted wherever it can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2 + THREADS) as pool:
+        yield pool
+
+
+def group_add(layer: PostgresChannelLayer, group: str, channel: str) -> None:
+    """In a thread whose connection to the database is closed in the end."""
+    try:
+        layer.sync.group_add(group, channel)
+    finally:
+        connections.close_all()
+
+
+class Writer:
+    """Sends numbers in order, in a thread of its own: many together, some alone, some large.
+
+    They go to the channel; from `join` on in turn also to the group.
+    """
+
+    def __init__(self, dsn: str, group: str, channel: str, numbers: range, before: int) -> None:
+        self._dsn = dsn
+        self._group = group
+        self._channel = channel
+        self._numbers = numbers
+        self._before = before
+        self._has_sent_before = threading.Event()
+        self._has_joined = threading.Event()
+
+    def run(self) -> None:
+        asyncio.run(self._write())
+
+    def wait(self) -> None:
+        """Return when all was sent that waits in the channel before it joins."""
+        assert self._has_sent_before.wait(PATIENCE)
+
+    def join(self) -> None:
+        """The channel is a member now."""
+        self._has_joined.set()
+
+    async def _write(self) -> None:
+        async with open_layer(self._dsn, capacity=CAPACITY) as layer:
+            first = self._numbers[: self._before]
+            await layer.send_many((self._channel, message(number)) for number in first)
+            self._has_sent_before.set()
+            for start in range(self._before, len(self._numbers), 10):
+                *together, one, other = map(message, self._numbers[start : start + 10])
+                if self._has_joined.is_set() and start % 20:
+                    await layer.group_send_many((self._group, each) for each in together)
+                    await layer.group_send(self._group, one)
+                else:
+                    await layer.send_many((self._channel, each) for each in together)
+                    await layer.send(self._channel, one)
+                await layer.send(self._channel, other)
+
+
+def message(number: int) -> Message:
+    return {"number": number, "blob": LARGE if number % 2 else b""}
+
+
+async def received(
+    layer: PostgresChannelLayer, channel: str, count: int, others: Sequence[Future[None]]
+) -> list[int]:
+    """The numbers of the next messages. The loop ends after the calls of other threads."""
+    numbers: list[int] = []
+    with suppress(asyncio.TimeoutError):  # the numbers say which are missing
+        while len(numbers) < count:
+            numbers.append((await receive(layer, channel))["number"])
+    await asyncio.gather(*map(asyncio.wrap_future, others))
+    return numbers
+
+
+def send_elsewhere(layer: PostgresChannelLayer, number: int) -> None:
+    """In a thread: send a few messages, which nobody receives, one after the other."""
+    for _ in range(20):
+        async_to_sync(layer.send)(f"jobs-{number}", {"type": "job", "blob": LARGE})
+
+
+def disorder(numbers: list[int]) -> list[tuple[int, int]]:
+    """Some pairs of neighbours that are not in order, or between which something is missing."""
+    pairs = itertools.pairwise(numbers)
+    return [(one, other) for one, other in pairs if other != one + 1][:5]
+
+
+@pytest.mark.parametrize("before", [0, 100, 1500])
+def test_loop_that_receives_right_after_a_thread_added_its_channel_gets_all_messages_in_order(
+    django_dsn: str, pool: ThreadPoolExecutor, before: int
+) -> None:
+    """``layer.sync.group_add`` in a thread begins to receive, as no event loop does.
+
+    Messages wait in the channel then, and another layer sends more. An event loop receives at
+    once, and later another one. Each time all messages arrive, once and in order, and nothing
+    follows that was received before.
+    """
+    count = before + LIVE
+    for turn in range(LAYERS):
+        layer = PostgresChannelLayer(capacity=CAPACITY, **UNHURRIED)
+        try:
+            channel = asyncio.run(layer.new_channel())
+            for round_ in range(ROUNDS):
+                group = f"room-{round_}"
+                numbers = range(round_ * count, (round_ + 1) * count)
+                writer = Writer(django_dsn, group, channel, numbers, before)
+                writing = pool.submit(writer.run)
+                writer.wait()
+                pool.submit(group_add, layer, group, channel).result()
+                writer.join()
+                others = [pool.submit(send_elsewhere, layer, other) for other in range(THREADS)]
+                time.sleep(PAUSES[turn % len(PAUSES)])  # wherever the thread has come to then
+                found = asyncio.run(received(layer, channel, count, [writing, *others]))
+                assert found == list(numbers), f"layer {turn}, {round_}: {disorder(found)}"
+        finally:
+            asyncio.run(layer.close())
