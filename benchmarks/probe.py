@@ -66,19 +66,22 @@ class PostgresProbe(PostgresObserver):
     def group_send_ms(self, group: str) -> float:
         if self._layer != "pg":
             return math.nan
-        from pg_layer.sql import GROUP_SEND_ONE, for_cursor
+        from pg_layer._db.queries.send import GROUP_SEND_ONE
+        from pg_layer.django_session import _for_cursor
 
         # LATERAL needs the row before it, and OFFSET 0 keeps the planner from merging them: so first comes
         # the clock, then the function, then the clock again.
         timed = (
             "SELECT extract(epoch FROM clock_timestamp() - after.since)::float8 * 1000"
             " FROM (SELECT clock_timestamp() AS since OFFSET 0) AS before, LATERAL ("
-            f"SELECT called.*, before.since FROM ({for_cursor(GROUP_SEND_ONE)}) AS called OFFSET 0) AS after"
+            f"SELECT called.*, before.since FROM ({_for_cursor(GROUP_SEND_ONE)}) AS called OFFSET 0) AS after"
         ).encode()
+        values = (_PREFIX, group, _MESSAGE, 60.0, None, True)
+        parameters = {f"p{number}": value for number, value in enumerate(values, 1)}
         times = []
         for _ in range(_REPEATS + 1):
             with self._connection.transaction(force_rollback=True):
-                row = self._connection.execute(timed, (_PREFIX, group, _MESSAGE, 60.0, None)).fetchone()
+                row = self._connection.execute(timed, parameters).fetchone()
             self._own += 1
             times.append(float(row[0]) if row else math.nan)
         return median(times[1:])  # the first one also plans

@@ -60,15 +60,17 @@ BEGIN
                 AS r (boot, xid, id, address, channel, kind, excluded, payload, expires_at)
         ) AS r
     ), run AS (
-        -- A run is announced together: neighbours of one form with one target. What is to be read has one address as well.
-        SELECT e.*, sum(e.is_first) OVER (ORDER BY e.id) AS run
+        -- A run is announced together: neighbours of one form with one target. What is to be read has one address as well. Jobs have
+        -- no place in the order of the others: those of a channel are announced once.
+        SELECT e.*, sum(e.is_first) OVER (PARTITION BY e.jobs ORDER BY e.id) AS run
         FROM (
             SELECT e.*, ((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END) IS DISTINCT FROM
-                lag((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END)) OVER (ORDER BY e.id))::integer AS is_first
-            FROM entry AS e
+                lag((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END))
+                    OVER (PARTITION BY e.jobs ORDER BY e.id))::integer AS is_first
+            FROM (SELECT e.*, CASE WHEN e.form = 'J' THEN e.target END AS jobs FROM entry AS e) AS e
         ) AS e
     ), part AS (
-        SELECT r.*, (sum(length(r.text)) OVER (PARTITION BY r.run ORDER BY r.id) - length(r.text)) / 4000 AS part FROM run AS r
+        SELECT r.*, (sum(length(r.text)) OVER (PARTITION BY r.jobs, r.run ORDER BY r.id) - length(r.text)) / 4000 AS part FROM run AS r
     )
     SELECT count(pg_notify(n.target, n.text)) INTO _count
     FROM (
@@ -79,7 +81,7 @@ BEGIN
                     CASE WHEN min(p.name) LIKE '@%' THEN min(p.name) ELSE '.' END, min(p.id), max(p.id))
             END AS text
         FROM part AS p
-        GROUP BY p.run, p.part
+        GROUP BY p.jobs, p.run, p.part
         ORDER BY min(p.id)
     ) AS n;
 END
@@ -255,13 +257,13 @@ DECLARE
 BEGIN
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
     xid := _xid::text::bigint;
-    -- Groups without a membership row of any client.
+    -- Groups without a membership row of any client. Scalar subqueries: an anti join may read all rows of a large group.
     SELECT array_agg(g.group_name) INTO _empty
     FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
-    WHERE NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
-                      AND m.address > _prefix || '!' AND m.address < _prefix || '!:')
-        AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
-                        AND m.address >= _prefix || '!;' AND m.address < _prefix || '"');
+    WHERE (SELECT true FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
+           AND m.address > _prefix || '!' AND m.address < _prefix || '!:' LIMIT 1) IS NULL
+        AND (SELECT true FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
+             AND m.address >= _prefix || '!;' AND m.address < _prefix || '"' LIMIT 1) IS NULL;
     IF _empty IS NOT NULL AND NOT pg_layer_is_steady(_prefix, boot) THEN
         _empty := NULL;
     END IF;
@@ -324,7 +326,7 @@ $$;
 CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _excluded text, _own boolean
 ) RETURNS text[]
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     _xid xid8;
     _boot bigint;
@@ -332,7 +334,8 @@ DECLARE
     _missed text[];
     _notified text;
 BEGIN
-    -- The first membership tells most: client addresses sort before and after those of normal channels.
+    -- The first membership tells most: client addresses sort before and after those of normal channels. A plan for the actual values
+    -- may walk the index on addresses until it meets the group.
     SELECT m.address INTO _first FROM pg_layer_membership AS m
     WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"'
     ORDER BY m.address LIMIT 1;

@@ -155,6 +155,10 @@ BEGIN
     ) AS d
     WHERE m.group_name = d.group_name AND m.address = d.address AND m.channel = d.channel AND m.id = d.id;
 
+    -- Who adds only normal channels need not be allowed to write messages.
+    IF NOT EXISTS (SELECT FROM unnest(_channels) AS c (channel) WHERE position('!' IN c.channel) > 0) THEN
+        RETURN;
+    END IF;
     WITH written AS (
         INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, channel, payload, expires_at)
         SELECT pg_layer_address(_prefix, a.channel), _xid, pg_layer_ask.boot, _quiet OR pg_layer_ask.boot = 0,

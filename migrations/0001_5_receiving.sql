@@ -1,12 +1,18 @@
 -- Receiving and jobs: see docs/protocols.md, sections 3 and 6.
 
--- Where a catch-up begins: the boot, and the largest id drawn so far. Rows of transactions that begin later have larger ids.
+-- Where a catch-up begins: the boot, and the largest id drawn so far. Rows of transactions from next_xid on have larger ids.
 --   _known: the boot of the client's cursor, or 0
-CREATE FUNCTION pg_layer_position(_known bigint, OUT boot bigint, OUT last_id bigint)
+CREATE FUNCTION pg_layer_position(_known bigint, OUT boot bigint, OUT last_id bigint, OUT next_xid bigint)
 LANGUAGE plpgsql AS $$
+DECLARE
+    _xmax xid8;
 BEGIN
-    boot := pg_layer_begin_boot(_known);
     SELECT CASE WHEN s.is_called THEN s.last_value ELSE 0 END INTO last_id FROM pg_layer_message_id_seq AS s;
+    -- The next transaction id: age() counts up to it as long as this transaction has none. The xmax of a snapshot will not do: open
+    -- transactions from there on may have drawn ids, because it follows the last transaction that has ended.
+    _xmax := pg_snapshot_xmax(pg_current_snapshot());
+    next_xid := _xmax::text::bigint + age(_xmax::xid);
+    boot := pg_layer_begin_boot(_known);
 END
 $$;
 

@@ -5,12 +5,12 @@
 --   _swept_to: messages that expired before this (seconds since 1970) have been deleted
 --   _marked_from: the id after which marked rows are of interest
 --   returns: the database's clock (seconds since 1970); whether the lease begins, or had been over, so that rows of memberships may be
---       missing; whether it had been over; the boot, the largest id drawn and the snapshot; whether there is something to delete, and
+--       missing; whether it had been over; boot, largest id and next transaction as of pg_layer_position, then the snapshot; whether there is something to delete, and
 --       whether there are marked rows
 CREATE FUNCTION pg_layer_renew(
     _prefix text, _address text, _host text, _pid integer, _lease float8, _fence bigint, _counters jsonb, _token text,
     _known_boot bigint, _swept_to float8, _marked_from bigint,
-    OUT clock float8, OUT is_new boolean, OUT was_over boolean, OUT boot bigint, OUT last_id bigint, OUT snapshot text,
+    OUT clock float8, OUT is_new boolean, OUT was_over boolean, OUT boot bigint, OUT last_id bigint, OUT next_xid bigint, OUT snapshot text,
     OUT has_expired boolean, OUT has_marked boolean
 )
 LANGUAGE plpgsql SET enable_seqscan = off AS $$
@@ -18,9 +18,7 @@ DECLARE
     _now timestamptz := clock_timestamp();
     _client pg_layer_client;
 BEGIN
-    boot := pg_layer_begin_boot(_known_boot);
-    -- The id before the snapshot: rows of transactions that the snapshot does not know have larger ids.
-    SELECT CASE WHEN s.is_called THEN s.last_value ELSE 0 END INTO last_id FROM pg_layer_message_id_seq AS s;
+    SELECT p.boot, p.last_id, p.next_xid INTO boot, last_id, next_xid FROM pg_layer_position(_known_boot) AS p;
     snapshot := pg_current_snapshot()::text;
     -- Locked, so that no sweep clears this client between the look and the renewal.
     SELECT * INTO _client FROM pg_layer_client AS c WHERE c.address = _address FOR UPDATE;

@@ -17,7 +17,7 @@ LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off 
     SELECT count(*), extract(epoch FROM max(g.expires_at))::float8 FROM gone AS g
 $$;
 
--- Remove up to _limit of each kind: expired messages, claims that are over, and what clients whose lease is over have left. Rows that
+-- Remove up to _limit of each kind: expired messages, claims that are over, memberships of clients whose lease is over, and clients that ended a day ago. Rows that
 -- others have locked are left for the next time, so that several sweepers do no harm.
 --   _alone: only if nobody else sweeps right now; returns nulls if somebody does
 --   _after: as for pg_layer_delete_expired
@@ -31,7 +31,6 @@ DECLARE
     _now timestamptz := clock_timestamp();
     _over text[];
     _address text;
-    _count bigint;
     _is_done boolean := true;
 BEGIN
     IF _alone AND NOT pg_try_advisory_xact_lock(hashtextextended('pg_layer_sweep ' || _prefix, 0)) THEN
@@ -71,7 +70,8 @@ BEGIN
     SELECT memberships + count(*) INTO memberships FROM gone;
     _is_done := _is_done AND memberships < _limit;
 
-    -- What clients left whose lease is over. Locked, so that a client that returns renews before this or after it.
+    -- Memberships of clients whose lease is over. Their messages stay until they expire: a client that was stopped reads them when it
+    -- returns. Locked, so that it renews before this or after it.
     FOR _address IN
         SELECT c.address FROM pg_layer_client AS c
         WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
@@ -79,16 +79,10 @@ BEGIN
         ORDER BY c.address
         FOR UPDATE SKIP LOCKED
     LOOP
-        IF messages >= _limit OR memberships >= _limit THEN
+        IF memberships >= _limit THEN
             _is_done := false;
             EXIT;
         END IF;
-        WITH gone AS (
-            DELETE FROM pg_layer_message AS m WHERE m.address = _address AND m.id IN (
-                SELECT o.id FROM pg_layer_message AS o WHERE o.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED) RETURNING 1
-        )
-        SELECT count(*) INTO _count FROM gone;
-        messages := messages + _count;
         WITH gone AS (
             DELETE FROM pg_layer_membership AS m USING (
                 SELECT o.group_name, o.address, o.channel, o.id FROM pg_layer_membership AS o
@@ -96,9 +90,8 @@ BEGIN
             ) AS o
             WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id RETURNING 1
         )
-        SELECT memberships + count(*), _count + count(*) INTO memberships, _count FROM gone;
-        IF NOT EXISTS (SELECT FROM pg_layer_message AS m WHERE m.address = _address)
-            AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address)
+        SELECT memberships + count(*) INTO memberships FROM gone;
+        IF NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address)
         THEN
             UPDATE pg_layer_client AS c SET swept_at = _now WHERE c.address = _address;
         ELSE
@@ -132,15 +125,14 @@ LANGUAGE sql STABLE AS $$
             AND pg_layer_is_over(_prefix, c.expires_at, c.lease)
     )
     SELECT
-        (SELECT count(*) FROM pg_layer_message AS m
-         WHERE m.expires_at <= clock_timestamp() OR m.address IN (SELECT o.address FROM over AS o)),
+        (SELECT count(*) FROM pg_layer_message AS m WHERE m.expires_at <= clock_timestamp()),
         (SELECT count(*) FROM pg_layer_membership AS m
          WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"'
             AND (m.address IN (SELECT o.address FROM over AS o)
-                OR m.id <> 0 AND (m.expires_at <= clock_timestamp()
-                    OR m.address >= _prefix || '!:' AND m.address < _prefix || '!;' AND (NOT m.present OR EXISTS (
+                OR m.id <> 0 AND CASE WHEN position('!:' IN m.address) = 0 THEN m.expires_at <= clock_timestamp() - interval '1 day'
+                    ELSE m.expires_at <= clock_timestamp() OR NOT m.present OR EXISTS (
                         SELECT FROM pg_layer_membership AS n
-                        WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id))))),
+                        WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id) END)),
         (SELECT count(*) FROM pg_layer_client AS c
          WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"'
             AND coalesce(c.ended_at, c.swept_at) <= clock_timestamp() - interval '1 day')

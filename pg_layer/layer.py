@@ -211,7 +211,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             return await engine.bridge(partial(examine, engine))
         except LayerUnavailable as error:
             return Health(
-                lease_age=None, listener="off", last_doorbell=None, round_trip=None, problems=[str(error)]
+                lease_age=None, listener="off", last_notification=None, round_trip=None, problems=[str(error)]
             )
 
     def stats(self) -> Stats:

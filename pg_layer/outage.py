@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from pg_layer._state.client import Client
 from pg_layer.faults import AWAY, was_refused, words_of
@@ -14,15 +15,17 @@ logger = logging.getLogger("pg_layer")
 class Outage:
     """What is known of the database being away. Belongs to one event loop."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, is_over: Callable[[], bool] = lambda: False) -> None:
+        # is_over: whether the loop's connections were closed, so that they say nothing of the database
         self._client = client
+        self._is_over = is_over
         self.since = 0.0  # by time.monotonic()
         self.why: str | None = None  # while it is away
         self._was_there = False  # before that
 
     def begin(self, error: Exception) -> None:
         """The database is lost, or cannot be had; the first of several calls counts."""
-        if self.why is not None:
+        if self.why is not None or self._is_over():
             return
         self.why, self.since = words_of(error).removeprefix(AWAY), time.monotonic()
         logger.warning("%s: %s", self._what(error), self.why)

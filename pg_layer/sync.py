@@ -202,8 +202,11 @@ class Sync:
         """Write, and announce it: now, or after the commit."""
         session = DjangoSession(self._connection(using))
         announcer = self._loops.announcer
-        if not session.is_in_transaction and announcer:
-            self._announce(session)
+        if not session.is_in_transaction:
+            # A callback of the application that runs after the commit, but before the layer's.
+            self.announce_committed(session.connection)
+            if announcer:
+                self._announce(session)
         is_quiet = bool(announcer)
 
         async def work(session: DjangoSession, *, quiet: bool = False) -> tuple[T, list[Unannounced]]:
@@ -226,23 +229,26 @@ class Sync:
     # ------------------------------------------------------------------ announcing
 
     def _announce_after_commit(self, session: DjangoSession, rows: list[Unannounced]) -> None:
+        """Announce rows after the commit, all of a transaction at once."""
         connection = session.connection
-        pending = _pending.setdefault(connection, [])
-        if pending and pending[0].xid != rows[0].xid:  # of a transaction that was rolled back
-            pending.clear()
-        pending.extend(rows)
-        transaction.on_commit(partial(self._committed, connection), using=connection.alias)
+        pending = _pending.get(connection)
+        if pending is None or pending.rows[0].xid != rows[0].xid:  # of one that was rolled back
+            pending = _pending[connection] = Pending([])
+        pending.rows.extend(rows)
+        # A savepoint that is rolled back takes the callbacks along that were registered in it.
+        callbacks = (callback for _, callback, *_ in connection.run_on_commit)
+        if not any(isinstance(each, AfterCommit) and not each.is_called for each in callbacks):
+            transaction.on_commit(AfterCommit(self, connection), using=connection.alias)
 
-    def _committed(self, connection: BaseDatabaseWrapper) -> None:
-        """Announce all that the transaction wrote. Rows that a savepoint has undone are left out."""
-        if connection.in_atomic_block:  # a test runs the callbacks; nothing is committed
+    def announce_committed(self, connection: BaseDatabaseWrapper) -> None:
+        """Announce what the last transaction wrote. Rows that a savepoint has undone are left out."""
+        if connection.in_atomic_block:  # a test runs the callbacks: nothing is committed
             return
-        rows = _pending.pop(connection, [])
-        if not rows:
-            return
-        self._loops.announcer.add(rows)
-        # What fails is announced by what this process writes next, or found by receivers.
-        self._announce(DjangoSession(connection))
+        pending = _pending.pop(connection, None)
+        if pending is not None:
+            self._loops.announcer.add(pending.rows)
+            # What fails is announced by what this process writes next, or found by receivers.
+            self._announce(DjangoSession(connection))
 
     def _announce(self, session: DjangoSession) -> None:
         """Announce what was written quietly, on this connection and outside of transactions."""
@@ -368,9 +374,29 @@ def _finish(work: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("The coroutine waits for something.")
 
 
+class Pending:
+    """What a transaction wrote, to be announced after its commit."""
+
+    def __init__(self, rows: list[Unannounced]) -> None:
+        self.rows = rows
+
+
+class AfterCommit:
+    """The callback for `transaction.on_commit`."""
+
+    def __init__(self, sync: Sync, connection: BaseDatabaseWrapper) -> None:
+        self._sync = sync
+        self._connection = connection
+        self.is_called = False
+
+    def __call__(self) -> None:
+        """Announce what the transaction wrote."""
+        self.is_called = True
+        self._sync.announce_committed(self._connection)
+
+
 _all: WeakSet[Sync] = WeakSet()
-# What the open transaction of a connection of Django's wrote, to be announced after the commit.
-_pending: WeakKeyDictionary[BaseDatabaseWrapper, list[Unannounced]] = WeakKeyDictionary()
+_pending: WeakKeyDictionary[BaseDatabaseWrapper, Pending] = WeakKeyDictionary()
 
 
 def _after_fork_in_child() -> None:

@@ -23,9 +23,9 @@ from django.db.models import Q
 from django.db.models.functions import Now
 from django.test import TestCase, TransactionTestCase
 
+from pg_layer._messages.addresses import channel_address, group_address
+from pg_layer._runtime.loops import Loops
 from pg_layer.aliases import alias_of
-from pg_layer.client import inbox_of
-from pg_layer.homes import Homes
 from pg_layer.layer import PostgresChannelLayer
 from pg_layer.termination import leavers
 
@@ -37,7 +37,7 @@ else:
     HAS_PYTEST = True
 
 FOR_DATABASES = {"db", "transactional_db", "live_server"}  # fixtures of pytest-django, which others need
-LONGEST_TEST = timedelta(days=1)  # with somebody at its breakpoints
+LONGEST_TEST = timedelta(days=1)  # it may stop at a breakpoint
 
 
 # ---------------------------------------------------------------------- what was sent
@@ -63,12 +63,14 @@ def captured_messages(
     """A list that holds, when the block has ended, what was sent to these groups and channels, in order.
 
     It reads the layer's own tables on Django's connection, and so sees what the test's transaction wrote:
-    what was sent by `layer.sync` or from SQL and not rolled back. Outside of a transaction it sees whatever
-    anybody sent, and of what was sent to a channel what nobody has received yet.
+    what was sent by `layer.sync` or from SQL and not rolled back. Outside of a transaction it sees what all
+    processes sent; of messages to a channel only those that have not been received. A normal channel that is
+    a member of a group is sent a message of its own, and that is listed if the channel is captured.
 
-    While the block lasts, a member of its own is in each group, and counts in `group_count`. ``layer`` is an
-    alias in CHANNEL_LAYERS, ``using`` one in DATABASES, if the calls name it. For synchronous code: raises
-    `SynchronousOnlyOperation` on the thread of a running event loop.
+    Messages to a group without members are not written. So, while the block lasts, each group has a member
+    more, which counts in `group_count`. ``layer`` is an alias in CHANNEL_LAYERS, ``using`` one in DATABASES,
+    if the calls name it. For synchronous code: raises `SynchronousOnlyOperation` on the thread of a running
+    event loop.
     """
     # Their import needs Django's apps, which are not there yet when pytest loads this module.
     from pg_layer.models import Membership, Message
@@ -84,16 +86,18 @@ def captured_messages(
     prefix = channel_layer.config.prefix
     alias = using or alias_of(channel_layer.config)
     own_channel = f"specific.{secrets.token_hex(8)}!captured"
-    own_inbox = inbox_of(prefix, own_channel)
-    inboxes = [inbox_of(prefix, channel) for channel in channels]
-    memberships = Membership.objects.using(alias).filter(inbox=own_inbox)
+    own_address = channel_address(prefix, own_channel)
+    group_of = {group_address(prefix, group): group for group in groups}
+    channel_addresses = [channel_address(prefix, channel) for channel in channels]
+    memberships = Membership.objects.using(alias).filter(address=own_address)
     messages = Message.objects.using(alias).filter(
-        Q(inbox=own_inbox) | Q(inbox__in=inboxes, channel__in=channels, group_name=None), kind="message"
+        Q(address__in=group_of) | Q(address__in=channel_addresses, channel__in=channels), kind="message"
     )
-    waiting = list(messages.values_list("id", flat=True))
+    earlier = list(messages.values_list("id", flat=True))
 
     def leave() -> None:
-        for rows in (memberships, Message.objects.using(alias).filter(inbox=own_inbox)):
+        # The member, and the message to its owner that asked for it.
+        for rows in (memberships, Message.objects.using(alias).filter(address=own_address)):
             rows.delete()
 
     sent: list[Sent] = []
@@ -102,9 +106,11 @@ def captured_messages(
             channel_layer.sync.group_add(group, own_channel, using=using)
         memberships.update(expires_at=Now() + LONGEST_TEST)
         yield sent
-        for row in messages.exclude(id__in=waiting).order_by("id"):
+        for row in messages.exclude(id__in=earlier).order_by("id"):
             message = channel_layer._codec.decode(channel_layer._codec.open(bytes(row.payload)))
-            sent.append(Sent(message, row.group_name, row.channel, row.excluded))
+            group_name = group_of.get(row.address)
+            excluded = None if group_name is None else row.excluded
+            sent.append(Sent(message, group_name, row.channel, excluded))
     except BaseException:
         with suppress(DjangoError):  # the transaction may be broken, and is rolled back then
             leave()
@@ -142,15 +148,15 @@ def reset_layers(databases: Container[str] | None = None) -> None:
 
 
 async def _reset_layers(databases: Container[str] | None) -> None:
-    used = [homes for homes in leavers() if isinstance(homes, Homes) and homes.is_used]
+    used = [loops for loops in leavers() if isinstance(loops, Loops) and loops.is_used]
     strays = set()
     async with AsyncExitStack() as stack:
-        for homes in used:
-            stack.push_async_callback(homes.close)
-        for homes in used:
-            using = homes.client.config.using
+        for loops in used:
+            stack.push_async_callback(loops.close)
+        for loops in used:
+            using = loops.client.config.using
             if using is not None and (databases is None or using in databases):
-                engine = homes.for_sending()
+                engine = loops.for_sending()
                 await engine.bridge(engine.flush)
             elif using is not None:
                 strays.add(using)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from soak.faults import KINDS
 from soak.report import describe
 from soak.run import soak
 
@@ -17,15 +18,29 @@ from soak.run import soak
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: all promises kept; 1: one was broken; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="how long faults are made (default: 120)")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="how long faults are made (default: 120)"
+    )
     parser.add_argument("--seed", type=int, help="of what happens; random by default, and printed")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what the processes wrote down")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep what the processes wrote down"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="make only faults of which the name contains this; may be given more than once",
+    )
     options = parser.parse_args(arguments)
+    if unknown := [text for text in options.only if not any(text in kind for kind in KINDS)]:
+        kinds = "\n  ".join(KINDS)
+        parser.error(f"no fault contains {unknown[0]!r}. There are:\n  {kinds}")
     seed = secrets.randbits(32) if options.seed is None else options.seed
     signal.signal(signal.SIGTERM, _interrupt)
     _say(f"{options.seconds:g} seconds of faults, --seed {seed}")
     try:
-        ledger = soak(options.seconds, seed, _say, options.keep)
+        ledger = soak(options.seconds, seed, _say, options.keep, options.only)
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
 import signal
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from psycopg.conninfo import make_conninfo
+
 from soak.book import Book, now
-from soak.ledger import Complaint, Gone
-from soak.roles import Part, Role, play
+from soak.process import play
+from soak.records import Away, Complaint, Gone
+from soak.roles import ON_DJANGOS_CONNECTION, SENDING, Part, Role
 
 READY_MOST = 60.0  # seconds; a server may be down meanwhile
 END_MOST = 20.0
+RESUME = 1.0  # seconds after which a process that was stopped has noticed what it lost
 
 
 class Member:
@@ -30,7 +35,8 @@ class Member:
         self.ready = asyncio.Event()
         self.quiet = asyncio.Event()
         self.ended = asyncio.Event()
-        self.is_going = False  # somebody ends it
+        self.is_going = False  # it is being ended
+        self.is_stopped = False
         loop.add_reader(process.sentinel, self._end)
 
     def _end(self) -> None:
@@ -39,36 +45,55 @@ class Member:
         self.ended.set()
 
     def signal(self, signum: signal.Signals) -> None:
-        # By its sentinel, and not its pid, it is known to live; nobody else waits for it.
+        # Its pid is its own until it is waited for, and that is done here alone.
         if self.process.pid is not None and not self.ended.is_set():
-            self.process.kill() if signum is signal.SIGKILL else self.process.terminate()
+            os.kill(self.process.pid, signum)
 
 
 class Crew:
-    """All processes. Belongs to one event loop; ``book`` is where it writes down who goes."""
+    """All processes. Belongs to one event loop; ``book`` is where it writes down which of them go.
 
-    def __init__(self, folder: Path, dsns: tuple[str, ...], chance: random.Random, book: Book) -> None:
+    Half of the processes take the first way to the database, which leads there directly, and half
+    the second, which is a network that breaks. Django's connections have no timeout, so the
+    processes that use them all take the first.
+    """
+
+    def __init__(
+        self, folder: Path, dsns: tuple[str, str], chance: random.Random, book: Book
+    ) -> None:
         self._folder = folder
         self._dsns = dsns
         self._chance = chance
         self._book = book
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["soak.roles"])
+        self._context.set_forkserver_preload(["soak.process"])
         self._serials: dict[str, int] = {}
         self.members: list[Member] = []
 
     def of(self, *roles: Role) -> list[Member]:
-        """Those that play one of these roles, and that nobody ends."""
-        return [m for m in self.members if m.part.role in roles and not m.is_going and m.ready.is_set()]
+        """Those that play one of these roles, that run and are not being ended."""
+        return [
+            m
+            for m in self.members
+            if m.part.role in roles and m.ready.is_set() and not (m.is_going or m.is_stopped)
+        ]
+
+    def behind_network(self) -> list[str]:
+        """The names of the processes that take the second way to the database."""
+        return [member.part.name for member in self.members if member.part.takes_network]
 
     async def start(self, role: Role) -> Member:
         """Start a process; returns when it is at work."""
         serial = self._serials[role] = self._serials.get(role, 0) + 1
         # In turn, so that both ways to the server are taken in every role.
-        dsn = self._dsns[serial % len(self._dsns)]
-        part = Part(role, f"{role}-{serial}", dsn, self._folder, self._chance.getrandbits(32))
+        takes_network = serial % 2 == 0 and role not in ON_DJANGOS_CONNECTION
+        name = f"{role}-{serial}"
+        dsn = make_conninfo(self._dsns[takes_network], application_name=name)
+        part = Part(role, name, dsn, takes_network, self._folder, self._chance.getrandbits(32))
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=play, args=(part, theirs), name=part.name, daemon=True)
+        process = self._context.Process(
+            target=play, args=(part, theirs), name=part.name, daemon=True
+        )
         await asyncio.to_thread(process.start)
         theirs.close()
         member = Member(part, process, ours)
@@ -102,9 +127,37 @@ class Crew:
                 self._complain(f"{member.part.name} ended with {member.process.exitcode}")
         self._forget(member)
 
+    async def die(self, member: Member) -> None:
+        """Have it die between a commit and the announcement; returns when it is gone."""
+        member.is_going = True
+        self._send(member, "die")
+        try:
+            await asyncio.wait_for(member.ended.wait(), END_MOST)
+        except asyncio.TimeoutError:  # it does not come to commit anything
+            member.signal(signal.SIGKILL)
+            await member.ended.wait()
+        self._book.write(Gone(now(), member.part.name, True))
+        self._forget(member)
+
+    async def stop(self, member: Member, until: asyncio.Event, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after some time, or earlier when an event is set."""
+        began = now()
+        member.is_stopped = True
+        member.signal(signal.SIGSTOP)
+        try:
+            await asyncio.wait_for(until.wait(), seconds)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            member.signal(signal.SIGCONT)
+            self._book.write(Away(began, now() + RESUME, member.part.name, True))
+            member.is_stopped = False
+        if member.part.role in SENDING:
+            self._tell(member)
+
     async def hush(self) -> None:
         """Have all be quiet; returns when nothing is on its way into the database any more."""
-        senders = self.of("sender", "threads")
+        senders = self.of(*SENDING)
         for member in self.members:
             self._send(member, "quiet")
         for member in senders:
@@ -112,7 +165,9 @@ class Crew:
 
     async def end(self) -> None:
         """Dismiss all."""
-        await asyncio.gather(*(self.dismiss(member) for member in self.members if not member.is_going))
+        await asyncio.gather(
+            *(self.dismiss(member) for member in self.members if not member.is_going)
+        )
 
     def close(self) -> None:
         """Leave nothing behind, wherever the run broke off."""
@@ -149,7 +204,7 @@ class Crew:
                 self._complain(f"{member.part.name} ended by itself")
 
     def _tell_senders(self) -> None:
-        for member in self.of("sender", "threads"):
+        for member in self.of(*SENDING):
             self._tell(member)
 
     def _tell(self, member: Member) -> None:

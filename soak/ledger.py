@@ -1,210 +1,82 @@
-"""What became of every message: pure computation over what the processes wrote down. No I/O.
-
-Times are those of ``time.monotonic()``, which all processes of one machine share.
-"""
+"""What became of every message: pure computation over what the processes wrote down. No I/O."""
 
 from __future__ import annotations
 
-import json
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate
+from typing import NamedTuple
 
-Kind = Literal["specific", "group", "normal", "single"]
-Outcome = Literal["returned", "refused", "unknown"]
+from soak.absences import HEARTBEAT, Absences, Receipts
+from soak.group_order import GroupOrder, Key, Receipt, compare
+from soak.records import (
+    KINDS,
+    Away,
+    Begun,
+    Cancelled,
+    Closed,
+    Complaint,
+    Crash,
+    Ended,
+    Failed,
+    Fault,
+    Gone,
+    Got,
+    Joined,
+    Joining,
+    Kind,
+    Leaving,
+    Left,
+    Opened,
+    Outcome,
+    Promotion,
+    Record,
+    Undone,
+)
 
-KINDS: tuple[Kind, ...] = ("specific", "group", "normal", "single")
 ORDERED = ("specific", "group", "single")  # several workers on one channel promise no order
+JOBS = ("normal", "single")
+OWED = ("returned", "unannounced")  # outcomes after which a message must arrive
 
 LAZY = 1.0  # seconds before a crash of the server of which commits may be lost
 LONG = 0.3  # seconds: a fault that takes longer keeps messages from coming
 RESTORE_MOST = 30.0  # seconds after a crash until a client has put its memberships back
-TAKEN_MOST = 35  # jobs that a killed worker may hold: 31 ahead, two waited for, two not yet written down
-
-
-# ---------------------------------------------------------------------- what processes write down
-
-
-class Begun(NamedTuple):
-    """A writer is about to send its message number ``n``. Writers await each send before the next."""
-
-    at: float
-    writer: str
-    n: int
-    kind: Kind
-    stream: str
-
-
-class Ended(NamedTuple):
-    """That send has ended."""
-
-    at: float
-    writer: str
-    n: int
-    outcome: Outcome
-
-
-class Opened(NamedTuple):
-    """A specific channel is read from now on."""
-
-    at: float
-    channel: str
-
-
-class Closed(NamedTuple):
-    """It is not read any more."""
-
-    at: float
-    channel: str
-
-
-class Got(NamedTuple):
-    """A message was received."""
-
-    at: float
-    channel: str
-    writer: str
-    n: int
-
-
-class Joining(NamedTuple):
-    """group_add is about to be called, until it succeeds."""
-
-    at: float
-    group: str
-    channel: str
-
-
-class Joined(NamedTuple):
-    """It has returned."""
-
-    at: float
-    group: str
-    channel: str
-
-
-class Leaving(NamedTuple):
-    """group_discard is about to be called, until it succeeds."""
-
-    at: float
-    group: str
-    channel: str
-
-
-class Failed(NamedTuple):
-    """It has raised, and is tried again: the member hears no more from here on, whatever becomes of it."""
-
-    at: float
-    group: str
-    channel: str
-
-
-class Left(NamedTuple):
-    """It has returned."""
-
-    at: float
-    group: str
-    channel: str
-
-
-class Cancelled(NamedTuple):
-    """A receive() was cancelled."""
-
-    at: float
-
-
-class Complaint(NamedTuple):
-    """An error in the log of a process."""
-
-    at: float
-    text: str
-
-
-class Fault(NamedTuple):
-    """Something was done to the system, from ``at`` on, and was over at ``ended``."""
-
-    at: float
-    kind: str
-    ended: float
-
-
-class Crash(NamedTuple):
-    """The server crashed, between these times."""
-
-    at: float
-    ended: float
-
-
-class Gone(NamedTuple):
-    """A process was killed, or was asked to end."""
-
-    at: float
-    process: str
-    was_killed: bool
-
-
-Record = (
-    Begun
-    | Ended
-    | Opened
-    | Closed
-    | Got
-    | Joining
-    | Joined
-    | Leaving
-    | Failed
-    | Left
-    | Cancelled
-    | Complaint
-    | Fault
-    | Crash
-    | Gone
+TAKEN_MOST = (
+    35  # jobs that a killed worker may hold: 31 ahead, two waited for, two not yet written down
 )
-
-_RECORDS: dict[str, Any] = {
-    record.__name__: record
-    for record in (
-        *(Begun, Ended, Opened, Closed, Got, Joining, Joined, Leaving, Failed, Left),
-        *(Cancelled, Complaint, Fault, Crash, Gone),
-    )
-}
-
-
-def encode(record: Record) -> bytes:
-    """A line of a book."""
-    return json.dumps([type(record).__name__, *record], separators=(",", ":")).encode() + b"\n"
-
-
-def decode(book: bytes) -> Iterator[Record]:
-    """The lines of a book. A last one that a killed process did not finish is left out."""
-    for line in book[: book.rfind(b"\n") + 1].splitlines():
-        name, *values = json.loads(line)
-        yield _RECORDS[name](*values)
+HELD = 3.0  # seconds for which a worker may hold a job before it releases it
+ANNOUNCED = 1.0  # seconds after a transaction within which its messages were surely announced
+FOUND_MOST = 2 * HEARTBEAT + 2.0  # seconds until a message that was never announced arrives
+BUCKET = 5.0  # seconds: memberships are looked up by pieces of time
 
 
 # ---------------------------------------------------------------------- what is made of it
 
 
 class Message(NamedTuple):
-    """A message that somebody sent, or tried to."""
+    """A message that was sent, or was to be."""
 
     begun: Begun
     ended: float  # infinity: the sender ended before the call did
     outcome: Outcome
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What identifies it."""
         return (self.begun.writer, self.begun.n)
 
 
 @dataclass
 class Stay:
-    """A channel in a group: surely from ``joined`` to ``leaving``, perhaps from ``joining`` to ``left``."""
+    """A channel in a group.
 
+    Surely from ``joined`` to ``leaving``, perhaps from ``joining`` to ``left``.
+    """
+
+    group: str
     channel: str
     by: str  # the process that has it join
     joining: float
@@ -212,17 +84,22 @@ class Stay:
     leaving: float = math.inf
     left: float = math.inf
     has_failed: bool = False  # its leaving, at first
+    joins_in_transaction: bool = False
+    leaves_in_transaction: bool = False
 
 
 @dataclass
 class Reading:
-    """A specific channel and who reads it."""
+    """A specific channel, and the process that reads it."""
 
+    channel: str
     process: str
     until: float = math.inf
     was_killed: bool = False
     got: list[Got] = field(default_factory=list)
-    last_of: dict[str, int] = field(default_factory=dict)  # writer -> its last message that was received here
+    last_of: dict[str, int] = field(
+        default_factory=dict
+    )  # writer -> its last message that was received here
 
 
 @dataclass
@@ -232,28 +109,35 @@ class Tally:
     returned: int = 0
     unknown: int = 0
     refused: int = 0
+    unannounced: int = 0
     delivered: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     twice: int = 0
+    again: int = 0  # jobs of which a promoted standby had not heard that they were taken
     disordered: int = 0
-    early: int = 0  # sent to a group before joining it: a client that connects anew promises no better
-    uninvited: int = 0  # refused, sent to somebody else, or to a group after leaving it
+    late: int = 0  # never announced, and found later than promised
+    early: int = 0  # sent to a group before joining it, by a catch-up
+    stayed: int = 0  # sent to a group after leaving it, where the leaving itself was lost
+    uninvited: int = 0  # refused, sent to another channel, or to a group after leaving it
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing happened that must not."""
         is_lost = any(self.lost[cause] for cause in NOT_ALLOWED)
-        return not (is_lost or self.twice or self.disordered or self.uninvited)
+        return not (is_lost or self.twice or self.disordered or self.late or self.uninvited)
 
 
 CRASH = "crash"
+PROMOTION = "promotion"
+NO_LEASE = "no lease"  # the reader was away for longer than its lease, and the database was not
 UNDONE_JOIN = "undone join"
 KILLED = "kill -9"
 LEFT = "reader left"
-IN_DOUBT = "left in doubt"  # group_discard failed, or the server crashed, before what was sent had been read
+# group_discard failed, or the server crashed, before what was sent had been read
+IN_DOUBT = "left in doubt"
 FORGOTTEN = "LEFT GROUP"  # sent before group_discard was called, and not read by then
 UNEXPLAINED = "UNEXPLAINED"
-CAUSES = (CRASH, UNDONE_JOIN, KILLED, LEFT, IN_DOUBT, FORGOTTEN, UNEXPLAINED)
+CAUSES = (CRASH, PROMOTION, NO_LEASE, UNDONE_JOIN, KILLED, LEFT, IN_DOUBT, FORGOTTEN, UNEXPLAINED)
 NOT_ALLOWED = (FORGOTTEN, UNEXPLAINED)
 
 
@@ -262,6 +146,7 @@ class Ledger:
     """The result."""
 
     tallies: dict[Kind, Tally]
+    group_order: GroupOrder
     faults: list[Fault]
     complaints: list[str]
     cancelled: int
@@ -273,22 +158,28 @@ class Ledger:
     @property
     def is_clean(self) -> bool:
         """Whether the layer kept its promises."""
-        return not self.complaints and all(tally.is_clean for tally in self.tallies.values())
+        return not (self.complaints or self.group_order.disagreements) and all(
+            tally.is_clean for tally in self.tallies.values()
+        )
 
 
 def settle(books: Mapping[str, Iterable[Record]]) -> Ledger:
-    """The ledger of these books, by process; who did what to whom is in any of them."""
+    """The ledger of these books, by process; faults are in any of them."""
     return _Settling(books).settle()
 
 
 class _Settling:
     def __init__(self, books: Mapping[str, Iterable[Record]]) -> None:
-        self.messages: dict[tuple[str, int], Message] = {}
+        self.messages: dict[Key, Message] = {}
         self.readings: dict[str, Reading] = {}
         self.stays: dict[str, list[Stay]] = defaultdict(list)  # by group
-        self.jobs: dict[str, list[tuple[str, Got]]] = defaultdict(list)  # normal channel -> (process, got)
+        self.jobs: dict[str, list[tuple[str, Got]]] = defaultdict(
+            list
+        )  # normal channel -> (process, got)
         self.faults: list[Fault] = []
+        self.aways: list[Away] = []
         self.crashes: list[Crash] = []
+        self.promotions: list[Promotion] = []
         self.gone: dict[str, Gone] = {}
         self.tallies: dict[Kind, Tally] = {kind: Tally() for kind in KINDS}
         self.complaints: list[str] = []
@@ -301,8 +192,35 @@ class _Settling:
             gone = self.gone.get(reading.process)
             if gone is not None and gone.at < reading.until:
                 reading.until, reading.was_killed = gone.at, gone.was_killed
+        # A crash and a promotion alike end one run of ids, and are over at a time.
+        self.breaks = [(crash.at, crash.ended) for crash in self.crashes]
+        self.breaks += [(promotion.crashed, promotion.ended) for promotion in self.promotions]
+        self.absences = Absences(self.aways, self._receipts(), self.breaks)
+        self.heard = self._groups_heard()
+        self.progress: dict[str, tuple[list[float], list[float]]] = {}
+        self.stays_of = _by_channel(stay for stays in self.stays.values() for stay in stays)
+        self.caught_up_until = self._catch_ups_of_groups()
         self.faults.sort()
         self.start = min((message.begun.at for message in self.messages.values()), default=0.0)
+
+    def _receipts(self) -> dict[str, list[tuple[float, float]]]:
+        """By process: when what its specific channels received had been sent, and was received."""
+        receipts: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for reading in self.readings.values():
+            receipts[reading.process] += [
+                self._times(got) for got in reading.got if (got.writer, got.n) in self.messages
+            ]
+        return receipts
+
+    def _groups_heard(self) -> dict[tuple[str, str], list[float]]:
+        """By group and channel: when messages of the group were received."""
+        heard: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for channel, reading in self.readings.items():
+            for got in reading.got:
+                message = self.messages.get((got.writer, got.n))
+                if message is not None and message.begun.kind == "group":
+                    heard[message.begun.stream, channel].append(got.at)
+        return heard
 
     def _read(self, process: str, records: Iterable[Record]) -> None:
         open_stays: dict[tuple[str, str], Stay] = {}
@@ -313,38 +231,56 @@ class _Settling:
                     self.streams[record.kind].add(record.stream)
                 case Ended():
                     key = (record.writer, record.n)
-                    self.messages[key] = Message(self.messages[key].begun, record.at, record.outcome)
+                    self.messages[key] = Message(
+                        self.messages[key].begun, record.at, record.outcome
+                    )
                 case Opened():
-                    self.readings[record.channel] = Reading(process)
+                    self.readings[record.channel] = Reading(record.channel, process)
                 case Closed():
                     self.readings[record.channel].until = record.at
                 case Got():
                     if record.channel in self.readings:
                         reading = self.readings[record.channel]
                         reading.got.append(record)
-                        reading.last_of[record.writer] = max(record.n, reading.last_of.get(record.writer, 0))
+                        reading.last_of[record.writer] = max(
+                            record.n, reading.last_of.get(record.writer, 0)
+                        )
                     else:
                         self.jobs[record.channel].append((process, record))
                 case Joining():
-                    stay = open_stays[record.group, record.channel] = Stay(record.channel, process, record.at)
+                    stay = Stay(record.group, record.channel, process, record.at)
+                    stay.joins_in_transaction = record.in_transaction
+                    open_stays[record.group, record.channel] = stay
                     self.stays[record.group].append(stay)
                     self.joins += 1
                 case Joined():
                     open_stays[record.group, record.channel].joined = record.at
                 case Leaving():
-                    open_stays[record.group, record.channel].leaving = record.at
+                    stay = open_stays[record.group, record.channel]
+                    stay.leaving, stay.leaves_in_transaction = record.at, record.in_transaction
                 case Failed():
                     open_stays[record.group, record.channel].has_failed = True
                 case Left():
                     open_stays[record.group, record.channel].left = record.at
+                case Undone():
+                    stay = open_stays[record.group, record.channel]
+                    if stay.leaving < math.inf:
+                        stay.leaving = math.inf
+                    else:
+                        self.stays[record.group].remove(stay)
+                        del open_stays[record.group, record.channel]
                 case Cancelled():
                     self.cancelled += 1
                 case Complaint():
                     self.complaints.append(f"{process}: {record.text}")
                 case Fault():
                     self.faults.append(record)
+                case Away():
+                    self.aways.append(record)
                 case Crash():
                     self.crashes.append(record)
+                case Promotion():
+                    self.promotions.append(record)
                 case Gone():
                     self.gone[record.process] = record
 
@@ -355,9 +291,11 @@ class _Settling:
         received = self._look_at_channels()
         done = self._look_at_jobs()
         self._find_lost(received, done)
+        group_order = self._compare_members()
         first, all_back = self._recoveries()
         return Ledger(
             self.tallies,
+            group_order,
             self.faults,
             self.complaints,
             self.cancelled,
@@ -369,32 +307,40 @@ class _Settling:
 
     # ------------------------------------------------------------------ what was delivered
 
-    def _look_at_channels(self) -> dict[str, set[tuple[str, int]]]:
+    def _look_at_channels(self) -> dict[str, set[Key]]:
         """What specific channels received, whether for themselves or for their groups."""
-        received: dict[str, set[tuple[str, int]]] = defaultdict(set)
+        received: dict[str, set[Key]] = defaultdict(set)
         for channel, reading in self.readings.items():
-            seen = received[channel]
             last: dict[str, int] = {}
+            first: dict[Key, Got] = {}
             for got in reading.got:
-                message = self._delivered(got, seen, reading.process)
+                message = self._delivered(got, first, reading.process)
                 if message is None:
                     continue
+                tally = self.tallies[message.begun.kind]
                 if not self._was_meant_for(message, channel):
                     if self._has_joined_since(message, got):
-                        self.tallies[message.begun.kind].early += 1
+                        tally.early += 1
+                    elif self._leaving_was_lost(message, reading):
+                        tally.stayed += 1
                     else:
-                        self._offend(message, f"came uninvited to {channel} of {reading.process}", got.at)
-                        self.tallies[message.begun.kind].uninvited += 1
+                        self._offend(
+                            message, f"came uninvited to {channel} of {reading.process}", got.at
+                        )
+                        tally.uninvited += 1
+                self._expect_in_time(message, got, reading.process)
                 self._keep_order(message, last, got, reading.process)
+            received[channel] = set(first)
         return received
 
-    def _look_at_jobs(self) -> dict[str, set[tuple[str, int]]]:
+    def _look_at_jobs(self) -> dict[str, set[Key]]:
         """What the readers of normal channels received."""
-        done: dict[str, set[tuple[str, int]]] = defaultdict(set)
+        done: dict[str, set[Key]] = defaultdict(set)
         for channel, gots in self.jobs.items():
             last: dict[str, dict[str, int]] = defaultdict(dict)
+            first: dict[Key, Got] = {}
             for process, got in sorted(gots, key=lambda entry: entry[1].at):
-                message = self._delivered(got, done[channel], process)
+                message = self._delivered(got, first, process)
                 if message is None:
                     continue
                 if message.begun.stream != channel:
@@ -402,19 +348,23 @@ class _Settling:
                     self.tallies[message.begun.kind].uninvited += 1
                 if message.begun.kind in ORDERED:
                     self._keep_order(message, last[process], got, process)
+            done[channel] = set(first)
         return done
 
-    def _delivered(self, got: Got, seen: set[tuple[str, int]], process: str) -> Message | None:
+    def _delivered(self, got: Got, first: dict[Key, Got], process: str) -> Message | None:
         message = self.messages.get((got.writer, got.n))
         if message is None:
             raise ValueError(f"{got} was never sent.")
         tally = self.tallies[message.begun.kind]
         tally.delivered += 1
-        if message.key in seen:
-            tally.twice += 1
-            self._offend(message, f"came twice, now to {process}", got.at)
+        earlier = first.setdefault(message.key, got)
+        if earlier is not got:
+            if self._taking_was_lost(message, earlier, got):
+                tally.again += 1
+            else:
+                tally.twice += 1
+                self._offend(message, f"came twice, now to {process}", got.at)
             return None
-        seen.add(message.key)
         if message.outcome == "refused":
             tally.uninvited += 1
             self._offend(message, f"was refused, and came to {process}", got.at)
@@ -423,22 +373,152 @@ class _Settling:
     def _was_meant_for(self, message: Message, channel: str) -> bool:
         if message.begun.kind == "group":
             return any(
-                stay.channel == channel and stay.joining <= message.ended and message.begun.at <= stay.left
-                for stay in self.stays[message.begun.stream]
+                stay.joining <= message.ended and message.begun.at <= stay.left
+                for stay in self.stays_of[message.begun.stream, channel]
             )
         return message.begun.stream == channel
 
     def _has_joined_since(self, message: Message, got: Got) -> bool:
         return message.begun.kind == "group" and any(
-            stay.channel == got.channel and message.ended < stay.joining < got.at
-            for stay in self.stays[message.begun.stream]
+            message.ended < stay.joining < got.at
+            for stay in self.stays_of[message.begun.stream, got.channel]
         )
+
+    def _leaving_was_lost(self, message: Message, reading: Reading) -> bool:
+        """Whether a leaving that another process made did not reach the owner, or not yet."""
+        if message.begun.kind != "group":
+            return False
+        for stay in self.stays_of[message.begun.stream, reading.channel]:
+            if stay.by == reading.process or stay.left > message.begun.at:
+                continue
+            if self._change_was_lost(reading, stay.leaving, stay.left, stay.leaves_in_transaction):
+                return True
+            # It was found without an announcement.
+            if (
+                stay.leaves_in_transaction
+                and message.begun.at <= stay.left + FOUND_MOST
+                and self.absences.was_away(stay.by, stay.leaving, stay.left + ANNOUNCED)
+            ):
+                return True
+        return False
+
+    def _change_was_lost(
+        self, reading: Reading, began: float, ended: float, in_transaction: bool
+    ) -> bool:
+        """Whether a change of a membership by another process may be lost on its way to the owner.
+
+        A transaction waits for the disk, unlike the layer's own commits, and survives a crash.
+        """
+        return (
+            self._fell_to_promotion(began, ended)
+            or (not in_transaction and self._fell_to_crash(began, ended))
+            or self.absences.had_no_lease(reading.process, began, ended)
+        )
+
+    def _taking_was_lost(self, message: Message, first: Got, second: Got) -> bool:
+        """Whether a job was taken without the knowledge of the standby that was promoted."""
+        return message.begun.kind in JOBS and any(
+            message.begun.at <= promotion.cut
+            and promotion.at <= first.at
+            and promotion.crashed <= second.at
+            for promotion in self.promotions
+        )
+
+    def _may_be_unannounced(self, message: Message) -> bool:
+        """Whether a message was perhaps never announced, or much later than it was committed."""
+        begun = message.begun
+        return begun.in_transaction and (
+            message.outcome in ("unannounced", "unknown")
+            or self.absences.was_away(begun.process, begun.at, message.ended + ANNOUNCED)
+            or self._died_after(message)
+        )
+
+    def _died_after(self, message: Message) -> bool:
+        gone = self.gone.get(message.begun.process)
+        return gone is not None and gone.was_killed and gone.at <= message.ended + ANNOUNCED
+
+    def _expect_in_time(self, message: Message, got: Got, process: str) -> None:
+        """What was never announced arrives within two heartbeats, if the process is there."""
+        due = message.ended + FOUND_MOST
+        if (
+            message.outcome == "unannounced"
+            and got.at > due
+            and not self.absences.was_away(process, message.ended, due)
+        ):
+            self.tallies[message.begun.kind].late += 1
+            self._offend(
+                message, f"was found by {process} after {got.at - message.ended:.1f} s", got.at
+            )
+
+    def _compare_members(self) -> GroupOrder:
+        """What the members of each group received, beside each other."""
+        members: dict[str, dict[str, list[Receipt]]] = defaultdict(lambda: defaultdict(list))
+        has_place: dict[Key, bool] = {}
+        for channel, reading in self.readings.items():
+            seen: set[Key] = set()
+            for got in reading.got:
+                message = self.messages[got.writer, got.n]
+                if message.begun.kind != "group" or message.key in seen:
+                    continue
+                seen.add(message.key)
+                if message.key not in has_place:
+                    has_place[message.key] = not self._may_be_unannounced(message)
+                if has_place[message.key]:
+                    group, sent = message.begun.stream, message.begun.at
+                    members[group][channel].append(
+                        Receipt(
+                            message.key, sent, got.at, self._is_caught_up(message, got, reading)
+                        )
+                    )
+        found = GroupOrder()
+        for of_group in members.values():
+            found.add(compare(of_group))
+        for disagreement in found.disagreements.values():
+            one, other = disagreement.one, disagreement.other
+            before = "{}#{}".format(*disagreement.other_key)
+            self._offend(
+                self.messages[disagreement.key],
+                f"came before {before} to {one} of {self.readings[one].process},"
+                f" and after it to {other} of {self.readings[other].process}",
+                disagreement.received,
+            )
+        return found
+
+    def _is_caught_up(self, message: Message, got: Got, reading: Reading) -> bool:
+        """Whether a member read a message that it had missed.
+
+        So does one that another process added: its process may first have to listen for the group.
+        """
+        sent = message.begun.at
+        if self.absences.is_caught_up(reading.process, sent, got.at):
+            return True
+        return any(
+            joining <= got.at and sent <= until
+            for joining, until in self.caught_up_until[message.begun.stream, got.channel]
+        )
+
+    def _catch_ups_of_groups(self) -> dict[tuple[str, str], list[tuple[float, float]]]:
+        """By group and channel: when another process added it, and when it then heard something."""
+        found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+        for (group, channel), stays in self.stays_of.items():
+            for stay in stays:
+                if stay.by != self.readings[channel].process:
+                    found[group, channel].append((stay.joining, self._first_got(stay)))
+        return found
+
+    def _first_got(self, stay: Stay) -> float:
+        """When a member received the first message of its group since it began to join."""
+        heard = self.heard.get((stay.group, stay.channel), [])
+        place = bisect_left(heard, stay.joining)
+        return heard[place] if place < len(heard) else math.inf
 
     def _keep_order(self, message: Message, last: dict[str, int], got: Got, process: str) -> None:
         # What was lost on the way to the server may get there at any later time.
         if message.outcome != "returned":
             return
         if got.n < last.get(got.writer, 0):
+            if self._may_be_unannounced(message):
+                return
             self.tallies[message.begun.kind].disordered += 1
             self._offend(message, f"came to {process} after number {last[got.writer]}", got.at)
         else:
@@ -446,12 +526,11 @@ class _Settling:
 
     # ------------------------------------------------------------------ what was not
 
-    def _find_lost(
-        self, received: Mapping[str, set[tuple[str, int]]], done: Mapping[str, set[tuple[str, int]]]
-    ) -> None:
+    def _find_lost(self, received: Mapping[str, set[Key]], done: Mapping[str, set[Key]]) -> None:
         lost_jobs: dict[str, list[Message]] = defaultdict(list)
+        sure = self._sure_stays()
         for message in self.messages.values():
-            if message.outcome != "returned":
+            if message.outcome not in OWED:
                 continue
             kind, stream = message.begun.kind, message.begun.stream
             if kind == "specific":
@@ -459,7 +538,7 @@ class _Settling:
                 if message.begun.at < reading.until and message.key not in received[stream]:
                     self._lose(message, self._cause(message, reading), f"for {reading.process}")
             elif kind == "group":
-                for stay in self.stays[stream]:
+                for stay in sure[stream, int(message.begun.at // BUCKET)]:
                     reading = self.readings[stay.channel]
                     if (
                         stay.joined <= message.begun.at
@@ -473,15 +552,32 @@ class _Settling:
         for messages in lost_jobs.values():
             self._find_lost_jobs(messages)
 
+    def _sure_stays(self) -> dict[tuple[str, int], list[Stay]]:
+        """By group and piece of time: the stays in which a channel was surely a member."""
+        sure: dict[tuple[str, int], list[Stay]] = defaultdict(list)
+        last = max((message.begun.at for message in self.messages.values()), default=0.0)
+        for group, stays in self.stays.items():
+            for stay in stays:
+                until = min(stay.leaving, self.readings[stay.channel].until, last)
+                if stay.joined <= until:
+                    for piece in range(int(stay.joined // BUCKET), int(until // BUCKET) + 1):
+                        sure[group, piece].append(stay)
+        self.sure_stays = sure
+        return sure
+
     def _cause(self, message: Message, reading: Reading, stay: Stay | None = None) -> str:
         has_later = reading.last_of.get(message.begun.writer, 0) > message.begun.n
         if reading.until < math.inf and not has_later:
             return KILLED if reading.was_killed else LEFT
         if stay is not None and self._left_in_doubt(message, reading, stay):
             return IN_DOUBT
-        if self._fell_to_crash(message):
-            return CRASH
-        if stay is not None and self._join_was_undone(message, reading, stay):
+        if cause := self._fell_to_server(message):
+            return cause
+        if self._fell_to_lease(message, reading, stay):
+            return NO_LEASE
+        if stay is not None and (
+            self._join_was_undone(stay, reading) or self._join_was_late(message, stay)
+        ):
             return UNDONE_JOIN
         if (
             stay is not None
@@ -492,64 +588,100 @@ class _Settling:
         return UNEXPLAINED
 
     def _left_in_doubt(self, message: Message, reading: Reading, stay: Stay) -> bool:
-        """Whether what was not read by then was given up: group_discard failed, or ids may begin anew."""
+        """Whether what was not read by then was given up, as group_discard or the server failed."""
         if stay.leaving == math.inf or self._had_read_on(message, reading, stay.leaving):
             return False
         return stay.has_failed or any(
-            message.begun.at < crash.ended < stay.left + RESTORE_MOST
-            and not self._had_read_on(message, reading, crash.at)
-            for crash in self.crashes
+            message.begun.at < ended < stay.left + RESTORE_MOST
+            and not self._had_read_on(message, reading, began)
+            for began, ended in self.breaks
         )
 
     def _had_read_on(self, message: Message, reading: Reading, until: float) -> bool:
         """Whether something that was sent later had been received before a moment."""
+        if reading.channel not in self.progress:
+            begun = (self.messages[got.writer, got.n].begun.at for got in reading.got)
+            self.progress[reading.channel] = (
+                [got.at for got in reading.got],
+                list(accumulate(begun, max)),
+            )
+        received, latest_sent = self.progress[reading.channel]
+        place = bisect_left(received, until)
+        return place > 0 and latest_sent[place - 1] > message.ended
+
+    def _fell_to_server(self, message: Message) -> str | None:
+        """Whether a server took it along: a crash before it was on the disk, or a promotion."""
+        begun = message.begun
+        if not begun.in_transaction and self._fell_to_crash(begun.at, message.ended):
+            return CRASH
+        held = HELD if begun.kind in JOBS else 0.0  # its release may be lost as well
+        return PROMOTION if self._fell_to_promotion(begun.at, message.ended + held) else None
+
+    def _fell_to_crash(self, began: float, ended: float) -> bool:
+        return any(ended >= crash.at - LAZY and began <= crash.ended for crash in self.crashes)
+
+    def _fell_to_promotion(self, began: float, ended: float) -> bool:
         return any(
-            got.at < until and self.messages[got.writer, got.n].begun.at > message.ended
-            for got in reading.got
+            ended >= promotion.at and began <= promotion.ended for promotion in self.promotions
         )
 
-    def _fell_to_crash(self, message: Message) -> bool:
-        return any(
-            message.ended >= crash.at - LAZY and message.begun.at <= crash.ended for crash in self.crashes
-        )
+    def _fell_to_lease(self, message: Message, reading: Reading, stay: Stay | None) -> bool:
+        """Whether a message was swept away, or not written, as its reader's lease was over.
 
-    def _join_was_undone(self, message: Message, reading: Reading, stay: Stay) -> bool:
-        """Whether the joining was lost in a crash, and the client had not yet put it back.
-
-        One that another process made is not put back: the client may not have heard of it.
+        A group message is written unless no process with a lease has a member.
         """
-        for crash in self.crashes:
-            if stay.joined >= crash.at - LAZY and stay.joining <= crash.ended:
-                if stay.by != reading.process:
-                    return True
-                restored = min(
-                    (
-                        got.at
-                        for got in reading.got
-                        if self.messages[got.writer, got.n].begun.at > crash.ended
-                        and self.messages[got.writer, got.n].begun.kind == "group"
-                    ),
-                    default=math.inf,
-                )
-                if message.begun.at <= min(restored, crash.ended + RESTORE_MOST):
-                    return True
-        return False
+        began, ended = message.begun.at, message.ended
+        if not self.absences.had_no_lease(reading.process, began, ended):
+            return False
+        return stay is None or not any(
+            other.joined <= began
+            and ended <= min(other.leaving, self.readings[other.channel].until)
+            and not self.absences.had_no_lease(self.readings[other.channel].process, began, ended)
+            for other in self.sure_stays[message.begun.stream, int(began // BUCKET)]
+        )
+
+    def _join_was_undone(self, stay: Stay, owner: Reading) -> bool:
+        """Whether the owner had not heard of a joining that another process made, or not yet.
+
+        What the owner knows does not depend on the database.
+        """
+        if stay.by == owner.process or self._first_got(stay) < stay.left:
+            return False
+        return self._change_was_lost(owner, stay.joining, stay.joined, stay.joins_in_transaction)
+
+    def _join_was_late(self, message: Message, stay: Stay) -> bool:
+        """Whether the owner found a joining in a transaction without its announcement."""
+        return (
+            stay.joins_in_transaction
+            and message.begun.at <= stay.joined + FOUND_MOST
+            and self.absences.was_away(stay.by, stay.joining, stay.joined + ANNOUNCED)
+        )
 
     def _find_lost_jobs(self, messages: list[Message]) -> None:
-        """Each worker that was killed took some along, that were sent before."""
+        """Each worker that was killed, or lost its lease, took some along, sent before."""
         readers = {process for process, _ in self.jobs[messages[0].begun.stream]}
-        kills = sorted(gone.at for gone in self.gone.values() if gone.was_killed and gone.process in readers)
-        room = [TAKEN_MOST] * len(kills)
+        takers = [
+            (gone.at, KILLED)
+            for gone in self.gone.values()
+            if gone.was_killed and gone.process in readers
+        ]
+        takers += [
+            (until, NO_LEASE)
+            for process in readers
+            for _, until in self.absences.without_lease(process)
+        ]
+        takers.sort()
+        room = [TAKEN_MOST] * len(takers)
         for message in sorted(messages, key=lambda message: message.begun.at):
             cause = UNEXPLAINED
-            if self._fell_to_crash(message):
-                cause = CRASH
+            if fell := self._fell_to_server(message):
+                cause = fell
             else:
-                first = bisect_right(kills, message.begun.at)
-                kill = next((index for index in range(first, len(kills)) if room[index]), None)
-                if kill is not None:
-                    room[kill] -= 1
-                    cause = KILLED
+                first = bisect_right(takers, message.begun.at, key=lambda taker: taker[0])
+                taker = next((index for index in range(first, len(takers)) if room[index]), None)
+                if taker is not None:
+                    room[taker] -= 1
+                    cause = takers[taker][1]
             self._lose(message, cause, f"on {message.begun.stream}")
 
     def _lose(self, message: Message, cause: str, where: str) -> None:
@@ -565,8 +697,9 @@ class _Settling:
             if begun.at - 15 < fault.ended and fault.at < at + 5
         ]
         self.offences.append(
-            f"{begun.kind} {begun.writer}#{begun.n} to {begun.stream}, sent {begun.at - self.start:.3f}"
-            f"-{message.ended - self.start:.3f} ({message.outcome}), {what} [{at - self.start:.3f}];"
+            f"{begun.kind} {begun.writer}#{begun.n} to {begun.stream},"
+            f" sent {begun.at - self.start:.3f}-{message.ended - self.start:.3f}"
+            f" ({message.outcome}), {what} [{at - self.start:.3f}];"
             f" faults: {', '.join(near) or 'none'}"
         )
 
@@ -575,34 +708,39 @@ class _Settling:
     def _recoveries(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         first: dict[str, list[float]] = defaultdict(list)
         all_back: dict[str, list[float]] = defaultdict(list)
-        by_reader: dict[str, list[tuple[float, float]]] = defaultdict(list)  # (begun, got)
-        for reading in self.readings.values():
-            by_reader[reading.process] += [self._times(got) for got in reading.got]
+        times: dict[str, list[tuple[float, float]]] = self._receipts()
         for gots in self.jobs.values():
             for process, got in gots:
                 # Of those that compete, some get nothing for a while though they could.
                 if self.messages[got.writer, got.n].begun.kind in ORDERED:
-                    by_reader[process].append(self._times(got))
+                    times.setdefault(process, []).append(self._times(got))
+        began = {
+            process: min(received for _, received in of) for process, of in times.items() if of
+        }
+        receipts = {process: Receipts(of) for process, of in times.items()}
+        long = [f.at for f in self.faults if f.ended - f.at > LONG and not f.is_aside]
         for fault in self.faults:
             # What comes only after the next long fault has waited for that.
-            until = min(
-                (f.at for f in self.faults if f.at > fault.at and f.ended - f.at > LONG), default=math.inf
-            )
-            waits = [
-                wait
-                for times in by_reader.values()
-                if times and min(times)[1] < fault.ended  # who began later has nothing to recover from
-                if (wait := _wait(times, fault.ended)) is not None and fault.ended + wait < until
+            until = min((at for at in long if at > fault.at), default=math.inf)
+            backs = [
+                back
+                for process, at in began.items()
+                if at < fault.ended  # a later one has nothing to recover from
+                and (back := receipts[process].first_sent_after(fault.ended)) < until
+                and not self.absences.was_alone(process, fault.ended, back)
             ]
-            if waits:
-                first[fault.kind].append(min(waits))
-                all_back[fault.kind].append(max(waits))
+            if backs:
+                first[fault.kind].append(min(backs) - fault.ended)
+                all_back[fault.kind].append(max(backs) - fault.ended)
         return dict(first), dict(all_back)
 
     def _times(self, got: Got) -> tuple[float, float]:
         return self.messages[got.writer, got.n].begun.at, got.at
 
 
-def _wait(times: Sequence[tuple[float, float]], since: float) -> float | None:
-    """Seconds until the first message came that was sent after a moment."""
-    return min((got - since for begun, got in times if begun >= since), default=None)
+def _by_channel(stays: Iterable[Stay]) -> dict[tuple[str, str], list[Stay]]:
+    """Stays by group and channel."""
+    found: dict[tuple[str, str], list[Stay]] = defaultdict(list)
+    for stay in stays:
+        found[stay.group, stay.channel].append(stay)
+    return found

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from soak.ledger import CAUSES, KINDS, Ledger
+from soak.ledger import CAUSES, Ledger
+from soak.records import KINDS
 
 OFFENCES_MOST = 20
 
@@ -14,21 +15,29 @@ OFFENCES_MOST = 20
 def describe(ledger: Ledger) -> str:
     """Tables of what became of the messages, and of the faults."""
     head = [
-        *("stream", "returned", "unknown", "refused", "delivered"),
+        *("stream", "returned", "unannounced", "unknown", "refused", "delivered"),
         *(f"lost: {cause}" for cause in CAUSES),
-        *("twice", "disorder", "uninvited", "early"),
+        *("twice", "disorder", "late", "uninvited", "early", "stayed", "again"),
     ]
     rows = [
         [
             kind,
-            *map(str, (tally.returned, tally.unknown, tally.refused, tally.delivered)),
+            *map(str, (tally.returned, tally.unannounced, tally.unknown)),
+            *map(str, (tally.refused, tally.delivered)),
             *(str(tally.lost[cause]) for cause in CAUSES),
             *map(str, (tally.twice, tally.disordered if kind != "normal" else "-")),
-            *map(str, (tally.uninvited, tally.early)),
+            *map(str, (tally.late, tally.uninvited, tally.early, tally.stayed, tally.again)),
         ]
         for kind, tally in ((kind, ledger.tallies[kind]) for kind in KINDS)
     ]
-    parts = [_table(head, rows)]
+    order = ledger.group_order
+    parts = [
+        _table(head, rows),
+        f"order within a group: {order.compared} places compared between two members,"
+        f" {len(order.disagreements)} messages in another order;"
+        f" {order.left_out} places left out after catch-ups, with {len(order.excused)} messages"
+        " in another order",
+    ]
     counts = Counter(fault.kind for fault in ledger.faults)
     parts.append(
         _table(

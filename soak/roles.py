@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,16 +15,14 @@ from typing import Any, Literal
 
 from asgiref.sync import async_to_sync
 
-from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
-from pg_layer.config import load
-from pg_layer.sweeper import Sweeper
+from pg_layer import ChannelFull, LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
+from soak.absences import HEARTBEAT, LEASE
 from soak.book import Book, now
-from soak.ledger import (
+from soak.records import (
     KINDS,
     Begun,
     Cancelled,
     Closed,
-    Complaint,
     Ended,
     Failed,
     Got,
@@ -39,14 +35,25 @@ from soak.ledger import (
     Outcome,
 )
 
-Role = Literal["sender", "threads", "receiver", "worker", "single", "sweeper"]
+Role = Literal["sender", "threads", "clerk", "receiver", "worker", "single", "sweeper"]
+
+SENDING: tuple[Role, ...] = ("sender", "threads", "clerk")
+ON_DJANGOS_CONNECTION: tuple[Role, ...] = ("clerk",)
 
 GROUPS = ("lobby", "hall", "attic", "cellar")
 JOBS, LINE = "jobs", "line"  # normal channels: one with many workers, one with a single reader
 
-# Nothing expires and no channel fills: whatever does not come was lost. The heartbeat is quicker than usual,
-# so that there are many in a short run.
-OPTIONS: dict[str, object] = {"expiry": 600, "capacity": 100_000, "heartbeat": 3, "send_timeout": 5}
+# No channel fills and nothing expires that can still be received: whatever does not come was lost.
+# All else is quicker than usual: a short run has many heartbeats, leases and sweeps.
+OPTIONS: dict[str, object] = {
+    "expiry": 180,
+    "capacity": 100_000,
+    "heartbeat": HEARTBEAT,
+    "lease": LEASE,
+    "send_timeout": 5,
+    "sweep_interval": 15,
+}
+SWEEP = 0.5  # seconds between two sweeps of the sweeper
 
 WRITERS = 3  # a sending process
 PAUSE = 0.03  # seconds between two messages of a writer, on average
@@ -58,62 +65,20 @@ VISITORS = 2  # and those that come and go
 RETRY = 0.1  # seconds
 CALM = 0.5  # seconds without a message after which a channel that has left its groups is given up
 
-_UNKNOWN = ("unknown", "does not answer")  # what LayerUnavailable says where the message may still arrive
+# What LayerUnavailable says of the event loop of another thread: the message may still be sent.
+_NO_ANSWER = "does not answer"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process's part. ``seed`` is its own."""
+    """One process's part. ``takes_network``: its DSN leads through a network that breaks."""
 
     role: Role
     name: str
     dsn: str
+    takes_network: bool
     folder: Path
     seed: int
-
-
-def play(part: Part, pipe: Connection) -> None:
-    """The entry point of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
-    book = Book(part.folder, part.name)
-    logger = logging.getLogger()
-    logger.handlers[:] = [_Complaints(book)]
-    logger.setLevel(logging.ERROR)
-    try:
-        if part.role == "sweeper":
-            _sweep(part, pipe)
-        else:
-            asyncio.run(_ROLES[part.role](part, pipe, book).run())
-    except BaseException:
-        book.write(Complaint(now(), traceback.format_exc()))
-        raise
-    finally:
-        book.close()
-
-
-class _Complaints(logging.Handler):
-    def __init__(self, book: Book) -> None:
-        super().__init__(logging.ERROR)
-        self._book = book
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._book.write(Complaint(now(), self.format(record)))
-
-
-def _sweep(part: Part, pipe: Connection) -> None:
-    with Sweeper(load({"dsn": part.dsn, **OPTIONS}), 1000, lambda swept: None, lambda error: None) as sweeper:
-        signal.signal(signal.SIGTERM, lambda signum, frame: sweeper.stop())
-        threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
-        pipe.send(("ready", None))
-        sweeper.run(0.5)
-
-
-def _die_with_parent(pipe: Connection) -> None:
-    try:
-        while pipe.recv():
-            pass
-    except (EOFError, OSError):
-        os._exit(1)
 
 
 class Player:
@@ -128,6 +93,7 @@ class Player:
         self.groups: tuple[str, ...] = GROUPS
         self.is_quiet = False  # send nothing more, join nothing more
         self.is_ending = False
+        self.must_die = False  # between a commit and its announcement
         self.end: asyncio.Future[None]
         self._pipe = pipe
 
@@ -192,6 +158,8 @@ class Player:
                     self.specific = value
                 elif what == "quiet":
                     self.is_quiet = True
+                elif what == "die":
+                    self.must_die = True
         except (EOFError, ConnectionResetError):
             os._exit(1)
 
@@ -211,17 +179,28 @@ class Sending(Player):
     def plan(self, chance: random.Random) -> Iterator[tuple[Kind, str, float]]:
         """What to send where, and for how long to pause then, for ever."""
         while True:
-            kind, stream = self._choose(chance)
+            kind, stream = self.choose(chance)
             if chance.random() < BURST:
                 yield from [(kind, stream, 0.0)] * chance.randrange(BURST_MOST)
             yield kind, stream, chance.expovariate(1 / PAUSE)
 
-    def begin(self, chance: random.Random, writer: str, n: int, kind: Kind, stream: str) -> dict[str, Any]:
+    def begin(
+        self,
+        chance: random.Random,
+        writer: str,
+        n: int,
+        kind: Kind,
+        stream: str,
+        *,
+        in_transaction: bool = False,
+    ) -> dict[str, Any]:
+        """Write down that a message is about to be sent; returns the message."""
         (size,) = chance.choices(SIZES, SIZE_WEIGHTS)
-        self.book.write(Begun(now(), writer, n, kind, stream))
+        self.book.write(Begun(now(), writer, n, kind, stream, in_transaction))
         return {"type": "soak", "from": writer, "n": n, "pad": b"." * chance.randrange(size)}
 
-    def _choose(self, chance: random.Random) -> tuple[Kind, str]:
+    def choose(self, chance: random.Random) -> tuple[Kind, str]:
+        """A kind of stream, and which one."""
         kind: Kind = chance.choice(KINDS)
         if kind == "specific" and self.specific:
             return kind, chance.choice(self.specific)
@@ -239,7 +218,9 @@ class Sender(Sending):
         self.groups = (*GROUPS, f"guests-{self.part.name}")
         self.say("ready")
         writers = [
-            asyncio.ensure_future(self._write(f"{self.part.name}.{number}", self.random.getrandbits(32)))
+            asyncio.ensure_future(
+                self._write(f"{self.part.name}.{number}", self.random.getrandbits(32))
+            )
             for number in range(WRITERS)
         ]
         await asyncio.gather(self._host(), *writers)
@@ -276,7 +257,9 @@ class Threads(Sending):
         self.say("ready")
         await asyncio.gather(
             *(
-                asyncio.to_thread(self._write, f"{self.part.name}.{number}", self.random.getrandbits(32))
+                asyncio.to_thread(
+                    self._write, f"{self.part.name}.{number}", self.random.getrandbits(32)
+                )
                 for number in range(WRITERS)
             )
         )
@@ -296,7 +279,9 @@ class Threads(Sending):
             rest.wait(pause)
 
 
-async def _attempt(layer: PostgresChannelLayer, kind: Kind, stream: str, message: dict[str, Any]) -> Outcome:
+async def _attempt(
+    layer: PostgresChannelLayer, kind: Kind, stream: str, message: dict[str, Any]
+) -> Outcome:
     try:
         if kind == "group":
             await layer.group_send(stream, message)
@@ -304,8 +289,10 @@ async def _attempt(layer: PostgresChannelLayer, kind: Kind, stream: str, message
             await layer.send(stream, message)
     except ChannelFull:
         return "refused"
+    except OutcomeUnknown:
+        return "unknown"
     except LayerUnavailable as error:
-        return "unknown" if any(word in str(error) for word in _UNKNOWN) else "refused"
+        return "unknown" if _NO_ANSWER in str(error) else "refused"
     return "returned"
 
 
@@ -323,7 +310,9 @@ class Receiving(Player):
         if patience == 0.0:
             await asyncio.sleep(0)
         else:
-            await asyncio.wait((task, self.end), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (task, self.end), timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
         if not task.done():
             task.cancel()
         try:
@@ -361,7 +350,9 @@ class Receiver(Receiving):
                 break
             index = self.random.randrange(len(groups))
             await self.leave(groups[index], channel)
-            groups[index] = self.random.choice([g for g in GROUPS if g not in groups or g == groups[index]])
+            groups[index] = self.random.choice(
+                [g for g in GROUPS if g not in groups or g == groups[index]]
+            )
             await self.join(groups[index], channel)
         await reading
 
@@ -396,7 +387,7 @@ class Receiver(Receiving):
 
 
 class Worker(Receiving):
-    """One of several that compete for jobs. Sometimes slow, so that what it took ahead goes back."""
+    """One of several that compete for jobs. Sometimes slow: then what it took ahead goes back."""
 
     channel = JOBS
     readers = 2
@@ -416,12 +407,3 @@ class Single(Worker):
 
     channel = LINE
     readers = 1
-
-
-_ROLES: dict[Role, type[Player]] = {
-    "sender": Sender,
-    "threads": Threads,
-    "receiver": Receiver,
-    "worker": Worker,
-    "single": Single,
-}

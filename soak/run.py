@@ -5,67 +5,82 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
+from typing import Any
 
-import psycopg
-
-from devtools.postgres import PostgresServer
 from soak.book import Book, Counter, now, read_books
+from soak.cluster import Cluster, Network
 from soak.crew import Crew
 from soak.faults import Faults
 from soak.ledger import UNEXPLAINED, Ledger, settle
 from soak.roles import Role
-from tests.faults.proxy import Proxy
 
 CREW: tuple[Role, ...] = (
     *("receiver", "receiver", "receiver"),
     *("worker", "worker", "worker"),
     "single",
     *("sender", "sender", "threads"),
+    *("clerk", "clerk"),
     "sweeper",
 )
-MIGRATIONS = Path(__file__).parents[1] / "migrations"
 PROGRESS = 10.0  # seconds between two lines
 CALM = 2.0  # seconds in which nothing comes any more: a second copy would have
 DRAIN_MOST = 45.0
 
 
-def soak(seconds: float, seed: int, say: Callable[[str], None], keep: Path | None = None) -> Ledger:
-    """Run for so long, and settle the ledger. ``keep``: a folder that gets the books."""
-    # Whatever else happens: fsync as in production, and what a crash may lose is lost.
-    with PostgresServer(fsync=True, max_connections=200) as server:
-        dsn = server.create_database("soak")
-        with psycopg.connect(dsn) as connection:
-            for file in sorted(MIGRATIONS.glob("*.sql")):
-                if not file.stem.endswith("_reverse"):
-                    connection.execute(file.read_bytes())
-        folder = server.folder / "books"  # which goes with it, in whatever way this process ends
+def soak(
+    seconds: float,
+    seed: int,
+    say: Callable[[str], None],
+    keep: Path | None = None,
+    only: Collection[str] = (),
+) -> Ledger:
+    """Run for so long, and settle the ledger.
+
+    ``keep``: a folder that gets the books. ``only``: parts of the names of the faults to make.
+    """
+    with Cluster() as cluster, Network(cluster) as network:
+        folder = cluster.folder / "books"
         folder.mkdir()
-        with Proxy(dsn) as proxy:
-            try:
-                asyncio.run(_run(server, dsn, proxy, folder, seconds, seed, say))
-            finally:
-                if keep is not None:
-                    shutil.copytree(folder, keep, dirs_exist_ok=True)
-                    shutil.copy(server.log_path, keep)
+        try:
+            asyncio.run(_until_sigterm(_run(cluster, network, folder, seconds, seed, say, only)))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            if keep is not None:
+                shutil.copytree(folder, keep, dirs_exist_ok=True)
+                shutil.copy(cluster.server.log_path, keep)
         return settle(read_books(folder))
 
 
+async def _until_sigterm(run: Coroutine[Any, Any, None]) -> None:
+    """Cancelled by SIGTERM: a handler that raises would do so in any of the tasks."""
+    task = asyncio.ensure_future(run)
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        await task
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
+
+
 async def _run(
-    server: PostgresServer,
-    dsn: str,
-    proxy: Proxy,
+    cluster: Cluster,
+    network: Network,
     folder: Path,
     seconds: float,
     seed: int,
     say: Callable[[str], None],
+    only: Collection[str],
 ) -> None:
     chance = random.Random(seed)
     book = Book(folder, "faults")
-    crew = Crew(folder, (dsn, proxy.dsn()), chance, book)
-    faults = Faults(server, "soak", proxy, crew, chance, book)
+    crew = Crew(folder, (cluster.dsn_by(cluster.ports), network.dsn()), chance, book)
+    faults = Faults(cluster, network, crew, chance, book, only)
     counter = Counter(folder)
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -103,12 +118,16 @@ async def _drain(folder: Path, counter: Counter) -> None:
         if counter.look():
             calm_since = now()
         elif now() - calm_since >= CALM:
-            if not any(tally.lost[UNEXPLAINED] for tally in settle(read_books(folder)).tallies.values()):
+            if not any(
+                tally.lost[UNEXPLAINED] for tally in settle(read_books(folder)).tallies.values()
+            ):
                 return
             calm_since = now()
 
 
-async def _report(counter: Counter, faults: Faults, start: float, say: Callable[[str], None]) -> None:
+async def _report(
+    counter: Counter, faults: Faults, start: float, say: Callable[[str], None]
+) -> None:
     while True:
         await asyncio.sleep(PROGRESS)
         counter.look()

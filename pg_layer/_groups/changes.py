@@ -10,6 +10,7 @@ from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import group_address, notification_channel
 from pg_layer._receive.receiver import Receiver
 from pg_layer._state.client import Client
+from pg_layer._state.memberships import Pair
 from pg_layer.lane import Outcome
 from pg_layer.ops import Change
 
@@ -32,10 +33,17 @@ class OwnChanges:
 
     async def write(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
         """Make these changes, of which the last one of a pair counts. Return an outcome for each."""
-        client, deadline = self._client, time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         last = {(change.group, change.channel): change.added for change in changes}
         present = [pair for pair, added in last.items() if added]
         gone = [pair for pair, added in last.items() if not added]
+        with self._receiver.changing(last):
+            return await self._write(present, gone, changes, deadline)
+
+    async def _write(
+        self, present: list[Pair], gone: list[Pair], changes: list[Change], deadline: float
+    ) -> Sequence[Outcome]:
+        client = self._client
         for pair in gone:
             client.memberships.discard(*pair)
         await self._lease(deadline - time.monotonic())
@@ -50,4 +58,5 @@ class OwnChanges:
             expires_at = math.inf if expiry is None else client.clock.now() + expiry
             for group, channel in present:
                 client.memberships.add(group, client.queue(channel), expires_at, since)
+            client.memberships.changed((*present, *gone), since)
         return [None] * len(changes)

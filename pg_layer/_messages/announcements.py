@@ -55,9 +55,9 @@ def parse(payload: str, prefix: str, own_address: str) -> Announcement:
 
 
 def _messages(words: list[str], marked: bool) -> Messages:
-    boot, xid = _bigint(words[0]), _bigint(words[1])
     if len(words) % 5 != 2:
         raise ValueError("An entry is incomplete.")
+    boot, xid = _bigint(words[0]), _bigint(words[1])
     rows = []
     for at in range(2, len(words), 5):
         name, id, expires_at, excluded, payload = words[at : at + 5]

@@ -26,7 +26,7 @@ BACKOFF_LAST = 2.0  # so that a server that is back is found within two
 class Listener:
     """Keeps a LISTEN connection for as long as `run` runs.
 
-    ``on_connect`` is awaited with each new connection: it calls `listen` and catches up.
+    ``prepare`` is awaited with each new connection, and then ``on_connect``: it calls `listen` and catches up.
     ``on_notify`` is called with the NOTIFY channel and the payload, ``on_lost`` with the reason whenever the
     connection is lost or cannot be made.
     """
@@ -34,17 +34,20 @@ class Listener:
     def __init__(
         self,
         config: Config,
-        on_connect: Callable[[Session], Awaitable[None]],
+        prepare: Callable[[Session], Awaitable[None]],
+        on_connect: Callable[[], Awaitable[None]],
         on_notify: Callable[[str, str], None],
         on_lost: Callable[[Exception], None],
         client_id: str,
     ) -> None:
         self._config = config
         self._client_id = client_id
+        self._prepare = prepare
         self._on_connect = on_connect
         self._on_notify = on_notify
         self._on_lost = on_lost
         self._session: Session | None = None
+        self._is_prepared = False  # before, the session belongs to `prepare` alone
         self._lost: asyncio.Future[None] | None = None
         self._fd = -1  # the socket that is watched
         self._channels: set[str] = set()  # of the present connection
@@ -82,7 +85,9 @@ class Listener:
         conn: AsyncConnection[Any] = await AsyncConnection.connect(**kwargs)
         self._session = session = Session(conn)
         self._lost = self._loop.create_future()
-        await self._on_connect(session)
+        await self._prepare(session)
+        self._is_prepared = True
+        await self._on_connect()
         self.is_connected = True
         self._watch(session)
 
@@ -97,22 +102,30 @@ class Listener:
         """
         missing = [channel for channel in channels if channel not in self._channels]
         if not missing:
-            return self._session is not None
-        if not await self._execute(lambda session: queries.listen(session, missing)):
-            return False
-        self._channels.update(missing)
-        return True
+            return True
+
+        async def work(session: Session) -> None:
+            await queries.listen(session, missing)
+            if session is self._session:
+                self._channels.update(missing)
+
+        return await self._execute(work)
 
     async def unlisten(self, channels: Sequence[str]) -> None:
         """Stop listening to NOTIFY channels."""
         listened = [channel for channel in channels if channel in self._channels]
-        if listened and await self._execute(lambda session: queries.unlisten(session, listened)):
+
+        async def work(session: Session) -> None:
             self._channels.difference_update(listened)
+            await queries.unlisten(session, listened)
+
+        if listened:
+            await self._execute(work)
 
     async def _execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
         async with self._lock:
             session = self._session
-            if session is None or session.is_closed:
+            if session is None or session.is_closed or not self._is_prepared:
                 return False
             # The session watches the same socket while it waits for an answer.
             self._unwatch()
@@ -160,7 +173,7 @@ class Listener:
 
     def _drop(self) -> None:
         session, self._session = self._session, None
-        self.is_connected = False
+        self.is_connected = self._is_prepared = False
         self._channels.clear()
         if session is not None:
             self._unwatch()

@@ -11,20 +11,21 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from pg_layer._db.queries import receive as queries
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
-from pg_layer._messages.announcements import Jobs, Ping, parse
+from pg_layer._messages.announcements import Jobs, Messages, Ping, parse
 from pg_layer._messages.rows import LAST_ID, Key, Row
 from pg_layer._receive.deletions import Deletions
 from pg_layer._receive.jobs import JobReaders
 from pg_layer._receive.listener import Listener
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.client import Client
+from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
 from pg_layer.codec import Template
 from pg_layer.connections import Connections
@@ -40,6 +41,7 @@ RETRY = 0.5  # seconds
 # Seconds for each member that is waited for when its channel queue is full, in which it must receive half of
 # it. A slow member costs its neighbours no more than that once for each half of its queue.
 PAUSE = 0.05
+PING_TIMEOUT = 3.0  # seconds
 CATCH_UP_ROWS = 20_000  # in the announcement queue, beyond which a catch-up waits for dispatch
 
 
@@ -74,9 +76,14 @@ class Receiver:
         self._is_catch_up_due = False
         self._is_blocked = False  # dispatch waits
         self._drained = asyncio.Event()
+        # Unless a catch-up is about to append rows that were sent before some that a read brings.
+        self._appended = asyncio.Event()
         self._flushes: dict[Key, asyncio.Future[None]] = {}
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
         self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
+        self._joining: str | None = None  # the group whose first member is being added
+        self._changing: Counter[Pair] = Counter()  # memberships that the owner itself changes right now
+        self._change_ended = asyncio.Event()
         self.deletions = Deletions(client, connections, spawn)
         self.jobs = JobReaders(client, connections, self, spawn)
         client.announcements.restart()
@@ -84,7 +91,9 @@ class Receiver:
     def start(self) -> None:
         """Go on with what the last owner loop has left."""
         if self._client.unplaced:
-            self._block(self._place())
+            self._block(self._place)
+        # Jobs that the last owner loop claimed without an answer come before those that are claimed now.
+        self._is_catch_up_due = True
         self.jobs.start()
         self._read_soon()
         self._pump()
@@ -92,7 +101,9 @@ class Receiver:
     # ------------------------------------------------------------------ hearing
 
     async def listen_to_all(self) -> None:
-        """Have a new connection listen to all that is of interest here."""
+        """Have a new connection listen to all that is of interest here. A catch-up must follow."""
+        self._client.announcements.lose()
+        self._appended.clear()
         prefix = self._client.config.prefix
         while True:
             wanted = {self._own_channel, *self._expected, *self._channels_of_jobs}
@@ -122,6 +133,23 @@ class Receiver:
         finally:
             self._expected.subtract(channels)
             self._expected = +self._expected
+
+    @contextmanager
+    def changing(self, pairs: Iterable[Pair]) -> Iterator[None]:
+        """The owner itself changes these memberships: what others have asked for is judged when it has."""
+        pairs = list(pairs)
+        self._changing.update(pairs)
+        try:
+            yield
+        finally:
+            self._changing.subtract(pairs)
+            self._changing = +self._changing
+            ended, self._change_ended = self._change_ended, asyncio.Event()
+            ended.set()
+
+    async def _until_changed(self, pair: Pair) -> None:
+        while pair in self._changing:
+            await self._change_ended.wait()
 
     async def listen_to_jobs(self, channel: str) -> bool:
         """Listen for jobs of a normal channel. Return whether there is a connection."""
@@ -153,6 +181,8 @@ class Receiver:
             if name is not None:
                 self.jobs.heard(name, announcement.first)
         else:
+            if isinstance(announcement, Messages):
+                client.counters.add("inline_messages", len(announcement.rows))
             client.announcements.hear(announcement)
             self._pump()
             self._read_soon()
@@ -178,13 +208,12 @@ class Receiver:
             heard.set_result(None)
 
     def _passed(self) -> None:
-        moment = self._client.cursor.moment
-        if moment is not None:
-            self._client.memberships.grow_old(moment)
+        self._client.memberships.grow_old(self._client.cursor.is_past)
 
     def connection_lost(self) -> None:
         """No notification of the old connection will be heard any more."""
-        self._client.cursor.missed()
+        self._client.announcements.lose()
+        self._appended.clear()
 
     def append_claimed(self, rows: Sequence[Row]) -> None:
         """Dispatch jobs that were claimed, behind what was announced before."""
@@ -210,8 +239,8 @@ class Receiver:
                         patience=self._client.config.send_timeout,
                         is_idempotent=True,
                     )
-                except PgLayerError as error:
-                    self._outage.begin(error)
+                except Exception as error:
+                    self._note(error, "Could not read messages.")
                     await asyncio.sleep(RETRY)
                     continue
                 self._client.counters.add("reads")
@@ -220,6 +249,13 @@ class Receiver:
                 self._pump()
         finally:
             self._is_reading = False
+
+    def _note(self, error: Exception, what: str) -> None:
+        """Something failed that is tried again: a bug must not make the process deaf."""
+        if isinstance(error, PgLayerError):
+            self._outage.begin(error)
+        else:
+            logger.error(what, exc_info=error)
 
     # ------------------------------------------------------------------ catching up
 
@@ -241,6 +277,7 @@ class Receiver:
             while self._is_catch_up_due:
                 self._is_catch_up_due = False
                 announcements.begin_catch_up()
+                self._appended.clear()
                 counted: list[int] = []
                 try:
                     await self._connections.run(
@@ -249,13 +286,15 @@ class Receiver:
                         patience=self._client.config.send_timeout,
                         is_idempotent=True,
                     )
-                except PgLayerError as error:
+                except Exception as error:
                     announcements.fail_catch_up()
                     self._is_catch_up_due = True
-                    self._outage.begin(error)
+                    self._note(error, "Could not catch up.")
                     await asyncio.sleep(RETRY)
                     continue
                 announcements.end_catch_up()
+                if not (announcements.is_incomplete or self._is_catch_up_due):
+                    self._appended.set()
                 self._pump()
                 self._read_soon()
                 self._on_caught_up(sum(counted))
@@ -266,27 +305,28 @@ class Receiver:
     async def _read_new(self, session: Session, counted: list[int]) -> None:
         client, cursor = self._client, self._client.cursor
         await self.raise_fence(session)
-        boot, last_id = await queries.position(session, cursor.moment.boot if cursor.moment else 0)
+        boot, position = await queries.position(session, cursor.moment.boot if cursor.moment else 0)
         moment = await queries.begin_snapshot(session, boot)
         # The addresses are collected when the snapshot has been taken: a message that is sent after a
         # group_add has returned is either not visible in it, or at one of these addresses.
-        cursor.position(moment, last_id)
+        cursor.position(moment, position)
         low_id = min(cursor.low_id(), cursor.marked_low_id())
-        group_low_id = low_id if cursor.moment else client.first_id
         own_low_id = min(low_id, self.jobs.unknown_low_id)
         prefix = client.config.prefix
-        groups = [group_address(prefix, group) for group in client.memberships.groups]
+        groups = [group_address(prefix, group) for group in self._groups()]
         addresses = [client.address, *groups]
-        low_ids = [own_low_id, *[group_low_id] * len(groups)]
+        low_ids = [own_low_id, *[low_id] * len(groups)]
         keys = await queries.new_keys(session, addresses, low_ids, cursor.moment, boot)
         for part in queries.parts(client.announcements.missing(keys)):
             rows = await queries.read_keys(session, part)
-            client.announcements.append(rows)
+            client.announcements.append(rows, self._joining)
             counted.append(sum(row.kind == "message" for row in rows))
             self._pump()
             while client.announcements.rows > CATCH_UP_ROWS:
+                self._appended.set()
                 self._drained.clear()
                 await self._drained.wait()
+                self._appended.clear()
         await queries.commit(session)
         before = cursor.moment
         cursor.adopt(moment)
@@ -295,6 +335,13 @@ class Receiver:
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
             self._spawn(self._delete_received(moment))
+
+    def _groups(self) -> set[str]:
+        """The groups that this client is interested in."""
+        groups = set(self._client.memberships.groups)
+        if self._joining is not None:
+            groups.add(self._joining)
+        return groups
 
     async def raise_fence(self, session: Session) -> None:
         """Have the server refuse what was given up, before anything else is concluded."""
@@ -327,7 +374,7 @@ class Receiver:
         async def work(session: Session) -> None:
             addresses = [
                 client.address,
-                *(group_address(prefix, group) for group in client.memberships.groups),
+                *(group_address(prefix, group) for group in self._groups()),
             ]
             keys = await queries.marked_keys(session, addresses, cursor.marked_low_id(), look)
             for part in queries.parts(client.announcements.missing(keys)):
@@ -361,7 +408,7 @@ class Receiver:
                 self._fan_out(first.group, first.excluded, run)
         if announcements.rows <= CATCH_UP_ROWS:
             self._drained.set()
-        if announcements.is_incomplete and not announcements.rows and not self._is_catching_up:
+        if announcements.is_over_limit and not announcements.rows and not self._is_catching_up:
             self.catch_up_soon()
 
     def _deliver(self, rows: Sequence[Row]) -> None:
@@ -404,7 +451,7 @@ class Receiver:
                 due = [message for row, message in ready if not since.sees(row.boot, row.xid)]
             self._put(group, member.queue, due)
         if self._client.unplaced:
-            self._block(self._place())
+            self._block(self._place)
 
     def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
         rest = queue.put_if_room(messages, self._loop)
@@ -426,13 +473,13 @@ class Receiver:
             self._client.undecodable(row.channel or row.group, error)
             return None
 
-    def _block(self, work: Coroutine[Any, Any, None]) -> None:
+    def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._is_blocked = True
         self._spawn(self._blocked(work))
 
-    async def _blocked(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await work
+            await work()
         finally:
             self._is_blocked = False
         self._pump()
@@ -467,12 +514,19 @@ class Receiver:
         try:
             if row.kind == "flush":
                 self._apply_flush(row)
-            elif row.kind == "discard" and row.channel is not None:
+            elif row.kind in ("add", "discard") and row.channel is not None:
                 change = json.loads(row.payload)
-                client.memberships.discard(change["group"], row.channel)
-                self._writer.write_soon(change["group"], row.channel, change["claim"])
-            elif row.kind == "add" and row.channel is not None:
-                return self._apply_add(row, json.loads(row.payload))
+                pair = (str(change["group"]), row.channel)
+                if pair in self._changing:
+                    self._block(partial(self._until_changed, pair))
+                    return False
+                if client.memberships.is_overruled(*pair, row.boot, row.xid):
+                    self._writer.write_soon(*pair, change["claim"])
+                elif row.kind == "add":
+                    return self._apply_add(row, change)
+                else:
+                    client.memberships.discard(*pair)
+                    self._writer.write_soon(*pair, change["claim"])
             else:
                 error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
                 client.undecodable(row.channel, error)
@@ -509,7 +563,9 @@ class Receiver:
             self._writer.write_soon(group, channel, change["claim"])
             return True
         if group not in client.memberships.groups:
-            self._block(self._join(row, group, channel, expires_at, since, change["claim"]))
+            self._block(
+                partial(self._join, row, group, channel, expires_at, since, change["claim"])
+            )
             return False
         client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, change["claim"])
@@ -524,22 +580,54 @@ class Receiver:
         bucket = notification_channel(address)
         queue = client.queue(channel)
         low_id = client.cursor.low_id_of(since)
+        self._joining = group
         with self.expecting((bucket,)):
+            # A catch-up that has begun may not have collected this group.
+            await self._appended.wait()
             missed = await self._read_missed(address, bucket, low_id, since, queue.capacity)
+            # What was sent before is in the queue when a ping rung after the read is heard.
+            await self._hear_what_was_sent()
+            if missed:
+                # What their writers sent before them may not have been heard yet.
+                self._appended.clear()
+                self.catch_up_soon()
+                await self._appended.wait()
+            await self._until_changed((group, channel))
         rows = client.announcements.head()
         if rows is None or rows[0] is not row:
+            self._joining = None
             return  # another owner loop has applied it
         rows.popleft()
         client.announcements.dispatched((row,))
+        self._joining = None
+        if client.memberships.is_overruled(group, channel, row.boot, row.xid):
+            self._writer.write_soon(group, channel, claim)
+            return
         client.memberships.add(group, queue, expires_at, since)
         self._writer.write_soon(group, channel, claim)
         cursor = client.cursor
-        client.announcements.insert(
-            each
-            for each in missed
-            if not client.announcements.holds(address, each.key)
-            and cursor.admit_announced(each.key, each.marked, each.expires_at)
+        # By id between what follows, so that the messages of one writer stay in order.
+        client.announcements.merge(
+            [
+                each
+                for each in missed
+                if not client.announcements.holds(address, each.key)
+                and cursor.admit_announced(each.key, each.marked, each.expires_at)
+            ]
         )
+
+    async def _hear_what_was_sent(self) -> None:
+        if self._listener is None or not self._listener.is_connected:
+            return
+
+        async def ring(token: str) -> None:
+            await self._connections.run(
+                lambda session: queries.notify(session, self._own_channel, f"P {token}"),
+                timeout=PING_TIMEOUT,
+            )
+
+        with suppress(PgLayerError):  # a catch-up follows
+            await self.ping(ring, PING_TIMEOUT)
 
     async def _read_missed(
         self, address: str, bucket: str, low_id: int, since: Moment, limit: int

@@ -53,7 +53,7 @@ class Engine:
         self.stopped: Future[None] = Future()
         self._predecessor: Engine | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.outage = Outage(client)
+        self.outage = Outage(client, lambda: self.is_closed)
         self.connections = Connections(
             client.config,
             max_size=1,
@@ -180,7 +180,7 @@ class Engine:
             is_idempotent=True,
         )
         if key is not None and self.owner is not None:
-            await self.owner.receiver.flushed(key, timeout)
+            await self.owner.flushed(key, timeout)
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of clients that are gone."""
@@ -306,7 +306,9 @@ class Engine:
 
     async def _close_connections(self) -> None:
         """The guard does that, and ends."""
-        self._guard_task.cancel()
+        if not self._is_ending:  # another call may have begun: the guard must not be interrupted
+            self._is_ending = True
+            self._guard_task.cancel()
         await asyncio.wait({self._guard_task})
 
     def abandon(self) -> None:

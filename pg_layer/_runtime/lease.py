@@ -5,7 +5,6 @@ Bound to the owner loop. See ``docs/protocols.md``, section 5.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
@@ -47,22 +46,17 @@ class Lease:
         self._writer = writer
         self._outage = outage
         self._spawn = spawn
-        self._renewed = asyncio.Event()
+        self._is_renewed = False  # by this loop
         self._boot = 0  # of the last renewal
         self._swept_to = 0.0  # messages that expired before are deleted
         self._is_deleting = False
 
     async def wait(self, timeout: float) -> None:
-        """Wait until this loop has renewed the lease. Raises `LayerUnavailable` after ``timeout`` seconds."""
-        if self._renewed.is_set():
-            return
-        waiting = asyncio.ensure_future(self._renewed.wait())
-        try:
-            await asyncio.wait((waiting,), timeout=max(timeout, 0.0))
-        finally:
-            waiting.cancel()
-        if not self._renewed.is_set():
-            raise LayerUnavailable("The database could not be reached in time.")
+        """Return when this loop has renewed the lease. Raises what is wrong, within ``timeout`` seconds."""
+        if not self._is_renewed:
+            if timeout <= 0:
+                raise LayerUnavailable("The database could not be reached in time.")
+            await self.renew(None, timeout)
 
     async def renew(self, token: str | None, timeout: float | None = None) -> None:
         """Renew the lease. With a token, ring a ping."""
@@ -95,9 +89,7 @@ class Lease:
         )
         client.clock.observe(asked_at, renewal.clock)
         is_first, client.renewed_at = not client.renewed_at, asked_at
-        if is_first:
-            client.first_id = renewal.last_id
-        cursor.renew(renewal.moment, renewal.last_id, token)
+        cursor.renew(renewal.moment, renewal.position, token)
         if renewal.is_new or renewal.moment.boot != self._boot:
             # A crash or a sweep may have removed rows.
             self._boot = renewal.moment.boot
@@ -111,7 +103,7 @@ class Lease:
         if renewal.has_expired and not self._is_deleting:
             self._is_deleting = True
             self._spawn(self._delete_expired())
-        self._renewed.set()
+        self._is_renewed = True
         if is_first:
             self._receiver.jobs.look_again()
 

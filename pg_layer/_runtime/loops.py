@@ -152,7 +152,10 @@ class Loops:
                 return home
             if not _is_passing(asyncio.get_running_loop()):
                 return self._move_here()
-            return self._borrow_background()
+            engine = self._borrow_background()
+            if self.client.has_lease:
+                self._make_owner(engine)  # the loop that received has ended: another must keep the lease
+            return engine
 
     def for_own_changes(self) -> Engine:
         """The engine that owns the client's memberships. From any thread, with or without a loop."""
@@ -196,6 +199,7 @@ class Loops:
         If it is of this process, an owner must apply that.
         """
         if self.client.owns(channel):
+            self.client.has_lease = True  # its end removes the row, also if it comes before the first renewal
             self.for_own_changes()
 
     def announce_soon(self) -> None:

@@ -17,6 +17,7 @@ import psycopg
 from pg_layer._db.queries import receive as queries
 from pg_layer._groups.changes import OwnChanges
 from pg_layer._groups.writer import MembershipWriter
+from pg_layer._messages.rows import Key
 from pg_layer._receive.listener import Listener
 from pg_layer._receive.receiver import Receiver
 from pg_layer._runtime.lease import Lease
@@ -72,7 +73,9 @@ class Owner:
         self.polls_because: str | None = None  # although it was not asked to
         config = client.config
         self._listener = (
-            Listener(config, self._on_connect, self._hear, self._on_lost, client.id)
+            Listener(
+                config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id
+            )
             if config.poll_interval is None
             else None
         )
@@ -149,6 +152,11 @@ class Owner:
         if self._receiver is not None:
             self._receiver.deletions.soon(queue)
 
+    async def flushed(self, key: Key, timeout: float) -> None:
+        """Wait until the control message of a flush is applied, or ``timeout`` seconds."""
+        await _wait(self._started, timeout)
+        await self.receiver.flushed(key, timeout)
+
     async def _change(self, changes: list[Change], timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout
         await _wait(self._started, timeout)
@@ -167,9 +175,11 @@ class Owner:
     def _hear(self, channel: str, payload: str) -> None:
         self.receiver.hear(channel, payload)
 
-    async def _on_connect(self, session: Session) -> None:
+    async def _prepare(self, session: Session) -> None:
         self._is_pooled = not await queries.is_direct(session)
         await self.lease.renew_on(session, None)
+
+    async def _on_connect(self) -> None:
         self._proved_at = time.monotonic()
         await self.receiver.listen_to_all()
         self.receiver.catch_up_soon()

@@ -37,7 +37,8 @@ class AnnouncementQueue:
         self._rows = 0
         self._bytes = 0
         self._kept_aside: list[Messages | ToRead] | None = None  # heard during a catch-up
-        self.is_incomplete = True  # nothing more is appended until a catch-up has ended
+        self.is_incomplete = True  # nothing more is appended until a catch-up has begun
+        self.is_over_limit = False  # that is so because too much was heard: a catch-up is due
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -45,9 +46,13 @@ class AnnouncementQueue:
     def restart(self) -> None:
         """Another loop goes on: forget what the last one had begun. A catch-up must follow."""
         self._kept_aside = None
-        self._lose()
+        self.lose()
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """Announcements may be missed from here on, and nothing may overtake them.
+
+        Whatever is heard before the next catch-up begins, that one brings.
+        """
         self.is_incomplete = True
         self._cursor.is_deaf = True
         self._cursor.missed()
@@ -62,20 +67,29 @@ class AnnouncementQueue:
             if len(self._kept_aside) < MAX_ASIDE:
                 self._kept_aside.append(announcement)
             else:
-                self.is_incomplete = True
+                self.is_incomplete = self.is_over_limit = True
         elif self._rows >= MAX_ROWS or self._bytes >= MAX_BYTES:
-            self._lose()
+            self.is_over_limit = True
+            self.lose()
         elif isinstance(announcement, Messages):
             self.append(announcement.rows)
         else:
             self._append_span(announcement.span)
 
-    def append(self, rows: Iterable[Row]) -> int:
-        """Append rows that are here, without those that are not new. Return how many are."""
+    def append(self, rows: Iterable[Row], joining: str | None = None) -> int:
+        """Append rows that are here, without those that are not new. Return how many are.
+
+        ``joining``: a group whose first member is being added by the control message at the head.
+        Its rows may be older than others that are here: see `merge`.
+        """
         admit = self._cursor.admit
         fresh = [row for row in rows if admit(row.key, row.marked, row.expires_at)]
-        if fresh:
-            self._push(Entry(fresh))
+        late = [row for row in fresh if row.group == joining] if joining is not None else []
+        appended = [row for row in fresh if row.group != joining] if late else fresh
+        if appended:
+            self._push(Entry(appended))
+        if late:
+            self.merge(late)
         return len(fresh)
 
     def append_claimed(self, rows: Iterable[Row]) -> None:
@@ -165,20 +179,31 @@ class AnnouncementQueue:
         """How many rows are here."""
         return self._rows
 
-    def insert(self, rows: Iterable[Row]) -> None:
-        """Put rows in front of all others: they belong to a control message that was just applied."""
-        entry = Entry(rows)
-        if entry.rows:
-            self._entries.appendleft(entry)
-            self._rows += len(entry.rows)
-            self._bytes += sum(len(row.payload) for row in entry.rows)
+    def merge(self, rows: Sequence[Row]) -> None:
+        """Put rows between those that are here, by their ids: an `add` brings them to its member."""
+        rest = deque(sorted(rows, key=lambda row: row.id))
+        merged: deque[Entry] = deque()
+        for entry in self._entries:
+            first = entry.rows[0].id if entry.rows else entry.span.first if entry.span else 0
+            before = _pop_below(rest, first)
+            if before:
+                merged.append(Entry(before))
+            if entry.rows:
+                within = _pop_below(rest, entry.rows[-1].id)
+                entry.rows = deque(sorted((*entry.rows, *within), key=lambda row: row.id)) if within else entry.rows
+            merged.append(entry)
+        if rest:
+            merged.append(Entry(rest))
+        self._entries = merged
+        self._rows += len(rows)
+        self._bytes += sum(len(row.payload) for row in rows)
 
     # ------------------------------------------------------------------ catching up
 
     def begin_catch_up(self) -> None:
         """From here on announcements are kept aside, and judged when the catch-up has ended."""
         self._kept_aside = []
-        self.is_incomplete = False
+        self.is_incomplete = self.is_over_limit = False
         self._cursor.is_deaf = True
 
     def missing(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
@@ -199,9 +224,17 @@ class AnnouncementQueue:
         for announcement in aside:
             self.hear(announcement)
         if is_incomplete:
-            self._lose()
+            self.lose()
 
     def fail_catch_up(self) -> None:
         """The catch-up has failed: the next one brings what was kept aside."""
         self._kept_aside = None
-        self._lose()
+        self.lose()
+
+
+def _pop_below(rows: deque[Row], id: int) -> list[Row]:
+    """Pop the rows with smaller ids from the left."""
+    popped = []
+    while rows and rows[0].id < id:
+        popped.append(rows.popleft())
+    return popped

@@ -51,7 +51,6 @@ class Client:
         self.renewed_at = 0.0  # by time.monotonic(); 0 before the first renewal
         self.fence = 0  # statements that move jobs or write memberships carry it
         self.raised_fence = 0  # the one that the database knows
-        self.first_id = 0  # drawn before the client began
         self.cursor = Cursor()
         self.announcements = AnnouncementQueue(self.cursor)
         self.memberships = Memberships()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pg_layer._messages.rows import Key
-from pg_layer._state.snapshot import Moment
+from pg_layer._state.snapshot import Moment, Position
 
 UNKNOWN_BOOT = -1  # of a cursor that has no snapshot yet: every boot is later
 
@@ -26,8 +26,7 @@ class Cursor:
         self.is_deaf = True  # what is heard is not admitted now, until a catch-up has ended
         self._renewals: list[Moment] = []  # the last two
         self._looked: Moment | None = None  # marked rows that it sees have been looked for
-        # (xmax, id): transactions from xmax on draw larger ids. All of one boot.
-        self._positions: list[tuple[int, int]] = []
+        self._positions: list[Position] = []  # in order, all of one boot
         self._boot = UNKNOWN_BOOT
 
     # ------------------------------------------------------------------ the rule
@@ -81,12 +80,12 @@ class Cursor:
 
     # ------------------------------------------------------------------ renewal
 
-    def renew(self, moment: Moment, last_id: int, token: str | None) -> None:
-        """Take note of a snapshot, and of the largest id that was drawn before it.
+    def renew(self, moment: Moment, position: Position, token: str | None) -> None:
+        """Take note of a snapshot, and of a position from before it.
 
         With a token it becomes ``S`` when the ping with that token is heard.
         """
-        self.position(moment, last_id)
+        self.position(moment, position)
         self._renewals = [*self._renewals[-1:], moment]
         if token is None:
             return
@@ -136,6 +135,10 @@ class Cursor:
         """All marked rows that this moment sees have been looked for."""
         self._looked = moment
 
+    def is_past(self, moment: Moment) -> bool:
+        """Whether no row that this moment sees can be new any more, marked or not."""
+        return all(mine is not None and mine.covers(moment) for mine in (self.moment, self._looked))
+
     def expire(self, now: float) -> None:
         """Forget the keys of marked rows whose messages have expired."""
         self._done_marked = {key: end for key, end in self._done_marked.items() if end > now}
@@ -150,20 +153,20 @@ class Cursor:
         """No marked row that has not been looked for has this id or a smaller one."""
         return self.low_id_of(self._looked)
 
-    def position(self, moment: Moment, last_id: int) -> None:
-        """Take note of the largest id that was drawn before a snapshot was taken."""
+    def position(self, moment: Moment, position: Position) -> None:
+        """Take note of a position from before a snapshot was taken."""
         if self._boot != moment.boot:
             self._boot = moment.boot
             self._positions.clear()
             self._renewals.clear()
             self.missed()
-        self._positions.append((moment.snapshot.xmax, last_id))
+        self._positions.append(position)
         watched = [self.moment, self._looked, *self._renewals]
         oldest = min(
             (moment.snapshot.xmin for moment in watched if moment and moment.boot == self._boot), default=0
         )
         # Keep the last one that is old enough, and all later ones.
-        while len(self._positions) > 1 and self._positions[1][0] <= oldest:
+        while len(self._positions) > 1 and self._positions[1].next_xid <= oldest:
             del self._positions[0]
 
     def low_id_of(self, moment: Moment | None) -> int:
@@ -171,7 +174,7 @@ class Cursor:
         if moment is None or moment.boot != self._boot:
             return 0
         xmin = moment.snapshot.xmin
-        return max((id for xmax, id in self._positions if xmax <= xmin), default=0)
+        return max((each.last_id for each in self._positions if each.next_xid <= xmin), default=0)
 
     @property
     def remembered(self) -> int:

@@ -5,7 +5,7 @@ Pure; used by the owner loop only, but for `is_member` and `len`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, KeysView
+from collections.abc import Callable, Iterable, KeysView
 
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.snapshot import Moment
@@ -31,7 +31,8 @@ class Memberships:
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, Member]] = {}
         self._of_channel: dict[str, set[str]] = {}
-        self._young: set[Pair] = set()  # those with `since`
+        self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
+        self._changed: dict[Pair, Moment] = {}  # when the owner itself changed them last
 
     def __len__(self) -> int:
         return sum(map(len, list(self._of_channel.values())))
@@ -70,12 +71,13 @@ class Memberships:
         members[queue.channel] = Member(queue, expires_at, since)
         self._of_channel.setdefault(queue.channel, set()).add(group)
         if since is not None:
-            self._young.add((group, queue.channel))
+            self._young.setdefault(since, set()).add((group, queue.channel))
 
     def discard(self, group: str, channel: str) -> bool:
         """Remove a channel. Return whether it was a member."""
         members = self._groups.get(group)
-        if members is None or members.pop(channel, None) is None:
+        member = members.pop(channel, None) if members is not None else None
+        if members is None or member is None:
             return False
         if not members:
             del self._groups[group]
@@ -83,8 +85,21 @@ class Memberships:
         groups.discard(group)
         if not groups:
             del self._of_channel[channel]
-        self._young.discard((group, channel))
+        if member.since is not None:
+            pairs = self._young[member.since]
+            pairs.discard((group, channel))
+            if not pairs:
+                del self._young[member.since]
         return True
+
+    def changed(self, pairs: Iterable[Pair], moment: Moment) -> None:
+        """The owner itself has changed these memberships, in a statement that saw this moment."""
+        self._changed.update(dict.fromkeys(pairs, moment))
+
+    def is_overruled(self, group: str, channel: str, boot: int, xid: int) -> bool:
+        """Whether the owner has changed a membership after this transaction asked for a change."""
+        moment = self._changed.get((group, channel))
+        return moment is not None and moment.sees(boot, xid)
 
     def flush(self, boot: int, xid: int) -> list[Pair]:
         """Remove what began before this transaction. Return what was removed."""
@@ -109,10 +124,11 @@ class Memberships:
             self.discard(*pair)
         return gone
 
-    def grow_old(self, moment: Moment) -> None:
-        """The cursor is at this moment: beginnings that it covers need not be remembered."""
-        for group, channel in list(self._young):
-            member = self._groups[group][channel]
-            if member.since is None or moment.covers(member.since):
-                member.since = None
-                self._young.discard((group, channel))
+    def grow_old(self, is_past: Callable[[Moment], bool]) -> None:
+        """Forget beginnings and changes of which this is true: no row that they see can come any more."""
+        past = {moment for moment in set(self._changed.values()) if is_past(moment)}
+        if past:
+            self._changed = {pair: at for pair, at in self._changed.items() if at not in past}
+        for since in [since for since in self._young if is_past(since)]:
+            for group, channel in self._young.pop(since):
+                self._groups[group][channel].since = None

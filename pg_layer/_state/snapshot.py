@@ -25,6 +25,13 @@ class Snapshot:
         return xid < self.xmin or (xid < self.xmax and xid not in self._running)
 
 
+class Position(NamedTuple):
+    """The largest id that was drawn so far. Transactions from ``next_xid`` on draw larger ones."""
+
+    last_id: int
+    next_xid: int
+
+
 class Moment(NamedTuple):
     """A snapshot of a boot: what had been committed then."""
 

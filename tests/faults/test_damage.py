@@ -221,7 +221,7 @@ async def test_payloads_overwritten_while_they_wait(
     sound = [number for number in range(300) if number % 3]
     for name in (channel, "jobs"):
         assert [(await receive(layer, name))["number"] for _ in sound] == sound
-    assert len(complaints(caplog, "cannot be read")) == 1
+    assert len(complaints(caplog, "cannot be decoded")) == 1
     await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
 
 

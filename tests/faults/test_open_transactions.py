@@ -1,45 +1,47 @@
-"""Somebody's transaction has changed memberships and stays open: it holds up only who wants the same.
+"""Transactions that have changed memberships and stay open: nobody waits for them.
 
-The owner of the channels may connect anew meanwhile, and puts back what the tables may have lost: nothing
-that has left may come back by that.
+The owner of the channels may reconnect meanwhile, or write again what the table has lost. What was discarded
+does not come back by that.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
-from pg_layer import LayerUnavailable, PostgresChannelLayer, roster
-from pg_layer.session import Session
+from pg_layer import PostgresChannelLayer
+from pg_layer._db.queries import groups
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, receive, until
 
-REGROUP = "SELECT pg_layer_regroup('asgi', NULL, 60, 86400, %s, %s, %s, %s, %s)"
+ASK = "SELECT pg_layer_ask('asgi', %s, %s, %s, 86400, %s, 10, false, false)"
 
-Somebody = psycopg.Connection[tuple[Any, ...]]
+Transaction = psycopg.Connection[tuple[Any, ...]]
 
 
 @pytest.fixture
-def somebody(migrated_dsn: str) -> Iterator[Somebody]:
+def open_transaction(migrated_dsn: str) -> Iterator[Transaction]:
     """A transaction that is open until it is committed."""
     with psycopg.connect(migrated_dsn) as connection:
         yield connection
 
 
-def join(somebody: Somebody, group: str, channel: str) -> None:
-    somebody.execute(REGROUP, [[group], [channel], [100], [], []])
+def add(transaction: Transaction, group: str, channel: str) -> None:
+    """Add a channel, as ``layer.sync.group_add`` does in a transaction that Django does not manage."""
+    transaction.execute(ASK, [[group], [channel], [True], [100]])
 
 
-def leave(somebody: Somebody, group: str, channel: str) -> None:
-    somebody.execute(REGROUP, [[], [], [], [group], [channel]])
+def discard(transaction: Transaction, group: str, channel: str) -> None:
+    transaction.execute(ASK, [[group], [channel], [False], [100]])
 
 
-def members(observer: Observer) -> list[tuple[Any, ...]]:
-    return observer.execute("SELECT group_name, channel FROM pg_layer_membership ORDER BY 1, 2").fetchall()
+def rows(observer: Observer) -> list[tuple[Any, ...]]:
+    return observer.execute(
+        "SELECT group_name, channel, id = 0 FROM pg_layer_membership ORDER BY 1, 2, id"
+    ).fetchall()
 
 
 def lasts(observer: Observer, group: str, least: int) -> bool:
@@ -51,6 +53,17 @@ def lasts(observer: Observer, group: str, least: int) -> bool:
     return observer.execute(query, [least, group]).fetchone() == (True,)
 
 
+def waiting_for_locks(observer: Observer) -> int:
+    """How many statements wait for a lock."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND wait_event_type = 'Lock'"
+    )
+    row = observer.execute(query).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 async def member(layer: PostgresChannelLayer, group: str) -> str:
     await listen(layer)
     channel = await layer.new_channel()
@@ -58,8 +71,8 @@ async def member(layer: PostgresChannelLayer, group: str) -> str:
     return channel
 
 
-async def connect_anew(layer: PostgresChannelLayer, observer: Observer) -> None:
-    """All its connections are killed; returns when it listens again."""
+async def reconnect(layer: PostgresChannelLayer, observer: Observer) -> None:
+    """Kill all connections of layers. Return when this one listens again."""
     before = layer.stats()["reconnects"]
     observer.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
@@ -68,152 +81,154 @@ async def connect_anew(layer: PostgresChannelLayer, observer: Observer) -> None:
     await until(lambda: layer.stats()["reconnects"] > before)
 
 
-def mirrored(layer: PostgresChannelLayer) -> int:
-    return layer.stats()["memberships"]
+def lose_rows(observer: Observer) -> None:
+    """Remove what a crash may have undone: the owner must write it again."""
+    observer.execute("DELETE FROM pg_layer_membership")
+    observer.execute("DELETE FROM pg_layer_client")
 
 
-# ---------------------------------------------------------------------- the owner connects anew
+# ---------------------------------------------------------------------- the owner reconnects
 
 
-async def test_who_leaves_in_an_open_transaction_stays_away_and_the_owner_hears_meanwhile(
-    make_layer: MakeLayer, observer: Observer, somebody: Somebody
+async def test_channel_discarded_in_an_open_transaction_leaves_with_the_commit(
+    make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
+    """The owner reconnects meanwhile, receives, and writes again what the table has lost."""
     layer, sender = make_layer(), make_layer()
     leaver, stayer = await member(layer, "room"), await member(layer, "room")
-    leave(somebody, "room", leaver)
+    discard(open_transaction, "room", leaver)
 
-    await connect_anew(layer, observer)
+    await reconnect(layer, observer)
     await sender.send(stayer, {"number": 1})
     assert (await receive(layer, stayer))["number"] == 1
-    observer.execute("DELETE FROM pg_layer_membership WHERE channel = %s", [stayer])
-    await connect_anew(layer, observer)
-    await until(lambda: ("room", stayer) in members(observer))  # so that it has put back what there is
+    lose_rows(observer)
+    await reconnect(layer, observer)
+    both = sorted([("room", leaver, True), ("room", stayer, True)])
+    await until(lambda: rows(observer) == both)
 
-    somebody.commit()
-    await until(lambda: mirrored(layer) == 1)
-    assert members(observer) == [("room", stayer)]
-    assert await sender.group_count("room") == 1
-
-
-Reassert = Callable[[Session, str, Sequence[tuple[str, str, float | None]]], Awaitable[list[tuple[str, str]]]]
+    open_transaction.commit()
+    await until(lambda: rows(observer) == [("room", stayer, True)])
+    assert layer.stats()["memberships"] == 1
+    assert await sender.group_channels("room") == [stayer]
 
 
-@pytest.mark.parametrize("is_known", [True, False], ids=["known before", "known after"])
-async def test_who_leaves_when_the_owner_has_looked_at_its_mirror_does_not_come_back(
-    make_layer: MakeLayer,
-    observer: Observer,
-    somebody: Somebody,
-    monkeypatch: pytest.MonkeyPatch,
-    is_known: bool,
+@pytest.mark.parametrize("has_rows", [True, False], ids=["rows are there", "rows were lost"])
+async def test_channel_discarded_while_its_owner_writes_its_memberships_again_does_not_come_back(
+    make_layer: MakeLayer, observer: Observer, open_transaction: Transaction, has_rows: bool
 ) -> None:
+    """The owner's statement still says that the channel is a member, and waits. Then it is discarded."""
     layer = make_layer()
     leaver, stayer = await member(layer, "room"), await member(layer, "room")
-    reassert: Reassert = roster.reassert
-    asserted = asyncio.Event()
-
-    async def after_a_leave(session: Session, inbox: str, pairs: Any) -> list[tuple[str, str]]:
-        monkeypatch.setattr(roster, "reassert", reassert)
-        if not is_known:  # a crash has undone their joining
-            observer.execute("DELETE FROM pg_layer_membership")
-        leave(somebody, "room", leaver)
-        if is_known:
-            somebody.commit()
-            await until(lambda: mirrored(layer) == 1)
-        found = await reassert(session, inbox, pairs)
-        assert ("room", leaver) in members(observer)
-        asserted.set()
-        return found
-
-    monkeypatch.setattr(roster, "reassert", after_a_leave)
-    await connect_anew(layer, observer)
-    await asserted.wait()
-    somebody.commit()
-    await until(lambda: mirrored(layer) == 1)
-    await until(lambda: members(observer) == [("room", stayer)])
+    if has_rows:
+        observer.execute("DELETE FROM pg_layer_client")
+    else:
+        lose_rows(observer)
+    open_transaction.execute(
+        "INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)"
+        " VALUES ('room', pg_layer_address('asgi', %s), %s, 'infinity')"
+        " ON CONFLICT (group_name, address, channel, id) DO UPDATE SET expires_at = 'infinity'",
+        [stayer, stayer],
+    )
+    await layer.health()  # renews the lease, which is a new one to the database
+    await until(lambda: waiting_for_locks(observer) == 1)
+    discard(observer, "room", leaver)
+    await until(lambda: layer.stats()["memberships"] == 1)
+    assert waiting_for_locks(observer) == 1
+    open_transaction.commit()
+    await until(lambda: rows(observer) == [("room", stayer, True)])
+    assert await layer.group_channels("room") == [stayer]
 
 
-async def test_who_has_joined_anew_since_it_was_put_back_stays(
-    make_layer: MakeLayer, observer: Observer, somebody: Somebody
+async def test_channel_discarded_and_added_in_one_transaction_stays(
+    make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
     layer, other = make_layer(), make_layer()
     channel = await member(layer, "room")
-    observer.execute("DELETE FROM pg_layer_membership")
-    await connect_anew(layer, observer)
-    await until(lambda: members(observer) == [("room", channel)])
-    # The owner learns of both at once: at the first, it may think that the row is what it had put back.
-    with somebody.transaction():
-        leave(somebody, "room", channel)
-        join(somebody, "room", channel)
+    lose_rows(observer)
+    await reconnect(layer, observer)
+    await until(lambda: rows(observer) == [("room", channel, True)])
+    with open_transaction.transaction():
+        discard(open_transaction, "room", channel)
+        add(open_transaction, "room", channel)
     await other.group_send("room", {"number": 1})
     assert (await receive(layer, channel))["number"] == 1
-    await store_is_quiet(layer, observer)
-    assert members(observer) == [("room", channel)]
+    await until(lambda: rows(observer) == [("room", channel, True)])
 
 
-async def store_is_quiet(layer: PostgresChannelLayer, observer: Observer) -> None:
-    """Nothing that the layer has begun is under way."""
-    query = (
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-        " AND application_name LIKE 'pg_layer %' AND state <> 'idle'"
-    )
-    await until(lambda: not layer._homes.client.memberships.has_ghosts)
-    await until(lambda: observer.execute(query).fetchone() == (0,))
+async def test_message_of_a_transaction_that_stays_open_across_renewals_is_received_after_its_commit(
+    make_layer: MakeLayer, open_transaction: Transaction
+) -> None:
+    """The reader polls. It looks at what is new again and again, before and after the commit."""
+    layer = make_layer(poll_interval=0.05)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    open_transaction.execute('SELECT pg_layer_group_send(\'room\', \'{"type": "test", "number": 1}\')')
+    open_transaction.execute('SELECT pg_layer_send(%s, \'{"type": "test", "number": 2}\')', [channel])
+    for _ in range(4):
+        await layer.health()  # renews the lease
+        await layer.send(channel, {"type": "test", "number": 0})
+        assert (await receive(layer, channel))["number"] == 0
+    open_transaction.commit()
+    assert [(await receive(layer, channel))["number"] for _ in range(2)] == [1, 2]
 
 
 # ---------------------------------------------------------------------- others go on
 
 
-async def test_others_join_and_leave_while_one_membership_is_held(
-    make_layer: MakeLayer, somebody: Somebody
+async def test_change_of_a_membership_that_an_open_transaction_has_changed_does_not_wait(
+    make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
+    """The owner decides in the order in which it learns of changes: that of the transaction comes last."""
     layer = make_layer(send_timeout=20)
     held, other, leaver = [await member(layer, "room") for _ in range(3)]
-    join(somebody, "room", held)
-    # Together in one batch, as all wait for the first.
-    first = asyncio.create_task(layer.group_add("lobby", other))
-    renewal = asyncio.create_task(layer.group_add("room", held))
-    await asyncio.gather(layer.group_add("hall", other), layer.group_discard("room", leaver))
-    await layer.group_add("garden", held)
-    await first
-    assert not renewal.done()
+    discard(open_transaction, "room", held)
+    add(open_transaction, "room", leaver)
+    await layer.group_add("room", held)
+    await layer.group_discard("room", leaver)
+    await layer.group_add("hall", other)
     assert sorted(await layer.group_channels("room")) == sorted([held, other])
-    somebody.commit()
-    await renewal
-    assert await layer.group_count("room") == 2
+    open_transaction.commit()
+    expected = sorted([("room", other, True), ("room", leaver, True), ("hall", other, True)])
+    await until(lambda: rows(observer) == expected)
+    assert sorted(await layer.group_channels("room")) == sorted([other, leaver])
 
 
-async def test_a_membership_that_is_held_for_too_long_is_said_to_be(
-    make_layer: MakeLayer, somebody: Somebody
+async def test_change_of_a_transaction_that_is_rolled_back_changes_nothing(
+    make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
-    layer = make_layer(send_timeout=1)
+    layer = make_layer()
     channel = await member(layer, "room")
-    leave(somebody, "room", channel)
-    with pytest.raises(LayerUnavailable, match="Another transaction, still open, has changed"):
-        await layer.group_add("room", channel)
-    somebody.rollback()
+    discard(open_transaction, "room", channel)
     await layer.group_add("room", channel)
+    open_transaction.rollback()
+    await layer.group_send("room", {"number": 1})
+    assert (await receive(layer, channel))["number"] == 1
+    assert rows(observer) == [("room", channel, True)]
 
 
-async def test_a_client_begins_while_a_transaction_has_its_channel_join(
-    make_layer: MakeLayer, observer: Observer, somebody: Somebody
+# ---------------------------------------------------------------------- clients that have not begun
+
+
+async def test_client_that_begins_while_a_transaction_adds_its_channel_is_a_member_after_the_commit(
+    make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
-    join(somebody, "room", channel)
+    add(open_transaction, "room", channel)
     await listen(layer)
     await sender.send(channel, {"number": 1})
     await sender.send("jobs", {"number": 2})
     assert (await receive(layer, channel))["number"] == 1
-    assert (await receive(layer, "jobs"))["number"] == 2  # only who has a lease is given jobs
-    somebody.commit()
-    # It was not known then whether it lives. It sees to it that the membership is as long as was asked for.
-    await until(lambda: lasts(observer, "room", 80000))
+    assert (await receive(layer, "jobs"))["number"] == 2
+    open_transaction.commit()
     await sender.group_send("room", {"number": 3})
     assert (await receive(layer, channel))["number"] == 3
+    await until(lambda: rows(observer) == [("room", channel, True)])
+    assert lasts(observer, "room", 80000)
 
 
 @pytest.mark.parametrize("group_expiry", [None, 86400])
-async def test_a_client_that_begins_later_is_a_member_for_as_long_as_was_asked(
+async def test_client_that_begins_later_is_a_member_for_as_long_as_was_asked(
     make_layer: MakeLayer, observer: Observer, group_expiry: int | None
 ) -> None:
     layer, other = make_layer(), make_layer(lease=60, heartbeat=20, group_expiry=group_expiry)
@@ -222,20 +237,22 @@ async def test_a_client_that_begins_later_is_a_member_for_as_long_as_was_asked(
     assert await other.group_count("room") == 1
     assert not lasts(observer, "room", 61)
     await listen(layer)
-    await until(lambda: lasts(observer, "room", 80000))
+    await until(lambda: rows(observer) == [("room", channel, True)])
+    assert lasts(observer, "room", 80000)
+    await other.group_send("room", {"number": 1})
+    assert (await receive(layer, channel))["number"] == 1
 
 
-async def test_a_client_that_never_begins_is_a_member_for_the_length_of_a_lease(
-    make_layer: MakeLayer, observer: Observer
+async def test_client_that_never_begins_is_counted_only_for_a_while(
+    make_layer: MakeLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = make_layer(lease=0.2, heartbeat=0.1, group_expiry=None)
+    monkeypatch.setattr(groups, "CLAIM_SECONDS", 0.2)
+    layer = make_layer(group_expiry=None)
     await layer.group_add("room", "specific.nobody!1")
-    await until(lambda: observer.execute("SELECT FROM pg_layer_client").fetchall() == [])
-    query = "SELECT expires_at <= clock_timestamp() FROM pg_layer_membership"
+    query = "SELECT bool_and(expires_at <= clock_timestamp()) FROM pg_layer_membership"
     await until(lambda: observer.execute(query).fetchone() == (True,))
     assert await layer.group_count("room") == 0
-    await layer.group_send("room", {"number": 1})
-    assert observer.execute("SELECT kind FROM pg_layer_message").fetchall() == [("join",)]
+    assert observer.execute("SELECT kind FROM pg_layer_message").fetchall() == [("add",)]
     assert observer.execute(
         "SELECT max(expires_at) < clock_timestamp() + interval '25 hours' FROM pg_layer_message"
     ).fetchone() == (True,)

@@ -1,4 +1,4 @@
-"""Moments at which the layer was once caught: each of these lost, doubled or hung something."""
+"""Moments at which messages were once lost, received twice or held up."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pg_layer import LayerUnavailable, PostgresChannelLayer, store
-from pg_layer.inbox import Row
-from pg_layer.mailbox import Letter, Mailbox
+from pg_layer import LayerUnavailable, PostgresChannelLayer
+from pg_layer._db.queries import receive as queries
+from pg_layer._messages.rows import Row
+from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from tests.conftest import MakeLayer
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
@@ -71,14 +72,14 @@ async def test_a_job_that_is_handed_over_while_the_layer_closes_is_not_put_back(
     await listening(worker)
     receiving = asyncio.create_task(worker.receive("jobs"))
     closing: list[asyncio.Task[None]] = []
-    put = Mailbox.put
+    put = ChannelQueue.put
 
-    def put_as_it_closes(self: Mailbox, letter: Letter) -> None:
+    def put_as_it_closes(self: ChannelQueue, message: QueuedMessage) -> None:
         if self.channel == "jobs" and not closing:
             closing.append(asyncio.ensure_future(worker.close()))  # runs before the receiver that is woken
-        put(self, letter)
+        put(self, message)
 
-    monkeypatch.setattr(Mailbox, "put", put_as_it_closes)
+    monkeypatch.setattr(ChannelQueue, "put", put_as_it_closes)
     await other.send("jobs", {"n": 1})
     done, _ = await asyncio.wait({receiving}, timeout=PATIENCE)
     await closing[0]
@@ -89,7 +90,7 @@ async def test_a_job_that_is_handed_over_while_the_layer_closes_is_not_put_back(
 
 
 @pytest.mark.parametrize("is_flushed", [False, True])
-async def test_ids_that_begin_anew_are_noticed(
+async def test_tables_that_were_emptied_are_written_again_and_messages_arrive(
     migrated_dsn: str, make_layer: MakeLayer, is_flushed: bool
 ) -> None:
     layer, sender = make_layer(lease=2, heartbeat=0.1), make_layer()
@@ -111,23 +112,23 @@ async def test_ids_that_begin_anew_are_noticed(
     assert await numbers(layer, channel, 10) == list(range(10))
 
 
-async def test_a_job_whose_taking_was_not_answered_goes_to_another_process(
+async def test_job_whose_claim_was_not_answered_goes_to_another_process(
     make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, other = make_layer(), make_layer()
     await listening(worker)
-    take = store.take
+    claim = queries.claim
     receiving = asyncio.create_task(worker.receive("jobs"))
 
-    async def take_without_answer(*args: object, **options: object) -> list[Row]:
-        rows = await take(*args, **options)  # type: ignore[arg-type]
+    async def claim_without_answer(*args: object, **options: object) -> list[Row]:
+        rows = await claim(*args, **options)  # type: ignore[arg-type]
         if rows:
-            monkeypatch.setattr(store, "take", take)
+            monkeypatch.setattr(queries, "claim", claim)
             receiving.cancel()
             raise psycopg.OperationalError("The connection was lost after the commit.")
         return rows
 
-    monkeypatch.setattr(store, "take", take_without_answer)
+    monkeypatch.setattr(queries, "claim", claim_without_answer)
     await other.send("jobs", {"n": 1})
     await asyncio.wait({receiving}, timeout=PATIENCE)
     assert receiving.cancelled()
@@ -198,13 +199,11 @@ async def test_closing_a_layer_that_never_reached_its_database_wakes_who_waits()
         await asyncio.wait_for(waiting, PATIENCE)
 
 
-async def test_who_has_no_lease_is_not_told_that_a_channel_is_empty(
-    make_layer: MakeLayer, migrated_dsn: str
-) -> None:
-    """It would look for later jobs only, and they would overtake those that wait."""
+async def test_claim_without_a_lease_is_refused(make_layer: MakeLayer, migrated_dsn: str) -> None:
+    """Without an error the client would look only for later jobs, which would overtake those that wait."""
     await make_layer().send("jobs", {"n": 0})
     with (
         psycopg.connect(migrated_dsn) as conn,
         pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no lease"),
     ):
-        conn.execute("SELECT * FROM pg_layer_take('asgi', 'jobs', 'asgi!nobody', 0, 0, 1)")
+        conn.execute("SELECT * FROM pg_layer_claim('asgi', 'jobs', 'asgi!nobody', 0, 0, 1)")

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -20,10 +19,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import InvalidMessage, LayerUnavailable, MessageTooLarge, NotMigrated, PostgresChannelLayer
-from tests.conftest import MakeLayer, Observer
+from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import Message, Processes, listen, open_layer, read, receive, until
-
-SQL = Path(__file__).parents[2] / "migrations" / "0001_initial.sql"
 
 
 def expect_untouched(observer: Observer) -> None:
@@ -259,7 +256,8 @@ async def test_a_receiver_says_so_once_and_begins_when_the_tables_are_there(
         assert len(lines()) == 1
         assert not receiving.done()
         with psycopg.connect(fresh_database) as connection:
-            connection.execute(SQL.read_bytes())
+            for file in sorted(MIGRATIONS.glob("0001_[0-9]_*.sql")):
+                connection.execute(file.read_bytes())
         await layer.send(channel, {"type": "at last"})
         await layer.send("jobs", {"type": "as well"})
         assert await asyncio.wait_for(receiving, 60) == {"type": "at last"}

@@ -1,4 +1,4 @@
-"""What is written together is treated as if it were written one by one: both functions agree."""
+"""Messages that are written together are treated as if they were written one by one."""
 
 from __future__ import annotations
 
@@ -23,21 +23,28 @@ def capacity_of(channel: str) -> int:
     return 1 + len(channel) % 4
 
 
-class State(NamedTuple):
-    """The leases, the memberships and what waits, each with its end."""
+class Membership(NamedTuple):
+    """A claim: whether the channel is in the group, and until when."""
 
-    leases: dict[str, str]
-    members: dict[tuple[str, str], str]
+    present: bool
+    end: str
+
+
+class State(NamedTuple):
+    """Whether the rows of memberships can be trusted, the memberships, and what waits with its end."""
+
+    is_steady: bool
+    members: dict[tuple[str, str], list[Membership]]
     waiting: list[tuple[str, str]]
 
 
+memberships = st.lists(st.builds(Membership, st.booleans(), ends), min_size=1, max_size=2)
 states = st.builds(
     State,
-    st.dictionaries(st.sampled_from(CLIENTS), ends),
-    st.dictionaries(st.tuples(st.sampled_from(GROUPS[:2]), channels), ends, max_size=10),
+    st.booleans(),
+    st.dictionaries(st.tuples(st.sampled_from(GROUPS[:2]), channels), memberships, max_size=10),
     st.lists(st.tuples(channels, ends), max_size=8),
 )
-# A few are written one by one in any case, more are not.
 group_sends = st.lists(
     st.tuples(st.sampled_from(GROUPS), st.binary(max_size=3), expiries, st.none() | channels),
     min_size=1,
@@ -56,80 +63,104 @@ examples = settings(
 )
 
 
-def arrange(observer: Observer, state: State) -> None:
-    for client, end in state.leases.items():
-        observer.execute(
-            "INSERT INTO pg_layer_client (inbox, expires_at) VALUES (%s, %s)", (f"asgi!{client}", end)
-        )
-    for (group, channel), end in state.members.items():
-        observer.execute(
-            "INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at, capacity)"
-            " VALUES (%s, pg_layer_inbox('asgi', %s), %s, %s, %s)",
-            (group, channel, channel, end, capacity_of(channel) if channel in NORMAL else None),
-        )
+def arrange(observer: Observer, state: State) -> int:
+    """Write the state. Return the largest id of a message in it."""
+    observer.execute(
+        "INSERT INTO pg_layer_lease_clock (prefix, boot, lease, renewed_at, steady_since)"
+        " VALUES ('asgi', pg_layer_current_boot(), 60, clock_timestamp(),"
+        " clock_timestamp() - make_interval(secs => %s))",
+        (3600 if state.is_steady else 0,),
+    )
+    for (group, channel), claims in state.members.items():
+        for number, (present, end) in enumerate(claims):
+            is_normal = channel in NORMAL
+            observer.execute(
+                "INSERT INTO pg_layer_membership"
+                " (group_name, address, channel, id, present, expires_at, capacity)"
+                " VALUES (%s, pg_layer_address('asgi', %s), %s, %s, %s, %s, %s)",
+                (
+                    group,
+                    channel,
+                    channel,
+                    number + is_normal,
+                    present,
+                    end,
+                    capacity_of(channel) if is_normal else None,
+                ),
+            )
     for channel, end in state.waiting:
         observer.execute(
-            "INSERT INTO pg_layer_message (inbox, nonce, channel, expires_at)"
-            " VALUES (pg_layer_inbox('asgi', %s), 0, %s, %s)",
+            "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
+            " VALUES (pg_layer_address('asgi', %s), pg_current_xact_id(), 1, %s, %s)",
             (channel, channel, end),
         )
+    [[last]] = observer.execute("SELECT coalesce(max(id), 0) FROM pg_layer_message").fetchall()
+    return int(last)
 
 
-def written(observer: Observer) -> list[tuple[Any, ...]]:
+def written(observer: Observer, after: int) -> list[tuple[Any, ...]]:
     """The rows that are new, in their order; when they end in hundreds of seconds."""
     return observer.execute(
-        "SELECT inbox, channel, group_name, excluded, payload,"
+        "SELECT address, channel, excluded, payload, kind, marked,"
         " round(extract(epoch FROM expires_at - clock_timestamp()) / 100)"
-        " FROM pg_layer_message WHERE nonce <> 0 ORDER BY id"
+        " FROM pg_layer_message WHERE id > %s ORDER BY id",
+        (after,),
     ).fetchall()
 
 
 @examples
 @given(states, group_sends)
-def test_group_sends(observer: Observer, state: State, ops: list[tuple[Any, ...]]) -> None:
+def test_group_sends_in_one_batch_write_what_single_ones_write(
+    observer: Observer, state: State, ops: list[tuple[Any, ...]]
+) -> None:
     with observer.transaction(force_rollback=True):
-        arrange(observer, state)
+        last = arrange(observer, state)
         positions, missed = observer.execute(
-            "SELECT * FROM pg_layer_group_send_batch("
-            "'asgi', %s::text[], %s::bytea[], %s::float8[], %s::text[])",
+            "SELECT missed_positions, missed_channels FROM pg_layer_group_send_batch("
+            "'asgi', %s::text[], %s::bytea[], %s::float8[], %s::text[], true, false)",
             [list(values) for values in zip(*ops, strict=True)],
         ).fetchall()[0]
-        together = sorted(zip(positions or (), missed or (), strict=True)), written(observer)
+        together = sorted(zip(positions or (), missed or (), strict=True)), written(observer, last)
     with observer.transaction(force_rollback=True):
-        arrange(observer, state)
+        last = arrange(observer, state)
         all_missed = []
         for position, op in enumerate(ops, 1):
             ((missed,),) = observer.execute(
-                "SELECT pg_layer_group_send_one('asgi', %s, %s, %s, %s)", op
+                "SELECT pg_layer_group_send_one('asgi', %s, %s, %s, %s, true)", op
             ).fetchall()
             all_missed += [(position, channel) for channel in missed or ()]
-        one_by_one = sorted(all_missed), written(observer)
+        one_by_one = sorted(all_missed), written(observer, last)
     assert together == one_by_one
 
 
 @examples
 @given(states, sends, st.booleans())
-def test_sends(observer: Observer, state: State, ops: list[tuple[Any, ...]], are_counted: bool) -> None:
+def test_sends_in_one_batch_write_what_single_ones_write(
+    observer: Observer, state: State, ops: list[tuple[Any, ...]], are_counted: bool
+) -> None:
     floors: list[list[object] | None] = [[], []] if are_counted else [None, None]
     with observer.transaction(force_rollback=True):
-        arrange(observer, state)
-        ((full,),) = observer.execute(
-            "SELECT full_positions FROM pg_layer_send_batch("
-            "'asgi', %s::text[], %s::bytea[], %s::float8[], %s::integer[], %s::text[], %s::bigint[])",
+        last = arrange(observer, state)
+        [(full, ids)] = observer.execute(
+            "SELECT full_positions, ids FROM pg_layer_send_batch("
+            "'asgi', %s::text[], %s::bytea[], %s::float8[], %s::integer[], %s::text[], %s::bigint[],"
+            " true, false)",
             [
                 *[list(values) for values in zip(*ops, strict=True)],
                 *floors,
             ],
         ).fetchall()
-        together = sorted(full or ()), written(observer)
+        together = sorted(full or ()), written(observer, last)
+        assert len(ids or ()) == len(together[1])
     with observer.transaction(force_rollback=True):
-        arrange(observer, state)
+        last = arrange(observer, state)
         all_full = []
         for position, op in enumerate(ops, 1):
-            ((seen,),) = observer.execute(
-                "SELECT pg_layer_send_one('asgi', %s, %s, %s, %s, %s)", (*op, 0 if are_counted else None)
+            [(accepted,)] = observer.execute(
+                "SELECT accepted FROM pg_layer_send_one('asgi', %s, %s, %s, %s, %s, true, false)",
+                (*op, 0 if are_counted else None),
             ).fetchall()
-            if seen is None:
+            if not accepted:
                 all_full.append(position)
-        one_by_one = all_full, written(observer)
+        one_by_one = all_full, written(observer, last)
     assert together == one_by_one

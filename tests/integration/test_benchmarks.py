@@ -82,9 +82,9 @@ def test_growth_loses_nothing_and_fills_each_curve(growth: dict[str, Any], point
 
 
 @pytest.mark.parametrize("members", [10, 100])
-def test_rows_grow_with_processes_and_not_with_members(growth: dict[str, Any], members: int) -> None:
+def test_group_message_is_one_row_however_many_members(growth: dict[str, Any], members: int) -> None:
     (outcome,) = growth["scenarios"][f"growth-members/{members}"]["layers"]["pg"]["rounds"]
-    assert outcome["figures"]["rows"] == 4
+    assert outcome["figures"]["rows"] == 1
     assert outcome["figures"]["in database"] > 0
 
 

@@ -299,7 +299,7 @@ async def test_flush_makes_room_and_leaves_nothing_behind(make_layer: MakeLayer)
     await listen(layer)
     channel = await layer.new_channel()
     await fill(sender, channel, 4)
-    await listen(layer)  # by now all are in the mailbox
+    await listen(layer)  # by now all are in the channel queue
     await sender.flush()
     await listen(layer)
 

@@ -136,7 +136,13 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
     sizes = [*range(5550, 5650), *range(5850, 5970), *range(7980, 8020)]
     reader = processes.start(read_until_the_end, migrated_dsn, prefix, group if way == "group_send" else None)
     channel = await reader.hear()
-    observer.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (channel,))
+    observer.execute(
+        """
+        SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(
+            CASE WHEN %s THEN pg_layer_address('asgi', %s) ELSE pg_layer_group_address('asgi', %s) END)])
+        """,
+        (way == "send", channel, group),
+    )
     messages: list[Message] = []
     for number, size in enumerate(sizes):
         message: Message = {"number": number, "blob": b""}
@@ -153,7 +159,7 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
     said = [notify.payload for notify in observer.notifies(timeout=5, stop_after=len(sizes))]
     assert max(map(len, said)) < 8000
     kinds = [payload[0] for payload in said]
-    # The limit lies within the sizes: smaller ones rode in their doorbells, larger ones did not.
+    # The limit lies within the sizes: smaller messages are in their notifications, larger ones are read.
     boundary = kinds.index("R")
     assert 0 < boundary < len(kinds) - 1
     assert set(kinds[:boundary]) == {"M"}
@@ -164,7 +170,7 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
 
 
 def mixed(count: int, writer: int = 0) -> list[Message]:
-    """Messages of all sizes, so that some ride in their doorbells and some do not."""
+    """Messages of all sizes, so that some are in the notification and some are read."""
     sizes = (10, 10, 10, 100, 5000, 6000, 20_000, 300_000)
     return [{"writer": writer, "number": n, "blob": bytes(random.choice(sizes))} for n in range(count)]
 
@@ -346,7 +352,7 @@ async def receive_and_cancel(
         with suppress(asyncio.CancelledError):
             found.append((await task)["number"])
         if pauses and moments.random() < 0.05:
-            await asyncio.sleep(moments.random() * 0.1)  # so long that taken messages are put back
+            await asyncio.sleep(moments.random() * 0.1)  # so long that claimed messages are released
     return found
 
 
@@ -430,13 +436,14 @@ async def test_what_was_received_leaves_no_row(make_layer: MakeLayer, observer: 
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
-async def test_an_inbox_is_addressed_alike_by_python_and_sql(
+async def test_a_channel_has_the_same_address_in_python_and_sql(
     make_layer: MakeLayer, migrated_dsn: str
 ) -> None:
     layer = make_layer()
     channel = await layer.new_channel("chat.room.7")
     with psycopg.connect(migrated_dsn, autocommit=True) as connection:
         connection.execute(
-            "SELECT pg_layer_send_one('asgi', %s, %s, 60, 100, 0)", (channel, b'{"type": "from.sql"}')
+            "SELECT pg_layer_send_one('asgi', %s, %s, 60, 100, 0, false, false)",
+            (channel, b'{"type": "from.sql"}'),
         )
     assert await receive(layer, channel) == {"type": "from.sql"}

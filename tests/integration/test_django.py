@@ -66,9 +66,10 @@ def postgres(dsn: str) -> Settings:
 
 
 def left_behind(dsn: str) -> list[str]:
-    """The channels of the messages that wait in a database."""
+    """The channels of the messages that wait in a database. A group's message stays until it expires."""
     with psycopg.connect(dsn) as conn:
-        return [channel for (channel,) in conn.execute("SELECT channel FROM pg_layer_message")]
+        rows = conn.execute("SELECT channel FROM pg_layer_message WHERE address NOT LIKE '%!@%'")
+        return [channel for (channel,) in rows]
 
 
 # ---------------------------------------------------------------------- settings
@@ -272,7 +273,7 @@ for model in apps.get_app_config("pg_layer").get_models():
     print(model.__name__, columns ^ fields, [field.column for field in pk] == key, list(model.objects.all()))
 """
     assert django(migrated_dsn, code).splitlines() == [
-        "Message set() False []",
+        "Message {('xid', False)} False []",  # Django has no field for its type
         "Membership set() True []",
         "Group set() False []",
         "Client set() True []",

@@ -9,8 +9,10 @@ import pytest
 from tests.conftest import MakeLayer, Observer
 from tests.processes import Link, Message, Processes, listen, open_layer, read, receive, until
 
-OLD, NEW, WRONG = "the old key", b"the new key", "a key of somebody else"
+OLD, NEW, WRONG = "the old key", b"the new key", "a key of another project"
 SECRET = "attack at dawn"
+# Messages to channels that were not received. Those to groups remain until they expire.
+IS_ALL_RECEIVED = "SELECT count(*) = 0 FROM pg_layer_message WHERE address NOT LIKE '%!@%'"
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -32,7 +34,14 @@ async def test_an_encrypted_message_arrives_and_is_nowhere_in_clear(
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
     await layer.group_add("room", "jobs")
-    observer.execute("SELECT pg_layer_listen(pg_layer_inbox('asgi', %s))", (channel,))
+    observer.execute(
+        """
+        SELECT pg_layer_listen(ARRAY[
+            pg_layer_notification_channel(pg_layer_address('asgi', %s)),
+            pg_layer_notification_channel(pg_layer_group_address('asgi', 'room'))])
+        """,
+        (channel,),
+    )
     messages: list[Message] = [{"text": SECRET, "blob": bytes(size)} for size in (0, 1000, 10_000, 1_000_000)]
     for message in messages:
         await layer.send(channel, message)
@@ -107,7 +116,7 @@ async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
     assert "symmetric_encryption_keys" in complaint
     assert SECRET not in caplog.text
     # They do not come again, and take no room.
-    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
 # ---------------------------------------------------------------------- plain messages
@@ -139,8 +148,8 @@ async def test_messages_from_sql_are_refused_where_there_are_keys(
     assert await receive(layer, channel) == {"text": "encrypted"}
     [complaint] = complaints(caplog)
     assert "allow_unencrypted" in complaint
-    assert layer._homes.client.counters["dropped_undecodable"] == 4
-    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    assert layer.stats()["dropped_undecodable"] == 4
+    await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
@@ -187,17 +196,21 @@ async def test_a_damaged_row_is_skipped_and_logged_once(
 ) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
-    await layer.group_add("room", channel)
+    await sender.group_add("room", channel)  # the layer does not listen yet
     for name in (channel, "jobs"):
         for _ in range(2):
             await sender.send(name, {"text": "to be damaged"})
     await sender.group_send("room", {"text": "to be damaged"})
-    observer.execute(f"UPDATE pg_layer_message SET payload = {damage}".encode())
+    damaged = observer.execute(
+        f"UPDATE pg_layer_message SET payload = {damage} WHERE kind = 'message'".encode()
+    )
+    assert damaged.rowcount == 5
     for name in (channel, "jobs"):
         await sender.send(name, {"text": "sound"})
         assert await receive(layer, name) == {"text": "sound"}
     assert len(complaints(caplog)) == 1
-    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    assert layer.stats()["dropped_undecodable"] == 5
+    await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
 async def test_a_row_of_an_unknown_kind_is_passed_over(make_layer: MakeLayer, observer: Observer) -> None:
@@ -218,28 +231,35 @@ FOREIGN = [
     "hello",
     "M",
     "R",
-    "P",
+    "J",
     "M 1",
-    "M 1 2 3 4",
-    "M one 2 3 c g gA==",
-    "M 1 2 soon c g gA==",
-    "M 1 2 3 c g !!!!",
-    "M 1 2 3 c g gA",
-    "M 1 2 3 c g \N{SNOWMAN}",
-    f"M {HUGE} 1 {HUGE} {{channel}}  AAAA",
-    f"M 1 {HUGE} {HUGE} {{channel}}  AAAA",
-    f"M -{HUGE} 1 {HUGE} {{channel}}  AAAA",
+    "M 1 2",
+    "M 1 2 c",
+    "M 1 2 c 3 4 *",
+    "M one 2 c 3 4 * gA==",
+    "M 1 2 c three 4 * gA==",
+    "M 1 2 c 3 soon * gA==",
+    "M 1 2 c 3 nan * gA==",
+    "M 1 2 c 3 4 * !",
+    "M 1 2 c 3 4 * gA",
+    "M 1 2 c 3 4 * \N{SNOWMAN}",
+    "M 1 2  3 4 * gA==",
+    f"M {HUGE} 1 {{channel}} 3 {HUGE} * AAAA",
+    f"M 1 {HUGE} {{channel}} 3 {HUGE} * AAAA",
+    f"M 1 1 {{channel}} {HUGE} {HUGE} * AAAA",
+    f"m -{HUGE} 1 {{channel}} 3 {HUGE} * AAAA",
     "R 1",
     "R 1 2",
     "R 1 2 3 4",
-    "R a b c",
-    "R 1 5 3",
-    "R 1 -5 -3",
-    f"R 1 -{HUGE} {HUGE}",
-    f"R {HUGE} {HUGE} {HUGE}",
-    f"R 1 1 {HUGE}",
-    f"P {HUGE}",
-    "P -1",
+    "R a b . c d",
+    "R 1 1 . 5 3",
+    "R 1 1 . -5 -3",
+    f"R 1 1 . -{HUGE} {HUGE}",
+    f"R {HUGE} {HUGE} . {HUGE} {HUGE}",
+    f"r 1 1 @room 1 {2**63 - 1}",
+    f"J {HUGE}",
+    "J -1",
+    "J x",
     "P x",
     "F 1 2 3",
     "x" * 7999,
@@ -247,7 +267,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_a_foreign_notify_on_a_doorbell_does_no_harm(
+async def test_a_foreign_notification_does_no_harm_and_is_logged_once(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -256,14 +276,15 @@ async def test_a_foreign_notify_on_a_doorbell_does_no_harm(
     await receive(layer, channel)
     for number, payload in enumerate(FOREIGN):
         observer.execute(
-            "SELECT pg_notify(pg_layer_doorbell(pg_layer_inbox('asgi', %s)), %s)",
+            "SELECT pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %s)), %s)",
             (channel, payload.format(channel=channel)),
         )
         for size in (10, 10_000):
             await sender.send(channel, {"number": number, "blob": bytes(size)})
             assert (await receive(layer, channel))["number"] == number
-    foreign = [complaint for complaint in complaints(caplog) if "NOTIFY" in complaint]
+    foreign = [complaint for complaint in complaints(caplog) if "Ignored a notification" in complaint]
     assert len(foreign) == 1
-    # What was received is deleted as ever.
-    await until(lambda: observer.execute("SELECT count(*) = 0 FROM pg_layer_message").fetchone() == (True,))
+    assert layer.stats()["foreign_notifications"] >= 20
+    # Received messages are still deleted.
+    await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
     assert not [record for record in caplog.records if record.exc_info]

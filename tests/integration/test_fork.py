@@ -56,7 +56,7 @@ def test_fork_while_the_parent_receives(forking: Any) -> None:
 def test_fork_after_synchronous_use(forking: Any) -> None:
     result = forking("after_sync_use")
     assert_different(result["clients"])
-    assert result["connections"] == 1
+    assert 2 <= result["connections"] <= 3  # a process with members listens
     assert result["kept"], "a child disturbed its parent's connections"
     assert result["numbers"][0] == -1
     assert sorted(result["numbers"]) == list(range(-1, 250))

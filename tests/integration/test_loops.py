@@ -17,7 +17,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import PostgresChannelLayer, engine
+from pg_layer import PostgresChannelLayer
+from pg_layer._runtime import engine
 from tests.processes import new_layer
 from tests.project.commands import PATIENCE, eventually, run, succeeded
 
@@ -181,7 +182,7 @@ def test_a_loop_per_test_keeps_memberships(layer: PostgresChannelLayer) -> None:
         assert asyncio.run(talk()) == [n]
 
 
-def test_a_loop_per_test_keeps_what_waits_in_mailboxes(
+def test_a_loop_per_test_keeps_what_waits_in_channel_queues(
     layer: PostgresChannelLayer, other: PostgresChannelLayer
 ) -> None:
     async def start() -> tuple[str, list[int]]:
@@ -190,7 +191,7 @@ def test_a_loop_per_test_keeps_what_waits_in_mailboxes(
         for n in range(3):
             await other.send(channel, number(n))
             await other.group_send("room", number(10 + n))
-        # With the first come those behind it, and wait in the mailbox.
+        # With the first come those behind it, and wait in the channel queue.
         return channel, await received(layer, channel, 1)
 
     channel, numbers = asyncio.run(start())
@@ -328,7 +329,7 @@ def test_a_loop_that_runs_now_and_then(
         assert loop.run_until_complete(received(layer, channel, 2)) == [n, 10 + n]
 
 
-def test_a_loop_that_does_not_run_is_not_home(
+def test_a_loop_that_does_not_run_is_not_the_owner(
     layer: PostgresChannelLayer, new_loop: MakeLoop, loop_thread: Callable[..., LoopThread]
 ) -> None:
     async def start() -> str:
@@ -346,7 +347,7 @@ def test_a_loop_that_does_not_run_is_not_home(
     assert thread.do(received(layer, channel, 1)) == [2]
 
 
-def test_a_loop_that_was_home_and_runs_again(
+def test_a_loop_that_was_the_owner_and_runs_again(
     migrated_dsn: str,
     new_loop: MakeLoop,
     caplog: pytest.LogCaptureFixture,
@@ -413,7 +414,7 @@ def test_no_receiver_idles_beside_waiting_jobs(
     loops: int,
 ) -> None:
     # No heartbeat comes to the rescue.
-    with connected_layer(migrated_dsn, heartbeat=300, lease=600) as layer:
+    with connected_layer(migrated_dsn, heartbeat=240, lease=600) as layer:
         threads = [loop_thread() for _ in range(loops)]
         elsewhere = loop_thread()
 
@@ -464,16 +465,16 @@ def test_two_loops_compete_on_one_normal_channel(
     assert done.empty()
 
 
-def test_a_loop_sends_while_home_runs_in_another_thread(
+def test_a_loop_sends_while_the_owner_runs_in_another_thread(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     name = "pg_layer_test_loops"
     with connected_layer(make_conninfo(migrated_dsn, application_name=name), capacity=1000) as layer:
-        home = loop_thread()
-        channel = home.do(layer.new_channel())
-        home.do(layer.group_add("room", channel))
-        future = home.start(received(layer, channel, 150))
-        eventually(lambda: len(backends(migrated_dsn, name)) >= 2, "home listens")
+        owner = loop_thread()
+        channel = owner.do(layer.new_channel())
+        owner.do(layer.group_add("room", channel))
+        future = owner.start(received(layer, channel, 150))
+        eventually(lambda: len(backends(migrated_dsn, name)) >= 2, "the owner listens")
 
         async def from_this_thread() -> None:
             for n in range(0, 100, 2):
@@ -486,7 +487,7 @@ def test_a_loop_sends_while_home_runs_in_another_thread(
         assert numbers[:100] == list(range(100))
         assert sorted(numbers[100:]) == list(range(100, 150))
         assert len(backends(migrated_dsn, name)) <= 3
-        home.do(layer.close())
+        owner.do(layer.close())
 
 
 def test_a_loop_that_receives_takes_over_from_one_that_sends(
@@ -507,7 +508,7 @@ def test_a_loop_that_receives_takes_over_from_one_that_sends(
 
 
 @pytest.mark.parametrize("kind", ["specific", "normal"])
-def test_another_loop_takes_over_when_the_home_loop_ends(
+def test_another_loop_takes_over_when_the_owner_loop_ends(
     layer: PostgresChannelLayer,
     other: PostgresChannelLayer,
     loop_thread: Callable[..., LoopThread],
@@ -521,7 +522,7 @@ def test_another_loop_takes_over_when_the_home_loop_ends(
         assert await received(layer, channel, 1) == [0]
         return channel
 
-    specific = first.do(start())  # so that this one is home
+    specific = first.do(start())  # so that this one is the owner loop
     channel = specific if kind == "specific" else "jobs"
     waiting = second.start(received(layer, channel, 3))
     asyncio.run(other.send(channel, number(1)))
@@ -541,22 +542,24 @@ def test_what_a_loop_took_as_it_ended_comes_before_the_rest(
     for _ in range(10):
         asyncio.run(start())
         with psycopg.connect(migrated_dsn, autocommit=True) as conn:
-            [(inbox,)] = conn.execute("SELECT inbox FROM pg_layer_client WHERE pid > 0").fetchall()
+            [(address, fence)] = conn.execute(
+                "SELECT address, fence FROM pg_layer_client WHERE pid > 0"
+            ).fetchall()
             for n in range(1, 4):
                 asyncio.run(other.send("jobs", number(n)))
                 if n == 1:
                     # As if the answer had been lost with the loop that asked.
-                    conn.execute("SELECT pg_layer_take('asgi', 'jobs', %s, 0, 0, 1)", (inbox,))
+                    conn.execute("SELECT pg_layer_claim('asgi', 'jobs', %s, %s, 0, 1)", (address, fence))
         assert asyncio.run(received(layer, "jobs", 3)) == [1, 2, 3]
 
 
 def test_a_cancelled_receive_on_a_second_loop_takes_nothing(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
-    home = loop_thread()
-    channel = home.do(layer.new_channel())
-    home.do(layer.send(channel, number(-1)))
-    assert home.do(received(layer, channel, 1)) == [-1]
+    owner = loop_thread()
+    channel = owner.do(layer.new_channel())
+    owner.do(layer.send(channel, number(-1)))
+    assert owner.do(received(layer, channel, 1)) == [-1]
 
     async def impatient() -> list[int]:
         numbers: list[int] = []
@@ -582,10 +585,10 @@ def test_a_cancelled_receive_on_a_second_loop_takes_nothing(
 def test_a_second_loop_that_ends_while_it_waits_leaves_messages_to_the_others(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
-    home, guest = loop_thread(), loop_thread()
-    channel = home.do(layer.new_channel())
-    home.do(layer.send(channel, number(0)))
-    assert home.do(received(layer, channel, 1)) == [0]
+    owner, guest = loop_thread(), loop_thread()
+    channel = owner.do(layer.new_channel())
+    owner.do(layer.send(channel, number(0)))
+    assert owner.do(received(layer, channel, 1)) == [0]
     left = [guest.start(layer.receive(name)) for name in (channel, "jobs")]
     guest.do(asyncio.sleep(0))
     guest.stop()
@@ -594,7 +597,7 @@ def test_a_second_loop_that_ends_while_it_waits_leaves_messages_to_the_others(
             future.result(PATIENCE)
     for name in (channel, "jobs"):
         asyncio.run(other.send(name, number(1)))
-        assert home.do(received(layer, name, 1)) == [1]
+        assert owner.do(received(layer, name, 1)) == [1]
 
 
 def test_close_from_another_loop(
@@ -602,11 +605,11 @@ def test_close_from_another_loop(
 ) -> None:
     name = "pg_layer_test_loops"
     layer = PostgresChannelLayer(dsn=make_conninfo(migrated_dsn, application_name=name))
-    home = loop_thread()
-    channel = home.do(layer.new_channel())
-    home.do(layer.group_add("room", channel))
-    home.do(layer.send(channel, number(0)))
-    assert home.do(received(layer, channel, 1)) == [0]
+    owner = loop_thread()
+    channel = owner.do(layer.new_channel())
+    owner.do(layer.group_add("room", channel))
+    owner.do(layer.send(channel, number(0)))
+    assert owner.do(received(layer, channel, 1)) == [0]
     asyncio.run(layer.close())
     assert not backends(migrated_dsn, name)
     with psycopg.connect(migrated_dsn) as conn:
@@ -618,8 +621,8 @@ def test_close_from_another_loop(
     channel = asyncio.run(layer.new_channel())
     asyncio.run(layer.group_add("room", channel))
     asyncio.run(other.group_send("room", number(1)))
-    assert home.do(received(layer, channel, 1)) == [1]
-    home.do(layer.close())
+    assert owner.do(received(layer, channel, 1)) == [1]
+    owner.do(layer.close())
 
 
 # ---------------------------------------------------------------------- kinds of loops
@@ -680,21 +683,21 @@ def test_uvloop_ends_without_close(layer: PostgresChannelLayer, other: PostgresC
         assert run_on(make_loop, lambda: received(layer, channel, 1)) == [n]
 
 
-def test_uvloop_is_home_to_other_loops(
+def test_uvloop_as_owner_serves_other_loops(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
     uvloop = pytest.importorskip("uvloop")
-    home = loop_thread(uvloop.new_event_loop)
-    channel = home.do(layer.new_channel())
-    home.do(layer.group_add("room", channel))
-    home.do(layer.group_send("room", number(0)))
-    assert home.do(received(layer, channel, 1)) == [0]
+    owner = loop_thread(uvloop.new_event_loop)
+    channel = owner.do(layer.new_channel())
+    owner.do(layer.group_add("room", channel))
+    owner.do(layer.group_send("room", number(0)))
+    assert owner.do(received(layer, channel, 1)) == [0]
     guest = loop_thread()
     waiting = guest.start(received(layer, channel, 20))
     asyncio.run(_group_send_all(layer, 0, 10))
     asyncio.run(_group_send_all(other, 10, 20))
     assert waiting.result(PATIENCE) == list(range(20))
-    home.do(layer.close())
+    owner.do(layer.close())
 
 
 async def _group_send_all(layer: PostgresChannelLayer, start: int, stop: int) -> None:

@@ -1,63 +1,80 @@
-"""The SQL behind the promises: its plans on full tables, and that it addresses inboxes as Python does."""
+"""The SQL behind the promises: its plans on full tables and stale statistics, and its addresses."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
-from pg_layer.client import inbox_of
+from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, receive, until
 
 TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client")
+MANY = 20_000  # rows that a statement must not walk
+# Clients with leases, messages that wait for clients, groups and workers, and memberships.
 FILL = """
-    INSERT INTO pg_layer_client (inbox, expires_at)
-    SELECT 'asgi!' || md5(n::text), 'infinity' FROM generate_series(1, 5000) AS n;
+    INSERT INTO pg_layer_client (address, expires_at, lease)
+    SELECT 'asgi!' || md5(n::text), 'infinity', 60 FROM generate_series(1, 5000) AS n;
 
-    INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-    SELECT 'asgi!' || md5(c::text), n, 'specific.' || md5(c::text) || '!1', '\\x80', 'infinity'
+    INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)
+    SELECT 'asgi!' || md5(c::text), pg_current_xact_id(), 1, 'specific.' || md5(c::text) || '!1', '\\x80',
+        'infinity'
     FROM generate_series(1, 80000) AS n, LATERAL (SELECT n % 5000) AS client (c);
 
-    INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-    SELECT 'asgi!:' || name, n, name, '\\x80', 'infinity'
+    INSERT INTO pg_layer_message (address, xid, boot, payload, expires_at)
+    SELECT 'asgi!@' || name, pg_current_xact_id(), 1, '\\x80', 'infinity'
+    FROM generate_series(1, 20000) AS n,
+        LATERAL (SELECT CASE WHEN n % 4 = 0 THEN 'room' ELSE 'group-' || n % 1000 END) AS g (name);
+
+    INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)
+    SELECT 'asgi!:' || name, pg_current_xact_id(), 1, name, '\\x80', 'infinity'
     FROM generate_series(1, 20000) AS n, LATERAL (SELECT 'jobs-' || n % 10) AS job (name);
 
-    INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at)
+    INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
     SELECT 'group-' || n % 1000, 'asgi!' || md5(c::text), 'specific.' || md5(c::text) || '!' || n, 'infinity'
     FROM generate_series(1, 50000) AS n, LATERAL (SELECT n % 5000) AS client (c);
 
-    INSERT INTO pg_layer_message (inbox, nonce, channel, payload, expires_at)
-    SELECT 'asgi!:backlog', n, 'backlog', '\\x80', 'infinity' FROM generate_series(1, 20000) AS n;
+    INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)
+    SELECT 'asgi!:backlog', pg_current_xact_id(), 1, 'backlog', '\\x80', 'infinity'
+    FROM generate_series(1, 20000) AS n;
 
-    INSERT INTO pg_layer_membership (group_name, inbox, channel, expires_at)
+    INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
     SELECT 'crowd', 'asgi!' || md5(c::text), 'specific.' || md5(c::text) || '!' || n, 'infinity'
     FROM generate_series(1, 20000) AS n, LATERAL (SELECT n % 3) AS client (c)
 """
 
 
-async def statistics(observer: Observer) -> dict[str, tuple[int, int]]:
-    """Sequential scans of each table so far, and rows fetched by way of an index."""
-    # Those who leave hand in their statistics as they go.
+async def statistics(observer: Observer) -> dict[str, tuple[int, int, int]]:
+    """For each table: sequential scans, rows fetched and index entries read so far."""
+    # A connection reports its statistics when it ends.
     await until(
         lambda: (
             observer.execute(
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-                " AND backend_type = 'client backend'"
+                " AND backend_type = 'client backend' AND application_name <> 'old'"
             ).fetchone()
             == (1,)
         )
     )
     observer.execute("SELECT pg_stat_clear_snapshot()")
     return {
-        table: (scans, fetched)
-        for table, scans, fetched in observer.execute(
-            "SELECT relname, seq_scan, idx_tup_fetch FROM pg_stat_user_tables WHERE relname = ANY (%s)",
+        table: (scans, fetched, read)
+        for table, scans, fetched, read in observer.execute(
+            """
+            SELECT t.relname, t.seq_scan, t.idx_tup_fetch, sum(i.idx_tup_read)::bigint
+            FROM pg_stat_user_tables AS t JOIN pg_stat_user_indexes AS i USING (relid)
+            WHERE t.relname = ANY (%s) GROUP BY t.relname, t.seq_scan, t.idx_tup_fetch
+            """,
             (list(TABLES),),
         )
     }
@@ -102,7 +119,7 @@ async def talk_in_groups(layer: PostgresChannelLayer, sender: PostgresChannelLay
         await layer.group_add("room", channel)
         await sender.group_add("other", channel)
     for _ in range(10):
-        await sender.group_send("room", {})
+        await sender.group_send("room", {"blob": bytes(6000)})
     await asyncio.gather(*(sender.group_send(group, {}) for group in ("room", "other") * 5))
     for channel in channels:
         for _ in range(20):
@@ -118,6 +135,15 @@ async def join_a_large_group(layer: PostgresChannelLayer, sender: PostgresChanne
     await sender.group_add("group-7", channel)
     await layer.group_discard("group-7", channel)
     return 3
+
+
+async def add_workers_to_a_large_group(layer: PostgresChannelLayer, sender: PostgresChannelLayer) -> int:
+    for _ in range(5):
+        await sender.group_add("group-8", "errands")
+        await sender.group_send("group-8", {})
+        await receive(layer, "errands")
+        await sender.group_discard("group-8", "errands")
+    return 15
 
 
 async def talk_to_a_crowd(layer: PostgresChannelLayer, sender: PostgresChannelLayer) -> int:
@@ -139,15 +165,17 @@ WORKS: list[Callable[[PostgresChannelLayer, PostgresChannelLayer], Awaitable[int
     compete,
     talk_in_groups,
     join_a_large_group,
+    add_workers_to_a_large_group,
     talk_to_a_crowd,
     work_off_a_backlog,
 ]
 
 
 @pytest.mark.parametrize("analyzed", ["never", "while empty", "when full"])
-async def test_nothing_walks_the_rows_of_others(
+async def test_no_operation_walks_the_rows_of_others_whatever_the_statistics(
     make_layer: MakeLayer, observer: Observer, analyzed: str
 ) -> None:
+    """Tables are full of messages and memberships of others. Each operation reads a few rows."""
     if analyzed == "while empty":
         observer.execute("ANALYZE")
     observer.execute(FILL.encode())
@@ -164,7 +192,7 @@ async def test_nothing_walks_the_rows_of_others(
             scans = after[table][0] - before[table][0]
             fetched = after[table][1] - before[table][1]
             assert (work.__name__, table, scans) == (work.__name__, table, 0)
-            # What waits in the inbox is counted and read a few times; what waits elsewhere is 100,000 rows.
+            # What waits at the address is counted and read a few times; what waits elsewhere is 140,000 rows.
             assert fetched <= 50 * messages + 200, (work.__name__, table)
         before = after
 
@@ -172,6 +200,7 @@ async def test_nothing_walks_the_rows_of_others(
 async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are_full(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
+    """Sessions keep the plans of prepared statements. They must stay good when the tables grow."""
     observer.execute("VACUUM ANALYZE")
     before = await statistics(observer)
     layer, sender = make_layer(), make_layer()
@@ -187,6 +216,109 @@ async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are
     assert {table: after[table][0] - before[table][0] for table in TABLES} == dict.fromkeys(TABLES, 0)
 
 
+# ---------------------------------------------------------------------- dead rows
+
+
+@contextmanager
+def old_snapshot(dsn: str) -> Iterator[None]:
+    """While it lasts, no row that is deleted meanwhile can be removed, and no index entry be marked dead."""
+    with psycopg.connect(dsn, application_name="old") as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SELECT FROM pg_layer_client")
+        yield
+
+
+async def many_dead(observer: Observer, address: str, channel: str | None) -> None:
+    """Write many messages at an address, and delete them."""
+    observer.execute(
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
+        " SELECT %s, pg_current_xact_id(), 1, %s, '\\x80', clock_timestamp() + interval '1 hour'"
+        " FROM generate_series(1, %s)",
+        (address, channel, MANY),
+    )
+    observer.execute("DELETE FROM pg_layer_message WHERE address = %s", (address,))
+
+
+async def test_no_operation_walks_dead_rows_under_an_old_snapshot(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
+) -> None:
+    """Many messages went through a channel, a group and a normal channel, and cannot be vacuumed.
+
+    Processes that have been there for a moment send, receive and renew their leases, and one comes back
+    from a lost connection: none of that reads the index entries of the dead rows again.
+    """
+    named = make_conninfo(migrated_dsn, application_name="layer")
+    layer, sender = make_layer(dsn=named, lease=60, heartbeat=0.1), make_layer()
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+
+    async def talk(number: int) -> None:
+        await sender.send(channel, {"n": number})
+        assert await receive(layer, channel) == {"n": number}
+        await sender.send("jobs", {"n": number})
+        assert await receive(layer, "jobs") == {"n": number}
+        await sender.group_send("room", {"n": number})
+        assert await receive(layer, channel) == {"n": number}
+
+    async def end_connections() -> None:
+        """Connections report their statistics when they end."""
+        reconnects = layer.stats()["reconnects"]
+        observer.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'layer'"
+        )
+        await until(lambda: layer.stats()["reconnects"] > reconnects)
+
+    await talk(0)
+    with old_snapshot(migrated_dsn):
+        for address, name in (
+            (channel_address("asgi", channel), channel),
+            (channel_address("asgi", "jobs"), "jobs"),
+            (group_address("asgi", "room"), None),
+        ):
+            await many_dead(observer, address, name)
+        # What is known of the beginning of each queue becomes old enough to be used.
+        number = 0
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            number += 1
+            await talk(number)
+            await renewed(observer)
+        await end_connections()
+        await talk(number + 1)
+        await renewed(observer)
+        await end_connections()
+        before = await read_by(observer)
+        for _ in range(20):
+            await renewed(observer)
+        await end_connections()
+        quiet = await read_by(observer) - before
+        # The first looks of a sender, and the first claims after a lost connection, begin with the first row.
+        assert quiet < 5 * MANY
+        for more in range(20):
+            await talk(number + 2 + more)
+        await renewed(observer)
+        await sender.close()
+        await end_connections()
+        busy = await read_by(observer) - before - quiet
+        assert busy < 10 * MANY
+
+
+async def renewed(observer: Observer) -> None:
+    """Return when the lease has been renewed."""
+    query = "SELECT expires_at FROM pg_layer_client WHERE lease = 60"
+    before = observer.execute(query).fetchone()
+    await until(lambda: observer.execute(query).fetchone() != before)
+
+
+async def read_by(observer: Observer) -> int:
+    """Index entries of messages that were read by connections that have ended."""
+    observer.execute("SELECT pg_stat_clear_snapshot()")
+    [[read]] = observer.execute(
+        "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'pg_layer_message'"
+    ).fetchall()
+    return int(read)
+
+
 # ---------------------------------------------------------------------- addresses
 
 LETTERS = "abcXYZ019-_."
@@ -196,18 +328,38 @@ SPECIFIC = st.builds("{}!{}".format, st.text(LETTERS, min_size=1, max_size=49), 
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prefix=PREFIXES, names=st.lists(NORMAL | SPECIFIC, min_size=1, max_size=20))
-def test_python_and_sql_agree_on_inboxes(observer: Observer, prefix: str, names: list[str]) -> None:
-    rows = observer.execute(
-        "SELECT n, pg_layer_inbox(%s, n) FROM unnest(%s::text[]) AS n", (prefix, names)
+@given(prefix=PREFIXES, names=st.lists(NORMAL | SPECIFIC, min_size=1, max_size=20), groups=st.lists(NORMAL))
+def test_addresses_and_notification_channels_are_the_same_in_python_and_sql(
+    observer: Observer, prefix: str, names: list[str], groups: list[str]
+) -> None:
+    addresses = observer.execute(
+        "SELECT pg_layer_address(%(prefix)s, n) FROM unnest(%(names)s::text[]) AS n"
+        " UNION ALL SELECT pg_layer_group_address(%(prefix)s, g) FROM unnest(%(groups)s::text[]) AS g",
+        {"prefix": prefix, "names": names, "groups": groups},
     ).fetchall()
-    assert rows == [(name, inbox_of(prefix, name)) for name in names]
+    expected = [channel_address(prefix, name) for name in names]
+    expected += [group_address(prefix, group) for group in groups]
+    assert [address for (address,) in addresses] == expected
+    found = observer.execute(
+        "SELECT pg_layer_notification_channel(a) FROM unnest(%s::text[]) AS a", (expected,)
+    ).fetchall()
+    assert [channel for (channel,) in found] == list(map(notification_channel, expected))
 
 
-def test_a_doorbell_is_a_short_name_of_its_inbox(observer: Observer) -> None:
-    inboxes = [f"asgi!{'x' * n}" for n in range(150)]
-    rows = observer.execute("SELECT pg_layer_doorbell(i) FROM unnest(%s::text[]) AS i", (inboxes,)).fetchall()
-    assert [doorbell for (doorbell,) in rows] == [
-        f"pg_layer_{hashlib.sha256(inbox.encode()).hexdigest()[:40]}" for inbox in inboxes
+def test_a_notification_channel_is_a_short_name_of_its_address(observer: Observer) -> None:
+    addresses = [f"asgi!{'x' * n}" for n in range(150)]
+    rows = observer.execute(
+        "SELECT pg_layer_notification_channel(a) FROM unnest(%s::text[]) AS a", (addresses,)
+    ).fetchall()
+    assert [channel for (channel,) in rows] == [
+        f"pg_layer_{hashlib.sha256(address.encode()).hexdigest()[:40]}" for address in addresses
     ]
-    assert max(len(doorbell) for (doorbell,) in rows) < 63
+    assert max(len(channel) for (channel,) in rows) < 63
+
+
+def test_the_groups_of_a_prefix_share_1024_notification_channels(observer: Observer) -> None:
+    [[buckets]] = observer.execute(
+        "SELECT count(DISTINCT pg_layer_notification_channel(pg_layer_group_address('asgi', 'group-' || n)))"
+        " FROM generate_series(1, 20000) AS n"
+    ).fetchall()
+    assert buckets == 1024

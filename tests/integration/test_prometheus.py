@@ -123,7 +123,7 @@ async def test_the_samples_are_the_stats(used: PostgresChannelLayer) -> None:
 
 
 async def test_every_counter_is_exposed(used: PostgresChannelLayer) -> None:
-    counters = used._homes.client.counters
+    counters = used._loops.client.counters
     registry = registry_of(used)
     for name in COUNTED:
         before = scrape(registry)

@@ -224,13 +224,13 @@ async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
     channel = await layer.new_channel()
     await layer.send(channel, {"n": 0})
     assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": 0}
-    home = layer._homes.home
-    assert home is not None
+    engine = layer._loops.home
+    assert engine is not None
 
     async def forget(session: Session) -> None:
         await session.execute(FORGET)
 
-    await home.connections.run(forget, timeout=PATIENCE)
+    await engine.connections.run(forget, timeout=PATIENCE)
     for n in range(1, 4):
         await layer.send(channel, {"n": n})
         assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": n}

@@ -47,7 +47,7 @@ def start(temporary: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def of(temporary: Path) -> list[psutil.Process]:
-    """The processes that a soak started: they know its folder by their environment or their command."""
+    """The processes that a soak started: their environment or command names its folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -62,7 +62,9 @@ def of(temporary: Path) -> list[psutil.Process]:
 async def nothing_left(temporary: Path) -> None:
     await until(lambda: not of(temporary))
     # But for PostgreSQL's programs, where they had to be copied for the server's user.
-    assert [name for name in os.listdir(temporary) if not name.startswith("pg-layer-postgres-")] == []
+    assert [
+        name for name in os.listdir(temporary) if not name.startswith("pg-layer-postgres-")
+    ] == []
 
 
 async def test_a_short_one_keeps_all_promises(temporary: Path) -> None:
@@ -75,15 +77,44 @@ async def test_a_short_one_keeps_all_promises(temporary: Path) -> None:
     tables = {line.split("  ")[0]: line.split() for line in said.splitlines()}
     for kind in ("specific", "group", "normal", "single"):
         assert int(tables[kind][1]) > 0, said
-        assert int(tables[kind][4]) > 0, said
+        assert int(tables[kind][5]) > 0, said
     assert any(line.endswith(" s") for line in said.splitlines()), said
+    assert int(said.partition("order within a group: ")[2].split()[0]) > 0, said
     await nothing_left(temporary)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["clerk dies", "standby promoted", "receiver stopped"],
+)
+async def test_one_kind_of_fault_alone_keeps_all_promises(temporary: Path, kind: str) -> None:
+    """A soak may be narrowed down; it then makes no other faults."""
+    soak = start(temporary, "--seconds", "8", "--seed", "3", "--only", kind)
+    said, _ = soak.communicate(timeout=200)
+    assert soak.returncode == 0, said
+    _, _, table = said.partition("\nfault ")
+    faults = table.partition("\n\n")[0].splitlines()[1:]
+    assert faults, said
+    assert all(line.startswith(kind) for line in faults), said
+    await nothing_left(temporary)
+
+
+async def test_a_kind_of_fault_that_does_not_exist_is_refused(temporary: Path) -> None:
+    """The message names those that do."""
+    soak = start(temporary, "--only", "earthquake")
+    said, _ = soak.communicate(timeout=60)
+    assert soak.returncode == 2, said
+    assert "standby promoted" in said
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_one_leaves_nothing_behind(temporary: Path, signum: signal.Signals) -> None:
+async def test_an_interrupted_one_leaves_nothing_behind(
+    temporary: Path, signum: signal.Signals
+) -> None:
     soak = start(temporary, "--seconds", "600")
-    await until(lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book")))
+    await until(
+        lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book"))
+    )
     assert len(of(temporary)) > 10
     os.killpg(soak.pid, signum)  # as a terminal does, which asks all of them
     said, _ = soak.communicate(timeout=100)

@@ -394,7 +394,7 @@ async def test_the_listener_and_the_lease(make_layer: MakeLayer) -> None:
     assert (layer.stats()["listener"], layer.stats()["lease_age"]) == ("off", None)
     await listen(layer)
     assert layer.stats()["listener"] == "listening"
-    layer._homes.client.renewed_at -= 1000
+    layer._loops.client.renewed_at -= 1000
     age = layer.stats()["lease_age"]
     assert age is not None
     assert age > 1000
@@ -494,12 +494,15 @@ async def test_refused_notifications(make_layer: MakeLayer) -> None:
     moved = Moved(sender)
     await sender.send("jobs", number(1))
     await sender.group_send("room", number(2))
-    expected = {"sent": 1, "group_sent": 1, "batches": 2, "refused_notifications": 2}
-    assert moved.all() == expected
+    expected = {"sent": 1, "group_sent": 1, "batches": 2}
+    names = ("sent", "group_sent", "batches")
+    assert moved.of(*names) == expected
+    # Once it was refused the sender may be silent at once.
+    assert 1 <= moved["refused_notifications"] <= 2
     layer = make_layer()
     for n in (1, 2):
         assert await receive(layer, "jobs") == number(n)
-    assert moved.all() == expected
+    assert moved.of(*names) == expected
     assert layer.stats()["refused_notifications"] == 0
     await layer.health()  # rings a ping
     assert layer.stats()["refused_notifications"] == 1
@@ -607,8 +610,11 @@ def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Obser
         in_threads(work)
         stats = layer.stats()
         assert (stats["sent"], stats["group_sent"]) == (THREADS * each,) * 2
-        rows = observer.execute("SELECT channel, count(*) FROM pg_layer_message GROUP BY 1").fetchall()
-        assert dict(rows) == {"jobs": THREADS * each, "elsewhere": THREADS * each}
+        rows = observer.execute("SELECT address, count(*) FROM pg_layer_message GROUP BY 1").fetchall()
+        found: dict[str, int] = dict(rows)
+        # The group's own messages: left out where it is known that no client has a member.
+        found.pop("asgi!@room", None)
+        assert found == {"asgi!:jobs": THREADS * each, "asgi!:elsewhere": THREADS * each}
 
 
 # ---------------------------------------------------------------------- in the table

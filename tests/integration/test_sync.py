@@ -35,7 +35,7 @@ from pg_layer.session import Session
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
 from tests.integration.test_django import SQLITE, postgres
-from tests.integration.test_threads import hubs
+from tests.integration.test_threads import background_threads
 from tests.processes import new_layer, receive
 from tests.project.commands import eventually
 from tests.project.configured import configured
@@ -448,13 +448,13 @@ def test_a_channel_of_this_process_stays_in_its_group_before_anybody_receives(
         layer.sync.group_add("room", channel)  # who received is gone with his loop
         renewed()
         assert received(layer, channel, 1) == [2]
-        eventually(lambda: not hubs(), "who serves keeps the lease by itself")
+        eventually(lambda: not background_threads(), "who serves keeps the lease by itself")
         # A loop that was gone as well, and a thread that takes over from it.
         async_to_sync(layer.send)("jobs", number(3))
         renewed()
 
 
-def test_sending_in_a_transaction_costs_one_round_trip_more(
+def test_send_in_a_transaction_costs_one_round_trip_and_the_announcement_one_more(
     layer: PostgresChannelLayer, observer: Observer, tmp_path: Path
 ) -> None:
     observer.execute("CREATE TABLE note (text text)")
@@ -472,9 +472,12 @@ def test_sending_in_a_transaction_costs_one_round_trip_more(
 
     connection.ensure_connection()
     without = round_trips()
-    assert round_trips(lambda: layer.sync.send("jobs", number(1))) == without + 1
-    assert round_trips(lambda: layer.sync.group_send("room", number(1))) == without + 1
-    assert round_trips(lambda: layer.sync.send_many([("jobs", number(n)) for n in range(9)])) == without + 1
+    one = partial(layer.sync.send, "jobs", number(1))
+    assert round_trips(one) == without + 2
+    assert round_trips(partial(layer.sync.group_send, "room", number(1))) == without + 2
+    assert round_trips(partial(layer.sync.send_many, [("jobs", number(n)) for n in range(9)])) == without + 2
+    # One announcement for the whole transaction.
+    assert round_trips(one, one, one) == without + 4
 
 
 def test_who_watches_queries_sees_those_of_the_layer(layer: PostgresChannelLayer) -> None:
@@ -895,11 +898,14 @@ def test_a_channel_of_this_process_that_joined_leaves_with_it(layer: PostgresCha
 # ---------------------------------------------------------------------- prepared statements
 
 
-def prepared() -> list[bool]:
-    """What the server has prepared for Django's connection."""
+def prepared() -> list[str]:
+    """The functions in statements that the server has prepared for Django's connection."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT statement ~ 'pg_layer_group_send_one' FROM pg_prepared_statements ORDER BY 1")
-        return [bool(row[0]) for row in cursor.fetchall()]
+        cursor.execute(
+            "SELECT substring(statement FROM 'pg_layer_[a-z]+_[a-z]+\\w*') AS function"
+            " FROM pg_prepared_statements ORDER BY 1"
+        )
+        return [str(row[0]) for row in cursor.fetchall()]
 
 
 def test_what_is_sent_again_and_again_is_prepared_outside_of_transactions(
@@ -918,7 +924,8 @@ def test_what_is_sent_again_and_again_is_prepared_outside_of_transactions(
     assert prepared() == []
     for n in range(5, 20):
         send_thrice(n)
-        assert prepared() == [True]
+        # The announcement after the commit is outside of the transaction as well.
+        assert prepared() == ["pg_layer_announce_marked", "pg_layer_group_send_one"]
     assert received(reader, member, 60) == [n for n in range(20) for _ in range(3)]
 
 
@@ -988,7 +995,7 @@ def test_what_was_prepared_may_be_discarded_at_any_time(
     member = joined(reader, "room")
     for n in range(6):
         layer.sync.group_send("room", number(n))
-    assert prepared() == [True]
+    assert prepared() == ["pg_layer_group_send_one"]
     with connection.cursor() as cursor:
         cursor.execute(forget)
         with transaction.atomic():

@@ -160,6 +160,12 @@ def captured(dsn: str, code: str, **config: Any) -> None:
     assert django(dsn, prepared, settings={"CHANNEL_LAYERS": layers}) == ""
 
 
+def addresses(observer: Observer) -> list[str]:
+    """The addresses of all messages, in the order of sending."""
+    rows = observer.execute("SELECT address FROM pg_layer_message ORDER BY id").fetchall()
+    return [address for (address,) in rows]
+
+
 def test_messages_come_in_the_order_of_sending(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
@@ -233,7 +239,7 @@ def test_each_block_has_its_own(migrated_dsn: str) -> None:
     )
 
 
-def test_a_channel_in_a_group_gets_its_own_messages_as_a_channel(migrated_dsn: str) -> None:
+def test_normal_channel_in_a_group_is_sent_a_message_of_its_own(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -241,7 +247,13 @@ def test_a_channel_in_a_group_gets_its_own_messages_as_a_channel(migrated_dsn: s
             layer.sync.group_add("room", "jobs")
             with captured_messages(groups=["room"], channels=["jobs"]) as sent:
                 layer.sync.group_send("room", say(1))
-            assert sent == [Sent(say(1), group="room")]
+            assert sent == [Sent(say(1), group="room"), Sent(say(1), channel="jobs")]
+            specific = async_to_sync(layer.new_channel)()
+            layer.sync.group_add("hall", specific)
+            with captured_messages(groups=["hall"], channels=[specific]) as sent:
+                layer.sync.group_send("hall", say(2))
+                layer.sync.send(specific, say(3))
+            assert sent == [Sent(say(2), group="hall"), Sent(say(3), channel=specific)]
         """,
     )
 
@@ -285,7 +297,7 @@ def test_short_leases_and_expiries_do_not_matter(migrated_dsn: str) -> None:
         assert sent == [Sent(say(1), group="room"), Sent(say(2), channel="jobs")]
         """,
         lease=0.02,
-        heartbeat=0.01,
+        heartbeat=0.008,
         group_expiry=0.02,
         expiry=0.02,
     )
@@ -309,7 +321,7 @@ def test_where_transactions_commit_it_tells_what_was_committed(migrated_dsn: str
         async_to_sync(layer.close)()
         """,
     )
-    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+    assert addresses(observer) == ["asgi!@room", "asgi!@room", "asgi!:jobs"]  # until they expire
     assert observer.execute("SELECT FROM pg_layer_membership").fetchall() == []
     assert observer.execute("SELECT FROM pg_layer_client").fetchall() == []
 
@@ -328,7 +340,8 @@ def test_an_error_in_the_block_is_the_one_that_is_raised(migrated_dsn: str, obse
             raise LookupError
         """,
     )
-    for table in ("message", "membership", "client"):
+    assert addresses(observer) == ["asgi!@room"]
+    for table in ("membership", "client"):
         assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
 
 
@@ -356,8 +369,32 @@ def test_what_cannot_be_captured_leaves_no_member(migrated_dsn: str, observer: O
         """,
         symmetric_encryption_keys=["key"],
     )
-    for table in ("message", "membership", "client"):
+    assert addresses(observer) == ["asgi!@room"]
+    for table in ("membership", "client"):
         assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
+
+
+def test_group_whose_only_member_is_the_captured_one_is_not_skipped(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """While leases have been renewed without a gap, messages to groups without members are not written."""
+    observer.execute(
+        "INSERT INTO pg_layer_lease_clock (prefix, boot, lease, renewed_at, steady_since)"
+        " VALUES ('asgi', pg_layer_current_boot(), 3600, now(), now() - interval '2 hours')"
+    )
+    captured(
+        migrated_dsn,
+        """
+        with transaction.atomic():
+            layer.sync.group_send("room", say(0))
+            assert not Message.objects.exists()
+            with captured_messages(groups=["room"]) as sent:
+                layer.sync.group_send("room", say(1))
+            assert sent == [Sent(say(1), group="room")]
+            assert not Membership.objects.exists()
+            assert layer.sync.group_count("room") == 0
+        """,
+    )
 
 
 def test_wrong_calls_say_what_is_wrong(migrated_dsn: str) -> None:
@@ -498,7 +535,7 @@ def test_layers_are_closed_before_django_empties_its_tables(
         calls = []
 
         def is_emptied(**arguments):
-            calls.append(any(homes.is_used for homes in leavers()))
+            calls.append(any(loops.is_used for loops in leavers()))
 
         class FirstTests(ResetLayersMixin, TransactionTestCase):
             def test_it(self):

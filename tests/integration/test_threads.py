@@ -15,7 +15,7 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from psycopg.conninfo import make_conninfo
 
-import pg_layer.engine
+import pg_layer._runtime.engine
 from pg_layer import ChannelFull, LayerUnavailable, MessageTooLarge, PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.project.commands import PATIENCE, django, eventually
@@ -106,7 +106,7 @@ def test_group_sends_from_threads(
         async_to_sync(sync_layer.group_add)("room", channel)
     with watched_connections(observer) as seen:
         in_threads(lambda n: async_to_sync(sync_layer.group_send)("room", number(n)))
-    assert len(frozenset.union(*seen)) == 1
+    assert len(frozenset.union(*seen)) <= 3  # the same ones: a process with members listens
 
     async def receive_all() -> list[list[int]]:
         return [await received(sync_layer, channel, CALLS) for channel in channels[:2]]
@@ -126,7 +126,7 @@ def test_group_adds_from_threads(sync_layer: PostgresChannelLayer, observer: Obs
     channel = async_to_sync(sync_layer.new_channel)()
     with watched_connections(observer) as seen:
         in_threads(lambda n: async_to_sync(sync_layer.group_add)(f"room-{n}", channel))
-    assert len(frozenset.union(*seen)) == 1
+    assert len(frozenset.union(*seen)) <= 3
     assert observer.execute("SELECT count(DISTINCT group_name) FROM pg_layer_membership").fetchone() == (
         CALLS,
     )
@@ -156,10 +156,10 @@ def test_receive_from_threads(sync_layer: PostgresChannelLayer) -> None:
     assert sorted(jobs) == list(range(20))
 
 
-def test_an_idle_hub_closes_its_connection(
+def test_background_loop_idle_closes_its_connection(
     named_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pg_layer.engine, "SENDER_IDLE", 0.2)
+    monkeypatch.setattr(pg_layer._runtime.engine, "SENDER_IDLE", 0.2)
     layer = PostgresChannelLayer(dsn=named_dsn)
     for _ in range(2):
         async_to_sync(layer.send)("jobs", number(0))
@@ -168,20 +168,20 @@ def test_an_idle_hub_closes_its_connection(
     async_to_sync(layer.close)()
 
 
-def test_close_ends_the_hub(named_dsn: str, observer: Observer) -> None:
+def test_close_ends_the_background_loop(named_dsn: str, observer: Observer) -> None:
     layer = PostgresChannelLayer(dsn=named_dsn)
     for _ in range(2):
         async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
-        assert len(backends(observer)) == 1
-        assert len(hubs()) == 1
+        assert 1 < len(backends(observer)) <= 3
+        assert len(background_threads()) == 1
         async_to_sync(layer.close)()
-        assert not backends(observer)
-        assert not hubs()
+        assert not background_threads()
+        eventually(lambda: not backends(observer), "the server has ended the connections")
         assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
 
 
-def hubs() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "pg_layer-hub"]
+def background_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "pg_layer-background"]
 
 
 def test_exceptions_reach_the_calling_thread(migrated_dsn: str) -> None:
@@ -198,7 +198,7 @@ def test_exceptions_reach_the_calling_thread(migrated_dsn: str) -> None:
     async_to_sync(layer.close)()
 
 
-def test_a_process_that_used_the_hub_ends_in_order(migrated_dsn: str, observer: Observer) -> None:
+def test_process_that_used_the_background_loop_ends_in_order(migrated_dsn: str, observer: Observer) -> None:
     code = """
 from asgiref.sync import async_to_sync
 from channels.layers import get_channel_layer
@@ -211,12 +211,13 @@ async_to_sync(layer.send)("jobs", {"type": "test"})
 print("done")
 """
     assert django(migrated_dsn, code) == "done"
-    # Its lease and memberships went with it; what it sent to others stays.
+    # Its lease and memberships went with it; messages to others and to groups stay until they expire.
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
     assert observer.execute(
         "SELECT count(*) FROM pg_layer_client WHERE expires_at > clock_timestamp()"
     ).fetchone() == (0,)
-    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+    addresses = observer.execute("SELECT address FROM pg_layer_message ORDER BY id").fetchall()
+    assert addresses == [("asgi!@room",), ("asgi!:jobs",)]
 
 
 # ---------------------------------------------------------------------- beside a loop that receives
@@ -253,7 +254,7 @@ async def test_a_process_that_sent_before_it_serves_keeps_within_its_connections
         await asyncio.to_thread(in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 350)
         numbers = [n for task in readers for n in await task]
     assert Counter(numbers) == Counter(range(50)) + Counter(range(350))
-    # The hub may still be closing its connection when the home loop opens the last of its own.
+    # The background loop may still be closing its connection when the owner loop opens its last one.
     assert most(seen) <= 4
     assert len(backends(observer)) <= 3
 
@@ -319,7 +320,7 @@ async def test_a_thread_does_not_hang_on_a_loop_that_is_stuck(make_layer: MakeLa
     assert await received(layer, channel, 1) == [1]
 
 
-def test_a_thread_sends_while_the_home_loop_comes_and_goes(
+def test_a_thread_sends_while_owner_loops_come_and_go(
     sync_layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     channel = async_to_sync(sync_layer.new_channel)()

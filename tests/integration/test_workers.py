@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from contextlib import suppress
 import msgpack  # type: ignore[import-untyped]
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
@@ -130,7 +132,7 @@ async def test_workers_of_several_channels_in_one_process(make_layer: MakeLayer)
     assert await asyncio.gather(*receivers) == [{"for": name} for name in names]
 
 
-# ---------------------------------------------------------------------- what was taken and not handed over
+# ---------------------------------------------------------------------- claimed and not received
 
 
 async def work_with_cancellations(link: Link, dsn: str) -> None:
@@ -154,7 +156,9 @@ async def work_with_cancellations(link: Link, dsn: str) -> None:
         await link.hear()
 
 
-async def test_what_a_cancelled_worker_took_goes_to_another(migrated_dsn: str, processes: Processes) -> None:
+async def test_jobs_that_a_cancelled_worker_has_claimed_go_to_another(
+    migrated_dsn: str, processes: Processes
+) -> None:
     fickle = [processes.start(work_with_cancellations, migrated_dsn) for _ in range(2)]
     steady = processes.start(work, migrated_dsn, 1, 0.005)
     await ready([*fickle, steady])
@@ -164,8 +168,8 @@ async def test_what_a_cancelled_worker_took_goes_to_another(migrated_dsn: str, p
     assert Counter(found) == Counter(range(400))
 
 
-async def test_jobs_put_back_and_taken_again_over_and_over(make_layer: MakeLayer) -> None:
-    # All moments around the putting back: many channels at once, each with a single reader.
+async def test_jobs_that_are_claimed_and_released_many_times_keep_their_order(make_layer: MakeLayer) -> None:
+    # All moments around a release: many channels at once, each with a single reader.
     layer, sender = make_layer(), make_layer()
     await listen(layer)
 
@@ -189,18 +193,24 @@ async def test_jobs_put_back_and_taken_again_over_and_over(make_layer: MakeLayer
         assert found == list(range(10))
 
 
-async def test_a_job_whose_taking_was_never_answered_is_not_lost(
-    make_layer: MakeLayer, observer: Observer
+async def test_a_job_whose_claim_was_not_answered_goes_to_another_worker(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    first, second, sender = make_layer(lease=2, heartbeat=1), make_layer(), make_layer()
+    first = make_layer(dsn=make_conninfo(migrated_dsn, application_name="first"))
+    second, sender = make_layer(), make_layer()
     channel = await first.new_channel()
     await sender.send("jobs", {"number": 0})
     assert await receive(first, "jobs") == {"number": 0}
-    # As if a take had moved the next one, and the answer had been lost: it is in the first one's inbox,
-    # where nobody waits for it any more, and is found at the next heartbeat.
+    # As if a claim had moved the next one, and the connection had broken before the answer: it is at the
+    # address of the first worker, which does not wait for it any more.
     await sender.send("jobs", {"number": 1})
     observer.execute(
-        "UPDATE pg_layer_message SET inbox = pg_layer_inbox('asgi', %s) WHERE channel = 'jobs'", (channel,)
+        "UPDATE pg_layer_message SET address = pg_layer_address('asgi', %s), xid = pg_current_xact_id()"
+        " WHERE address = 'asgi!:jobs'",
+        (channel,),
+    )
+    observer.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'first'"
     )
     assert await receive(second, "jobs") == {"number": 1}
 
@@ -227,7 +237,7 @@ async def work_and_close(link: Link, dsn: str, rounds: int) -> None:
     await link.hear()
 
 
-async def test_close_puts_back_what_was_taken(migrated_dsn: str, processes: Processes) -> None:
+async def test_close_releases_claimed_jobs(migrated_dsn: str, processes: Processes) -> None:
     fickle = processes.start(work_and_close, migrated_dsn, 40)
     writer = processes.start(write, migrated_dsn, "jobs", jobs(range(1000)), capacity=2000)
     found: list[int] = []
@@ -240,7 +250,9 @@ async def test_close_puts_back_what_was_taken(migrated_dsn: str, processes: Proc
     assert Counter(found) == Counter(range(1000))
 
 
-async def test_close_gives_everything_back(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_close_removes_memberships_and_unread_messages(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer, other = make_layer(), make_layer()
     channel = await layer.new_channel()
     await listen(layer)
@@ -253,13 +265,13 @@ async def test_close_gives_everything_back(make_layer: MakeLayer, observer: Obse
     assert count(observer, "membership") == 2  # the other's, and that of the normal channel
     assert count(observer, "message") == 0
     await other.group_send("room", {"type": "x"})
-    assert count(observer, "message") == 2
+    assert count(observer, "message", "address IN ('asgi!@room', 'asgi!:jobs')") == 2
     await layer.close()
     assert leases(observer) == 1
 
 
 @pytest.mark.parametrize("how", ["close", "exit"])
-async def test_jobs_go_back_while_somebodys_transaction_holds_a_membership(
+async def test_the_end_of_a_process_while_a_transaction_changes_its_memberships_releases_jobs(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, how: str
 ) -> None:
     layer = make_layer()
@@ -267,48 +279,59 @@ async def test_jobs_go_back_while_somebodys_transaction_holds_a_membership(
     await listen(layer)
     for channel in (held, free):
         await layer.group_add("room", channel)
-    inbox = layer._homes.client.inbox_name
-    with psycopg.connect(migrated_dsn) as somebody:
-        somebody.execute("UPDATE pg_layer_membership SET expires_at = expires_at WHERE channel = %s", [held])
+    with psycopg.connect(migrated_dsn) as other:
+        # What layer.sync executes in a transaction that is still open.
+        other.execute(
+            "SELECT pg_layer_ask('asgi', ARRAY['room', 'room'], ARRAY[%s, %s], ARRAY[false, true], NULL,"
+            " ARRAY[100, 100], 30, false, true)",
+            [held, free],
+        )
         for _ in range(3):
             await layer.send("jobs", {"type": "work"})
-        observer.execute("UPDATE pg_layer_message SET inbox = %s WHERE channel = 'jobs'", [inbox])  # taken
+        claimed = "UPDATE pg_layer_message SET address = pg_layer_address('asgi', %s) WHERE channel = 'jobs'"
+        observer.execute(claimed.encode(), [held])
         if how == "close":
             await layer.close()
         else:
-            layer._homes.leave()
-        assert count(observer, "message", "inbox = 'asgi!:jobs'") == 3
+            layer._loops.leave()
+        assert count(observer, "message", "address = 'asgi!:jobs'") == 3
         assert leases(observer) == 0
-        assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(held,)]
-        assert observer.execute("SELECT pg_layer_group_channels('asgi', 'room')").fetchall() == []
-    observer.execute("SELECT pg_layer_sweep('asgi', 10, false, NULL, NULL)")
-    assert count(observer, "membership") == 0
+        assert count(observer, "membership") == 0
+    # The transaction has committed: its claims are about a client that has closed.
+    assert await make_layer().group_count("room") == 0
 
 
-async def test_close_ends_memberships_that_others_made(make_layer: MakeLayer, observer: Observer) -> None:
-    # The layer has not looked yet when it closes.
+async def test_close_ends_memberships_that_others_have_added(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    # The layer has not read the control message yet when it closes.
     layer, other = make_layer(poll_interval=3600), make_layer()
     channel = await layer.new_channel()
     receiving = asyncio.create_task(layer.receive(channel))
     await until(lambda: leases(observer))
     await other.group_add("room", channel)
     receiving.cancel()
+    assert await other.group_channels("room") == [channel]
     await layer.close()
-    await other.group_send("room", {"type": "for nobody"})
-    assert count(observer, "message") == 0
+    assert await other.group_channels("room") == []
+    assert count(observer, "membership") == count(observer, "message") == 0
 
 
-async def test_what_is_sent_to_a_closed_client_is_dropped(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_messages_to_a_closed_client_are_accepted_and_expire(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await listen(layer)
     await layer.close()
-    await sender.send(channel, {"type": "late"})
-    await asyncio.gather(*(sender.send(channel, {"type": "late"}) for _ in range(10)))
-    assert count(observer, "message") == 0
+    await sender.send(channel, {"type": "late"}, expiry=0.1)
+    await asyncio.gather(*(sender.send(channel, {"type": "late"}, expiry=0.1) for _ in range(10)))
+    # The heartbeat of any process deletes them.
+    await listen(make_layer(heartbeat=0.1, sweep_interval=0))
+    await until(lambda: count(observer, "message") == 0)
 
 
-async def test_a_closed_layer_begins_anew(make_layer: MakeLayer) -> None:
+async def test_a_closed_layer_can_be_used_again(make_layer: MakeLayer) -> None:
     layer = make_layer()
     for number in range(3):
         channel = await layer.new_channel()
@@ -371,12 +394,12 @@ async def test_a_process_that_ends_without_close_leaves_nothing(
 # ---------------------------------------------------------------------- kill -9
 
 
-async def test_what_a_killed_worker_had_not_taken_gets_through(
+async def test_jobs_that_a_killed_worker_has_not_claimed_go_to_another(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     killed, survivor = (processes.start(work, migrated_dsn, 1, 0.0) for _ in range(2))
     await ready([killed, survivor])
-    [[own]] = observer.execute("SELECT inbox FROM pg_layer_client WHERE pid = %s", (killed.pid,)).fetchall()
+    [[own]] = observer.execute("SELECT address FROM pg_layer_client WHERE pid = %s", (killed.pid,)).fetchall()
     writer = processes.start(write, migrated_dsn, "jobs", jobs(range(500)), capacity=1000)
     found: list[int] = []
     while len(found) < 50:
@@ -386,11 +409,11 @@ async def test_what_a_killed_worker_had_not_taken_gets_through(
         while True:
             found.append(await killed.hear())
     await writer.result()
-    await until(lambda: count(observer, "message", "inbox LIKE '%!:jobs'") == 0)
+    await until(lambda: count(observer, "message", "address = 'asgi!:jobs'") == 0)
     taken = {
         msgpack.unpackb(payload)["number"]
         for (payload,) in observer.execute(
-            "SELECT payload FROM pg_layer_message WHERE inbox = %s AND channel = 'jobs'", (own,)
+            "SELECT payload FROM pg_layer_message WHERE address = %s AND channel = 'jobs'", (own,)
         )
     }
     others = set(range(500)) - set(found) - taken
@@ -411,57 +434,64 @@ async def hold(link: Link, /, dsn: str, **options: object) -> None:
 
 
 @pytest.mark.parametrize("group_expiry", [86400, None])
-async def test_once_its_lease_is_over_nothing_is_written_for_a_killed_process(
+async def test_a_killed_process_after_its_lease_is_not_counted_and_a_sweep_removes_its_memberships(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
     observer: Observer,
     group_expiry: float | None,
 ) -> None:
-    layer = make_layer()
-    killed = processes.start(hold, migrated_dsn, lease=2, heartbeat=1, group_expiry=group_expiry)
-    living = processes.start(hold, migrated_dsn, lease=2, heartbeat=1, group_expiry=group_expiry)
+    layer = make_layer(group_expiry=group_expiry)
+    killed = processes.start(hold, migrated_dsn, lease=2, heartbeat=0.4, group_expiry=group_expiry)
+    living = processes.start(hold, migrated_dsn, lease=2, heartbeat=0.4, group_expiry=group_expiry)
     channel, other = await killed.hear(), await living.hear()
+    assert sorted(await layer.group_channels("room")) == sorted([channel, other])
     killed.kill()
     await layer.send(channel, {"number": 0})
-    inbox = observer.execute("SELECT inbox FROM pg_layer_message WHERE channel = %s", (channel,)).fetchone()
-    assert inbox is not None
+    [[address]] = observer.execute(
+        "SELECT address FROM pg_layer_message WHERE channel = %s", (channel,)
+    ).fetchall()
     await until(lambda: count(observer, "client", "expires_at <= clock_timestamp()") == 1)
+    # Its lease is over when the living one has renewed its own for as long.
+    deadline = time.monotonic() + PATIENCE
+    while (members := await layer.group_channels("room")) != [other]:
+        assert sorted(members) == sorted([channel, other])
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
 
-    condition = f"inbox = '{inbox[0]}'"
-    before = count(observer, "message", condition)
+    # Messages to its channels are still written, and expire.
+    condition = f"address = '{address}'"
     await layer.send(channel, {"number": 1})
-    await layer.group_send("room", {"number": 2})
-    await asyncio.gather(
-        *(layer.send(channel, {"number": 3}) for _ in range(10)),
-        *(layer.group_send("room", {"number": 4}) for _ in range(10)),
-    )
-    assert count(observer, "message", condition) == before
+    assert count(observer, "message", f"channel = '{channel}'") == 2
     assert count(observer, "membership", condition) == 1
 
-    # The living one keeps its lease meanwhile, and a sweep leaves it alone.
-    observer.execute("SELECT pg_layer_sweep('asgi', 1000, false, null, null)")
-    assert count(observer, "message", condition) == count(observer, "membership", condition) == 0
-    assert count(observer, "membership") == 1
-    assert leases(observer) == 1
+    # The living one keeps its lease meanwhile, and a sweep leaves it alone. Messages stay until they expire:
+    # a process that was stopped would receive them.
+    observer.execute("SELECT pg_layer_sweep('asgi', 1000, false, 0)")
+    assert count(observer, "message", f"channel = '{channel}'") == 2
+    assert count(observer, "membership", condition) == 0
+    assert count(observer, "client", f"{condition} AND swept_at IS NOT NULL") == 1
+    assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(other,)]
     await layer.group_send("room", {"number": 5})
-    await layer.send(channel, {"number": 6})
-    assert count(observer, "message", condition) == 0
-    assert not observer.execute("SELECT FROM pg_layer_membership WHERE channel <> %s", (other,)).fetchall()
+    assert await layer.group_count("room") == 1
 
 
-async def test_a_client_whose_lease_lapsed_comes_back_with_its_memberships(
-    make_layer: MakeLayer, observer: Observer
+async def test_a_client_whose_lease_was_over_writes_its_memberships_again(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    layer, sender = make_layer(lease=2, heartbeat=1), make_layer()
+    layer, sender = make_layer(lease=20, heartbeat=1), make_layer()
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
     await listen(layer)
-    with psycopg.connect(observer.info.dsn, password=observer.info.password, autocommit=True) as connection:
-        connection.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp()")
-        connection.execute("SELECT pg_layer_sweep('asgi', 1000, false, null, null)")
-    assert count(observer, "membership") == 0
-    await until(lambda: count(observer, "client", "expires_at > clock_timestamp()") == 1)
+    with psycopg.connect(migrated_dsn) as connection:  # one transaction: no heartbeat comes between
+        connection.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() - interval '1 second'")
+        connection.execute("UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'")
+        connection.execute("SELECT pg_layer_sweep('asgi', 1000, false, 0)")
+        assert connection.execute("SELECT FROM pg_layer_membership").rowcount == 0
+    await sender.group_send("room", {"number": 0})
+    await until(lambda: count(observer, "client", "expires_at > clock_timestamp() AND swept_at IS NULL"))
     await until(lambda: count(observer, "membership") == 1)
+    assert layer.stats()["gaps"] == 1
     await sender.group_send("room", {"number": 1})
-    assert await receive(layer, channel) == {"number": 1}
+    # The first one was sent when the table had no members.
+    assert (await receive(layer, channel))["number"] == 1

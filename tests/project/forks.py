@@ -178,7 +178,7 @@ def while_receiving() -> Result:
 
 
 def after_sync_use() -> Result:
-    """Synchronous code, the hub is at work; then four children send, and so does the parent."""
+    """Synchronous code, the background loop is at work; then four children send, and so does the parent."""
     layer = new_layer()
     channel = async_to_sync(layer.new_channel)()
     async_to_sync(layer.group_add)("room", channel)
@@ -243,7 +243,7 @@ def tasks_in_transactions() -> Result:
 
 
 def children_that_leave_in_order() -> Result:
-    """Children that end as Python ends, with all it tidies up; the parent's loop and hub are at work."""
+    """Children that end as Python ends, with all it tidies up; the parent's loops are at work."""
     layer, sync_layer = new_layer(), new_layer()
     home = HomeThread()
     channel = home.do(layer.new_channel())

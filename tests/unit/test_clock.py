@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer.clock import DatabaseClock
+from pg_layer._state.clock import DatabaseClock
 
 
 class Machine:

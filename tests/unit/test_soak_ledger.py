@@ -6,15 +6,26 @@ import math
 
 import pytest
 
+from soak.absences import HEARTBEAT, LEASE, RETURN
 from soak.ledger import (
     CRASH,
     FORGOTTEN,
+    FOUND_MOST,
     IN_DOUBT,
     KILLED,
     LEFT,
+    NO_LEASE,
+    PROMOTION,
     TAKEN_MOST,
     UNDONE_JOIN,
     UNEXPLAINED,
+    Ledger,
+    Tally,
+    settle,
+)
+from soak.records import (
+    EVERY_PROCESS,
+    Away,
     Begun,
     Cancelled,
     Closed,
@@ -29,16 +40,15 @@ from soak.ledger import (
     Joining,
     Kind,
     Leaving,
-    Ledger,
     Opened,
     Outcome,
+    Promotion,
     Record,
-    Tally,
+    Undone,
     decode,
     encode,
-    settle,
 )
-from soak.ledger import Left as HasLeft
+from soak.records import Left as HasLeft
 from soak.report import describe
 
 CHANNEL = "specific.a!1"
@@ -62,7 +72,10 @@ def got(*numbers: int, channel: str = CHANNEL, after: float = 0.2) -> list[Recor
 
 
 def ledger(
-    writer: list[Record], reader: list[Record], faults: list[Record] | None = None, **others: list[Record]
+    writer: list[Record],
+    reader: list[Record],
+    faults: list[Record] | None = None,
+    **others: list[Record],
 ) -> Ledger:
     return settle({"writer": writer, "reader": reader, "faults": faults or [], **others})
 
@@ -96,7 +109,9 @@ def test_what_does_not_come_is_lost() -> None:
 @pytest.mark.parametrize("kind", ["specific", "normal"])
 def test_what_comes_twice_is_seen(kind: Kind) -> None:
     stream = CHANNEL if kind == "specific" else "jobs"
-    found = ledger(sent(1, kind, stream), [*OPENED, *got(1, channel=stream)], other=[Got(5, stream, "w", 1)])
+    found = ledger(
+        sent(1, kind, stream), [*OPENED, *got(1, channel=stream)], other=[Got(5, stream, "w", 1)]
+    )
     assert not found.is_clean
     assert tally(found, kind).twice == 1
 
@@ -235,12 +250,356 @@ def test_who_leaves_is_still_owed_what_was_sent_before() -> None:
     assert causes(ledger(group(2, 3), [*JOINED, *got(3), *failed]), "group") == {UNEXPLAINED: 1}
 
 
-def test_a_crash_undoes_a_joining_until_the_client_has_put_it_back() -> None:
-    crash = Crash(2.0, 2.5)
-    found = ledger(group(4, 5, 6), [*JOINED, *got(5)], [crash])
-    assert causes(found, "group") == {UNDONE_JOIN: 1, UNEXPLAINED: 1}
-    early_crash = Crash(9.0, 9.5)  # by then, the joining was on the disk
-    assert causes(ledger(group(12, 13), [*JOINED, *got(13)], [early_crash]), "group") == {UNEXPLAINED: 1}
+OTHER = "specific.b!1"
+
+
+def join(
+    channel: str, group: str = "g", at: float = 0.0, in_transaction: bool = False
+) -> list[Record]:
+    return [Joining(at, group, channel, in_transaction), Joined(at + 0.2, group, channel)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "in_transaction", "is_excused"),
+    [
+        (Crash(2.0, 2.5), False, True),
+        (Crash(9.0, 9.5), False, False),
+        (Crash(2.0, 2.5), True, False),
+        (Promotion(1.0, 1.1, 8.0, 9.0), True, True),
+        (Promotion(3.0, 3.1, 8.0, 9.0), True, False),
+    ],
+)
+def test_a_joining_by_another_process_may_be_lost_before_its_owner_has_heard_of_it(
+    fault: Record, in_transaction: bool, is_excused: bool
+) -> None:
+    joins = join(CHANNEL, at=1.5, in_transaction=in_transaction)
+    sends = sent(12, "group", "g")
+    expected = {UNDONE_JOIN: 1} if is_excused else {UNEXPLAINED: 1}
+    assert causes(ledger(sends, OPENED, [fault], other=joins), "group") == expected
+    # What the owner knows, or has itself joined, does not depend on the database.
+    sends = [*sent(2, "group", "g"), *sends]
+    assert causes(ledger(sends, [*OPENED, *got(2)], [fault], other=joins), "group") == {
+        UNEXPLAINED: 1
+    }
+    own = [*OPENED, *joins]
+    assert causes(ledger(sent(12, "group", "g"), own, [fault]), "group") == {UNEXPLAINED: 1}
+
+
+def test_a_leaving_by_another_process_may_be_lost_before_its_owner_has_heard_of_it() -> None:
+    leaves: list[Record] = [*join(CHANNEL), Leaving(4, "g", CHANNEL), HasLeft(4.5, "g", CHANNEL)]
+    promotion = Promotion(3.0, 3.1, 5.0, 6.0)
+    found = ledger(sent(8, "group", "g"), [*OPENED, *got(8)], [promotion], other=leaves)
+    assert (tally(found, "group").stayed, tally(found, "group").uninvited) == (1, 0)
+    assert found.is_clean
+    assert (
+        tally(ledger(sent(8, "group", "g"), [*OPENED, *got(8)], other=leaves), "group").uninvited
+        == 1
+    )
+    own = ledger(sent(8, "group", "g"), [*OPENED, *leaves, *got(8)], [promotion])
+    assert tally(own, "group").uninvited == 1
+
+
+def test_what_a_rolled_back_transaction_changed_is_as_before() -> None:
+    joins: list[Record] = [Joining(1, "g", CHANNEL, True), Undone(2, "g", CHANNEL)]
+    found = ledger(sent(1, "group", "g", at=1.1), [*OPENED, *got(1)], other=joins)
+    assert tally(found, "group").uninvited == 1
+    leaves: list[Record] = [*join(CHANNEL), Leaving(1, "g", CHANNEL, True), Undone(2, "g", CHANNEL)]
+    assert causes(ledger(sent(3, "group", "g"), OPENED, other=leaves), "group") == {UNEXPLAINED: 1}
+
+
+# ---------------------------------------------------------------------- order within a group
+
+
+def pair(*kinds: tuple[str, float, bool], outcome: Outcome = "returned") -> list[Record]:
+    """Message 1 of each writer is sent to the group at a time, in a transaction or not."""
+    return [
+        record
+        for writer, at, in_transaction in kinds
+        for record in (
+            Begun(at, writer, 1, "group", "g", in_transaction),
+            Ended(at + 0.1, writer, 1, outcome),
+        )
+    ]
+
+
+def hears(channel: str, *messages: tuple[str, float]) -> list[Record]:
+    """A member receives message 1 of each writer at a time."""
+    return [
+        Opened(0, channel),
+        *join(channel),
+        *(Got(at, channel, writer, 1) for writer, at in messages),
+    ]
+
+
+def in_order(
+    sends: list[Record], *members: list[Record], faults: list[Record] | None = None
+) -> tuple[int, int, bool]:
+    """How many messages were in another order, how many were so after a catch-up; is it clean?"""
+    books = {f"reader-{number}": member for number, member in enumerate(members, 1)}
+    found = settle({"sends": sends, "faults": faults or [], **books})
+    return len(found.group_order.disagreements), len(found.group_order.excused), found.is_clean
+
+
+A_AND_B = pair(("a.0", 5.0, False), ("b.0", 5.0, False))
+A_FIRST = hears(CHANNEL, ("a.0", 6.0), ("b.0", 6.1))
+B_FIRST = hears(OTHER, ("b.0", 6.0), ("a.0", 6.1))
+
+
+def test_members_in_two_processes_see_one_order() -> None:
+    assert in_order(A_AND_B, A_FIRST, hears(OTHER, ("a.0", 7.0), ("b.0", 7.1))) == (0, 0, True)
+    assert in_order(A_AND_B, A_FIRST, B_FIRST) == (1, 0, False)
+    found = settle({"sends": A_AND_B, "one": A_FIRST, "two": B_FIRST})
+    assert len(found.offences) == 1
+    assert (
+        f"came before a.0#1 to {OTHER} of two, and after it to {CHANNEL} of one"
+        in found.offences[0]
+    )
+    assert "PROMISES BROKEN." in describe(found)
+
+
+def test_members_in_one_process_see_one_order() -> None:
+    assert in_order(A_AND_B, [*A_FIRST, *B_FIRST]) == (1, 0, False)
+
+
+def test_only_what_two_members_received_is_compared() -> None:
+    third = hears("specific.c!1", ("b.0", 6.0))
+    found = settle({"sends": A_AND_B, "one": hears(CHANNEL, ("a.0", 6.0)), "three": third})
+    assert (found.group_order.compared, found.group_order.disagreements) == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_excused"),
+    [
+        (Away(5.5, 5.8, "reader-2", True), True),
+        (Away(5.5, 5.8, EVERY_PROCESS, False), True),
+        (Away(5.5, 5.8, "reader-3", True), False),  # another process
+        (Away(6.5, 6.8, "reader-2", True), False),  # both messages had been received
+        (Away(1.0, 1.5, "reader-2", True), True),  # nothing sent after it was received earlier
+    ],
+)
+def test_what_was_caught_up_on_may_be_in_another_order(fault: Record, is_excused: bool) -> None:
+    assert in_order(A_AND_B, A_FIRST, B_FIRST, faults=[fault]) == (
+        (0, 1, True) if is_excused else (1, 0, False)
+    )
+
+
+def test_a_catch_up_is_over_with_the_first_message_that_was_sent_after_the_absence() -> None:
+    sends = [*pair(("c.0", 2.0, False)), *A_AND_B]
+    away = Away(1.0, 1.5, "reader-2", True)
+    b_first = hears(OTHER, ("c.0", 2.2), ("b.0", 6.0), ("a.0", 6.1))
+    assert in_order(sends, A_FIRST, b_first, faults=[away])[:2] == (1, 0)
+    # It was sent before the absence was over: it shows nothing.
+    sends = [*pair(("c.0", 1.2, False)), *A_AND_B]
+    assert in_order(sends, A_FIRST, b_first, faults=[away])[:2] == (0, 1)
+
+
+def test_a_catch_up_of_one_message_excuses_no_other_pair() -> None:
+    sends = [*pair(("c.0", 2.0, False), ("d.0", 3.0, False)), *A_AND_B]
+    # Of c it heard late; d was sent after the absence, as were a and b.
+    away = Away(1.0, 2.5, "reader-2", True)
+    one = hears(CHANNEL, ("c.0", 2.2), ("d.0", 3.2), ("a.0", 6.0), ("b.0", 6.1))
+    other = hears(OTHER, ("d.0", 3.2), ("c.0", 3.3), ("b.0", 6.0), ("a.0", 6.1))
+    assert in_order(sends, one, other, faults=[away])[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("in_transaction", "outcome", "faults", "has_a_place"),
+    [
+        (True, "returned", [], True),
+        (True, "returned", [Away(5.05, 5.5, "a", False)], False),
+        (True, "returned", [Away(7.0, 7.5, "a", False)], True),
+        (True, "returned", [Gone(5.5, "a", True)], False),
+        (True, "unknown", [], False),
+        (True, "unannounced", [], False),
+        (False, "unknown", [], True),  # its announcement is in its own transaction
+        (False, "returned", [Away(5.05, 5.5, "a", False)], True),
+    ],
+)
+def test_what_was_perhaps_never_announced_has_no_place_in_the_order(
+    in_transaction: bool, outcome: Outcome, faults: list[Record], has_a_place: bool
+) -> None:
+    sends = [
+        *pair(("a.0", 5.0, in_transaction), outcome=outcome),
+        *pair(("b.0", 5.0, False)),
+    ]
+    found = in_order(sends, A_FIRST, B_FIRST, faults=faults)
+    assert found == ((1, 0, False) if has_a_place else (0, 0, True))
+
+
+def test_a_member_that_another_process_added_catches_up_first() -> None:
+    three = pair(("a.0", 5.0, False), ("b.0", 5.0, False), ("c.0", 7.0, False), ("d.0", 7.0, False))
+    one = hears(CHANNEL, ("a.0", 6.0), ("b.0", 6.1), ("c.0", 8.0), ("d.0", 8.1))
+
+    def added(*messages: tuple[str, float]) -> Ledger:
+        (opened, _, _, *gots) = hears(OTHER, *messages)
+        books: dict[str, list[Record]] = {
+            "one": one,
+            "two": [opened, *gots],
+            "host": join(OTHER, at=5.0),
+        }
+        return settle({"sends": three, **books})
+
+    found = added(("b.0", 6.0), ("a.0", 6.1), ("c.0", 8.0), ("d.0", 8.1))
+    assert (len(found.group_order.disagreements), len(found.group_order.excused)) == (0, 1)
+    found = added(("b.0", 6.0), ("a.0", 6.1), ("d.0", 8.0), ("c.0", 8.1))
+    assert (len(found.group_order.disagreements), len(found.group_order.excused)) == (1, 1)
+
+
+# ---------------------------------------------------------------------- transactions
+
+
+def in_transaction(n: int, outcome: Outcome, kind: Kind = "specific") -> list[Record]:
+    stream = CHANNEL if kind == "specific" else "jobs"
+    return [Begun(float(n), "w.0", n, kind, stream, True), Ended(n + 0.1, "w.0", n, outcome)]
+
+
+def test_what_a_dying_process_had_committed_is_owed_within_two_heartbeats() -> None:
+    sends = in_transaction(1, "unannounced")
+    assert causes(ledger(sends, OPENED)) == {UNEXPLAINED: 1}
+    in_time: list[Record] = [Got(1.1 + FOUND_MOST, CHANNEL, "w.0", 1)]
+    late: list[Record] = [Got(1.2 + FOUND_MOST, CHANNEL, "w.0", 1)]
+    assert ledger(sends, [*OPENED, *in_time]).is_clean
+    found = ledger(sends, [*OPENED, *late])
+    assert tally(found).late == 1
+    assert not found.is_clean
+    assert ledger(sends, [*OPENED, *late], [Away(2, 3, "reader", True)]).is_clean
+    assert 2 * HEARTBEAT <= FOUND_MOST <= 3 * HEARTBEAT
+
+
+def test_a_message_may_be_received_late_where_its_announcement_may_be_lost_and_only_it() -> None:
+    sends = [record for n in (1, 2, 3) for record in in_transaction(n, "returned")]
+    gots: list[Record] = [
+        *OPENED,
+        Got(4, CHANNEL, "w.0", 2),
+        Got(5, CHANNEL, "w.0", 1),
+        Got(6, CHANNEL, "w.0", 3),
+    ]
+    assert tally(ledger(sends, gots)).disordered == 1
+    away = Away(1.05, 1.5, "w", False)
+    assert tally(ledger(sends, gots, [away])).disordered == 0
+    later = Away(3.05, 3.5, "w", False)
+    assert tally(ledger(sends, gots, [later])).disordered == 1
+
+
+def test_what_was_rolled_back_must_not_come() -> None:
+    sends = in_transaction(1, "refused")
+    assert ledger(sends, OPENED).is_clean
+    assert tally(ledger(sends, [*OPENED, Got(3, CHANNEL, "w.0", 1)])).uninvited == 1
+
+
+def test_a_crash_takes_along_nothing_of_a_transaction() -> None:
+    crash = Crash(1.5, 2.0)
+    assert causes(ledger(sent(1), OPENED, [crash])) == {CRASH: 1}
+    assert causes(ledger(in_transaction(1, "returned"), OPENED, [crash])) == {UNEXPLAINED: 1}
+
+
+# ---------------------------------------------------------------------- a standby, and leases
+
+PROMOTED = Promotion(10.0, 10.5, 15.0, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("at", "cause"), [(9.5, UNEXPLAINED), (9.95, PROMOTION), (15.9, PROMOTION), (16.1, UNEXPLAINED)]
+)
+@pytest.mark.parametrize("of_transaction", [False, True])
+def test_a_promotion_takes_along_what_the_standby_had_not_received(
+    at: float, cause: str, of_transaction: bool
+) -> None:
+    sends: list[Record] = [
+        Begun(at, "w", 1, "specific", CHANNEL, of_transaction),
+        Ended(at + 0.1, "w", 1, "returned"),
+    ]
+    found = ledger([*sends, *sent(20)], [*OPENED, *got(20)], [PROMOTED])
+    assert causes(found) == {cause: 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "twice"),
+    [(12.0, 17.0, 0), (9.0, 17.0, 1), (12.0, 14.0, 1)],
+)
+def test_a_job_comes_again_only_if_the_promoted_standby_did_not_know_that_it_was_taken(
+    first: float, second: float, twice: int
+) -> None:
+    gots: list[Record] = [Got(first, "jobs", "w", 1), Got(second, "jobs", "w", 1)]
+    found = ledger(sent(1, "normal", "jobs"), gots, [PROMOTED])
+    assert (tally(found, "normal").twice, tally(found, "normal").again) == (twice, 1 - twice)
+    # It cannot know of what was sent later, and all others come once.
+    assert (
+        tally(
+            ledger(
+                sent(11, "normal", "jobs"),
+                [*got(11, channel="jobs"), Got(17, "jobs", "w", 11)],
+                [PROMOTED],
+            ),
+            "normal",
+        ).twice
+        == 1
+    )
+    assert (
+        tally(
+            ledger(
+                sent(1),
+                [*OPENED, Got(first, CHANNEL, "w", 1), Got(second, CHANNEL, "w", 1)],
+                [PROMOTED],
+            )
+        ).twice
+        == 1
+    )
+
+
+LONG = Away(10.0, 10.0 + LEASE, "reader", True)
+
+
+@pytest.mark.parametrize(
+    ("away", "at", "cause"),
+    [
+        (LONG, 20.0, NO_LEASE),
+        (LONG, LONG.ended + RETURN + 1, UNEXPLAINED),
+        (LONG, 5.0, UNEXPLAINED),
+        (LONG._replace(is_alone=False), 20.0, UNEXPLAINED),  # leases do not run while it is away
+        (LONG._replace(process="other"), 20.0, UNEXPLAINED),
+        (LONG._replace(ended=10.0 + LEASE / 2), 12.0, UNEXPLAINED),
+    ],
+)
+def test_a_reader_that_is_away_for_longer_than_its_lease_may_miss_messages(
+    away: Away, at: float, cause: str
+) -> None:
+    found = ledger([*sent(1, at=at), *sent(60)], [*OPENED, *got(60)], [away])
+    assert causes(found) == {cause: 1}
+
+
+@pytest.mark.parametrize(
+    ("faults", "is_excused"),
+    [
+        ([Away(20.0, 20.5, EVERY_PROCESS, False)], True),  # a short restart
+        ([Away(20.0, 20.5, EVERY_PROCESS, False), Crash(20.0, 20.1)], False),
+        ([Away(20.0, 20.5, EVERY_PROCESS, False), Promotion(14.0, 14.1, 20.1, 20.2)], False),
+        ([Away(11.0, 11.0 + LEASE + 1, EVERY_PROCESS, False)], False),
+        # A whole lease follows.
+        (
+            [
+                Away(20.0, 20.5, EVERY_PROCESS, False),
+                Crash(20.0, 20.1),
+                Away(10, 45, "reader", True),
+            ],
+            True,
+        ),
+    ],
+)
+def test_leases_begin_again_after_an_outage_that_would_have_ended_all_of_them(
+    faults: list[Record], is_excused: bool
+) -> None:
+    away = Away(10.0, 12.0 + LEASE, "reader", True)
+    found = ledger([*sent(30), *sent(60)], [*OPENED, *got(60)], [away, *faults])
+    assert causes(found) == {NO_LEASE if is_excused else UNEXPLAINED: 1}
+
+
+def test_a_reader_without_a_lease_misses_no_group_that_has_other_members() -> None:
+    sends = [*sent(20, "group", "g"), *sent(60, "group", "g")]
+    reader = [*OPENED, *join(CHANNEL), *got(60)]
+    other = [Opened(0, OTHER), *join(OTHER), *got(20, 60, channel=OTHER)]
+    assert causes(ledger(sends, reader, [LONG]), "group") == {NO_LEASE: 1}
+    assert causes(ledger(sends, reader, [LONG], other=other), "group") == {UNEXPLAINED: 1}
 
 
 # ---------------------------------------------------------------------- the rest
@@ -250,7 +609,13 @@ def test_recovery_is_from_the_end_of_a_fault_to_the_first_message_of_each_reader
     other = "specific.b!1"
     newcomer = "specific.c!1"
     found = ledger(
-        [*sent(1), *sent(2, stream=other), *sent(5), *sent(6, stream=other), *sent(7, stream=newcomer)],
+        [
+            *sent(1),
+            *sent(2, stream=other),
+            *sent(5),
+            *sent(6, stream=other),
+            *sent(7, stream=newcomer),
+        ],
         [*OPENED, *got(1, 5)],
         [Fault(3, "cut", 4.0)],
         other=[Opened(0, other), *got(2, 6, channel=other)],
@@ -261,7 +626,12 @@ def test_recovery_is_from_the_end_of_a_fault_to_the_first_message_of_each_reader
 
 
 def test_what_waits_for_the_next_fault_does_not_count() -> None:
-    messages = [*sent(1), *sent(2, stream="specific.b!1"), *sent(5), *sent(6, stream="specific.b!1")]
+    messages = [
+        *sent(1),
+        *sent(2, stream="specific.b!1"),
+        *sent(5),
+        *sent(6, stream="specific.b!1"),
+    ]
     other = [Opened(0, "specific.b!1"), *got(2, 6, channel="specific.b!1")]
     faults: list[Record] = [Fault(3, "cut", 4.0), Fault(5.5, "restart", 5.9)]
     found = ledger(messages, [*OPENED, *got(1, 5)], faults, other=other)
@@ -283,6 +653,9 @@ def test_books_are_read_as_written_up_to_an_unfinished_line() -> None:
         Failed(2, "g", CHANNEL),
         Fault(3, "cut", math.pi),
         Crash(1, 2),
+        Promotion(1, 2, 3, 4),
+        Away(1, 2, EVERY_PROCESS, False),
+        Undone(1, "g", CHANNEL),
         Gone(1, "p", True),
     ]
     book = b"".join(map(encode, records))

@@ -31,6 +31,7 @@ SCALARS = {
     "FLOAT8": (FLOAT8, "float8"),
 }
 ARRAYS = {
+    "BOOLS": (st.lists(st.booleans()), "bool"),
     "BYTEAS": (st.lists(st.binary()), "bytea"),
     "INT4S": (st.lists(INT4), "int4"),
     "INT8S": (st.lists(INT8), "int8"),

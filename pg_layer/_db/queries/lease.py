@@ -10,7 +10,7 @@ from psycopg import Connection
 
 from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._messages.rows import Key
-from pg_layer._state.snapshot import Moment, Snapshot
+from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
 from pg_layer.statement import FLOAT8, INT4, INT8, INT8S, TEXT, Statement
 
@@ -28,14 +28,14 @@ class Renewal(NamedTuple):
     """What a renewal tells.
 
     ``clock``: the database's, seconds since 1970. ``is_new``: rows of memberships may be missing, because
-    the lease begins or had been over. ``was_over``: it had been over. ``last_id``: drawn before ``moment``.
+    the lease begins or had been over. ``was_over``: it had been over. ``position``: from before ``moment``.
     """
 
     clock: float
     is_new: bool
     was_over: bool
     moment: Moment
-    last_id: int
+    position: Position
     has_expired: bool
     has_marked: bool
 
@@ -55,7 +55,7 @@ async def renew(
     marked_from: int,
 ) -> Renewal:
     """Renew the lease, report counters, and ring a ping if there is a token."""
-    _, clock, is_new, was_over, boot, last_id, snapshot, has_expired, has_marked = await one(
+    _, clock, is_new, was_over, boot, last_id, next_xid, snapshot, has_expired, has_marked = await one(
         session,
         RENEW,
         prefix,
@@ -71,7 +71,7 @@ async def renew(
         marked_from,
     )
     moment = Moment(boot, Snapshot(snapshot))
-    return Renewal(clock, is_new, was_over, moment, last_id, has_expired, has_marked)
+    return Renewal(clock, is_new, was_over, moment, Position(last_id, next_xid), has_expired, has_marked)
 
 
 class Closing(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._messages.rows import Key, KeyAt, Row, Span, row_from_columns
-from pg_layer._state.snapshot import Moment, Snapshot
+from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
 from pg_layer.statement import INT4, INT8, INT8S, TEXT, TEXTS, Statement
 
@@ -15,6 +15,7 @@ READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
 
 LISTEN = Statement("SELECT pg_layer_listen($1)", TEXTS)
+NOTIFY = Statement(LAZY + "pg_notify($1, $2)", TEXT, TEXT)
 UNLISTEN = Statement("SELECT pg_layer_unlisten($1)", TEXTS)
 BACKEND_PID = Statement("SELECT pg_backend_pid()")
 NO_SCANS = Statement(
@@ -122,6 +123,11 @@ async def listen(session: Session, channels: Sequence[str]) -> None:
     await session.execute(LISTEN, channels)
 
 
+async def notify(session: Session, channel: str, payload: str) -> None:
+    """NOTIFY a channel."""
+    await session.execute(NOTIFY, channel, payload)
+
+
 async def unlisten(session: Session, channels: Sequence[str]) -> None:
     """Stop listening to NOTIFY channels."""
     await session.execute(UNLISTEN, channels)
@@ -179,10 +185,10 @@ def parts(keys: Sequence[KeyAt]) -> list[Sequence[KeyAt]]:
     return found
 
 
-async def position(session: Session, known_boot: int) -> tuple[int, int]:
+async def position(session: Session, known_boot: int) -> tuple[int, Position]:
     """Return the boot, and the largest id drawn so far. Begins a boot where there is none."""
-    _, boot, last_id = await one(session, POSITION, known_boot)
-    return boot, last_id
+    _, boot, last_id, next_xid = await one(session, POSITION, known_boot)
+    return boot, Position(last_id, next_xid)
 
 
 async def begin_snapshot(session: Session, boot: int) -> Moment:

@@ -12,7 +12,7 @@ from pg_layer.sweeper import Sweeper
 
 class Command(LayerCommand):
     help = (
-        "Removes expired messages, and what processes left that ended without closing their layer. "
+        "Removes expired messages, and memberships of processes that ended without closing their layer. "
         "Runs until SIGTERM or SIGINT. Several at once do no harm; only the size of the tables depends on it."
     )
 

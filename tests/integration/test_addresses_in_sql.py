@@ -1,0 +1,45 @@
+"""Addresses and NOTIFY channels are the same in Python and in SQL: neither side asks the other."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pg_layer._messages.addresses import channel_address, group_address, notification_channel
+from tests.conftest import Observer
+
+TEXT = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40
+)
+NAME = st.from_regex(r"[A-Za-z0-9._\-]{1,100}", fullmatch=True)
+ON_ONE_DATABASE = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def value(observer: Observer, query: str, *parameters: str) -> str:
+    row = observer.execute(query.encode(), parameters).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+@ON_ONE_DATABASE
+@given(prefix=NAME, group=TEXT)
+def test_notification_channel_of_a_group_is_that_of_sql(
+    observer: Observer, prefix: str, group: str
+) -> None:
+    address = group_address(prefix, group)
+    assert value(observer, "SELECT pg_layer_group_address(%s, %s)", prefix, group) == address
+    found = value(observer, "SELECT pg_layer_notification_channel(%s)", address)
+    assert found == notification_channel(address)
+
+
+@ON_ONE_DATABASE
+@given(prefix=NAME, channel=NAME | st.tuples(NAME, NAME).map("!".join))
+def test_notification_channel_of_a_channel_is_that_of_sql(
+    observer: Observer, prefix: str, channel: str
+) -> None:
+    address = channel_address(prefix, channel)
+    assert value(observer, "SELECT pg_layer_address(%s, %s)", prefix, channel) == address
+    found = value(observer, "SELECT pg_layer_notification_channel(%s)", address)
+    assert found == notification_channel(address)

@@ -1,0 +1,321 @@
+"""The protocols of ``docs/protocols.md`` in arbitrary interleavings, against a real PostgreSQL.
+
+The environment's PG_LAYER_MODEL_EXAMPLES and PG_LAYER_MODEL_STEPS ask for more than is tried each time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from devtools.postgres import PostgresServer
+from tests.integration.protocol_world import GROUPS, JOBS, Database, Transaction, World, Writer
+
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
+EXAMPLES = int(os.environ.get("PG_LAYER_MODEL_EXAMPLES", "100"))
+STEPS = int(os.environ.get("PG_LAYER_MODEL_STEPS", "40"))
+
+_numbers = count(1)
+small, index = st.integers(0, 2), st.integers(0, 7)
+sizes = st.sampled_from([10, 10, 2_500, 6_000])
+groups = st.sampled_from(GROUPS[:2])
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[Database]:
+    """A database on a server that takes prepared transactions."""
+    with PostgresServer(fsync=False, settings={"max_prepared_transactions": 10}) as server:
+        dsn = server.create_database("model")
+        with psycopg.connect(dsn) as connection:
+            for file in sorted(MIGRATIONS.glob("*.sql")):
+                if not file.stem.endswith("_reverse"):
+                    connection.execute(file.read_bytes())
+        database = Database(dsn)
+        yield database
+        database.close()
+
+
+class Protocols(RuleBasedStateMachine):
+    """Clients, writers, transactions and faults in one world."""
+
+    database: Database
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.database, next(_numbers))
+        self.is_started = False
+
+    @initialize(heard_at_once=st.lists(st.booleans(), min_size=2, max_size=3))
+    def start(self, heard_at_once: list[bool]) -> None:
+        self.world.start(heard_at_once)
+        self.world.make_steady()
+        self.is_started = True
+
+    def _process(self, number: int) -> int:
+        return number % len(self.world.processes)
+
+    def _writer(self, number: int) -> Writer:
+        return self.world.writers[number % len(self.world.writers)]
+
+    def _transaction(self, number: int, is_inside: bool) -> Transaction | None:
+        open_ones = [each for each in self.world.transactions if each.prepared is None]
+        return open_ones[number % len(open_ones)] if is_inside and open_ones else None
+
+    # ------------------------------------------------------------------ sending
+
+    @rule(
+        writer=small,
+        messages=st.lists(st.tuples(groups, sizes), min_size=1, max_size=4),
+        is_inside=st.booleans(),
+        is_refused=st.sampled_from([False, False, False, True]),
+    )
+    def group_send(
+        self, writer: int, messages: list[tuple[str, int]], is_inside: bool, is_refused: bool
+    ) -> None:
+        transaction = self._transaction(writer, is_inside)
+        self.world.write(
+            transaction.writer if transaction else self._writer(writer),
+            [(group, None) for group, _ in messages],
+            [size for _, size in messages],
+            transaction,
+            is_refused=is_refused,
+        )
+
+    @rule(
+        writer=small,
+        messages=st.lists(st.tuples(small, st.integers(0, 1), sizes), min_size=1, max_size=4),
+        is_inside=st.booleans(),
+        is_refused=st.sampled_from([False, False, False, True]),
+    )
+    def send(
+        self, writer: int, messages: list[tuple[int, int, int]], is_inside: bool, is_refused: bool
+    ) -> None:
+        transaction = self._transaction(writer, is_inside)
+        channels = [
+            self.world.processes[self._process(number)].channels[channel] for number, channel, _ in messages
+        ]
+        self.world.write(
+            transaction.writer if transaction else self._writer(writer),
+            [(None, channel) for channel in channels],
+            [size for _, _, size in messages],
+            transaction,
+            is_refused=is_refused,
+        )
+
+    @rule(writer=small, count=st.integers(1, 3), is_inside=st.booleans())
+    def send_jobs(self, writer: int, count: int, is_inside: bool) -> None:
+        transaction = self._transaction(writer, is_inside)
+        self.world.write(
+            transaction.writer if transaction else self._writer(writer),
+            [(None, JOBS)] * count,
+            [10] * count,
+            transaction,
+        )
+
+    @rule(writer=small)
+    def announce(self, writer: int) -> None:
+        self.world.announce(self._writer(writer))
+
+    @rule(writer=small)
+    def die_before_announcing(self, writer: int) -> None:
+        self._writer(writer).unannounced.clear()
+
+    # ------------------------------------------------------------------ transactions
+
+    @precondition(lambda self: len(self.world.transactions) < 3)
+    @rule(writer=small, is_quiet=st.booleans())
+    def begin(self, writer: int, is_quiet: bool) -> None:
+        self.world.begin(self._writer(writer), is_quiet=is_quiet)
+
+    @precondition(lambda self: self.world.transactions)
+    @rule(number=small, is_announced=st.booleans())
+    def commit(self, number: int, is_announced: bool) -> None:
+        transactions = self.world.transactions
+        transaction = transactions[number % len(transactions)]
+        self.world.commit(transaction, is_announced=is_announced and transaction.prepared is None)
+
+    @precondition(lambda self: self.world.transactions)
+    @rule(number=small)
+    def roll_back(self, number: int) -> None:
+        transactions = self.world.transactions
+        self.world.roll_back(transactions[number % len(transactions)])
+
+    @precondition(lambda self: any(t.is_quiet and not t.prepared for t in self.world.transactions))
+    @rule()
+    def prepare(self) -> None:
+        self.world.prepare(next(t for t in self.world.transactions if t.is_quiet and not t.prepared))
+
+    # ------------------------------------------------------------------ memberships
+
+    @rule(
+        number=small,
+        changes=st.lists(st.tuples(groups, st.integers(0, 1), st.booleans()), min_size=1, max_size=3),
+    )
+    def change(self, number: int, changes: list[tuple[str, int, bool]]) -> None:
+        process = self.world.processes[self._process(number)]
+        if process.change is None or process.change.done():
+            self.world.change(process, changes)
+
+    @rule(
+        writer=small,
+        number=small,
+        group=st.sampled_from(GROUPS),
+        channel=st.integers(0, 1),
+        added=st.booleans(),
+        is_inside=st.booleans(),
+    )
+    def ask(
+        self, writer: int, number: int, group: str, channel: int, added: bool, is_inside: bool
+    ) -> None:
+        transaction = self._transaction(writer, is_inside)
+        self.world.ask(
+            transaction.writer if transaction else self._writer(writer),
+            self.world.processes[self._process(number)],
+            group,
+            channel,
+            added,
+            transaction,
+        )
+
+    # ------------------------------------------------------------------ progress
+
+    @rule(number=small, count=st.integers(1, 12))
+    def answer(self, number: int, count: int) -> None:
+        self.world.processes[self._process(number)].answer(count)
+
+    @rule(number=small, count=st.sampled_from([1, 2, 1_000]))
+    def hear(self, number: int, count: int) -> None:
+        self.world.processes[self._process(number)].listener.hear(count)
+        self.world.settle()
+
+    @rule(number=small)
+    def receive(self, number: int) -> None:
+        self.world.processes[self._process(number)].receive()
+        self.world.settle()
+
+    @rule(number=small)
+    def want_job(self, number: int) -> None:
+        self.world.processes[self._process(number)].want_job()
+        self.world.settle()
+
+    @rule(number=small)
+    def desert_jobs(self, number: int) -> None:
+        self.world.processes[self._process(number)].desert()
+
+    @rule(seconds=st.sampled_from([0.06, 0.6, 3.0, 10.0, 20.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.advance(seconds)
+
+    @rule()
+    def rest(self) -> None:
+        self.world.rest()
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    @rule(
+        number=small,
+        call=index,
+        is_executed=st.booleans(),
+        is_late=st.booleans(),
+        comes_later=st.booleans(),
+    )
+    def lose_answer(
+        self, number: int, call: int, is_executed: bool, is_late: bool, comes_later: bool
+    ) -> None:
+        process = self.world.processes[self._process(number)]
+        if process.calls:
+            process.lose_call(call, is_executed=is_executed, is_late=is_late, comes_later=comes_later)
+            self.world.settle()
+
+    @rule(number=small, call=index)
+    def execute(self, number: int, call: int) -> None:
+        """The server executes a statement, and its answer is under way."""
+        calls = self.world.processes[self._process(number)].calls
+        if calls:
+            calls[call % len(calls)].execute()
+
+    @precondition(lambda self: self.world.late)
+    @rule(number=index)
+    def execute_late(self, number: int) -> None:
+        self.world.execute_late(number)
+
+    @rule(number=small)
+    def lose_connection(self, number: int) -> None:
+        self.world.processes[self._process(number)].lose_listener()
+        self.world.settle()
+
+    @precondition(lambda self: self.world.messages)
+    @rule(number=st.integers(0, 50))
+    def expire(self, number: int) -> None:
+        message = self.world.messages[-1 - number % len(self.world.messages)]
+        if message.committed and message.serial:
+            self.world.expire(message)
+
+    @rule()
+    def sweep(self) -> None:
+        self.world.sweep()
+
+    @rule()
+    def let_leases_be_steady(self) -> None:
+        self.world.make_steady()
+
+    @rule(number=small)
+    def end_lease(self, number: int) -> None:
+        self.world.end_lease(self.world.processes[self._process(number)])
+
+    @rule()
+    def reach_the_disk(self) -> None:
+        self.world.set_checkpoint()
+
+    @rule(is_undone=st.booleans())
+    def crash(self, is_undone: bool) -> None:
+        self.world.crash(is_undone=is_undone)
+
+    # ------------------------------------------------------------------ what must hold
+
+    @invariant()
+    def each_row_is_dispatched_once_and_in_order(self) -> None:
+        self.world.check_rows()
+
+    @invariant()
+    def each_message_is_received_once(self) -> None:
+        self.world.check_received()
+
+    def teardown(self) -> None:
+        try:
+            if self.is_started:
+                self.world.finish()
+                self.world.check_end()
+        finally:
+            self.world.close()
+
+
+@pytest.mark.timeout(3600)
+def test_protocols_in_any_interleaving_keep_their_invariants(database: Database) -> None:
+    """Clients, writers, transactions, faults: nothing is lost, doubled or out of order."""
+    Protocols.database = database
+    run_state_machine_as_test(
+        Protocols,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

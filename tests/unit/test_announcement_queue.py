@@ -1,0 +1,313 @@
+"""The announcement queue: ``docs/protocols.md``, section 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from pg_layer._messages.announcements import Messages, ToRead
+from pg_layer._messages.rows import Key, KeyAt, Row, Span
+from pg_layer._state import announcement_queue
+from pg_layer._state.announcement_queue import AnnouncementQueue
+from pg_layer._state.cursor import Cursor
+from pg_layer._state.snapshot import Moment, Position, Snapshot
+
+OWN, GROUP = "p!c", "p!@g"
+END = 1_000.0
+
+
+def at(xid: int, boot: int = 1) -> Moment:
+    return Moment(boot, Snapshot(f"{xid}:{xid}:"))
+
+
+def row(id: int, xid: int = 100, *, marked: bool = False, payload: bytes = b"{}") -> Row:
+    return Row(id, xid, 1, marked, "message", "g", None, None, payload, END)
+
+
+def heard(*rows: Row) -> Messages:
+    return Messages(list(rows))
+
+
+def to_read(first: int, last: int, xid: int = 100, *, marked: bool = False, address: str = GROUP) -> ToRead:
+    return ToRead(Span(address, 1, xid, marked, first, last))
+
+
+def key_at(id: int, xid: int = 100, *, marked: bool = False, address: str = GROUP) -> KeyAt:
+    return KeyAt(address, id, xid, 1, marked, 2)
+
+
+@pytest.fixture
+def cursor() -> Cursor:
+    return Cursor()
+
+
+@pytest.fixture
+def queue(cursor: Cursor) -> AnnouncementQueue:
+    """A queue whose first catch-up has ended at transaction 100."""
+    queue = AnnouncementQueue(cursor)
+    queue.begin_catch_up()
+    cursor.adopt(at(100))
+    queue.end_catch_up()
+    return queue
+
+
+def dispatch(queue: AnnouncementQueue) -> list[int]:
+    """Dispatch what is ready, and return the ids."""
+    ids = []
+    while (rows := queue.head()) is not None:
+        row = rows.popleft()
+        queue.dispatched((row,))
+        ids.append(row.id)
+    return ids
+
+
+# --- Hearing
+
+
+def test_hear_messages_are_ready_in_the_order_heard(queue: AnnouncementQueue) -> None:
+    """Notifications come in commit order; ids are drawn before the commit."""
+    queue.hear(heard(row(5, 102), row(6, 102)))
+    queue.hear(heard(row(3, 101)))
+    assert queue.rows == 3
+    assert dispatch(queue) == [5, 6, 3]
+    assert (queue.rows, len(queue)) == (0, 0)
+
+
+def test_hear_message_that_is_not_new_is_dropped(queue: AnnouncementQueue) -> None:
+    queue.hear(heard(row(5, 99)))
+    queue.hear(heard(row(6)))
+    queue.hear(heard(row(6), row(7)))
+    assert dispatch(queue) == [6, 7]
+
+
+def test_hear_span_that_s_has_passed_is_dropped(queue: AnnouncementQueue) -> None:
+    queue.hear(to_read(5, 6, 99))
+    assert queue.to_read(10) == []
+    queue.hear(to_read(5, 6, 99, marked=True))
+    assert len(queue.to_read(10)) == 1
+
+
+def test_hear_before_the_first_catch_up_appends_nothing(cursor: Cursor) -> None:
+    queue = AnnouncementQueue(cursor)
+    queue.hear(heard(row(5)))
+    assert queue.rows == 0
+    assert cursor.is_new(row(5).key, False)
+
+
+def test_hear_after_lose_appends_nothing_until_a_catch_up_begins(queue: AnnouncementQueue) -> None:
+    """Announcements before it may have been missed: nothing may overtake them."""
+    queue.hear(heard(row(5)))
+    queue.lose()
+    queue.hear(heard(row(7)))
+    assert dispatch(queue) == [5]
+
+
+# --- Reading
+
+
+def test_head_waiting_entry_is_not_overtaken(queue: AnnouncementQueue) -> None:
+    """The messages of one writer stay in order whatever their sizes."""
+    queue.hear(heard(row(5, 101)))
+    queue.hear(to_read(6, 7, 102))
+    queue.hear(heard(row(8, 103)))
+    assert dispatch(queue) == [5]
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [row(6, 102), row(7, 102)], is_all=True)
+    assert dispatch(queue) == [6, 7, 8]
+    assert queue.rows == 0
+
+
+def test_to_read_returns_the_first_waiting_entries(queue: AnnouncementQueue) -> None:
+    for xid in (101, 102, 103):
+        queue.hear(heard(row(xid, xid)))
+        queue.hear(to_read(xid + 100, xid + 100, xid))
+    assert [entry.span.xid for entry in queue.to_read(2) if entry.span] == [101, 102]
+
+
+def test_read_cut_by_a_limit_goes_on_behind_its_last_row(queue: AnnouncementQueue) -> None:
+    """The rows that are here are dispatched; a repeated read must not bring them again."""
+    queue.hear(to_read(5, 8))
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [row(5), row(6)], is_all=False)
+    assert entry.span is not None
+    assert entry.span.first == 7
+    assert dispatch(queue) == [5, 6]
+    queue.read(entry, [row(5), row(6), row(7)], is_all=False)
+    queue.read(entry, [row(8)], is_all=True)
+    assert dispatch(queue) == [7, 8]
+
+
+def test_read_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
+    queue.hear(to_read(5, 6))
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [row(5), row(6)], is_all=True)
+    queue.read(entry, [row(5), row(6)], is_all=True)
+    assert dispatch(queue) == [5, 6]
+    assert queue.rows == 0
+
+
+def test_read_rows_that_are_gone_lets_the_next_entry_go_on(queue: AnnouncementQueue) -> None:
+    queue.hear(to_read(5, 6, 101))
+    queue.hear(heard(row(7, 102)))
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [], is_all=True)
+    assert dispatch(queue) == [7]
+
+
+def test_read_rows_that_s_has_passed_meanwhile_are_kept(cursor: Cursor, queue: AnnouncementQueue) -> None:
+    """S moves on when a ping is heard; the entry was announced before it."""
+    queue.hear(to_read(5, 6))
+    cursor.adopt(at(110))
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [row(5), row(6)], is_all=True)
+    assert dispatch(queue) == [5, 6]
+
+
+def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue) -> None:
+    queue.hear(to_read(5, 6, marked=True))
+    queue.append([row(5, marked=True)])
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [row(5, marked=True), row(6, marked=True)], is_all=True)
+    assert dispatch(queue) == [6, 5]
+
+
+# --- Catching up
+
+
+def test_hear_during_a_catch_up_is_judged_when_it_has_ended(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
+    queue.begin_catch_up()
+    queue.hear(heard(row(9, 103)))
+    queue.hear(heard(row(6, 101)))
+    assert queue.rows == 0
+    queue.append([row(5, 101), row(6, 101)])
+    cursor.adopt(at(103))
+    queue.end_catch_up()
+    assert dispatch(queue) == [5, 6, 9]
+
+
+def test_lose_during_a_catch_up_needs_another(cursor: Cursor, queue: AnnouncementQueue) -> None:
+    queue.begin_catch_up()
+    queue.lose()
+    queue.end_catch_up()
+    queue.hear(heard(row(9, 103)))
+    assert queue.rows == 0
+    assert cursor.is_deaf
+
+
+def test_fail_catch_up_leaves_what_was_heard_to_the_next(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
+    queue.begin_catch_up()
+    queue.hear(heard(row(9, 103)))
+    queue.append([row(5, 101)])
+    queue.fail_catch_up()
+    assert cursor.is_new(row(9, 103).key, False)
+    queue.begin_catch_up()
+    assert queue.append([row(5, 101), row(9, 103)]) == 1
+    queue.end_catch_up()
+    assert dispatch(queue) == [5, 9]
+
+
+def test_restart_forgets_a_catch_up_of_the_last_loop(queue: AnnouncementQueue) -> None:
+    queue.hear(heard(row(5)))
+    queue.begin_catch_up()
+    queue.hear(heard(row(9, 103)))
+    queue.restart()
+    queue.hear(heard(row(10, 104)))
+    assert dispatch(queue) == [5]
+
+
+def test_missing_leaves_out_what_is_done_and_what_an_entry_brings(queue: AnnouncementQueue) -> None:
+    """An entry that waits survives a reconnection: the catch-up must not bring its rows again."""
+    queue.hear(heard(row(5)))
+    queue.hear(to_read(6, 7))
+    keys = [key_at(5), key_at(6), key_at(7), key_at(8), key_at(6, address=OWN), key_at(9, 99)]
+    assert queue.missing(keys) == [key_at(8), key_at(6, address=OWN)]
+
+
+def test_append_marked_row_that_s_has_passed_is_brought(cursor: Cursor, queue: AnnouncementQueue) -> None:
+    """The connection was lost while a marked row waited for its announcement."""
+    cursor.adopt(at(200))
+    assert queue.missing([key_at(5, marked=True)]) == [key_at(5, marked=True)]
+    assert queue.append([row(5, marked=True)]) == 1
+    queue.hear(heard(row(5, marked=True)))
+    assert dispatch(queue) == [5]
+
+
+def test_append_claimed_rows_are_taken_whatever_s_says(cursor: Cursor, queue: AnnouncementQueue) -> None:
+    claimed = row(5, 150)
+    cursor.adopt(at(200))
+    queue.append_claimed([claimed])
+    queue.append_claimed([])
+    assert dispatch(queue) == [5]
+
+
+def test_append_claimed_row_is_not_brought_again_by_a_catch_up(queue: AnnouncementQueue) -> None:
+    queue.append_claimed([row(5, 150)])
+    assert queue.missing([key_at(5, 150)]) == []
+
+
+# --- Bounds
+
+
+def test_hear_beyond_the_limit_appends_nothing_until_a_catch_up(
+    cursor: Cursor, queue: AnnouncementQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcement_queue, "MAX_ROWS", 2)
+    queue.hear(heard(row(5), row(6)))
+    cursor.renew(at(110), Position(20, 110), "token")
+    queue.hear(heard(row(7)))
+    assert queue.is_over_limit
+    assert not cursor.heard("token")
+    assert dispatch(queue) == [5, 6]
+    queue.hear(heard(row(8)))
+    assert queue.rows == 0
+    queue.begin_catch_up()
+    assert not queue.is_over_limit
+    assert queue.append([row(7), row(8)]) == 2
+
+
+def test_hear_beyond_the_limit_of_bytes_appends_nothing(
+    queue: AnnouncementQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcement_queue, "MAX_BYTES", 10)
+    queue.hear(heard(row(5, payload=b"x" * 10)))
+    queue.hear(heard(row(6)))
+    assert dispatch(queue) == [5]
+
+
+def test_hear_too_much_during_a_catch_up_needs_another(
+    queue: AnnouncementQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcement_queue, "MAX_ASIDE", 1)
+    queue.begin_catch_up()
+    queue.hear(heard(row(9, 103)))
+    queue.hear(heard(row(10, 104)))
+    queue.end_catch_up()
+    assert dispatch(queue) == [9]
+    queue.hear(heard(row(11, 105)))
+    assert queue.rows == 0
+    assert queue.is_over_limit
+
+
+# --- Rows that an added member has missed
+
+
+def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue) -> None:
+    queue.hear(heard(row(5, 101)))
+    queue.hear(heard(row(8, 102), row(9, 102)))
+    queue.merge([row(10, 99), row(7, 99), row(4, 99)])
+    assert queue.rows == 6
+    assert dispatch(queue) == [4, 5, 7, 8, 9, 10]
+    assert queue.rows == 0
+
+
+def test_holds_rows_and_spans_count(queue: AnnouncementQueue) -> None:
+    queue.hear(heard(row(5)))
+    queue.hear(to_read(6, 7))
+    assert queue.holds(GROUP, Key(1, 100, 5))
+    assert queue.holds(GROUP, Key(1, 100, 7))
+    assert not queue.holds(GROUP, Key(1, 100, 8))
+    assert not queue.holds(OWN, Key(1, 100, 7))
+    assert queue.keys() == [Key(1, 100, 5)]

@@ -1,0 +1,374 @@
+"""The cursor: ``docs/protocols.md``, section 3."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pg_layer._messages.rows import Key
+from pg_layer._state.cursor import Cursor
+from pg_layer._state.snapshot import Moment, Position, Snapshot
+
+END = 1_000.0
+
+
+def at(xid: int, boot: int = 1, running: tuple[int, ...] = ()) -> Moment:
+    """The moment in which the transactions before ``xid`` had ended, but for the running ones."""
+    xmin = min(running, default=xid)
+    return Moment(boot, Snapshot(f"{xmin}:{xid}:{','.join(map(str, running))}"))
+
+
+@pytest.fixture
+def cursor() -> Cursor:
+    """A cursor whose catch-up has ended at transaction 100."""
+    cursor = Cursor()
+    cursor.position(at(100), Position(10, 100))
+    cursor.adopt(at(100))
+    cursor.is_deaf = False
+    return cursor
+
+
+# --- The rule
+
+
+def test_admit_row_visible_in_s_is_not_new(cursor: Cursor) -> None:
+    assert not cursor.admit(Key(1, 99, 5), False, END)
+    assert cursor.admit(Key(1, 100, 11), False, END)
+
+
+def test_admit_row_of_a_transaction_that_ran_at_s_is_new() -> None:
+    """Ids are drawn before the commit: an id tells nothing of what had been committed."""
+    cursor = Cursor()
+    cursor.adopt(at(100, running=(90,)))
+    assert cursor.admit(Key(1, 90, 3), False, END)
+    assert not cursor.admit(Key(1, 95, 4), False, END)
+
+
+def test_admit_same_key_again_is_not_new(cursor: Cursor) -> None:
+    assert cursor.admit(Key(1, 100, 11), False, END)
+    assert not cursor.is_new(Key(1, 100, 11), False)
+    assert not cursor.admit(Key(1, 100, 11), False, END)
+
+
+def test_admit_other_row_of_the_same_transaction_is_new(cursor: Cursor) -> None:
+    """Each row of a statement has a key of its own: the second notification of it is not done."""
+    assert cursor.admit(Key(1, 100, 11), False, END)
+    assert cursor.admit(Key(1, 100, 12), False, END)
+
+
+def test_admit_row_of_a_later_boot_is_new_whatever_its_xid(cursor: Cursor) -> None:
+    """A crash hands transaction ids and ids out again."""
+    assert cursor.admit(Key(1, 100, 11), False, END)
+    assert cursor.admit(Key(2, 50, 11), False, END)
+    assert cursor.admit(Key(2, 100, 11), False, END)
+
+
+def test_admit_row_of_an_earlier_boot_is_not_new(cursor: Cursor) -> None:
+    """A standby that lagged brings back rows that were dispatched long ago."""
+    cursor.adopt(at(60, boot=2))
+    assert not cursor.admit(Key(1, 10_000, 11), False, END)
+
+
+def test_admit_without_a_snapshot_takes_all_once() -> None:
+    cursor = Cursor()
+    assert cursor.admit(Key(1, 5, 1), False, END)
+    assert not cursor.admit(Key(1, 5, 1), False, END)
+    assert not cursor.has_passed(1, 5)
+
+
+def test_admit_announced_row_that_s_has_passed_since_is_taken(cursor: Cursor) -> None:
+    """S moved on while the rows of an announcement were being read."""
+    key = Key(1, 100, 11)
+    cursor.adopt(at(105))
+    assert not cursor.admit(key, False, END)
+    assert cursor.admit_announced(key, False, END)
+
+
+def test_admit_announced_row_that_is_done_is_not_taken(cursor: Cursor) -> None:
+    key = Key(1, 100, 11)
+    assert cursor.admit_announced(key, False, END)
+    assert not cursor.admit_announced(key, False, END)
+
+
+# --- Marked rows
+
+
+def test_admit_marked_row_visible_in_s_is_new_until_it_is_done(cursor: Cursor) -> None:
+    """S may pass a marked row before it is announced."""
+    key = Key(1, 90, 5)
+    assert cursor.admit(key, True, END)
+    cursor.adopt(at(200))
+    assert not cursor.admit(key, True, END)
+
+
+def test_expire_marked_keys_are_remembered_until_their_messages_expire(cursor: Cursor) -> None:
+    early, late = Key(1, 90, 5), Key(1, 91, 6)
+    cursor.admit(early, True, 10.0)
+    cursor.admit(late, True, 20.0)
+    cursor.expire(10.0)
+    assert cursor.remembered == 1
+    assert not cursor.is_new(late, True)
+
+
+def test_look_is_the_renewal_before_the_last(cursor: Cursor) -> None:
+    """A marked row that was visible then should have been announced by now."""
+    assert cursor.look is None
+    cursor.renew(at(110), Position(20, 110), "a")
+    assert cursor.look is None
+    cursor.renew(at(120), Position(30, 120), "b")
+    assert cursor.look is not None
+    assert cursor.look.snapshot.xmax == 110
+    cursor.renew(at(130), Position(40, 130), "c")
+    assert cursor.look.snapshot.xmax == 120
+
+
+def test_is_past_moment_waits_for_s_and_for_the_look(cursor: Cursor) -> None:
+    """A marked row from before a membership may still be announced: its beginning is needed."""
+    began = at(105)
+    assert not cursor.is_past(began)
+    cursor.adopt(at(110))
+    assert not cursor.is_past(began)
+    cursor.looked(at(104))
+    assert not cursor.is_past(began)
+    cursor.looked(at(106))
+    assert cursor.is_past(began)
+
+
+# --- Renewal
+
+
+def test_heard_ping_moves_s_and_forgets_what_it_sees(cursor: Cursor) -> None:
+    key = Key(1, 100, 11)
+    cursor.admit(key, False, END)
+    cursor.renew(at(110), Position(20, 110), "token")
+    assert cursor.remembered == 1
+    assert cursor.heard("token")
+    assert cursor.remembered == 0
+    assert not cursor.is_new(key, False)
+
+
+def test_renew_ping_not_heard_leaves_s(cursor: Cursor) -> None:
+    """An announcement that S' sees may still be in the socket: it is new when it is heard."""
+    cursor.renew(at(110), Position(20, 110), "token")
+    assert cursor.admit(Key(1, 105, 15), False, END)
+
+
+def test_heard_before_the_answer_moves_s_with_the_answer(cursor: Cursor) -> None:
+    assert not cursor.heard("token")
+    cursor.renew(at(110), Position(20, 110), "token")
+    assert not cursor.is_new(Key(1, 105, 15), False)
+
+
+def test_heard_after_missed_discards_the_snapshot(cursor: Cursor) -> None:
+    """A connection was lost between: what S' sees may not have been heard."""
+    cursor.renew(at(110), Position(20, 110), "token")
+    cursor.missed()
+    assert not cursor.heard("token")
+    assert cursor.is_new(Key(1, 105, 15), False)
+
+
+def test_heard_early_then_missed_discards_the_snapshot(cursor: Cursor) -> None:
+    assert not cursor.heard("token")
+    cursor.missed()
+    cursor.renew(at(110), Position(20, 110), "token")
+    assert cursor.is_new(Key(1, 105, 15), False)
+
+
+def test_heard_while_deaf_leaves_s(cursor: Cursor) -> None:
+    """During a catch-up announcements are kept aside, and are not in ``done`` yet."""
+    cursor.renew(at(110), Position(20, 110), "token")
+    cursor.is_deaf = True
+    assert not cursor.heard("token")
+    assert cursor.is_new(Key(1, 105, 15), False)
+
+
+def test_heard_late_ping_of_an_older_snapshot_is_ignored(cursor: Cursor) -> None:
+    cursor.renew(at(110), Position(20, 110), "old")
+    cursor.renew(at(120), Position(30, 120), "new")
+    assert cursor.heard("new")
+    assert not cursor.heard("old")
+    assert not cursor.is_new(Key(1, 115, 25), False)
+
+
+def test_heard_unknown_token_leaves_s(cursor: Cursor) -> None:
+    assert not cursor.heard("forged")
+    assert cursor.is_new(Key(1, 100, 11), False)
+
+
+def test_adopt_older_snapshot_is_ignored(cursor: Cursor) -> None:
+    cursor.adopt(at(90))
+    assert cursor.has_passed(1, 99)
+
+
+def test_renew_of_another_boot_discards_snapshots_of_the_last(cursor: Cursor) -> None:
+    cursor.renew(at(110), Position(20, 110), "old")
+    cursor.renew(at(50, boot=2), Position(9, 50), None)
+    assert not cursor.heard("old")
+    assert cursor.low_id() == 0
+    assert cursor.look is None
+
+
+# --- Claims in flight
+
+
+def test_heard_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None:
+    """S' may see rows that a claim has moved, and whose answer is still on its way."""
+    number = cursor.begin_claim()
+    cursor.renew(at(110), Position(20, 110), "token")
+    assert not cursor.heard("token")
+    claimed = Key(1, 105, 7)
+    assert cursor.admit(claimed, False, END)
+    cursor.end_claim(number)
+    assert cursor.has_passed(1, 105)
+    assert not cursor.is_new(claimed, False)
+
+
+def test_heard_later_claim_does_not_delay_s_for_ever(cursor: Cursor) -> None:
+    first = cursor.begin_claim()
+    cursor.renew(at(110), Position(20, 110), "token")
+    cursor.heard("token")
+    second = cursor.begin_claim()
+    cursor.end_claim(first)
+    assert cursor.has_passed(1, 105)
+    cursor.end_claim(second)
+
+
+def test_end_claim_after_missed_leaves_s(cursor: Cursor) -> None:
+    """The answer is lost: a catch-up must find what was claimed."""
+    number = cursor.begin_claim()
+    cursor.renew(at(110), Position(20, 110), "token")
+    cursor.heard("token")
+    cursor.missed()
+    cursor.end_claim(number)
+    assert cursor.is_new(Key(1, 105, 7), False)
+
+
+# --- Bounds
+
+
+def test_low_id_no_new_row_has_it_or_a_smaller_one(cursor: Cursor) -> None:
+    assert cursor.low_id() == 10
+    cursor.renew(at(110, running=(105,)), Position(20, 105), "token")
+    cursor.heard("token")
+    assert cursor.low_id() == 20
+    cursor.renew(at(130, running=(105,)), Position(40, 105), "next")
+    cursor.heard("next")
+    assert cursor.low_id() == 40
+
+
+def test_low_id_transaction_began_before_the_position_keeps_it_small(cursor: Cursor) -> None:
+    """A transaction that was open at S may have drawn its ids before the position was taken."""
+    cursor.renew(at(130, running=(105,)), Position(40, 130), "token")
+    cursor.heard("token")
+    assert cursor.low_id() == 10
+
+
+def test_marked_low_id_nothing_looked_for_is_0(cursor: Cursor) -> None:
+    assert cursor.marked_low_id() == 0
+    cursor.renew(at(110), Position(20, 110), None)
+    cursor.renew(at(120), Position(30, 120), None)
+    look = cursor.look
+    assert look is not None
+    cursor.looked(look)
+    assert cursor.marked_low_id() == 20
+
+
+def test_position_many_renewals_keep_a_bounded_number(cursor: Cursor) -> None:
+    for number in range(1_000):
+        moment = at(110 + number)
+        cursor.renew(moment, Position(20 + number, 110 + number), str(number))
+        cursor.heard(str(number))
+        if cursor.look is not None:
+            cursor.looked(cursor.look)
+    assert len(cursor._positions) < 10
+    assert cursor.remembered == 0
+
+
+def test_missed_often_keeps_no_snapshots(cursor: Cursor) -> None:
+    """Without notifications, as through a pooler, nothing grows."""
+    for number in range(1_000):
+        cursor.renew(at(110 + number), Position(20 + number, 110 + number), f"t{number}")
+        cursor.missed()
+    assert not cursor._pending
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["begin", "commit", "hear", "renew", "ping", "lose", "catch up", "crash"]),
+            st.integers(0, 5),
+        ),
+        max_size=60,
+    )
+)
+def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(steps: list[tuple[str, int]]) -> None:
+    """A server of committed transactions with one row each, a socket in commit order, one client."""
+    cursor = Cursor()
+    boot, next_xid, last_id = 1, 10, 0
+    open_rows: list[Key] = []
+    committed: list[Key] = []
+    socket: list[Key | str] = []
+    taken: list[Key] = []
+    tokens = 0
+
+    def now() -> Moment:
+        return at(next_xid, boot, tuple(sorted(key.xid for key in open_rows)))
+
+    def take(key: Key) -> None:
+        if cursor.admit(key, False, math.inf):
+            taken.append(key)
+
+    def catch_up() -> None:
+        moment = now()
+        cursor.position(moment, Position(last_id, next_xid))
+        low_id = cursor.low_id()
+        for key in sorted(committed, key=lambda key: key.id):
+            if cursor.is_new(key, False):
+                assert key.id > low_id or key.boot != boot
+            take(key)
+        cursor.adopt(moment)
+        cursor.is_deaf = False
+
+    catch_up()
+    for step, number in steps:
+        if step == "begin":
+            last_id += 1
+            open_rows.append(Key(boot, next_xid, last_id))
+            next_xid += 1
+        elif step == "commit" and open_rows:
+            key = open_rows.pop(number % len(open_rows))
+            committed.append(key)
+            socket.append(key)
+        elif step in ("hear", "ping") and socket:
+            heard = socket.pop(0)
+            if isinstance(heard, str):
+                cursor.heard(heard)
+            else:
+                take(heard)
+        elif step == "renew":
+            tokens += 1
+            cursor.renew(now(), Position(last_id, next_xid), str(tokens))
+            socket.append(str(tokens))
+        elif step == "lose":
+            socket.clear()
+            cursor.missed()
+            catch_up()
+        elif step == "catch up":
+            catch_up()
+        elif step == "crash":
+            open_rows.clear()
+            socket.clear()
+            boot, next_xid = boot + 1, max(next_xid - number, 10)
+            cursor.missed()
+            catch_up()
+        assert len(taken) == len(set(taken))
+    while socket:
+        heard = socket.pop(0)
+        if isinstance(heard, str):
+            cursor.heard(heard)
+        else:
+            take(heard)
+    assert set(taken) == set(committed)
