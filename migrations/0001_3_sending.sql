@@ -31,6 +31,16 @@ LANGUAGE sql STABLE AS $$
     SELECT concat_ws(' ', _name, _id, extract(epoch FROM _expires_at), coalesce(_excluded, '*'), encode(_payload, 'base64'))
 $$;
 
+-- The text of a notification: messages, or which rows to read at an address.
+CREATE FUNCTION pg_layer_notification(
+    _messages text, _to_read text, _head text, _address text, _entries text[], _first bigint, _last bigint
+) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN _entries IS NOT NULL THEN concat_ws(' ', _messages, _head, array_to_string(_entries, ' '))
+        ELSE concat_ws(' ', _to_read, _head,
+            CASE WHEN position('!@' IN _address) > 0 THEN '@' || split_part(_address, '@', 2) ELSE '.' END, _first, _last) END
+$$;
+
 -- Announce rows in the order of their ids. Small ones ride along, several in one notification while they fit; for the others readers
 -- are told which rows to read. A payload of NOTIFY must stay below 8,000 bytes: one of 5,600 bytes has 7,566 in base64, with names and
 -- numbers at most 7,860. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes, and a notification
@@ -43,47 +53,63 @@ CREATE FUNCTION pg_layer_announce(
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 DECLARE
     _inline_most integer := CASE WHEN cardinality(_ids) = 1 THEN 5600 ELSE 2400 END;
+    _messages text := CASE WHEN _marked THEN 'm' ELSE 'M' END;
+    _to_read text := CASE WHEN _marked THEN 'r' ELSE 'R' END;
+    _row record;
+    _address text;    -- of the notification that is being made
+    _head text;       -- its boot and transaction
+    _entries text[];  -- messages; null: rows to be read
+    _size integer;    -- of the messages
+    _first bigint;
+    _last bigint;
+    _target text;
+    _has_jobs boolean := false;
     _count bigint;
 BEGIN
-    WITH entry AS (
-        SELECT r.id, r.address, r.head, pg_layer_notification_channel(r.address) AS target,
-            CASE WHEN r.form = 'M' THEN pg_layer_entry(r.name, r.id, r.expires_at, r.excluded, r.payload) END AS text, r.form, r.name
+    -- Neighbours with one address are announced together.
+    FOR _row IN
+        SELECT r.*, octet_length(r.entry) AS size FROM (SELECT r.address, concat_ws(' ', r.boot, r.xid) AS head, r.id,
+            r.kind = 'message' AND position('!:' IN r.address) > 0 AS is_job,
+            CASE WHEN r.kind = 'message' AND octet_length(r.payload) <= _inline_most THEN pg_layer_entry(
+                coalesce(r.channel, '@' || split_part(r.address, '@', 2)), r.id, r.expires_at, r.excluded, r.payload) END AS entry
+        FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads, _expires_at)
+            AS r (boot, xid, id, address, channel, kind, excluded, payload, expires_at)
+        OFFSET 0) AS r
+    LOOP
+        IF _row.is_job THEN
+            _has_jobs := true;
+        ELSIF _row.address = _address AND _row.head = _head AND (_entries IS NULL) = (_row.entry IS NULL) AND _size < 4000 THEN
+            IF _entries IS NOT NULL THEN
+                _entries := _entries || _row.entry;
+                _size := _size + _row.size;
+            END IF;
+            _last := _row.id;
+        ELSE
+            IF _address IS NOT NULL THEN
+                PERFORM pg_notify(_target, pg_layer_notification(_messages, _to_read, _head, _address, _entries, _first, _last));
+            END IF;
+            IF _row.address IS DISTINCT FROM _address THEN
+                _address := _row.address;
+                _target := pg_layer_notification_channel(_address);
+            END IF;
+            _head := _row.head;
+            _entries := CASE WHEN _row.entry IS NOT NULL THEN ARRAY[_row.entry] END;
+            _size := coalesce(_row.size, 0);
+            _first := _row.id;
+            _last := _row.id;
+        END IF;
+    END LOOP;
+    IF _address IS NOT NULL THEN
+        PERFORM pg_notify(_target, pg_layer_notification(_messages, _to_read, _head, _address, _entries, _first, _last));
+    END IF;
+    IF _has_jobs THEN
+        -- Jobs have no place in the order of the others: those of a channel are announced once.
+        SELECT count(pg_notify(pg_layer_notification_channel(j.address), 'J ' || j.first)) INTO _count
         FROM (
-            SELECT r.*, concat_ws(' ', r.boot, r.xid) AS head,
-                CASE WHEN position('!@' IN r.address) > 0 THEN '@' || split_part(r.address, '@', 2)
-                    WHEN r.kind <> 'message' THEN '.'
-                    ELSE r.channel END AS name,
-                CASE WHEN r.kind = 'message' AND position('!:' IN r.address) > 0 THEN 'J'
-                    WHEN r.kind = 'message' AND octet_length(r.payload) <= _inline_most THEN 'M'
-                    ELSE 'R' END AS form
-            FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads, _expires_at)
-                AS r (boot, xid, id, address, channel, kind, excluded, payload, expires_at)
-        ) AS r
-    ), run AS (
-        -- A run is announced together: neighbours of one form with one target. What is to be read has one address as well. Jobs have
-        -- no place in the order of the others: those of a channel are announced once.
-        SELECT e.*, sum(e.is_first) OVER (PARTITION BY e.jobs ORDER BY e.id) AS run
-        FROM (
-            SELECT e.*, ((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END) IS DISTINCT FROM
-                lag((e.form, e.target, e.head, CASE WHEN e.form = 'R' THEN e.address END))
-                    OVER (PARTITION BY e.jobs ORDER BY e.id))::integer AS is_first
-            FROM (SELECT e.*, CASE WHEN e.form = 'J' THEN e.target END AS jobs FROM entry AS e) AS e
-        ) AS e
-    ), part AS (
-        SELECT r.*, (sum(length(r.text)) OVER (PARTITION BY r.jobs, r.run ORDER BY r.id) - length(r.text)) / 4000 AS part FROM run AS r
-    )
-    SELECT count(pg_notify(n.target, n.text)) INTO _count
-    FROM (
-        SELECT min(p.target) AS target, CASE min(p.form)
-                WHEN 'J' THEN 'J ' || min(p.id)
-                WHEN 'M' THEN CASE WHEN _marked THEN 'm ' ELSE 'M ' END || min(p.head) || ' ' || string_agg(p.text, ' ' ORDER BY p.id)
-                ELSE concat_ws(' ', CASE WHEN _marked THEN 'r' ELSE 'R' END, min(p.head),
-                    CASE WHEN min(p.name) LIKE '@%' THEN min(p.name) ELSE '.' END, min(p.id), max(p.id))
-            END AS text
-        FROM part AS p
-        GROUP BY p.jobs, p.run, p.part
-        ORDER BY min(p.id)
-    ) AS n;
+            SELECT r.address, min(r.id) AS first FROM unnest(_ids, _addresses, _kinds) AS r (id, address, kind)
+            WHERE r.kind = 'message' AND position('!:' IN r.address) > 0 GROUP BY r.address
+        ) AS j;
+    END IF;
 END
 $$;
 

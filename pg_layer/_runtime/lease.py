@@ -91,9 +91,9 @@ class Lease:
         is_first, client.renewed_at = not client.renewed_at, asked_at
         cursor.renew(renewal.moment, renewal.position, token)
         if renewal.is_new or renewal.moment.boot != self._boot:
-            # A crash or a sweep may have removed rows.
+            # A crash or a sweep may have removed rows, and a crash or a failover may have undone deletions.
             self._boot = renewal.moment.boot
-            self._writer.write_all_soon()
+            self._writer.write_all_soon(may_have_old_rows=renewal.was_over or not renewal.is_new)
         if renewal.was_over:
             self._tell_gap()
         if renewal.has_marked:

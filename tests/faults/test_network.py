@@ -194,7 +194,7 @@ async def test_receive_waits_out_a_network_that_swallows(
 # ---------------------------------------------------------------------- what comes late
 
 
-async def test_a_taking_that_was_given_up_takes_nothing_when_it_comes_late(
+async def test_a_claim_that_was_given_up_claims_nothing_when_it_comes_late(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer
 ) -> None:
     """A network may deliver a statement long after its sender has closed the connection."""
@@ -214,8 +214,8 @@ async def test_a_taking_that_was_given_up_takes_nothing_when_it_comes_late(
 
     pool_proxy.swallow()
     second = asyncio.create_task(one.receive("jobs"))
-    await layer.send("jobs", {"number": 1})  # it is told, and its taking does not get through
-    await until(lambda: (client := one._homes.client).fence > client.raised_fence)
+    await layer.send("jobs", {"number": 1})  # it is told, and its claim does not get through
+    await until(lambda: (client := one._loops.client).fence > client.raised_fence)
     pool_proxy.let_go(revive=False)  # other connections do
     assert await asyncio.wait_for(second, 10) == {"number": 1}
     await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
@@ -223,28 +223,28 @@ async def test_a_taking_that_was_given_up_takes_nothing_when_it_comes_late(
     await layer.send("jobs", {"number": 2})  # for nobody in particular
     connections = b"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
     before = observer.execute(connections).fetchone()
-    pool_proxy.let_go()  # now the taking gets through, and its connection ends
+    pool_proxy.let_go()  # now the claim gets through, and its connection ends
     await until(lambda: observer.execute(connections).fetchone() != before)
-    assert observer.execute("SELECT inbox FROM pg_layer_message").fetchall() == [("asgi!:jobs",)]
+    assert observer.execute("SELECT address FROM pg_layer_message").fetchall() == [("asgi!:jobs",)]
     assert await receive(other, "jobs") == {"number": 2}
 
 
-async def test_what_a_client_has_given_up_neither_takes_nor_puts_back(
+async def test_what_a_client_has_given_up_neither_claims_nor_releases(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer()
     await listen(layer)
     await layer.send("jobs", {"number": 0})
-    [(inbox,)] = observer.execute("SELECT inbox FROM pg_layer_client").fetchall()
-    observer.execute("SELECT pg_layer_raise_fence(%s, 5)", [inbox])
-    observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [inbox])  # late itself
-    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this up"):
-        observer.execute("SELECT pg_layer_take('asgi', 'jobs', %s, 4, 0, 1)", [inbox])
-    taken = observer.execute("SELECT id, nonce FROM pg_layer_take('asgi', 'jobs', %s, 5, 0, 1)", [inbox])
-    [(id, nonce)] = taken.fetchall()
-    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this up"):
-        observer.execute("SELECT pg_layer_put_back('asgi', %s, 4, ARRAY[%s], ARRAY[%s])", [inbox, id, nonce])
-    where = "SELECT inbox FROM pg_layer_message WHERE channel = 'jobs'"
-    assert observer.execute(where).fetchall() == [(inbox,)]
-    observer.execute("SELECT pg_layer_put_back('asgi', %s, 5, ARRAY[%s], ARRAY[%s])", [inbox, id, nonce])
+    [(address,)] = observer.execute("SELECT address FROM pg_layer_client").fetchall()
+    observer.execute("SELECT pg_layer_raise_fence(%s, 5)", [address])
+    observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [address])  # late itself
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"):
+        observer.execute("SELECT pg_layer_claim('asgi', 'jobs', %s, 4, 0, 1)", [address])
+    claimed = observer.execute("SELECT id, xid FROM pg_layer_claim('asgi', 'jobs', %s, 5, 0, 1)", [address])
+    [(id, xid)] = claimed.fetchall()
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"):
+        observer.execute("SELECT pg_layer_release('asgi', %s, 4, ARRAY[%s], ARRAY[%s])", [address, id, xid])
+    where = "SELECT address FROM pg_layer_message WHERE channel = 'jobs'"
+    assert observer.execute(where).fetchall() == [(address,)]
+    observer.execute("SELECT pg_layer_release('asgi', %s, 5, ARRAY[%s], ARRAY[%s])", [address, id, xid])
     assert observer.execute(where).fetchall() == [("asgi!:jobs",)]

@@ -194,7 +194,7 @@ NO_NOTIFY = """
     BEGIN RAISE feature_not_supported USING MESSAGE = 'NOTIFY is not supported'; END $$;
 """
 NO_LISTEN = """
-    CREATE FUNCTION refusing.pg_layer_listen(_inbox text) RETURNS text LANGUAGE plpgsql AS $$
+    CREATE FUNCTION refusing.pg_layer_listen(_channels text[]) RETURNS void LANGUAGE plpgsql AS $$
     BEGIN RAISE feature_not_supported USING MESSAGE = 'LISTEN is not supported'; END $$;
 """
 NOTHING_HEARD = """

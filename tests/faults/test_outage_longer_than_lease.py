@@ -114,7 +114,7 @@ async def test_calls_that_wait_in_a_single_process_take_effect_after_a_long_outa
     """
     lease = 4.0
     with Proxy(database) as proxy:
-        options = {**SHORT_LEASE, "lease": lease, "heartbeat": lease / 2, "pool_max_size": 1}
+        options = {**SHORT_LEASE, "lease": lease, "heartbeat": 0.4 * lease, "pool_max_size": 1}
         async with open_layer(database, listen_dsn=proxy.dsn(), **options) as layer:
             own, member, late = [await layer.new_channel() for _ in range(3)]
             await listen(layer)

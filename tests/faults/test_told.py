@@ -107,7 +107,7 @@ async def test_health_when_all_is_well(make_layer: MakeLayer) -> None:
     assert health["problems"] == []
     assert health["listener"] == "listening"
     assert health["lease_age"] is not None
-    assert health["last_doorbell"] is not None
+    assert health["last_notification"] is not None
     assert health["round_trip"] is not None
 
 
@@ -115,7 +115,7 @@ async def test_health_of_who_only_sends(make_layer: MakeLayer) -> None:
     layer = make_layer()
     health = await layer.health()
     assert health["problems"] == []
-    assert (health["listener"], health["lease_age"], health["last_doorbell"]) == ("off", None, None)
+    assert (health["listener"], health["lease_age"], health["last_notification"]) == ("off", None, None)
     assert health["round_trip"] is not None
 
 

@@ -1,15 +1,16 @@
 """A world in which the protocols run step by step: several clients, writers and transactions in one thread.
 
 The clients are the layer's own: `Owner` with all that it makes. Three things around it are replaced, so that
-each step is chosen by the test and the same steps have the same effects. The event loop has a clock of its own.
-A statement is executed when the test says so, on a real connection, and its answer comes when the test says so,
-or never. Notifications are those of PostgreSQL, and are heard in chunks.
+each step is chosen by the test and the same steps have the same effects. The event loop has a clock of its
+own. A statement is executed when the test says so, on a real connection, and its answer comes when the test
+says so, or never. Notifications are those of PostgreSQL, and are heard in chunks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.connections import Connections
 from pg_layer.faults import judge
-from pg_layer.ops import Change, GroupSend, Send
+from pg_layer.ops import Change, GroupSend
 from pg_layer.outage import Outage
 from pg_layer.room import Floors
 from pg_layer.session import Session
@@ -159,7 +160,8 @@ class Call:
         try:
             self._rows = self.wire.execute_now(self.statement, *self.values, patience=10.0)
         except psycopg.Error as error:
-            assert error.sqlstate is not None, error
+            if error.sqlstate is None:
+                raise
             self._error = error
 
     def finish(self) -> None:
@@ -247,18 +249,38 @@ class ListeningSession(Waiting):
         return -1
 
 
+class ManualConnection:
+    """Stands for psycopg's connection in the module of the listener."""
+
+    @staticmethod
+    async def connect(**kwargs: object) -> object:
+        """Return the name of the connection, which ends with the id of the client."""
+        return kwargs["application_name"]
+
+
+def listening_session(name: str) -> ListeningSession:
+    """Stands for `Session` in the module of the listener."""
+    return ListeningSession(_processes[name.split()[-1]])
+
+
+_processes: dict[str, Process] = {}  # by the ids of their clients
+
+
+class Errors(logging.Handler):
+    """Keeps what the layer logs as an error: it goes on after its own faults."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(logging.Formatter().format(record))
+
+
 class ManualListener(Listener):
     """The layer's listener, but for its socket."""
 
     process: Process
-
-    async def _connect(self) -> None:
-        session = ListeningSession(self.process)
-        self._session = cast(Session, session)
-        self._lost = self._loop.create_future()
-        await self._on_connect(cast(Session, session))
-        self.is_connected = True
-        self._watch(cast(Session, session))
 
     def _watch(self, session: Session) -> None:
         self._readable()
@@ -318,6 +340,7 @@ class RecordingQueue(AnnouncementQueue):
         self.catch_ups = 0
         self.dispatched_rows: list[Row] = []
         self.times: Counter[Key] = Counter()
+        self.dispatched_at: dict[Key, int] = {}
         self.caught_up: dict[Key, int] = {}  # in which catch-up
         self.merged: set[Key] = set()
 
@@ -343,6 +366,7 @@ class RecordingQueue(AnnouncementQueue):
         super().dispatched(rows)
         self.dispatched_rows.extend(rows)
         self.times.update(row.key for row in rows)
+        self.dispatched_at.update((row.key, self._process.world.moment()) for row in rows)
 
 
 class RecordingMemberships(Memberships):
@@ -382,6 +406,14 @@ class Membership:
     began: int
     returned: int = 0  # from here on messages must arrive; 0: never said
     ended: int = 0  # an own discard has returned
+
+
+@dataclass(eq=False)
+class Discard:
+    """A discard that was asked for: by a control message, or by the owner."""
+
+    key: Key | None = None
+    settled: int = 0  # when it had taken effect; 0: unknown
 
 
 @dataclass(eq=False)
@@ -442,6 +474,7 @@ class Process:
         self.change: asyncio.Task[Any] | None = None
         self.errors: list[BaseException] = []
         self.tasks: set[asyncio.Task[Any]] = set()
+        _processes[client.id] = self
         world.loop.run_until_complete(self._begin())
 
     async def _begin(self) -> None:
@@ -570,11 +603,13 @@ class World:
         self.messages: list[Message] = []
         self.by_key: dict[Key, Message] = {}
         self.wanted: dict[tuple[int, Pair], list[Membership]] = defaultdict(list)
-        self.discards: set[tuple[int, Pair]] = set()  # asked for at some time
+        self.discards: dict[tuple[int, Pair], list[Discard]] = defaultdict(list)
         self.foreign: list[Foreign] = []
         self.swept: set[int] = set()  # processes whose lease was ended, and that have not renewed it
         self.checkpoint: dict[str, list[str]] | None = None
         self.has_lost_rows = False
+        self.errors = Errors()
+        logging.getLogger("pg_layer").addHandler(self.errors)
         self._moment = 0
         self._rank = 0
         self._serial = 0
@@ -596,12 +631,14 @@ class World:
             process.look()
             assert not process.errors, process.errors
         self.loop.settle()
+        assert not self.errors.texts, self.errors.texts
 
     def start(self, heard_at_once: Iterable[bool]) -> None:
         """Start the processes, and let them come to rest."""
         for number, at_once in enumerate(heard_at_once):
             self.processes.append(Process(self, number, 10**6 if at_once else 0))
         self.rest()
+        assert all(process.listener.is_connected for process in self.processes)
 
     def rest(self) -> None:
         """Let all answers and notifications arrive."""
@@ -828,6 +865,7 @@ class World:
         """Have a process change memberships of its own channels."""
         began = self.moment()
         asked: list[tuple[Pair, Membership | None]] = []
+        discarded: list[Discard] = []
         for group, index, added in changes:
             pair = (group, process.channels[index])
             if added:
@@ -835,7 +873,9 @@ class World:
                 self.wanted[process.number, pair].append(membership)
                 asked.append((pair, membership))
             else:
-                self.discards.add((process.number, pair))
+                discard = Discard()
+                self.discards[process.number, pair].append(discard)
+                discarded.append(discard)
                 asked.append((pair, None))
         last = dict(asked)
 
@@ -845,6 +885,8 @@ class World:
                 60.0,
             )
             now = self.moment()
+            for discard in discarded:
+                discard.settled = now
             for pair, membership in asked:
                 if last[pair] is not membership:
                     continue
@@ -858,7 +900,13 @@ class World:
         self.settle()
 
     def ask(
-        self, writer: Writer, process: Process, group: str, index: int, added: bool, transaction: Transaction | None
+        self,
+        writer: Writer,
+        process: Process,
+        group: str,
+        index: int,
+        added: bool,
+        transaction: Transaction | None,
     ) -> None:
         """Change a membership of another process."""
         if transaction is None:
@@ -898,7 +946,7 @@ class World:
             membership = Membership(began)
             self.wanted[process.number, pair].append(membership)
         else:
-            self.discards.add((process.number, pair))
+            self.discards[process.number, pair].append(Discard(messages[0].key))
         change = Foreign(process, pair, membership, messages[0])
         self.foreign.append(change)
         if transaction is not None:
@@ -951,9 +999,9 @@ class World:
             if message.committed and condition(message):
                 message.is_excused = True
         for change in self.foreign:
-            if change.message.is_excused and change.membership is not None:
-                if not change.process.queue.times[change.message.key]:
-                    change.membership.returned = 0
+            is_applied = change.process.queue.times[change.message.key]
+            if change.membership is not None and change.message.is_excused and not is_applied:
+                change.membership.returned = 0
 
     def set_checkpoint(self) -> None:
         """What is committed now reaches the disk, and the standby."""
@@ -1138,7 +1186,10 @@ class World:
                     received = set(process.received[channel])
                     for message in of_group[group_address(self.prefix, group)]:
                         at = message.committed
-                        is_due = any(removed < each.returned < at for each in wanted if each.returned)
+                        is_due = any(
+                            removed < each.returned < at and self._is_last(process, (group, channel), each)
+                            for each in wanted
+                        )
                         is_possible = any(
                             each.began < at and (not each.ended or at < each.ended) for each in wanted
                         )
@@ -1150,6 +1201,14 @@ class World:
                             assert not is_due, (
                                 f"{channel} missed message {message.serial} of group {group}."
                             )
+
+    def _is_last(self, process: Process, pair: Pair, membership: Membership) -> bool:
+        """Whether all discards had taken effect before it was asked for: the owner orders the others."""
+        settled = [
+            discard.settled if discard.key is None else process.queue.dispatched_at.get(discard.key, 0)
+            for discard in self.discards.get((process.number, pair), ())
+        ]
+        return all(0 < moment < membership.began for moment in settled)
 
     def _check_tables(self) -> None:
         if self.has_lost_rows:
@@ -1180,6 +1239,8 @@ class World:
             process.owner.changes.close()
         self.loop.settle()
         self.loop.close()
+        _processes.clear()
+        logging.getLogger("pg_layer").removeHandler(self.errors)
         self.sql("TRUNCATE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock")
         self.database.give_back(self.admin)
         self.database.give_back(self.writer_wire)

@@ -24,7 +24,17 @@ from hypothesis.stateful import (
 )
 
 from devtools.postgres import PostgresServer
-from tests.integration.protocol_world import GROUPS, JOBS, Database, Transaction, World, Writer
+from pg_layer._receive import listener
+from tests.integration.protocol_world import (
+    GROUPS,
+    JOBS,
+    Database,
+    ManualConnection,
+    Transaction,
+    World,
+    Writer,
+    listening_session,
+)
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 EXAMPLES = int(os.environ.get("PG_LAYER_MODEL_EXAMPLES", "100"))
@@ -306,8 +316,12 @@ class Protocols(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(3600)
-def test_protocols_in_any_interleaving_keep_their_invariants(database: Database) -> None:
+def test_protocols_in_any_interleaving_keep_their_invariants(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Clients, writers, transactions, faults: nothing is lost, doubled or out of order."""
+    monkeypatch.setattr(listener, "AsyncConnection", ManualConnection)
+    monkeypatch.setattr(listener, "Session", listening_session)
     Protocols.database = database
     run_state_machine_as_test(
         Protocols,
