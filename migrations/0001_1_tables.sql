@@ -53,11 +53,11 @@ CREATE TABLE pg_layer_client (
     lease      float8 NOT NULL,                             -- its length in seconds
     fence      bigint NOT NULL DEFAULT 0,                   -- statements of the client with a smaller number are refused
     ended_at   timestamptz,                                 -- the client has closed
-    swept_at   timestamptz,                                 -- the lease was over, and a sweep has removed what was left
+    swept_at   timestamptz,                                 -- closed or over, and all memberships are removed
     counters   jsonb NOT NULL DEFAULT '{}'                  -- the client's counters at its last renewal
 ) WITH (fillfactor = 50);
--- Renewals change neither column, so that they stay HOT.
-CREATE INDEX pg_layer_client_open ON pg_layer_client (address) WHERE ended_at IS NULL AND swept_at IS NULL;
+-- Renewals change neither column, so that they stay HOT. The first index has the clients that may have memberships.
+CREATE INDEX pg_layer_client_open ON pg_layer_client (address) WHERE swept_at IS NULL;
 CREATE INDEX pg_layer_client_gone ON pg_layer_client (coalesce(ended_at, swept_at))
     WHERE ended_at IS NOT NULL OR swept_at IS NOT NULL;
 
@@ -77,6 +77,15 @@ CREATE UNLOGGED TABLE pg_layer_boot (
     boot              bigint NOT NULL,                      -- milliseconds since 1970 when the run was first seen
     system_identifier bigint NOT NULL
 );
+
+-- Where a look at what waits may begin: nothing that waits at the address has a smaller id. Without a row that is unknown. Kept by
+-- heartbeats, so that nobody walks the rows that have gone, which stay in the index as long as an old snapshot does.
+CREATE TABLE pg_layer_low_id (
+    address    text COLLATE "C" PRIMARY KEY,                -- a client or a normal channel
+    low_id     bigint NOT NULL,
+    kept_on    date NOT NULL                                -- a day and not a moment, so that most updates stay HOT
+) WITH (fillfactor = 50);
+CREATE INDEX pg_layer_low_id_kept_on ON pg_layer_low_id (kept_on);
 
 CREATE TABLE pg_layer_last_sweep (
     prefix     text COLLATE "C" PRIMARY KEY,

@@ -25,6 +25,10 @@ BEGIN
 END
 $$;
 
+-- Where a look at what waits at an address may begin.
+CREATE FUNCTION pg_layer_low_id(_address text) RETURNS bigint
+LANGUAGE sql STABLE AS $$ SELECT coalesce((SELECT l.low_id FROM pg_layer_low_id AS l WHERE l.address = _address), 0) $$;
+
 -- One message as a notification carries it: name, id, end, excluded member and payload.
 CREATE FUNCTION pg_layer_entry(_name text, _id bigint, _expires_at timestamptz, _excluded text, _payload bytea) RETURNS text
 LANGUAGE sql STABLE AS $$
@@ -52,7 +56,10 @@ CREATE FUNCTION pg_layer_announce(
 ) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 DECLARE
+    -- A client that has many messages in one statement reads them together, which is cheaper than to decode them; the messages of a
+    -- group would be read by each of its processes.
     _inline_most integer := CASE WHEN cardinality(_ids) = 1 THEN 5600 ELSE 2400 END;
+    _direct_most integer := CASE WHEN cardinality(_ids) <= 4 THEN _inline_most ELSE 0 END;
     _messages text := CASE WHEN _marked THEN 'm' ELSE 'M' END;
     _to_read text := CASE WHEN _marked THEN 'r' ELSE 'R' END;
     _row record;
@@ -70,7 +77,9 @@ BEGIN
     FOR _row IN
         SELECT r.*, octet_length(r.entry) AS size FROM (SELECT r.address, concat_ws(' ', r.boot, r.xid) AS head, r.id,
             r.kind = 'message' AND position('!:' IN r.address) > 0 AS is_job,
-            CASE WHEN r.kind = 'message' AND octet_length(r.payload) <= _inline_most THEN pg_layer_entry(
+            CASE WHEN r.kind = 'message'
+                AND octet_length(r.payload) <= CASE WHEN r.channel IS NULL THEN _inline_most ELSE _direct_most END
+            THEN pg_layer_entry(
                 coalesce(r.channel, '@' || split_part(r.address, '@', 2)), r.id, r.expires_at, r.excluded, r.payload) END AS entry
         FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads, _expires_at)
             AS r (boot, xid, id, address, channel, kind, excluded, payload, expires_at)
@@ -135,8 +144,8 @@ END
 $$;
 
 -- Send one message to its channel. The capacity counts what waits in the channel, unread and unexpired.
---   _low_id: the smallest id that the caller saw waiting at the address, so that a count never walks dead rows; null: the caller has
---       looked a moment ago, and there was more room than it has used since
+--   _low_id: the smallest id that the caller saw waiting at the address, so that a count never walks dead rows; 0: it does not know;
+--       null: the caller has looked a moment ago, and there was more room than it has used since
 --   returns: whether the message was accepted; how many wait in the channel now and the low-water id for the next call, if it looked
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _low_id bigint, _own boolean, _quiet boolean,
@@ -146,9 +155,13 @@ LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     _address text := pg_layer_address(_prefix, _channel);
     _xid xid8;
+    _lock text;
     _notified text;
 BEGIN
     IF _low_id IS NOT NULL THEN
+        IF _low_id = 0 THEN
+            _low_id := pg_layer_low_id(_address);
+        END IF;
         SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id) INTO waiting, low_id
         FROM pg_layer_message AS m
         WHERE m.address = _address AND m.id >= _low_id AND m.expires_at > clock_timestamp() AND m.kind = 'message';
@@ -159,7 +172,11 @@ BEGIN
         waiting := waiting + 1;
     END IF;
     accepted := true;
-    SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
+    SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END, pg_current_xact_id(), b.boot
+    INTO _lock, _xid, boot FROM pg_layer_boot AS b;
+    IF NOT FOUND THEN
+        SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
+    END IF;
     -- One statement writes and announces: each that PL/pgSQL runs costs as much as the row.
     INSERT INTO pg_layer_message AS m (address, xid, boot, marked, channel, payload, expires_at)
     VALUES (_address, _xid, boot, _quiet OR boot = 0, _channel, _payload, clock_timestamp() + make_interval(secs => _expiry))
@@ -198,7 +215,8 @@ BEGIN
         SELECT array_agg(t.address), array_agg(w.first), max(w.count) INTO low_addresses, low_ids, waiting
         FROM (
             SELECT d.address, coalesce(
-                (SELECT l.id FROM unnest(_low_addresses, _low_ids) AS l (address, id) WHERE l.address = d.address), 0) AS low
+                (SELECT l.id FROM unnest(_low_addresses, _low_ids) AS l (address, id) WHERE l.address = d.address),
+                pg_layer_low_id(d.address)) AS low
             FROM (SELECT DISTINCT pg_layer_address(_prefix, s.channel) AS address FROM unnest(_channels) AS s (channel)) AS d
         ) AS t
         CROSS JOIN LATERAL (
@@ -299,7 +317,8 @@ BEGIN
     CROSS JOIN LATERAL pg_layer_normal_members(_prefix, g.group_name) AS j
     CROSS JOIN LATERAL (
         SELECT count(*) AS count FROM pg_layer_message AS m
-        WHERE m.address = _prefix || '!:' || j.channel AND m.expires_at > _now
+        WHERE m.address = _prefix || '!:' || j.channel AND m.id >= pg_layer_low_id(_prefix || '!:' || j.channel)
+            AND m.expires_at > _now
     ) AS w;
 
     WITH sent AS MATERIALIZED (
@@ -357,20 +376,24 @@ DECLARE
     _xid xid8;
     _boot bigint;
     _first text;
-    _missed text[];
+    _normal text;
+    _lock text;
     _notified text;
 BEGIN
-    -- The first membership tells most: client addresses sort before and after those of normal channels. A plan for the actual values
-    -- may walk the index on addresses until it meets the group.
-    SELECT m.address INTO _first FROM pg_layer_membership AS m
-    WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"'
-    ORDER BY m.address LIMIT 1;
-    IF _first IS NULL OR EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.group_name = _group
-                                 AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;') THEN
+    -- One statement looks and begins, as pg_layer_begin_write() does, and another writes: each that PL/pgSQL runs costs as much as the
+    -- row. Client addresses sort before and after those of normal channels. A plan for the actual values may walk the index on
+    -- addresses until it meets the group.
+    SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END, pg_current_xact_id(), b.boot,
+        (SELECT m.address FROM pg_layer_membership AS m
+         WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT 1),
+        (SELECT m.address FROM pg_layer_membership AS m
+         WHERE m.group_name = _group AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;' ORDER BY m.address LIMIT 1)
+    INTO _lock, _xid, _boot, _first, _normal
+    FROM pg_layer_boot AS b;
+    IF _first IS NULL OR _normal IS NOT NULL THEN
         RETURN (pg_layer_group_send_batch(_prefix, ARRAY[_group], ARRAY[_payload], ARRAY[_expiry], ARRAY[_excluded], _own, false)
             ).missed_channels;
     END IF;
-    SELECT w.xid, w.boot INTO _xid, _boot FROM pg_layer_begin_write(_own) AS w;
     INSERT INTO pg_layer_message AS m (address, xid, boot, marked, excluded, payload, expires_at)
     VALUES (pg_layer_group_address(_prefix, _group), _xid, _boot, _boot = 0, _excluded, _payload,
             clock_timestamp() + make_interval(secs => _expiry))

@@ -38,21 +38,27 @@ $$;
 -- The channels in a group, without those of clients that are gone.
 CREATE FUNCTION pg_layer_group_channels(_prefix text, _group text) RETURNS SETOF text
 LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
-    SELECT c.channel
-    FROM (
+    WITH member AS MATERIALIZED (
         SELECT DISTINCT ON (m.address, m.channel) m.address, m.channel, m.present FROM pg_layer_membership AS m
         WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"'
             AND m.expires_at > clock_timestamp()
         ORDER BY m.address, m.channel, m.id DESC
-    ) AS c
-    WHERE c.present AND NOT coalesce((
-        SELECT l.ended_at IS NOT NULL OR l.swept_at IS NOT NULL OR pg_layer_is_over(_prefix, l.expires_at, l.lease)
-        FROM pg_layer_client AS l WHERE l.address = c.address), false)
-    ORDER BY c.address, c.channel
+    ), gone AS MATERIALIZED (
+        SELECT l.address
+        FROM (SELECT DISTINCT m.address FROM member AS m) AS a JOIN pg_layer_client AS l ON l.address = a.address
+        WHERE l.ended_at IS NOT NULL OR l.swept_at IS NOT NULL OR pg_layer_is_over(_prefix, l.expires_at, l.lease)
+    )
+    SELECT m.channel FROM member AS m WHERE m.present AND m.address NOT IN (SELECT g.address FROM gone AS g)
+    ORDER BY m.address, m.channel
 $$;
 
 -- All groups that have members, and how many. The key tells groups of different prefixes apart.
 CREATE VIEW pg_layer_group AS
+    WITH gone AS MATERIALIZED (
+        SELECT l.address FROM pg_layer_client AS l
+        WHERE l.ended_at IS NOT NULL OR l.swept_at IS NOT NULL
+            OR pg_layer_is_over(split_part(l.address, '!', 1), l.expires_at, l.lease)
+    )
     SELECT c.prefix || '!' || c.group_name AS key, c.prefix, c.group_name, count(*) AS members,
         count(DISTINCT c.address) AS addresses
     FROM (
@@ -62,9 +68,7 @@ CREATE VIEW pg_layer_group AS
         WHERE m.expires_at > clock_timestamp()
         ORDER BY m.group_name, m.address, m.channel, m.id DESC
     ) AS c
-    LEFT JOIN pg_layer_client AS l ON l.address = c.address
-    WHERE c.present AND l.ended_at IS NULL AND l.swept_at IS NULL
-        AND NOT coalesce(pg_layer_is_over(c.prefix, l.expires_at, l.lease), false)
+    WHERE c.present AND c.address NOT IN (SELECT g.address FROM gone AS g)
     GROUP BY c.prefix, c.group_name;
 
 -- Raise an error unless the client may still write with this fence. Locked, so that who raises the fence waits for the statement.

@@ -45,23 +45,38 @@ LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
     ORDER BY m.id
 $$;
 
--- Delete rows that were received.
+-- Delete rows that were received: those with one of these ids that one of these transactions wrote. Each transaction once: the list is
+-- looked through for each row.
 CREATE FUNCTION pg_layer_delete(_address text, _ids bigint[], _xids bigint[]) RETURNS void
-LANGUAGE sql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
-    DELETE FROM pg_layer_message AS m USING unnest(_ids, _xids) AS d (id, xid)
-    WHERE m.address = _address AND m.id = d.id AND m.xid = d.xid::text::xid8
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+DECLARE
+    _distinct xid8[] := ARRAY(SELECT DISTINCT x::text::xid8 FROM unnest(_xids) AS x);
+BEGIN
+    DELETE FROM pg_layer_message AS m WHERE m.address = _address AND m.id = ANY (_ids) AND m.xid = ANY (_distinct);
+END
 $$;
 
--- Delete all rows of a client that are visible in a snapshot, except those that it holds: a crash has undone deletions.
-CREATE FUNCTION pg_layer_delete_received(_address text, _snapshot pg_snapshot, _held bigint[]) RETURNS void
-LANGUAGE sql SET enable_seqscan = off SET jit = off AS $$
-    DELETE FROM pg_layer_message AS m
-    WHERE m.address = _address AND pg_visible_in_snapshot(m.xid, _snapshot) AND NOT m.marked AND m.id <> ALL (_held)
+-- Delete the rows of a client that are visible in a snapshot, except those that it holds: a crash has undone deletions. Looks at
+-- _limit rows with ids above _after.
+--   returns: the id to go on after; null: there are no more
+CREATE FUNCTION pg_layer_delete_received(
+    _address text, _snapshot pg_snapshot, _held bigint[], _after bigint DEFAULT 0, _limit integer DEFAULT 1000
+) RETURNS bigint
+LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+    SET jit = off AS $$
+    WITH part AS MATERIALIZED (
+        SELECT m.id, pg_visible_in_snapshot(m.xid, _snapshot) AND NOT m.marked AS is_old FROM pg_layer_message AS m
+        WHERE m.address = _address AND m.id > _after ORDER BY m.id LIMIT _limit
+    ), gone AS (
+        DELETE FROM pg_layer_message AS m USING part AS p
+        WHERE m.address = _address AND m.id = p.id AND p.is_old AND p.id NOT IN (SELECT h.id FROM unnest(_held) AS h (id))
+    )
+    SELECT CASE WHEN count(*) = _limit THEN max(p.id) END FROM part AS p
 $$;
 
 -- Claim up to _limit jobs of a normal channel: move the oldest to the own address, where nobody else claims them. The caller commits
 -- this durably: undone by a crash of the server, the same job would be handed out twice.
---   _low_id: nothing waits below this id
+--   _low_id: nothing waits below this id; 0: the caller does not know
 CREATE FUNCTION pg_layer_claim(_prefix text, _channel text, _address text, _fence bigint, _low_id bigint, _limit integer)
 RETURNS TABLE (
     address text, id bigint, xid bigint, boot bigint, marked boolean, kind text, channel text, excluded text, payload bytea,
@@ -75,6 +90,9 @@ BEGIN
     _boot := pg_layer_current_boot();
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;
+    IF _low_id = 0 THEN
+        _low_id := pg_layer_low_id(pg_layer_address(_prefix, _channel));
     END IF;
     RETURN QUERY
     WITH picked AS MATERIALIZED (
@@ -95,18 +113,52 @@ $$;
 CREATE FUNCTION pg_layer_release(_prefix text, _address text, _fence bigint, _ids bigint[], _xids bigint[]) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-    _count bigint;
+    _released record;
 BEGIN
     IF _fence IS NOT NULL THEN
         PERFORM pg_layer_check_fence(_address, _fence);
     END IF;
-    WITH moved AS (
-        UPDATE pg_layer_message AS m SET address = pg_layer_address(_prefix, m.channel)
-        FROM unnest(_ids, _xids) AS r (id, xid)
-        WHERE m.address = _address AND m.id = r.id AND m.xid = r.xid::text::xid8
-        RETURNING m.address, m.id
-    )
-    SELECT count(pg_notify(pg_layer_notification_channel(b.address), 'J ' || b.first)) INTO _count
-    FROM (SELECT address, min(id) AS first FROM moved GROUP BY address) AS b;
+    FOR _released IN
+        WITH moved AS (
+            UPDATE pg_layer_message AS m SET address = pg_layer_address(_prefix, m.channel)
+            FROM unnest(_ids, _xids) AS r (id, xid)
+            WHERE m.address = _address AND m.id = r.id AND m.xid = r.xid::text::xid8
+            RETURNING m.address, m.id
+        )
+        SELECT b.address, min(b.id) AS first FROM moved AS b GROUP BY b.address ORDER BY b.address
+    LOOP
+        -- Also where there is no row yet: pg_layer_keep_low_ids must not raise the id while the released jobs are not visible to it.
+        INSERT INTO pg_layer_low_id AS l (address, low_id, kept_on) VALUES (_released.address, 0, current_date)
+        ON CONFLICT (address) DO UPDATE SET low_id = least(l.low_id, _released.first);
+        PERFORM pg_notify(pg_layer_notification_channel(_released.address), 'J ' || _released.first);
+    END LOOP;
+END
+$$;
+
+-- Raise the low ids of addresses: to the first message that waits there, or to _low_id, whichever is smaller.
+--   _low_id: a row that is not visible now has a larger id, unless it is a released job
+CREATE FUNCTION pg_layer_keep_low_ids(_addresses text[], _low_id bigint) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    _address text;
+    _kept pg_layer_low_id;
+    _first bigint;
+BEGIN
+    FOR _address IN SELECT a.address FROM unnest(_addresses) AS a (address) ORDER BY a.address COLLATE "C" LOOP
+        -- Locked before the look. Who releases jobs locks it as well, so that they are either visible to the look or lower the id later.
+        SELECT l.* INTO _kept FROM pg_layer_low_id AS l WHERE l.address = _address FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN
+            INSERT INTO pg_layer_low_id AS l (address, low_id, kept_on) VALUES (_address, 0, current_date)
+            ON CONFLICT DO NOTHING RETURNING l.* INTO _kept;
+            CONTINUE WHEN NOT FOUND;
+        END IF;
+        -- Not at each heartbeat: versions of the row stay for as long as an old snapshot.
+        CONTINUE WHEN _low_id < _kept.low_id + 1000 AND _kept.kept_on = current_date;
+        SELECT m.id INTO _first FROM pg_layer_message AS m
+        WHERE m.address = _address AND m.id >= _kept.low_id AND m.expires_at > clock_timestamp() AND m.kind = 'message'
+        ORDER BY m.id LIMIT 1;
+        UPDATE pg_layer_low_id AS l SET low_id = greatest(_kept.low_id, least(coalesce(_first, _low_id), _low_id)), kept_on = current_date
+        WHERE l.address = _address;
+    END LOOP;
 END
 $$;

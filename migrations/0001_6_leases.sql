@@ -4,16 +4,17 @@
 --   _known_boot: the boot of the client's cursor, or 0
 --   _swept_to: messages that expired before this (seconds since 1970) have been deleted
 --   _marked_from: the id after which marked rows are of interest
+--   _addresses, _low_id: addresses whose low id is kept, and the cursor's: see pg_layer_keep_low_ids
 --   returns: the database's clock (seconds since 1970); whether the lease begins, or had been over, so that rows of memberships may be
 --       missing; whether it had been over; boot, largest id and next transaction as of pg_layer_position, then the snapshot; whether there is something to delete, and
 --       whether there are marked rows
 CREATE FUNCTION pg_layer_renew(
     _prefix text, _address text, _host text, _pid integer, _lease float8, _fence bigint, _counters jsonb, _token text,
-    _known_boot bigint, _swept_to float8, _marked_from bigint,
+    _known_boot bigint, _swept_to float8, _marked_from bigint, _addresses text[] DEFAULT '{}', _low_id bigint DEFAULT 0,
     OUT clock float8, OUT is_new boolean, OUT was_over boolean, OUT boot bigint, OUT last_id bigint, OUT next_xid bigint, OUT snapshot text,
     OUT has_expired boolean, OUT has_marked boolean
 )
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _client pg_layer_client;
@@ -51,6 +52,10 @@ BEGIN
     has_expired := EXISTS (SELECT FROM pg_layer_message AS m
                            WHERE m.expires_at > to_timestamp(_swept_to) AND m.expires_at <= _now);
     has_marked := EXISTS (SELECT FROM pg_layer_message AS m WHERE m.marked AND m.id > _marked_from);
+    -- Of an earlier boot the cursor's id says nothing: ids may have been drawn again.
+    IF _low_id > 0 AND boot = _known_boot THEN
+        PERFORM pg_layer_keep_low_ids(_addresses, _low_id);
+    END IF;
     IF _token IS NOT NULL THEN
         PERFORM pg_notify(pg_layer_notification_channel(_address), 'P ' || _token);
     END IF;
@@ -65,38 +70,93 @@ LANGUAGE sql AS $$
     UPDATE pg_layer_client AS c SET fence = greatest(c.fence, _fence) WHERE c.address = _address
 $$;
 
--- A client's end: the rows that it names were received, its other jobs go back to their channels, and all else of it goes.
-CREATE FUNCTION pg_layer_close(_prefix text, _address text, _done_ids bigint[], _done_xids bigint[]) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+-- A client's end: the rows that it names were received, its other jobs go back to their channels, and all else of it goes, up to _limit
+-- messages and memberships. What the caller leaves expires, or the sweeper removes it.
+--   returns: whether nothing is left
+CREATE FUNCTION pg_layer_close(
+    _prefix text, _address text, _done_ids bigint[], _done_xids bigint[], _limit integer DEFAULT 5000
+) RETURNS boolean
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _ids bigint[];
     _xids bigint[];
+    _messages bigint;
+    _memberships bigint;
 BEGIN
     -- Kept for a day, so that statements of the client that come late are refused.
     INSERT INTO pg_layer_client AS c (address, expires_at, lease, ended_at) VALUES (_address, clock_timestamp(), 0, clock_timestamp())
     ON CONFLICT (address) DO UPDATE SET expires_at = excluded.expires_at, ended_at = excluded.ended_at;
     PERFORM pg_layer_delete(_address, _done_ids, _done_xids);
-    SELECT array_agg(m.id), array_agg(m.xid::text::bigint) INTO _ids, _xids
-    FROM pg_layer_message AS m WHERE m.address = _address AND m.kind = 'message' AND position('!' IN m.channel) = 0;
-    PERFORM pg_layer_release(_prefix, _address, NULL, _ids, _xids);
-    DELETE FROM pg_layer_message AS m WHERE m.address = _address;
-    DELETE FROM pg_layer_membership AS m WHERE m.address = _address;
+    WITH part AS MATERIALIZED (
+        SELECT m.id, m.xid, m.kind = 'message' AND position('!' IN m.channel) = 0 AS is_job FROM pg_layer_message AS m
+        WHERE m.address = _address ORDER BY m.id LIMIT _limit
+    ), gone AS (
+        DELETE FROM pg_layer_message AS m USING part AS p WHERE m.address = _address AND m.id = p.id AND NOT p.is_job
+    )
+    SELECT count(*), array_agg(p.id) FILTER (WHERE p.is_job), array_agg(p.xid::text::bigint) FILTER (WHERE p.is_job)
+    INTO _messages, _ids, _xids FROM part AS p;
+    IF _ids IS NOT NULL THEN
+        PERFORM pg_layer_release(_prefix, _address, NULL, _ids, _xids);
+    END IF;
+    _memberships := pg_layer_delete_memberships(_address, _limit);
+    IF _memberships < _limit THEN
+        UPDATE pg_layer_client AS c SET swept_at = c.ended_at
+        WHERE c.address = _address AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address);
+    END IF;
+    DELETE FROM pg_layer_low_id AS l WHERE l.address = _address;
+    RETURN _messages < _limit AND _memberships < _limit;
 END
 $$;
 
--- Remove all messages and memberships of a prefix, and tell every client so in its one order.
---   returns: the boot and transaction, and the id of the control message to _address, if it is among the clients
-CREATE FUNCTION pg_layer_flush(_prefix text, _address text, OUT boot bigint, OUT xid bigint, OUT id bigint)
-LANGUAGE plpgsql AS $$
+-- Delete up to _limit memberships of a client. Rows that others have locked are left for the next time.
+CREATE FUNCTION pg_layer_delete_memberships(_address text, _limit integer) RETURNS bigint
+LANGUAGE sql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+    WITH part AS MATERIALIZED (
+        SELECT m.group_name, m.channel, m.id FROM pg_layer_membership AS m
+        WHERE m.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM pg_layer_membership AS m USING part AS p
+        WHERE m.group_name = p.group_name AND m.address = _address AND m.channel = p.channel AND m.id = p.id
+        RETURNING 1
+    )
+    SELECT count(*) FROM gone
+$$;
+
+-- Remove up to _limit messages and memberships of a prefix each; when nothing is left, tell every client so in its one order.
+--   returns: whether nothing is left; then the boot and transaction, and the id of the control message to _address, if it is among
+--       the clients
+CREATE FUNCTION pg_layer_flush(
+    _prefix text, _address text, _limit integer DEFAULT 5000, OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT id bigint
+)
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _xid xid8;
     _ids bigint[];
     _addresses text[];
+    _count bigint;
 BEGIN
+    -- Under the lock nobody writes what the last part would leave.
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;
     xid := _xid::text::bigint;
-    DELETE FROM pg_layer_message AS m WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"';
-    DELETE FROM pg_layer_membership AS m WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"';
+    WITH part AS MATERIALIZED (
+        SELECT m.address, m.id FROM pg_layer_message AS m
+        WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address, m.id LIMIT _limit
+    ), gone AS (
+        DELETE FROM pg_layer_message AS m USING part AS p WHERE m.address = p.address AND m.id = p.id
+    )
+    SELECT count(*) < _limit INTO is_done FROM part;
+    WITH part AS MATERIALIZED (
+        SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
+        WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT _limit
+    ), gone AS (
+        DELETE FROM pg_layer_membership AS m USING part AS p
+        WHERE m.group_name = p.group_name AND m.address = p.address AND m.channel = p.channel AND m.id = p.id
+    )
+    SELECT is_done AND count(*) < _limit INTO is_done FROM part;
+    IF NOT is_done THEN
+        RETURN;
+    END IF;
     WITH written AS (
         INSERT INTO pg_layer_message AS m (address, xid, boot, kind, expires_at)
         SELECT c.address, _xid, pg_layer_flush.boot, 'flush', clock_timestamp() + interval '1 day' FROM pg_layer_client AS c

@@ -26,10 +26,9 @@ CREATE FUNCTION pg_layer_sweep(
     _prefix text, _limit integer, _alone boolean, _after float8,
     OUT messages bigint, OUT memberships bigint, OUT clients bigint, OUT last float8
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
-    _over text[];
     _address text;
     _is_done boolean := true;
 BEGIN
@@ -44,7 +43,7 @@ BEGIN
     WITH over AS MATERIALIZED (
         SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
         WHERE m.id <> 0 AND m.expires_at <= _now - CASE WHEN position('!:' IN m.address) = 0 THEN interval '1 day' ELSE interval '0' END
-            AND m.expires_at <= _now AND m.address >= _prefix || '!' AND m.address < _prefix || '"'
+            AND m.expires_at <= _now AND split_part(m.address, '!', 1) = _prefix  -- no range: that would invite another index
         ORDER BY m.expires_at LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_membership AS m USING over AS o
@@ -70,12 +69,12 @@ BEGIN
     SELECT memberships + count(*) INTO memberships FROM gone;
     _is_done := _is_done AND memberships < _limit;
 
-    -- Memberships of clients whose lease is over. Their messages stay until they expire: a client that was stopped reads them when it
-    -- returns. Locked, so that it renews before this or after it.
+    -- Memberships of clients that have closed or whose lease is over. Their messages stay until they expire: a client that was stopped
+    -- reads them when it returns. Locked, so that it renews before this or after it.
     FOR _address IN
         SELECT c.address FROM pg_layer_client AS c
-        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
-            AND pg_layer_is_over(_prefix, c.expires_at, c.lease)
+        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.swept_at IS NULL
+            AND (c.ended_at IS NOT NULL OR pg_layer_is_over(_prefix, c.expires_at, c.lease))
         ORDER BY c.address
         FOR UPDATE SKIP LOCKED
     LOOP
@@ -83,14 +82,7 @@ BEGIN
             _is_done := false;
             EXIT;
         END IF;
-        WITH gone AS (
-            DELETE FROM pg_layer_membership AS m USING (
-                SELECT o.group_name, o.address, o.channel, o.id FROM pg_layer_membership AS o
-                WHERE o.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
-            ) AS o
-            WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id RETURNING 1
-        )
-        SELECT memberships + count(*) INTO memberships FROM gone;
+        memberships := memberships + pg_layer_delete_memberships(_address, _limit);
         IF NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address)
         THEN
             UPDATE pg_layer_client AS c SET swept_at = _now WHERE c.address = _address;
@@ -99,12 +91,18 @@ BEGIN
         END IF;
     END LOOP;
 
+    -- Low ids that nobody keeps any more. Without a row a look begins with the first id.
+    WITH old AS MATERIALIZED (
+        SELECT l.address FROM pg_layer_low_id AS l WHERE l.kept_on < current_date - 1 LIMIT _limit FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM pg_layer_low_id AS l USING old AS o WHERE l.address = o.address;
+
     -- Clients that ended a day ago are forgotten.
     WITH old AS MATERIALIZED (
         SELECT c.address FROM pg_layer_client AS c
         WHERE (c.ended_at IS NOT NULL OR c.swept_at IS NOT NULL) AND coalesce(c.ended_at, c.swept_at) <= _now - interval '1 day'
-            AND c.address >= _prefix || '!' AND c.address < _prefix || '"'
-        LIMIT _limit FOR UPDATE SKIP LOCKED
+            AND split_part(c.address, '!', 1) = _prefix
+        ORDER BY coalesce(c.ended_at, c.swept_at) LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_client AS c USING old AS o WHERE c.address = o.address RETURNING 1
     )
@@ -121,8 +119,8 @@ CREATE FUNCTION pg_layer_sweepable(_prefix text, OUT messages bigint, OUT member
 LANGUAGE sql STABLE AS $$
     WITH over AS (
         SELECT c.address FROM pg_layer_client AS c
-        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
-            AND pg_layer_is_over(_prefix, c.expires_at, c.lease)
+        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.swept_at IS NULL
+            AND (c.ended_at IS NOT NULL OR pg_layer_is_over(_prefix, c.expires_at, c.lease))
     )
     SELECT
         (SELECT count(*) FROM pg_layer_message AS m WHERE m.expires_at <= clock_timestamp()),

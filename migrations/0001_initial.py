@@ -113,6 +113,15 @@ class Migration(migrations.Migration):
                     options={"db_table": "pg_layer_lease_clock"},
                 ),
                 migrations.CreateModel(
+                    name="LowId",
+                    fields=[
+                        ("address", name(primary_key=True, serialize=False)),
+                        ("low_id", models.BigIntegerField()),
+                        ("kept_on", models.DateField()),
+                    ],
+                    options={"db_table": "pg_layer_low_id"},
+                ),
+                migrations.CreateModel(
                     name="LastSweep",
                     fields=[
                         ("prefix", name(primary_key=True, serialize=False)),

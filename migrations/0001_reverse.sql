@@ -12,4 +12,5 @@ BEGIN
     END LOOP;
 END
 $$;
-DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock, pg_layer_boot, pg_layer_last_sweep;
+DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock, pg_layer_boot, pg_layer_low_id,
+    pg_layer_last_sweep;

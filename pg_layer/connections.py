@@ -71,7 +71,6 @@ class Connections:
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self._reason: Exception | None = None
         self._loop = asyncio.get_running_loop()
-        self.generation = 0  # how many connections were made: each may lead to another server
         self._is_open = False
         self._is_closed = False
         # Guards the next three, so that no session is put aside while somebody waits for one.
@@ -117,7 +116,6 @@ class Connections:
     async def _configure(self, conn: _Connection) -> None:
         conn.session = Session(conn)
         self._all.add(conn)
-        self.generation += 1
         # Through a pooler the next statement may meet another server process, which has not prepared it.
         try:
             if await queries.is_direct(conn.session):

@@ -30,47 +30,8 @@ from pg_layer.statement import Statement
 PREPARE_AFTER = 5  # executions on a connection: psycopg's own default
 MOST_DEAD = 100  # connections of a pool that the server has closed, before the next one is tried unseen
 LEAST_CONNECT_TIMEOUT = 2  # seconds: to libpq and psycopg one is two
-GAP = 0.25  # seconds: no server is replaced by another within
 
 _TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
-
-
-class Route:
-    """Where an alias leads in this process. ``generation`` changes when it may be another server than before.
-
-    That is when a connection was lost, and when a new one leads elsewhere. Closing connections in order, and
-    opening others a moment later, as Django does for each request, is no such sign: what was learned from ids
-    would never be of use. What was idle for longer may have missed a restart.
-    """
-
-    def __init__(self) -> None:
-        self.generation = 0
-        self._place: tuple[object, ...] | None = None
-        self._used_at = -math.inf
-
-    def opened(self, pgconn: pq.abc.PGconn) -> None:
-        """A connection was made."""
-        place = (pgconn.host, pgconn.hostaddr, pgconn.port, pgconn.db, pgconn.server_version)
-        if place != self._place or time.monotonic() - self._used_at > GAP:
-            self._place = place
-            self.generation += 1
-        self.used()
-
-    def used(self) -> None:
-        """The server has answered."""
-        self._used_at = time.monotonic()
-
-    def lost(self) -> None:
-        """A connection was lost."""
-        self.generation += 1
-
-
-_routes: dict[str, Route] = {}
-
-
-def route_of(alias: str) -> Route:
-    """Where it leads."""
-    return _routes.get(alias) or _routes.setdefault(alias, Route())
 
 
 class _Loan(Session):
@@ -109,12 +70,7 @@ def _loan_of(connection: BaseDatabaseWrapper) -> _Loan:
     """The session on what Django is connected by now. Raises Django's error if that is lost."""
     loan = _loans.get(connection)
     if loan is None or loan.conn is not connection.connection:
-        route = route_of(connection.alias)
-        if loan is not None and loan.conn.broken:
-            route.lost()
         conn = connection.connection
-        with connection.wrap_database_errors:
-            route.opened(conn.pgconn)
         options = connection.settings_dict["OPTIONS"]
         # Django's default for the threshold is None, because of poolers: those are found out. A pool's
         # connection comes and goes with what is prepared on it, and would have ever more of that.
@@ -159,13 +115,6 @@ class DjangoSession:
         """The connection of Django's."""
         return self._connection
 
-    @property
-    def generation(self) -> int:
-        """Differs if it may be another server than before."""
-        self._connection.ensure_connection()
-        _loan_of(self._connection)
-        return route_of(self.alias).generation
-
     def connect(self, timeout: float) -> None:
         """Connect, if there is no connection, or none any more. Outside of transactions."""
         connection = self._connection
@@ -196,7 +145,6 @@ class DjangoSession:
             if not is_in_transaction and connection.connection is not None and connection.connection.closed:
                 self._drop()
             raise
-        route_of(self.alias).used()
         return rows
 
     def hand_on_notifies(self) -> None:
@@ -258,7 +206,6 @@ class DjangoSession:
 
     def _drop(self) -> None:
         """Close what was lost, as Django knows nothing of it yet."""
-        route_of(self.alias).lost()
         with suppress(DjangoError):
             self._connection.close()
 

@@ -60,13 +60,6 @@ class NotBegun(PgLayerError):
     """
 
 
-class Held(PgLayerError):
-    """A transaction that is open elsewhere holds what was to be changed; nothing was.
-
-    Internal: the change is made later.
-    """
-
-
 class NotMigrated(PgLayerError):
     """The tables of pg_layer are missing or out of date: run `python manage.py migrate pg_layer`.
 

@@ -6,7 +6,7 @@ written through a model is not announced: send messages with the layer.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 from django.db import models
@@ -127,6 +127,20 @@ class LeaseClock(models.Model):
 
     def __str__(self) -> str:
         return f"{self.prefix}, renewed at {self.renewed_at}"
+
+
+class LowId(models.Model):
+    """Nothing that waits at an address has a smaller id."""
+
+    address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
+    low_id: models.BigIntegerField[int, int] = models.BigIntegerField()
+    kept_on: models.DateField[date, date] = models.DateField()
+
+    class Meta:
+        db_table = "pg_layer_low_id"
+
+    def __str__(self) -> str:
+        return f"{self.address}, from {self.low_id}"
 
 
 class LastSweep(models.Model):

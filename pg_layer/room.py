@@ -85,15 +85,19 @@ class Credits:
 
 
 class Room:
-    """Both, of one server's channels, for callers on any thread."""
+    """Both, of the channels of one database, for callers on any thread.
+
+    ``boot``: ids of another one say nothing, because a crash or a failover may hand them out again.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._floors = FloorBook()
         self._credits = Credits()
+        self._boot: int | None = None
 
     def low_id(self, address: str, channel: str) -> int | None:
-        """Where the next message to a channel counts from; None: it may go without a look."""
+        """Where the next message to a channel counts from; None: it may be sent without a look."""
         with self._lock:
             return None if self._credits.spend((channel,)) else self._floors.of(address)
 
@@ -106,18 +110,13 @@ class Room:
         self,
         channels: Sequence[str],
         capacities: Sequence[int],
-        told: Floors,
         waiting: int | None,
         floors: Floors,
+        boot: int,
     ) -> None:
-        """What was seen: so many messages wait in each channel, and these are the floors now.
-
-        ``told``: the floors that were counted from. One that has sunk shows that ids have begun anew.
-        """
-        before = dict(zip(*told, strict=True))
+        """Take note of what was seen: so many messages wait in each channel, and these floors."""
         with self._lock:
-            if any(id < before.get(inbox, 0) for inbox, id in zip(*floors, strict=True)):
-                self._floors = FloorBook()
-                return
+            if boot != self._boot:
+                self._boot, self._floors, self._credits = boot, FloorBook(), Credits()
             self._floors.learn(floors)
             self._credits.grant(channels, capacities, waiting)

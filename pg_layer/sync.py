@@ -28,7 +28,7 @@ from pg_layer.config import Config
 from pg_layer.django_session import DjangoSession
 from pg_layer.exceptions import PgLayerError
 from pg_layer.faults import REFUSALS, UNDEFINED, is_hopeless, judge, unavailable
-from pg_layer.ops import Change, Drafts, GroupSend, Send
+from pg_layer.ops import Change, Drafts
 from pg_layer.room import Room
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class Sync:
 
     def forget(self) -> None:
         """What was seen of ids and of room says nothing any more."""
-        # By alias, and of which generation of its: each leads to a server of its own.
-        self._rooms: dict[str, tuple[int, Room]] = {}
+        self._rooms: dict[str, Room] = {}  # by alias
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r})"
@@ -156,21 +155,12 @@ class Sync:
         async def write(
             session: DjangoSession, *, own: bool, quiet: bool
         ) -> tuple[Sent, list[Unannounced]]:
-            # Not before it is connected: it may lead to another server than before.
-            room = self._room_of(session)
+            room = self._rooms.setdefault(session.alias, Room())
             return await write_sends(session, self._config.prefix, sends, room, own=own, quiet=quiet)
 
         sent = self._write(using, write)
         count_sent(self._loops.client, len(sends), sent)
         return [index not in sent.full for index in range(len(sends))]
-
-    def _room_of(self, session: DjangoSession) -> Room:
-        """What is known of the room on the server that the session leads to."""
-        generation = session.generation
-        known = self._rooms.get(session.alias)
-        if known is None or known[0] != generation:
-            known = self._rooms[session.alias] = (generation, Room())
-        return known[1]
 
     def _group_send(self, using: str | None, sends: Any) -> list[bool]:
         async def write(

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
+from itertools import islice
 from typing import Any
 
 from pg_layer._db.queries import groups as queries
@@ -23,6 +23,7 @@ from pg_layer.session import Session
 
 PART = 2000  # memberships in a statement
 RETRY = 0.5  # seconds
+READ_TIMEOUT = 60.0  # seconds
 
 
 class MembershipWriter:
@@ -39,9 +40,7 @@ class MembershipWriter:
         self._spawn = spawn
         self._lock = asyncio.Lock()  # one statement at a time: they take effect in this order
         self._due: dict[Pair, int] = {}  # pairs whose row may differ, with the claim that was applied
-        self._is_all_due = False
-        # Since this boot and next transaction id all rows have been written, or are due.
-        self._all_since: tuple[int, int] | None = None
+        self._may_have_old_rows = False
         self._is_writing = False
 
     @property
@@ -60,15 +59,10 @@ class MembershipWriter:
 
         ``may_have_old_rows``: it may also have rows of memberships that have ended. A crash undoes deletions.
         """
-        if may_have_old_rows:
-            self._is_all_due = True
-        else:
-            self._all_due()
-        self._start()
-
-    def _all_due(self) -> None:
         for pair in self._client.memberships.pairs():
             self._due.setdefault(pair, 0)
+        self._may_have_old_rows |= may_have_old_rows
+        self._start()
 
     async def write(self, present: Sequence[Pair], gone: Sequence[Pair], timeout: float) -> Moment:
         """Write that these memberships are about to begin, and that those have ended.
@@ -119,8 +113,7 @@ class MembershipWriter:
         try:
             while (step := self._next_step()) is not None:
                 try:
-                    async with self._lock:
-                        await step()
+                    await step()
                 except PgLayerError:
                     pause = RETRY
                 else:
@@ -130,44 +123,36 @@ class MembershipWriter:
             self._is_writing = False
 
     def _next_step(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        if self._is_all_due:
-            return self._begin_all
         if self._due:
             return self._write_part
-        return self._delete_old if self._all_since is not None else None
-
-    async def _begin_all(self) -> None:
-        known = self._client.cursor.moment.boot if self._client.cursor.moment else 0
-        boot, position = await self._connections.run(
-            partial(receive.position, known_boot=known),
-            timeout=self._client.config.send_timeout,
-            is_idempotent=True,
-        )
-        # No statement is in flight: what was written before is in memory by now.
-        self._all_since = boot, position.next_xid
-        self._is_all_due = False
-        self._all_due()
+        return self._find_old if self._may_have_old_rows else None
 
     async def _write_part(self) -> None:
-        part = dict(list(self._due.items())[:PART])
-        await self._write(self._rows(part), time.monotonic() + self._client.config.send_timeout)
-        for pair, claim in part.items():
-            if self._due.get(pair) == claim:
-                del self._due[pair]
+        async with self._lock:
+            part = dict(islice(self._due.items(), PART))
+            await self._write(self._rows(part), time.monotonic() + self._client.config.send_timeout)
+            for pair, claim in part.items():
+                if self._due.get(pair) == claim:
+                    del self._due[pair]
 
-    async def _delete_old(self) -> None:
-        if self._all_since is None or self._is_all_due:
-            return
-        boot, next_xid = since = self._all_since
-        count = await self._connections.run(
-            partial(
-                queries.delete_old, address=self._client.address, boot=boot, next_xid=next_xid, limit=PART
-            ),
-            timeout=self._client.config.send_timeout,
-            is_idempotent=True,
-        )
-        if count < PART and self._all_since is since:
-            self._all_since = None
+    async def _find_old(self) -> None:
+        """Find rows of memberships that have ended. Those that are just beginning are written once more."""
+        memberships = self._client.memberships
+
+        async def work(session: Session) -> None:
+            async for part in queries.own_rows(session, self._client.address):
+                for pair in part:
+                    if memberships.get(*pair) is None:
+                        self._due.setdefault(pair, 0)
+
+        self._may_have_old_rows = False
+        try:
+            await self._connections.run(
+                work, timeout=READ_TIMEOUT, patience=self._client.config.send_timeout, is_idempotent=True
+            )
+        except BaseException:
+            self._may_have_old_rows = True
+            raise
 
     def _rows(self, part: dict[Pair, int]) -> queries.OwnRows:
         present: list[tuple[str, str, float | None]] = []

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pg_layer._db.queries import receive as queries
+from pg_layer._messages.addresses import channel_address
 from pg_layer._messages.rows import LAST_ID, Key, KeyAt, Row
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.client import Client
@@ -39,7 +40,7 @@ class JobReader:
         self.is_claiming = False
         self.is_releasing = False
         self.may_have_more = True
-        self.low_id = 0  # nothing waits below this id
+        self.low_id = 0  # nothing waits below this id; 0: the server knows
         self.ahead = 0  # jobs to claim beyond what is waited for, because this reader is quick
         self.claimed_at = -math.inf
         self.release: asyncio.TimerHandle | None = None
@@ -95,6 +96,11 @@ class JobReaders:
         for reader in self._readers.values():
             reader.may_have_more, reader.low_id = True, 0
             self._claim_soon(reader)
+
+    def addresses(self) -> list[str]:
+        """The addresses of all channels."""
+        prefix = self._client.config.prefix
+        return [channel_address(prefix, channel) for channel in self._readers]
 
     def forget_idle(self) -> None:
         """Stop listening to normal channels that were not read since the last call."""

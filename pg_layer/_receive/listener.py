@@ -133,8 +133,8 @@ class Listener:
                 if not session.is_reusable:  # the last caller was cancelled
                     await session.settle()
                 await work(session)
-            except psycopg.Error:
-                self.reconnect()
+            except psycopg.Error as error:
+                self.reconnect(error)
                 return False
             finally:
                 if self._session is session:
@@ -144,10 +144,15 @@ class Listener:
                         self._watch(session)
             return True
 
-    def reconnect(self) -> None:
+    def reconnect(self, why: psycopg.Error | None = None) -> None:
         """Give this connection up, however healthy it looks."""
-        if self._lost is not None and not self._lost.done():
+        if self._lost is None or self._lost.done():
+            return
+        if why is None:
             self._lost.set_result(None)
+        else:
+            self._lost.set_exception(why)
+            self._lost.exception()  # asyncio need not report it if `run` has ended
 
     def _readable(self) -> None:
         session = self._session

@@ -352,6 +352,9 @@ class Receiver:
 
     async def _delete_received(self, moment: Moment) -> None:
         client = self._client
+        # Rows that were announced before, and are not read yet, are not among those that are held.
+        while client.announcements.awaits(moment):
+            await asyncio.sleep(RETRY)
         try:
             await self._connections.run(
                 lambda session: queries.delete_received(
@@ -520,7 +523,8 @@ class Receiver:
                 if pair in self._changing:
                     self._block(partial(self._until_changed, pair))
                     return False
-                if client.memberships.is_overruled(*pair, row.boot, row.xid):
+                added = Moment(row.boot, Snapshot(change["snapshot"])) if row.kind == "add" else None
+                if client.memberships.overrule(*pair, row.boot, row.xid, added):
                     self._writer.write_soon(*pair, change["claim"])
                 elif row.kind == "add":
                     return self._apply_add(row, change)
@@ -600,7 +604,7 @@ class Receiver:
         rows.popleft()
         client.announcements.dispatched((row,))
         self._joining = None
-        if client.memberships.is_overruled(group, channel, row.boot, row.xid):
+        if client.memberships.overrule(group, channel, row.boot, row.xid, since):
             self._writer.write_soon(group, channel, claim)
             return
         client.memberships.add(group, queue, expires_at, since)

@@ -35,6 +35,7 @@ CLOSE_TIMEOUT = 2.0
 STOP_TIMEOUT = 2.0
 SWALLOWED = 0.2  # seconds after which a cancellation has been swallowed
 SWEEP_BATCH = 1000
+FULL_PASS = 3600.0  # seconds between two sweeps that begin with the oldest message
 PING_TIMEOUT = 3.0
 
 
@@ -62,6 +63,8 @@ class Engine:
             client_id=client.id,
         )
         self.sender = Sender(client, self.connections, self.spawn, announcer)
+        self._swept_to = maintenance.START
+        self._full_pass_at = time.monotonic() + FULL_PASS
         self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
         self._guard_task.add_done_callback(lambda _: self.abandon())
@@ -255,16 +258,18 @@ class Engine:
 
     async def _sweep(self) -> None:
         prefix = self.client.config.prefix
-        after = 0.0
+        if time.monotonic() >= self._full_pass_at:
+            self._swept_to = maintenance.START
+            self._full_pass_at = time.monotonic() + FULL_PASS
         while True:
             part = await self.connections.run(
-                partial(maintenance.sweep, prefix=prefix, limit=SWEEP_BATCH, after=after),
+                partial(maintenance.sweep, prefix=prefix, limit=SWEEP_BATCH, after=self._swept_to),
                 timeout=self.client.config.send_timeout,
                 is_idempotent=True,
             )
             if part is None or not any(part[0]):
                 return
-            swept, after = part
+            swept, self._swept_to = part
             logger.debug("Swept %s.", swept)
 
     # ------------------------------------------------------------------ the end

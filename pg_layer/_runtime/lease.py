@@ -6,6 +6,7 @@ Bound to the owner loop. See ``docs/protocols.md``, section 5.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -26,6 +27,7 @@ from pg_layer.session import Session
 logger = logging.getLogger("pg_layer")
 
 DELETE_PART = 1000  # expired messages in a statement
+LATE = 60.0  # seconds after its end in which a message may still be committed; later ones are left to a sweep
 
 
 class Lease:
@@ -48,6 +50,7 @@ class Lease:
         self._spawn = spawn
         self._is_renewed = False  # by this loop
         self._boot = 0  # of the last renewal
+        self._beat_at = -math.inf  # by time.monotonic()
         self._swept_to = 0.0  # messages that expired before are deleted
         self._is_deleting = False
 
@@ -86,21 +89,32 @@ class Lease:
             cursor.moment.boot if cursor.moment else 0,
             self._swept_to,
             cursor.marked_low_id(),
+            [client.address, *self._receiver.jobs.addresses()],
+            cursor.low_id(),
         )
         client.clock.observe(asked_at, renewal.clock)
         is_first, client.renewed_at = not client.renewed_at, asked_at
-        cursor.renew(renewal.moment, renewal.position, token)
+        # A renewal between heartbeats, as by health(), comes too soon after what is announced just now.
+        is_beat = asked_at - self._beat_at >= config.heartbeat / 2
+        if is_beat:
+            self._beat_at = asked_at
+        cursor.renew(renewal.moment, renewal.position, token, is_beat=is_beat)
         if renewal.is_new or renewal.moment.boot != self._boot:
             # A crash or a sweep may have removed rows, and a crash or a failover may have undone deletions.
             self._boot = renewal.moment.boot
             self._writer.write_all_soon(may_have_old_rows=renewal.was_over or not renewal.is_new)
         if renewal.was_over:
             self._tell_gap()
-        if renewal.has_marked:
+        if not is_beat:
+            pass
+        elif renewal.has_marked:
             self._spawn(self._look_for_marked())
         elif cursor.look is not None:
             cursor.looked(cursor.look)
-        if renewal.has_expired and not self._is_deleting:
+        if not renewal.has_expired:
+            # Others have deleted what expired: do not look at it again.
+            self._swept_to = max(self._swept_to, renewal.clock - LATE)
+        elif not self._is_deleting:
             self._is_deleting = True
             self._spawn(self._delete_expired())
         self._is_renewed = True

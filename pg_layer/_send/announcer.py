@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from pg_layer._db.queries.send import Unannounced
 
-MOST = 10_000  # rows; receivers find older ones within two heartbeats
+MOST_ROWS = 10_000  # receivers find older ones within two heartbeats
+MOST_BYTES = 64 * 1024 * 1024
 PART = 500  # rows in a statement
 
 
@@ -20,7 +21,8 @@ class Announcer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rows: deque[Unannounced] = deque(maxlen=MOST)
+        self._rows: deque[Unannounced] = deque()
+        self._bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -28,7 +30,14 @@ class Announcer:
     def add(self, rows: Iterable[Unannounced]) -> None:
         """Remember rows."""
         with self._lock:
-            self._rows.extend(rows)
+            for row in rows:
+                self._rows.append(row)
+                self._bytes += len(row.payload)
+            while len(self._rows) > MOST_ROWS or (self._bytes > MOST_BYTES and len(self._rows) > 1):
+                self._forget_first()
+
+    def _forget_first(self) -> None:
+        self._bytes -= len(self._rows.popleft().payload)
 
     def first(self) -> list[Unannounced]:
         """The oldest rows, as many as a statement announces."""
@@ -40,4 +49,4 @@ class Announcer:
         ids = {(row.boot, row.xid, row.id) for row in rows}
         with self._lock:
             while self._rows and self._rows[0][:3] in ids:
-                self._rows.popleft()
+                self._forget_first()

@@ -50,7 +50,6 @@ class Sender:
         self._spawn = spawn
         self._announcer = announcer
         self._is_retrying = False
-        self._generation = connections.generation
         self._room = Room()
         loop = self._loop = asyncio.get_running_loop()
         timeout = client.config.send_timeout
@@ -95,8 +94,6 @@ class Sender:
     # ------------------------------------------------------------------ writing
 
     async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
-        if self._generation != self.connections.generation:  # low-water ids may be another server's
-            self._generation, self._room = self.connections.generation, Room()
         sends: list[Send] = _flat(ops)
         room = self._room
 

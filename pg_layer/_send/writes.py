@@ -25,7 +25,6 @@ async def write_sends(
     if len(sends) == 1:
         address = channel_address(prefix, channels[0])
         low_id = room.low_id(address, channels[0])
-        floors = None if low_id is None else queries.Floors((address,), (low_id,))
         sent = await queries.send_one(
             session, prefix, *sends[0], address, low_id, own=own, quiet=quiet
         )
@@ -34,8 +33,8 @@ async def write_sends(
         sent = await queries.send_batch(
             session, prefix, channels, payloads, expiries, capacities, floors, own=own, quiet=quiet
         )
-    if floors is not None and sent.floors is not None:
-        room.learn(channels, capacities, floors, sent.waiting, sent.floors)
+    if sent.floors is not None and sent.boot is not None:
+        room.learn(channels, capacities, sent.waiting, sent.floors, sent.boot)
     if not quiet or sent.boot is None or sent.xid is None:
         return sent, []
     accepted = [send for index, send in enumerate(sends) if index not in sent.full]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pg_layer._messages.announcements import Messages, ToRead
 from pg_layer._messages.rows import Key, KeyAt, Row, Span
 from pg_layer._state.cursor import Cursor
+from pg_layer._state.snapshot import Moment
 
 MAX_ROWS = 100_000  # in the queue; beyond it a catch-up brings what follows
 MAX_BYTES = 256 * 1024 * 1024
@@ -165,6 +166,12 @@ class AnnouncementQueue:
     def keys(self) -> list[Key]:
         """The keys of the rows that are here."""
         return [row.key for entry in self._entries for row in entry.rows]
+
+    def awaits(self, moment: Moment) -> bool:
+        """Whether rows that this moment sees must still be read."""
+        return any(
+            entry.span is not None and moment.sees(entry.span.boot, entry.span.xid) for entry in self._entries
+        )
 
     def holds(self, address: str, key: Key) -> bool:
         """Whether an entry has a row, or will bring it."""

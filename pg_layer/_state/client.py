@@ -85,10 +85,6 @@ class Client:
         """The running loop's thread is the only one that touches the state of receiving from here on."""
         self._owner_thread = threading.get_ident()
 
-    def end_ownership(self) -> None:
-        """The owner loop has stopped."""
-        self._owner_thread = None
-
     def is_owned_here(self) -> bool:
         """Whether this is the owner loop's thread. For assertions."""
         return self._owner_thread == threading.get_ident()

@@ -80,13 +80,17 @@ class Cursor:
 
     # ------------------------------------------------------------------ renewal
 
-    def renew(self, moment: Moment, position: Position, token: str | None) -> None:
+    def renew(
+        self, moment: Moment, position: Position, token: str | None, *, is_beat: bool = True
+    ) -> None:
         """Take note of a snapshot, and of a position from before it.
 
-        With a token it becomes ``S`` when the ping with that token is heard.
+        With a token it becomes ``S`` when the ping with that token is heard. ``is_beat``: about a
+        heartbeat has passed since the last beat; the look for marked rows goes by those.
         """
         self.position(moment, position)
-        self._renewals = [*self._renewals[-1:], moment]
+        if is_beat:
+            self._renewals = [*self._renewals[-1:], moment]
         if token is None:
             return
         self._pending[token] = moment

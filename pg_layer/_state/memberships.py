@@ -32,7 +32,7 @@ class Memberships:
         self._groups: dict[str, dict[str, Member]] = {}
         self._of_channel: dict[str, set[str]] = {}
         self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
-        self._changed: dict[Pair, Moment] = {}  # when the owner itself changed them last
+        self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
 
     def __len__(self) -> int:
         return sum(map(len, list(self._of_channel.values())))
@@ -85,21 +85,43 @@ class Memberships:
         groups.discard(group)
         if not groups:
             del self._of_channel[channel]
+        self._set_since(member, group, None)
+        return True
+
+    def _set_since(self, member: Member, group: str, since: Moment | None) -> None:
+        pair = (group, member.channel)
         if member.since is not None:
             pairs = self._young[member.since]
-            pairs.discard((group, channel))
+            pairs.discard(pair)
             if not pairs:
                 del self._young[member.since]
-        return True
+        member.since = since
+        if since is not None:
+            self._young.setdefault(since, set()).add(pair)
 
     def changed(self, pairs: Iterable[Pair], moment: Moment) -> None:
         """The owner itself has changed these memberships, in a statement that saw this moment."""
-        self._changed.update(dict.fromkeys(pairs, moment))
+        for pair in pairs:
+            self._changed.setdefault(pair, []).append(moment)
 
-    def is_overruled(self, group: str, channel: str, boot: int, xid: int) -> bool:
-        """Whether the owner has changed a membership after this transaction asked for a change."""
-        moment = self._changed.get((group, channel))
-        return moment is not None and moment.sees(boot, xid)
+    def overrule(self, group: str, channel: str, boot: int, xid: int, added: Moment | None) -> bool:
+        """Whether the owner has changed a membership after this transaction asked for a change.
+
+        Then that changes nothing but the beginning of the membership: the channel was no member between a
+        discard and the owner's own change, and it was one since an add, in the moment ``added``.
+        """
+        moments = self._changed.get((group, channel), ())
+        seen_by = next((moment for moment in moments if moment.sees(boot, xid)), None)
+        if seen_by is None:
+            return False
+        member = self.get(group, channel)
+        if member is not None:
+            begins_later = member.since is not None and member.since.sees(boot, xid)
+            if added is None and not begins_later:
+                self._set_since(member, group, seen_by)
+            elif added is not None and begins_later:
+                self._set_since(member, group, added)
+        return True
 
     def flush(self, boot: int, xid: int) -> list[Pair]:
         """Remove what began before this transaction. Return what was removed."""
@@ -126,9 +148,11 @@ class Memberships:
 
     def grow_old(self, is_past: Callable[[Moment], bool]) -> None:
         """Forget beginnings and changes of which this is true: no row that they see can come any more."""
-        past = {moment for moment in set(self._changed.values()) if is_past(moment)}
+        moments = {moment for each in self._changed.values() for moment in each}
+        past = {moment for moment in moments if is_past(moment)}
         if past:
-            self._changed = {pair: at for pair, at in self._changed.items() if at not in past}
+            changed = {pair: [m for m in each if m not in past] for pair, each in self._changed.items()}
+            self._changed = {pair: each for pair, each in changed.items() if each}
         for since in [since for since in self._young if is_past(since)]:
             for group, channel in self._young.pop(since):
                 self._groups[group][channel].since = None

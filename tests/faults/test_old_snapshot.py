@@ -1,4 +1,4 @@
-"""A transaction that is held open elsewhere: dead rows stay as long as it does, and no longer.
+"""A transaction that is held open elsewhere: dead rows stay as long as it does, and nobody walks them.
 
 What it costs in time is measured by `python -m benchmarks.old_snapshot`.
 """
@@ -6,18 +6,34 @@ What it costs in time is measured by `python -m benchmarks.old_snapshot`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
+from tests.faults.readers import heartbeats
 from tests.processes import listen, receive, until
 
 MESSAGES = 3000
+BEATS = 5
+FEW = 300  # index entries that heartbeats and catch-ups may read, of many thousand dead ones
+
+
+@contextmanager
+def old_snapshot(dsn: str) -> Iterator[None]:
+    """A transaction elsewhere needs all rows that are there when the block begins, and all that come."""
+    with psycopg.connect(dsn) as old:
+        old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        old.execute("SELECT 1 FROM pg_layer_client")
+        yield
 
 
 async def talk(layer: PostgresChannelLayer, sender: PostgresChannelLayer, channel: str) -> None:
-    """Messages go through one inbox, some hundred at a time, and arrive in order."""
+    """Messages go through one channel, some hundred at a time, and arrive in order."""
     for start in range(0, MESSAGES, 300):
         numbers = list(range(start, start + 300))
         await asyncio.gather(*(sender.send(channel, {"n": n}) for n in numbers))
@@ -32,9 +48,14 @@ def pages(observer: Observer) -> int:
     return int(row[0]) // 8192
 
 
+async def emptied(observer: Observer) -> None:
+    """Return when all rows are deleted."""
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+
+
 async def vacuumed(observer: Observer) -> None:
     """As autovacuum does it, once all rows are deleted."""
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await emptied(observer)
     observer.execute("VACUUM pg_layer_message")
 
 
@@ -44,9 +65,7 @@ async def test_dead_rows_pile_up_for_as_long_as_an_old_snapshot_and_no_longer(
     layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
     await listen(layer)
     channel = await layer.new_channel()
-    with psycopg.connect(migrated_dsn) as old:
-        old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        old.execute("SELECT 1 FROM pg_layer_client")
+    with old_snapshot(migrated_dsn):
         await talk(layer, sender, channel)
         await vacuumed(observer)  # to no avail
         held = pages(observer)
@@ -59,3 +78,83 @@ async def test_dead_rows_pile_up_for_as_long_as_an_old_snapshot_and_no_longer(
         await vacuumed(observer)
         await talk(layer, sender, channel)
         assert pages(observer) < most
+
+
+class Reconnected:
+    """The connections of a layer, which report what they have read when they end."""
+
+    def __init__(self, layer: PostgresChannelLayer, observer: Observer, name: str) -> None:
+        self._layer = layer
+        self._observer = observer
+        self._name = name
+
+    async def now(self) -> int:
+        """End all connections. Return the index entries of messages that were read so far.
+
+        The layer has connected again, and has caught up.
+        """
+        reconnects = self._layer.stats()["reconnects"]
+        self._observer.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = %s",
+            (self._name,),
+        )
+        self._observer.execute("SELECT pg_stat_clear_snapshot()")
+        [(read,)] = self._observer.execute(
+            "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'pg_layer_message'"
+        ).fetchall()
+        await until(lambda: self._layer.stats()["reconnects"] > reconnects)
+        # The first heartbeat may come before the catch-up has ended; this message comes after it.
+        await listen(self._layer)
+        return int(read)
+
+
+@pytest.mark.parametrize("expiry", [0.5, 3600], ids=["expired", "not expired"])
+async def test_heartbeats_and_catch_ups_do_not_walk_dead_rows(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, expiry: float
+) -> None:
+    """Messages were received, and deleted; they would have expired by now, or not.
+
+    The process renews its lease, loses its connections and catches up, several times.
+    """
+    named = make_conninfo(migrated_dsn, application_name="layer")
+    options: dict[str, object] = {"capacity": 1000, "lease": 60, "heartbeat": 0.1}
+    layer, sender = make_layer(dsn=named, **options), make_layer(capacity=1000, expiry=expiry)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    connections = Reconnected(layer, observer, "layer")
+    with old_snapshot(migrated_dsn):
+        await talk(layer, sender, channel)
+        await emptied(observer)
+        await heartbeats(layer, BEATS)
+        await connections.now()
+        await heartbeats(layer, BEATS)
+        before = await connections.now()
+        for _ in range(BEATS):
+            await heartbeats(layer, BEATS)
+            after = await connections.now()
+        assert after - before < FEW
+
+
+async def test_heartbeats_and_catch_ups_do_not_walk_group_messages_that_were_received(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
+) -> None:
+    """Group messages stay until they expire: those from before are not read again."""
+    named = make_conninfo(migrated_dsn, application_name="layer")
+    layer = make_layer(dsn=named, capacity=1000, lease=60, heartbeat=0.1)
+    sender = make_layer(expiry=3600)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    connections = Reconnected(layer, observer, "layer")
+    for start in range(0, MESSAGES, 300):
+        numbers = list(range(start, start + 300))
+        await sender.group_send_many([("room", {"n": n}) for n in numbers])
+        assert [(await receive(layer, channel))["n"] for _ in numbers] == numbers
+    await heartbeats(layer, BEATS)
+    await connections.now()
+    before = await connections.now()
+    for _ in range(BEATS):
+        await heartbeats(layer, BEATS)
+        after = await connections.now()
+    assert after - before < FEW

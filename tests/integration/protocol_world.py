@@ -483,9 +483,7 @@ class Process:
         async def no_predecessor() -> None:
             pass
 
-        self.owner = owner = Owner(
-            self.client, connections, Outage(self.client), self.spawn, no_predecessor
-        )
+        self.owner = owner = Owner(self.client, connections, Outage(self.client), self.spawn, no_predecessor)
         # The owner's listener as it was made, with another way to connect and to hear.
         self.listener = listener = ManualListener.__new__(ManualListener)
         vars(listener).update(vars(owner._listener))
@@ -512,6 +510,12 @@ class Process:
                 return
             self.calls[0].finish()
             self.world.settle()
+
+    def answer_only(self, text: str) -> None:
+        """Answer the first statement with this text in its SQL."""
+        call = next(call for call in self.calls if text in call.statement.sql.decode())
+        call.finish()
+        self.world.settle()
 
     def lose_listener(self) -> None:
         """Lose the listening connection, with what was not heard yet."""
@@ -934,13 +938,9 @@ class World:
                 f" WHERE address = '{process.client.address}' AND kind IN ('add', 'discard')"
                 " ORDER BY id DESC LIMIT 1",
             )
-            rows = [
-                Unannounced(boot, xid, id, process.client.address, pair[1], "add", None, bytes(payload))
-            ]
+            rows = [Unannounced(boot, xid, id, process.client.address, pair[1], "add", None, bytes(payload))]
         (row,) = rows
-        messages = self._note(
-            writer, [(0, row.address, row.channel, Key(row.boot, row.xid, row.id))], False
-        )
+        messages = self._note(writer, [(0, row.address, row.channel, Key(row.boot, row.xid, row.id))], False)
         membership = None
         if added:
             membership = Membership(began)
@@ -1198,9 +1198,7 @@ class World:
                                 f"{channel} received {message.serial} of group {group}, and was no member."
                             )
                         elif not message.is_excused:
-                            assert not is_due, (
-                                f"{channel} missed message {message.serial} of group {group}."
-                            )
+                            assert not is_due, f"{channel} missed message {message.serial} of group {group}."
 
     def _is_last(self, process: Process, pair: Pair, membership: Membership) -> bool:
         """Whether all discards had taken effect before it was asked for: the owner orders the others."""

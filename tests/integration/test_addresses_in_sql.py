@@ -8,13 +8,9 @@ from hypothesis import strategies as st
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from tests.conftest import Observer
 
-TEXT = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40
-)
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
 NAME = st.from_regex(r"[A-Za-z0-9._\-]{1,100}", fullmatch=True)
-ON_ONE_DATABASE = settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+ON_ONE_DATABASE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def value(observer: Observer, query: str, *parameters: str) -> str:
@@ -25,9 +21,7 @@ def value(observer: Observer, query: str, *parameters: str) -> str:
 
 @ON_ONE_DATABASE
 @given(prefix=NAME, group=TEXT)
-def test_notification_channel_of_a_group_is_that_of_sql(
-    observer: Observer, prefix: str, group: str
-) -> None:
+def test_notification_channel_of_a_group_is_that_of_sql(observer: Observer, prefix: str, group: str) -> None:
     address = group_address(prefix, group)
     assert value(observer, "SELECT pg_layer_group_address(%s, %s)", prefix, group) == address
     found = value(observer, "SELECT pg_layer_notification_channel(%s)", address)

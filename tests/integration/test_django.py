@@ -278,6 +278,7 @@ for model in apps.get_app_config("pg_layer").get_models():
         "Group set() False []",
         "Client set() True []",
         "LeaseClock set() True []",
+        "LowId set() True []",
         "LastSweep set() True []",
     ]
 

@@ -189,9 +189,7 @@ class Protocols(RuleBasedStateMachine):
         added=st.booleans(),
         is_inside=st.booleans(),
     )
-    def ask(
-        self, writer: int, number: int, group: str, channel: int, added: bool, is_inside: bool
-    ) -> None:
+    def ask(self, writer: int, number: int, group: str, channel: int, added: bool, is_inside: bool) -> None:
         transaction = self._transaction(writer, is_inside)
         self.world.ask(
             transaction.writer if transaction else self._writer(writer),
@@ -313,6 +311,106 @@ class Protocols(RuleBasedStateMachine):
                 self.world.check_end()
         finally:
             self.world.close()
+
+
+@pytest.fixture
+def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A world with two processes at rest."""
+    monkeypatch.setattr(listener, "AsyncConnection", ManualConnection)
+    monkeypatch.setattr(listener, "Session", listening_session)
+    world = World(database, next(_numbers))
+    try:
+        world.start([False, False])
+        yield world
+    finally:
+        world.close()
+
+
+def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world: World) -> None:
+    """A snapshot sees a message that was not heard yet: it must not become S before its ping is heard."""
+    process, writer = world.processes[0], world.writers[0]
+    world.write(writer, [(None, process.channels[0])], [10], None)
+    world.advance(20.0)
+    process.answer_only("pg_layer_renew")
+    process.listener.hear(1)
+    process.receive()
+    assert process.received[process.channels[0]] == [1]
+    world.finish()
+    world.check_end()
+
+
+def test_catch_up_marked_row_that_s_has_passed_is_received(world: World) -> None:
+    """The connection is lost while a marked row waits for its announcement, which then is never heard."""
+    process, writer = world.processes[0], world.writers[0]
+    world.write(writer, [(None, process.channels[0])], [10], None, is_refused=True)
+    world.advance(20.0)
+    world.rest()
+    process.lose_listener()
+    world.settle()
+    world.announce(writer)
+    world.advance(2.0)
+    world.rest()
+    process.receive()
+    assert process.received[process.channels[0]] == [1]
+    world.finish()
+    world.check_end()
+
+
+@pytest.mark.parametrize("is_refused", [False, True], ids=["announced", "marked"])
+def test_membership_message_sent_before_it_began_is_not_received(world: World, is_refused: bool) -> None:
+    """A catch-up after the first group_add brings the group's rows, and a marked one is announced late."""
+    process, writer = world.processes[0], world.writers[0]
+    world.write(writer, [("a", None)], [10], None, is_refused=is_refused)
+    world.change(process, [("a", 0, True)])
+    world.rest()
+    process.lose_listener()
+    world.settle()
+    world.advance(2.0)
+    world.rest()
+    world.announce(writer)
+    world.write(writer, [("a", None)], [10], None)
+    world.rest()
+    process.receive()
+    assert process.received[process.channels[0]] == [2]
+    world.finish()
+    world.check_end()
+
+
+def test_catch_up_group_added_while_it_begins_is_read(world: World) -> None:
+    """The addresses are collected after the snapshot: what is sent after a group_add that has returned is
+    either not visible in it, or at one of these addresses.
+    """
+    process, writer = world.processes[0], world.writers[0]
+    process.lose_listener()
+    world.settle()
+    world.advance(20.0)
+    process.answer_only("pg_layer_renew")  # the heartbeat; a catch-up begins, without a connection
+    world.change(process, [("a", 0, True)])
+    process.answer_only("pg_layer_write_memberships")
+    assert process.change is not None
+    assert process.change.done()
+    world.write(writer, [("a", None)], [10], None)
+    for text in ("pg_layer_position", "BEGIN", "pg_current_snapshot()"):
+        process.answer_only(text)
+    world.rest()
+    process.receive()
+    assert process.received[process.channels[0]] == [1]
+    world.finish()
+    world.check_end()
+
+
+def test_restart_announced_row_that_is_not_read_yet_is_not_deleted(world: World) -> None:
+    """After a crash of the server the client deletes what it had received, and nothing else."""
+    process, writer = world.processes[0], world.writers[0]
+    world.write(writer, [(None, process.channels[0])], [6_000], None)
+    process.listener.hear(1)
+    world.settle()
+    assert process.calls
+    world.crash(is_undone=False)
+    world.advance(0.2)  # the listener connects again before the read is repeated
+    world.rest()
+    world.finish()
+    world.check_end()
 
 
 @pytest.mark.timeout(3600)

@@ -143,6 +143,7 @@ async def test_a_layer_at_work(
         "pg_layer_client",
         "pg_layer_lease_clock",
         "pg_layer_boot",
+        "pg_layer_low_id",
         "pg_layer_last_sweep",
     ]
     for table in shown["tables"]:

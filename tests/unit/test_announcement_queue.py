@@ -173,9 +173,7 @@ def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue
 # --- Catching up
 
 
-def test_hear_during_a_catch_up_is_judged_when_it_has_ended(
-    cursor: Cursor, queue: AnnouncementQueue
-) -> None:
+def test_hear_during_a_catch_up_is_judged_when_it_has_ended(cursor: Cursor, queue: AnnouncementQueue) -> None:
     queue.begin_catch_up()
     queue.hear(heard(row(9, 103)))
     queue.hear(heard(row(6, 101)))
@@ -195,9 +193,7 @@ def test_lose_during_a_catch_up_needs_another(cursor: Cursor, queue: Announcemen
     assert cursor.is_deaf
 
 
-def test_fail_catch_up_leaves_what_was_heard_to_the_next(
-    cursor: Cursor, queue: AnnouncementQueue
-) -> None:
+def test_fail_catch_up_leaves_what_was_heard_to_the_next(cursor: Cursor, queue: AnnouncementQueue) -> None:
     queue.begin_catch_up()
     queue.hear(heard(row(9, 103)))
     queue.append([row(5, 101)])
@@ -311,3 +307,15 @@ def test_holds_rows_and_spans_count(queue: AnnouncementQueue) -> None:
     assert not queue.holds(GROUP, Key(1, 100, 8))
     assert not queue.holds(OWN, Key(1, 100, 7))
     assert queue.keys() == [Key(1, 100, 5)]
+
+
+def test_awaits_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQueue) -> None:
+    """After a crash of the server, received rows are deleted again; these were not received."""
+    queue.hear(to_read(6, 7, 105))
+    queue.hear(heard(row(8, 106)))
+    assert not queue.awaits(at(105))
+    assert queue.awaits(at(106))
+    assert queue.awaits(at(50, boot=2))
+    (entry,) = queue.to_read(10)
+    queue.read(entry, [row(6, 105), row(7, 105)], is_all=True)
+    assert not queue.awaits(at(106))

@@ -76,8 +76,9 @@ def test_parse_jobs_and_pings() -> None:
 )
 def test_parse_what_the_layer_does_not_send_raises(payload: str) -> None:
     """Any role of the database may NOTIFY: nothing but ValueError may come of it."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
         parse(payload, "p", OWN)
+    assert raised.type is ValueError
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Channel queues: bounds and order, which receiver is woken, and that no cancellation, thread or dead loop costs a message."""
+"""Channel queues: bounds, order, which receiver is woken. No cancellation, thread or loop costs a message."""
 
 from __future__ import annotations
 
@@ -194,9 +194,7 @@ async def test_wait_timeout_returns_without_a_message() -> None:
 async def test_wait_several_receivers_counts_each_once() -> None:
     queue = filled()
     counts: list[int] = []
-    tasks = [
-        asyncio.create_task(queue.wait(on_wait=lambda: counts.append(queue.waiting))) for _ in range(3)
-    ]
+    tasks = [asyncio.create_task(queue.wait(on_wait=lambda: counts.append(queue.waiting))) for _ in range(3)]
     await asyncio.sleep(0)
     assert counts == [1, 2, 3]
     assert queue.waiting == 3
@@ -506,7 +504,9 @@ def test_put_loop_of_the_only_receiver_is_gone_keeps_the_message(
     assert (queue.waiting, queue.missing) == (0, 0)
 
 
-def test_put_loop_of_the_receiver_stopped_is_received_when_it_runs_again(other_loop: asyncio.AbstractEventLoop) -> None:
+def test_put_loop_of_the_receiver_stopped_is_received_when_it_runs_again(
+    other_loop: asyncio.AbstractEventLoop,
+) -> None:
     queue = filled()
     task = other_loop.create_task(receive(queue))
     other_loop.run_until_complete(asyncio.sleep(0))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from pg_layer._db.queries.common import LAZY, Executor, lazily, one
 from pg_layer._db.queries.send import Unannounced
+from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
 from pg_layer.statement import (
     BOOL,
     BOOLS,
     FLOAT8,
     FLOAT8S_OR_NULL,
-    INT4,
     INT4S,
     INT8,
     INT8S,
@@ -32,23 +32,14 @@ ASK = Statement(
     lazily("$8") + "f.* FROM pg_layer_ask($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
     *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL),
 )
-# Rows that the owner has not written since a transaction id was the next, if that was in the present boot.
-DELETE_OLD = Statement(
-    """
-    WITH old AS MATERIALIZED (
-        SELECT m.group_name, m.channel FROM pg_layer_membership AS m
-        WHERE m.address = $1 AND m.id = 0 AND age(m.xmin) > age(($2 % 4294967296)::text::xid)
-            AND (SELECT b.boot FROM pg_layer_boot AS b) = $3
-        LIMIT $4
-    ), gone AS (
-        DELETE FROM pg_layer_membership AS m USING old AS o
-        WHERE m.group_name = o.group_name AND m.address = $1 AND m.channel = o.channel AND m.id = 0
-        RETURNING 1
-    )
-    SELECT set_config('synchronous_commit', 'off', true), count(*) FROM gone
-    """,
-    *(TEXT, INT8, INT8, INT4),
+BEGIN = Statement("BEGIN READ ONLY")
+OPEN_OWN = Statement(
+    "DECLARE pg_layer_own CURSOR FOR"
+    " SELECT m.group_name, m.channel FROM pg_layer_membership AS m WHERE m.address = $1 AND m.id = 0",
+    TEXT,
 )
+FETCH_OWN = Statement("FETCH 2000 FROM pg_layer_own")
+COMMIT = Statement("COMMIT")
 GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
 GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)
 
@@ -79,10 +70,13 @@ async def write(session: Executor, address: str, fence: int, rows: OwnRows) -> M
     return Moment(boot, Snapshot(snapshot))
 
 
-async def delete_old(session: Executor, address: str, boot: int, next_xid: int, limit: int) -> int:
-    """Delete rows of an owner that it has not written since then, at most ``limit``. Return how many."""
-    _, count = await one(session, DELETE_OLD, address, next_xid, boot, limit)
-    return int(count)
+async def own_rows(session: Executor, address: str) -> AsyncIterator[list[Pair]]:
+    """Read the rows of an owner, in parts."""
+    await session.execute(BEGIN)
+    await session.execute(OPEN_OWN, address)
+    while rows := await session.execute(FETCH_OWN):
+        yield [(group, channel) for group, channel in rows]
+    await session.execute(COMMIT)
 
 
 async def ask(

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from psycopg import Connection
 
 from pg_layer._db.queries.common import LAZY, Executor, one
+from pg_layer._db.queries.receive import DELETE
 from pg_layer._messages.rows import Key
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
-from pg_layer.statement import FLOAT8, INT4, INT8, INT8S, TEXT, Statement
+from pg_layer.statement import FLOAT8, INT4, INT8, INT8S, TEXT, TEXTS, Statement
 
 CLOSE_PATIENCE = 2.0  # seconds
+PART = 5000  # messages or memberships in a statement
+DELETE_PART = 1000  # received rows in a statement
 
 RENEW = Statement(
-    LAZY + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11) AS f",
-    *(TEXT, TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT, INT8, FLOAT8, INT8),
+    LAZY + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11, $12, $13) AS f",
+    *(TEXT, TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT, INT8, FLOAT8, INT8, TEXTS, INT8),
 )
-CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4)", TEXT, TEXT, INT8S, INT8S)
-FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2) AS f", TEXT, TEXT)
+CLOSE = Statement(
+    LAZY + "pg_layer_close($1, $2, $3, $4, $5)", TEXT, TEXT, INT8S, INT8S, INT4
+)
+FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3) AS f", TEXT, TEXT, INT4)
 
 
 class Renewal(NamedTuple):
@@ -53,8 +59,13 @@ async def renew(
     known_boot: int,
     swept_to: float,
     marked_from: int,
+    addresses: Sequence[str],
+    low_id: int,
 ) -> Renewal:
-    """Renew the lease, report counters, and ring a ping if there is a token."""
+    """Renew the lease, report counters, and ring a ping if there is a token.
+
+    ``addresses``: of which the server keeps where what waits begins; ``low_id``: the cursor's.
+    """
     _, clock, is_new, was_over, boot, last_id, next_xid, snapshot, has_expired, has_marked = await one(
         session,
         RENEW,
@@ -69,6 +80,8 @@ async def renew(
         known_boot,
         swept_to,
         marked_from,
+        addresses,
+        low_id,
     )
     moment = Moment(boot, Snapshot(snapshot))
     return Renewal(clock, is_new, was_over, moment, Position(last_id, next_xid), has_expired, has_marked)
@@ -81,24 +94,43 @@ class Closing(NamedTuple):
     address: str
     done: Sequence[Key]
 
-    @property
-    def values(self) -> tuple[object, ...]:
-        """The parameters of the statement."""
-        ids, xids = [key.id for key in self.done], [key.xid for key in self.done]
-        return self.prefix, self.address, ids, xids
+    def parts(self) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """The ids and transactions of ``done``, for as many statements as it takes."""
+        return [
+            ([key.id for key in part], [key.xid for key in part])
+            for start in range(0, len(self.done), DELETE_PART)
+            for part in (self.done[start : start + DELETE_PART],)
+        ]
 
 
 async def close(session: Executor, closing: Closing) -> None:
-    """End a client."""
-    await session.execute(CLOSE, *closing.values)
+    """End a client. What cannot be removed in time expires, or the sweeper removes it."""
+    deadline = time.monotonic() + CLOSE_PATIENCE
+    for ids, xids in closing.parts():
+        await session.execute(DELETE, closing.address, ids, xids)
+    while True:
+        _, is_done = await one(session, CLOSE, closing.prefix, closing.address, (), (), PART)
+        if is_done or time.monotonic() > deadline:
+            return
 
 
 def close_now(conn: Connection[Any], closing: Closing) -> None:
     """End a client, where no event loop runs any more."""
-    Session(conn).execute_now(CLOSE, *closing.values, patience=CLOSE_PATIENCE)
+    session = Session(conn)
+    deadline = time.monotonic() + CLOSE_PATIENCE
+    for ids, xids in closing.parts():
+        session.execute_now(DELETE, closing.address, ids, xids, patience=CLOSE_PATIENCE)
+    while True:
+        ((_, is_done),) = session.execute_now(
+            CLOSE, closing.prefix, closing.address, (), (), PART, patience=CLOSE_PATIENCE
+        )
+        if is_done or time.monotonic() > deadline:
+            return
 
 
 async def flush(session: Executor, prefix: str, address: str) -> Key | None:
     """Remove all of a prefix, and tell its clients. Return the key of the control message to this one."""
-    _, boot, xid, id = await one(session, FLUSH, prefix, address)
-    return None if id is None else Key(boot, xid, id)
+    while True:
+        _, is_done, boot, xid, id = await one(session, FLUSH, prefix, address, PART)
+        if is_done:
+            return None if id is None else Key(boot, xid, id)

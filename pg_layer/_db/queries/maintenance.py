@@ -25,6 +25,7 @@ TABLES = (
     "pg_layer_client",
     "pg_layer_lease_clock",
     "pg_layer_boot",
+    "pg_layer_low_id",
     "pg_layer_last_sweep",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pg_layer._db.queries.common import LAZY, Executor, one
+from pg_layer._db.queries.common import LAZY, one
 from pg_layer._messages.rows import Key, KeyAt, Row, Span, row_from_columns
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
@@ -13,6 +13,7 @@ from pg_layer.statement import INT4, INT8, INT8S, TEXT, TEXTS, Statement
 
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
+DELETE_PART = 1000  # rows
 
 LISTEN = Statement("SELECT pg_layer_listen($1)", TEXTS)
 NOTIFY = Statement(LAZY + "pg_notify($1, $2)", TEXT, TEXT)
@@ -82,7 +83,8 @@ MARKED_KEYS = Statement(
 )
 DELETE = Statement(LAZY + "pg_layer_delete($1, $2, $3)", TEXT, INT8S, INT8S)
 DELETE_RECEIVED = Statement(
-    LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3)", TEXT, TEXT, INT8S
+    LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3, $4, $5)",
+    *(TEXT, TEXT, INT8S, INT8, INT4),
 )
 CLAIM = Statement(
     "SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4
@@ -241,8 +243,12 @@ async def delete(session: Session, address: str, keys: Sequence[Key]) -> None:
 
 
 async def delete_received(session: Session, address: str, moment: Moment, held: Sequence[Key]) -> None:
-    """Delete what a moment sees at an address, but for the rows that are held."""
-    await session.execute(DELETE_RECEIVED, address, moment.snapshot.text, [key.id for key in held])
+    """Delete what a moment sees at an address, but for the rows that are held; in parts."""
+    ids, after = sorted(key.id for key in held), 0
+    while after is not None:
+        _, after = await one(
+            session, DELETE_RECEIVED, address, moment.snapshot.text, ids, after, DELETE_PART
+        )
 
 
 # ---------------------------------------------------------------------- jobs
