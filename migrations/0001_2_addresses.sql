@@ -42,6 +42,14 @@ BEGIN
 END
 $$;
 
+-- A standby cannot read unlogged tables: raise the error of a server that takes no writes, instead of another.
+CREATE FUNCTION pg_layer_refuse_standby() RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE read_only_sql_transaction USING MESSAGE = 'pg_layer: the server is a standby.';
+END
+$$;
+
 -- The present boot. Begins one if there is none: only for statements of the layer's own, because others wait for the new row until
 -- the transaction ends.
 CREATE FUNCTION pg_layer_current_boot() RETURNS bigint
@@ -49,6 +57,9 @@ LANGUAGE plpgsql AS $$
 DECLARE
     _boot bigint;
 BEGIN
+    IF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
+    END IF;
     SELECT b.boot INTO _boot FROM pg_layer_boot AS b;
     IF NOT FOUND THEN
         _boot := pg_layer_begin_boot(0);
@@ -64,6 +75,9 @@ LANGUAGE plpgsql AS $$
 DECLARE
     _boot bigint;
 BEGIN
+    IF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
+    END IF;
     -- Looked at first: a role that only sends has no privilege to delete.
     IF EXISTS (SELECT FROM pg_layer_boot AS b, pg_control_system() AS s
                WHERE b.system_identifier <> s.system_identifier OR b.boot < _known)

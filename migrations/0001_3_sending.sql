@@ -17,6 +17,8 @@ BEGIN
     IF _own THEN
         PERFORM pg_advisory_xact_lock(7205759403792794);
         boot := pg_layer_current_boot();
+    ELSIF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
     ELSE
         SELECT b.boot INTO boot FROM pg_layer_boot AS b;
         boot := coalesce(boot, 0);

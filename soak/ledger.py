@@ -43,12 +43,12 @@ OWED = ("returned", "unannounced")  # outcomes after which a message must arrive
 
 LAZY = 1.0  # seconds before a crash of the server of which commits may be lost
 LONG = 0.3  # seconds: a fault that takes longer keeps messages from coming
-RESTORE_MOST = 30.0  # seconds after a crash until a client has put its memberships back
 TAKEN_MOST = (
     35  # jobs that a killed worker may hold: 31 ahead, two waited for, two not yet written down
 )
 HELD = 3.0  # seconds for which a worker may hold a job before it releases it
 ANNOUNCED = 1.0  # seconds after a transaction within which its messages were surely announced
+DELIVERED_MOST = 3.0  # seconds within which a message arrives if nothing is the matter
 FOUND_MOST = 2 * HEARTBEAT + 2.0  # seconds until a message that was never announced arrives
 BUCKET = 5.0  # seconds: memberships are looked up by pieces of time
 
@@ -123,22 +123,21 @@ class Tally:
     @property
     def is_clean(self) -> bool:
         """Whether nothing happened that must not."""
-        is_lost = any(self.lost[cause] for cause in NOT_ALLOWED)
-        return not (is_lost or self.twice or self.disordered or self.late or self.uninvited)
+        return not (
+            self.lost[UNEXPLAINED] or self.twice or self.disordered or self.late or self.uninvited
+        )
 
 
 CRASH = "crash"
 PROMOTION = "promotion"
-NO_LEASE = "no lease"  # the reader was away for longer than its lease, and the database was not
+# the only members of a group were away for longer than their leases, and the database was not
+NO_LEASE = "no lease"
 UNDONE_JOIN = "undone join"
 KILLED = "kill -9"
 LEFT = "reader left"
-# group_discard failed, or the server crashed, before what was sent had been read
-IN_DOUBT = "left in doubt"
-FORGOTTEN = "LEFT GROUP"  # sent before group_discard was called, and not read by then
+LEFT_GROUP = "left group"  # it was on its way when its member left the group
 UNEXPLAINED = "UNEXPLAINED"
-CAUSES = (CRASH, PROMOTION, NO_LEASE, UNDONE_JOIN, KILLED, LEFT, IN_DOUBT, FORGOTTEN, UNEXPLAINED)
-NOT_ALLOWED = (FORGOTTEN, UNEXPLAINED)
+CAUSES = (CRASH, PROMOTION, NO_LEASE, UNDONE_JOIN, KILLED, LEFT, LEFT_GROUP, UNEXPLAINED)
 
 
 @dataclass
@@ -391,7 +390,7 @@ class _Settling:
         for stay in self.stays_of[message.begun.stream, reading.channel]:
             if stay.by == reading.process or stay.left > message.begun.at:
                 continue
-            if self._change_was_lost(reading, stay.leaving, stay.left, stay.leaves_in_transaction):
+            if self._change_was_lost(stay.leaving, stay.left, stay.leaves_in_transaction):
                 return True
             # It was found without an announcement.
             if (
@@ -402,17 +401,13 @@ class _Settling:
                 return True
         return False
 
-    def _change_was_lost(
-        self, reading: Reading, began: float, ended: float, in_transaction: bool
-    ) -> bool:
+    def _change_was_lost(self, began: float, ended: float, in_transaction: bool) -> bool:
         """Whether a change of a membership by another process may be lost on its way to the owner.
 
         A transaction waits for the disk, unlike the layer's own commits, and survives a crash.
         """
-        return (
-            self._fell_to_promotion(began, ended)
-            or (not in_transaction and self._fell_to_crash(began, ended))
-            or self.absences.had_no_lease(reading.process, began, ended)
+        return self._fell_to_promotion(began, ended) or (
+            not in_transaction and self._fell_to_crash(began, ended)
         )
 
     def _taking_was_lost(self, message: Message, first: Got, second: Got) -> bool:
@@ -569,32 +564,35 @@ class _Settling:
         has_later = reading.last_of.get(message.begun.writer, 0) > message.begun.n
         if reading.until < math.inf and not has_later:
             return KILLED if reading.was_killed else LEFT
-        if stay is not None and self._left_in_doubt(message, reading, stay):
-            return IN_DOUBT
+        if stay is not None and self._left_before(message, reading, stay):
+            return LEFT_GROUP
         if cause := self._fell_to_server(message):
             return cause
-        if self._fell_to_lease(message, reading, stay):
+        if stay is not None and self._fell_to_lease(message, reading):
             return NO_LEASE
         if stay is not None and (
             self._join_was_undone(stay, reading) or self._join_was_late(message, stay)
         ):
             return UNDONE_JOIN
-        if (
-            stay is not None
-            and stay.leaving < math.inf
-            and not self._had_read_on(message, reading, stay.leaving)
-        ):
-            return FORGOTTEN
         return UNEXPLAINED
 
-    def _left_in_doubt(self, message: Message, reading: Reading, stay: Stay) -> bool:
-        """Whether what was not read by then was given up, as group_discard or the server failed."""
-        if stay.leaving == math.inf or self._had_read_on(message, reading, stay.leaving):
+    def _left_before(self, message: Message, reading: Reading, stay: Stay) -> bool:
+        """Whether the member left the group before it was due to have received a message.
+
+        The owner's group_discard ends delivery at once: messages that are on their way then are no
+        longer owed. That of another process takes its place in the order behind the messages that
+        were sent before, except those that may have to be found without an announcement.
+        """
+        if stay.leaving == math.inf:
             return False
-        return stay.has_failed or any(
-            message.begun.at < ended < stay.left + RESTORE_MOST
-            and not self._had_read_on(message, reading, began)
-            for began, ended in self.breaks
+        if self._may_be_unannounced(message):
+            due = FOUND_MOST
+        elif stay.by == reading.process and not self._had_read_on(message, reading, stay.leaving):
+            due = DELIVERED_MOST
+        else:
+            return False
+        return stay.leaving <= message.ended + due or self.absences.is_caught_up(
+            reading.process, message.begun.at, stay.leaving
         )
 
     def _had_read_on(self, message: Message, reading: Reading, until: float) -> bool:
@@ -625,15 +623,13 @@ class _Settling:
             ended >= promotion.at and began <= promotion.ended for promotion in self.promotions
         )
 
-    def _fell_to_lease(self, message: Message, reading: Reading, stay: Stay | None) -> bool:
-        """Whether a message was swept away, or not written, as its reader's lease was over.
+    def _fell_to_lease(self, message: Message, reading: Reading) -> bool:
+        """Whether a group message was not written, as no process with a lease had a member.
 
-        A group message is written unless no process with a lease has a member.
+        All other messages are written, and are there when their reader returns.
         """
         began, ended = message.begun.at, message.ended
-        if not self.absences.had_no_lease(reading.process, began, ended):
-            return False
-        return stay is None or not any(
+        return self.absences.had_no_lease(reading.process, began, ended) and not any(
             other.joined <= began
             and ended <= min(other.leaving, self.readings[other.channel].until)
             and not self.absences.had_no_lease(self.readings[other.channel].process, began, ended)
@@ -647,7 +643,7 @@ class _Settling:
         """
         if stay.by == owner.process or self._first_got(stay) < stay.left:
             return False
-        return self._change_was_lost(owner, stay.joining, stay.joined, stay.joins_in_transaction)
+        return self._change_was_lost(stay.joining, stay.joined, stay.joins_in_transaction)
 
     def _join_was_late(self, message: Message, stay: Stay) -> bool:
         """Whether the owner found a joining in a transaction without its announcement."""
@@ -658,35 +654,27 @@ class _Settling:
         )
 
     def _find_lost_jobs(self, messages: list[Message]) -> None:
-        """Each worker that was killed, or lost its lease, took some along, sent before."""
+        """Each worker that was killed took some along, sent before."""
         readers = {process for process, _ in self.jobs[messages[0].begun.stream]}
-        takers = [
-            (gone.at, KILLED)
-            for gone in self.gone.values()
-            if gone.was_killed and gone.process in readers
-        ]
-        takers += [
-            (until, NO_LEASE)
-            for process in readers
-            for _, until in self.absences.without_lease(process)
-        ]
-        takers.sort()
+        takers = sorted(
+            gone.at for gone in self.gone.values() if gone.was_killed and gone.process in readers
+        )
         room = [TAKEN_MOST] * len(takers)
         for message in sorted(messages, key=lambda message: message.begun.at):
             cause = UNEXPLAINED
             if fell := self._fell_to_server(message):
                 cause = fell
             else:
-                first = bisect_right(takers, message.begun.at, key=lambda taker: taker[0])
+                first = bisect_right(takers, message.begun.at)
                 taker = next((index for index in range(first, len(takers)) if room[index]), None)
                 if taker is not None:
                     room[taker] -= 1
-                    cause = takers[taker][1]
+                    cause = KILLED
             self._lose(message, cause, f"on {message.begun.stream}")
 
     def _lose(self, message: Message, cause: str, where: str) -> None:
         self.tallies[message.begun.kind].lost[cause] += 1
-        if cause in NOT_ALLOWED:
+        if cause == UNEXPLAINED:
             self._offend(message, f"was lost {where} ({cause})", message.ended)
 
     def _offend(self, message: Message, what: str, at: float) -> None:

@@ -63,6 +63,7 @@ class JobReaders:
         self._loop = asyncio.get_running_loop()
         self._readers: dict[str, JobReader] = {}
         self.unknown_low_id = LAST_ID  # a claim whose answer was lost has moved no smaller id
+        self._in_flight: dict[int, int] = {}  # claims whose answer is not here -> the same
 
     def start(self) -> None:
         """Go on with jobs that the last owner loop has claimed."""
@@ -71,6 +72,11 @@ class JobReaders:
                 self._release_later(self._reader(queue.channel))
         # What a claim of the last owner loop moved, whose answer it did not see, comes with a catch-up.
         self.unknown_low_id = 0
+
+    @property
+    def low_id(self) -> int:
+        """No job with a smaller id may be at the own address without this process knowing."""
+        return min(self.unknown_low_id, *self._in_flight.values(), LAST_ID)
 
     # ------------------------------------------------------------------ readers
 
@@ -174,6 +180,7 @@ class JobReaders:
         """Claim jobs, and append them to the announcement queue."""
         client = self._client
         number = client.cursor.begin_claim()
+        self._in_flight[number] = low_id
         try:
             rows = await self._connections.run(
                 partial(self._claim_on, channel=channel, low_id=low_id, limit=limit),
@@ -187,6 +194,7 @@ class JobReaders:
             self._give_up()
             raise
         finally:
+            del self._in_flight[number]
             client.cursor.end_claim(number)
 
     async def _claim_on(self, session: Session, channel: str, low_id: int, limit: int) -> list[Row]:
@@ -214,7 +222,8 @@ class JobReaders:
 
     def _release_now(self, reader: JobReader) -> None:
         reader.release = None
-        if reader.is_claiming:  # what it brings comes after these
+        # What a claim brings, or has brought and is not dispatched yet, comes after these.
+        if reader.is_claiming or self._client.announcements.holds_jobs(reader.queue.channel):
             self._release_later(reader)
             return
         messages = reader.queue.pop_idle()

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,6 @@ RETRY = 0.5  # seconds
 # Seconds for each member that is waited for when its channel queue is full, in which it must receive half of
 # it. A slow member costs its neighbours no more than that once for each half of its queue.
 PAUSE = 0.05
-PING_TIMEOUT = 3.0  # seconds
 CATCH_UP_ROWS = 20_000  # in the announcement queue, beyond which a catch-up waits for dispatch
 
 
@@ -216,8 +215,11 @@ class Receiver:
         self._appended.clear()
 
     def append_claimed(self, rows: Sequence[Row]) -> None:
-        """Dispatch jobs that were claimed, behind what was announced before."""
-        self._client.announcements.append_claimed(rows)
+        """Dispatch jobs that were claimed, behind what was announced before.
+
+        A catch-up may have met them first: each claim gives a row another key.
+        """
+        self._client.announcements.append(rows)
         self._pump()
 
     # ------------------------------------------------------------------ reading what was announced
@@ -311,7 +313,7 @@ class Receiver:
         # group_add has returned is either not visible in it, or at one of these addresses.
         cursor.position(moment, position)
         low_id = min(cursor.low_id(), cursor.marked_low_id())
-        own_low_id = min(low_id, self.jobs.unknown_low_id)
+        own_low_id = min(low_id, self.jobs.low_id - 1)
         prefix = client.config.prefix
         groups = [group_address(prefix, group) for group in self._groups()]
         addresses = [client.address, *groups]
@@ -330,7 +332,8 @@ class Receiver:
         await queries.commit(session)
         before = cursor.moment
         cursor.adopt(moment)
-        self.jobs.unknown_low_id = LAST_ID
+        if not self._is_catch_up_due:  # else a claim's answer was lost meanwhile
+            self.jobs.unknown_low_id = LAST_ID
         self._passed()
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
@@ -589,8 +592,6 @@ class Receiver:
             # A catch-up that has begun may not have collected this group.
             await self._appended.wait()
             missed = await self._read_missed(address, bucket, low_id, since, queue.capacity)
-            # What was sent before is in the queue when a ping rung after the read is heard.
-            await self._hear_what_was_sent()
             if missed:
                 # What their writers sent before them may not have been heard yet.
                 self._appended.clear()
@@ -619,19 +620,6 @@ class Receiver:
                 and cursor.admit_announced(each.key, each.marked, each.expires_at)
             ]
         )
-
-    async def _hear_what_was_sent(self) -> None:
-        if self._listener is None or not self._listener.is_connected:
-            return
-
-        async def ring(token: str) -> None:
-            await self._connections.run(
-                lambda session: queries.notify(session, self._own_channel, f"P {token}"),
-                timeout=PING_TIMEOUT,
-            )
-
-        with suppress(PgLayerError):  # a catch-up follows
-            await self.ping(ring, PING_TIMEOUT)
 
     async def _read_missed(
         self, address: str, bucket: str, low_id: int, since: Moment, limit: int

@@ -93,14 +93,6 @@ class AnnouncementQueue:
             self.merge(late)
         return len(fresh)
 
-    def append_claimed(self, rows: Iterable[Row]) -> None:
-        """Append jobs that were just claimed: they are new, whatever is remembered of them."""
-        rows = list(rows)
-        for row in rows:
-            self._cursor.admit(row.key, row.marked, row.expires_at)
-        if rows:
-            self._push(Entry(rows))
-
     def _append_span(self, span: Span) -> None:
         if span.marked or not self._cursor.has_passed(span.boot, span.xid):
             self._entries.append(Entry(span=span))
@@ -180,6 +172,10 @@ class AnnouncementQueue:
             or any(row.key == key for row in entry.rows)
             for entry in self._entries
         )
+
+    def holds_jobs(self, channel: str) -> bool:
+        """Whether jobs of a normal channel are here."""
+        return any(row.channel == channel for entry in self._entries for row in entry.rows)
 
     @property
     def rows(self) -> int:

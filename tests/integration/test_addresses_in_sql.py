@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from tests.conftest import Observer
 
-TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
 NAME = st.from_regex(r"[A-Za-z0-9._\-]{1,100}", fullmatch=True)
 ON_ONE_DATABASE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -20,7 +19,7 @@ def value(observer: Observer, query: str, *parameters: str) -> str:
 
 
 @ON_ONE_DATABASE
-@given(prefix=NAME, group=TEXT)
+@given(prefix=NAME, group=NAME)
 def test_notification_channel_of_a_group_is_that_of_sql(observer: Observer, prefix: str, group: str) -> None:
     address = group_address(prefix, group)
     assert value(observer, "SELECT pg_layer_group_address(%s, %s)", prefix, group) == address

@@ -231,17 +231,8 @@ def test_append_marked_row_that_s_has_passed_is_brought(cursor: Cursor, queue: A
     assert dispatch(queue) == [5]
 
 
-def test_append_claimed_rows_are_taken_whatever_s_says(cursor: Cursor, queue: AnnouncementQueue) -> None:
-    claimed = row(5, 150)
-    cursor.adopt(at(200))
-    queue.append_claimed([claimed])
-    queue.append_claimed([])
-    assert dispatch(queue) == [5]
 
 
-def test_append_claimed_row_is_not_brought_again_by_a_catch_up(queue: AnnouncementQueue) -> None:
-    queue.append_claimed([row(5, 150)])
-    assert queue.missing([key_at(5, 150)]) == []
 
 
 # --- Bounds

@@ -1,0 +1,591 @@
+"""What the layer's statements cost: rows that a statement reads or deletes, and statements that run.
+
+Costs are counted, not timed: the server counts the index entries and rows that a connection has read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from devtools.postgres import PostgresServer
+from pg_layer import PostgresChannelLayer
+from pg_layer._messages.addresses import channel_address
+from tests.conftest import MakeLayer, Observer
+from tests.integration.test_connections import Log, logging_server
+from tests.processes import listen, receive, until
+from tests.project.commands import manage, succeeded
+
+__all__ = ["logging_server"]
+
+MANY = 20_000  # rows that a statement must not read
+FEW = 1000  # entries that it may read
+PART = 5000  # rows that a statement deletes at most
+STATISTICS = ("never", "before", "after")
+LAYER_TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client", "pg_layer_lease_clock")
+
+
+async def read_so_far(observer: Observer, *tables: str) -> int:
+    """Index entries and rows that ended connections have read in these tables."""
+    # A connection reports its statistics when it ends.
+    await until(
+        lambda: (
+            observer.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND application_name = 'measured'"
+            ).fetchone()
+            == (0,)
+        )
+    )
+    observer.execute("SELECT pg_stat_clear_snapshot()")
+    [(read,)] = observer.execute(
+        """
+        SELECT (SELECT coalesce(sum(seq_tup_read), 0) FROM pg_stat_user_tables WHERE relname = ANY (%(tables)s))
+            + (SELECT coalesce(sum(idx_tup_read), 0) FROM pg_stat_user_indexes WHERE relname = ANY (%(tables)s))
+        """,
+        {"tables": list(tables or LAYER_TABLES)},
+    ).fetchall()
+    return int(read)
+
+
+async def cost(dsn: str, observer: Observer, query: str, *tables: str) -> int:
+    """Index entries and rows that a statement of a new connection reads."""
+    before = await read_so_far(observer, *tables)
+    with psycopg.connect(dsn, autocommit=True, application_name="measured") as connection:
+        connection.execute(query.encode())
+    return await read_so_far(observer, *tables) - before
+
+
+@contextmanager
+def old_snapshot(dsn: str) -> Iterator[None]:
+    """While it lasts, no row that is deleted meanwhile can be removed, and no index entry be marked dead."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SELECT FROM pg_layer_client")
+        yield
+
+
+def leave_dead_rows(
+    observer: Observer, address: str, *, count: int = MANY, end: str = "1 hour", marked: bool = False
+) -> None:
+    """Write messages at an address, and delete them."""
+    observer.execute(
+        "INSERT INTO pg_layer_message (address, xid, boot, marked, channel, expires_at)"
+        " SELECT %s, pg_current_xact_id(), 1, %s, 'dead', clock_timestamp() + %s::interval"
+        " FROM generate_series(1, %s)",
+        (address, marked, end, count),
+    )
+    observer.execute("DELETE FROM pg_layer_message WHERE channel = 'dead'")
+
+
+@asynccontextmanager
+async def working(layer: PostgresChannelLayer, channel: str) -> AsyncIterator[None]:
+    """A worker takes all jobs of a channel."""
+
+    async def work() -> None:
+        while True:
+            await layer.receive(channel)
+
+    task = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+# ---------------------------------------------------------------------- writing memberships again
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+async def test_memberships_written_again_cost_the_same_for_each_whatever_the_statistics(
+    make_layer: MakeLayer,
+    migrated_dsn: str,
+    observer: Observer,
+    caplog: pytest.LogCaptureFixture,
+    statistics: str,
+) -> None:
+    """A crash of the server has emptied the table of memberships, and nobody has counted it since.
+
+    The process writes its rows again, in parts. Messages of others are received meanwhile, it makes no
+    further connection, and it does not think that the database is away.
+    """
+    caplog.set_level(logging.WARNING, "pg_layer")
+    groups, members = 100, 200
+    observer.execute(
+        "INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)"
+        " SELECT 'group-' || n % 100, 'asgi!other-' || n % 50, 'specific.other-' || n % 50 || '!' || n,"
+        " 'infinity' FROM generate_series(1, 20000) AS n"
+    )
+    if statistics == "before":  # they know many clients, and not this one
+        observer.execute("ANALYZE")
+    layer = make_layer(
+        dsn=make_conninfo(migrated_dsn, application_name="measured"), lease=60, heartbeat=0.5
+    )
+    sender = make_layer()
+    channels = [await layer.new_channel() for _ in range(members)]
+    for start in range(0, members, 20):
+        await asyncio.gather(
+            *(
+                layer.group_add(f"group-{group}", channel)
+                for channel in channels[start : start + 20]
+                for group in range(groups)
+            )
+        )
+    if statistics == "after":
+        observer.execute("ANALYZE")
+    mine = "SELECT count(*) FROM pg_layer_membership WHERE address = %s"
+    address = channel_address("asgi", channels[0])
+    assert observer.execute(mine, [address]).fetchone() == (groups * members,)
+    peak = 0
+    observer.execute("DELETE FROM pg_layer_membership WHERE address = %s", [address])
+    observer.execute("DELETE FROM pg_layer_boot")
+    begun_at = time.monotonic()
+    while observer.execute(mine, [address]).fetchone() != (groups * members,):
+        assert time.monotonic() - begun_at < 30
+        await sender.send(channels[0], {"n": 1})
+        assert await receive(layer, channels[0]) == {"n": 1}
+        [(count,)] = observer.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'measured'"
+        ).fetchall()
+        peak = max(peak, count)
+    assert peak <= 3
+    await until(lambda: layer.stats()["pending_operations"] == 0)
+    assert "Lost the database" not in caplog.text
+    before = await read_when_closed(layer, observer, "pg_layer_membership")
+    # Added, written again and deleted at the end: a few entries of three indexes for each.
+    assert before < 40 * groups * members
+
+
+async def read_when_closed(layer: PostgresChannelLayer, observer: Observer, *tables: str) -> int:
+    """What a layer whose connections are called "measured" has read in its life, where others read nothing."""
+    [(own,)] = observer.execute(
+        "SELECT pg_stat_get_xact_tuples_returned(i.indexrelid) FROM pg_stat_user_indexes AS i LIMIT 1"
+    ).fetchall()
+    assert own is not None
+    await layer.close()
+    return await read_so_far(observer, *tables)
+
+
+def test_groups_are_counted_with_one_look_at_each_client(migrated_dsn: str, observer: Observer) -> None:
+    """Many memberships of few clients, whose leases have expired while nobody renewed any."""
+    observer.execute(
+        "INSERT INTO pg_layer_lease_clock VALUES ('asgi', 1, 60, clock_timestamp(), clock_timestamp());"
+        "INSERT INTO pg_layer_client (address, expires_at, lease)"
+        " SELECT 'asgi!' || n, clock_timestamp(), 60 FROM generate_series(0, 2) AS n;"
+        "INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)"
+        " SELECT 'room', 'asgi!' || n % 3, 'specific.' || n % 3 || '!' || n, 'infinity'"
+        f" FROM generate_series(1, {MANY}) AS n"
+    )
+    looks = "SELECT seq_scan + coalesce(idx_scan, 0) FROM pg_stat_user_tables WHERE relname = %s"
+
+    def scans(query: str) -> int:
+        found = []
+        for step in (b"SELECT 1", query.encode()):
+            with psycopg.connect(migrated_dsn, autocommit=True) as connection:
+                connection.execute(step)
+            observer.execute("SELECT pg_stat_clear_snapshot()")
+            rows = [
+                observer.execute(looks, [f"pg_layer_{table}"]).fetchone()
+                for table in ("client", "lease_clock")
+            ]
+            found.append(sum(row[0] for row in rows if row is not None))
+        return int(found[1] - found[0])
+
+    members = observer.execute("SELECT members, addresses FROM pg_layer_group").fetchall()
+    assert members == [(MANY, 3)]
+    assert scans("SELECT members FROM pg_layer_group") <= 10
+    assert scans("SELECT count(*) FROM pg_layer_group_channels('asgi', 'room')") <= 10
+
+
+# ---------------------------------------------------------------------- sweeping
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+async def test_a_sweep_reads_what_it_removes_and_not_who_has_ended_within_a_day(
+    migrated_dsn: str, observer: Observer, statistics: str
+) -> None:
+    """10,000 clients have closed or been swept today, and others have many memberships and messages."""
+    if statistics == "before":
+        observer.execute("ANALYZE")
+    observer.execute(
+        """
+        INSERT INTO pg_layer_lease_clock
+        VALUES ('asgi', 1, 60, clock_timestamp(), clock_timestamp() - interval '1 day');
+        SELECT pg_layer_current_boot();
+        UPDATE pg_layer_lease_clock SET boot = (SELECT boot FROM pg_layer_boot);
+        SELECT pg_layer_close('asgi', 'asgi!closed-' || n, '{}', '{}') FROM generate_series(1, 5000) AS n;
+        INSERT INTO pg_layer_client (address, expires_at, lease, swept_at)
+        SELECT 'asgi!swept-' || n, clock_timestamp(), 60, clock_timestamp() FROM generate_series(1, 5000) AS n;
+        INSERT INTO pg_layer_client (address, expires_at, lease)
+        SELECT 'asgi!live-' || n, clock_timestamp() + interval '1 hour', 60 FROM generate_series(1, 20) AS n;
+        INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
+        SELECT 'group-' || n % 1000, 'asgi!live-' || n % 20 + 1, 'specific.live-' || n % 20 + 1 || '!' || n,
+            'infinity'
+        FROM generate_series(1, 20000) AS n;
+        INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)
+        SELECT 'asgi!live-' || n % 20 + 1, pg_current_xact_id(), 1, 'specific.live-' || n % 20 + 1 || '!' || n,
+            clock_timestamp() + interval '1 hour'
+        FROM generate_series(1, 20000) AS n;
+        """
+    )
+    if statistics == "after":
+        observer.execute("ANALYZE")
+    sweep = "SELECT * FROM pg_layer_sweep('asgi', 1000, false, 0)"
+    assert await cost(migrated_dsn, observer, sweep) < FEW
+    observer.execute(
+        """
+        INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!over', '2020-01-01', 60);
+        INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
+        SELECT 'group-' || n, 'asgi!over', 'specific.over!' || n, 'infinity' FROM generate_series(1, 100) AS n;
+        INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)
+        SELECT 'asgi!over', pg_current_xact_id(), 1, 'specific.over!1', clock_timestamp()
+        FROM generate_series(1, 100) AS n;
+        INSERT INTO pg_layer_client (address, expires_at, lease, ended_at, swept_at)
+        SELECT 'asgi!old-' || n, '2020-01-01', 60, '2020-01-01', '2020-01-01' FROM generate_series(1, 100) AS n
+        """
+    )
+    left = "SELECT * FROM pg_layer_sweepable('asgi')"
+    assert observer.execute(left).fetchone() == (100, 100, 100)
+    assert await cost(migrated_dsn, observer, sweep) < 2 * FEW
+    assert observer.execute(left).fetchone() == (0, 0, 0)
+
+
+# ---------------------------------------------------------------------- dead rows
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')",
+        "SELECT pg_layer_group_send('workers', '{\"type\": \"test\"}')",
+    ],
+)
+async def test_sends_from_sql_to_a_normal_channel_do_not_walk_dead_rows(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, send: str
+) -> None:
+    """A session of an application knows nothing of ids. Workers have taken many jobs under an old snapshot."""
+    layer = make_layer(lease=60, heartbeat=0.1)
+    await layer.group_add("workers", "jobs")
+    await listen(layer)
+    async with working(layer, "jobs"):
+        with old_snapshot(migrated_dsn):
+            leave_dead_rows(observer, channel_address("asgi", "jobs"))
+            first = await cost(migrated_dsn, observer, send, "pg_layer_message")
+            costs = [first]
+            while costs[-1] >= FEW:
+                assert len(costs) < 200
+                await asyncio.sleep(0.1)
+                costs.append(await cost(migrated_dsn, observer, send, "pg_layer_message"))
+            # It stays so, although heartbeats and sends go on.
+            assert max([await cost(migrated_dsn, observer, send, "pg_layer_message") for _ in range(5)]) < FEW
+    # Nobody else looks through them either: the worker begins where the server says.
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,) or True)
+
+
+async def test_sends_from_sql_to_a_consumer_do_not_walk_dead_rows(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
+) -> None:
+    """The same for a channel of a process: the process keeps the smallest id for senders."""
+    layer = make_layer(lease=60, heartbeat=0.1)
+    channel = await layer.new_channel()
+    await listen(layer)
+    send = f"SELECT pg_layer_send('{channel}', '{{\"type\": \"test\"}}')"
+    async with working(layer, channel):
+        with old_snapshot(migrated_dsn):
+            leave_dead_rows(observer, channel_address("asgi", channel))
+            while await cost(migrated_dsn, observer, send, "pg_layer_message") >= FEW:
+                await asyncio.sleep(0.1)
+
+
+async def test_a_channel_that_is_full_is_full_wherever_the_count_begins(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """The kept id never passes what waits: jobs, and jobs that a worker gave back."""
+    layer = make_layer(lease=60, heartbeat=0.05)
+    send = "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}', capacity => 20)"
+    await listen(layer)
+    # It reads the channel from time to time, so that it keeps its id.
+    async with working(layer, "jobs"):
+        for _ in range(5):
+            observer.execute(send)
+        await until(
+            lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+        )
+    for _ in range(20):
+        assert observer.execute(send).fetchone() == (True,)
+    assert observer.execute(send).fetchone() == (False,)
+    # Many ids are drawn elsewhere, and heartbeats follow them.
+    for _ in range(5):
+        leave_dead_rows(observer, "asgi!elsewhere", count=2000)
+        await renewed(observer, 2)
+        assert observer.execute(send).fetchone() == (False,)
+    # All of them are received, in order, by a reader that finds them without an announcement.
+    for _ in range(20):
+        assert await receive(layer, "jobs") == {"type": "test"}
+
+
+async def renewed(observer: Observer, times: int = 1) -> None:
+    """Return when the lease has been renewed as often."""
+    query = "SELECT max(expires_at) FROM pg_layer_client WHERE lease = 60"
+    for _ in range(times):
+        before = observer.execute(query).fetchone()
+        await until(lambda before=before: observer.execute(query).fetchone() != before)  # type: ignore[misc]
+
+
+async def test_heartbeats_and_sweeps_do_not_walk_what_others_have_deleted(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
+) -> None:
+    """Under an old snapshot other processes deleted what had expired, and marked messages were received.
+
+    A process that has nothing to do renews its lease and sweeps. It reads few index entries each time.
+    """
+    layer = make_layer(
+        dsn=make_conninfo(migrated_dsn, application_name="measured"),
+        lease=60,
+        heartbeat=0.1,
+        sweep_interval=0.1,
+    )
+    await listen(layer)
+    await renewed(observer, 3)
+    with old_snapshot(migrated_dsn):
+        before = await read_so_far_by_living(observer, layer)
+        leave_dead_rows(observer, "asgi!@room", end="-10 minutes")
+        leave_dead_rows(observer, "asgi!@room", marked=True)
+        await renewed(observer, 3)
+        middle = await read_so_far_by_living(observer, layer)
+        await renewed(observer, 20)
+        after = await read_so_far_by_living(observer, layer)
+        # At first it finds out that nothing is left. From then on it does not look there again.
+        assert middle - before < 20 * MANY
+        assert after - middle < MANY
+
+
+async def read_so_far_by_living(observer: Observer, layer: PostgresChannelLayer) -> int:
+    """What the connections of a layer have read: they are ended, and it makes new ones."""
+    reconnects = layer.stats()["reconnects"]
+    observer.execute(
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'measured'"
+    )
+    observer.execute("SELECT pg_stat_clear_snapshot()")
+    [(read,)] = observer.execute(
+        "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'pg_layer_message'"
+    ).fetchall()
+    await until(lambda: layer.stats()["reconnects"] > reconnects)
+    return int(read)
+
+
+# ---------------------------------------------------------------------- deletions in parts
+
+
+class Deletions:
+    """Notes how many rows each statement deletes."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        observer.execute(
+            "CREATE TABLE deletion (tablename text, deleted bigint);"
+            "CREATE FUNCTION note_deletion() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO deletion SELECT TG_TABLE_NAME, count(*) FROM gone; RETURN NULL; END $$"
+        )
+        for table in ("pg_layer_message", "pg_layer_membership"):
+            observer.execute(
+                f"CREATE TRIGGER note_deletion AFTER DELETE ON {table} REFERENCING OLD TABLE AS gone"
+                " FOR EACH STATEMENT EXECUTE FUNCTION note_deletion()".encode()
+            )
+
+    def most(self) -> int:
+        """The most rows that a statement has deleted."""
+        [(most,)] = self._observer.execute("SELECT coalesce(max(deleted), 0) FROM deletion").fetchall()
+        return int(most)
+
+    def all(self, table: str) -> int:
+        """How many rows of a table all statements have deleted."""
+        [(count,)] = self._observer.execute(
+            "SELECT coalesce(sum(deleted), 0)::bigint FROM deletion WHERE tablename = %s", [table]
+        ).fetchall()
+        return int(count)
+
+
+def fill(observer: Observer, address: str, channel: str, *, messages: int, memberships: int) -> None:
+    """Write messages and memberships of a client."""
+    observer.execute(
+        "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
+        " SELECT %s, pg_current_xact_id(), 1, %s, '\\x80', clock_timestamp() + interval '1 hour'"
+        " FROM generate_series(1, %s)",
+        (address, channel, messages),
+    )
+    observer.execute(
+        "INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)"
+        " SELECT 'group-' || n, %s, %s, 'infinity' FROM generate_series(1, %s) AS n",
+        (address, channel, memberships),
+    )
+
+
+def is_empty(observer: Observer, *tables: str) -> bool:
+    """Whether nothing is left but control messages."""
+    queries = {
+        "pg_layer_message": "SELECT count(*) FROM pg_layer_message WHERE kind = 'message'",
+        "pg_layer_membership": "SELECT count(*) FROM pg_layer_membership",
+    }
+    return all(observer.execute(queries[table].encode()).fetchone() == (0,) for table in tables or queries)
+
+
+async def flush(layer: PostgresChannelLayer, observer: Observer, channel: str) -> None:
+    await layer.flush()
+    assert is_empty(observer)
+
+
+async def close(layer: PostgresChannelLayer, observer: Observer, channel: str) -> None:
+    await layer.close()
+    await until(lambda: is_empty(observer))
+
+
+@pytest.mark.parametrize("end", [flush, close])
+async def test_a_flush_and_a_close_delete_in_parts(
+    make_layer: MakeLayer,
+    observer: Observer,
+    end: Callable[[PostgresChannelLayer, Observer, str], Awaitable[None]],
+) -> None:
+    layer = make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    fill(observer, channel_address("asgi", channel), channel, messages=12_000, memberships=11_000)
+    deletions = Deletions(observer)
+    await end(layer, observer, channel)
+    assert deletions.most() <= PART
+    assert deletions.all("pg_layer_message") >= 12_000
+    assert deletions.all("pg_layer_membership") >= 11_000
+
+
+async def test_what_was_sent_before_a_flush_in_parts_does_not_arrive_after_it(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """Another process holds messages and memberships. All of them end with the flush, and nothing later."""
+    layer, other = make_layer(), make_layer()
+    channel = await other.new_channel()
+    await other.group_add("room", channel)
+    await listen(other)
+    for n in range(20):
+        await layer.send(channel, {"before": n})
+        await layer.group_send("room", {"before": n})
+    fill(observer, "asgi!elsewhere", "specific.elsewhere!1", messages=12_000, memberships=11_000)
+    await layer.flush()
+    # The control message has its place in the order: what is sent afterwards is received, and nothing else.
+    await layer.send(channel, {"after": 1})
+    await until(lambda: other.stats()["queued_messages"] <= 1)
+    assert await receive(other, channel) == {"after": 1}
+    await layer.group_send("room", {"after": 2})
+    await layer.send(channel, {"after": 3})
+    assert await receive(other, channel) == {"after": 3}
+
+
+async def test_a_close_that_was_cut_short_leaves_the_rest_to_the_sweeper(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """A client with many memberships closes, and its process ends after the first part."""
+    fill(observer, "asgi!closing", "specific.closing!1", messages=10, memberships=2500)
+    closed = observer.execute(
+        "SELECT pg_layer_close('asgi', 'asgi!closing', '{}', '{}', 1000)"
+    ).fetchone()
+    assert closed == (False,)
+    [(left,)] = observer.execute("SELECT count(*) FROM pg_layer_membership").fetchall()
+    assert left == 1500
+    # They do not count any more, and the next sweep removes them.
+    assert observer.execute("SELECT * FROM pg_layer_group").fetchall() == []
+    assert succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once", "--batch-size", "1000")).startswith(
+        "Removed 0 messages, 1500 memberships"
+    )
+
+
+async def test_expired_messages_are_deleted_in_parts(make_layer: MakeLayer, observer: Observer) -> None:
+    layer = make_layer(lease=60, heartbeat=0.1)
+    await listen(layer)
+    deletions = Deletions(observer)
+    observer.execute(
+        "INSERT INTO pg_layer_message (address, xid, boot, expires_at)"
+        f" SELECT 'asgi!@room', pg_current_xact_id(), 1, clock_timestamp() FROM generate_series(1, {MANY})"
+    )
+    await until(lambda: is_empty(observer, "pg_layer_message"))
+    assert deletions.all("pg_layer_message") >= MANY
+    assert deletions.most() <= 1000
+
+
+async def test_received_messages_are_deleted_in_parts(make_layer: MakeLayer, observer: Observer) -> None:
+    """The database takes no deletions while many messages are received; then it does."""
+    count = 5000
+    layer, sender = make_layer(capacity=2 * count), make_layer(capacity=2 * count)
+    channel = await layer.new_channel()
+    await listen(layer)
+    await until(lambda: is_empty(observer, "pg_layer_message"))
+    deletions = Deletions(observer)
+    for start in range(0, count, 500):
+        assert all(await sender.send_many([(channel, {"n": n}) for n in range(start, start + 500)]))
+    await until(lambda: layer.stats()["queued_messages"] == count)
+    for n in range(count):
+        assert await receive(layer, channel) == {"n": n}
+    await until(lambda: is_empty(observer, "pg_layer_message"))
+    assert deletions.all("pg_layer_message") == count
+    assert deletions.most() <= 1000
+
+
+async def test_what_a_crash_brings_back_is_deleted_in_parts(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """A crash undid deletions of many messages. The receiver deletes them again, and keeps what it holds."""
+    layer = make_layer(lease=60, heartbeat=0.1)
+    channel = await layer.new_channel()
+    await listen(layer)
+    await layer.send(channel, {"n": "held"})
+    await until(lambda: layer.stats()["queued_messages"] == 1)
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
+    )
+    deletions = Deletions(observer)
+    fill(observer, channel_address("asgi", channel), channel, messages=MANY, memberships=0)
+    observer.execute("DELETE FROM pg_layer_boot")
+    # It notices the new boot when it catches up.
+    observer.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'pg_layer %' AND query LIKE '%pg_layer_listen%'"
+    )
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
+    )
+    assert deletions.most() <= 1000
+    assert await receive(layer, channel) == {"n": "held"}
+
+
+# ---------------------------------------------------------------------- statements
+
+
+async def test_an_idle_process_runs_one_statement_for_each_heartbeat(
+    logging_server: PostgresServer, make_layer: MakeLayer
+) -> None:
+    """Consumers are in groups, and a worker waits. Nothing is sent."""
+    heartbeat, beats = 0.4, 5
+    log = Log(logging_server)
+    layer = make_layer(
+        dsn=logging_server.dsn("logged", application_name="idle"), lease=3, heartbeat=heartbeat
+    )
+    channels = [await layer.new_channel() for _ in range(3)]
+    for channel in channels:
+        await layer.group_add("room", channel)
+    await listen(layer)
+    async with working(layer, "jobs"):
+        await until(lambda: "pg_layer_claim" in "".join(log.statements("idle")))
+        await until(
+            lambda: logging_server.execute("SELECT count(*) FROM pg_layer_message", dbname="logged") == [(0,)]
+        )
+        log.forget()
+        begun_at = time.monotonic()
+        await until(lambda: len(log.statements("idle")) >= beats)
+        # The first may come at once; between any two there is a heartbeat.
+        assert time.monotonic() - begun_at > 0.9 * heartbeat * (beats - 1)
