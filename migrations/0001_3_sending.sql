@@ -174,6 +174,9 @@ BEGIN
         waiting := waiting + 1;
     END IF;
     accepted := true;
+    IF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
+    END IF;
     SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END, pg_current_xact_id(), b.boot
     INTO _lock, _xid, boot FROM pg_layer_boot AS b;
     IF NOT FOUND THEN
@@ -382,6 +385,9 @@ DECLARE
     _lock text;
     _notified text;
 BEGIN
+    IF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
+    END IF;
     -- One statement looks and begins, as pg_layer_begin_write() does, and another writes: each that PL/pgSQL runs costs as much as the
     -- row. Client addresses sort before and after those of normal channels. A plan for the actual values may walk the index on
     -- addresses until it meets the group.

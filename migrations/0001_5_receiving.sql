@@ -110,7 +110,10 @@ $$;
 
 -- Give claimed jobs back to their channels, with their ids and their ends.
 --   _fence: as for pg_layer_claim; null: the client closes
-CREATE FUNCTION pg_layer_release(_prefix text, _address text, _fence bigint, _ids bigint[], _xids bigint[]) RETURNS void
+--   _quiet: do not announce them
+CREATE FUNCTION pg_layer_release(
+    _prefix text, _address text, _fence bigint, _ids bigint[], _xids bigint[], _quiet boolean DEFAULT false
+) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     _released record;
@@ -130,7 +133,9 @@ BEGIN
         -- Also where there is no row yet: pg_layer_keep_low_ids must not raise the id while the released jobs are not visible to it.
         INSERT INTO pg_layer_low_id AS l (address, low_id, kept_on) VALUES (_released.address, 0, current_date)
         ON CONFLICT (address) DO UPDATE SET low_id = least(l.low_id, _released.first);
-        PERFORM pg_notify(pg_layer_notification_channel(_released.address), 'J ' || _released.first);
+        IF NOT _quiet THEN
+            PERFORM pg_notify(pg_layer_notification_channel(_released.address), 'J ' || _released.first);
+        END IF;
     END LOOP;
 END
 $$;

@@ -72,9 +72,10 @@ $$;
 
 -- A client's end: the rows that it names were received, its other jobs go back to their channels, and all else of it goes, up to _limit
 -- messages and memberships. What the caller leaves expires, or the sweeper removes it.
+--   _quiet: do not announce the jobs
 --   returns: whether nothing is left
 CREATE FUNCTION pg_layer_close(
-    _prefix text, _address text, _done_ids bigint[], _done_xids bigint[], _limit integer DEFAULT 5000
+    _prefix text, _address text, _done_ids bigint[], _done_xids bigint[], _limit integer DEFAULT 5000, _quiet boolean DEFAULT false
 ) RETURNS boolean
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
@@ -96,7 +97,7 @@ BEGIN
     SELECT count(*), array_agg(p.id) FILTER (WHERE p.is_job), array_agg(p.xid::text::bigint) FILTER (WHERE p.is_job)
     INTO _messages, _ids, _xids FROM part AS p;
     IF _ids IS NOT NULL THEN
-        PERFORM pg_layer_release(_prefix, _address, NULL, _ids, _xids);
+        PERFORM pg_layer_release(_prefix, _address, NULL, _ids, _xids, _quiet);
     END IF;
     _memberships := pg_layer_delete_memberships(_address, _limit);
     IF _memberships < _limit THEN
@@ -124,16 +125,15 @@ $$;
 
 -- Remove up to _limit messages and memberships of a prefix each; when nothing is left, tell every client so in its one order.
 --   returns: whether nothing is left; then the boot and transaction, and the id of the control message to _address, if it is among
---       the clients
+--       the clients; all control messages, for whoever announces quiet ones
 CREATE FUNCTION pg_layer_flush(
-    _prefix text, _address text, _limit integer DEFAULT 5000, OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT id bigint
+    _prefix text, _address text, _limit integer DEFAULT 5000, _quiet boolean DEFAULT false,
+    OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT id bigint, OUT ids bigint[], OUT addresses text[]
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _xid xid8;
-    _ids bigint[];
-    _addresses text[];
     _count bigint;
 BEGIN
     -- Under the lock nobody writes what the last part would leave.
@@ -158,16 +158,16 @@ BEGIN
         RETURN;
     END IF;
     WITH written AS (
-        INSERT INTO pg_layer_message AS m (address, xid, boot, kind, expires_at)
-        SELECT c.address, _xid, pg_layer_flush.boot, 'flush', clock_timestamp() + interval '1 day' FROM pg_layer_client AS c
+        INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, expires_at)
+        SELECT c.address, _xid, pg_layer_flush.boot, _quiet, 'flush', clock_timestamp() + interval '1 day' FROM pg_layer_client AS c
         WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
         RETURNING m.id, m.address
     )
-    SELECT array_agg(w.id), array_agg(w.address), max(w.id) FILTER (WHERE w.address = _address) INTO _ids, _addresses, id
+    SELECT array_agg(w.id), array_agg(w.address), max(w.id) FILTER (WHERE w.address = _address) INTO ids, addresses, id
     FROM (SELECT * FROM written AS w ORDER BY w.id) AS w;
-    IF _ids IS NOT NULL THEN
-        PERFORM pg_layer_announce(false, array_fill(boot, ARRAY[cardinality(_ids)]), array_fill(_xid::text, ARRAY[cardinality(_ids)]),
-            _ids, _addresses, NULL, array_fill('flush'::text, ARRAY[cardinality(_ids)]), NULL, NULL, NULL);
+    IF ids IS NOT NULL AND NOT _quiet THEN
+        PERFORM pg_layer_announce(false, array_fill(boot, ARRAY[cardinality(ids)]), array_fill(_xid::text, ARRAY[cardinality(ids)]),
+            ids, addresses, NULL, array_fill('flush'::text, ARRAY[cardinality(ids)]), NULL, NULL, NULL);
     END IF;
 END
 $$;

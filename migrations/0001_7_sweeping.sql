@@ -3,18 +3,22 @@
 -- Delete up to _limit expired messages, of all prefixes, in the order in which they expired.
 --   _after: what expired before then (seconds since 1970) is left alone, because an earlier part has deleted it. Rows that were
 --       written with an end in the past need a pass with 0
---   returns: how many, and the end of the last one
+--   returns: how many, and where the next part begins: with the end of the last one; if there are no more, a minute ago at least, because
+--       messages are committed a moment after their ends were set
 CREATE FUNCTION pg_layer_delete_expired(_after float8, _limit integer, OUT count bigint, OUT last float8)
 LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
     WITH expired AS MATERIALIZED (
         SELECT m.address, m.id FROM pg_layer_message AS m
         WHERE m.expires_at >= CASE WHEN _after > 0 THEN to_timestamp(_after) ELSE '-infinity' END
-            AND m.expires_at <= clock_timestamp()
+            AND m.expires_at <= (SELECT clock_timestamp())  -- once, or it would be no condition of the index
         ORDER BY m.expires_at LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_message AS m USING expired AS e WHERE m.address = e.address AND m.id = e.id RETURNING m.expires_at
     )
-    SELECT count(*), extract(epoch FROM max(g.expires_at))::float8 FROM gone AS g
+    SELECT count(*), CASE WHEN count(*) < _limit
+            THEN greatest(max(extract(epoch FROM g.expires_at)), _after, extract(epoch FROM clock_timestamp()) - 60)
+            ELSE max(extract(epoch FROM g.expires_at)) END::float8
+    FROM gone AS g
 $$;
 
 -- Remove up to _limit of each kind: expired messages, claims that are over, memberships of clients whose lease is over, and clients that ended a day ago. Rows that

@@ -126,8 +126,8 @@ class Config:
             raise _bad("sweep_interval", self.sweep_interval, "a number of seconds, or 0 for never")
         if self.heartbeat > 0.4 * self.lease:
             raise ImproperlyConfigured(
-                f"pg_layer: CONFIG['heartbeat'] must be at most two fifths of 'lease' ({self.lease!r} seconds), "
-                f"not {self.heartbeat!r}: one late heartbeat must not end a lease."
+                f"pg_layer: CONFIG['heartbeat'] must be at most two fifths of 'lease' "
+                f"({self.lease!r} seconds), not {self.heartbeat!r}: one late heartbeat must not end a lease."
             )
         for name in ("on_disconnect", "on_reconnect"):
             type_ = getattr(self, name)

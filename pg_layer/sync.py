@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pg_layer._runtime.loops import Loops
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 logger = logging.getLogger("pg_layer")
 
@@ -43,12 +44,12 @@ CAREFUL = 600.0  # seconds for which transactions do not notify after the server
 Work = Callable[[DjangoSession], Coroutine[Any, Any, T]]
 
 
-class Write(Protocol[T]):
+class Write(Protocol[T_co]):
     """A statement that writes, and returns rows to announce if it is quiet."""
 
     async def __call__(
         self, session: DjangoSession, *, own: bool, quiet: bool
-    ) -> tuple[T, list[Unannounced]]:
+    ) -> tuple[T_co, list[Unannounced]]:
         """Run it."""
         ...
 
@@ -152,9 +153,7 @@ class Sync:
     # ------------------------------------------------------------------ writing
 
     def _send(self, using: str | None, sends: Any) -> list[bool]:
-        async def write(
-            session: DjangoSession, *, own: bool, quiet: bool
-        ) -> tuple[Sent, list[Unannounced]]:
+        async def write(session: DjangoSession, *, own: bool, quiet: bool) -> tuple[Sent, list[Unannounced]]:
             room = self._rooms.setdefault(session.alias, Room())
             return await write_sends(session, self._config.prefix, sends, room, own=own, quiet=quiet)
 
@@ -176,9 +175,7 @@ class Sync:
     def _change(self, using: str | None, change: Change) -> None:
         config = self._config
 
-        async def write(
-            session: DjangoSession, *, own: bool, quiet: bool
-        ) -> tuple[None, list[Unannounced]]:
+        async def write(session: DjangoSession, *, own: bool, quiet: bool) -> tuple[None, list[Unannounced]]:
             # Owners in this process, too, apply it only if it is committed.
             return None, await write_changes(
                 session, config.prefix, config.group_expiry, [change], own=own, quiet=quiet

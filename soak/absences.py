@@ -131,10 +131,6 @@ class Absences:
         """Whether the lease of a process may have been over, while the database was there."""
         return self._without_lease.get(process, _NONE).overlap(start, end)
 
-    def without_lease(self, process: str) -> list[tuple[float, float]]:
-        """The times in which it may have been."""
-        return self._without_lease.get(process, _NONE).longer_than(0)
-
 
 class Receipts:
     """When messages had been sent and were received."""

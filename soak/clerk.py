@@ -15,7 +15,7 @@ from django.db import Error as DatabaseError
 
 from pg_layer import LayerUnavailable
 from soak.book import now
-from soak.records import Complaint, Ended, Failed, Joined, Joining, Leaving, Left, Outcome, Undone
+from soak.records import Complaint, Ended, Joined, Joining, Leaving, Left, Outcome, Undone
 from soak.roles import PAUSE, RETRY, Sending
 
 DESKS = 2  # a clerk's threads
@@ -181,8 +181,6 @@ class Desk:
         for channel in self._joins:
             self._book.write(Leaving(now(), self._group, channel, True))
         self._doubtful = self._joins | self._leaves
-        for channel in self._doubtful:
-            self._book.write(Failed(now(), self._group, channel))
         self._guests -= self._doubtful
 
     def _clear_doubts(self) -> bool:

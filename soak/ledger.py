@@ -21,7 +21,6 @@ from soak.records import (
     Complaint,
     Crash,
     Ended,
-    Failed,
     Fault,
     Gone,
     Got,
@@ -83,7 +82,6 @@ class Stay:
     joined: float = math.inf
     leaving: float = math.inf
     left: float = math.inf
-    has_failed: bool = False  # its leaving, at first
     joins_in_transaction: bool = False
     leaves_in_transaction: bool = False
 
@@ -257,8 +255,6 @@ class _Settling:
                 case Leaving():
                     stay = open_stays[record.group, record.channel]
                     stay.leaving, stay.leaves_in_transaction = record.at, record.in_transaction
-                case Failed():
-                    open_stays[record.group, record.channel].has_failed = True
                 case Left():
                     open_stays[record.group, record.channel].left = record.at
                 case Undone():

@@ -91,14 +91,6 @@ class Leaving(NamedTuple):
     in_transaction: bool = False
 
 
-class Failed(NamedTuple):
-    """group_discard or its commit failed, and is tried again. Until then it is in doubt."""
-
-    at: float
-    group: str
-    channel: str
-
-
 class Left(NamedTuple):
     """It has returned; in a transaction: the commit has."""
 
@@ -187,7 +179,6 @@ Record = (
     | Joining
     | Joined
     | Leaving
-    | Failed
     | Left
     | Undone
     | Cancelled
@@ -202,7 +193,7 @@ Record = (
 _RECORDS: dict[str, Any] = {
     record.__name__: record
     for record in (
-        *(Begun, Ended, Opened, Closed, Got, Joining, Joined, Leaving, Failed, Left, Undone),
+        *(Begun, Ended, Opened, Closed, Got, Joining, Joined, Leaving, Left, Undone),
         *(Cancelled, Complaint, Fault, Away, Crash, Promotion, Gone),
     )
 }

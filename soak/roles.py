@@ -24,7 +24,6 @@ from soak.records import (
     Cancelled,
     Closed,
     Ended,
-    Failed,
     Got,
     Joined,
     Joining,
@@ -144,7 +143,6 @@ class Player:
             try:
                 await self.layer.group_discard(group, channel)
             except LayerUnavailable:
-                self.book.write(Failed(now(), group, channel))
                 await self.pause(RETRY)
             else:
                 self.book.write(Left(now(), group, channel))

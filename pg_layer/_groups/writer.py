@@ -81,7 +81,7 @@ class MembershipWriter:
             raise
 
     async def _write(self, rows: queries.OwnRows, deadline: float) -> Moment:
-        """Write rows, again if the outcome is unknown: with a higher fence, so that the first cannot come late."""
+        """Write rows; again with a higher fence if the outcome is unknown, so that none comes late."""
         client = self._client
 
         async def work(session: Session) -> Moment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from pg_layer._db.queries import receive as queries
@@ -83,7 +84,7 @@ class Deletions:
             for start in range(0, len(keys), DELETE_MOST):
                 part = keys[start : start + DELETE_MOST]
                 await self._connections.run(
-                    lambda session, part=part: queries.delete(session, client.address, part),
+                    partial(queries.delete, address=client.address, keys=part),
                     timeout=client.config.send_timeout,
                     is_idempotent=True,
                 )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pg_layer._db.queries import receive as queries
-from pg_layer._messages.addresses import channel_address
+from pg_layer._messages.addresses import channel_address, notification_channel
 from pg_layer._messages.rows import LAST_ID, Key, KeyAt, Row
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.client import Client
@@ -28,6 +28,7 @@ QUICK = 0.02  # seconds: a reader that finishes its jobs in less is given more a
 AHEAD_PART = 16  # of the capacity: jobs claimed ahead make room for others
 AHEAD_MOST = 31
 RETRY = 0.5  # seconds
+ANNOUNCE_RETRY = 1.0  # seconds
 
 
 class JobReader:
@@ -62,6 +63,7 @@ class JobReaders:
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._readers: dict[str, JobReader] = {}
+        self._unannounced: dict[str, int] = {}  # channels whose released jobs were not announced
         self.unknown_low_id = LAST_ID  # a claim whose answer was lost has moved no smaller id
         self._in_flight: dict[int, int] = {}  # claims whose answer is not here -> the same
 
@@ -138,18 +140,18 @@ class JobReaders:
         # it is there, `look_again` follows.
         if self._receiver.is_in_doubt or not self._client.renewed_at:
             return
-        if not (reader.is_claiming or reader.is_releasing) and reader.may_have_more and reader.queue.missing > 0:
+        if (
+            not (reader.is_claiming or reader.is_releasing)
+            and reader.may_have_more
+            and reader.queue.missing > 0
+        ):
             reader.is_claiming = True
             self._spawn(self._claim(reader))
 
     async def _claim(self, reader: JobReader) -> None:
         client, queue = self._client, reader.queue
         try:
-            while (
-                reader.may_have_more
-                and not self._receiver.is_in_doubt
-                and (missing := queue.missing) > 0
-            ):
+            while reader.may_have_more and not self._receiver.is_in_doubt and (missing := queue.missing) > 0:
                 reader.may_have_more = False
                 if self._loop.time() - reader.claimed_at < QUICK:
                     most = min(queue.capacity // AHEAD_PART, AHEAD_MOST)
@@ -238,9 +240,13 @@ class JobReaders:
         client = self._client
         keys = [message.key for message in messages if message.key is not None]
         try:
-            await self._connections.run(
-                partial(self._release_on, keys=keys), timeout=client.config.send_timeout
+            is_announced = await self._connections.run(
+                partial(self._release_on, keys=keys, quiet=False),
+                quietly=partial(self._release_on, keys=keys, quiet=True),
+                timeout=client.config.send_timeout,
             )
+            if not is_announced:
+                self._announce_later(reader.queue.channel, min(key.id for key in keys))
             remaining: set[Key] = set()
         except BaseException as error:
             # What was not released is still at the own address, and this process has it.
@@ -260,10 +266,34 @@ class JobReaders:
         self._release_later(reader)
         self._claim_soon(reader)
 
-    async def _release_on(self, session: Session, keys: list[Key]) -> None:
+    async def _release_on(self, session: Session, keys: list[Key], quiet: bool) -> bool:
         client = self._client
         await self._receiver.raise_fence(session)
-        await queries.release(session, client.config.prefix, client.address, client.fence, keys)
+        await queries.release(session, client.config.prefix, client.address, client.fence, keys, quiet=quiet)
+        return not quiet
+
+    def _announce_later(self, channel: str, first: int) -> None:
+        """The server has refused to announce jobs that were released: announce them when it does."""
+        if not self._unannounced:
+            self._spawn(self._announce())
+        self._unannounced[channel] = min(first, self._unannounced.get(channel, first))
+
+    async def _announce(self) -> None:
+        prefix = self._client.config.prefix
+        while self._unannounced:
+            channel, first = next(iter(self._unannounced.items()))
+            name = notification_channel(channel_address(prefix, channel))
+            try:
+                await self._connections.run(
+                    partial(queries.notify, channel=name, payload=f"J {first}"),
+                    timeout=self._client.config.send_timeout,
+                    is_idempotent=True,
+                )
+            except PgLayerError:
+                await asyncio.sleep(ANNOUNCE_RETRY)
+            else:
+                if self._unannounced.get(channel) == first:
+                    del self._unannounced[channel]
 
     async def _remaining(self, keys: list[Key]) -> set[Key]:
         """Which of these jobs are still at the own address, now that their release can come no more."""

@@ -26,7 +26,8 @@ BACKOFF_LAST = 2.0  # so that a server that is back is found within two
 class Listener:
     """Keeps a LISTEN connection for as long as `run` runs.
 
-    ``prepare`` is awaited with each new connection, and then ``on_connect``: it calls `listen` and catches up.
+    ``prepare`` is awaited with each new connection, and then ``on_connect``, which calls `listen` and
+    catches up.
     ``on_notify`` is called with the NOTIFY channel and the payload, ``on_lost`` with the reason whenever the
     connection is lost or cannot be made.
     """

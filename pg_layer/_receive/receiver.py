@@ -356,13 +356,11 @@ class Receiver:
     async def _delete_received(self, moment: Moment) -> None:
         client = self._client
         # Rows that were announced before, and are not read yet, are not among those that are held.
-        while client.announcements.awaits(moment):
+        while client.announcements.awaits(moment):  # noqa: ASYNC110  # rarely, after a crash
             await asyncio.sleep(RETRY)
         try:
             await self._connections.run(
-                lambda session: queries.delete_received(
-                    session, client.address, moment, client.held_keys()
-                ),
+                lambda session: queries.delete_received(session, client.address, moment, client.held_keys()),
                 timeout=client.config.send_timeout,
                 is_idempotent=True,
             )
@@ -513,7 +511,7 @@ class Receiver:
     # ------------------------------------------------------------------ control messages
 
     def _apply(self, row: Row) -> bool:
-        """Apply a control message. Return False if dispatch must wait for it; it is still at the head then."""
+        """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
         client = self._client
         client.pending_deletes[row.key] = None
         self.deletions.soon()
@@ -570,9 +568,7 @@ class Receiver:
             self._writer.write_soon(group, channel, change["claim"])
             return True
         if group not in client.memberships.groups:
-            self._block(
-                partial(self._join, row, group, channel, expires_at, since, change["claim"])
-            )
+            self._block(partial(self._join, row, group, channel, expires_at, since, change["claim"]))
             return False
         client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, change["claim"])

@@ -177,25 +177,24 @@ class Engine:
     async def flush(self) -> None:
         """Remove all messages and memberships of the prefix."""
         client, timeout = self.client, self.client.config.send_timeout
-        key = await self.connections.run(
-            lambda session: lease.flush(session, client.config.prefix, client.address),
+        flush = partial(lease.flush, prefix=client.config.prefix, address=client.address)
+        key, rows = await self.connections.run(
+            partial(flush, quiet=False),
+            quietly=partial(flush, quiet=True),
             timeout=timeout,
             is_idempotent=True,
         )
+        self.sender.announce_later(rows)
         if key is not None and self.owner is not None:
             await self.owner.flushed(key, timeout)
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of clients that are gone."""
-        return await self._ask(
-            partial(groups.group_channels, prefix=self.client.config.prefix, group=group)
-        )
+        return await self._ask(partial(groups.group_channels, prefix=self.client.config.prefix, group=group))
 
     async def group_count(self, group: str) -> int:
         """How many they are."""
-        return await self._ask(
-            partial(groups.group_count, prefix=self.client.config.prefix, group=group)
-        )
+        return await self._ask(partial(groups.group_count, prefix=self.client.config.prefix, group=group))
 
     async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
         timeout = self.client.config.send_timeout
@@ -267,9 +266,11 @@ class Engine:
                 timeout=self.client.config.send_timeout,
                 is_idempotent=True,
             )
-            if part is None or not any(part[0]):
+            if part is None:
                 return
             swept, self._swept_to = part
+            if not any(swept):
+                return
             logger.debug("Swept %s.", swept)
 
     # ------------------------------------------------------------------ the end
@@ -283,7 +284,8 @@ class Engine:
             if client.has_lease:
                 client.has_lease = False
                 await self.connections.run(
-                    lambda session: lease.close(session, closing),
+                    partial(lease.close, closing=closing, quiet=False),
+                    quietly=partial(lease.close, closing=closing, quiet=True),
                     timeout=CLOSE_TIMEOUT,
                     is_idempotent=True,
                 )

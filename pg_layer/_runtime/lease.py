@@ -126,8 +126,7 @@ class Lease:
         client = self._client
         client.counters.add("gaps")
         logger.warning(
-            "The lease of this process was over: it was silent for too long. "
-            "Messages may have been missed."
+            "The lease of this process was over: it was silent for too long. Messages may have been missed."
         )
         if self._outage.why is None:
             client.announce_locally(client.config.on_disconnect)

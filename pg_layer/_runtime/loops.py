@@ -30,6 +30,7 @@ from pg_layer._state.counters import Counters, State
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.faults import REFUSALS
 from pg_layer.ops import Change, Op
 
 logger = logging.getLogger("pg_layer")
@@ -302,7 +303,12 @@ class Loops:
             kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
             closing = lease.Closing(self._config.prefix, client.address, client.close())
             with closing_connection(psycopg.connect(**kwargs)) as conn:
-                lease.close_now(conn, closing)
+                try:
+                    lease.close_now(conn, closing, quiet=False)
+                except psycopg.Error as error:
+                    if error.sqlstate not in REFUSALS:
+                        raise
+                    lease.close_now(conn, closing, quiet=True)
         except Exception as error:  # the lease ends by itself
             logger.debug("Could not close the client; its lease ends by itself: %s", error)
 

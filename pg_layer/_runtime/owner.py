@@ -35,10 +35,7 @@ logger = logging.getLogger("pg_layer")
 FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
 PING_TIMEOUT = 3.0  # seconds
 CHANGE_SIZE = 100  # bytes of a membership change, as the batcher counts them
-POOLED = (
-    "a connection pooler is between that does not keep LISTEN; "
-    "CONFIG['listen_dsn'] must lead past it."
-)
+POOLED = "a connection pooler is between that does not keep LISTEN; CONFIG['listen_dsn'] must lead past it."
 # Errors that say that the server knows no LISTEN.
 _REFUSALS = ("0A", "42601")
 
@@ -73,9 +70,7 @@ class Owner:
         self.polls_because: str | None = None  # although it was not asked to
         config = client.config
         self._listener = (
-            Listener(
-                config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id
-            )
+            Listener(config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id)
             if config.poll_interval is None
             else None
         )
@@ -214,12 +209,14 @@ class Owner:
 
     async def _prove(self, messages: int) -> None:
         """The pool's way is open again: find out whether the listener's is, too."""
+        proved_at = self._proved_at
         try:
-            if await self.ping(PING_TIMEOUT):
+            is_heard = await self.ping(PING_TIMEOUT)
+            if is_heard and self.listening != "connecting":
                 self._hears_again()
                 self._outage.end(messages)
-            elif self._listener is not None:
-                self._listener.reconnect()
+            elif not is_heard and self._listener is not None and self._proved_at == proved_at:
+                self._listener.reconnect()  # it has not connected again meanwhile
         except PgLayerError:
             pass  # still away
         finally:
@@ -227,7 +224,7 @@ class Owner:
 
     async def ping(self, timeout: float) -> bool:
         """Renew the lease, and hear of it by notification. Return whether that worked."""
-        if self._listener is not None and self._listener.is_connected:
+        if self.listening == "listening":
             return await self.receiver.ping(partial(self.lease.renew, timeout=timeout), timeout)
         await self.lease.renew(None, timeout)
         return True

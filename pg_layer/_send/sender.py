@@ -21,16 +21,17 @@ from pg_layer.room import Room
 from pg_layer.session import Session
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 CHANGE_SIZE = 100  # bytes of a membership change, as a batcher counts them
 ANNOUNCE_TIMEOUT = 5.0  # seconds
 RETRY = 1.0  # seconds before what could not be announced is announced again
 
 
-class Write(Protocol[T]):
+class Write(Protocol[T_co]):
     """A statement that writes, and returns rows to announce if it is quiet."""
 
-    async def __call__(self, session: Session, *, quiet: bool) -> tuple[T, list[Unannounced]]:
+    async def __call__(self, session: Session, *, quiet: bool) -> tuple[T_co, list[Unannounced]]:
         """Run it."""
         ...
 
@@ -54,9 +55,7 @@ class Sender:
         loop = self._loop = asyncio.get_running_loop()
         timeout = client.config.send_timeout
         self._sends = Lane[Send | Many](loop, self._send, spawn, _payload_size, timeout)
-        self._group_sends = Lane[GroupSend | Many](
-            loop, self._group_send, spawn, _payload_size, timeout
-        )
+        self._group_sends = Lane[GroupSend | Many](loop, self._group_send, spawn, _payload_size, timeout)
         self._asks = Lane[Change](loop, self._ask, spawn, lambda _: CHANGE_SIZE, timeout)
         self._lane_of: dict[type, Lane[Any]] = {
             Send: self._sends,
@@ -137,12 +136,16 @@ class Sender:
             timeout=timeout,
             is_idempotent=is_idempotent,
         )
-        if rows:
-            self._announcer.add(rows)
-            self._loop.call_soon_threadsafe(self.announce_soon)
+        self.announce_later(rows)
         return result
 
     # ------------------------------------------------------------------ announcing later
+
+    def announce_later(self, rows: Sequence[Unannounced]) -> None:
+        """Announce these rows before whatever is written next. From any thread."""
+        if rows:
+            self._announcer.add(rows)
+            self._loop.call_soon_threadsafe(self.announce_soon)
 
     async def _announce(self, timeout: float) -> bool:
         """Announce what was written quietly. Return whether all is announced."""
@@ -166,9 +169,7 @@ class Sender:
         try:
             while not await self._announce(ANNOUNCE_TIMEOUT):
                 await asyncio.sleep(RETRY)
-                await self.connections.run(
-                    look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True
-                )
+                await self.connections.run(look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True)
         except PgLayerError:
             pass  # what is written next tries again
         finally:

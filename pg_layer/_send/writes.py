@@ -25,9 +25,7 @@ async def write_sends(
     if len(sends) == 1:
         address = channel_address(prefix, channels[0])
         low_id = room.low_id(address, channels[0])
-        sent = await queries.send_one(
-            session, prefix, *sends[0], address, low_id, own=own, quiet=quiet
-        )
+        sent = await queries.send_one(session, prefix, *sends[0], address, low_id, own=own, quiet=quiet)
     else:
         floors = room.floors(channels)
         sent = await queries.send_batch(
@@ -95,7 +93,5 @@ async def write_changes(
 ) -> list[Unannounced]:
     """Ask the owners of channels for changes of memberships. The last one of a pair counts."""
     last = {(change.group, change.channel): change for change in changes}
-    rows = await group_queries.ask(
-        session, prefix, [tuple(change) for change in last.values()], expiry, own=own, quiet=quiet
-    )
+    rows = await group_queries.ask(session, prefix, list(last.values()), expiry, own=own, quiet=quiet)
     return rows if quiet else []

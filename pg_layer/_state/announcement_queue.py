@@ -124,8 +124,7 @@ class AnnouncementQueue:
         fresh = [
             row
             for row in rows
-            if row.id >= span.first
-            and self._cursor.admit_announced(row.key, row.marked, row.expires_at)
+            if row.id >= span.first and self._cursor.admit_announced(row.key, row.marked, row.expires_at)
         ]
         entry.rows.extend(fresh)
         self._rows += len(fresh)
@@ -193,7 +192,9 @@ class AnnouncementQueue:
                 merged.append(Entry(before))
             if entry.rows:
                 within = _pop_below(rest, entry.rows[-1].id)
-                entry.rows = deque(sorted((*entry.rows, *within), key=lambda row: row.id)) if within else entry.rows
+                entry.rows = (
+                    deque(sorted((*entry.rows, *within), key=lambda row: row.id)) if within else entry.rows
+                )
             merged.append(entry)
         if rest:
             merged.append(Entry(rest))

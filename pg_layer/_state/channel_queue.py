@@ -183,7 +183,7 @@ class ChannelQueue:
     def pop_idle(self) -> list[QueuedMessage]:
         """Empty the queue if nobody waits for its messages."""
         with self._lock:
-            if self._waiters or self._woken:
+            if self._waiters or any(waiter.get_loop().is_running() for waiter in self._woken):
                 return []
             messages = list(self._messages)
             self._messages.clear()

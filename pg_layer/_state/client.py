@@ -128,9 +128,7 @@ class Client:
 
     def delete_later(self, queue: ChannelQueue, messages: Iterable[QueuedMessage]) -> None:
         """Have the rows of these messages deleted with the next ones."""
-        self.pending_deletes.update(
-            {message.key: queue for message in messages if message.key is not None}
-        )
+        self.pending_deletes.update({message.key: queue for message in messages if message.key is not None})
 
     def held_keys(self) -> list[Key]:
         """The keys of rows at the own address that were not received yet."""

@@ -80,9 +80,7 @@ class Cursor:
 
     # ------------------------------------------------------------------ renewal
 
-    def renew(
-        self, moment: Moment, position: Position, token: str | None, *, is_beat: bool = True
-    ) -> None:
+    def renew(self, moment: Moment, position: Position, token: str | None, *, is_beat: bool = True) -> None:
         """Take note of a snapshot, and of a position from before it.
 
         With a token it becomes ``S`` when the ping with that token is heard. ``is_beat``: about a

@@ -231,6 +231,7 @@ async def test_a_sweep_reads_what_it_removes_and_not_who_has_ended_within_a_day(
     if statistics == "after":
         observer.execute("ANALYZE")
     sweep = "SELECT * FROM pg_layer_sweep('asgi', 1000, false, 0)"
+    await cost(migrated_dsn, observer, sweep)  # marks the index entries of rows that were replaced
     assert await cost(migrated_dsn, observer, sweep) < FEW
     observer.execute(
         """

@@ -469,7 +469,7 @@ async def begin_a_later_boot(session: Session) -> None:
 
 
 def _renew(session: Session, address: str) -> Awaitable[object]:
-    return lease.renew(session, PREFIX, address, "host", 1, 60, 9, {}, "1", 0, 0, 0)
+    return lease.renew(session, PREFIX, address, "host", 1, 60, 9, {}, "1", 0, 0, 0, [address], 0)
 
 
 SENDING: list[Operation] = [

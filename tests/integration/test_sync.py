@@ -876,7 +876,7 @@ def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
 def test_who_was_forked_while_others_sent_sends(layer: PostgresChannelLayer, observer: Observer) -> None:
     layer.sync.send("jobs", number(1))
     connections.close_all()
-    ((_, room),) = layer.sync._rooms.values()
+    (room,) = layer.sync._rooms.values()
     with room._lock:  # as a thread has that is about to send
         child = os.fork()
         if not child:

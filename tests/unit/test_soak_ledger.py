@@ -9,11 +9,11 @@ import pytest
 from soak.absences import HEARTBEAT, LEASE, RETURN
 from soak.ledger import (
     CRASH,
-    FORGOTTEN,
+    DELIVERED_MOST,
     FOUND_MOST,
-    IN_DOUBT,
     KILLED,
     LEFT,
+    LEFT_GROUP,
     NO_LEASE,
     PROMOTION,
     TAKEN_MOST,
@@ -32,7 +32,6 @@ from soak.records import (
     Complaint,
     Crash,
     Ended,
-    Failed,
     Fault,
     Gone,
     Got,
@@ -238,19 +237,57 @@ def test_what_was_sent_before_joining_comes_early_and_after_leaving_uninvited() 
     assert not late.is_clean
 
 
-def test_who_leaves_is_still_owed_what_was_sent_before() -> None:
-    left = [*LEAVING, HasLeft(9.5, "g", CHANNEL)]
-    assert causes(ledger(group(2), [*JOINED, *left]), "group") == {FORGOTTEN: 1}
-    assert not ledger(group(2), [*JOINED, *left]).is_clean
-    failed = [*LEAVING, Failed(9.2, "g", CHANNEL), HasLeft(9.5, "g", CHANNEL)]
-    assert causes(ledger(group(2), [*JOINED, *failed]), "group") == {IN_DOUBT: 1}
-    crash = Crash(5, 5.5)
-    assert causes(ledger(group(2), [*JOINED, *left], [crash]), "group") == {IN_DOUBT: 1}
-    # It had read on: no excuse.
-    assert causes(ledger(group(2, 3), [*JOINED, *got(3), *failed]), "group") == {UNEXPLAINED: 1}
+def left(leaving: float) -> list[Record]:
+    return [Leaving(leaving, "g", CHANNEL), HasLeft(leaving + 0.5, "g", CHANNEL)]
+
+
+def test_messages_on_their_way_when_a_member_leaves_are_not_owed_and_earlier_ones_are() -> None:
+    """The owner's group_discard ends delivery at once."""
+    on_its_way = ledger(group(2), [*JOINED, *left(2.3)])
+    assert causes(on_its_way, "group") == {LEFT_GROUP: 1}
+    assert on_its_way.is_clean
+    due = 2.1 + DELIVERED_MOST
+    assert causes(ledger(group(2), [*JOINED, *left(due - 0.1)]), "group") == {LEFT_GROUP: 1}
+    assert causes(ledger(group(2), [*JOINED, *left(due + 0.1)]), "group") == {UNEXPLAINED: 1}
+    # The member had received one that was sent later.
+    read_on = [*JOINED, *got(3), *left(3.3)]
+    assert causes(ledger(group(2, 3), read_on), "group") == {UNEXPLAINED: 1}
+    # It received one only after it had begun to leave: that shows nothing.
+    read_on = [*JOINED, *left(3.15), *got(3)]
+    assert causes(ledger(group(2, 3), read_on), "group") == {LEFT_GROUP: 1}
+
+
+@pytest.mark.parametrize(
+    ("away", "is_excused"),
+    [
+        (Away(2.0, 4.0, "reader", True), True),
+        (Away(1.0, 1.2, "reader", True), True),  # nothing was received since
+        (Away(2.0, 4.0, EVERY_PROCESS, False), True),
+        (Away(2.0, 4.0, "other", True), False),
+        (Away(9.5, 10.0, "reader", True), False),
+    ],
+)
+def test_a_member_that_leaves_during_a_catch_up_may_miss_what_was_sent_before(
+    away: Away, is_excused: bool
+) -> None:
+    expected = {LEFT_GROUP: 1} if is_excused else {UNEXPLAINED: 1}
+    assert causes(ledger(group(2), [*JOINED, *left(9)], [away]), "group") == expected
 
 
 OTHER = "specific.b!1"
+
+
+def test_a_discard_by_another_process_takes_its_place_behind_what_was_sent_before() -> None:
+    """Only a message that must be found without an announcement may come too late for the member."""
+    stay = [*join(CHANNEL), *left(2.3)]
+    assert causes(ledger(group(2), OPENED, other=stay), "group") == {UNEXPLAINED: 1}
+
+    def unannounced(leaving: float) -> dict[str, int]:
+        sends = pair(("w.0", 2.0, True), outcome="unannounced")
+        return causes(ledger(sends, OPENED, other=[*join(CHANNEL), *left(leaving)]), "group")
+
+    assert unannounced(2.3) == {LEFT_GROUP: 1}
+    assert unannounced(2.2 + FOUND_MOST) == {UNEXPLAINED: 1}
 
 
 def join(
@@ -561,11 +598,12 @@ LONG = Away(10.0, 10.0 + LEASE, "reader", True)
         (LONG._replace(ended=10.0 + LEASE / 2), 12.0, UNEXPLAINED),
     ],
 )
-def test_a_reader_that_is_away_for_longer_than_its_lease_may_miss_messages(
+def test_a_group_of_which_no_member_has_a_lease_may_be_skipped(
     away: Away, at: float, cause: str
 ) -> None:
-    found = ledger([*sent(1, at=at), *sent(60)], [*OPENED, *got(60)], [away])
-    assert causes(found) == {cause: 1}
+    sends = [*sent(1, "group", "g", at=at), *sent(60, "group", "g")]
+    found = ledger(sends, [*OPENED, *join(CHANNEL), *got(60)], [away])
+    assert causes(found, "group") == {cause: 1}
 
 
 @pytest.mark.parametrize(
@@ -590,8 +628,9 @@ def test_leases_begin_again_after_an_outage_that_would_have_ended_all_of_them(
     faults: list[Record], is_excused: bool
 ) -> None:
     away = Away(10.0, 12.0 + LEASE, "reader", True)
-    found = ledger([*sent(30), *sent(60)], [*OPENED, *got(60)], [away, *faults])
-    assert causes(found) == {NO_LEASE if is_excused else UNEXPLAINED: 1}
+    sends = [*sent(30, "group", "g"), *sent(60, "group", "g")]
+    found = ledger(sends, [*OPENED, *join(CHANNEL), *got(60)], [away, *faults])
+    assert causes(found, "group") == {NO_LEASE if is_excused else UNEXPLAINED: 1}
 
 
 def test_a_reader_without_a_lease_misses_no_group_that_has_other_members() -> None:
@@ -600,6 +639,18 @@ def test_a_reader_without_a_lease_misses_no_group_that_has_other_members() -> No
     other = [Opened(0, OTHER), *join(OTHER), *got(20, 60, channel=OTHER)]
     assert causes(ledger(sends, reader, [LONG]), "group") == {NO_LEASE: 1}
     assert causes(ledger(sends, reader, [LONG], other=other), "group") == {UNEXPLAINED: 1}
+
+
+def test_a_reader_without_a_lease_is_owed_its_own_messages_and_jobs_and_changes_by_others() -> None:
+    """They are written, and stay until the reader returns."""
+    sends = [*sent(20), *sent(60)]
+    assert causes(ledger(sends, [*OPENED, *got(60)], [LONG])) == {UNEXPLAINED: 1}
+    jobs = [*sent(5, "normal", "jobs"), *sent(60, "normal", "jobs")]
+    assert causes(ledger(jobs, got(60, channel="jobs"), [LONG]), "normal") == {UNEXPLAINED: 1}
+    joins = join(CHANNEL, at=20.0)
+    sends = [*sent(50, "group", "g"), *sent(60, "group", "g")]
+    reader = [*OPENED, Got(60.2, CHANNEL, "w", 60)]
+    assert causes(ledger(sends, reader, [LONG], other=joins), "group") == {UNEXPLAINED: 1}
 
 
 # ---------------------------------------------------------------------- the rest
@@ -650,7 +701,6 @@ def test_books_are_read_as_written_up_to_an_unfinished_line() -> None:
     records: list[Record] = [
         *sent(1),
         *JOINED,
-        Failed(2, "g", CHANNEL),
         Fault(3, "cut", math.pi),
         Crash(1, 2),
         Promotion(1, 2, 3, 4),

@@ -11,10 +11,11 @@ from psycopg import Connection
 
 from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._db.queries.receive import DELETE
+from pg_layer._db.queries.send import Unannounced
 from pg_layer._messages.rows import Key
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
-from pg_layer.statement import FLOAT8, INT4, INT8, INT8S, TEXT, TEXTS, Statement
+from pg_layer.statement import BOOL, FLOAT8, INT4, INT8, INT8S, TEXT, TEXTS, Statement
 
 CLOSE_PATIENCE = 2.0  # seconds
 PART = 5000  # messages or memberships in a statement
@@ -24,10 +25,8 @@ RENEW = Statement(
     LAZY + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11, $12, $13) AS f",
     *(TEXT, TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT, INT8, FLOAT8, INT8, TEXTS, INT8),
 )
-CLOSE = Statement(
-    LAZY + "pg_layer_close($1, $2, $3, $4, $5)", TEXT, TEXT, INT8S, INT8S, INT4
-)
-FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3) AS f", TEXT, TEXT, INT4)
+CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8S, INT8S, INT4, BOOL)
+FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3, $4) AS f", TEXT, TEXT, INT4, BOOL)
 
 
 class Renewal(NamedTuple):
@@ -103,18 +102,18 @@ class Closing(NamedTuple):
         ]
 
 
-async def close(session: Executor, closing: Closing) -> None:
+async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> None:
     """End a client. What cannot be removed in time expires, or the sweeper removes it."""
     deadline = time.monotonic() + CLOSE_PATIENCE
     for ids, xids in closing.parts():
         await session.execute(DELETE, closing.address, ids, xids)
     while True:
-        _, is_done = await one(session, CLOSE, closing.prefix, closing.address, (), (), PART)
+        _, is_done = await one(session, CLOSE, closing.prefix, closing.address, (), (), PART, quiet)
         if is_done or time.monotonic() > deadline:
             return
 
 
-def close_now(conn: Connection[Any], closing: Closing) -> None:
+def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -> None:
     """End a client, where no event loop runs any more."""
     session = Session(conn)
     deadline = time.monotonic() + CLOSE_PATIENCE
@@ -122,15 +121,25 @@ def close_now(conn: Connection[Any], closing: Closing) -> None:
         session.execute_now(DELETE, closing.address, ids, xids, patience=CLOSE_PATIENCE)
     while True:
         ((_, is_done),) = session.execute_now(
-            CLOSE, closing.prefix, closing.address, (), (), PART, patience=CLOSE_PATIENCE
+            CLOSE, closing.prefix, closing.address, (), (), PART, quiet, patience=CLOSE_PATIENCE
         )
         if is_done or time.monotonic() > deadline:
             return
 
 
-async def flush(session: Executor, prefix: str, address: str) -> Key | None:
-    """Remove all of a prefix, and tell its clients. Return the key of the control message to this one."""
+async def flush(
+    session: Executor, prefix: str, address: str, *, quiet: bool = False
+) -> tuple[Key | None, list[Unannounced]]:
+    """Remove all of a prefix, and tell its clients.
+
+    Return the key of the control message to this one, and the control messages that must be announced.
+    """
     while True:
-        _, is_done, boot, xid, id = await one(session, FLUSH, prefix, address, PART)
+        _, is_done, boot, xid, id, ids, addresses = await one(session, FLUSH, prefix, address, PART, quiet)
         if is_done:
-            return None if id is None else Key(boot, xid, id)
+            break
+    rows = [
+        Unannounced(boot, xid, each, to, None, "flush", None, b"")
+        for each, to in zip(ids or (), addresses or (), strict=True)
+    ]
+    return None if id is None else Key(boot, xid, id), rows if quiet else []

@@ -9,7 +9,7 @@ from pg_layer._db.queries.common import LAZY, one
 from pg_layer._messages.rows import Key, KeyAt, Row, Span, row_from_columns
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
-from pg_layer.statement import INT4, INT8, INT8S, TEXT, TEXTS, Statement
+from pg_layer.statement import BOOL, INT4, INT8, INT8S, TEXT, TEXTS, Statement
 
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024
@@ -22,38 +22,33 @@ BACKEND_PID = Statement("SELECT pg_backend_pid()")
 NO_SCANS = Statement(
     "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false)"
 )
-PROBE = Statement("SELECT boot FROM pg_layer_boot")
+PROBE = Statement("SELECT swept_at FROM pg_layer_last_sweep LIMIT 1")
 QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
-_COLUMNS = """m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel, m.excluded, m.payload,
-        extract(epoch FROM m.expires_at)::float8"""
 # A limit on rows and bytes cuts the result; the first row always comes.
-_WITHIN_LIMITS = """
-    SELECT {columns} FROM (
-        SELECT r.*, sum(octet_length(r.payload)) OVER (ORDER BY r.span, r.id) - octet_length(r.payload) AS before
-        FROM (
-            SELECT s.span, m.* FROM {spans} ORDER BY s.span, m.id LIMIT {limit}
-        ) AS r
-    ) AS m
-    WHERE m.before < {bytes}
-    ORDER BY m.span, m.id
-"""
 READ = Statement(
-    _WITHIN_LIMITS.format(
-        columns=f"m.span, {_COLUMNS}",
-        spans="""
-            unnest($1, $2, $3, $4) WITH ORDINALITY AS s (address, first, last, xid, span)
+    """
+    SELECT m.span, m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
+        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
+    FROM (
+        SELECT m.*, sum(m.size) OVER (ORDER BY m.span, m.id) - m.size AS before
+        FROM (
+            SELECT s.span, m.*, octet_length(m.payload) AS size
+            FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS s (address, first, last, xid, span)
             JOIN pg_layer_message AS m ON m.address = s.address AND m.id BETWEEN s.first AND s.last
                 AND m.xid = s.xid::text::xid8
             WHERE m.expires_at > clock_timestamp()
-        """,
-        limit="$5",
-        bytes="$6",
-    ),
+            ORDER BY s.span, m.id LIMIT $5
+        ) AS m
+    ) AS m
+    WHERE m.before < $6
+    ORDER BY m.span, m.id
+    """,
     *(TEXTS, INT8S, INT8S, INT8S, INT4, INT8),
 )
 READ_KEYS = Statement(
-    f"""
-    SELECT {_COLUMNS}
+    """
+    SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
+        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
     FROM unnest($1, $2, $3) WITH ORDINALITY AS k (address, id, xid, position)
     JOIN pg_layer_message AS m ON m.address = k.address AND m.id = k.id AND m.xid = k.xid::text::xid8
     WHERE m.expires_at > clock_timestamp()
@@ -69,8 +64,9 @@ NEW_KEYS = Statement(
     "SELECT * FROM pg_layer_new_keys($1, $2, $3, $4::text::pg_snapshot, $5)", TEXTS, INT8S, INT8, TEXT, INT8
 )
 NEW_IN_GROUP = Statement(
-    f"""
-    SELECT {_COLUMNS}
+    """
+    SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
+        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
     FROM pg_layer_message AS m
     WHERE m.address = $1 AND m.id > $2 AND m.expires_at > clock_timestamp()
         AND (m.boot > $3 OR (m.boot IN (0, $3) AND NOT pg_visible_in_snapshot(m.xid, $4::text::pg_snapshot)))
@@ -86,10 +82,8 @@ DELETE_RECEIVED = Statement(
     LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3, $4, $5)",
     *(TEXT, TEXT, INT8S, INT8, INT4),
 )
-CLAIM = Statement(
-    "SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4
-)
-RELEASE = Statement(LAZY + "pg_layer_release($1, $2, $3, $4, $5)", TEXT, TEXT, INT8, INT8S, INT8S)
+CLAIM = Statement("SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4)
+RELEASE = Statement(LAZY + "pg_layer_release($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8, INT8S, INT8S, BOOL)
 RAISE_FENCE = Statement(LAZY + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
 
 
@@ -216,19 +210,13 @@ async def new_keys(
     return list(map(KeyAt._make, await session.execute(NEW_KEYS, addresses, low_ids, *before, boot)))
 
 
-async def new_in_group(
-    session: Session, address: str, low_id: int, after: Moment, limit: int
-) -> list[Row]:
+async def new_in_group(session: Session, address: str, low_id: int, after: Moment, limit: int) -> list[Row]:
     """Return the first rows of a group that were not visible at a moment, with larger ids."""
-    columns = await session.execute(
-        NEW_IN_GROUP, address, low_id, after.boot, after.snapshot.text, limit
-    )
+    columns = await session.execute(NEW_IN_GROUP, address, low_id, after.boot, after.snapshot.text, limit)
     return list(map(row_from_columns, columns))
 
 
-async def marked_keys(
-    session: Session, addresses: Sequence[str], low_id: int, moment: Moment
-) -> list[KeyAt]:
+async def marked_keys(session: Session, addresses: Sequence[str], low_id: int, moment: Moment) -> list[KeyAt]:
     """Return the keys of marked rows that were visible at a moment, with larger ids."""
     found = await session.execute(MARKED_KEYS, addresses, low_id, moment.snapshot.text)
     return list(map(KeyAt._make, found))
@@ -246,9 +234,7 @@ async def delete_received(session: Session, address: str, moment: Moment, held: 
     """Delete what a moment sees at an address, but for the rows that are held; in parts."""
     ids, after = sorted(key.id for key in held), 0
     while after is not None:
-        _, after = await one(
-            session, DELETE_RECEIVED, address, moment.snapshot.text, ids, after, DELETE_PART
-        )
+        _, after = await one(session, DELETE_RECEIVED, address, moment.snapshot.text, ids, after, DELETE_PART)
 
 
 # ---------------------------------------------------------------------- jobs
@@ -262,10 +248,12 @@ async def claim(
     return sorted(map(row_from_columns, columns), key=lambda row: row.id)
 
 
-async def release(session: Session, prefix: str, address: str, fence: int, keys: Sequence[Key]) -> None:
-    """Give claimed jobs back to their channels."""
+async def release(
+    session: Session, prefix: str, address: str, fence: int, keys: Sequence[Key], *, quiet: bool = False
+) -> None:
+    """Give claimed jobs back to their channels. If ``quiet``, do not announce them."""
     await session.execute(
-        RELEASE, prefix, address, fence, [key.id for key in keys], [key.xid for key in keys]
+        RELEASE, prefix, address, fence, [key.id for key in keys], [key.xid for key in keys], quiet
     )
 
 

@@ -173,7 +173,9 @@ async def group_send_batch(
     _, positions, missing, ids, addresses, channels, sent, xid, boot = await one(
         session, GROUP_SEND_BATCH, prefix, groups, payloads, expiries, excluded, own, quiet
     )
-    missed = [(position - 1, channel) for position, channel in zip(positions or (), missing or (), strict=True)]
+    missed = [
+        (position - 1, channel) for position, channel in zip(positions or (), missing or (), strict=True)
+    ]
     indexes = [position - 1 for position in sent or ()]
     return GroupSent(missed, ids or (), addresses or (), channels or (), indexes, xid, boot)
 
