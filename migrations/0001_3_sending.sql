@@ -51,17 +51,13 @@ $$;
 -- are told which rows to read. A payload of NOTIFY must stay below 8,000 bytes: one of 5,600 bytes has 7,566 in base64, with names and
 -- numbers at most 7,860. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes, and a notification
 -- at most 4,000 and one entry.
---   _letters: 'M' or 'm' and 'R' or 'r', by whether the rows are marked
 CREATE FUNCTION pg_layer_announce(
     _marked boolean, _boots bigint[], _xids text[], _ids bigint[], _addresses text[], _channels text[], _kinds text[],
     _excluded text[], _payloads bytea[], _expires_at timestamptz[]
 ) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 DECLARE
-    -- A client that has many messages in one statement reads them together, which is cheaper than to decode them; the messages of a
-    -- group would be read by each of its processes.
     _inline_most integer := CASE WHEN cardinality(_ids) = 1 THEN 5600 ELSE 2400 END;
-    _direct_most integer := CASE WHEN cardinality(_ids) <= 4 THEN _inline_most ELSE 0 END;
     _messages text := CASE WHEN _marked THEN 'm' ELSE 'M' END;
     _to_read text := CASE WHEN _marked THEN 'r' ELSE 'R' END;
     _row record;
@@ -79,9 +75,7 @@ BEGIN
     FOR _row IN
         SELECT r.*, octet_length(r.entry) AS size FROM (SELECT r.address, concat_ws(' ', r.boot, r.xid) AS head, r.id,
             r.kind = 'message' AND position('!:' IN r.address) > 0 AS is_job,
-            CASE WHEN r.kind = 'message'
-                AND octet_length(r.payload) <= CASE WHEN r.channel IS NULL THEN _inline_most ELSE _direct_most END
-            THEN pg_layer_entry(
+            CASE WHEN r.kind = 'message' AND octet_length(r.payload) <= _inline_most THEN pg_layer_entry(
                 coalesce(r.channel, '@' || split_part(r.address, '@', 2)), r.id, r.expires_at, r.excluded, r.payload) END AS entry
         FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads, _expires_at)
             AS r (boot, xid, id, address, channel, kind, excluded, payload, expires_at)
@@ -212,9 +206,7 @@ DECLARE
     _full boolean[];  -- by position; looked up in it, because a list of positions is walked for each message
     _xid xid8;
     _addresses text[];
-    _sent_channels text[];
-    _sent_payloads bytea[];
-    _expires_at timestamptz[];
+    _count bigint;
 BEGIN
     IF _low_addresses IS NOT NULL THEN
         SELECT array_agg(t.address), array_agg(w.first), max(w.count) INTO low_addresses, low_ids, waiting
@@ -249,28 +241,35 @@ BEGIN
 
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
     xid := _xid::text::bigint;
-    SELECT array_agg(s.address), array_agg(s.channel), array_agg(s.payload), array_agg(s.expires_at)
-    INTO _addresses, _sent_channels, _sent_payloads, _expires_at
-    FROM (
-        SELECT s.position, s.channel, s.payload, pg_layer_address(_prefix, s.channel) AS address,
-            _now + make_interval(secs => s.expiry) AS expires_at
+    WITH written AS (
+        INSERT INTO pg_layer_message AS m (address, xid, boot, marked, channel, payload, expires_at)
+        SELECT pg_layer_address(_prefix, s.channel), _xid, pg_layer_send_batch.boot, _quiet OR pg_layer_send_batch.boot = 0,
+            s.channel, s.payload, _now + make_interval(secs => s.expiry)
         FROM unnest(_channels, _payloads, _expiries, _full) WITH ORDINALITY AS s (channel, payload, expiry, is_full, position)
         WHERE s.is_full IS NOT TRUE
         ORDER BY s.position
-    ) AS s;
-    IF _addresses IS NOT NULL THEN
-        WITH written AS (
-            INSERT INTO pg_layer_message (address, xid, boot, marked, channel, payload, expires_at)
-            SELECT s.address, _xid, boot, _quiet OR boot = 0, s.channel, s.payload, s.expires_at
-            FROM unnest(_addresses, _sent_channels, _sent_payloads, _expires_at) WITH ORDINALITY
-                AS s (address, channel, payload, expires_at, position)
-            ORDER BY s.position
-            RETURNING id
-        )
-        SELECT array_agg(w.id ORDER BY w.id) INTO ids FROM written AS w;
-        IF NOT _quiet THEN
+        RETURNING m.id, m.address
+    )
+    SELECT array_agg(w.id), array_agg(w.address) INTO ids, _addresses FROM (SELECT * FROM written AS w ORDER BY w.id) AS w;
+    IF ids IS NOT NULL AND NOT _quiet THEN
+        IF cardinality(ids) <= 4 THEN
+            -- A few that are small ride along with their announcement, so that nobody has to read.
             PERFORM pg_layer_announce(boot = 0, array_fill(boot, ARRAY[cardinality(ids)]), array_fill(_xid::text, ARRAY[cardinality(ids)]),
-                ids, _addresses, _sent_channels, array_fill('message'::text, ARRAY[cardinality(ids)]), NULL, _sent_payloads, _expires_at);
+                ids, _addresses, s.channels, array_fill('message'::text, ARRAY[cardinality(ids)]), NULL, s.payloads, s.expires_at)
+            FROM (
+                SELECT array_agg(s.channel) AS channels, array_agg(s.payload) AS payloads,
+                    array_agg(_now + make_interval(secs => s.expiry)) AS expires_at
+                FROM unnest(_channels, _payloads, _expiries, _full) AS s (channel, payload, expiry, is_full)
+                WHERE s.is_full IS NOT TRUE
+            ) AS s;
+        ELSE
+            -- A client reads many together, which is cheaper than to decode them.
+            SELECT count(pg_notify(pg_layer_notification_channel(r.address), CASE WHEN r.address LIKE '%!:%' THEN 'J ' || r.first
+                ELSE concat_ws(' ', CASE WHEN boot = 0 THEN 'r' ELSE 'R' END, boot, _xid, '.', r.first, r.last) END)) INTO _count
+            FROM (
+                SELECT r.address, min(r.id) AS first, max(r.id) AS last FROM unnest(ids, _addresses) AS r (id, address)
+                GROUP BY r.address
+            ) AS r;
         END IF;
     END IF;
     IF _low_addresses IS NOT NULL THEN

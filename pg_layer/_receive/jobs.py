@@ -149,7 +149,7 @@ class JobReaders:
             self._spawn(self._claim(reader))
 
     async def _claim(self, reader: JobReader) -> None:
-        client, queue = self._client, reader.queue
+        queue = reader.queue
         try:
             while reader.may_have_more and not self._receiver.is_in_doubt and (missing := queue.missing) > 0:
                 reader.may_have_more = False

@@ -154,3 +154,42 @@ def test_memberships_any_changes_agree_with_a_plain_set(changes: list[tuple[str,
             member = memberships.get(*each)
             assert member is not None
             assert (member.since is None) is (began[each] is None)
+
+
+# ---------------------------------------------------------------------- requests that the owner has overruled
+
+
+def test_discard_before_an_own_add_ends_the_membership_until_that_add(memberships: Memberships) -> None:
+    """A transaction 5 has asked for the discard; the owner adds the channel at 10 and again at 20."""
+    memberships.add("g", QUEUES["x"], math.inf, None)
+    first, second = at(10), at(20)
+    for moment in (first, second):
+        memberships.add("g", QUEUES["x"], math.inf, moment)
+        memberships.changed([("g", "x")], moment)
+    assert memberships.overrule("g", "x", 1, 5, None)
+    member = memberships.get("g", "x")
+    assert member is not None
+    assert member.since is first
+    memberships.grow_old(lambda moment: moment is first)
+    assert member.since is None
+
+
+def test_add_before_an_own_add_begins_the_membership_earlier(memberships: Memberships) -> None:
+    added, own = at(4), at(10)
+    memberships.add("g", QUEUES["x"], math.inf, own)
+    memberships.changed([("g", "x")], own)
+    assert memberships.overrule("g", "x", 1, 5, added)
+    member = memberships.get("g", "x")
+    assert member is not None
+    assert member.since is added
+    assert memberships.overrule("g", "x", 1, 6, None)
+    assert member.since is own
+
+
+def test_request_after_the_last_own_change_is_not_overruled(memberships: Memberships) -> None:
+    memberships.add("g", QUEUES["x"], math.inf, at(10))
+    memberships.changed([("g", "x")], at(10))
+    assert not memberships.overrule("g", "x", 1, 15, None)
+    assert not memberships.overrule("g", "y", 1, 5, None)
+    memberships.grow_old(lambda moment: True)
+    assert not memberships.overrule("g", "x", 1, 5, None)
