@@ -6,8 +6,9 @@
 
 CREATE TABLE pg_layer_message (
     address    text COLLATE "C" NOT NULL,                   -- a client, a normal channel or a group: see 0001_2_addresses.sql
+    -- The transaction that wrote the row, or claimed the job. Before the id, because its value must be drawn first.
+    xid        xid8 NOT NULL,
     id         bigint GENERATED ALWAYS AS IDENTITY,         -- order within an address
-    xid        xid8 NOT NULL,                               -- the transaction that wrote the row, or claimed the job
     boot       bigint NOT NULL,                             -- which run of transaction ids xid belongs to; 0: unknown
     marked     boolean NOT NULL DEFAULT false,              -- not announced in the transaction that wrote it
     kind       text COLLATE "C" NOT NULL DEFAULT 'message', -- message, or a control message: add, discard, flush

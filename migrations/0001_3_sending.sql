@@ -142,51 +142,50 @@ $$;
 -- Send one message to its channel. The capacity counts what waits in the channel, unread and unexpired.
 --   _low_id: the smallest id that the caller saw waiting at the address, so that a count never walks dead rows; 0: it does not know;
 --       null: the caller has looked a moment ago, and there was more room than it has used since
---   returns: whether the message was accepted; how many wait in the channel now and the low-water id for the next call, if it looked
+--   returns: id, transaction and boot of the row; if it looked, also how many wait in the channel now and the low-water id for the
+--       next call, else nulls. Null: the channel is full
 CREATE FUNCTION pg_layer_send_one(
-    _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _low_id bigint, _own boolean, _quiet boolean,
-    OUT accepted boolean, OUT waiting bigint, OUT low_id bigint, OUT id bigint, OUT xid bigint, OUT boot bigint
-)
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+    _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _low_id bigint, _own boolean, _quiet boolean
+) RETURNS bigint[]
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
-    _address text := pg_layer_address(_prefix, _channel);
+    _waiting bigint;
+    _next_low_id bigint;
+    _id bigint;
     _xid xid8;
-    _lock text;
+    _boot bigint;
     _notified text;
 BEGIN
     IF _low_id IS NOT NULL THEN
         IF _low_id = 0 THEN
-            _low_id := pg_layer_low_id(_address);
+            _low_id := pg_layer_low_id(pg_layer_address(_prefix, _channel));
         END IF;
-        SELECT count(*) FILTER (WHERE m.channel = _channel), min(m.id) INTO waiting, low_id
+        SELECT count(*) FILTER (WHERE m.channel = _channel) + 1, min(m.id) INTO _waiting, _next_low_id
         FROM pg_layer_message AS m
-        WHERE m.address = _address AND m.id >= _low_id AND m.expires_at > clock_timestamp() AND m.kind = 'message';
-        IF waiting >= _capacity THEN
-            accepted := false;
-            RETURN;
+        WHERE m.address = pg_layer_address(_prefix, _channel) AND m.id >= _low_id AND m.expires_at > clock_timestamp()
+            AND m.kind = 'message';
+        IF _waiting > _capacity THEN
+            RETURN NULL;
         END IF;
-        waiting := waiting + 1;
     END IF;
-    accepted := true;
-    IF pg_is_in_recovery() THEN
-        PERFORM pg_layer_refuse_standby();
-    END IF;
-    SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END, pg_current_xact_id(), b.boot
-    INTO _lock, _xid, boot FROM pg_layer_boot AS b;
-    IF NOT FOUND THEN
-        SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
-    END IF;
-    -- One statement writes and announces: each that PL/pgSQL runs costs as much as the row.
-    INSERT INTO pg_layer_message AS m (address, xid, boot, marked, channel, payload, expires_at)
-    VALUES (_address, _xid, boot, _quiet OR boot = 0, _channel, _payload, clock_timestamp() + make_interval(secs => _expiry))
-    RETURNING m.id, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_notification_channel(m.address), CASE
-        WHEN position('!' IN _channel) = 0 THEN 'J ' || m.id
-        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
-            pg_layer_entry(_channel, m.id, m.expires_at, NULL, _payload))
-        ELSE concat_ws(' ', CASE WHEN m.marked THEN 'r' ELSE 'R' END, m.boot, m.xid, '.', m.id, m.id) END)::text END
-    INTO id, _notified;
-    xid := _xid::text::bigint;
-    low_id := coalesce(low_id, id);
+    -- One statement begins as pg_layer_begin_write() does, writes and announces: each that PL/pgSQL runs costs as much as the row.
+    FOR _try IN 1 .. 2 LOOP
+        INSERT INTO pg_layer_message AS m (address, xid, boot, marked, channel, payload, expires_at)
+        SELECT pg_layer_address(_prefix, _channel), pg_current_xact_id(), coalesce(b.boot, 0), _quiet OR b.boot IS NULL, _channel,
+            _payload, clock_timestamp() + make_interval(secs => _expiry)
+        FROM (SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END OFFSET 0) AS l
+        LEFT JOIN pg_layer_boot AS b ON true
+        WHERE b.boot IS NOT NULL OR NOT _own
+        RETURNING m.id, m.xid, m.boot, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_notification_channel(m.address), CASE
+            WHEN position('!' IN _channel) = 0 THEN 'J ' || m.id
+            WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
+                pg_layer_entry(_channel, m.id, m.expires_at, NULL, _payload))
+            ELSE concat_ws(' ', CASE WHEN m.marked THEN 'r' ELSE 'R' END, m.boot, m.xid, '.', m.id, m.id) END)::text END
+        INTO _id, _xid, _boot, _notified;
+        EXIT WHEN FOUND;
+        PERFORM pg_layer_begin_write(_own);
+    END LOOP;
+    RETURN ARRAY[_id, _xid::text::bigint, _boot, _waiting, CASE WHEN _low_id IS NOT NULL THEN coalesce(_next_low_id, _id) END];
 END
 $$;
 
@@ -377,38 +376,33 @@ CREATE FUNCTION pg_layer_group_send_one(
 ) RETURNS text[]
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
-    _xid xid8;
-    _boot bigint;
-    _first text;
-    _normal text;
-    _lock text;
     _notified text;
 BEGIN
     IF pg_is_in_recovery() THEN
         PERFORM pg_layer_refuse_standby();
     END IF;
-    -- One statement looks and begins, as pg_layer_begin_write() does, and another writes: each that PL/pgSQL runs costs as much as the
-    -- row. Client addresses sort before and after those of normal channels. A plan for the actual values may walk the index on
-    -- addresses until it meets the group.
-    SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END, pg_current_xact_id(), b.boot,
-        (SELECT m.address FROM pg_layer_membership AS m
-         WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT 1),
-        (SELECT m.address FROM pg_layer_membership AS m
-         WHERE m.group_name = _group AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;' ORDER BY m.address LIMIT 1)
-    INTO _lock, _xid, _boot, _first, _normal
-    FROM pg_layer_boot AS b;
-    IF _first IS NULL OR _normal IS NOT NULL THEN
+    -- One statement looks, begins as pg_layer_begin_write() does, writes and announces. Client addresses sort before and after those of
+    -- normal channels. A plan for the actual values may walk the index on addresses until it meets the group.
+    INSERT INTO pg_layer_message AS m (address, xid, boot, marked, excluded, payload, expires_at)
+    SELECT pg_layer_group_address(_prefix, _group), pg_current_xact_id(), b.boot, false, _excluded, _payload,
+        clock_timestamp() + make_interval(secs => _expiry)
+    FROM (SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END OFFSET 0) AS l
+    CROSS JOIN pg_layer_boot AS b
+    WHERE (SELECT m.address FROM pg_layer_membership AS m
+           WHERE m.group_name = _group AND m.address > _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT 1)
+            IS NOT NULL
+        AND (SELECT m.address FROM pg_layer_membership AS m
+             WHERE m.group_name = _group AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;' ORDER BY m.address LIMIT 1)
+            IS NULL
+    RETURNING pg_notify(pg_layer_notification_channel(m.address), CASE
+        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', 'M', m.boot, m.xid,
+            pg_layer_entry('@' || _group, m.id, m.expires_at, _excluded, _payload))
+        ELSE concat_ws(' ', 'R', m.boot, m.xid, '@' || _group, m.id, m.id) END)::text
+    INTO _notified;
+    IF NOT FOUND THEN  -- normal channels are members, or nobody, or there is no boot yet
         RETURN (pg_layer_group_send_batch(_prefix, ARRAY[_group], ARRAY[_payload], ARRAY[_expiry], ARRAY[_excluded], _own, false)
             ).missed_channels;
     END IF;
-    INSERT INTO pg_layer_message AS m (address, xid, boot, marked, excluded, payload, expires_at)
-    VALUES (pg_layer_group_address(_prefix, _group), _xid, _boot, _boot = 0, _excluded, _payload,
-            clock_timestamp() + make_interval(secs => _expiry))
-    RETURNING pg_notify(pg_layer_notification_channel(m.address), CASE
-        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
-            pg_layer_entry('@' || _group, m.id, m.expires_at, _excluded, _payload))
-        ELSE concat_ws(' ', CASE WHEN m.marked THEN 'r' ELSE 'R' END, m.boot, m.xid, '@' || _group, m.id, m.id) END)::text
-    INTO _notified;
     RETURN NULL;
 END
 $$;

@@ -23,7 +23,8 @@ $$;
 CREATE FUNCTION pg_layer_new_keys(
     _addresses text[], _low_ids bigint[], _boot bigint, _snapshot pg_snapshot, _present_boot bigint
 ) RETURNS TABLE (address text, id bigint, xid bigint, boot bigint, marked boolean, size integer)
-LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE sql STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+    SET jit = off AS $$
     SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, octet_length(m.payload)
     FROM unnest(_addresses, _low_ids) AS a (address, low_id)
     JOIN pg_layer_message AS m ON m.address = a.address AND m.id > a.low_id

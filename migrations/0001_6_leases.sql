@@ -134,7 +134,6 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _xid xid8;
-    _count bigint;
 BEGIN
     -- Under the lock nobody writes what the last part would leave.
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;

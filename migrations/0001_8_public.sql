@@ -114,7 +114,7 @@ BEGIN
             format('capacity must be at least 1, not %s.', coalesce(capacity::text, 'NULL')),
             'Leave it out for the 100 messages that are the layer''s own default.');
     END IF;
-    RETURN (pg_layer_send_one(_prefix, _channel, _payload, expiry, capacity, 0, false, pg_layer_is_quiet())).accepted;
+    RETURN pg_layer_send_one(_prefix, _channel, _payload, expiry, capacity, 0, false, pg_layer_is_quiet()) IS NOT NULL;
 END
 $$;
 

@@ -135,6 +135,9 @@ class Session:
             self._names.clear()  # the server has forgotten what was prepared
             raise
         except errors.FeatureNotSupported as error:
+            if error.diag.source_function == "get_relation_info":
+                # Unlogged tables cannot be read on a standby.
+                raise errors.ReadOnlySqlTransaction("The server is a standby.") from error
             if error.diag.source_function != "RevalidateCachedQuery":
                 raise
             self._names.clear()  # what was prepared would return other types since

@@ -56,7 +56,12 @@ class OwnChanges:
             since = await self._writer.write(present, gone, deadline - time.monotonic())
             expiry = client.config.group_expiry
             expires_at = math.inf if expiry is None else client.clock.now() + expiry
+            opened: set[str] = set()
             for group, channel in present:
+                if group not in client.memberships.groups:
+                    opened.add(group)
                 client.memberships.add(group, client.queue(channel), expires_at, since)
+            for group in opened:
+                client.memberships.opened(group, since)
             client.memberships.changed((*present, *gone), since)
         return [None] * len(changes)

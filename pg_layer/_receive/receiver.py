@@ -74,6 +74,7 @@ class Receiver:
         self._is_catching_up = False
         self._is_catch_up_due = False
         self._is_blocked = False  # dispatch waits
+        self._is_passed = False  # memberships may have something to forget
         self._drained = asyncio.Event()
         # Unless a catch-up is about to append rows that were sent before some that a read brings.
         self._appended = asyncio.Event()
@@ -207,7 +208,14 @@ class Receiver:
             heard.set_result(None)
 
     def _passed(self) -> None:
-        self._client.memberships.grow_old(self._client.cursor.is_past)
+        """``S`` has moved. What it sees may still be in the queue: memberships forget nothing before it has gone."""
+        self._is_passed = True
+        self._forget_passed()
+
+    def _forget_passed(self) -> None:
+        if self._is_passed and not len(self._client.announcements):
+            self._is_passed = False
+            self._client.memberships.grow_old(self._client.cursor.is_past)
 
     def connection_lost(self) -> None:
         """No notification of the old connection will be heard any more."""
@@ -265,6 +273,11 @@ class Receiver:
     def is_in_doubt(self) -> bool:
         """Whether rows may be missing until a catch-up has ended."""
         return self._is_catching_up or self._is_catch_up_due
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether a catch-up brings what was missed, marked rows as well, in the order of ids."""
+        return self.is_in_doubt or self._client.announcements.is_incomplete
 
     def catch_up_soon(self) -> None:
         """Read all that is new at the own addresses, once more if that is under way."""
@@ -371,22 +384,26 @@ class Receiver:
         """Append marked rows whose announcement should have come by now."""
         client, cursor = self._client, self._client.cursor
         look = cursor.look
-        if look is None:
+        if look is None or self._is_behind:
             return
         prefix = client.config.prefix
 
-        async def work(session: Session) -> None:
+        async def work(session: Session) -> bool:
             addresses = [
                 client.address,
                 *(group_address(prefix, group) for group in self._groups()),
             ]
             keys = await queries.marked_keys(session, addresses, cursor.marked_low_id(), look)
             for part in queries.parts(client.announcements.missing(keys)):
-                client.announcements.append(await queries.read_keys(session, part))
+                rows = await queries.read_keys(session, part)
+                if self._is_behind:
+                    return False
+                client.announcements.append(rows)
                 self._pump()
+            return not self._is_behind
 
-        await self._connections.run(work, timeout=client.config.heartbeat, is_idempotent=True)
-        cursor.looked(look)
+        if await self._connections.run(work, timeout=client.config.heartbeat, is_idempotent=True):
+            cursor.looked(look)
 
     # ------------------------------------------------------------------ dispatching
 
@@ -410,6 +427,7 @@ class Receiver:
                 self._deliver(run)
             else:
                 self._fan_out(first.group, first.excluded, run)
+        self._forget_passed()
         if announcements.rows <= CATCH_UP_ROWS:
             self._drained.set()
         if announcements.is_over_limit and not announcements.rows and not self._is_catching_up:
@@ -524,11 +542,10 @@ class Receiver:
                 if pair in self._changing:
                     self._block(partial(self._until_changed, pair))
                     return False
-                added = Moment(row.boot, Snapshot(change["snapshot"])) if row.kind == "add" else None
-                if client.memberships.overrule(*pair, row.boot, row.xid, added):
-                    self._writer.write_soon(*pair, change["claim"])
-                elif row.kind == "add":
+                if row.kind == "add":
                     return self._apply_add(row, change)
+                if client.memberships.overrule(*pair, row.boot, row.xid, None):
+                    self._writer.write_soon(*pair, change["claim"])
                 else:
                     client.memberships.discard(*pair)
                     self._writer.write_soon(*pair, change["claim"])
@@ -567,17 +584,23 @@ class Receiver:
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["claim"])
             return True
-        if group not in client.memberships.groups:
+        # The owner itself may have added the first member meanwhile, and has not listened before that.
+        opened = client.memberships.opened_after(group, row.boot, row.xid)
+        if group not in client.memberships.groups or opened is not None:
             self._block(partial(self._join, row, group, channel, expires_at, since, change["claim"]))
             return False
-        client.memberships.add(group, client.queue(channel), expires_at, since)
+        if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
+            client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, change["claim"])
         return True
 
     async def _join(
         self, row: Row, group: str, channel: str, expires_at: float, since: Moment, claim: int
     ) -> None:
-        """Add the first member of a group for another process: it may have missed messages already."""
+        """Add the first member of a group for another process: it may have missed messages already.
+
+        The owner itself may have added it first, or do so meanwhile.
+        """
         client = self._client
         address = group_address(client.config.prefix, group)
         bucket = notification_channel(address)
@@ -601,19 +624,25 @@ class Receiver:
         rows.popleft()
         client.announcements.dispatched((row,))
         self._joining = None
-        if client.memberships.overrule(group, channel, row.boot, row.xid, since):
-            self._writer.write_soon(group, channel, claim)
-            return
-        client.memberships.add(group, queue, expires_at, since)
-        self._writer.write_soon(group, channel, claim)
         cursor = client.cursor
-        # By id between what follows, so that the messages of one writer stay in order.
+        opened = client.memberships.opened_after(group, row.boot, row.xid)
+        client.memberships.forget_opened(group)
+        if group in client.memberships.groups:
+            # What came after that was heard, and may have been dispatched.
+            missed = [each for each in missed if opened is not None and opened.sees(each.boot, each.xid)]
+        if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
+            client.memberships.add(group, queue, expires_at, since)
+        self._writer.write_soon(group, channel, claim)
+        # By id between what follows, so that the messages of one writer stay in order, and in the channel's stay.
         client.announcements.merge(
             [
-                each
-                for each in missed
-                if not client.announcements.holds(address, each.key)
-                and cursor.admit_announced(each.key, each.marked, each.expires_at)
+                *client.announcements.withdraw({each.key for each in missed}),
+                *(
+                    each
+                    for each in missed
+                    if not client.announcements.holds(address, each.key)
+                    and cursor.admit_announced(each.key, each.marked, each.expires_at)
+                ),
             ]
         )
 

@@ -6,7 +6,7 @@ See ``docs/protocols.md``, section 2. Pure; used by the owner loop only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from pg_layer._messages.announcements import Messages, ToRead
 from pg_layer._messages.rows import Key, KeyAt, Row, Span
@@ -19,14 +19,19 @@ MAX_ASIDE = 20_000  # notifications, of at most 8,000 bytes each
 
 
 class Entry:
-    """Rows that are dispatched one after the other, once they are all there or the first are."""
+    """Rows that are dispatched one after the other, once they are all there or the first are.
 
-    __slots__ = ("is_complete", "rows", "span")
+    ``is_late``: they are marked, and were announced when ``S`` had passed them. A catch-up may have brought
+    control messages that were sent later.
+    """
+
+    __slots__ = ("is_complete", "is_late", "rows", "span")
 
     def __init__(self, rows: Iterable[Row] = (), span: Span | None = None) -> None:
         self.rows = deque(rows)
         self.span = span  # what remains to be read
         self.is_complete = span is None
+        self.is_late = False
 
 
 class AnnouncementQueue:
@@ -73,7 +78,9 @@ class AnnouncementQueue:
             self.is_over_limit = True
             self.lose()
         elif isinstance(announcement, Messages):
-            self.append(announcement.rows)
+            if self.append(announcement.rows):
+                first = announcement.rows[0]
+                self._entries[-1].is_late = first.marked and self._cursor.has_passed(first.boot, first.xid)
         else:
             self._append_span(announcement.span)
 
@@ -90,12 +97,15 @@ class AnnouncementQueue:
         if appended:
             self._push(Entry(appended))
         if late:
-            self.merge(late)
+            self.merge(late, behind_head=True)
         return len(fresh)
 
     def _append_span(self, span: Span) -> None:
-        if span.marked or not self._cursor.has_passed(span.boot, span.xid):
-            self._entries.append(Entry(span=span))
+        has_passed = self._cursor.has_passed(span.boot, span.xid)
+        if not (self._cursor.has_looked_for(span.boot, span.xid) if span.marked else has_passed):
+            entry = Entry(span=span)
+            entry.is_late = has_passed
+            self._entries.append(entry)
             self._rows += 1
 
     def _push(self, entry: Entry) -> None:
@@ -165,9 +175,9 @@ class AnnouncementQueue:
         )
 
     def holds(self, address: str, key: Key) -> bool:
-        """Whether an entry has a row, or will bring it."""
+        """Whether an entry has a row, or will bring it in its place."""
         return any(
-            (entry.span is not None and entry.span.covers(address, key))
+            (entry.span is not None and entry.span.covers(address, key) and not entry.is_late)
             or any(row.key == key for row in entry.rows)
             for entry in self._entries
         )
@@ -181,8 +191,12 @@ class AnnouncementQueue:
         """How many rows are here."""
         return self._rows
 
-    def merge(self, rows: Sequence[Row]) -> None:
-        """Put rows between those that are here, by their ids: an `add` brings them to its member."""
+    def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
+        """Put rows between those that are here, by their ids: an `add` brings them to its member.
+
+        ``behind_head``: the first row is a control message that is being applied, and keeps its place.
+        """
+        head = self._take_head() if behind_head else None
         rest = deque(sorted(rows, key=lambda row: row.id))
         merged: deque[Entry] = deque()
         for entry in self._entries:
@@ -199,8 +213,28 @@ class AnnouncementQueue:
         if rest:
             merged.append(Entry(rest))
         self._entries = merged
+        self._put_head(head)
         self._rows += len(rows)
         self._bytes += sum(len(row.payload) for row in rows)
+
+    def withdraw(self, keys: Container[Key]) -> list[Row]:
+        """Remove rows that came late from their places. Return them."""
+        withdrawn: list[Row] = []
+        for entry in self._entries:
+            found = [row for row in entry.rows if row.key in keys] if entry.is_late else None
+            if found:
+                entry.rows = deque(row for row in entry.rows if row.key not in keys)
+                withdrawn += found
+        self.dispatched(withdrawn)
+        return withdrawn
+
+    def _take_head(self) -> Row | None:
+        rows = self.head()
+        return None if rows is None else rows.popleft()
+
+    def _put_head(self, row: Row | None) -> None:
+        if row is not None:
+            self._entries.appendleft(Entry((row,)))
 
     # ------------------------------------------------------------------ catching up
 

@@ -44,7 +44,7 @@ class Cursor:
     def is_new(self, key: Key, marked: bool) -> bool:
         """Whether a row is new."""
         if marked:
-            return key not in self._done_marked
+            return key not in self._done_marked and not self.has_looked_for(key.boot, key.xid)
         if self.has_passed(key.boot, key.xid):
             return False
         ids = self._done.get((key.boot, key.xid))
@@ -54,9 +54,20 @@ class Cursor:
         """Whether all unmarked rows of a transaction are visible in ``S``."""
         return self.moment is not None and self.moment.sees(boot, xid)
 
+    def has_looked_for(self, boot: int, xid: int) -> bool:
+        """Whether the marked rows of a transaction that are of concern were admitted by a look.
+
+        Others were sent before the client was interested in their address. Of an unknown boot nothing is said.
+        """
+        return boot != 0 and self._looked is not None and self._looked.sees(boot, xid)
+
     def admit_announced(self, key: Key, marked: bool, expires_at: float) -> bool:
-        """The same for a row that was announced when ``S`` had not passed it, and is read later."""
-        if not marked and self.has_passed(key.boot, key.xid):
+        """The same for a row that was announced when it was new, and is read later."""
+        if marked:
+            is_done = key in self._done_marked
+            self._done_marked[key] = expires_at
+            return not is_done
+        if self.has_passed(key.boot, key.xid):
             return True
         return self.admit(key, marked, expires_at)
 

@@ -33,6 +33,7 @@ class Memberships:
         self._of_channel: dict[str, set[str]] = {}
         self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
         self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
+        self._opened: dict[str, Moment] = {}  # when the owner itself added the first member of a group
 
     def __len__(self) -> int:
         return sum(map(len, list(self._of_channel.values())))
@@ -63,6 +64,8 @@ class Memberships:
 
     def add(self, group: str, queue: ChannelQueue, expires_at: float, since: Moment | None) -> None:
         """Add a channel, or prolong its membership: then the beginning stays."""
+        if group not in self._groups:
+            self._opened.pop(group, None)
         members = self._groups.setdefault(group, {})
         member = members.get(queue.channel)
         if member is not None:
@@ -103,6 +106,22 @@ class Memberships:
         """The owner itself has changed these memberships, in a statement that saw this moment."""
         for pair in pairs:
             self._changed.setdefault(pair, []).append(moment)
+
+    def opened(self, group: str, moment: Moment) -> None:
+        """The owner itself has added the first member of a group, in this moment."""
+        self._opened[group] = moment
+
+    def opened_after(self, group: str, boot: int, xid: int) -> Moment | None:
+        """The moment in which the owner itself added the first member, if that was after this transaction.
+
+        No message that it sees has been received here.
+        """
+        moment = self._opened.get(group)
+        return moment if moment is not None and moment.sees(boot, xid) else None
+
+    def forget_opened(self, group: str) -> None:
+        """What was sent before that has been read: it must not be read again."""
+        self._opened.pop(group, None)
 
     def overrule(self, group: str, channel: str, boot: int, xid: int, added: Moment | None) -> bool:
         """Whether the owner has changed a membership after this transaction asked for a change.
@@ -153,6 +172,7 @@ class Memberships:
         if past:
             changed = {pair: [m for m in each if m not in past] for pair, each in self._changed.items()}
             self._changed = {pair: each for pair, each in changed.items() if each}
+        self._opened = {group: at for group, at in self._opened.items() if not is_past(at)}
         for since in [since for since in self._young if is_past(since)]:
             for group, channel in self._young.pop(since):
                 self._groups[group][channel].since = None

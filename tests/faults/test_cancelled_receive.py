@@ -143,7 +143,7 @@ async def test_a_cancellation_at_each_step(make_layer: MakeLayer, kind: str, cap
 
 
 async def test_the_next_receiver_is_woken_when_the_first_is_cancelled(make_layer: MakeLayer) -> None:
-    # A letter comes, its receiver is told, and cancelled in the same step: another waits.
+    # A message comes, its receiver is woken, and cancelled in the same step: another waits.
     layer, sender = make_layer(**ROOMY), make_layer(**ROOMY)
     channels = [await layer.new_channel(), "jobs"]
     await listen(layer)
@@ -216,7 +216,7 @@ async def test_competing_workers_that_cancel_lose_and_double_nothing(
 
 
 async def test_a_cancelled_receive_on_another_loop(make_layer: MakeLayer) -> None:
-    # The layer's home is this loop; the receiver runs in a thread of its own.
+    # This loop is the owner loop of the layer; the receiver runs in a thread of its own.
     layer, sender = make_layer(capacity=40), make_layer(**ROOMY)
     channel = await layer.new_channel()
     await listen(layer)

@@ -15,6 +15,7 @@ from django.db import connections, transaction
 from pg_layer import LayerUnavailable, PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
+from tests.faults.readers import numbered, readers_of
 from tests.integration.test_django import postgres
 from tests.processes import PATIENCE, UNHURRIED, Link, Processes, listen, open_layer, receive, until
 from tests.project.configured import configured
@@ -259,6 +260,31 @@ async def test_memberships_changed_by_owner_and_another_process_at_once_agree_wi
         await asyncio.gather(*(getattr(owner, own_change)(GROUP, channel) for channel in part))
         assert await other.hear() == "done"
     await Agreement(owner, make_layer()).reached_by_all((GROUP, channel) for channel in channels)
+
+
+@pytest.mark.parametrize("owner_adds", [False, True], ids=["alone", "and by the owner"])
+async def test_messages_after_a_channel_was_added_by_another_process_arrive_once_and_in_order(
+    make_layer: MakeLayer, owner_adds: bool
+) -> None:
+    """Another process adds the channel, the first one of its group there, and sends to the group.
+
+    The owner may not have heard of it yet when it adds the channel as well.
+    """
+    owner, other = make_layer(capacity=1000), make_layer(capacity=1000)
+    await listen(owner)
+    channel = await owner.new_channel()
+    async with readers_of(owner, channel) as readers:
+        for number in range(0, 2 * PAIRS, 2):
+            group = f"room-{number}"
+            await other.group_add(group, channel)
+            adding = [asyncio.create_task(owner.group_add(group, channel))] if owner_adds else []
+            await other.group_send(group, numbered(number))
+            await asyncio.gather(*adding)
+            await other.group_send(group, numbered(number + 1))
+        await readers.reached(2 * PAIRS - 1)
+        await other.send(channel, numbered(2 * PAIRS))
+        await readers.reached(2 * PAIRS)
+        assert readers.numbers[channel] == list(range(2 * PAIRS + 1))
 
 
 # ---------------------------------------------------------------------- statements that come late

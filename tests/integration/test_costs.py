@@ -128,9 +128,7 @@ async def test_memberships_written_again_cost_the_same_for_each_whatever_the_sta
     )
     if statistics == "before":  # they know many clients, and not this one
         observer.execute("ANALYZE")
-    layer = make_layer(
-        dsn=make_conninfo(migrated_dsn, application_name="measured"), lease=60, heartbeat=0.5
-    )
+    layer = make_layer(dsn=make_conninfo(migrated_dsn, application_name="measured"), lease=60, heartbeat=0.5)
     sender = make_layer()
     channels = [await layer.new_channel() for _ in range(members)]
     for start in range(0, members, 20):
@@ -306,9 +304,7 @@ async def test_a_channel_that_is_full_is_full_wherever_the_count_begins(
     async with working(layer, "jobs"):
         for _ in range(5):
             observer.execute(send)
-        await until(
-            lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
-        )
+        await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
     for _ in range(20):
         assert observer.execute(send).fetchone() == (True,)
     assert observer.execute(send).fetchone() == (False,)
@@ -320,6 +316,29 @@ async def test_a_channel_that_is_full_is_full_wherever_the_count_begins(
     # All of them are received, in order, by a reader that finds them without an announcement.
     for _ in range(20):
         assert await receive(layer, "jobs") == {"type": "test"}
+
+
+async def test_a_job_that_is_given_back_is_found_without_an_announcement(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """A worker has held a job for long. Meanwhile another one kept where the channel's jobs begin."""
+    observer.execute(
+        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!slow', 'infinity', 1)"
+    )
+    observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
+    claimed = observer.execute(
+        "SELECT id, xid FROM pg_layer_claim('asgi', 'jobs', 'asgi!slow', 0, 0, 1)"
+    ).fetchone()
+    assert claimed is not None
+    layer = make_layer(lease=60, heartbeat=0.1)
+    await listen(layer)
+    async with working(layer, "jobs"):
+        leave_dead_rows(observer, "asgi!elsewhere", count=3000)
+        kept = "SELECT FROM pg_layer_low_id WHERE address = 'asgi!:jobs' AND low_id > %s"
+        await until(lambda: observer.execute(kept, [claimed[0]]).fetchone() is not None)
+    await layer.close()
+    observer.execute("SELECT pg_layer_release('asgi', 'asgi!slow', 0, ARRAY[%s], ARRAY[%s])", claimed)
+    assert await receive(make_layer(), "jobs") == {"type": "test"}
 
 
 async def renewed(observer: Observer, times: int = 1) -> None:
@@ -482,9 +501,7 @@ async def test_a_close_that_was_cut_short_leaves_the_rest_to_the_sweeper(
 ) -> None:
     """A client with many memberships closes, and its process ends after the first part."""
     fill(observer, "asgi!closing", "specific.closing!1", messages=10, memberships=2500)
-    closed = observer.execute(
-        "SELECT pg_layer_close('asgi', 'asgi!closing', '{}', '{}', 1000)"
-    ).fetchone()
+    closed = observer.execute("SELECT pg_layer_close('asgi', 'asgi!closing', '{}', '{}', 1000)").fetchone()
     assert closed == (False,)
     [(left,)] = observer.execute("SELECT count(*) FROM pg_layer_membership").fetchall()
     assert left == 1500
@@ -535,9 +552,7 @@ async def test_what_a_crash_brings_back_is_deleted_in_parts(
     await listen(layer)
     await layer.send(channel, {"n": "held"})
     await until(lambda: layer.stats()["queued_messages"] == 1)
-    await until(
-        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
-    )
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,))
     deletions = Deletions(observer)
     fill(observer, channel_address("asgi", channel), channel, messages=MANY, memberships=0)
     observer.execute("DELETE FROM pg_layer_boot")
@@ -546,9 +561,7 @@ async def test_what_a_crash_brings_back_is_deleted_in_parts(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name LIKE 'pg_layer %' AND query LIKE '%pg_layer_listen%'"
     )
-    await until(
-        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
-    )
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,))
     assert deletions.most() <= 1000
     assert await receive(layer, channel) == {"n": "held"}
 

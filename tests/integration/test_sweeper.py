@@ -160,7 +160,7 @@ def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer:
     assert observer.execute(
         "SELECT address, swept_at IS NOT NULL FROM pg_layer_client ORDER BY 1"
     ).fetchall() == [
-        ("asgi!closed", False),
+        ("asgi!closed", True),
         ("asgi!living", False),
         ("asgi!over", True),
         ("asgi!over-too", True),

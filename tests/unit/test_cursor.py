@@ -104,6 +104,29 @@ def test_admit_marked_row_visible_in_s_is_new_until_it_is_done(cursor: Cursor) -
     assert not cursor.admit(key, True, END)
 
 
+def test_admit_marked_row_that_a_look_has_seen_is_not_new(cursor: Cursor) -> None:
+    """What a look did not admit was sent before this client was interested in its address."""
+    cursor.looked(at(90))
+    assert not cursor.admit(Key(1, 89, 5), True, END)
+    assert cursor.admit(Key(1, 90, 6), True, END)
+    # Also after a failover, which brings old rows back to a catch-up.
+    cursor.adopt(at(50, boot=2))
+    assert not cursor.admit(Key(1, 89, 5), True, END)
+    assert cursor.admit(Key(2, 40, 4), True, END)
+    # The new server hands out transaction ids again: of an unknown boot they say nothing.
+    assert cursor.admit(Key(0, 60, 4), True, END)
+
+
+def test_admit_announced_marked_row_that_a_look_has_passed_since_is_taken_once(
+    cursor: Cursor,
+) -> None:
+    """The rows of an announcement may be read after the look, which leaves them to that read."""
+    key = Key(1, 89, 5)
+    cursor.looked(at(90))
+    assert cursor.admit_announced(key, True, END)
+    assert not cursor.admit_announced(key, True, END)
+
+
 def test_expire_marked_keys_are_remembered_until_their_messages_expire(cursor: Cursor) -> None:
     early, late = Key(1, 90, 5), Key(1, 91, 6)
     cursor.admit(early, True, 10.0)

@@ -23,7 +23,7 @@ from pg_layer.statement import (
 )
 
 SEND_ONE = Statement(
-    lazily("$7") + "f.* FROM pg_layer_send_one($1, $2, $3, $4, $5, $6, $7, $8) AS f",
+    lazily("$7") + "pg_layer_send_one($1, $2, $3, $4, $5, $6, $7, $8)",
     *(TEXT, TEXT, BYTEA, FLOAT8, INT4, INT8, BOOL, BOOL),
 )
 SEND_BATCH = Statement(
@@ -103,11 +103,12 @@ async def send_one(
     quiet: bool,
 ) -> Sent:
     """Send a message to a channel. ``low_id``: None, to send without a look at what waits."""
-    _, accepted, waiting, low, id, xid, boot = await one(
+    _, row = await one(
         session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet
     )
-    if not accepted:
+    if row is None:
         return Sent({0}, (), None, None, None, None)
+    id, xid, boot, waiting, low = row
     floors = None if low_id is None else Floors((address,), (low,))
     return Sent(set(), (id,), xid, boot, waiting, floors)
 
