@@ -6,7 +6,8 @@
 --   returns: how many, and where the next part begins: with the end of the last one; if there are no more, a minute ago at least, because
 --       messages are committed a moment after their ends were set
 CREATE FUNCTION pg_layer_delete_expired(_after float8, _limit integer, OUT count bigint, OUT last float8)
-LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+    SET jit = off AS $$
     WITH expired AS MATERIALIZED (
         SELECT m.address, m.id FROM pg_layer_message AS m
         WHERE m.expires_at >= CASE WHEN _after > 0 THEN to_timestamp(_after) ELSE '-infinity' END
@@ -30,7 +31,8 @@ CREATE FUNCTION pg_layer_sweep(
     _prefix text, _limit integer, _alone boolean, _after float8,
     OUT messages bigint, OUT memberships bigint, OUT clients bigint, OUT last float8
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+    SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _address text;

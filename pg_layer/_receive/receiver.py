@@ -334,7 +334,7 @@ class Receiver:
         keys = await queries.new_keys(session, addresses, low_ids, cursor.moment, boot)
         for part in queries.parts(client.announcements.missing(keys)):
             rows = await queries.read_keys(session, part)
-            client.announcements.append(rows, self._joining)
+            client.announcements.append(rows, self._joining, client.memberships.opened_groups)
             counted.append(sum(row.kind == "message" for row in rows))
             self._pump()
             while client.announcements.rows > CATCH_UP_ROWS:

@@ -84,20 +84,24 @@ class AnnouncementQueue:
         else:
             self._append_span(announcement.span)
 
-    def append(self, rows: Iterable[Row], joining: str | None = None) -> int:
+    def append(
+        self, rows: Iterable[Row], joining: str | None = None, opened: Container[str | None] = ()
+    ) -> int:
         """Append rows that are here, without those that are not new. Return how many are.
 
         ``joining``: a group whose first member is being added by the control message at the head.
-        Its rows may be older than others that are here: see `merge`.
+        ``opened``: groups that are listened to since a moment ago. Their rows may be older than others that
+        are here: see `merge`.
         """
         admit = self._cursor.admit
         fresh = [row for row in rows if admit(row.key, row.marked, row.expires_at)]
-        late = [row for row in fresh if row.group == joining] if joining is not None else []
-        appended = [row for row in fresh if row.group != joining] if late else fresh
+        late = [row for row in fresh if row.group is not None and (row.group == joining or row.group in opened)]
+        keys = {row.key for row in late}
+        appended = [row for row in fresh if row.key not in keys] if late else fresh
         if appended:
             self._push(Entry(appended))
         if late:
-            self.merge(late, behind_head=True)
+            self.merge(late, behind_head=joining is not None)
         return len(fresh)
 
     def _append_span(self, span: Span) -> None:

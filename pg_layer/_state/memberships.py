@@ -111,6 +111,11 @@ class Memberships:
         """The owner itself has added the first member of a group, in this moment."""
         self._opened[group] = moment
 
+    @property
+    def opened_groups(self) -> KeysView[str]:
+        """Groups whose first member the owner itself has added a moment ago."""
+        return self._opened.keys()
+
     def opened_after(self, group: str, boot: int, xid: int) -> Moment | None:
         """The moment in which the owner itself added the first member, if that was after this transaction.
 

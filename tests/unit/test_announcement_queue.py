@@ -290,6 +290,41 @@ def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue)
     assert queue.rows == 0
 
 
+def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(queue: AnnouncementQueue) -> None:
+    """A transaction may have drawn the id of its message before that of the add, and be committed later."""
+    queue.hear(heard(row(8, 102), row(9, 102)))
+    head = queue.head()
+    assert head is not None
+    add = head[0]
+    queue.append([row(4, 103)], "g")
+    head = queue.head()
+    assert head is not None
+    assert head[0] is add
+    assert queue.rows == 3
+    assert dispatch(queue) == [8, 4, 9]
+
+
+def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
+    """A catch-up may have brought messages that were sent later, and cannot have brought these."""
+    keys = {Key(1, 105, 5), Key(1, 104, 6), Key(1, 103, 7), Key(1, 115, 8)}
+    queue.hear(heard(row(5, 105, marked=True)))
+    cursor.adopt(at(110))
+    queue.append([row(9, 120)])
+    queue.hear(heard(row(6, 104, marked=True)))
+    queue.hear(to_read(7, 7, 103, marked=True))
+    queue.hear(heard(row(8, 115, marked=True)))
+    assert not queue.holds(GROUP, Key(1, 103, 7))
+    queue.read(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
+    withdrawn = queue.withdraw(keys)
+    assert [each.id for each in withdrawn] == [6, 7]
+    queue.merge(withdrawn)
+    assert queue.rows == 5
+    assert dispatch(queue) == [5, 6, 7, 9, 8]
+    assert queue.rows == 0
+
+
 def test_holds_rows_and_spans_count(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
