@@ -83,7 +83,8 @@ RETURNS TABLE (
     address text, id bigint, xid bigint, boot bigint, marked boolean, kind text, channel text, excluded text, payload bytea,
     expires_at float8
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _boot bigint;
 BEGIN
@@ -115,7 +116,8 @@ $$;
 CREATE FUNCTION pg_layer_release(
     _prefix text, _address text, _fence bigint, _ids bigint[], _xids bigint[], _quiet boolean DEFAULT false
 ) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
+    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _released record;
 BEGIN

@@ -77,7 +77,8 @@ $$;
 CREATE FUNCTION pg_layer_close(
     _prefix text, _address text, _done_ids bigint[], _done_xids bigint[], _limit integer DEFAULT 5000, _quiet boolean DEFAULT false
 ) RETURNS boolean
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     _ids bigint[];
     _xids bigint[];

@@ -208,7 +208,7 @@ class Receiver:
             heard.set_result(None)
 
     def _passed(self) -> None:
-        """``S`` has moved. What it sees may still be in the queue: memberships forget nothing before it has gone."""
+        """``S`` has moved. Memberships forget nothing while what it sees may still be in the queue."""
         self._is_passed = True
         self._forget_passed()
 

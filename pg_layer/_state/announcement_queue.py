@@ -95,7 +95,7 @@ class AnnouncementQueue:
         """
         admit = self._cursor.admit
         fresh = [row for row in rows if admit(row.key, row.marked, row.expires_at)]
-        late = [row for row in fresh if row.group is not None and (row.group == joining or row.group in opened)]
+        late = [row for row in fresh if row.group and (row.group == joining or row.group in opened)]
         keys = {row.key for row in late}
         appended = [row for row in fresh if row.key not in keys] if late else fresh
         if appended:
