@@ -55,7 +55,7 @@ def parse(payload: str, prefix: str, own_address: str) -> Announcement:
 
 
 def _messages(words: list[str], marked: bool) -> Messages:
-    if len(words) % 5 != 2:
+    if len(words) < 7 or len(words) % 5 != 2:
         raise ValueError("An entry is incomplete.")
     boot, xid = _bigint(words[0]), _bigint(words[1])
     rows = []

@@ -328,9 +328,9 @@ class Receiver:
         low_id = min(cursor.low_id(), cursor.marked_low_id())
         own_low_id = min(low_id, self.jobs.low_id - 1)
         prefix = client.config.prefix
-        groups = [group_address(prefix, group) for group in self._groups()]
-        addresses = [client.address, *groups]
-        low_ids = [own_low_id, *[low_id] * len(groups)]
+        groups = self._groups()
+        addresses = [client.address, *(group_address(prefix, group) for group in groups)]
+        low_ids = [own_low_id, *(max(low_id, self._low_id_of_group(group)) for group in groups)]
         keys = await queries.new_keys(session, addresses, low_ids, cursor.moment, boot)
         for part in queries.parts(client.announcements.missing(keys)):
             rows = await queries.read_keys(session, part)
@@ -351,6 +351,12 @@ class Receiver:
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
             self._spawn(self._delete_received(moment))
+
+    def _low_id_of_group(self, group: str) -> int:
+        """No message of a group that its members may receive has this id or a smaller one."""
+        cursor = self._client.cursor
+        members = self._client.memberships.members(group)
+        return min((cursor.low_id_of(member.since) for member in members), default=0)
 
     def _groups(self) -> set[str]:
         """The groups that this client is interested in."""
@@ -633,7 +639,7 @@ class Receiver:
         if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
             client.memberships.add(group, queue, expires_at, since)
         self._writer.write_soon(group, channel, claim)
-        # By id between what follows, so that the messages of one writer stay in order, and in the channel's stay.
+        # By id between what follows, so that the messages of one writer stay in order.
         client.announcements.merge(
             [
                 *client.announcements.withdraw({each.key for each in missed}),

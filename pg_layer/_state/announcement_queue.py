@@ -66,8 +66,12 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ hearing
 
     def hear(self, announcement: Messages | ToRead) -> None:
-        """Append what is new of an announcement."""
-        if self.is_incomplete:
+        """Append what is new of an announcement.
+
+        Of a server that has gone nothing is, once a catch-up at its successor has ended.
+        """
+        boot = announcement.rows[0].boot if isinstance(announcement, Messages) else announcement.span.boot
+        if self.is_incomplete or self._cursor.has_passed_boot(boot):
             return
         if self._kept_aside is not None:
             if len(self._kept_aside) < MAX_ASIDE:
@@ -198,21 +202,31 @@ class AnnouncementQueue:
     def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
         """Put rows between those that are here, by their ids: an `add` brings them to its member.
 
+        A promoted standby may draw ids again that its predecessor has drawn: a later boot comes later.
         ``behind_head``: the first row is a control message that is being applied, and keeps its place.
         """
         head = self._take_head() if behind_head else None
-        rest = deque(sorted(rows, key=lambda row: row.id))
+        newest = max(self._cursor.boot, *(row.boot for row in rows)) if rows else 0
+
+        def place(at: Row | Key) -> tuple[int, int]:
+            return at.boot or newest, at.id
+
+        rest = deque(sorted(rows, key=place))
         merged: deque[Entry] = deque()
         for entry in self._entries:
-            first = entry.rows[0].id if entry.rows else entry.span.first if entry.span else 0
-            before = _pop_below(rest, first)
-            if before:
-                merged.append(Entry(before))
-            if entry.rows:
-                within = _pop_below(rest, entry.rows[-1].id)
-                entry.rows = (
-                    deque(sorted((*entry.rows, *within), key=lambda row: row.id)) if within else entry.rows
-                )
+            if rest and entry.rows:
+                between: deque[Row] = deque()
+                for row in entry.rows:
+                    while rest and place(rest[0]) < place(row):
+                        between.append(rest.popleft())
+                    between.append(row)
+                entry.rows = between
+            elif entry.span is not None:
+                before: list[Row] = []
+                while rest and place(rest[0]) < place(Key(entry.span.boot, entry.span.xid, entry.span.first)):
+                    before.append(rest.popleft())
+                if before:
+                    merged.append(Entry(before))
             merged.append(entry)
         if rest:
             merged.append(Entry(rest))
@@ -272,11 +286,3 @@ class AnnouncementQueue:
         """The catch-up has failed: the next one brings what was kept aside."""
         self._kept_aside = None
         self.lose()
-
-
-def _pop_below(rows: deque[Row], id: int) -> list[Row]:
-    """Pop the rows with smaller ids from the left."""
-    popped = []
-    while rows and rows[0].id < id:
-        popped.append(rows.popleft())
-    return popped

@@ -54,10 +54,19 @@ class Cursor:
         """Whether all unmarked rows of a transaction are visible in ``S``."""
         return self.moment is not None and self.moment.sees(boot, xid)
 
+    @property
+    def boot(self) -> int:
+        """The boot of ``S``; 0 if there is none."""
+        return self.moment.boot if self.moment is not None else 0
+
+    def has_passed_boot(self, boot: int) -> bool:
+        """Whether ``S`` is of a later boot. What a catch-up did not find then is not there any more."""
+        return 0 < boot < self.boot
+
     def has_looked_for(self, boot: int, xid: int) -> bool:
         """Whether the marked rows of a transaction that are of concern were admitted by a look.
 
-        Others were sent before the client was interested in their address. Of an unknown boot nothing is said.
+        Others were sent before the client was interested in their address. An unknown boot says nothing.
         """
         return boot != 0 and self._looked is not None and self._looked.sees(boot, xid)
 

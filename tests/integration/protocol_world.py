@@ -354,9 +354,9 @@ class RecordingQueue(AnnouncementQueue):
             self.caught_up.update((row.key, self.catch_ups) for row in entry.rows)
         super()._push(entry)
 
-    def merge(self, rows: Sequence[Row]) -> None:
+    def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
         self.merged.update(row.key for row in rows)
-        super().merge(rows)
+        super().merge(rows, behind_head=behind_head)
 
     def begin_catch_up(self) -> None:
         self.catch_ups += 1

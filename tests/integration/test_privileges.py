@@ -321,39 +321,6 @@ async def test_workers_that_may_only_receive_share_jobs_and_give_them_back(
     assert done == list(range(100))
 
 
-async def test_who_may_only_receive_lives_on(
-    make_layer: MakeLayer, observer: Observer, receiver_dsn: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Heartbeats, a lost connection, a lost membership, an expired one, and sweeping."""
-    receiver = make_layer(dsn=receiver_dsn, heartbeat=0.1, lease=60, sweep_interval=0.1)
-    sender = make_layer()
-    own, member = await receiver.new_channel(), await receiver.new_channel()
-    await receiver.group_add("room", member)
-    await sender.send(own, number(0))
-    assert await numbers(receiver, own, 1) == [0]
-    renewals = b"SELECT xmin::text FROM pg_layer_client WHERE counters <> '{}'"
-    renewed = await until(lambda: observer.execute(renewals).fetchone())
-    await until(lambda: observer.execute(renewals).fetchone() != renewed)
-    # What a crash may do: the lease and the memberships are gone.
-    observer.execute("DELETE FROM pg_layer_membership; DELETE FROM pg_layer_client")
-    observer.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename LIKE 'layer_receiver%%'"
-        " AND datname = current_database()"
-    )
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (1,))
-    await sender.group_send("room", number(1), expiry=10)
-    assert await numbers(receiver, member, 1) == [1]
-    # A channel that nobody reads leaves its groups, and its messages are swept.
-    await sender.send("unread", number(3), expiry=0.01)
-    while observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() != (0,):
-        # Again, as one that is over before it comes is not known to have been unread.
-        await sender.send(member, number(2), expiry=0.1)
-        await asyncio.sleep(0.1)
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
-    assert observer.execute("SELECT count(*) FROM pg_layer_last_sweep").fetchone() == (1,)
-    assert "permission denied" not in caplog.text
-
-
 def test_who_may_only_receive_runs_the_sweeper(observer: Observer, receiver_dsn: str) -> None:
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, expires_at)"

@@ -231,10 +231,6 @@ def test_append_marked_row_that_s_has_passed_is_brought(cursor: Cursor, queue: A
     assert dispatch(queue) == [5]
 
 
-
-
-
-
 # --- Bounds
 
 
@@ -302,6 +298,25 @@ def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(queue: Announ
     assert head[0] is add
     assert queue.rows == 3
     assert dispatch(queue) == [8, 4, 9]
+
+
+def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: AnnouncementQueue) -> None:
+    """A promoted standby draws ids that its predecessor had drawn, after it was cut off."""
+    queue.hear(heard(row(8, 102), row(9, 102)))
+    queue.append([row(7, 50)._replace(boot=2)])
+    queue.merge([row(6, 49)._replace(boot=2), row(8, 51)._replace(boot=2), row(5, 99)])
+    assert dispatch(queue) == [5, 8, 9, 6, 7, 8]
+
+
+def test_hear_of_a_server_that_has_gone_appends_nothing(cursor: Cursor, queue: AnnouncementQueue) -> None:
+    """Its marked rows are at its successor, where the catch-up has found them, or lost."""
+    cursor.adopt(at(50, boot=2))
+    queue.hear(heard(row(5, 105, marked=True)))
+    queue.hear(to_read(6, 7, 105, marked=True))
+    assert queue.rows == 0
+    queue.hear(heard(row(5, 60, marked=True)._replace(boot=2)))
+    queue.hear(heard(row(6, 61, marked=True)._replace(boot=0)))  # of a boot that its writer did not know
+    assert queue.rows == 2
 
 
 def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them(

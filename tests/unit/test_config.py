@@ -72,7 +72,7 @@ def test_all_options_are_taken() -> None:
         "allow_unencrypted": True,
         "serializer_format": "json",
         "max_message_size": 1,
-        "lease": 2,
+        "lease": 2.5,
         "heartbeat": 1,
         "send_timeout": 0.1,
         "poll_interval": 0.25,
@@ -174,9 +174,9 @@ def test_max_message_size_has_a_limit() -> None:
 
 
 def test_the_heartbeat_leaves_room_for_a_late_one() -> None:
-    assert load({"lease": 30, "heartbeat": 15}).heartbeat == 15
-    text = refusal(lease=30, heartbeat=15.1)
-    assert "at most half of 'lease' (30 seconds), not 15.1" in text
+    assert load({"lease": 30, "heartbeat": 12}).heartbeat == 12
+    text = refusal(lease=30, heartbeat=12.1)
+    assert "at most two fifths of 'lease' (30 seconds), not 12.1" in text
     assert "'lease' (39 seconds), not 20" in refusal(lease=39)
 
 

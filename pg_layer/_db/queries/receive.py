@@ -22,7 +22,7 @@ BACKEND_PID = Statement("SELECT pg_backend_pid()")
 NO_SCANS = Statement(
     "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false)"
 )
-PROBE = Statement("SELECT swept_at FROM pg_layer_last_sweep LIMIT 1")
+PROBE = Statement("SELECT pg_layer_address('', '')")
 QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
 # A limit on rows and bytes cuts the result; the first row always comes.
 READ = Statement(
@@ -105,7 +105,7 @@ async def avoid_scans(session: Session) -> None:
 
 
 async def probe(session: Session) -> None:
-    """Check that the database answers, and has the layer's tables."""
+    """Check that the database answers, and has the layer's functions."""
     await session.execute(PROBE)
 
 

@@ -103,9 +103,7 @@ async def send_one(
     quiet: bool,
 ) -> Sent:
     """Send a message to a channel. ``low_id``: None, to send without a look at what waits."""
-    _, row = await one(
-        session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet
-    )
+    _, row = await one(session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet)
     if row is None:
         return Sent({0}, (), None, None, None, None)
     id, xid, boot, waiting, low = row
