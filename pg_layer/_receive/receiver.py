@@ -38,6 +38,7 @@ logger = logging.getLogger("pg_layer")
 READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
 READ_SPANS = 64  # at once
 RETRY = 0.5  # seconds
+PING_TIMEOUT = 3.0  # seconds
 # Seconds for each member that is waited for when its channel queue is full, in which it must receive half of
 # it. A slow member costs its neighbours no more than that once for each half of its queue.
 PAUSE = 0.05
@@ -70,6 +71,7 @@ class Receiver:
         self._own_channel = notification_channel(client.address)
         self._pings: dict[str, asyncio.Future[None]] = {}
         self._pinged = 0
+        self._lost = asyncio.Event()  # the present connection
         self._is_reading = False
         self._is_catching_up = False
         self._is_catch_up_due = False
@@ -102,6 +104,7 @@ class Receiver:
 
     async def listen_to_all(self) -> None:
         """Have a new connection listen to all that is of interest here. A catch-up must follow."""
+        self._lost = asyncio.Event()
         self._client.announcements.lose()
         self._appended.clear()
         prefix = self._client.config.prefix
@@ -221,6 +224,7 @@ class Receiver:
         """No notification of the old connection will be heard any more."""
         self._client.announcements.lose()
         self._appended.clear()
+        self._lost.set()
 
     def append_claimed(self, rows: Sequence[Row]) -> None:
         """Dispatch jobs that were claimed, behind what was announced before.
@@ -586,7 +590,8 @@ class Receiver:
         client = self._client
         group, channel = str(change["group"]), str(row.channel)
         expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
-        since = Moment(row.boot, Snapshot(change["snapshot"]))
+        # A transaction right after a crash does not know the boot: it is the one that began then.
+        since = Moment(row.boot or client.cursor.boot, Snapshot(change["snapshot"]))
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["claim"])
             return True
@@ -617,8 +622,8 @@ class Receiver:
             # A catch-up that has begun may not have collected this group.
             await self._appended.wait()
             missed = await self._read_missed(address, bucket, low_id, since, queue.capacity)
-            if missed:
-                # What their writers sent before them may not have been heard yet.
+            # What their writers sent before them may not have been heard yet.
+            if missed and not await self._hear_what_was_sent():
                 self._appended.clear()
                 self.catch_up_soon()
                 await self._appended.wait()
@@ -651,6 +656,31 @@ class Receiver:
                 ),
             ]
         )
+
+    async def _hear_what_was_sent(self) -> bool:
+        """Wait until all that was sent before is in the queue. False: a catch-up must bring it.
+
+        A catch-up while nothing was lost would put marked rows before their announcement, unlike elsewhere.
+        """
+        if self._listener is None or not self._listener.is_connected:
+            return False
+
+        async def ring(token: str) -> None:
+            await self._connections.run(
+                lambda session: queries.notify(session, self._own_channel, f"P {token}"),
+                timeout=PING_TIMEOUT,
+            )
+
+        # Dispatch waits meanwhile: not for a ping that is lost with its connection.
+        lost = asyncio.ensure_future(self._lost.wait())
+        ping = asyncio.ensure_future(self.ping(ring, PING_TIMEOUT))
+        try:
+            await asyncio.wait((lost, ping), return_when=asyncio.FIRST_COMPLETED)
+            is_heard = ping.done() and ping.exception() is None and ping.result()
+            return is_heard and not self._is_behind
+        finally:
+            lost.cancel()
+            ping.cancel()
 
     async def _read_missed(
         self, address: str, bucket: str, low_id: int, since: Moment, limit: int

@@ -6,7 +6,7 @@ See ``docs/protocols.md``, section 2. Pure; used by the owner loop only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from pg_layer._messages.announcements import Messages, ToRead
 from pg_layer._messages.rows import Key, KeyAt, Row, Span
@@ -206,30 +206,35 @@ class AnnouncementQueue:
         ``behind_head``: the first row is a control message that is being applied, and keeps its place.
         """
         head = self._take_head() if behind_head else None
-        newest = max(self._cursor.boot, *(row.boot for row in rows)) if rows else 0
+        # A row of boot 0 is of the boot of the rows around it.
+        ordered = sorted(rows, key=lambda row: row.id)
+        boot = next((row.boot for row in ordered if row.boot), self._cursor.boot)
+        rest: deque[tuple[int, int, Row]] = deque()
+        for row in ordered:
+            boot = max(boot, row.boot)
+            rest.append((boot, row.id, row))
 
-        def place(at: Row | Key) -> tuple[int, int]:
-            return at.boot or newest, at.id
+        def before(boot: int, id: int) -> Iterator[Row]:
+            while rest and rest[0][:2] < (boot, id):
+                yield rest.popleft()[2]
 
-        rest = deque(sorted(rows, key=place))
+        boot = 0
         merged: deque[Entry] = deque()
         for entry in self._entries:
             if rest and entry.rows:
                 between: deque[Row] = deque()
                 for row in entry.rows:
-                    while rest and place(rest[0]) < place(row):
-                        between.append(rest.popleft())
+                    boot = row.boot or boot
+                    between.extend(before(boot, row.id))
                     between.append(row)
                 entry.rows = between
             elif entry.span is not None:
-                before: list[Row] = []
-                while rest and place(rest[0]) < place(Key(entry.span.boot, entry.span.xid, entry.span.first)):
-                    before.append(rest.popleft())
-                if before:
-                    merged.append(Entry(before))
+                boot = entry.span.boot or boot
+                if earlier := list(before(boot, entry.span.first)):
+                    merged.append(Entry(earlier))
             merged.append(entry)
         if rest:
-            merged.append(Entry(rest))
+            merged.append(Entry(row for _, _, row in rest))
         self._entries = merged
         self._put_head(head)
         self._rows += len(rows)
