@@ -136,12 +136,14 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
 DECLARE
     _xid xid8;
 BEGIN
-    -- Under the lock nobody writes what the last part would leave.
+    -- Under the lock nobody writes what the last part would leave. Nothing is waited for that an open transaction has locked, because
+    -- all who send wait for this one: such a transaction deletes what it has locked.
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;
     xid := _xid::text::bigint;
     WITH part AS MATERIALIZED (
         SELECT m.address, m.id FROM pg_layer_message AS m
         WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address, m.id LIMIT _limit
+        FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_message AS m USING part AS p WHERE m.address = p.address AND m.id = p.id
     )
@@ -149,6 +151,7 @@ BEGIN
     WITH part AS MATERIALIZED (
         SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
         WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT _limit
+        FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_membership AS m USING part AS p
         WHERE m.group_name = p.group_name AND m.address = p.address AND m.channel = p.channel AND m.id = p.id

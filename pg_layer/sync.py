@@ -21,6 +21,7 @@ from psycopg import errors
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._send.announcer import PART
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer.aliases import alias_of, not_migrated
@@ -192,8 +193,7 @@ class Sync:
         if not session.is_in_transaction:
             # A callback of the application that runs after the commit, but before the layer's.
             self.announce_committed(session.connection)
-            if announcer:
-                self._announce(session)
+            self._announce_pending(session)
         is_quiet = bool(announcer)
 
         async def work(session: DjangoSession, *, quiet: bool = False) -> tuple[T, list[Unannounced]]:
@@ -211,6 +211,7 @@ class Sync:
             self._announce_after_commit(session, rows)
         elif rows and not session.is_in_transaction:
             announcer.add(rows)
+            self._loops.announce_soon()
         return result
 
     # ------------------------------------------------------------------ announcing
@@ -233,25 +234,35 @@ class Sync:
             return
         pending = _pending.pop(connection, None)
         if pending is not None:
-            self._loops.announcer.add(pending.rows)
-            # What fails is announced by what this process writes next, or found by receivers.
-            self._announce(DjangoSession(connection))
+            session = DjangoSession(connection)
+            self._announce_pending(session)
+            if self._loops.announcer or not self._announce(session, pending.rows):
+                # What this process writes next announces them, or receivers find them.
+                self._loops.announcer.add(pending.rows)
+                self._loops.announce_soon()
 
-    def _announce(self, session: DjangoSession) -> None:
-        """Announce what was written quietly, on this connection and outside of transactions."""
+    def _announce_pending(self, session: DjangoSession) -> None:
+        """Announce what could not be announced before."""
         announcer = self._loops.announcer
         while rows := announcer.first():
+            if not self._announce(session, rows):
+                self._loops.announce_soon()
+                return
+            announcer.announced(rows)
 
-            async def work(session: DjangoSession, rows: Any = rows) -> None:
-                await queries.announce(session, rows)
+    def _announce(self, session: DjangoSession, rows: list[Unannounced]) -> bool:
+        """Announce rows, on this connection and outside of transactions. Return whether that worked."""
+        for start in range(0, len(rows), PART):
+
+            async def work(session: DjangoSession, part: Any = rows[start : start + PART]) -> None:
+                await queries.announce(session, part)
 
             try:
                 self._run_on(session, work, work, is_idempotent=True)
             except (PgLayerError, DjangoError) as error:
-                logger.info("Could not announce %d messages yet: %s", len(rows), error)
-                self._loops.announce_soon()
-                return
-            announcer.announced(rows)
+                logger.info("Could not announce %d messages yet: %s", len(rows) - start, error)
+                return False
+        return True
 
     # ------------------------------------------------------------------ running
 

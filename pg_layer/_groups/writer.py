@@ -83,8 +83,10 @@ class MembershipWriter:
     async def _write(self, rows: queries.OwnRows, deadline: float) -> Moment:
         """Write rows; again with a higher fence if the outcome is unknown, so that none comes late."""
         client = self._client
+        fence = client.fence
 
         async def work(session: Session) -> Moment:
+            nonlocal fence
             if client.raised_fence < (fence := client.fence):
                 await receive.raise_fence(session, client.address, fence)
                 client.raised_fence = fence
@@ -99,6 +101,10 @@ class MembershipWriter:
             except OutcomeUnknown:
                 client.fence += 1
                 if time.monotonic() >= deadline:
+                    raise
+            except LayerUnavailable:
+                # Refused: another statement was given up meanwhile, and has raised the fence.
+                if client.fence == fence:
                     raise
             except asyncio.CancelledError:
                 client.fence += 1
@@ -129,11 +135,14 @@ class MembershipWriter:
 
     async def _write_part(self) -> None:
         async with self._lock:
-            part = dict(islice(self._due.items(), PART))
-            await self._write(self._rows(part), time.monotonic() + self._client.config.send_timeout)
-            for pair, claim in part.items():
-                if self._due.get(pair) == claim:
-                    del self._due[pair]
+            # A change during the statement makes a pair due again.
+            part = {pair: self._due.pop(pair) for pair in list(islice(self._due, PART))}
+            try:
+                await self._write(self._rows(part), time.monotonic() + self._client.config.send_timeout)
+            except BaseException:
+                for pair, claim in part.items():
+                    self._due[pair] = max(self._due.get(pair, 0), claim)
+                raise
 
     async def _find_old(self) -> None:
         """Find rows of memberships that have ended. Those that are just beginning are written once more."""

@@ -69,6 +69,10 @@ class JobReaders:
 
     def start(self) -> None:
         """Go on with jobs that the last owner loop has claimed."""
+        for channel in self._client.releasing:
+            reader = self._reader(channel)
+            reader.is_releasing = True
+            self._spawn(self._resolve(reader))
         for queue in self._client.queues():
             if "!" not in queue.channel and len(queue):
                 self._release_later(self._reader(queue.channel))
@@ -237,8 +241,9 @@ class JobReaders:
             self._release_later(reader)
 
     async def _release(self, reader: JobReader, messages: list[QueuedMessage]) -> None:
-        client = self._client
+        client, channel = self._client, reader.queue.channel
         keys = [message.key for message in messages if message.key is not None]
+        client.releasing[channel] = messages
         try:
             is_announced = await self._connections.run(
                 partial(self._release_on, keys=keys, quiet=False),
@@ -246,23 +251,29 @@ class JobReaders:
                 timeout=client.config.send_timeout,
             )
             if not is_announced:
-                self._announce_later(reader.queue.channel, min(key.id for key in keys))
-            remaining: set[Key] = set()
+                self._announce_later(channel, min(key.id for key in keys))
         except BaseException as error:
-            # What was not released is still at the own address, and this process has it.
             client.fence += 1
             if not isinstance(error, PgLayerError):
-                for message in reversed(messages):
-                    reader.queue.push_front(message)
-                raise
-            remaining = await self._remaining(keys)
-        finally:
-            reader.is_releasing = False
+                raise  # the next owner loop finds out what became of them
+            await self._resolve(reader)
+            return
+        self._released(reader, set())
+
+    async def _resolve(self, reader: JobReader) -> None:
+        """Find out which jobs were not released: they are still at the own address."""
+        messages = self._client.releasing[reader.queue.channel]
+        self._released(reader, await self._remaining([message.key for message in messages if message.key]))
+
+    def _released(self, reader: JobReader, remaining: set[Key]) -> None:
+        messages = self._client.releasing.pop(reader.queue.channel)
+        reader.is_releasing = False
         for message in reversed(messages):
             if message.key in remaining:
                 reader.queue.push_front(message)
-        reader.queue.undeleted -= len(keys) - len(remaining)
-        reader.may_have_more, reader.low_id = True, min(reader.low_id, min(key.id for key in keys))
+        reader.queue.undeleted -= len(messages) - len(remaining)
+        first = min(message.key.id for message in messages if message.key is not None)
+        reader.may_have_more, reader.low_id = True, min(reader.low_id, first)
         self._release_later(reader)
         self._claim_soon(reader)
 

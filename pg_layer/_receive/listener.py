@@ -101,12 +101,13 @@ class Listener:
 
         Then the next connection listens to all that `on_connect` asks for.
         """
-        missing = [channel for channel in channels if channel not in self._channels]
-        if not missing:
+        if all(map(self.is_listening_to, channels)):
             return True
 
         async def work(session: Session) -> None:
-            await queries.listen(session, missing)
+            missing = [channel for channel in channels if channel not in self._channels]
+            if missing:
+                await queries.listen(session, missing)
             if session is self._session:
                 self._channels.update(missing)
 
@@ -115,13 +116,10 @@ class Listener:
     async def unlisten(self, channels: Sequence[str]) -> None:
         """Stop listening to NOTIFY channels."""
         listened = [channel for channel in channels if channel in self._channels]
-
-        async def work(session: Session) -> None:
-            self._channels.difference_update(listened)
-            await queries.unlisten(session, listened)
-
+        # At once: a LISTEN that is asked for meanwhile comes after the UNLISTEN.
+        self._channels.difference_update(listened)
         if listened:
-            await self._execute(work)
+            await self._execute(lambda session: queries.unlisten(session, listened))
 
     async def _execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
         async with self._lock:

@@ -312,6 +312,8 @@ class Receiver:
                     await asyncio.sleep(RETRY)
                     continue
                 announcements.end_catch_up()
+                if announcements.is_over_limit and (self._is_blocked or not announcements.rows):
+                    self._is_catch_up_due = True
                 if not (announcements.is_incomplete or self._is_catch_up_due):
                     self._appended.set()
                 self._pump()
@@ -319,6 +321,7 @@ class Receiver:
                 self._on_caught_up(sum(counted))
         finally:
             self._is_catching_up = False
+        self._pump()  # what was left out because too much was heard
         self.jobs.look_again()
 
     async def _read_new(self, session: Session, counted: list[int]) -> None:
@@ -341,7 +344,8 @@ class Receiver:
             client.announcements.append(rows, self._joining, client.memberships.opened_groups)
             counted.append(sum(row.kind == "message" for row in rows))
             self._pump()
-            while client.announcements.rows > CATCH_UP_ROWS:
+            # With a single connection nothing else could be read meanwhile.
+            while client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1:
                 self._appended.set()
                 self._drained.clear()
                 await self._drained.wait()
@@ -562,7 +566,7 @@ class Receiver:
             else:
                 error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
                 client.undecodable(row.channel, error)
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever it is, dispatch must go on
             client.undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
         return True
 
@@ -626,6 +630,8 @@ class Receiver:
             if missed and not await self._hear_what_was_sent():
                 self._appended.clear()
                 self.catch_up_soon()
+                # One that waits for dispatch must go on: dispatch waits for this.
+                self._drained.set()
                 await self._appended.wait()
             await self._until_changed((group, channel))
         rows = client.announcements.head()

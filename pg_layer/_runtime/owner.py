@@ -281,6 +281,8 @@ class Owner:
                 await self._beat(heartbeat)
             except PgLayerError as error:
                 self._outage.begin(error)
+            except Exception:  # a bug must not end the lease
+                logger.exception("A heartbeat failed.")
 
     async def _beat(self, heartbeat: float) -> None:
         client, listener = self._client, self._listener

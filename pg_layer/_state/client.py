@@ -56,6 +56,8 @@ class Client:
         self.memberships = Memberships()
         # Messages that left the announcement queue, and wait for room in a member's channel queue.
         self.unplaced: list[tuple[str, ChannelQueue, list[QueuedMessage]]] = []
+        # Jobs whose release is in flight, or has an unknown outcome, by channel.
+        self.releasing: dict[str, list[QueuedMessage]] = {}
         self.clock = DatabaseClock()
         self.counters = counters or Counters()
         self._counted_before = self.counters.read()
@@ -133,6 +135,7 @@ class Client:
     def held_keys(self) -> list[Key]:
         """The keys of rows at the own address that were not received yet."""
         held = self.announcements.keys()
+        held += [message.key for messages in self.releasing.values() for message in messages if message.key]
         for queue in self.queues():
             held += queue.keys()
         return held
