@@ -152,8 +152,14 @@ class Memberships:
         gone = []
         for group, channel in self.pairs():
             member = self._groups[group][channel]
-            if member.since is None or not member.since.sees(boot, xid):
+            if member.since is not None and member.since.sees(boot, xid):
+                continue
+            moments = self._changed.get((group, channel), ())
+            again = next((moment for moment in moments if moment.sees(boot, xid)), None)
+            if again is None:
                 gone.append((group, channel))
+            else:  # the owner has added it again since
+                self._set_since(member, group, again)
         for pair in gone:
             self.discard(*pair)
         return gone
