@@ -71,13 +71,16 @@ CREATE VIEW pg_layer_group AS
     WHERE c.present AND c.address NOT IN (SELECT g.address FROM gone AS g)
     GROUP BY c.prefix, c.group_name;
 
--- Raise an error unless the client may still write with this fence. Locked, so that who raises the fence waits for the statement.
+-- Raise an error if the client may no longer write with this fence. Locked, so that who raises the fence waits for the statement. A client
+-- without a row may write: a test suite may have emptied the table, and the next heartbeat writes the row again.
 CREATE FUNCTION pg_layer_check_fence(_address text, _fence bigint) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    _may_write boolean;
 BEGIN
-    PERFORM FROM pg_layer_client AS c WHERE c.address = _address AND c.fence <= _fence AND c.ended_at IS NULL FOR SHARE;
-    IF NOT FOUND THEN
-        RAISE object_not_in_prerequisite_state USING MESSAGE = 'pg_layer: the client has no lease, or has given this statement up.';
+    SELECT c.fence <= _fence AND c.ended_at IS NULL INTO _may_write FROM pg_layer_client AS c WHERE c.address = _address FOR SHARE;
+    IF NOT _may_write THEN
+        RAISE object_not_in_prerequisite_state USING MESSAGE = 'pg_layer: the client has closed, or has given this statement up.';
     END IF;
 END
 $$;
