@@ -100,6 +100,10 @@ class PostgresChannelLayer(BaseChannelLayer):
         if queue is None or not queue.is_receivable:
             queue = self._queue_to_receive(client, channel)
         is_specific = "!" in channel
+        if loops.receives_in_background:
+            # Also if a message is here already: the thread would keep its connections, which test runners
+            # wait for when they drop their database.
+            loops.for_receiving(asyncio.get_running_loop())
         waiter: Waiter | None = None
         while True:
             taken = queue.pop(client.pending_deletes, waiter)

@@ -56,6 +56,10 @@ class BackgroundLoop:
             raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
         return self._engine
 
+    def is_engine(self, engine: Engine) -> bool:
+        """Whether this is the engine here."""
+        return self._engine is engine
+
     @property
     def pending_operations(self) -> int:
         """How many operations wait for a write in flight. Waits for nothing."""
@@ -123,6 +127,12 @@ class Loops:
     def is_used(self) -> bool:
         """Whether there is something to close."""
         return self._home is not None or self._background is not None or self.client.has_lease
+
+    @property
+    def receives_in_background(self) -> bool:
+        """Whether the background loop is the owner loop."""
+        background, owner = self._background, self._owner
+        return background is not None and owner is not None and background.is_engine(owner)
 
     # ------------------------------------------------------------------ which engine
 
