@@ -27,7 +27,10 @@ LANGUAGE sql STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET ena
     SET jit = off AS $$
     SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, octet_length(m.payload)
     FROM unnest(_addresses, _low_ids) AS a (address, low_id)
-    JOIN pg_layer_message AS m ON m.address = a.address AND m.id > a.low_id
+    -- Address by address, also where statistics of an empty table make the planner walk all rows instead (OFFSET 0).
+    CROSS JOIN LATERAL (
+        SELECT m.* FROM pg_layer_message AS m WHERE m.address = a.address AND m.id > a.low_id OFFSET 0
+    ) AS m
     WHERE m.expires_at > clock_timestamp() AND CASE
         WHEN m.marked OR m.boot > _boot THEN true
         WHEN m.boot = _boot THEN NOT pg_visible_in_snapshot(m.xid, _snapshot)

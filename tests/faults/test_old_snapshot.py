@@ -109,13 +109,10 @@ class Reconnected:
         return int(read)
 
 
-async def test_heartbeats_and_reconnections_walk_dead_rows_once_at_most(
+async def test_heartbeats_and_catch_ups_do_not_walk_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    """Messages were received and deleted. The process loses its connections and catches up, several times.
-
-    Heartbeats between read none of the dead rows; a reconnection reads them once at most.
-    """
+    """Messages were received and deleted. The process loses its connections and catches up, several times."""
     named = make_conninfo(migrated_dsn, application_name="layer")
     options: dict[str, object] = {"capacity": 1000, "lease": 60, "heartbeat": 0.3}
     layer, sender = make_layer(dsn=named, **options), make_layer(capacity=1000, expiry=3600)
@@ -133,7 +130,7 @@ async def test_heartbeats_and_reconnections_walk_dead_rows_once_at_most(
         for _ in range(ROUNDS):
             await heartbeats(layer, BEATS)
             after = await connections.now()
-        assert after - before < ROUNDS * (MESSAGES + FEW / 2)
+        assert after - before < FEW
 
 
 async def test_heartbeats_and_catch_ups_do_not_walk_group_messages_that_were_received(
