@@ -133,7 +133,10 @@ BEGIN
             array_agg(r.payload) AS payloads, array_agg(m.expires_at) AS expires_at
         FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads)
             AS r (boot, xid, id, address, channel, kind, excluded, payload)
-        JOIN pg_layer_message AS m ON m.address = r.address AND m.id = r.id AND m.xid = r.xid::text::xid8
+        CROSS JOIN LATERAL (
+            SELECT * FROM pg_layer_message AS m WHERE m.address = r.address AND m.id = r.id OFFSET 0
+        ) AS m
+        WHERE m.xid = r.xid::text::xid8 AND m.boot = r.boot
     ) AS r
     WHERE r.ids IS NOT NULL;
 END
@@ -230,7 +233,9 @@ BEGIN
                 LEFT JOIN (
                     SELECT m.channel, count(*) AS count
                     FROM unnest(low_addresses, low_ids) AS t (address, first)
-                    JOIN pg_layer_message AS m ON m.address = t.address AND m.id >= t.first
+                    CROSS JOIN LATERAL (
+                        SELECT * FROM pg_layer_message AS m WHERE m.address = t.address AND m.id >= t.first OFFSET 0
+                    ) AS m
                     WHERE m.expires_at > _now AND m.kind = 'message'
                     GROUP BY m.channel
                 ) AS w ON w.channel = s.channel

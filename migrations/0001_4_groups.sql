@@ -101,13 +101,22 @@ DECLARE
 BEGIN
     PERFORM pg_layer_check_fence(_address, _fence);
     IF cardinality(_claim_groups) > 0 THEN
-        DELETE FROM pg_layer_membership AS m
-        USING unnest(_claim_groups, _claim_channels, _claim_ids) AS c (group_name, channel, id)
-        WHERE m.group_name = c.group_name AND m.address = _address AND m.channel = c.channel AND m.id BETWEEN 1 AND c.id;
+        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(
+            SELECT m.ctid FROM unnest(_claim_groups, _claim_channels, _claim_ids) AS c (group_name, channel, id)
+            CROSS JOIN LATERAL (
+                SELECT m.ctid FROM pg_layer_membership AS m
+                WHERE m.group_name = c.group_name AND m.address = _address AND m.channel = c.channel AND m.id BETWEEN 1 AND c.id
+                OFFSET 0
+            ) AS m));
     END IF;
     IF cardinality(_gone_groups) > 0 THEN
-        DELETE FROM pg_layer_membership AS m USING unnest(_gone_groups, _gone_channels) AS g (group_name, channel)
-        WHERE m.group_name = g.group_name AND m.address = _address AND m.channel = g.channel AND m.id = 0;
+        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(
+            SELECT m.ctid FROM unnest(_gone_groups, _gone_channels) AS g (group_name, channel)
+            CROSS JOIN LATERAL (
+                SELECT m.ctid FROM pg_layer_membership AS m
+                WHERE m.group_name = g.group_name AND m.address = _address AND m.channel = g.channel AND m.id = 0
+                FOR UPDATE
+            ) AS m));
     END IF;
     IF cardinality(_groups) > 0 THEN
         INSERT INTO pg_layer_membership AS m (group_name, address, channel, expires_at)
@@ -152,15 +161,15 @@ BEGIN
         CASE WHEN position('!' IN a.channel) = 0 THEN a.capacity END
     FROM unnest(_groups, _channels, _adds, _capacities, _claims) AS a (group_name, channel, adds, capacity, claim);
     -- Older claims on normal channels count no more. What another transaction has locked, the sweeper removes.
-    DELETE FROM pg_layer_membership AS m USING (
-        SELECT m.group_name, m.address, m.channel, m.id
-        FROM unnest(_groups, _channels, _claims) AS a (group_name, channel, claim)
-        JOIN pg_layer_membership AS m ON m.group_name = a.group_name AND m.address = pg_layer_address(_prefix, a.channel)
-            AND m.channel = a.channel AND m.id < a.claim
-        WHERE position('!' IN a.channel) = 0
-        FOR UPDATE OF m SKIP LOCKED
-    ) AS d
-    WHERE m.group_name = d.group_name AND m.address = d.address AND m.channel = d.channel AND m.id = d.id;
+    DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(
+        SELECT m.ctid FROM unnest(_groups, _channels, _claims) AS a (group_name, channel, claim)
+        CROSS JOIN LATERAL (
+            SELECT m.ctid FROM pg_layer_membership AS m
+            WHERE m.group_name = a.group_name AND m.address = pg_layer_address(_prefix, a.channel)
+                AND m.channel = a.channel AND m.id < a.claim
+            FOR UPDATE SKIP LOCKED
+        ) AS m
+        WHERE position('!' IN a.channel) = 0));
 
     -- Who adds only normal channels need not be allowed to write messages.
     IF NOT EXISTS (SELECT FROM unnest(_channels) AS c (channel) WHERE position('!' IN c.channel) > 0) THEN

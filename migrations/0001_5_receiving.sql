@@ -49,14 +49,16 @@ LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
     ORDER BY m.id
 $$;
 
--- Delete rows that were received: those with one of these ids that one of these transactions wrote. Each transaction once: the list is
--- looked through for each row.
-CREATE FUNCTION pg_layer_delete(_address text, _ids bigint[], _xids bigint[]) RETURNS void
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
+-- Delete rows that were received: those with one of these ids that one of these transactions wrote. After a crash a row of a later
+-- boot may have the id and the transaction id of a row that was lost. Each transaction once: the list is looked through for each row.
+CREATE FUNCTION pg_layer_delete(_address text, _boots bigint[], _xids bigint[], _ids bigint[]) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
-    _distinct xid8[] := ARRAY(SELECT DISTINCT x::text::xid8 FROM unnest(_xids) AS x);
+    _distinct_boots bigint[] := ARRAY(SELECT DISTINCT b FROM unnest(_boots) AS b);
+    _distinct_xids xid8[] := ARRAY(SELECT DISTINCT x::text::xid8 FROM unnest(_xids) AS x);
 BEGIN
-    DELETE FROM pg_layer_message AS m WHERE m.address = _address AND m.id = ANY (_ids) AND m.xid = ANY (_distinct);
+    DELETE FROM pg_layer_message AS m
+    WHERE m.address = _address AND m.id = ANY (_ids) AND m.xid = ANY (_distinct_xids) AND m.boot = ANY (_distinct_boots);
 END
 $$;
 
@@ -72,8 +74,8 @@ LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_has
         SELECT m.id, pg_visible_in_snapshot(m.xid, _snapshot) AND NOT m.marked AS is_old FROM pg_layer_message AS m
         WHERE m.address = _address AND m.id > _after ORDER BY m.id LIMIT _limit
     ), gone AS (
-        DELETE FROM pg_layer_message AS m USING part AS p
-        WHERE m.address = _address AND m.id = p.id AND p.is_old AND p.id NOT IN (SELECT h.id FROM unnest(_held) AS h (id))
+        DELETE FROM pg_layer_message AS m WHERE m.address = _address AND m.id = ANY (ARRAY(
+            SELECT p.id FROM part AS p WHERE p.is_old AND p.id NOT IN (SELECT h.id FROM unnest(_held) AS h (id))))
     )
     SELECT CASE WHEN count(*) = _limit THEN max(p.id) END FROM part AS p
 $$;
@@ -101,13 +103,13 @@ BEGIN
     END IF;
     RETURN QUERY
     WITH picked AS MATERIALIZED (
-        SELECT m.address, m.id FROM pg_layer_message AS m
+        SELECT m.id FROM pg_layer_message AS m
         WHERE m.address = pg_layer_address(_prefix, _channel) AND m.id >= _low_id AND m.expires_at > clock_timestamp()
         ORDER BY m.id LIMIT _limit
         FOR UPDATE SKIP LOCKED
     )
     UPDATE pg_layer_message AS m SET address = _address, xid = pg_current_xact_id(), boot = _boot, marked = false
-    FROM picked AS p WHERE m.address = p.address AND m.id = p.id
+    WHERE m.address = pg_layer_address(_prefix, _channel) AND m.id = ANY (ARRAY(SELECT p.id FROM picked AS p))
     RETURNING m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel, m.excluded, m.payload,
         extract(epoch FROM m.expires_at)::float8;
 END
@@ -117,11 +119,12 @@ $$;
 --   _fence: as for pg_layer_claim; null: the client closes
 --   _quiet: do not announce them
 CREATE FUNCTION pg_layer_release(
-    _prefix text, _address text, _fence bigint, _ids bigint[], _xids bigint[], _quiet boolean DEFAULT false
+    _prefix text, _address text, _fence bigint, _boots bigint[], _xids bigint[], _ids bigint[], _quiet boolean DEFAULT false
 ) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
+    _distinct_xids xid8[] := ARRAY(SELECT DISTINCT x::text::xid8 FROM unnest(_xids) AS x);
     _released record;
 BEGIN
     IF _fence IS NOT NULL THEN
@@ -130,8 +133,7 @@ BEGIN
     FOR _released IN
         WITH moved AS (
             UPDATE pg_layer_message AS m SET address = pg_layer_address(_prefix, m.channel)
-            FROM unnest(_ids, _xids) AS r (id, xid)
-            WHERE m.address = _address AND m.id = r.id AND m.xid = r.xid::text::xid8
+            WHERE m.address = _address AND m.id = ANY (_ids) AND m.xid = ANY (_distinct_xids) AND m.boot = ANY (_boots)
             RETURNING m.address, m.id
         )
         SELECT b.address, min(b.id) AS first FROM moved AS b GROUP BY b.address ORDER BY b.address

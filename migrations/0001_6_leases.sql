@@ -70,35 +70,36 @@ LANGUAGE sql AS $$
     UPDATE pg_layer_client AS c SET fence = greatest(c.fence, _fence) WHERE c.address = _address
 $$;
 
--- A client's end: the rows that it names were received, its other jobs go back to their channels, and all else of it goes, up to _limit
--- messages and memberships. What the caller leaves expires, or the sweeper removes it.
+-- A client's end: its jobs go back to their channels, and all else of it goes, up to _limit messages and memberships. What the caller leaves expires, or the sweeper removes it.
 --   _quiet: do not announce the jobs
 --   returns: whether nothing is left
 CREATE FUNCTION pg_layer_close(
-    _prefix text, _address text, _done_ids bigint[], _done_xids bigint[], _limit integer DEFAULT 5000, _quiet boolean DEFAULT false
+    _prefix text, _address text, _limit integer DEFAULT 5000, _quiet boolean DEFAULT false
 ) RETURNS boolean
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
-    _ids bigint[];
+    _boots bigint[];
     _xids bigint[];
+    _ids bigint[];
     _messages bigint;
     _memberships bigint;
 BEGIN
     -- Kept for a day, so that statements of the client that come late are refused.
     INSERT INTO pg_layer_client AS c (address, expires_at, lease, ended_at) VALUES (_address, clock_timestamp(), 0, clock_timestamp())
     ON CONFLICT (address) DO UPDATE SET expires_at = excluded.expires_at, ended_at = excluded.ended_at;
-    PERFORM pg_layer_delete(_address, _done_ids, _done_xids);
     WITH part AS MATERIALIZED (
-        SELECT m.id, m.xid, m.kind = 'message' AND position('!' IN m.channel) = 0 AS is_job FROM pg_layer_message AS m
+        SELECT m.boot, m.xid, m.id, m.kind = 'message' AND position('!' IN m.channel) = 0 AS is_job FROM pg_layer_message AS m
         WHERE m.address = _address ORDER BY m.id LIMIT _limit
     ), gone AS (
-        DELETE FROM pg_layer_message AS m USING part AS p WHERE m.address = _address AND m.id = p.id AND NOT p.is_job
+        DELETE FROM pg_layer_message AS m
+        WHERE m.address = _address AND m.id = ANY (ARRAY(SELECT p.id FROM part AS p WHERE NOT p.is_job))
     )
-    SELECT count(*), array_agg(p.id) FILTER (WHERE p.is_job), array_agg(p.xid::text::bigint) FILTER (WHERE p.is_job)
-    INTO _messages, _ids, _xids FROM part AS p;
+    SELECT count(*), array_agg(p.boot) FILTER (WHERE p.is_job), array_agg(p.xid::text::bigint) FILTER (WHERE p.is_job),
+        array_agg(p.id) FILTER (WHERE p.is_job)
+    INTO _messages, _boots, _xids, _ids FROM part AS p;
     IF _ids IS NOT NULL THEN
-        PERFORM pg_layer_release(_prefix, _address, NULL, _ids, _xids, _quiet);
+        PERFORM pg_layer_release(_prefix, _address, NULL, _boots, _xids, _ids, _quiet);
     END IF;
     _memberships := pg_layer_delete_memberships(_address, _limit);
     IF _memberships < _limit THEN
@@ -114,12 +115,9 @@ $$;
 CREATE FUNCTION pg_layer_delete_memberships(_address text, _limit integer) RETURNS bigint
 LANGUAGE sql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
     WITH part AS MATERIALIZED (
-        SELECT m.group_name, m.channel, m.id FROM pg_layer_membership AS m
-        WHERE m.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
+        SELECT m.ctid FROM pg_layer_membership AS m WHERE m.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_membership AS m USING part AS p
-        WHERE m.group_name = p.group_name AND m.address = _address AND m.channel = p.channel AND m.id = p.id
-        RETURNING 1
+        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p)) RETURNING 1
     )
     SELECT count(*) FROM gone
 $$;
@@ -141,20 +139,19 @@ BEGIN
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;
     xid := _xid::text::bigint;
     WITH part AS MATERIALIZED (
-        SELECT m.address, m.id FROM pg_layer_message AS m
+        SELECT m.ctid FROM pg_layer_message AS m
         WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address, m.id LIMIT _limit
         FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_message AS m USING part AS p WHERE m.address = p.address AND m.id = p.id
+        DELETE FROM pg_layer_message AS m WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p))
     )
     SELECT count(*) < _limit INTO is_done FROM part;
     WITH part AS MATERIALIZED (
-        SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
+        SELECT m.ctid FROM pg_layer_membership AS m
         WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT _limit
         FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_membership AS m USING part AS p
-        WHERE m.group_name = p.group_name AND m.address = p.address AND m.channel = p.channel AND m.id = p.id
+        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p))
     )
     SELECT is_done AND count(*) < _limit INTO is_done FROM part;
     IF NOT is_done THEN

@@ -1,4 +1,7 @@
 -- Sweeping: each call removes one part of bounded size.
+--
+-- A part is deleted by the places of its rows (ctid), which are locked: joined by their keys, a planner with the statistics of an empty
+-- table walks a whole index, dead entries included.
 
 -- Delete up to _limit expired messages, of all prefixes, in the order in which they expired.
 --   _after: what expired before then (seconds since 1970) is left alone, because an earlier part has deleted it. Rows that were
@@ -9,12 +12,12 @@ CREATE FUNCTION pg_layer_delete_expired(_after float8, _limit integer, OUT count
 LANGUAGE sql SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
     SET jit = off AS $$
     WITH expired AS MATERIALIZED (
-        SELECT m.address, m.id FROM pg_layer_message AS m
+        SELECT m.ctid FROM pg_layer_message AS m
         WHERE m.expires_at >= CASE WHEN _after > 0 THEN to_timestamp(_after) ELSE '-infinity' END
             AND m.expires_at <= (SELECT clock_timestamp())  -- once, or it would be no condition of the index
         ORDER BY m.expires_at LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_message AS m USING expired AS e WHERE m.address = e.address AND m.id = e.id RETURNING m.expires_at
+        DELETE FROM pg_layer_message AS m WHERE m.ctid = ANY (ARRAY(SELECT e.ctid FROM expired AS e)) RETURNING m.expires_at
     )
     SELECT count(*), CASE WHEN count(*) < _limit
             THEN greatest(max(extract(epoch FROM g.expires_at)), _after, extract(epoch FROM clock_timestamp()) - 60)
@@ -47,25 +50,24 @@ BEGIN
     -- Claims: expired, or overruled by a later one. Owners remove those on their channels; an owner that is late still needs them,
     -- because messages to a group without rows are not written.
     WITH over AS MATERIALIZED (
-        SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
+        SELECT m.ctid FROM pg_layer_membership AS m
         WHERE m.id <> 0 AND m.expires_at <= _now - CASE WHEN position('!:' IN m.address) = 0 THEN interval '1 day' ELSE interval '0' END
             AND m.expires_at <= _now AND split_part(m.address, '!', 1) = _prefix  -- no range: that would invite another index
         ORDER BY m.expires_at LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_membership AS m USING over AS o
-        WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id RETURNING 1
+        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(SELECT o.ctid FROM over AS o)) RETURNING 1
     )
     SELECT count(*) INTO memberships FROM gone;
     WITH over AS MATERIALIZED (
-        SELECT m.group_name, m.address, m.channel, m.id FROM pg_layer_membership AS m
+        SELECT m.ctid FROM pg_layer_membership AS m
         WHERE m.id <> 0 AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;'
             AND (NOT m.present OR EXISTS (
                 SELECT FROM pg_layer_membership AS n
                 WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id))
         LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_membership AS m USING over AS o
-        WHERE m.group_name = o.group_name AND m.address = o.address AND m.channel = o.channel AND m.id = o.id
+        DELETE FROM pg_layer_membership AS m
+        WHERE m.ctid = ANY (ARRAY(SELECT o.ctid FROM over AS o))
             -- The claim that says "not present" goes last.
             AND (m.present OR NOT EXISTS (
                 SELECT FROM pg_layer_membership AS n
@@ -99,18 +101,18 @@ BEGIN
 
     -- Low ids that nobody keeps any more. Without a row a look begins with the first id.
     WITH old AS MATERIALIZED (
-        SELECT l.address FROM pg_layer_low_id AS l WHERE l.kept_on < current_date - 1 LIMIT _limit FOR UPDATE SKIP LOCKED
+        SELECT l.ctid FROM pg_layer_low_id AS l WHERE l.kept_on < current_date - 1 LIMIT _limit FOR UPDATE SKIP LOCKED
     )
-    DELETE FROM pg_layer_low_id AS l USING old AS o WHERE l.address = o.address;
+    DELETE FROM pg_layer_low_id AS l WHERE l.ctid = ANY (ARRAY(SELECT o.ctid FROM old AS o));
 
     -- Clients that ended a day ago are forgotten.
     WITH old AS MATERIALIZED (
-        SELECT c.address FROM pg_layer_client AS c
+        SELECT c.ctid FROM pg_layer_client AS c
         WHERE (c.ended_at IS NOT NULL OR c.swept_at IS NOT NULL) AND coalesce(c.ended_at, c.swept_at) <= _now - interval '1 day'
             AND split_part(c.address, '!', 1) = _prefix
         ORDER BY coalesce(c.ended_at, c.swept_at) LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_client AS c USING old AS o WHERE c.address = o.address RETURNING 1
+        DELETE FROM pg_layer_client AS c WHERE c.ctid = ANY (ARRAY(SELECT o.ctid FROM old AS o)) RETURNING 1
     )
     SELECT count(*) INTO clients FROM gone;
     IF _is_done AND clients < _limit THEN

@@ -18,6 +18,11 @@ class Key(NamedTuple):
     id: int
 
 
+def columns_of(keys: Sequence[Key]) -> tuple[list[int], list[int], list[int]]:
+    """The boots, transactions and ids of keys, as parameters of a statement."""
+    return [key.boot for key in keys], [key.xid for key in keys], [key.id for key in keys]
+
+
 class Row(NamedTuple):
     """A row. ``expires_at``: seconds since 1970 by the database's clock.
 

@@ -240,11 +240,12 @@ async def test_what_a_client_has_given_up_neither_claims_nor_releases(
     observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [address])  # late itself
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"):
         observer.execute("SELECT pg_layer_claim('asgi', 'jobs', %s, 4, 0, 1)", [address])
-    claimed = observer.execute("SELECT id, xid FROM pg_layer_claim('asgi', 'jobs', %s, 5, 0, 1)", [address])
-    [(id, xid)] = claimed.fetchall()
+    claim = "SELECT boot, xid, id FROM pg_layer_claim('asgi', 'jobs', %s, 5, 0, 1)"
+    [key] = observer.execute(claim, [address]).fetchall()
+    release = "SELECT pg_layer_release('asgi', %s, %s, ARRAY[%s], ARRAY[%s], ARRAY[%s])"
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"):
-        observer.execute("SELECT pg_layer_release('asgi', %s, 4, ARRAY[%s], ARRAY[%s])", [address, id, xid])
+        observer.execute(release, [address, 4, *key])
     where = "SELECT address FROM pg_layer_message WHERE channel = 'jobs'"
     assert observer.execute(where).fetchall() == [(address,)]
-    observer.execute("SELECT pg_layer_release('asgi', %s, 5, ARRAY[%s], ARRAY[%s])", [address, id, xid])
+    observer.execute(release, [address, 5, *key])
     assert observer.execute(where).fetchall() == [("asgi!:jobs",)]

@@ -183,7 +183,7 @@ print("12345" in page, "host-live" in page, 'name="_save"' in page, "deletelink"
 
 
 def test_a_client_that_closed_without_a_lease(migrated_dsn: str, observer: Observer) -> None:
-    observer.execute("SELECT pg_layer_close('asgi', 'asgi!stranger', '{}', '{}')")
+    observer.execute("SELECT pg_layer_close('asgi', 'asgi!stranger')")
     output = ask(
         migrated_dsn,
         """

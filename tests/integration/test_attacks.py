@@ -199,11 +199,21 @@ async def test_closing_a_layer_that_never_reached_its_database_wakes_who_waits()
         await asyncio.wait_for(waiting, PATIENCE)
 
 
-async def test_claim_without_a_lease_is_refused(make_layer: MakeLayer, migrated_dsn: str) -> None:
-    """Without an error the client would look only for later jobs, which would overtake those that wait."""
-    await make_layer().send("jobs", {"n": 0})
-    with (
-        psycopg.connect(migrated_dsn) as conn,
-        pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no lease"),
-    ):
-        conn.execute("SELECT * FROM pg_layer_claim('asgi', 'jobs', 'asgi!nobody', 0, 0, 1)")
+async def test_a_later_row_with_the_ids_of_one_that_a_crash_lost_is_not_deleted(
+    make_layer: MakeLayer, migrated_dsn: str
+) -> None:
+    """A crash hands out ids and transaction ids again; a process still deletes what it received before."""
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await sender.send(channel, {"n": 0})
+    with psycopg.connect(migrated_dsn, autocommit=True) as conn:
+        rows = conn.execute("SELECT address, boot, xid::text::bigint, id FROM pg_layer_message").fetchall()
+        [(address, boot, xid, id)] = rows
+        delete = "SELECT pg_layer_delete(%s, ARRAY[%s], ARRAY[%s], ARRAY[%s])"
+        conn.execute(delete, (address, boot - 1, xid, id))
+        assert await numbers(layer, channel, 1) == [0]
+        await sender.send(channel, {"n": 1})
+        rows = conn.execute("SELECT address, boot, xid::text::bigint, id FROM pg_layer_message").fetchall()
+        for row in rows:
+            conn.execute(delete, row)
+        assert conn.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)

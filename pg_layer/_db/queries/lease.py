@@ -12,10 +12,10 @@ from psycopg import Connection
 from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._db.queries.receive import DELETE
 from pg_layer._db.queries.send import Unannounced
-from pg_layer._messages.rows import Key
+from pg_layer._messages.rows import Key, columns_of
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
-from pg_layer.statement import BOOL, FLOAT8, INT4, INT8, INT8S, TEXT, TEXTS, Statement
+from pg_layer.statement import BOOL, FLOAT8, INT4, INT8, TEXT, TEXTS, Statement
 
 CLOSE_PATIENCE = 2.0  # seconds
 PART = 5000  # messages or memberships in a statement
@@ -25,7 +25,7 @@ RENEW = Statement(
     LAZY + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11, $12, $13) AS f",
     *(TEXT, TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT, INT8, FLOAT8, INT8, TEXTS, INT8),
 )
-CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8S, INT8S, INT4, BOOL)
+CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4)", TEXT, TEXT, INT4, BOOL)
 FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3, $4) AS f", TEXT, TEXT, INT4, BOOL)
 
 
@@ -93,22 +93,21 @@ class Closing(NamedTuple):
     address: str
     done: Sequence[Key]
 
-    def parts(self) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """The ids and transactions of ``done``, for as many statements as it takes."""
+    def parts(self) -> list[tuple[list[int], list[int], list[int]]]:
+        """The keys of ``done``, for as many statements as it takes."""
         return [
-            ([key.id for key in part], [key.xid for key in part])
+            columns_of(self.done[start : start + DELETE_PART])
             for start in range(0, len(self.done), DELETE_PART)
-            for part in (self.done[start : start + DELETE_PART],)
         ]
 
 
 async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> None:
     """End a client. What cannot be removed in time expires, or the sweeper removes it."""
     deadline = time.monotonic() + CLOSE_PATIENCE
-    for ids, xids in closing.parts():
-        await session.execute(DELETE, closing.address, ids, xids)
+    for part in closing.parts():
+        await session.execute(DELETE, closing.address, *part)
     while True:
-        _, is_done = await one(session, CLOSE, closing.prefix, closing.address, (), (), PART, quiet)
+        _, is_done = await one(session, CLOSE, closing.prefix, closing.address, PART, quiet)
         if is_done or time.monotonic() > deadline:
             return
 
@@ -117,11 +116,11 @@ def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -
     """End a client, where no event loop runs any more."""
     session = Session(conn)
     deadline = time.monotonic() + CLOSE_PATIENCE
-    for ids, xids in closing.parts():
-        session.execute_now(DELETE, closing.address, ids, xids, patience=CLOSE_PATIENCE)
+    for part in closing.parts():
+        session.execute_now(DELETE, closing.address, *part, patience=CLOSE_PATIENCE)
     while True:
         ((_, is_done),) = session.execute_now(
-            CLOSE, closing.prefix, closing.address, (), (), PART, quiet, patience=CLOSE_PATIENCE
+            CLOSE, closing.prefix, closing.address, PART, quiet, patience=CLOSE_PATIENCE
         )
         if is_done or time.monotonic() > deadline:
             return

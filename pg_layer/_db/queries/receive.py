@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pg_layer._db.queries.common import LAZY, one
-from pg_layer._messages.rows import Key, KeyAt, Row, Span, row_from_columns
+from pg_layer._messages.rows import Key, KeyAt, Row, Span, columns_of, row_from_columns
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 from pg_layer.session import Session
 from pg_layer.statement import BOOL, INT4, INT8, INT8S, TEXT, TEXTS, Statement
@@ -33,28 +33,33 @@ READ = Statement(
         SELECT m.*, sum(m.size) OVER (ORDER BY m.span, m.id) - m.size AS before
         FROM (
             SELECT s.span, m.*, octet_length(m.payload) AS size
-            FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS s (address, first, last, xid, span)
-            JOIN pg_layer_message AS m ON m.address = s.address AND m.id BETWEEN s.first AND s.last
-                AND m.xid = s.xid::text::xid8
-            WHERE m.expires_at > clock_timestamp()
-            ORDER BY s.span, m.id LIMIT $5
+            FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY AS s (address, boot, xid, first, last, span)
+            -- Span by span (OFFSET 0): with statistics of an empty table the planner walks all rows.
+            CROSS JOIN LATERAL (
+                SELECT * FROM pg_layer_message AS m
+                WHERE m.address = s.address AND m.id BETWEEN s.first AND s.last OFFSET 0
+            ) AS m
+            WHERE m.xid = s.xid::text::xid8 AND m.boot = s.boot AND m.expires_at > clock_timestamp()
+            ORDER BY s.span, m.id LIMIT $6
         ) AS m
     ) AS m
-    WHERE m.before < $6
+    WHERE m.before < $7
     ORDER BY m.span, m.id
     """,
-    *(TEXTS, INT8S, INT8S, INT8S, INT4, INT8),
+    *(TEXTS, INT8S, INT8S, INT8S, INT8S, INT4, INT8),
 )
 READ_KEYS = Statement(
     """
     SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
         m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
-    FROM unnest($1, $2, $3) WITH ORDINALITY AS k (address, id, xid, position)
-    JOIN pg_layer_message AS m ON m.address = k.address AND m.id = k.id AND m.xid = k.xid::text::xid8
-    WHERE m.expires_at > clock_timestamp()
+    FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS k (address, boot, xid, id, position)
+    CROSS JOIN LATERAL (
+        SELECT * FROM pg_layer_message AS m WHERE m.address = k.address AND m.id = k.id OFFSET 0
+    ) AS m
+    WHERE m.xid = k.xid::text::xid8 AND m.boot = k.boot AND m.expires_at > clock_timestamp()
     ORDER BY k.position
     """,
-    *(TEXTS, INT8S, INT8S),
+    *(TEXTS, INT8S, INT8S, INT8S),
 )
 POSITION = Statement(LAZY + "f.* FROM pg_layer_position($1) AS f", INT8)
 BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -77,13 +82,15 @@ NEW_IN_GROUP = Statement(
 MARKED_KEYS = Statement(
     "SELECT * FROM pg_layer_marked_keys($1, $2, $3::text::pg_snapshot)", TEXTS, INT8, TEXT
 )
-DELETE = Statement(LAZY + "pg_layer_delete($1, $2, $3)", TEXT, INT8S, INT8S)
+DELETE = Statement(LAZY + "pg_layer_delete($1, $2, $3, $4)", TEXT, INT8S, INT8S, INT8S)
 DELETE_RECEIVED = Statement(
     LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3, $4, $5)",
     *(TEXT, TEXT, INT8S, INT8, INT4),
 )
 CLAIM = Statement("SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4)
-RELEASE = Statement(LAZY + "pg_layer_release($1, $2, $3, $4, $5, $6)", TEXT, TEXT, INT8, INT8S, INT8S, BOOL)
+RELEASE = Statement(
+    LAZY + "pg_layer_release($1, $2, $3, $4, $5, $6, $7)", TEXT, TEXT, INT8, INT8S, INT8S, INT8S, BOOL
+)
 RAISE_FENCE = Statement(LAZY + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
 
 
@@ -144,9 +151,10 @@ async def read(session: Session, spans: Sequence[Span]) -> list[ReadSpan]:
     columns = await session.execute(
         READ,
         [span.address for span in spans],
+        [span.boot for span in spans],
+        [span.xid for span in spans],
         [span.first for span in spans],
         [span.last for span in spans],
-        [span.xid for span in spans],
         READ_ROWS,
         READ_BYTES,
     )
@@ -162,7 +170,7 @@ async def read(session: Session, spans: Sequence[Span]) -> list[ReadSpan]:
 async def read_keys(session: Session, keys: Sequence[KeyAt]) -> list[Row]:
     """Read rows by their keys, in this order; those that are gone or expired are left out."""
     columns = await session.execute(
-        READ_KEYS, [at.address for at in keys], [at.id for at in keys], [at.xid for at in keys]
+        READ_KEYS, [at.address for at in keys], *columns_of([at.key for at in keys])
     )
     return list(map(row_from_columns, columns))
 
@@ -227,7 +235,7 @@ async def marked_keys(session: Session, addresses: Sequence[str], low_id: int, m
 
 async def delete(session: Session, address: str, keys: Sequence[Key]) -> None:
     """Delete rows that were received."""
-    await session.execute(DELETE, address, [key.id for key in keys], [key.xid for key in keys])
+    await session.execute(DELETE, address, *columns_of(keys))
 
 
 async def delete_received(session: Session, address: str, moment: Moment, held: Sequence[Key]) -> None:
@@ -252,9 +260,7 @@ async def release(
     session: Session, prefix: str, address: str, fence: int, keys: Sequence[Key], *, quiet: bool = False
 ) -> None:
     """Give claimed jobs back to their channels. If ``quiet``, do not announce them."""
-    await session.execute(
-        RELEASE, prefix, address, fence, [key.id for key in keys], [key.xid for key in keys], quiet
-    )
+    await session.execute(RELEASE, prefix, address, fence, *columns_of(keys), quiet)
 
 
 async def raise_fence(session: Session, address: str, fence: int) -> None:
