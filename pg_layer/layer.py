@@ -10,6 +10,7 @@ from typing import Any
 
 from channels.layers import BaseChannelLayer
 
+from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.health import Health, examine
 from pg_layer._runtime.loops import Loops
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage, Waiter
@@ -193,26 +194,24 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of processes that are gone. Raises as `send`."""
-        engine = self._loops.for_sending()
-        return await engine.bridge(partial(engine.group_channels, self._drafts.group(group)))
+        name = self._drafts.group(group)
+        return await self._loops.run(self._loops.for_sending, lambda engine: engine.group_channels(name))
 
     async def group_count(self, group: str) -> int:
         """How many channels are in a group, without those of processes that are gone. Raises as `send`."""
-        engine = self._loops.for_sending()
-        return await engine.bridge(partial(engine.group_count, self._drafts.group(group)))
+        name = self._drafts.group(group)
+        return await self._loops.run(self._loops.for_sending, lambda engine: engine.group_count(name))
 
     # ------------------------------------------------------------------ all
 
     async def flush(self) -> None:
         """Remove all messages and memberships of this layer's prefix, for every process."""
-        engine = self._loops.for_sending()
-        await engine.bridge(engine.flush)
+        await self._loops.run(self._loops.for_sending, Engine.flush)
 
     async def health(self) -> Health:
         """How this process's use of the layer fares. Raises nothing: what is wrong stands in ``problems``."""
         try:
-            engine = self._loops.for_sending()
-            return await engine.bridge(partial(examine, engine))
+            return await self._loops.run(self._loops.for_sending, examine)
         except LayerUnavailable as error:
             return Health(
                 lease_age=None, listener="off", last_notification=None, round_trip=None, problems=[str(error)]
@@ -231,7 +230,8 @@ class PostgresChannelLayer(BaseChannelLayer):
         """Take leave: give back the lease, the memberships and the jobs not handed over, and close the
         connections.
 
-        The layer can be used again afterwards; channels made before are gone.
+        The layer can be used again afterwards; channels made before are gone. A close that is cancelled goes
+        on; what does not end with its event loop is done by the next close, or at the end of the process.
         """
         self.sync.forget()
         await self._loops.close()
@@ -274,9 +274,9 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     async def _settle(self, queue: ChannelQueue, message: QueuedMessage) -> None:
         """Wait until what was received makes room: senders count its row until that is gone."""
+        find = partial(self._loops.for_receiving, asyncio.get_running_loop())
         try:
-            engine = self._loops.for_receiving(asyncio.get_running_loop())
-            await engine.bridge(partial(engine.settle, queue))
+            await self._loops.run(find, lambda engine: engine.settle(queue))
         except LayerUnavailable:
             pass
         except asyncio.CancelledError:

@@ -121,6 +121,10 @@ class Listener:
         if listened:
             await self._execute(lambda session: queries.unlisten(session, listened))
 
+    async def unlisten_to_all(self) -> None:
+        """Stop listening to all. The next LISTEN then begins at the end of NOTIFY's queue."""
+        await self.unlisten(list(self._channels))
+
     async def _execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
         async with self._lock:
             session = self._session

@@ -14,6 +14,7 @@ import psycopg
 
 from pg_layer._db.queries import groups, lease, maintenance
 from pg_layer._db.queries import receive as receiving
+from pg_layer._runtime.elsewhere import LOOK, run_on
 from pg_layer._runtime.owner import Owner
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.sender import Sender
@@ -120,21 +121,30 @@ class Engine:
             pass
 
     async def bridge(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run on the engine's loop, and wait for it on this one."""
-        if self.is_here:
-            return await work()
-        if not self.is_running:
-            raise LayerUnavailable("The event loop that served the channel layer was closed.")
-        future = asyncio.run_coroutine_threadsafe(_uncancelled(work), self.loop)
-        timeout = self.client.config.send_timeout + 1
-        answer = asyncio.wrap_future(future)
+        """Run on the engine's loop what may be done twice, and wait for it on this one.
+
+        Raises `NotBegun` if the engine ends before that is done: another one does it again.
+        """
         try:
-            await asyncio.wait((answer,), timeout=timeout)
-            if not answer.done():
-                raise LayerUnavailable("The event loop that serves the channel layer does not answer.")
-            return answer.result()
-        finally:
-            answer.cancel()
+            if self.is_here:
+                return await work()
+            if not self.is_running:
+                raise NotBegun
+            return await run_on(self.loop, self._serve(work), self.client.config.send_timeout + 1)
+        except LayerUnavailable as error:
+            if self.is_closed:  # its connections were closed
+                raise NotBegun from error
+            raise
+
+    async def _serve(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run what a caller on another loop waits for. It is cancelled when the engine ends."""
+        if self.is_closed:
+            raise NotBegun
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await work()
 
     async def _guard(self) -> None:
         """Sees the loop's end: before it closes, asyncio cancels what still runs.
@@ -163,16 +173,13 @@ class Engine:
         return self.sender.waiting + (0 if self.owner is None else self.owner.changes.waiting)
 
     async def change(self, change: Change) -> None:
-        """Add an own channel to a group, or discard it. From any loop."""
-        if self.is_here:
-            await self._change(change)
-        else:
-            await self.bridge(partial(self._change, change))
-
-    async def _change(self, change: Change) -> None:
-        if self.owner is None:
+        """Add a channel to a group or discard it; the owner of the channel is asked if that is another."""
+        if not self.client.owns(change.channel):
+            await self.sender.submit(change)
+        elif self.owner is None:
             raise NotBegun
-        await self.owner.changes.submit(change)
+        else:
+            await self.owner.changes.submit(change)
 
     async def flush(self) -> None:
         """Remove all messages and memberships of the prefix."""
@@ -243,17 +250,19 @@ class Engine:
         swept_at = time.monotonic()
         while True:
             await asyncio.sleep(heartbeat)
-            if self.owner is not None:
-                self.owner.receiver.jobs.forget_idle()
-            client.forget_idle_queues()
-            for queue in client.queues():
-                client.drop_expired(queue)
             try:
+                if self.owner is not None:
+                    self.owner.receiver.jobs.forget_idle()
+                client.forget_idle_queues()
+                for queue in client.queues():
+                    client.drop_expired(queue)
                 if interval and time.monotonic() - swept_at >= interval:
                     swept_at = time.monotonic()
                     await self._sweep()
             except PgLayerError as error:
                 logger.info("Could not clean up: %s", error)
+            except Exception:  # a bug must not end housekeeping
+                logger.exception("Cleaning up failed.")
 
     async def _sweep(self) -> None:
         prefix = self.client.config.prefix
@@ -276,23 +285,44 @@ class Engine:
     # ------------------------------------------------------------------ the end
 
     async def close(self) -> None:
-        """Give back the lease, the memberships, and the jobs that were taken and not handed over."""
-        client = self.client
-        await self._stop_tasks()
+        """Give back the lease, the memberships, and the jobs that were taken and not handed over.
+
+        From any loop. Begun, it goes on if a caller on another loop is cancelled. Raises `NotBegun` if the
+        engine has ended before, or its loop ends meanwhile.
+        """
+        if self.is_here:
+            await self._close()
+        elif self.loop.is_running():
+            await run_on(self.loop, self._close(), self.client.config.send_timeout + 1, goes_on=True)
+        else:
+            self.abandon()
+            raise NotBegun
+
+    async def _close(self) -> None:
+        if self.is_closed:
+            await asyncio.wait({self._guard_task})
+            raise NotBegun
         try:
-            closing = lease.Closing(client.config.prefix, client.address, client.close())
-            if client.has_lease:
-                client.has_lease = False
-                await self.connections.run(
-                    partial(lease.close, closing=closing, quiet=False),
-                    quietly=partial(lease.close, closing=closing, quiet=True),
-                    timeout=CLOSE_TIMEOUT,
-                    is_idempotent=True,
-                )
-        except PgLayerError as error:
-            logger.warning("Could not give back the lease on closing; it runs out by itself: %s", error)
+            await self._stop_tasks()
+            if self.client.has_lease:
+                await self._end_client()
         finally:
             await self._close_connections()
+
+    async def _end_client(self) -> None:
+        client = self.client
+        closing = lease.Closing(client.config.prefix, client.address, client.close())
+        try:
+            await self.connections.run(
+                partial(lease.close, closing=closing, quiet=False),
+                quietly=partial(lease.close, closing=closing, quiet=True),
+                timeout=CLOSE_TIMEOUT,
+                is_idempotent=True,
+            )
+        except PgLayerError as error:
+            logger.warning("Could not give back the lease on closing; it runs out by itself: %s", error)
+        else:
+            client.has_lease = False
 
     async def stop(self) -> None:
         """Close when what was begun is done. The client lives on."""
@@ -335,7 +365,7 @@ class Engine:
             return
         stopped = asyncio.wrap_future(before.stopped)
         while not stopped.done():
-            await asyncio.wait((stopped,), timeout=1.0)
+            await asyncio.wait((stopped,), timeout=LOOK)
             if not stopped.done() and not before.loop.is_running():
                 before.abandon()  # it will not stop by itself any more
 
@@ -355,14 +385,6 @@ class Engine:
         for task in self._tasks:
             if not (self._is_ending and task is self._guard_task):
                 task.cancel()
-
-
-async def _uncancelled(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Who waits on another loop was not cancelled because this one ends."""
-    try:
-        return await work()
-    except asyncio.CancelledError:
-        raise LayerUnavailable("The event loop that served the channel layer was closed.") from None
 
 
 async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:

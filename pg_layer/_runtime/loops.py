@@ -15,8 +15,10 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import closing as closing_connection
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import psycopg
 from asgiref.sync import AsyncToSync
@@ -32,6 +34,8 @@ from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotBegun
 from pg_layer.faults import REFUSALS
 from pg_layer.ops import Change, Op
+
+T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer")
 
@@ -109,6 +113,9 @@ class Loops:
         self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
+        # Clients whose end has begun and is not known to be complete, and where that is done.
+        self._ending: dict[Client, tuple[Engine | None, BackgroundLoop | None]] = {}
+        self._closings: set[asyncio.Task[None]] = set()  # asyncio itself forgets tasks
         self._begin()
         termination.remember(self)
 
@@ -191,18 +198,34 @@ class Loops:
 
     async def submit(self, op: Op) -> Any:
         """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
+        if isinstance(op, Change):
+            change = op
+            find = self.for_own_changes if self.client.owns(op.channel) else self.for_sending
+            return await self.run(find, lambda engine: engine.change(change))
         loop = asyncio.get_running_loop()
         while True:
             try:
-                if isinstance(op, Change) and self.client.owns(op.channel):
-                    return await self.for_own_changes().change(op)
                 home = self._home
                 if home is not None and home.loop is loop and not home.is_closed:
                     return await home.sender.submit(op)
                 # Such a loop runs until its one call has ended, and cancels what it leaves.
                 return await self.for_sending().sender.submit(op, may_write=_is_passing(loop))
+            except NotBegun:  # that loop has ended: another takes over
+                await asyncio.sleep(0)
+
+    async def run(self, find: Callable[[], Engine], work: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        """Run on an engine what may be done twice; on the next one if the engine ends before that is done.
+
+        ``find``: one of the methods above. Raises `LayerUnavailable` if the client is closed meanwhile.
+        """
+        client = self.client
+        while client is self.client:
+            engine = find()
+            try:
+                return await engine.bridge(partial(work, engine))
             except NotBegun:
-                continue  # that loop has ended: another takes over
+                await asyncio.sleep(0)
+        raise LayerUnavailable("The channel layer was closed.")
 
     def joined(self, channel: str) -> None:
         """A channel was added to a group without a loop, or will be when a transaction commits.
@@ -281,53 +304,72 @@ class Loops:
     # ------------------------------------------------------------------ the end
 
     async def close(self) -> None:
-        """Close the client. The next call begins with a new one."""
+        """Close the client, and those that an earlier call has left. The next call begins with a new one.
+
+        A close that is cancelled goes on. What does not end with its loop is left to the next close, or to
+        the end of the process.
+        """
         with self._lock:
-            home, background = self._home, self._background
             client = self.client
+            self._ending[client] = self._home, self._background
             self._begin()
+        client.close()  # at once: no receiver waits for a close that may fail
+        closing = asyncio.create_task(self._end_all())
+        self._closings.add(closing)
+        closing.add_done_callback(self._closings.discard)
+        await asyncio.shield(closing)
+
+    async def _end_all(self) -> None:
+        await asyncio.gather(*map(self._end, list(self._ending)))
+
+    async def _end(self, client: Client) -> None:
+        """End a client. It does no harm if two calls do so at once."""
+        home, background = self._ending.get(client, (None, None))
         if background is not None:
             await asyncio.to_thread(background.close)
-        loop = asyncio.get_running_loop()
-        if home is not None and home.loop is not loop:
-            if home.is_running:
-                await home.bridge(home.close)
-                return
-            if not home.loop.is_running():
-                home.abandon()
-            home = None
-        if home is None or home.is_closed:
-            if not client.has_lease:
-                client.close()
-                return
-            home = Engine(client, self.announcer)
-        await home.close()
+        try:
+            if home is None:
+                raise NotBegun
+            await home.close()
+        except NotBegun:
+            if client.has_lease:
+                home = Engine(client, self.announcer)
+                self._ending[client] = home, None
+                await home.close()
+        if not client.has_lease:
+            self._ending.pop(client, None)
 
     def leave(self) -> None:
-        """At the end of the process: close the client, if nobody has."""
-        client = self.client
-        if not client.has_lease or client.process != os.getpid():
+        """At the end of the process: close the clients that were not closed in order."""
+        clients = [
+            client
+            for client in (*self._ending, self.client)
+            if client.has_lease and client.process == os.getpid()
+        ]
+        if not clients:
             return
-        client.has_lease = False
         try:
             kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
-            closing = lease.Closing(self._config.prefix, client.address, client.close())
             with closing_connection(psycopg.connect(**kwargs)) as conn:
-                try:
-                    lease.close_now(conn, closing, quiet=False)
-                except psycopg.Error as error:
-                    if error.sqlstate not in REFUSALS:
-                        raise
-                    lease.close_now(conn, closing, quiet=True)
+                for client in clients:
+                    closing = lease.Closing(self._config.prefix, client.address, client.close())
+                    try:
+                        lease.close_now(conn, closing, quiet=False)
+                    except psycopg.Error as error:
+                        if error.sqlstate not in REFUSALS:
+                            raise
+                        lease.close_now(conn, closing, quiet=True)
+                    client.has_lease = False
         except Exception as error:  # the lease ends by itself
             logger.debug("Could not close the client; its lease ends by itself: %s", error)
 
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.
-        _inherited.append((self._home, self._background, self._owner))
+        _inherited.append((self._home, self._background, self._owner, self._ending, self._closings))
         self._lock = threading.RLock()  # the old one may be held by a thread that is not here
         self._counters = Counters()
         self.announcer = Announcer()
+        self._ending, self._closings = {}, set()
         self._begin()
 
 

@@ -268,6 +268,8 @@ class Owner:
                     await self.lease.renew(None, PING_TIMEOUT)
                 except PgLayerError as error:
                     self._outage.begin(error)
+                except Exception:  # a bug must not end polling
+                    logger.exception("Renewing the lease failed.")
             self.receiver.catch_up_soon()
             await asyncio.sleep(interval)
 
@@ -297,8 +299,10 @@ class Owner:
                 self.receiver.catch_up_soon()  # the pool's way is open
         elif await self.receiver.ping(self.lease.renew, heartbeat / 2):
             self._hears_again()
+            if self._outage.why is not None:  # a call failed, and the listening connection has stayed
+                self.receiver.catch_up_soon()
         elif self.polls_because is not None:
-            return
+            await self._listen_from_the_end(listener)
         elif self._is_pooled:
             self._fall_back(POOLED)
         elif self._is_deaf:
@@ -307,6 +311,17 @@ class Owner:
             self._is_deaf = True
             logger.warning("The database answers, but its notifications do not arrive: reconnecting.")
             listener.reconnect()
+
+    async def _listen_from_the_end(self, listener: Listener) -> None:
+        """Give up what this session has not read of NOTIFY's queue; a catch-up brings it.
+
+        Only a NOTIFY that succeeds makes an idle session read. A transaction that has filled the queue, and
+        failed, leaves it full until all sessions that listen have gone on by other means.
+        """
+        self.receiver.connection_lost()
+        await listener.unlisten_to_all()
+        await self.receiver.listen_to_all()
+        self.receiver.catch_up_soon()
 
 
 async def _wait(event: asyncio.Event, timeout: float) -> None:

@@ -65,6 +65,7 @@ class Client:
         self.pending_deletes: dict[Key, ChannelQueue | None] = {}
         self._queues: dict[str, ChannelQueue] = {}
         self._lock = threading.Lock()
+        self._is_closed = False
         self._serial = 0
         self._logged: dict[object, float] = {}
         self._owner_thread: int | None = None
@@ -85,6 +86,9 @@ class Client:
 
     def begin_ownership(self) -> None:
         """The running loop's thread is the only one that touches the state of receiving from here on."""
+        if self._owner_thread is not None:
+            # A loop that stopped did not see what became of its last statements: late ones are refused.
+            self.fence += 1
         self._owner_thread = threading.get_ident()
 
     def is_owned_here(self) -> bool:
@@ -101,6 +105,7 @@ class Client:
                 queue = self._queues.get(channel)
                 if queue is None:
                     queue = ChannelQueue(channel, self.config.capacity_of(channel))
+                    queue.is_closed = self._is_closed
                     self._queues[channel] = queue
         queue.is_used = True
         return queue
@@ -156,7 +161,9 @@ class Client:
         return self.counters.since(self._counted_before)
 
     def close(self) -> list[Key]:
-        """Close the channel queues. Return the keys of rows that were received and not deleted yet."""
+        """Close the channel queues, also later ones. Return the keys of rows received and not deleted yet."""
+        with self._lock:
+            self._is_closed = True
         for queue in self.queues():
             queue.close()
         return list(self.pending_deletes)

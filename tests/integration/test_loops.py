@@ -10,14 +10,14 @@ import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import PostgresChannelLayer
+from pg_layer import LayerUnavailable, PostgresChannelLayer
 from pg_layer._runtime import engine
 from tests.processes import new_layer
 from tests.project.commands import PATIENCE, eventually, run, succeeded
@@ -25,6 +25,48 @@ from tests.project.commands import PATIENCE, eventually, run, succeeded
 T = TypeVar("T")
 Message = dict[str, Any]
 MakeLoop = Callable[[], asyncio.AbstractEventLoop]
+
+
+def waiting_backends(dsn: str) -> list[int]:
+    """The server's processes that wait for a lock of another."""
+    with psycopg.connect(dsn) as conn:
+        rows = conn.execute(
+            """
+            SELECT l.pid FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
+            WHERE d.datname = current_database() AND NOT l.granted
+            """
+        )
+        return [pid for (pid,) in rows]
+
+
+@contextmanager
+def held_up(dsn: str) -> Iterator[Callable[[], None]]:
+    """Have statements about clients and memberships wait. Yields a function that returns when one waits."""
+    with psycopg.connect(dsn) as conn:
+        conn.execute("LOCK TABLE pg_layer_client, pg_layer_membership")
+        yield lambda: eventually(lambda: bool(waiting_backends(dsn)), "a statement waits for the lock")
+        conn.rollback()
+
+
+def terminate_waiting(dsn: str) -> None:
+    """Have statements that wait for a lock never take effect."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        for pid in waiting_backends(dsn):
+            conn.execute("SELECT pg_terminate_backend(%s)", (pid,))
+    eventually(lambda: not waiting_backends(dsn), "their processes have ended")
+
+
+def left_behind(dsn: str) -> tuple[int, int]:
+    """How many clients have not ended, and how many memberships there are."""
+    with psycopg.connect(dsn) as conn:
+        row = conn.execute(
+            """
+            SELECT (SELECT count(*) FROM pg_layer_client WHERE ended_at IS NULL),
+                (SELECT count(*) FROM pg_layer_membership)
+            """
+        ).fetchone()
+    assert row is not None
+    return row
 
 
 @contextmanager
@@ -75,6 +117,7 @@ class LoopThread:
 
     def __init__(self, make_loop: MakeLoop = asyncio.new_event_loop) -> None:
         self._make_loop = make_loop
+        self._is_halted = False
         self._ready: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -86,7 +129,14 @@ class LoopThread:
             self._ready.put((asyncio.get_running_loop(), stop))
             await stop.wait()
 
-        run_on(self._make_loop, serve)
+        loop = self._make_loop()
+        try:
+            loop.run_until_complete(serve())
+        except RuntimeError:
+            if not self._is_halted:
+                raise
+        else:
+            end(loop)
 
     def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -94,10 +144,19 @@ class LoopThread:
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.start(work).result(PATIENCE)
 
+    def halt(self) -> None:
+        """Stop the loop and leave it as it is: nothing is cancelled or closed."""
+        self._is_halted = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
     def stop(self) -> None:
         """End the loop as `asyncio.run` does, and the thread with it."""
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self._stop.set)
+        elif self._is_halted and not self.loop.is_closed():
+            end(self.loop)
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
@@ -600,6 +659,160 @@ def test_a_second_loop_that_ends_while_it_waits_leaves_messages_to_the_others(
         assert owner.do(received(layer, name, 1)) == [1]
 
 
+async def is_in_room(layer: PostgresChannelLayer, channel: str) -> bool:
+    return await layer.group_channels("room") == [channel]
+
+
+async def joins(layer: PostgresChannelLayer, channel: str) -> None:
+    await layer.group_add("room", channel)
+    assert await is_in_room(layer, channel)
+
+
+async def joins_with_another(layer: PostgresChannelLayer, channel: str) -> None:
+    other = f"specific.{'0' * 16}!1"  # of another process
+    await layer.group_add("others", other)
+    assert await layer.group_channels("others") == [other]
+
+
+async def leaves(layer: PostgresChannelLayer, channel: str) -> None:
+    await layer.group_discard("room", channel)
+    assert not await layer.group_count("room")
+
+
+async def counts(layer: PostgresChannelLayer, channel: str) -> None:
+    assert await layer.group_count("room") == 1
+
+
+async def lists(layer: PostgresChannelLayer, channel: str) -> None:
+    assert await is_in_room(layer, channel)
+
+
+async def flushes(layer: PostgresChannelLayer, channel: str) -> None:
+    await layer.flush()
+    assert not await layer.group_count("room")
+
+
+async def examines(layer: PostgresChannelLayer, channel: str) -> None:
+    assert not (await layer.health())["problems"]
+
+
+CALLS = [joins, joins_with_another, leaves, counts, lists, flushes, examines]
+
+
+@pytest.mark.parametrize("is_halted", [False, True], ids=["ended", "halted"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_another_loop_serves_outlives_that_loop(
+    migrated_dsn: str,
+    loop_thread: Callable[..., LoopThread],
+    caplog: pytest.LogCaptureFixture,
+    call: Callable[[PostgresChannelLayer, str], Coroutine[Any, Any, None]],
+    is_halted: bool,
+) -> None:
+    # No timeout comes to the rescue.
+    with connected_layer(migrated_dsn, heartbeat=240, lease=600, send_timeout=600) as layer:
+        owner, caller = loop_thread(), loop_thread()
+        channel = owner.do(layer.new_channel())
+        owner.do(joins(layer, channel))
+        owner.do(examines(layer, channel))
+        with held_up(migrated_dsn) as until_one_waits:
+            waiting = caller.start(call(layer, channel))
+            until_one_waits()
+            if is_halted:
+                owner.halt()
+            else:
+                owner.stop()
+        waiting.result(PATIENCE)
+        owner.stop()
+        caller.do(layer.close())
+    assert left_behind(migrated_dsn)[0] == 0
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_call_on_the_loop_that_another_takes_over_from_is_made_there(
+    migrated_dsn: str, loop_thread: Callable[..., LoopThread]
+) -> None:
+    with connected_layer(migrated_dsn, heartbeat=240, lease=600) as layer:
+        sender, receiver = loop_thread(), loop_thread()
+        sender.do(layer.send("jobs", number(0)))
+        with held_up(migrated_dsn) as until_one_waits:
+            waiting = sender.start(layer.group_count("room"))
+            until_one_waits()
+            home = layer._loops.home
+            receiving = receiver.start(received(layer, "jobs", 1))
+            eventually(lambda: home is not None and home.stopped.done(), "the sender has stopped")
+        assert waiting.result(PATIENCE) == 0
+        assert receiving.result(PATIENCE) == [0]
+        receiver.do(layer.close())
+
+
+def test_a_message_that_fills_its_channel_is_received_although_the_owner_loop_halts(
+    migrated_dsn: str, loop_thread: Callable[..., LoopThread]
+) -> None:
+    """`receive()` waits for the owner loop to delete the row, so that senders find room."""
+    options: dict[str, Any] = {"heartbeat": 240, "lease": 600, "send_timeout": 600, "capacity": 1}
+    with connected_layer(migrated_dsn, **options) as layer, psycopg.connect(migrated_dsn) as conn:
+        owner, guest = loop_thread(), loop_thread()
+        channel = owner.do(layer.new_channel())
+        owner.do(joins(layer, channel))
+        waiting = guest.start(received(layer, channel, 1))
+        conn.execute(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN OLD; END'"
+        )
+        conn.execute(
+            "CREATE TRIGGER wait BEFORE DELETE ON pg_layer_message FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+        conn.commit()
+        conn.execute("SELECT pg_advisory_xact_lock(1)")
+        owner.do(layer.send(channel, number(0)))
+        eventually(lambda: bool(waiting_backends(migrated_dsn)), "the row is being deleted")
+        owner.halt()
+        assert waiting.result(PATIENCE) == [0]
+        conn.rollback()
+        owner.stop()
+        guest.do(layer.close())
+
+
+def test_a_call_that_another_loop_serves_fails_when_the_layer_is_closed(
+    migrated_dsn: str, loop_thread: Callable[..., LoopThread]
+) -> None:
+    name = "pg_layer_test_loops"
+    dsn = make_conninfo(migrated_dsn, application_name=name)
+    with connected_layer(dsn, heartbeat=240, lease=600) as layer:
+        owner, caller = loop_thread(), loop_thread()
+        owner.do(joins(layer, owner.do(layer.new_channel())))
+        with held_up(migrated_dsn) as until_one_waits:
+            waiting = caller.start(layer.group_count("room"))
+            until_one_waits()
+            closing = owner.start(layer.close())
+            with pytest.raises(LayerUnavailable, match="closed"):
+                waiting.result(PATIENCE)
+        closing.result(PATIENCE)
+        assert not backends(migrated_dsn, name)
+
+
+def test_what_a_halted_loop_wrote_late_is_refused(
+    layer: PostgresChannelLayer, migrated_dsn: str, new_loop: MakeLoop
+) -> None:
+    """A network may hold back the last statement of a loop that has stopped since."""
+    loop = new_loop()
+    channel = loop.run_until_complete(layer.new_channel())
+    loop.run_until_complete(joins(layer, channel))
+    with psycopg.connect(migrated_dsn, autocommit=True) as conn:
+        [(address, fence)] = conn.execute("SELECT address, fence FROM pg_layer_client").fetchall()
+        asyncio.run(leaves(layer, channel))
+        with pytest.raises(psycopg.Error):
+            conn.execute(
+                "SELECT pg_layer_write_memberships("
+                "%s, %s, %s, %s, ARRAY[NULL::float8], '{}', '{}', '{}', '{}', '{}')",
+                (address, fence, ["room"], [channel]),
+            )
+    assert not asyncio.run(layer.group_count("room"))
+
+
+# ---------------------------------------------------------------------- closing
+
+
 def test_close_from_another_loop(
     migrated_dsn: str, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
@@ -623,6 +836,122 @@ def test_close_from_another_loop(
     asyncio.run(other.group_send("room", number(1)))
     assert owner.do(received(layer, channel, 1)) == [1]
     owner.do(layer.close())
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_a_close_that_is_cancelled_goes_on(
+    layer: PostgresChannelLayer, migrated_dsn: str, loop_thread: Callable[..., LoopThread], steps: int
+) -> None:
+    """Whatever step it has come to; another close waits for it. A receiver does not wait any more."""
+    guest = loop_thread()
+
+    async def use() -> concurrent.futures.Future[Message]:
+        channel = await layer.new_channel()
+        await joins(layer, channel)
+        waiting = guest.start(layer.receive(channel))
+        await asyncio.wrap_future(guest.start(asyncio.sleep(0)))
+        closing = asyncio.create_task(layer.close())
+        for _ in range(1 + steps):
+            await asyncio.sleep(0)
+        await cancelled(closing)
+        await layer.close()
+        assert left_behind(migrated_dsn) == (0, 0)
+        return waiting
+
+    with pytest.raises(LayerUnavailable):
+        asyncio.run(use()).result(PATIENCE)
+
+
+def test_a_close_that_is_cancelled_before_the_database_answers_goes_on(
+    layer: PostgresChannelLayer, migrated_dsn: str
+) -> None:
+    async def use() -> None:
+        await joins(layer, await layer.new_channel())
+        with held_up(migrated_dsn) as until_one_waits:
+            closing = asyncio.create_task(layer.close())
+            await asyncio.to_thread(until_one_waits)
+            await cancelled(closing)
+        await asyncio.to_thread(eventually, lambda: left_behind(migrated_dsn) == (0, 0), "it has closed")
+
+    asyncio.run(use())
+
+
+def test_a_close_whose_loop_ends_is_done_by_the_next(layer: PostgresChannelLayer, migrated_dsn: str) -> None:
+    async def use() -> None:
+        await joins(layer, await layer.new_channel())
+        until_one_waits = held.enter_context(held_up(migrated_dsn))
+        closing = asyncio.create_task(layer.close())
+        await asyncio.to_thread(until_one_waits)
+        await cancelled(closing)
+
+    with ExitStack() as held:
+        asyncio.run(use())
+        terminate_waiting(migrated_dsn)
+    assert left_behind(migrated_dsn) == (1, 1)
+    asyncio.run(layer.close())
+    assert left_behind(migrated_dsn) == (0, 0)
+
+
+def test_a_close_that_fails_is_done_by_the_next(
+    layer: PostgresChannelLayer, migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CLOSE_TIMEOUT", 0.5)
+
+    async def use() -> None:
+        await joins(layer, await layer.new_channel())
+        with held_up(migrated_dsn):
+            await layer.close()
+            await asyncio.to_thread(terminate_waiting, migrated_dsn)
+        assert left_behind(migrated_dsn) == (1, 1)
+        await layer.close()
+        assert left_behind(migrated_dsn) == (0, 0)
+
+    asyncio.run(use())
+
+
+def test_a_close_outlives_the_owner_loop(
+    layer: PostgresChannelLayer, migrated_dsn: str, loop_thread: Callable[..., LoopThread]
+) -> None:
+    owner, closer = loop_thread(), loop_thread()
+    owner.do(joins(layer, owner.do(layer.new_channel())))
+    with held_up(migrated_dsn) as until_one_waits:
+        closing = closer.start(layer.close())
+        until_one_waits()
+        owner.stop()
+    closing.result(PATIENCE)
+    assert left_behind(migrated_dsn) == (0, 0)
+
+
+def test_a_close_whose_loop_ends_is_done_at_the_end_of_the_process(migrated_dsn: str) -> None:
+    code = """
+import asyncio, os
+from contextlib import ExitStack
+from pg_layer import PostgresChannelLayer
+from tests.integration.test_loops import cancelled, held_up, joins, left_behind, terminate_waiting
+
+dsn = os.environ["PG_LAYER_TEST_PROJECT_DSN"]
+layer = PostgresChannelLayer(dsn=dsn)
+
+async def use():
+    await joins(layer, await layer.new_channel())
+    until_one_waits = held.enter_context(held_up(dsn))
+    closing = asyncio.create_task(layer.close())
+    await asyncio.to_thread(until_one_waits)
+    await cancelled(closing)
+
+with ExitStack() as held:
+    asyncio.run(use())
+    terminate_waiting(dsn)
+print(left_behind(dsn))
+"""
+    assert succeeded(run(migrated_dsn, "-W", "error", "-c", code)) == "(1, 1)"
+    assert left_behind(migrated_dsn) == (0, 0)
 
 
 # ---------------------------------------------------------------------- kinds of loops

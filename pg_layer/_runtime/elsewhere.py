@@ -1,0 +1,47 @@
+"""Runs a coroutine on the event loop of another thread."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from pg_layer.exceptions import LayerUnavailable, NotBegun
+
+T = TypeVar("T")
+
+LOOK = 0.1  # seconds between two looks at whether the other loop still runs
+
+
+async def run_on(
+    loop: asyncio.AbstractEventLoop,
+    work: Coroutine[Any, Any, T],
+    timeout: float,
+    *,
+    goes_on: bool = False,
+) -> T:
+    """Run on another loop, and wait for it on this one.
+
+    ``goes_on``: even if this caller is cancelled or gives up after ``timeout`` seconds. Raises `NotBegun` if
+    the other loop cancels the work, is stopped or is closed.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+    except RuntimeError:  # it is closed
+        work.close()
+        raise NotBegun from None
+    try:
+        # asyncio does not tell when a loop stops without cancelling its tasks.
+        while not (await asyncio.wait((answer,), timeout=LOOK))[0]:
+            if not loop.is_running():
+                raise NotBegun
+            if time.monotonic() >= deadline:
+                raise LayerUnavailable("The event loop that serves the channel layer does not answer.")
+        if answer.cancelled():
+            raise NotBegun
+        return answer.result()
+    finally:
+        if not (goes_on or loop.is_closed()):
+            answer.cancel()

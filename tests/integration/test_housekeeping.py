@@ -1,0 +1,57 @@
+"""What a process does again and again goes on after an error that the layer does not expect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.conftest import MakeLayer, Observer
+from tests.project.commands import PATIENCE, eventually
+
+
+@contextmanager
+def broken_renewal(observer: Observer) -> Iterator[None]:
+    """The function that renews a lease returns no snapshot, but something else."""
+    [(definition,)] = observer.execute("SELECT pg_get_functiondef('pg_layer_renew'::regproc)").fetchall()
+    broken = definition.replace("snapshot := pg_current_snapshot()::text;", "snapshot := 'broken';")
+    assert broken != definition
+    observer.execute(broken)
+    yield
+    observer.execute(definition)
+
+
+async def test_polling_after_an_unexpected_error_goes_on(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = make_layer(poll_interval=0.05, heartbeat=240, lease=600)
+    channel = await layer.new_channel()
+    with broken_renewal(observer):
+        waiting = asyncio.create_task(layer.receive(channel))
+        await asyncio.to_thread(eventually, lambda: "Renewing the lease failed." in caplog.text, "it failed")
+    await make_layer().send(channel, {"type": "test"})
+    assert await asyncio.wait_for(waiting, PATIENCE) == {"type": "test"}
+    assert "Traceback" in caplog.text
+
+
+async def test_sweeping_after_an_unexpected_error_goes_on(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    observer.execute("CREATE TABLE sweeps (at timestamptz DEFAULT clock_timestamp())")
+    observer.execute("ALTER FUNCTION pg_layer_sweep RENAME TO pg_layer_sweep_before")
+    observer.execute(
+        """
+        CREATE FUNCTION pg_layer_sweep(text, integer, boolean, float8, OUT bigint, OUT last float8)
+        LANGUAGE sql AS 'INSERT INTO sweeps DEFAULT VALUES; SELECT 0::bigint, 0::float8'
+        """
+    )
+    layer = make_layer(heartbeat=0.1, lease=10, sweep_interval=0.1)
+    await layer.group_add("room", await layer.new_channel())
+    await asyncio.to_thread(
+        eventually,
+        lambda: observer.execute("SELECT count(*) FROM sweeps").fetchall() >= [(3,)],
+        "it sweeps again and again",
+    )
+    assert "Traceback" in caplog.text

@@ -1,0 +1,17 @@
+"""A client that was closed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pg_layer._state.client import Client
+from pg_layer.codec import Codec
+from pg_layer.config import Config
+
+
+async def test_a_queue_that_is_made_after_the_end_lets_nobody_wait() -> None:
+    """A receiver on another thread may have found the client just before it was closed."""
+    config = Config(dsn="host=nowhere")
+    client = Client(config, Codec("json", config.max_message_size))
+    client.close()
+    assert client.queue("jobs").enlist(asyncio.get_running_loop()) is None
