@@ -59,34 +59,19 @@ def _messages(words: list[str], marked: bool) -> Messages:
         raise ValueError("An entry is incomplete.")
     boot, xid = _bigint(words[0]), _bigint(words[1])
     rows = []
-    for at in range(2, len(words), 5):
-        name, id, expires_at, excluded, payload = words[at : at + 5]
-        end = float(expires_at)
-        if math.isnan(end) or not name:
+    rest = iter(words[2:])
+    for name, number, expires_at, excluded, payload in zip(rest, rest, rest, rest, rest, strict=True):
+        id, end = int(number), float(expires_at)
+        if not name or not 0 <= id <= LAST_ID or math.isnan(end):
             raise ValueError("An entry is malformed.")
         group, channel = (name[1:], None) if name[0] == "@" else (None, name)
-        rows.append(
-            Row(
-                _bigint(id),
-                xid,
-                boot,
-                marked,
-                "message",
-                group,
-                channel,
-                None if excluded == "*" else excluded,
-                _decode(payload),
-                end,
-            )
-        )
+        exclude = None if excluded == "*" else excluded
+        try:
+            data = binascii.a2b_base64(payload)
+        except binascii.Error as error:
+            raise ValueError(str(error)) from None
+        rows.append(Row(id, xid, boot, marked, "message", group, channel, exclude, data, end))
     return Messages(rows)
-
-
-def _decode(text: str) -> bytes:
-    try:
-        return binascii.a2b_base64(text)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
 
 
 def _bigint(text: str) -> int:

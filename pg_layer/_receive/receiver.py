@@ -39,9 +39,11 @@ READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
 READ_SPANS = 64  # at once
 RETRY = 0.5  # seconds
 PING_TIMEOUT = 3.0  # seconds
-# Seconds for each member that is waited for when its channel queue is full, in which it must receive half of
-# it. A slow member costs its neighbours no more than that once for each half of its queue.
+# Seconds for each member that is waited for when its channel queue is full: in a round it must receive something,
+# and half of its queue in this many rounds. A slow member costs its neighbours no more than that
+# once for each half of its queue.
 PAUSE = 0.05
+ROUNDS = 5
 CATCH_UP_ROWS = 20_000  # in the announcement queue, beyond which a catch-up waits for dispatch
 
 
@@ -80,6 +82,7 @@ class Receiver:
         self._drained = asyncio.Event()
         # Unless a catch-up is about to append rows that were sent before some that a read brings.
         self._appended = asyncio.Event()
+        self._is_catch_up_waiting = False  # for dispatch; a `_join` that ends the wait has it begin again
         self._flushes: dict[Key, asyncio.Future[None]] = {}
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
         self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
@@ -299,7 +302,7 @@ class Receiver:
                 self._appended.clear()
                 counted: list[int] = []
                 try:
-                    await self._connections.run(
+                    is_done = await self._connections.run(
                         partial(self._read_new, counted=counted),
                         timeout=READ_TIMEOUT,
                         patience=self._client.config.send_timeout,
@@ -310,6 +313,9 @@ class Receiver:
                     self._is_catch_up_due = True
                     self._note(error, "Could not catch up.")
                     await asyncio.sleep(RETRY)
+                    continue
+                if not is_done:
+                    announcements.fail_catch_up()
                     continue
                 announcements.end_catch_up()
                 if announcements.is_over_limit and (self._is_blocked or not announcements.rows):
@@ -324,7 +330,8 @@ class Receiver:
         self._pump()  # what was left out because too much was heard
         self.jobs.look_again()
 
-    async def _read_new(self, session: Session, counted: list[int]) -> None:
+    async def _read_new(self, session: Session, counted: list[int]) -> bool:
+        """Append what is new. False: the addresses have changed while dispatch was waited for."""
         client, cursor = self._client, self._client.cursor
         await self.raise_fence(session)
         boot, position = await queries.position(session, cursor.moment.boot if cursor.moment else 0)
@@ -340,16 +347,21 @@ class Receiver:
         low_ids = [own_low_id, *(max(low_id, self._low_id_of_group(group)) for group in groups)]
         keys = await queries.new_keys(session, addresses, low_ids, cursor.moment, boot)
         for part in queries.parts(client.announcements.missing(keys)):
-            rows = await queries.read_keys(session, part)
-            client.announcements.append(rows, self._joining, client.memberships.opened_groups)
-            counted.append(sum(row.kind == "message" for row in rows))
-            self._pump()
             # With a single connection nothing else could be read meanwhile.
-            while client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1:
+            if client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1:
+                self._is_catch_up_waiting = True
                 self._appended.set()
                 self._drained.clear()
                 await self._drained.wait()
                 self._appended.clear()
+                if not self._is_catch_up_waiting:
+                    await queries.commit(session)
+                    return False
+                self._is_catch_up_waiting = False
+            rows = await queries.read_keys(session, part)
+            client.announcements.append(rows, self._joining, client.memberships.opened_groups)
+            counted.append(sum(row.kind == "message" for row in rows))
+            self._pump()
         await queries.commit(session)
         before = cursor.moment
         cursor.adopt(moment)
@@ -359,6 +371,7 @@ class Receiver:
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
             self._spawn(self._delete_received(moment))
+        return True
 
     def _low_id_of_group(self, group: str) -> int:
         """No message of a group that its members may receive has this id or a smaller one."""
@@ -432,10 +445,7 @@ class Receiver:
                 rows.popleft()
                 announcements.dispatched((first,))
                 continue
-            run = [rows.popleft()]
-            while rows and _goes_with(first, rows[0]):
-                run.append(rows.popleft())
-            announcements.dispatched(run)
+            run = announcements.pop_run()
             self._client.counters.add("received", len(run))
             if first.group is None:
                 self._deliver(run)
@@ -467,25 +477,23 @@ class Receiver:
             self.jobs.delivered(channel)
 
     def _fan_out(self, group: str, excluded: str | None, rows: Sequence[Row]) -> None:
+        """Put messages of one transaction into the channel queues of a group's members."""
         members = self._client.memberships.members(group)
         if not members:
             return
-        ready = [
-            (row, QueuedMessage(Template(payload), row.expires_at, None))
+        is_shared = len(members) > 1
+        messages = [
+            QueuedMessage(Template(payload) if is_shared else payload, row.expires_at, None)
             for row in rows
             if (payload := self._opened(row)) is not None
         ]
-        messages = [message for _, message in ready]
         now = self._client.clock.now()
+        boot, xid = rows[0].boot, rows[0].xid
         for member in members:
             if member.expires_at <= now or member.channel == excluded:
                 continue
-            since = member.since
-            if since is None:
-                due = messages
-            else:
-                due = [message for row, message in ready if not since.sees(row.boot, row.xid)]
-            self._put(group, member.queue, due)
+            if member.since is None or not member.since.sees(boot, xid):
+                self._put(group, member.queue, messages)
         if self._client.unplaced:
             self._block(self._place)
 
@@ -523,6 +531,7 @@ class Receiver:
     async def _place(self) -> None:
         """Give members with full queues a turn, and place what has room then."""
         client = self._client
+        rounds: Counter[ChannelQueue] = Counter()  # in which a member received less than half of its queue
         while client.unplaced:
             waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
             await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1))
@@ -531,7 +540,8 @@ class Receiver:
                 rest = queue.put_if_room(messages, self._loop)
                 if not rest:
                     continue
-                if room.done():
+                rounds[queue] = 0 if room.done() else rounds[queue] + 1
+                if room.done() or (len(rest) < len(messages) and rounds[queue] < ROUNDS):
                     unplaced.append((group, queue, list(rest)))
                 else:
                     queue.is_stalled = True
@@ -577,18 +587,22 @@ class Receiver:
         client.unplaced.clear()
         for queue in client.queues():
             client.delete_later(queue, queue.pop_all())
-        flushed = self._flushes.pop(row.key, None)
-        if flushed is not None and not flushed.done():
-            flushed.set_result(None)
+        for key, applied in self._flushes.items():
+            if (key.boot, key.xid) <= (row.boot, row.xid) and not applied.done():
+                applied.set_result(None)
 
     async def flushed(self, key: Key, timeout: float) -> None:
-        """Wait until the control message of a flush is applied here, or ``timeout`` seconds."""
+        """Wait until a flush or a later one is applied here, or ``timeout`` seconds.
+
+        A later flush removes the control message of an earlier one, which may not have been read yet.
+        """
+        if self._client.memberships.last_flush >= (key.boot, key.xid):
+            return
         applied = self._flushes[key] = self._loop.create_future()
-        if self._client.cursor.is_new(key, False) or self._client.announcements.holds(
-            self._client.address, key
-        ):
+        try:
             await asyncio.wait((applied,), timeout=timeout)
-        self._flushes.pop(key, None)
+        finally:
+            del self._flushes[key]
 
     def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
         client = self._client
@@ -627,11 +641,9 @@ class Receiver:
             await self._appended.wait()
             missed = await self._read_missed(address, bucket, low_id, since, queue.capacity)
             # What their writers sent before them may not have been heard yet.
-            if missed and not await self._hear_what_was_sent():
+            if missed and not self._is_catch_up_waiting and not await self._hear_what_was_sent():
                 self._appended.clear()
                 self.catch_up_soon()
-                # One that waits for dispatch must go on: dispatch waits for this.
-                self._drained.set()
                 await self._appended.wait()
             await self._until_changed((group, channel))
         rows = client.announcements.head()
@@ -642,6 +654,9 @@ class Receiver:
         client.announcements.dispatched((row,))
         self._joining = None
         cursor = client.cursor
+        if self._is_catch_up_waiting and len(here := client.announcements.between(missed)) < len(missed):
+            missed, self._is_catch_up_waiting, self._is_catch_up_due = here, False, True
+            self._drained.set()  # it begins again with this group, and brings in order what comes behind
         opened = client.memberships.opened_after(group, row.boot, row.xid)
         client.memberships.forget_opened(group)
         if group in client.memberships.groups:
@@ -702,8 +717,3 @@ class Receiver:
             except PgLayerError as error:
                 self._outage.begin(error)
                 await asyncio.sleep(RETRY)
-
-
-def _goes_with(first: Row, row: Row) -> bool:
-    """Whether a message is dispatched together with the first one."""
-    return row.kind == "message" and row.group == first.group and row.excluded == first.excluded

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from operator import attrgetter
 
 from pg_layer._messages.announcements import Messages, ToRead
 from pg_layer._messages.rows import Key, KeyAt, Row, Span
@@ -16,6 +18,9 @@ from pg_layer._state.snapshot import Moment
 MAX_ROWS = 100_000  # in the queue; beyond it a catch-up brings what follows
 MAX_BYTES = 256 * 1024 * 1024
 MAX_ASIDE = 20_000  # notifications, of at most 8,000 bytes each
+
+_payload = attrgetter("payload")
+_together = attrgetter("kind", "group", "excluded", "boot", "xid")
 
 
 class Entry:
@@ -82,9 +87,10 @@ class AnnouncementQueue:
             self.is_over_limit = True
             self.lose()
         elif isinstance(announcement, Messages):
-            if self.append(announcement.rows):
-                first = announcement.rows[0]
-                self._entries[-1].is_late = first.marked and self._cursor.has_passed(first.boot, first.xid)
+            if fresh := self._cursor.admit_together(announcement.rows):
+                entry = Entry(fresh)
+                entry.is_late = fresh[0].marked and self._cursor.has_passed(boot, fresh[0].xid)
+                self._push(entry)
         else:
             self._append_span(announcement.span)
 
@@ -119,7 +125,7 @@ class AnnouncementQueue:
     def _push(self, entry: Entry) -> None:
         self._entries.append(entry)
         self._rows += len(entry.rows)
-        self._bytes += sum(len(row.payload) for row in entry.rows)
+        self._bytes += _size(entry.rows)
 
     # ------------------------------------------------------------------ reading
 
@@ -146,7 +152,7 @@ class AnnouncementQueue:
         ]
         entry.rows.extend(fresh)
         self._rows += len(fresh)
-        self._bytes += sum(len(row.payload) for row in fresh)
+        self._bytes += _size(fresh)
         if is_all:
             entry.is_complete, entry.span = True, None
             self._rows -= 1
@@ -167,10 +173,26 @@ class AnnouncementQueue:
             entries.popleft()
         return None
 
+    def pop_run(self) -> list[Row]:
+        """Remove the first rows of the head that go together.
+
+        They are messages of one transaction, for the same members of a group or each for its channel.
+        """
+        rows = self._entries[0].rows
+        _, group = next(groupby(rows, _together))
+        run = list(group)
+        if len(run) == len(rows):
+            rows.clear()
+        else:
+            for _ in run:
+                rows.popleft()
+        self.dispatched(run)
+        return run
+
     def dispatched(self, rows: Sequence[Row]) -> None:
         """These rows of the head have left the queue."""
         self._rows -= len(rows)
-        self._bytes -= sum(len(row.payload) for row in rows)
+        self._bytes -= _size(rows)
 
     def keys(self) -> list[Key]:
         """The keys of the rows that are here."""
@@ -193,6 +215,16 @@ class AnnouncementQueue:
     def holds_jobs(self, channel: str) -> bool:
         """Whether jobs of a normal channel are here."""
         return any(row.channel == channel for entry in self._entries for row in entry.rows)
+
+    def between(self, rows: Iterable[Row]) -> list[Row]:
+        """Those that take places between rows that are here, or that no catch-up would bring.
+
+        Jobs that are here do not count, which are not in the order of ids.
+        """
+        ids = (row.id for entry in self._entries for row in entry.rows if not row.is_job)
+        spans = (entry.span.last for entry in self._entries if entry.span is not None)
+        last = max(chain(ids, spans), default=0)
+        return [row for row in rows if row.id <= last or not self._cursor.is_new(row.key, row.marked)]
 
     @property
     def rows(self) -> int:
@@ -238,7 +270,7 @@ class AnnouncementQueue:
         self._entries = merged
         self._put_head(head)
         self._rows += len(rows)
-        self._bytes += sum(len(row.payload) for row in rows)
+        self._bytes += _size(rows)
 
     def withdraw(self, keys: Container[Key]) -> list[Row]:
         """Remove rows that came late from their places. Return them."""
@@ -291,3 +323,7 @@ class AnnouncementQueue:
         """The catch-up has failed: the next one brings what was kept aside."""
         self._kept_aside = None
         self.lose()
+
+
+def _size(rows: Iterable[Row]) -> int:
+    return sum(map(len, map(_payload, rows)))

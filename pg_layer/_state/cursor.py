@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pg_layer._messages.rows import Key
+from collections.abc import Sequence
+
+from pg_layer._messages.rows import Key, Row
 from pg_layer._state.snapshot import Moment, Position
 
 UNKNOWN_BOOT = -1  # of a cursor that has no snapshot yet: every boot is later
@@ -40,6 +42,21 @@ class Cursor:
         else:
             self._done.setdefault((key.boot, key.xid), set()).add(key.id)
         return True
+
+    def admit_together(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that are new, of one transaction, all marked or none, as an announcement has them.
+
+        They are judged together, because most of what a process hears is judged here.
+        """
+        boot, xid, marked = rows[0].boot, rows[0].xid, rows[0].marked
+        if marked:
+            return [row for row in rows if self.admit(row.key, marked, row.expires_at)]
+        if self.has_passed(boot, xid):
+            return []
+        ids = self._done.setdefault((boot, xid), set())
+        fresh = [row for row in rows if row.id not in ids]
+        ids.update([row.id for row in fresh])
+        return fresh
 
     def is_new(self, key: Key, marked: bool) -> bool:
         """Whether a row is new."""

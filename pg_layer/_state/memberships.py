@@ -5,7 +5,7 @@ Pure; used by the owner loop only, but for `is_member` and `len`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, KeysView
+from collections.abc import Callable, Collection, Iterable, KeysView
 
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.snapshot import Moment
@@ -34,6 +34,7 @@ class Memberships:
         self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
         self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
         self._opened: dict[str, Moment] = {}  # when the owner itself added the first member of a group
+        self.last_flush = (0, 0)  # boot and transaction of the last flush that was applied
 
     def __len__(self) -> int:
         return sum(map(len, list(self._of_channel.values())))
@@ -47,7 +48,7 @@ class Memberships:
         """The names of all groups."""
         return self._groups.keys()
 
-    def members(self, group: str) -> Iterable[Member]:
+    def members(self, group: str) -> Collection[Member]:
         """The members of a group."""
         members = self._groups.get(group)
         return members.values() if members is not None else ()
@@ -149,6 +150,7 @@ class Memberships:
 
     def flush(self, boot: int, xid: int) -> list[Pair]:
         """Remove what began before this transaction. Return what was removed."""
+        self.last_flush = (boot, xid)
         gone = []
         for group, channel in self.pairs():
             member = self._groups[group][channel]

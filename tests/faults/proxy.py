@@ -29,6 +29,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._paths: dict[asyncio.Task[None], asyncio.Event] = {}  # each connection, and whether it flows
+        self._ports: dict[int, asyncio.Task[None]] = {}  # each connection by its port towards the server
         self._is_swallowing = False
         self._dsn = target
 
@@ -59,6 +60,10 @@ class Proxy:
         """Forward nothing any more and close nothing; new connections are accepted, and lead nowhere."""
         self._run(self._swallow())
 
+    def hold(self, port: int) -> None:
+        """Forward nothing on one connection: the one that the server knows by this port of its client."""
+        self._run(self._hold(port))
+
     def let_go(self, *, revive: bool = True) -> None:
         """Forward again, first what was held back. Not ``revive``: only for connections still to come."""
         self._run(self._let_go(revive))
@@ -76,6 +81,9 @@ class Proxy:
         self._is_swallowing = True
         for flows in self._paths.values():
             flows.clear()
+
+    async def _hold(self, port: int) -> None:
+        self._paths[self._ports[port]].clear()
 
     async def _let_go(self, revive: bool) -> None:
         self._is_swallowing = False
@@ -111,6 +119,9 @@ class Proxy:
             await flows.wait()
             far_reader, far_writer = await asyncio.open_connection(*self._target)
             writers.append(far_writer)
+            path = asyncio.current_task()
+            assert path is not None
+            self._ports[far_writer.get_extra_info("sockname")[1]] = path
             pumps = [
                 asyncio.ensure_future(_pump(reader, far_writer, flows)),
                 asyncio.ensure_future(_pump(far_reader, writer, flows)),

@@ -1,0 +1,199 @@
+"""Jobs that a process has claimed and gives back, while the loop, the connection or the fence goes.
+
+Each job is received once, by whichever process, and in its order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.faults.proxy import Proxy
+from tests.processes import listen, new_layer, open_layer, receive, until
+
+JOBS = 20
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+IN_LOCKS = f"{CONNECTIONS} AND wait_event_type = 'Lock'"
+FENCES = f"{IN_LOCKS} AND query LIKE '%pg_layer_raise_fence%'"
+
+
+@pytest.fixture(autouse=True)
+def every_reader_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers are given jobs ahead, however busy the machine is."""
+    monkeypatch.setattr("pg_layer._receive.jobs.QUICK", 3600.0)
+
+
+@pytest.fixture
+def pool_proxy(migrated_dsn: str) -> Iterator[Proxy]:
+    with Proxy(migrated_dsn) as proxy:
+        yield proxy
+
+
+class HeldReleases:
+    """Releases wait for a lock, with what they have moved."""
+
+    def __init__(self, dsn: str) -> None:
+        self._holder: psycopg.Connection[tuple[Any, ...]] = psycopg.connect(dsn)
+        self._holder.execute(
+            "INSERT INTO pg_layer_low_id (address, low_id, kept_on) VALUES ('asgi!:jobs', 0, current_date)"
+            " ON CONFLICT (address) DO NOTHING"
+        )
+        self._holder.commit()
+        self._holder.execute("SELECT FROM pg_layer_low_id WHERE address = 'asgi!:jobs' FOR UPDATE")
+
+    def let_go(self) -> None:
+        self._holder.commit()
+
+    def kill(self, observer: Observer) -> None:
+        """End the backend of the release, which has no effect then; and let go."""
+        observer.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            " AND query LIKE '%pg_layer_release%'"
+        )
+        self.let_go()
+
+    def close(self) -> None:
+        self._holder.close()
+
+
+@contextmanager
+def held_releases(dsn: str) -> Iterator[HeldReleases]:
+    held = HeldReleases(dsn)
+    try:
+        yield held
+    finally:
+        held.close()
+
+
+async def work(layer: PostgresChannelLayer, count: int) -> list[int]:
+    return [(await receive(layer, "jobs"))["number"] for _ in range(count)]
+
+
+async def work_until_all_is_done(*layers: PostgresChannelLayer, done: list[int]) -> None:
+    """Receive on all layers until there were as many jobs as were sent; what comes beyond is noted, too."""
+
+    async def work_on(layer: PostgresChannelLayer) -> None:
+        while True:
+            done.append((await layer.receive("jobs"))["number"])
+
+    tasks = [asyncio.create_task(work_on(layer)) for layer in layers]
+    try:
+        await until(lambda: len(done) >= JOBS)
+        # A job that was handed out twice comes before one that is sent now.
+        await layers[-1].send("jobs", {"number": -1})
+        await until(lambda: -1 in done)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    done.remove(-1)
+
+
+async def stop_with_jobs_ahead(layer: PostgresChannelLayer, observer: Observer) -> list[int]:
+    """Work on a few jobs. Return when the release of those that were claimed ahead waits for the lock."""
+    done = await work(layer, 4)
+    await until(lambda: layer._loops.client.releasing)
+    await until(lambda: observer.execute(IN_LOCKS).fetchone() == (1,))
+    return done
+
+
+async def send_jobs(dsn: str) -> None:
+    async with open_layer(dsn, capacity=1000) as sender:
+        for n in range(JOBS):
+            await sender.send("jobs", {"number": n})
+
+
+@pytest.mark.parametrize("takes_effect", [True, False])
+def test_release_under_way_when_its_loop_ends_neither_loses_nor_doubles_jobs(
+    migrated_dsn: str, observer: Observer, takes_effect: bool
+) -> None:
+    """The loop ends, and its statement goes on in the server. The next loop finds out what became of it."""
+    layer, other = [new_layer(migrated_dsn, capacity=1000) for _ in range(2)]
+    done: list[int] = []
+
+    async def begin() -> None:
+        await listen(layer)
+        done.extend(await stop_with_jobs_ahead(layer, observer))
+
+    async def go_on() -> None:
+        receiving = asyncio.create_task(work_until_all_is_done(layer, other, done=done))
+        # The next loop has the release end before it looks.
+        await until(lambda: observer.execute(FENCES).fetchone() == (1,))
+        if takes_effect:
+            held.let_go()
+        else:
+            held.kill(observer)
+        await receiving
+        for each in (layer, other):
+            await each.close()
+
+    asyncio.run(send_jobs(migrated_dsn))
+    with held_releases(migrated_dsn) as held:
+        asyncio.run(begin())
+        asyncio.run(go_on())
+    assert sorted(done) == list(range(JOBS))
+    assert done[:4] == list(range(4))
+
+
+@pytest.mark.parametrize("takes_effect", [True, False])
+async def test_release_whose_connection_is_lost_neither_loses_nor_doubles_jobs(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer, takes_effect: bool
+) -> None:
+    layer = make_layer(dsn=pool_proxy.dsn(), listen_dsn=migrated_dsn, capacity=1000, send_timeout=60)
+    other = make_layer(capacity=1000)
+    await listen(layer)
+    await send_jobs(migrated_dsn)
+    with held_releases(migrated_dsn) as held:
+        done = await stop_with_jobs_ahead(layer, observer)
+        pool_proxy.cut()
+        receiving = asyncio.create_task(work_until_all_is_done(layer, other, done=done))
+        await until(lambda: observer.execute(FENCES).fetchone() == (1,))
+        if takes_effect:
+            held.let_go()
+        else:
+            held.kill(observer)
+        await receiving
+    assert sorted(done) == list(range(JOBS))
+
+
+async def test_release_that_the_server_refuses_is_tried_again(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer
+) -> None:
+    """The fence in the table is higher than the one that the client knows: another may have raised it."""
+    layer, other = make_layer(capacity=1000), make_layer(capacity=1000)
+    await listen(layer)
+    await send_jobs(migrated_dsn)
+    done = await work(layer, 4)
+    raise_fences(observer)
+    await until(lambda: layer._loops.client.fence >= 2)
+    await work_until_all_is_done(layer, other, done=done)
+    assert sorted(done) == list(range(JOBS))
+
+
+# ---------------------------------------------------------------------- claims
+
+
+def raise_fences(observer: Observer) -> None:
+    observer.execute("SELECT pg_layer_raise_fence(address, 2) FROM pg_layer_client")
+
+
+async def test_claim_that_the_server_refuses_is_tried_again(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer, sender = make_layer(), make_layer()
+    await listen(layer)
+    await sender.send("jobs", {"number": 0})
+    assert await work(layer, 1) == [0]
+    raise_fences(observer)
+    for n in range(1, 10):
+        await sender.send("jobs", {"number": n})
+    assert await work(layer, 9) == list(range(1, 10))
+    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))

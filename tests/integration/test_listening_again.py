@@ -1,0 +1,75 @@
+"""A process stops listening to a normal channel, or leaves a group, and at once begins again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pg_layer import PostgresChannelLayer
+from pg_layer._receive.jobs import JobReaders
+from pg_layer._receive.receiver import Receiver
+from tests.conftest import MakeLayer, Observer
+from tests.processes import listen, receive, until
+
+
+def receiver_of(layer: PostgresChannelLayer) -> Receiver:
+    home = layer._loops.home
+    assert home is not None
+    assert home.owner is not None
+    return home.owner.receiver
+
+
+def is_waiting(jobs: JobReaders) -> bool:
+    """Whether there is a reader that has found nothing in the table, and will not look again by itself."""
+    reader = jobs._readers.get("jobs")
+    return reader is not None and not reader.is_claiming and not reader.may_have_more
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_receive_right_after_the_channel_was_given_up_hears_jobs(
+    make_layer: MakeLayer, observer: Observer, steps: int
+) -> None:
+    """The UNLISTEN is asked for, and is under way, when a reader comes back after so many steps of the loop.
+
+    No heartbeat comes: a reader that is deaf stays without the job.
+    """
+    layer, sender = make_layer(), make_layer()
+    await listen(layer)
+    jobs = receiver_of(layer).jobs
+    for number in range(3):
+        await sender.send("jobs", {"number": number})
+        assert (await receive(layer, "jobs"))["number"] == number
+        await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+        jobs.forget_idle()
+        jobs.forget_idle()
+        assert not jobs.addresses()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        receiving = asyncio.create_task(receive(layer, "jobs"))
+        # From here on it only hears.
+        await until(lambda: is_waiting(jobs))
+        assert await layer.health()
+        await sender.send("jobs", {"number": -1})
+        assert (await receiving)["number"] == -1
+
+
+async def test_group_add_right_after_the_last_member_was_discarded_hears_messages(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """Also if the connection is lost meanwhile: the next one listens to the groups that have members then."""
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    for number in range(20):
+        await layer.group_add("room", channel)
+        if number % 2:
+            observer.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name LIKE 'pg_layer %'"
+            )
+        await layer.group_discard("room", channel)
+        await layer.group_add("room", channel)
+        await sender.group_send("room", {"number": number})
+        assert (await receive(layer, channel))["number"] == number
+        await layer.group_discard("room", channel)
