@@ -13,14 +13,24 @@ $$;
 CREATE FUNCTION pg_layer_group_address(_prefix text, _group text) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT _prefix || '!@' || _group $$;
 
--- The NOTIFY channel of an address. A hash, because names may be longer than the 63 bytes that NOTIFY takes. Groups share 1,024
--- buckets: a process that listens to many channels costs its backend time at each notification.
+-- The NOTIFY channel of an address that is no group's, or of a bucket. A hash, because names may be longer than the 63 bytes that NOTIFY
+-- takes. The functions that send one message use this or the bucket's: PostgreSQL makes the parts of an expression ready at each call, also
+-- those that it does not come to.
+CREATE FUNCTION pg_layer_hashed_channel(_address text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'pg_layer_' || left(encode(sha256(_address::bytea), 'hex'), 40) $$;
+
+-- The bucket of a group's address. Groups share 1,024: a process that listens to many channels costs its backend time at each
+-- notification.
+CREATE FUNCTION pg_layer_bucket(_address text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT split_part(_address, '@', 1) || '@'
+        || (get_byte(sha256(_address::bytea), 0) * 4 + get_byte(sha256(_address::bytea), 1) / 64)
+$$;
+
+-- The NOTIFY channel of any address.
 CREATE FUNCTION pg_layer_notification_channel(_address text) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT 'pg_layer_' || left(encode(sha256((CASE WHEN position('!@' IN _address) = 0 THEN _address
-        ELSE split_part(_address, '@', 1) || '@'
-            || (get_byte(sha256(_address::bytea), 0) * 4 + get_byte(sha256(_address::bytea), 1) / 64)
-        END)::bytea), 'hex'), 40)
+    SELECT pg_layer_hashed_channel(CASE WHEN position('!@' IN _address) = 0 THEN _address ELSE pg_layer_bucket(_address) END)
 $$;
 
 -- LISTEN to NOTIFY channels. In effect when the transaction has committed.

@@ -49,8 +49,8 @@ $$;
 
 -- Announce rows in the order of their ids. Small ones ride along, several in one notification while they fit; for the others readers
 -- are told which rows to read. A payload of NOTIFY must stay below 8,000 bytes: one of 5,600 bytes has 7,566 in base64, with names and
--- numbers at most 7,860. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes, and a notification
--- at most 4,000 and one entry.
+-- numbers at most 7,860. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes. A notification is
+-- filled up to 7,800 bytes: each costs all its listeners more than a message in it.
 CREATE FUNCTION pg_layer_announce(
     _marked boolean, _boots bigint[], _xids text[], _ids bigint[], _addresses text[], _channels text[], _kinds text[],
     _excluded text[], _payloads bytea[], _expires_at timestamptz[]
@@ -83,10 +83,11 @@ BEGIN
     LOOP
         IF _row.is_job THEN
             _has_jobs := true;
-        ELSIF _row.address = _address AND _row.head = _head AND (_entries IS NULL) = (_row.entry IS NULL) AND _size < 4000 THEN
+        ELSIF _row.address = _address AND _row.head = _head AND (_entries IS NULL) = (_row.entry IS NULL)
+            AND _size + coalesce(_row.size, 0) < 7800 THEN
             IF _entries IS NOT NULL THEN
                 _entries := _entries || _row.entry;
-                _size := _size + _row.size;
+                _size := _size + _row.size + 1;
             END IF;
             _last := _row.id;
         ELSE
@@ -134,7 +135,8 @@ BEGIN
         FROM unnest(_boots, _xids, _ids, _addresses, _channels, _kinds, _excluded, _payloads)
             AS r (boot, xid, id, address, channel, kind, excluded, payload)
         CROSS JOIN LATERAL (
-            SELECT * FROM pg_layer_message AS m WHERE m.address = r.address AND m.id = r.id OFFSET 0
+            SELECT m.boot, m.xid, m.expires_at FROM pg_layer_message AS m
+            WHERE m.address = r.address AND m.id = r.id OFFSET 0
         ) AS m
         WHERE m.xid = r.xid::text::xid8 AND m.boot = r.boot
     ) AS r
@@ -179,7 +181,7 @@ BEGIN
         FROM (SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END OFFSET 0) AS l
         LEFT JOIN pg_layer_boot AS b ON true
         WHERE b.boot IS NOT NULL OR NOT _own
-        RETURNING m.id, m.xid, m.boot, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_notification_channel(m.address), CASE
+        RETURNING m.id, m.xid, m.boot, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_hashed_channel(m.address), CASE
             WHEN position('!' IN _channel) = 0 THEN 'J ' || m.id
             WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
                 pg_layer_entry(_channel, m.id, m.expires_at, NULL, _payload))
@@ -234,7 +236,8 @@ BEGIN
                     SELECT m.channel, count(*) AS count
                     FROM unnest(low_addresses, low_ids) AS t (address, first)
                     CROSS JOIN LATERAL (
-                        SELECT * FROM pg_layer_message AS m WHERE m.address = t.address AND m.id >= t.first OFFSET 0
+                        SELECT m.channel, m.expires_at, m.kind FROM pg_layer_message AS m
+                        WHERE m.address = t.address AND m.id >= t.first OFFSET 0
                     ) AS m
                     WHERE m.expires_at > _now AND m.kind = 'message'
                     GROUP BY m.channel
@@ -298,6 +301,7 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
 DECLARE
     _now timestamptz := clock_timestamp();
     _xid xid8;
+    _is_plain boolean;
     _empty text[];
     _job_groups text[];
     _job_channels text[];
@@ -309,49 +313,67 @@ DECLARE
 BEGIN
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
     xid := _xid::text::bigint;
-    -- Groups without a membership row of any client. Scalar subqueries: an anti join may read all rows of a large group.
-    SELECT array_agg(g.group_name) INTO _empty
-    FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
-    WHERE (SELECT true FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
-           AND m.address > _prefix || '!' AND m.address < _prefix || '!:' LIMIT 1) IS NULL
-        AND (SELECT true FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
-             AND m.address >= _prefix || '!;' AND m.address < _prefix || '"' LIMIT 1) IS NULL;
-    IF _empty IS NOT NULL AND NOT pg_layer_is_steady(_prefix, boot) THEN
-        _empty := NULL;
-    END IF;
-    SELECT array_agg(j.group_name), array_agg(j.channel), array_agg(j.capacity), array_agg(w.count)
-    INTO _job_groups, _job_channels, _job_capacities, _job_counts
-    FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
-    CROSS JOIN LATERAL pg_layer_normal_members(_prefix, g.group_name) AS j
-    CROSS JOIN LATERAL (
-        SELECT count(*) AS count FROM pg_layer_message AS m
-        WHERE m.address = _prefix || '!:' || j.channel AND m.id >= pg_layer_low_id(_prefix || '!:' || j.channel)
-            AND m.expires_at > _now
-    ) AS w;
+    -- Most often all groups have members, and none is a normal channel: one look finds that, and each message is one row.
+    SELECT bool_and(
+        (SELECT m.address FROM pg_layer_membership AS m
+         WHERE m.group_name = g.group_name AND m.address > _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT 1)
+            IS NOT NULL
+        AND (SELECT m.address FROM pg_layer_membership AS m
+             WHERE m.group_name = g.group_name AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;'
+             ORDER BY m.address LIMIT 1) IS NULL)
+    INTO _is_plain
+    FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g;
+    IF _is_plain THEN
+        SELECT array_agg(s.position ORDER BY s.position), array_agg(_prefix || '!@' || s.group_name ORDER BY s.position),
+            array_fill(NULL::text, ARRAY[cardinality(_groups)]), _excluded, _payloads,
+            array_agg(_now + make_interval(secs => s.expiry) ORDER BY s.position)
+        INTO positions, addresses, channels, _sent_excluded, _sent_payloads, _expires_at
+        FROM unnest(_groups, _expiries) WITH ORDINALITY AS s (group_name, expiry, position);
+    ELSE
+        -- Groups without a membership row of any client. Scalar subqueries: an anti join may read all rows of a large group.
+        SELECT array_agg(g.group_name) INTO _empty
+        FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
+        WHERE (SELECT true FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
+               AND m.address > _prefix || '!' AND m.address < _prefix || '!:' LIMIT 1) IS NULL
+            AND (SELECT true FROM pg_layer_membership AS m WHERE m.group_name = g.group_name
+                 AND m.address >= _prefix || '!;' AND m.address < _prefix || '"' LIMIT 1) IS NULL;
+        IF _empty IS NOT NULL AND NOT pg_layer_is_steady(_prefix, boot) THEN
+            _empty := NULL;
+        END IF;
+        SELECT array_agg(j.group_name), array_agg(j.channel), array_agg(j.capacity), array_agg(w.count)
+        INTO _job_groups, _job_channels, _job_capacities, _job_counts
+        FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
+        CROSS JOIN LATERAL pg_layer_normal_members(_prefix, g.group_name) AS j
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS count FROM pg_layer_message AS m
+            WHERE m.address = _prefix || '!:' || j.channel AND m.id >= pg_layer_low_id(_prefix || '!:' || j.channel)
+                AND m.expires_at > _now
+        ) AS w;
 
-    WITH sent AS MATERIALIZED (
-        SELECT s.*, _now + make_interval(secs => s.expiry) AS expires_at
-        FROM unnest(_groups, _payloads, _expiries, _excluded)
-            WITH ORDINALITY AS s (group_name, payload, expiry, excluded, position)
-    ), placed AS MATERIALIZED (
-        SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s WHERE _empty IS NULL OR s.group_name <> ALL (_empty)
-        UNION ALL
-        SELECT s.*, j.channel, j.count + row_number() OVER (PARTITION BY j.channel ORDER BY s.position) > j.capacity
-        FROM sent AS s
-        JOIN unnest(_job_groups, _job_channels, _job_capacities, _job_counts) AS j (group_name, channel, capacity, count)
-            ON j.group_name = s.group_name AND j.channel IS DISTINCT FROM s.excluded
-    )
-    SELECT r.*, f.positions, f.channels
-    INTO positions, addresses, channels, _sent_excluded, _sent_payloads, _expires_at, missed_positions, missed_channels
-    FROM (
-        SELECT array_agg(p.position) AS positions,
-            array_agg(_prefix || CASE WHEN p.channel IS NULL THEN '!@' || p.group_name ELSE '!:' || p.channel END) AS addresses,
-            array_agg(p.channel) AS channels, array_agg(p.excluded) AS excluded, array_agg(p.payload) AS payloads,
-            array_agg(p.expires_at) AS expires_at
-        FROM (SELECT * FROM placed WHERE NOT is_full ORDER BY position, channel NULLS FIRST) AS p
-    ) AS r, (
-        SELECT array_agg(p.position) AS positions, array_agg(p.channel) AS channels FROM placed AS p WHERE p.is_full
-    ) AS f;
+        WITH sent AS MATERIALIZED (
+            SELECT s.*, _now + make_interval(secs => s.expiry) AS expires_at
+            FROM unnest(_groups, _payloads, _expiries, _excluded)
+                WITH ORDINALITY AS s (group_name, payload, expiry, excluded, position)
+        ), placed AS MATERIALIZED (
+            SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s WHERE _empty IS NULL OR s.group_name <> ALL (_empty)
+            UNION ALL
+            SELECT s.*, j.channel, j.count + row_number() OVER (PARTITION BY j.channel ORDER BY s.position) > j.capacity
+            FROM sent AS s
+            JOIN unnest(_job_groups, _job_channels, _job_capacities, _job_counts) AS j (group_name, channel, capacity, count)
+                ON j.group_name = s.group_name AND j.channel IS DISTINCT FROM s.excluded
+        )
+        SELECT r.*, f.positions, f.channels
+        INTO positions, addresses, channels, _sent_excluded, _sent_payloads, _expires_at, missed_positions, missed_channels
+        FROM (
+            SELECT array_agg(p.position) AS positions,
+                array_agg(_prefix || CASE WHEN p.channel IS NULL THEN '!@' || p.group_name ELSE '!:' || p.channel END) AS addresses,
+                array_agg(p.channel) AS channels, array_agg(p.excluded) AS excluded, array_agg(p.payload) AS payloads,
+                array_agg(p.expires_at) AS expires_at
+            FROM (SELECT * FROM placed WHERE NOT is_full ORDER BY position, channel NULLS FIRST) AS p
+        ) AS r, (
+            SELECT array_agg(p.position) AS positions, array_agg(p.channel) AS channels FROM placed AS p WHERE p.is_full
+        ) AS f;
+    END IF;
     IF positions IS NULL THEN
         RETURN;
     END IF;
@@ -399,7 +421,7 @@ BEGIN
         AND (SELECT m.address FROM pg_layer_membership AS m
              WHERE m.group_name = _group AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;' ORDER BY m.address LIMIT 1)
             IS NULL
-    RETURNING pg_notify(pg_layer_notification_channel(m.address), CASE
+    RETURNING pg_notify(pg_layer_hashed_channel(pg_layer_bucket(m.address)), CASE
         WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', 'M', m.boot, m.xid,
             pg_layer_entry('@' || _group, m.id, m.expires_at, _excluded, _payload))
         ELSE concat_ws(' ', 'R', m.boot, m.xid, '@' || _group, m.id, m.id) END)::text
