@@ -37,7 +37,7 @@ class OwnChanges:
         last = {(change.group, change.channel): change.added for change in changes}
         present = [pair for pair, added in last.items() if added]
         gone = [pair for pair, added in last.items() if not added]
-        with self._receiver.changing(last):
+        with self._receiver.dispatcher.changing(last):
             return await self._write(present, gone, changes, deadline)
 
     async def _write(

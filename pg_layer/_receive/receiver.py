@@ -1,4 +1,4 @@
-"""From notifications to channel queues: hears, reads, catches up and dispatches, in one order.
+"""From notifications to the announcement queue: hears, reads and catches up, in one order.
 
 Bound to the owner loop. What is new is decided by `pg_layer._state.cursor`, the order by
 `pg_layer._state.announcement_queue`; this is the I/O around them.
@@ -7,7 +7,6 @@ Bound to the owner loop. What is new is decided by `pg_layer._state.cursor`, the
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -19,17 +18,15 @@ from pg_layer._db.queries import receive as queries
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from pg_layer._messages.announcements import Jobs, Messages, Ping, parse
-from pg_layer._messages.rows import LAST_ID, Key, Row
+from pg_layer._messages.rows import LAST_ID, Row
 from pg_layer._receive.deletions import Deletions
+from pg_layer._receive.dispatcher import Dispatcher
 from pg_layer._receive.jobs import JobReaders
 from pg_layer._receive.listener import Listener
-from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.client import Client
-from pg_layer._state.memberships import Pair
-from pg_layer._state.snapshot import Moment, Snapshot
-from pg_layer.codec import Template
+from pg_layer._state.snapshot import Moment
 from pg_layer.connections import Connections
-from pg_layer.exceptions import PgLayerError, UndecodableMessage
+from pg_layer.exceptions import PgLayerError
 from pg_layer.outage import Outage
 from pg_layer.session import Session
 
@@ -39,11 +36,6 @@ READ_TIMEOUT = 60.0  # seconds; a catch-up may be long
 READ_SPANS = 64  # at once
 RETRY = 0.5  # seconds
 PING_TIMEOUT = 3.0  # seconds
-# Seconds for each member that is waited for when its channel queue is full: in a round it must receive something,
-# and half of its queue in this many rounds. A slow member costs its neighbours no more than that
-# once for each half of its queue.
-PAUSE = 0.05
-ROUNDS = 5
 CATCH_UP_ROWS = 20_000  # in the announcement queue, beyond which a catch-up waits for dispatch
 
 
@@ -77,31 +69,27 @@ class Receiver:
         self._is_reading = False
         self._is_catching_up = False
         self._is_catch_up_due = False
-        self._is_blocked = False  # dispatch waits
         self._is_passed = False  # memberships may have something to forget
         self._drained = asyncio.Event()
         # Unless a catch-up is about to append rows that were sent before some that a read brings.
         self._appended = asyncio.Event()
-        self._is_catch_up_waiting = False  # for dispatch; a `_join` that ends the wait has it begin again
-        self._flushes: dict[Key, asyncio.Future[None]] = {}
+        self._is_catch_up_waiting = False  # for dispatch; a `join` that ends the wait has it begin again
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
         self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
         self._joining: str | None = None  # the group whose first member is being added
-        self._changing: Counter[Pair] = Counter()  # memberships that the owner itself changes right now
-        self._change_ended = asyncio.Event()
         self.deletions = Deletions(client, connections, spawn)
+        self.dispatcher = Dispatcher(client, self, writer, spawn)
         self.jobs = JobReaders(client, connections, self, spawn)
         client.announcements.restart()
 
     def start(self) -> None:
         """Go on with what the last owner loop has left."""
-        if self._client.unplaced:
-            self._block(self._place)
+        self.dispatcher.start()
         # Jobs that the last owner loop claimed without an answer come before those that are claimed now.
         self._is_catch_up_due = True
         self.jobs.start()
         self._read_soon()
-        self._pump()
+        self.pump()
 
     # ------------------------------------------------------------------ hearing
 
@@ -140,23 +128,6 @@ class Receiver:
             self._expected.subtract(channels)
             self._expected = +self._expected
 
-    @contextmanager
-    def changing(self, pairs: Iterable[Pair]) -> Iterator[None]:
-        """The owner itself changes these memberships: what others have asked for is judged when it has."""
-        pairs = list(pairs)
-        self._changing.update(pairs)
-        try:
-            yield
-        finally:
-            self._changing.subtract(pairs)
-            self._changing = +self._changing
-            ended, self._change_ended = self._change_ended, asyncio.Event()
-            ended.set()
-
-    async def _until_changed(self, pair: Pair) -> None:
-        while pair in self._changing:
-            await self._change_ended.wait()
-
     async def listen_to_jobs(self, channel: str) -> bool:
         """Listen for jobs of a normal channel. Return whether there is a connection."""
         name = notification_channel(channel_address(self._client.config.prefix, channel))
@@ -190,7 +161,7 @@ class Receiver:
             if isinstance(announcement, Messages):
                 client.counters.add("inline_messages", len(announcement.rows))
             client.announcements.hear(announcement)
-            self._pump()
+            self.pump()
             self._read_soon()
 
     async def ping(self, send: Callable[[str], Coroutine[Any, Any, None]], timeout: float) -> bool:
@@ -235,7 +206,7 @@ class Receiver:
         A catch-up may have met them first: each claim gives a row another key.
         """
         self._client.announcements.append(rows)
-        self._pump()
+        self.pump()
 
     # ------------------------------------------------------------------ reading what was announced
 
@@ -263,7 +234,7 @@ class Receiver:
                 self._client.counters.add("reads")
                 for entry, result in zip(entries, results, strict=False):
                     announcements.read(entry, result.rows, is_all=result.is_all)
-                self._pump()
+                self.pump()
         finally:
             self._is_reading = False
 
@@ -318,16 +289,16 @@ class Receiver:
                     announcements.fail_catch_up()
                     continue
                 announcements.end_catch_up()
-                if announcements.is_over_limit and (self._is_blocked or not announcements.rows):
+                if announcements.is_over_limit and (self.dispatcher.is_blocked or not announcements.rows):
                     self._is_catch_up_due = True
                 if not (announcements.is_incomplete or self._is_catch_up_due):
                     self._appended.set()
-                self._pump()
+                self.pump()
                 self._read_soon()
                 self._on_caught_up(sum(counted))
         finally:
             self._is_catching_up = False
-        self._pump()  # what was left out because too much was heard
+        self.pump()  # what was left out because too much was heard
         self.jobs.look_again()
 
     async def _read_new(self, session: Session, counted: list[int]) -> bool:
@@ -361,7 +332,7 @@ class Receiver:
             rows = await queries.read_keys(session, part)
             client.announcements.append(rows, self._joining, client.memberships.opened_groups)
             counted.append(sum(row.kind == "message" for row in rows))
-            self._pump()
+            self.pump()
         await queries.commit(session)
         before = cursor.moment
         cursor.adopt(moment)
@@ -426,7 +397,7 @@ class Receiver:
                 if self._is_behind:
                     return False
                 client.announcements.append(rows)
-                self._pump()
+                self.pump()
             return not self._is_behind
 
         if await self._connections.run(work, timeout=client.config.heartbeat, is_idempotent=True):
@@ -434,196 +405,19 @@ class Receiver:
 
     # ------------------------------------------------------------------ dispatching
 
-    def _pump(self) -> None:
-        """Dispatch from the head of the queue until nothing is ready, or dispatch must wait."""
+    def pump(self) -> None:
+        """Dispatch what is ready, and do what waits for that."""
         announcements = self._client.announcements
-        while not self._is_blocked and (rows := announcements.head()) is not None:
-            first = rows[0]
-            if first.kind != "message":
-                if not self._apply(first):
-                    return
-                rows.popleft()
-                announcements.dispatched((first,))
-                continue
-            run = announcements.pop_run()
-            self._client.counters.add("received", len(run))
-            if first.group is None:
-                self._deliver(run)
-            else:
-                self._fan_out(first.group, first.excluded, run)
+        self.dispatcher.dispatch()
         self._forget_passed()
         if announcements.rows <= CATCH_UP_ROWS:
             self._drained.set()
         if announcements.is_over_limit and not announcements.rows and not self._is_catching_up:
             self.catch_up_soon()
 
-    def _deliver(self, rows: Sequence[Row]) -> None:
-        client = self._client
-        channels = set()
-        for row in rows:
-            payload = self._opened(row)
-            if payload is None or row.channel is None:
-                client.pending_deletes[row.key] = None
-                self.deletions.soon()
-                continue
-            if row.is_job:
-                channels.add(row.channel)
-            queue = client.queue(row.channel)
-            if len(queue) >= queue.capacity:
-                client.drop_expired(queue)
-            queue.undeleted += 1
-            queue.put(QueuedMessage(payload, row.expires_at, row.key))
-        for channel in channels:
-            self.jobs.delivered(channel)
+    # ------------------------------------------------------------------ the first member of a group
 
-    def _fan_out(self, group: str, excluded: str | None, rows: Sequence[Row]) -> None:
-        """Put messages of one transaction into the channel queues of a group's members."""
-        members = self._client.memberships.members(group)
-        if not members:
-            return
-        is_shared = len(members) > 1
-        messages = [
-            QueuedMessage(Template(payload) if is_shared else payload, row.expires_at, None)
-            for row in rows
-            if (payload := self._opened(row)) is not None
-        ]
-        now = self._client.clock.now()
-        boot, xid = rows[0].boot, rows[0].xid
-        for member in members:
-            if member.expires_at <= now or member.channel == excluded:
-                continue
-            if member.since is None or not member.since.sees(boot, xid):
-                self._put(group, member.queue, messages)
-        if self._client.unplaced:
-            self._block(self._place)
-
-    def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
-        rest = queue.put_if_room(messages, self._loop)
-        if not rest:
-            return
-        self._client.drop_expired(queue)
-        rest = queue.put_if_room(rest, self._loop)
-        if not rest:
-            return
-        if queue.is_stalled:
-            self._client.count_dropped(group, queue.channel, len(rest))
-        else:
-            self._client.unplaced.append((group, queue, list(rest)))
-
-    def _opened(self, row: Row) -> bytes | None:
-        try:
-            return self._client.codec.open(row.payload)
-        except UndecodableMessage as error:
-            self._client.undecodable(row.channel or row.group, error)
-            return None
-
-    def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._is_blocked = True
-        self._spawn(self._blocked(work))
-
-    async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        try:
-            await work()
-        finally:
-            self._is_blocked = False
-        self._pump()
-
-    async def _place(self) -> None:
-        """Give members with full queues a turn, and place what has room then."""
-        client = self._client
-        rounds: Counter[ChannelQueue] = Counter()  # in which a member received less than half of its queue
-        while client.unplaced:
-            waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
-            await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1))
-            unplaced = []
-            for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
-                rest = queue.put_if_room(messages, self._loop)
-                if not rest:
-                    continue
-                rounds[queue] = 0 if room.done() else rounds[queue] + 1
-                if room.done() or (len(rest) < len(messages) and rounds[queue] < ROUNDS):
-                    unplaced.append((group, queue, list(rest)))
-                else:
-                    queue.is_stalled = True
-                    client.count_dropped(group, queue.channel, len(rest))
-            client.unplaced = unplaced
-            for room in waiting:
-                room.cancel()
-
-    # ------------------------------------------------------------------ control messages
-
-    def _apply(self, row: Row) -> bool:
-        """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
-        client = self._client
-        client.pending_deletes[row.key] = None
-        self.deletions.soon()
-        try:
-            if row.kind == "flush":
-                self._apply_flush(row)
-            elif row.kind in ("add", "discard") and row.channel is not None:
-                change = json.loads(row.payload)
-                pair = (str(change["group"]), row.channel)
-                if pair in self._changing:
-                    self._block(partial(self._until_changed, pair))
-                    return False
-                if row.kind == "add":
-                    return self._apply_add(row, change)
-                if client.memberships.overrule(*pair, row.boot, row.xid, None):
-                    self._writer.write_soon(*pair, change["claim"])
-                else:
-                    client.memberships.discard(*pair)
-                    self._writer.write_soon(*pair, change["claim"])
-            else:
-                error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
-                client.undecodable(row.channel, error)
-        except Exception as error:  # whatever it is, dispatch must go on
-            client.undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
-        return True
-
-    def _apply_flush(self, row: Row) -> None:
-        client = self._client
-        for group, channel in client.memberships.flush(row.boot, row.xid):
-            self._writer.write_soon(group, channel)
-        client.unplaced.clear()
-        for queue in client.queues():
-            client.delete_later(queue, queue.pop_all())
-        for key, applied in self._flushes.items():
-            if (key.boot, key.xid) <= (row.boot, row.xid) and not applied.done():
-                applied.set_result(None)
-
-    async def flushed(self, key: Key, timeout: float) -> None:
-        """Wait until a flush or a later one is applied here, or ``timeout`` seconds.
-
-        A later flush removes the control message of an earlier one, which may not have been read yet.
-        """
-        if self._client.memberships.last_flush >= (key.boot, key.xid):
-            return
-        applied = self._flushes[key] = self._loop.create_future()
-        try:
-            await asyncio.wait((applied,), timeout=timeout)
-        finally:
-            del self._flushes[key]
-
-    def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
-        client = self._client
-        group, channel = str(change["group"]), str(row.channel)
-        expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
-        # A transaction right after a crash does not know the boot: it is the one that began then.
-        since = Moment(row.boot or client.cursor.boot, Snapshot(change["snapshot"]))
-        if not client.owns(channel) or expires_at <= client.clock.now():
-            self._writer.write_soon(group, channel, change["claim"])
-            return True
-        # The owner itself may have added the first member meanwhile, and has not listened before that.
-        opened = client.memberships.opened_after(group, row.boot, row.xid)
-        if group not in client.memberships.groups or opened is not None:
-            self._block(partial(self._join, row, group, channel, expires_at, since, change["claim"]))
-            return False
-        if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
-            client.memberships.add(group, client.queue(channel), expires_at, since)
-        self._writer.write_soon(group, channel, change["claim"])
-        return True
-
-    async def _join(
+    async def join(
         self, row: Row, group: str, channel: str, expires_at: float, since: Moment, claim: int
     ) -> None:
         """Add the first member of a group for another process: it may have missed messages already.
@@ -645,7 +439,7 @@ class Receiver:
                 self._appended.clear()
                 self.catch_up_soon()
                 await self._appended.wait()
-            await self._until_changed((group, channel))
+            await self.dispatcher.until_changed((group, channel))
         rows = client.announcements.head()
         if rows is None or rows[0] is not row:
             self._joining = None

@@ -150,7 +150,7 @@ class Owner:
     async def flushed(self, key: Key, timeout: float) -> None:
         """Wait until the control message of a flush is applied, or ``timeout`` seconds."""
         await _wait(self._started, timeout)
-        await self.receiver.flushed(key, timeout)
+        await self.receiver.dispatcher.flushed(key, timeout)
 
     async def _change(self, changes: list[Change], timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout

@@ -1,0 +1,261 @@
+"""From the head of the announcement queue to the channel queues, and what control messages do.
+
+Bound to the owner loop. See ``docs/protocols.md``, sections 2 and 4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pg_layer._groups.writer import MembershipWriter
+from pg_layer._messages.rows import Key, Row
+from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
+from pg_layer._state.client import Client
+from pg_layer._state.memberships import Pair
+from pg_layer._state.snapshot import Moment, Snapshot
+from pg_layer.codec import Template
+from pg_layer.exceptions import UndecodableMessage
+
+if TYPE_CHECKING:
+    from pg_layer._receive.receiver import Receiver
+
+# Seconds for each member that is waited for when its channel queue is full: in a round it must receive
+# something, and half of its queue in this many rounds. A slow member costs its neighbours no more than that
+# once for each half of its queue.
+PAUSE = 0.05
+ROUNDS = 5
+
+
+class Dispatcher:
+    """Hands out what is ready, in the order of the queue."""
+
+    def __init__(
+        self,
+        client: Client,
+        receiver: Receiver,
+        writer: MembershipWriter,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._client = client
+        self._receiver = receiver
+        self._writer = writer
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
+        self.is_blocked = False  # dispatch waits
+        self._flushes: dict[Key, asyncio.Future[None]] = {}
+        self._changing: Counter[Pair] = Counter()  # memberships that the owner itself changes right now
+        self._change_ended = asyncio.Event()
+
+    def start(self) -> None:
+        """Go on with what the last owner loop has left."""
+        if self._client.unplaced:
+            self._block(self._place)
+
+    # ------------------------------------------------------------------ messages
+
+    def dispatch(self) -> None:
+        """Dispatch from the head of the queue until nothing is ready, or dispatch must wait."""
+        announcements = self._client.announcements
+        while not self.is_blocked and (rows := announcements.head()) is not None:
+            first = rows[0]
+            if first.kind != "message":
+                if not self._apply(first):
+                    return
+                rows.popleft()
+                announcements.dispatched((first,))
+                continue
+            run = announcements.pop_run()
+            self._client.counters.add("received", len(run))
+            if first.group is None:
+                self._deliver(run)
+            else:
+                self._fan_out(first.group, first.excluded, run)
+
+    def _deliver(self, rows: Sequence[Row]) -> None:
+        client = self._client
+        channels = set()
+        for row in rows:
+            payload = self._opened(row)
+            if payload is None or row.channel is None:
+                client.pending_deletes[row.key] = None
+                self._receiver.deletions.soon()
+                continue
+            if row.is_job:
+                channels.add(row.channel)
+            queue = client.queue(row.channel)
+            if len(queue) >= queue.capacity:
+                client.drop_expired(queue)
+            queue.undeleted += 1
+            queue.put(QueuedMessage(payload, row.expires_at, row.key))
+        for channel in channels:
+            self._receiver.jobs.delivered(channel)
+
+    def _fan_out(self, group: str, excluded: str | None, rows: Sequence[Row]) -> None:
+        """Put messages of one transaction into the channel queues of a group's members."""
+        members = self._client.memberships.members(group)
+        if not members:
+            return
+        is_shared = len(members) > 1
+        messages = [
+            QueuedMessage(Template(payload) if is_shared else payload, row.expires_at, None)
+            for row in rows
+            if (payload := self._opened(row)) is not None
+        ]
+        now = self._client.clock.now()
+        boot, xid = rows[0].boot, rows[0].xid
+        for member in members:
+            if member.expires_at <= now or member.channel == excluded:
+                continue
+            if member.since is None or not member.since.sees(boot, xid):
+                self._put(group, member.queue, messages)
+        if self._client.unplaced:
+            self._block(self._place)
+
+    def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
+        rest = queue.put_if_room(messages, self._loop)
+        if not rest:
+            return
+        self._client.drop_expired(queue)
+        rest = queue.put_if_room(rest, self._loop)
+        if not rest:
+            return
+        if queue.is_stalled:
+            self._client.count_dropped(group, queue.channel, len(rest))
+        else:
+            self._client.unplaced.append((group, queue, list(rest)))
+
+    def _opened(self, row: Row) -> bytes | None:
+        try:
+            return self._client.codec.open(row.payload)
+        except UndecodableMessage as error:
+            self._client.undecodable(row.channel or row.group, error)
+            return None
+
+    def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.is_blocked = True
+        self._spawn(self._blocked(work))
+
+    async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await work()
+        finally:
+            self.is_blocked = False
+        self._receiver.pump()
+
+    async def _place(self) -> None:
+        """Give members with full queues a turn, and place what has room then."""
+        client = self._client
+        rounds: Counter[ChannelQueue] = Counter()  # in which a member received less than half of its queue
+        while client.unplaced:
+            waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
+            await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1))
+            unplaced = []
+            for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
+                rest = queue.put_if_room(messages, self._loop)
+                if not rest:
+                    continue
+                rounds[queue] = 0 if room.done() else rounds[queue] + 1
+                if room.done() or (len(rest) < len(messages) and rounds[queue] < ROUNDS):
+                    unplaced.append((group, queue, list(rest)))
+                else:
+                    queue.is_stalled = True
+                    client.count_dropped(group, queue.channel, len(rest))
+            client.unplaced = unplaced
+            for room in waiting:
+                room.cancel()
+
+    # ------------------------------------------------------------------ control messages
+
+    def _apply(self, row: Row) -> bool:
+        """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
+        client = self._client
+        client.pending_deletes[row.key] = None
+        self._receiver.deletions.soon()
+        try:
+            if row.kind == "flush":
+                self._apply_flush(row)
+            elif row.kind in ("add", "discard") and row.channel is not None:
+                change = json.loads(row.payload)
+                pair = (str(change["group"]), row.channel)
+                if pair in self._changing:
+                    self._block(partial(self.until_changed, pair))
+                    return False
+                if row.kind == "add":
+                    return self._apply_add(row, change)
+                if client.memberships.overrule(*pair, row.boot, row.xid, None):
+                    self._writer.write_soon(*pair, change["claim"])
+                else:
+                    client.memberships.discard(*pair)
+                    self._writer.write_soon(*pair, change["claim"])
+            else:
+                error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
+                client.undecodable(row.channel, error)
+        except Exception as error:  # whatever it is, dispatch must go on
+            client.undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
+        return True
+
+    def _apply_flush(self, row: Row) -> None:
+        client = self._client
+        for group, channel in client.memberships.flush(row.boot, row.xid):
+            self._writer.write_soon(group, channel)
+        client.unplaced.clear()
+        for queue in client.queues():
+            client.delete_later(queue, queue.pop_all())
+        for key, applied in self._flushes.items():
+            if (key.boot, key.xid) <= (row.boot, row.xid) and not applied.done():
+                applied.set_result(None)
+
+    async def flushed(self, key: Key, timeout: float) -> None:
+        """Wait until a flush or a later one is applied here, or ``timeout`` seconds.
+
+        A later flush removes the control message of an earlier one, which may not have been read yet.
+        """
+        if self._client.memberships.last_flush >= (key.boot, key.xid):
+            return
+        applied = self._flushes[key] = self._loop.create_future()
+        try:
+            await asyncio.wait((applied,), timeout=timeout)
+        finally:
+            del self._flushes[key]
+
+    def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
+        client = self._client
+        group, channel = str(change["group"]), str(row.channel)
+        expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
+        # A transaction right after a crash does not know the boot: it is the one that began then.
+        since = Moment(row.boot or client.cursor.boot, Snapshot(change["snapshot"]))
+        if not client.owns(channel) or expires_at <= client.clock.now():
+            self._writer.write_soon(group, channel, change["claim"])
+            return True
+        # The owner itself may have added the first member meanwhile, and has not listened before that.
+        opened = client.memberships.opened_after(group, row.boot, row.xid)
+        if group not in client.memberships.groups or opened is not None:
+            self._block(partial(self._receiver.join, row, group, channel, expires_at, since, change["claim"]))
+            return False
+        if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
+            client.memberships.add(group, client.queue(channel), expires_at, since)
+        self._writer.write_soon(group, channel, change["claim"])
+        return True
+
+    @contextmanager
+    def changing(self, pairs: Iterable[Pair]) -> Iterator[None]:
+        """The owner itself changes these memberships: what others have asked for is judged when it has."""
+        pairs = list(pairs)
+        self._changing.update(pairs)
+        try:
+            yield
+        finally:
+            self._changing.subtract(pairs)
+            self._changing = +self._changing
+            ended, self._change_ended = self._change_ended, asyncio.Event()
+            ended.set()
+
+    async def until_changed(self, pair: Pair) -> None:
+        while pair in self._changing:
+            await self._change_ended.wait()
