@@ -396,8 +396,7 @@ END
 $$;
 
 -- Send one message to its group, by the same rules.
---   returns: normal channels that were full and missed it; the id of the group's own row, or null. Where normal channels are members,
---       or the row is quiet, the caller uses pg_layer_group_send_batch, which this function calls
+--   returns: normal channels that were full and missed it
 CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _excluded text, _own boolean
 ) RETURNS text[]

@@ -115,7 +115,7 @@ BEGIN
             CROSS JOIN LATERAL (
                 SELECT m.ctid FROM pg_layer_membership AS m
                 WHERE m.group_name = g.group_name AND m.address = _address AND m.channel = g.channel AND m.id = 0
-                FOR UPDATE
+                OFFSET 0
             ) AS m));
     END IF;
     IF cardinality(_groups) > 0 THEN

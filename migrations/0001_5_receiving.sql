@@ -19,10 +19,8 @@ $$;
 -- The keys of rows that are new to a cursor, or marked, in the order of ids; sizes in bytes.
 --   _low_ids: by address; no row that is new has such an id, or a smaller one
 --   _boot, _snapshot: those of the cursor, or -1 and null if it has none
---   _present_boot: the server's own
-CREATE FUNCTION pg_layer_new_keys(
-    _addresses text[], _low_ids bigint[], _boot bigint, _snapshot pg_snapshot, _present_boot bigint
-) RETURNS TABLE (address text, id bigint, xid bigint, boot bigint, marked boolean, size integer)
+CREATE FUNCTION pg_layer_new_keys(_addresses text[], _low_ids bigint[], _boot bigint, _snapshot pg_snapshot)
+RETURNS TABLE (address text, id bigint, xid bigint, boot bigint, marked boolean, size integer)
 LANGUAGE sql STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
     SET jit = off AS $$
     SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, octet_length(m.payload)
@@ -31,10 +29,8 @@ LANGUAGE sql STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET ena
     CROSS JOIN LATERAL (
         SELECT m.* FROM pg_layer_message AS m WHERE m.address = a.address AND m.id > a.low_id OFFSET 0
     ) AS m
-    WHERE m.expires_at > clock_timestamp() AND CASE
-        WHEN m.marked OR m.boot > _boot THEN true
-        WHEN m.boot = _boot THEN NOT pg_visible_in_snapshot(m.xid, _snapshot)
-        ELSE m.boot = _present_boot END
+    WHERE m.expires_at > clock_timestamp()
+        AND (m.marked OR m.boot > _boot OR m.boot = _boot AND NOT pg_visible_in_snapshot(m.xid, _snapshot))
     ORDER BY m.id
 $$;
 
@@ -49,16 +45,20 @@ LANGUAGE sql STABLE SET enable_seqscan = off SET jit = off AS $$
     ORDER BY m.id
 $$;
 
--- Delete rows that were received: those with one of these ids that one of these transactions wrote. After a crash a row of a later
--- boot may have the id and the transaction id of a row that was lost. Each transaction once: the list is looked through for each row.
+-- Delete rows that were received, boot by boot: after a crash a row of a later boot may have the id and the transaction id of a row that
+-- was lost. Each transaction once: the list is looked through for each row.
 CREATE FUNCTION pg_layer_delete(_address text, _boots bigint[], _xids bigint[], _ids bigint[]) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
-    _distinct_boots bigint[] := ARRAY(SELECT DISTINCT b FROM unnest(_boots) AS b);
-    _distinct_xids xid8[] := ARRAY(SELECT DISTINCT x::text::xid8 FROM unnest(_xids) AS x);
+    _one bigint;
 BEGIN
-    DELETE FROM pg_layer_message AS m
-    WHERE m.address = _address AND m.id = ANY (_ids) AND m.xid = ANY (_distinct_xids) AND m.boot = ANY (_distinct_boots);
+    FOR _one IN SELECT DISTINCT b FROM unnest(_boots) AS b LOOP
+        DELETE FROM pg_layer_message AS m
+        WHERE m.address = _address AND m.boot = _one
+            AND m.id = ANY (ARRAY(SELECT r.id FROM unnest(_boots, _ids) AS r (boot, id) WHERE r.boot = _one))
+            AND m.xid = ANY (ARRAY(
+                SELECT DISTINCT r.xid::text::xid8 FROM unnest(_boots, _xids) AS r (boot, xid) WHERE r.boot = _one));
+    END LOOP;
 END
 $$;
 

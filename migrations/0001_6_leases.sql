@@ -134,8 +134,8 @@ LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = o
 DECLARE
     _xid xid8;
 BEGIN
-    -- Under the lock nobody writes what the last part would leave. Nothing is waited for that an open transaction has locked, because
-    -- all who send wait for this one: such a transaction deletes what it has locked.
+    -- Under the lock nobody sends what the last part would leave. Rows that others have locked are left, as all who send wait for this
+    -- one: those of open transactions, and jobs that are claimed or released just now.
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;
     xid := _xid::text::bigint;
     WITH part AS MATERIALIZED (
@@ -160,7 +160,7 @@ BEGIN
     WITH written AS (
         INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, expires_at)
         SELECT c.address, _xid, pg_layer_flush.boot, _quiet, 'flush', clock_timestamp() + interval '1 day' FROM pg_layer_client AS c
-        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL AND c.swept_at IS NULL
+        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL
         RETURNING m.id, m.address
     )
     SELECT array_agg(w.id), array_agg(w.address), max(w.id) FILTER (WHERE w.address = _address) INTO ids, addresses, id

@@ -1,7 +1,7 @@
 -- Sweeping: each call removes one part of bounded size.
 --
 -- A part is deleted by the places of its rows (ctid), which are locked: joined by their keys, a planner with the statistics of an empty
--- table walks a whole index, dead entries included.
+-- table walks a whole index, dead entries included. A row that was updated meanwhile is left for the next part.
 
 -- Delete up to _limit expired messages, of all prefixes, in the order in which they expired.
 --   _after: what expired before then (seconds since 1970) is left alone, because an earlier part has deleted it. Rows that were

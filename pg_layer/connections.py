@@ -130,9 +130,10 @@ class Connections:
             self._is_open = True
             await self._pool.open()
 
-    async def grow(self, max_size: int) -> None:
-        """Allow more connections."""
+    async def grow(self, max_size: int, max_idle: float) -> None:
+        """Allow more connections, and close one after so many idle seconds."""
         await self._open()
+        self._pool.max_idle = max_idle
         await self._pool.resize(min_size=0, max_size=max_size)
 
     # ------------------------------------------------------------------ statements
@@ -152,7 +153,7 @@ class Connections:
 
         ``patience``: seconds for each of several statements, where all together may take long.
         ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
-        was lost on the way. Otherwise that raises `LayerUnavailable` at once: trying again could send a
+        was lost on the way. Otherwise that raises `OutcomeUnknown` at once: trying again could send a
         message twice. Raises `LayerUnavailable` and `NotMigrated`; on another loop than the pool's also
         `NotBegun`, if no session is at hand.
         """

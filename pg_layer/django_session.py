@@ -81,7 +81,7 @@ def _loan_of(connection: BaseDatabaseWrapper) -> _Loan:
 
 
 class DjangoSession:
-    """Runs the statements of `pg_layer.store` on a connection of Django's, as far as they need `execute`.
+    """Runs statements of `pg_layer._db.queries` on a connection of Django's, as far as they need `execute`.
 
     Goes past Django's cursors, which take a third of the time, unless somebody wants to see what runs.
 

@@ -19,7 +19,7 @@ _TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57", "25006", "55P03")
 # With those of a connection that could not be made, was lost, or was denied for its user or database.
 _AWAY_CLASSES = (*_TRANSIENT_CLASSES, "08", "28", "3D")
 # Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
-# is tried again without ringing.
+# is tried again without NOTIFY.
 REFUSALS = ("54000", "0A000")
 READ_ONLY = "25006"
 FORBIDDEN = "42501"

@@ -74,7 +74,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         if as many messages wait in the channel as it holds, `MessageTooLarge`, `TypeError` for a bad name or
         message, `ValueError` for a bad expiry, `LayerUnavailable` if the database cannot be reached within
         ``send_timeout``, `OutcomeUnknown` (which is one) if it cannot be told whether the message was sent,
-        `NotMigrated`. What is sent to the channel of a client that is gone is dropped.
+        `NotMigrated`. What is sent to the channel of a client that is gone expires.
         """
         await self._loops.submit(self._drafts.send(channel, message, expiry))
 
@@ -205,7 +205,10 @@ class PostgresChannelLayer(BaseChannelLayer):
     # ------------------------------------------------------------------ all
 
     async def flush(self) -> None:
-        """Remove all messages and memberships of this layer's prefix, for every process."""
+        """Remove all messages and memberships of this layer's prefix, for every process.
+
+        What open transactions have written or locked stays, and so do jobs that are handed out just now.
+        """
         await self._loops.run(self._loops.for_sending, Engine.flush)
 
     async def health(self) -> Health:

@@ -7,49 +7,49 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-FLOORS_MOST = 64
+LOW_IDS_MOST = 64
 CREDIT_PART = 16
 CREDIT_AGE = 0.1  # seconds
-FLOOR_AGE = 0.1  # seconds: a floor is used when it is at least so old, as ids commit out of order
+LOW_ID_AGE = 0.1  # seconds: a low id is used when it is at least so old, as ids commit out of order
 
 
-class Floors(NamedTuple):
-    """Per inbox, the id below which nothing was seen waiting: where a count of what waits may begin."""
+class LowIds(NamedTuple):
+    """Per address, the id below which nothing was seen waiting: where a count of what waits may begin."""
 
-    inboxes: Sequence[str]
+    addresses: Sequence[str]
     ids: Sequence[int]
 
 
-class FloorBook:
-    """Remembers per inbox where counts of what waits may begin.
+class LowIdBook:
+    """Remembers per address where counts of what waits may begin.
 
-    A floor is used only when it is a moment old: a message with a smaller id may still be about to commit.
+    A low id is used only when it is a moment old: a message with a smaller id may still be about to commit.
     """
 
     def __init__(self) -> None:
-        self._used: dict[str, int] = {}
-        self._ripe: dict[str, int] = {}  # of the time before: one more keeps all used ones old enough
-        self._ripening: dict[str, int] = {}
+        self._usable: dict[str, int] = {}
+        self._aging: dict[str, int] = {}  # of the time before: one more keeps all used ones old enough
+        self._new: dict[str, int] = {}
         self._since = time.monotonic()
 
-    def learn(self, floors: Floors) -> None:
-        """Take the floors that a statement returned."""
+    def learn(self, low_ids: LowIds) -> None:
+        """Take the low ids that a statement returned."""
         now = time.monotonic()
-        if now - self._since >= FLOOR_AGE:
-            self._used, self._ripe = self._ripe, self._ripening
-            self._ripening, self._since = {}, now
-        for inbox, id in zip(floors.inboxes, floors.ids, strict=True):
-            self._ripening.setdefault(inbox, id)
+        if now - self._since >= LOW_ID_AGE:
+            self._usable, self._aging = self._aging, self._new
+            self._new, self._since = {}, now
+        for address, id in zip(low_ids.addresses, low_ids.ids, strict=True):
+            self._new.setdefault(address, id)
 
-    def tell(self) -> Floors:
-        """The floors to count from."""
-        if len(self._used) > FLOORS_MOST:
-            self._used = dict(list(self._used.items())[-FLOORS_MOST:])
-        return Floors(list(self._used), list(self._used.values()))
+    def tell(self) -> LowIds:
+        """The low ids to count from."""
+        if len(self._usable) > LOW_IDS_MOST:
+            self._usable = dict(list(self._usable.items())[-LOW_IDS_MOST:])
+        return LowIds(list(self._usable), list(self._usable.values()))
 
-    def of(self, inbox: str) -> int:
-        """The floor of one inbox."""
-        return self._used.get(inbox, 0)
+    def of(self, address: str) -> int:
+        """The low id of one address."""
+        return self._usable.get(address, 0)
 
 
 class Credits:
@@ -92,31 +92,31 @@ class Room:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._floors = FloorBook()
+        self._low_ids = LowIdBook()
         self._credits = Credits()
         self._boot: int | None = None
 
     def low_id(self, address: str, channel: str) -> int | None:
         """Where the next message to a channel counts from; None: it may be sent without a look."""
         with self._lock:
-            return None if self._credits.spend((channel,)) else self._floors.of(address)
+            return None if self._credits.spend((channel,)) else self._low_ids.of(address)
 
-    def floors(self, channels: Sequence[str]) -> Floors | None:
+    def low_ids(self, channels: Sequence[str]) -> LowIds | None:
         """The same for many messages, one for each of these channels."""
         with self._lock:
-            return None if self._credits.spend(channels) else self._floors.tell()
+            return None if self._credits.spend(channels) else self._low_ids.tell()
 
     def learn(
         self,
         channels: Sequence[str],
         capacities: Sequence[int],
         waiting: int | None,
-        floors: Floors,
+        low_ids: LowIds,
         boot: int,
     ) -> None:
-        """Take note of what was seen: so many messages wait in each channel, and these floors."""
+        """Take note of what was seen: so many messages wait in each channel, and these low_ids."""
         with self._lock:
             if boot != self._boot:
-                self._boot, self._floors, self._credits = boot, FloorBook(), Credits()
-            self._floors.learn(floors)
+                self._boot, self._low_ids, self._credits = boot, LowIdBook(), Credits()
+            self._low_ids.learn(low_ids)
             self._credits.grant(channels, capacities, waiting)

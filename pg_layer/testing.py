@@ -24,6 +24,7 @@ from django.db.models.functions import Now
 from django.test import TestCase, TransactionTestCase
 
 from pg_layer._messages.addresses import channel_address, group_address
+from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.loops import Loops
 from pg_layer.aliases import alias_of
 from pg_layer.layer import PostgresChannelLayer
@@ -156,8 +157,7 @@ async def _reset_layers(databases: Container[str] | None) -> None:
         for loops in used:
             using = loops.client.config.using
             if using is not None and (databases is None or using in databases):
-                engine = loops.for_sending()
-                await engine.bridge(engine.flush)
+                await loops.run(loops.for_sending, Engine.flush)
             elif using is not None:
                 strays.add(using)
     if strays:

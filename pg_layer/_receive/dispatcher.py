@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from pg_layer.exceptions import UndecodableMessage
 
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
+
+logger = logging.getLogger("pg_layer")
 
 # Seconds for each member that is waited for when its channel queue is full: in a round it must receive
 # something, and half of its queue in this many rounds. A slow member costs its neighbours no more than that
@@ -144,6 +147,8 @@ class Dispatcher:
     async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await work()
+        except Exception as error:  # a bug must not end dispatch
+            logger.error("Dispatch failed.", exc_info=error)
         finally:
             self.is_blocked = False
         self._receiver.pump()
@@ -151,7 +156,8 @@ class Dispatcher:
     async def _place(self) -> None:
         """Give members with full queues a turn, and place what has room then."""
         client = self._client
-        rounds: Counter[ChannelQueue] = Counter()  # in which a member received less than half of its queue
+        # Members that have not received half of a queue yet: how many messages, in how many rounds.
+        slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
             waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
             await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1))
@@ -160,9 +166,13 @@ class Dispatcher:
                 rest = queue.put_if_room(messages, self._loop)
                 if not rest:
                     continue
-                rounds[queue] = 0 if room.done() else rounds[queue] + 1
-                if room.done() or (len(rest) < len(messages) and rounds[queue] < ROUNDS):
+                received, rounds = slow.pop(queue, (0, 0))
+                received += len(messages) - len(rest)
+                is_quick = room.done() or 2 * received >= queue.capacity
+                if is_quick or (len(rest) < len(messages) and rounds + 1 < ROUNDS):
                     unplaced.append((group, queue, list(rest)))
+                    if not is_quick:
+                        slow[queue] = received, rounds + 1
                 else:
                     queue.is_stalled = True
                     client.count_dropped(group, queue.channel, len(rest))

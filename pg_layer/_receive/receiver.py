@@ -23,6 +23,7 @@ from pg_layer._receive.deletions import Deletions
 from pg_layer._receive.dispatcher import Dispatcher
 from pg_layer._receive.jobs import JobReaders
 from pg_layer._receive.listener import Listener
+from pg_layer._state.announcement_queue import MAX_ROWS
 from pg_layer._state.client import Client
 from pg_layer._state.snapshot import Moment
 from pg_layer.connections import Connections
@@ -71,7 +72,7 @@ class Receiver:
         self._is_catch_up_due = False
         self._is_passed = False  # memberships may have something to forget
         self._drained = asyncio.Event()
-        # Unless a catch-up is about to append rows that were sent before some that a read brings.
+        # Not set while a catch-up is about to append rows that were sent before some that a read brings.
         self._appended = asyncio.Event()
         self._is_catch_up_waiting = False  # for dispatch; a `join` that ends the wait has it begin again
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
@@ -97,7 +98,7 @@ class Receiver:
         """Have a new connection listen to all that is of interest here. A catch-up must follow."""
         self._lost = asyncio.Event()
         self._client.announcements.lose()
-        self._appended.clear()
+        self._expect_catch_up()
         prefix = self._client.config.prefix
         while True:
             wanted = {self._own_channel, *self._expected, *self._channels_of_jobs}
@@ -197,7 +198,7 @@ class Receiver:
     def connection_lost(self) -> None:
         """No notification of the old connection will be heard any more."""
         self._client.announcements.lose()
-        self._appended.clear()
+        self._expect_catch_up()
         self._lost.set()
 
     def append_claimed(self, rows: Sequence[Row]) -> None:
@@ -316,19 +317,13 @@ class Receiver:
         groups = self._groups()
         addresses = [client.address, *(group_address(prefix, group) for group in groups)]
         low_ids = [own_low_id, *(max(low_id, self._low_id_of_group(group)) for group in groups)]
-        keys = await queries.new_keys(session, addresses, low_ids, cursor.moment, boot)
+        keys = await queries.new_keys(session, addresses, low_ids, cursor.moment)
         for part in queries.parts(client.announcements.missing(keys)):
             # With a single connection nothing else could be read meanwhile.
-            if client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1:
-                self._is_catch_up_waiting = True
-                self._appended.set()
-                self._drained.clear()
-                await self._drained.wait()
-                self._appended.clear()
-                if not self._is_catch_up_waiting:
-                    await queries.commit(session)
-                    return False
-                self._is_catch_up_waiting = False
+            is_full = client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1
+            if is_full and not await self._wait_for_dispatch():
+                await queries.commit(session)
+                return False
             rows = await queries.read_keys(session, part)
             client.announcements.append(rows, self._joining, client.memberships.opened_groups)
             counted.append(sum(row.kind == "message" for row in rows))
@@ -343,6 +338,22 @@ class Receiver:
             # A crash may have undone deletions: senders would count those rows until they expire.
             self._spawn(self._delete_received(moment))
         return True
+
+    async def _wait_for_dispatch(self) -> bool:
+        """Return whether the catch-up may go on. False: a `join` has it begin again."""
+        self._is_catch_up_waiting = True
+        self._drained.clear()
+        self._appended.set()  # dispatch may wait for a `join`, and that must not wait for this
+        try:
+            await self._drained.wait()
+            return self._is_catch_up_waiting
+        finally:
+            self._is_catch_up_waiting = False
+            self._appended.clear()
+
+    def _expect_catch_up(self) -> None:
+        if not self._is_catch_up_waiting:
+            self._appended.clear()
 
     def _low_id_of_group(self, group: str) -> int:
         """No message of a group that its members may receive has this id or a smaller one."""
@@ -433,10 +444,10 @@ class Receiver:
         with self.expecting((bucket,)):
             # A catch-up that has begun may not have collected this group.
             await self._appended.wait()
-            missed = await self._read_missed(address, bucket, low_id, since, queue.capacity)
+            missed = await self._read_missed(address, bucket, low_id, since)
             # What their writers sent before them may not have been heard yet.
             if missed and not self._is_catch_up_waiting and not await self._hear_what_was_sent():
-                self._appended.clear()
+                self._expect_catch_up()
                 self.catch_up_soon()
                 await self._appended.wait()
             await self.dispatcher.until_changed((group, channel))
@@ -497,17 +508,24 @@ class Receiver:
             lost.cancel()
             ping.cancel()
 
-    async def _read_missed(
-        self, address: str, bucket: str, low_id: int, since: Moment, limit: int
-    ) -> list[Row]:
+    async def _read_missed(self, address: str, bucket: str, low_id: int, since: Moment) -> list[Row]:
+        """Read a group's rows that were not visible at a moment, from the first on."""
+        rows: list[Row] = []
+
+        async def read(session: Session) -> list[Row]:
+            last_id = rows[-1].id if rows else low_id
+            return await queries.new_in_group(session, address, last_id, since, queries.READ_ROWS)
+
         while True:
             try:
                 await self.listen((bucket,))
-                return await self._connections.run(
-                    lambda session: queries.new_in_group(session, address, low_id, since, limit),
-                    timeout=self._client.config.send_timeout,
-                    is_idempotent=True,
+                part = await self._connections.run(
+                    read, timeout=self._client.config.send_timeout, is_idempotent=True
                 )
             except PgLayerError as error:
                 self._outage.begin(error)
                 await asyncio.sleep(RETRY)
+                continue
+            rows += part
+            if len(part) < queries.READ_ROWS or len(rows) >= MAX_ROWS:
+                return rows

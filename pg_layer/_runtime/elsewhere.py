@@ -7,7 +7,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.exceptions import NotBegun, OutcomeUnknown
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ async def run_on(
     """Run on another loop, and wait for it on this one.
 
     ``goes_on``: even if this caller is cancelled or gives up after ``timeout`` seconds. Raises `NotBegun` if
-    the other loop cancels the work, is stopped or is closed.
+    the other loop cancels the work, is stopped or is closed, and `OutcomeUnknown` after ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -38,7 +38,10 @@ async def run_on(
             if not loop.is_running():
                 raise NotBegun
             if time.monotonic() >= deadline:
-                raise LayerUnavailable("The event loop that serves the channel layer does not answer.")
+                raise OutcomeUnknown(
+                    "The event loop that serves the channel layer does not answer;"
+                    " it is unknown whether the call took effect."
+                )
         if answer.cancelled():
             raise NotBegun
         return answer.result()

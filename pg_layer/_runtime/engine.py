@@ -239,7 +239,10 @@ class Engine:
             return
         self._predecessor = predecessor
         self.owner = Owner(self.client, self.connections, self.outage, self.spawn, self._wait_for_predecessor)
-        self.spawn(self.connections.grow(self.client.config.pool_max_size))
+        config = self.client.config
+        # Heartbeats use one connection: it is not closed between two of them.
+        max_idle = max(SENDER_IDLE, 2.5 * config.heartbeat)
+        self.spawn(self.connections.grow(config.pool_max_size, max_idle))
         self.spawn(self._keep_house())
 
     # ------------------------------------------------------------------ housekeeping

@@ -133,7 +133,8 @@ class Loops:
     @property
     def is_used(self) -> bool:
         """Whether there is something to close."""
-        return self._home is not None or self._background is not None or self.client.has_lease
+        is_begun = self._home is not None or self._background is not None or self.client.has_lease
+        return is_begun or bool(self._ending)
 
     @property
     def receives_in_background(self) -> bool:
@@ -314,13 +315,19 @@ class Loops:
             self._ending[client] = self._home, self._background
             self._begin()
         client.close()  # at once: no receiver waits for a close that may fail
-        closing = asyncio.create_task(self._end_all())
+        closing = asyncio.create_task(self._end_all(client))
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
         await asyncio.shield(closing)
 
-    async def _end_all(self) -> None:
-        await asyncio.gather(*map(self._end, list(self._ending)))
+    async def _end_all(self, present: Client) -> None:
+        clients = list(self._ending)
+        errors = await asyncio.gather(*map(self._end, clients), return_exceptions=True)
+        for client, error in zip(clients, errors, strict=True):
+            if error is not None and client is not present:
+                logger.debug("Could not close an earlier client.", exc_info=error)
+        if (error := errors[clients.index(present)]) is not None:
+            raise error
 
     async def _end(self, client: Client) -> None:
         """End a client. It does no harm if two calls do so at once."""
@@ -343,7 +350,7 @@ class Loops:
         """At the end of the process: close the clients that were not closed in order."""
         clients = [
             client
-            for client in (*self._ending, self.client)
+            for client in (self.client, *self._ending)
             if client.has_lease and client.process == os.getpid()
         ]
         if not clients:
@@ -352,16 +359,19 @@ class Loops:
             kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
             with closing_connection(psycopg.connect(**kwargs)) as conn:
                 for client in clients:
-                    closing = lease.Closing(self._config.prefix, client.address, client.close())
-                    try:
-                        lease.close_now(conn, closing, quiet=False)
-                    except psycopg.Error as error:
-                        if error.sqlstate not in REFUSALS:
-                            raise
-                        lease.close_now(conn, closing, quiet=True)
-                    client.has_lease = False
+                    self._leave_on(conn, client)
         except Exception as error:  # the lease ends by itself
             logger.debug("Could not close the client; its lease ends by itself: %s", error)
+
+    def _leave_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
+        closing = lease.Closing(self._config.prefix, client.address, client.close())
+        try:
+            lease.close_now(conn, closing, quiet=False)
+        except psycopg.Error as error:
+            if error.sqlstate not in REFUSALS:
+                raise
+            lease.close_now(conn, closing, quiet=True)
+        client.has_lease = False
 
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.

@@ -27,12 +27,12 @@ async def write_sends(
         low_id = room.low_id(address, channels[0])
         sent = await queries.send_one(session, prefix, *sends[0], address, low_id, own=own, quiet=quiet)
     else:
-        floors = room.floors(channels)
+        low_ids = room.low_ids(channels)
         sent = await queries.send_batch(
-            session, prefix, channels, payloads, expiries, capacities, floors, own=own, quiet=quiet
+            session, prefix, channels, payloads, expiries, capacities, low_ids, own=own, quiet=quiet
         )
-    if sent.floors is not None and sent.boot is not None:
-        room.learn(channels, capacities, sent.waiting, sent.floors, sent.boot)
+    if sent.low_ids is not None and sent.boot is not None:
+        room.learn(channels, capacities, sent.waiting, sent.low_ids, sent.boot)
     if not quiet or sent.boot is None or sent.xid is None:
         return sent, []
     accepted = [send for index, send in enumerate(sends) if index not in sent.full]

@@ -161,12 +161,19 @@ class Client:
         return self.counters.since(self._counted_before)
 
     def close(self) -> list[Key]:
-        """Close the channel queues, also later ones. Return the keys of rows received and not deleted yet."""
+        """Close the channel queues, also later ones.
+
+        Return the keys of rows received and not deleted yet, those of jobs first.
+        """
         with self._lock:
             self._is_closed = True
         for queue in self.queues():
             queue.close()
-        return list(self.pending_deletes)
+
+        pending = list(self.pending_deletes.items())  # at once: receivers on other threads note more
+        jobs = [key for key, queue in pending if queue is not None and "!" not in queue.channel]
+        others = [key for key, queue in pending if queue is None or "!" in queue.channel]
+        return [*jobs, *others]
 
     # ------------------------------------------------------------------ what goes wrong
 

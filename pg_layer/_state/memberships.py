@@ -150,7 +150,7 @@ class Memberships:
 
     def flush(self, boot: int, xid: int) -> list[Pair]:
         """Remove what began before this transaction. Return what was removed."""
-        self.last_flush = (boot, xid)
+        self.last_flush = max(self.last_flush, (boot, xid))
         gone = []
         for group, channel in self.pairs():
             member = self._groups[group][channel]

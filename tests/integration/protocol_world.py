@@ -37,7 +37,7 @@ from pg_layer.connections import Connections
 from pg_layer.faults import judge
 from pg_layer.ops import Change, GroupSend
 from pg_layer.outage import Outage
-from pg_layer.room import Floors
+from pg_layer.room import LowIds
 from pg_layer.session import Session
 from pg_layer.statement import Statement
 
@@ -754,7 +754,7 @@ class World:
                     payloads,
                     [EXPIRY] * len(channels),
                     [CAPACITY] * len(channels),
-                    Floors((), ()),
+                    LowIds((), ()),
                     own=own,
                     quiet=quiet,
                 )

@@ -180,6 +180,27 @@ async def test_group_burst_only_member_on_another_loop_receives_all_of_it(
         assert await asyncio.wrap_future(reading) == list(range(COUNT))
 
 
+async def test_group_burst_member_that_receives_half_of_its_channel_in_time_receives_all_of_it(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
+    """It takes less than half of its channel in a tenth of a second, and more than that in half a second."""
+    layer = make_layer()
+    await listen(layer)
+    channel = await member(layer)
+    sender = await start_burst(processes, migrated_dsn)
+
+    async def read_slowly() -> list[int]:
+        numbers: list[int] = []
+        while (number := (await receive(layer, channel))["number"]) != LAST:
+            numbers.append(number)
+            await asyncio.sleep(0.003)  # a handler that takes as long
+        return numbers
+
+    reading = asyncio.create_task(read_slowly())
+    await send_burst(sender, "group_send_many", [channel])
+    assert await reading == list(range(COUNT))
+
+
 # ---------------------------------------------------------------------- a member that does not read
 
 

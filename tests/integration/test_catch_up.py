@@ -51,13 +51,18 @@ async def hear_all(layer: PostgresChannelLayer) -> None:
     await until(lambda: not owner.receiver.is_in_doubt)
 
 
-async def lose_listener(layer: PostgresChannelLayer, observer: Observer) -> None:
-    """Kill the connection that listens. Return when there is another one, and a catch-up is asked for."""
-    before = layer.stats()["reconnects"]
+def kill_listener(observer: Observer) -> None:
+    """Kill the connection that listens, if there is one."""
     observer.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name = 'listener'"
     )
+
+
+async def lose_listener(layer: PostgresChannelLayer, observer: Observer) -> None:
+    """Kill the connection that listens. Return when there is another one, and a catch-up is asked for."""
+    before = layer.stats()["reconnects"]
+    kill_listener(observer)
     await until(lambda: layer.stats()["reconnects"] > before)
 
 
@@ -66,15 +71,22 @@ async def lose_listener(layer: PostgresChannelLayer, observer: Observer) -> None
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("connections", [1, 4])
+@pytest.mark.parametrize("is_disturbed", [False, True])
 def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_all_in_order(
-    migrated_dsn: str, connections: int
+    migrated_dsn: str, observer: Observer, connections: int, is_disturbed: bool
 ) -> None:
     """While no loop receives, another process sends, adds the channel to two groups, and sends to all.
 
     The catch-up of the next loop waits for dispatch, which waits for the groups' rows. These take their
-    places between rows that the catch-up has not appended yet.
+    places between rows that the catch-up has not appended yet. ``is_disturbed``: meanwhile the connection
+    that listens is killed, again and again.
     """
-    layer = new_layer(migrated_dsn, capacity=1000, pool_max_size=connections)
+    layer = new_layer(
+        make_conninfo(migrated_dsn, application_name="sender"),
+        listen_dsn=make_conninfo(migrated_dsn, application_name="listener"),
+        capacity=1000,
+        pool_max_size=connections,
+    )
 
     async def begin() -> str:
         await listen(layer)
@@ -94,7 +106,10 @@ def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_al
 
     async def end() -> list[int]:
         try:
-            return await received(layer, channel, 129)
+            reading = asyncio.create_task(received(layer, channel, 129))
+            while is_disturbed and not (await asyncio.wait({reading}, timeout=0.05))[0]:
+                kill_listener(observer)
+            return await reading
         finally:
             await layer.close()
 
@@ -167,3 +182,20 @@ async def test_catch_up_during_which_more_is_announced_than_is_kept_aside_loses_
     # Nothing else is left to come.
     await sender.send(channel, number(-1))
     assert await received(layer, channel, 1) == [-1]
+
+
+async def test_first_member_of_a_group_receives_more_than_its_capacity_sent_since(
+    migrated_dsn: str, make_layer: MakeLayer
+) -> None:
+    """Another process adds the member and sends, before this one has heard of either."""
+    with Proxy(migrated_dsn) as proxy:
+        layer = make_layer(dsn=proxy.dsn(), capacity=10)
+        sender = make_layer()
+        channel = await layer.new_channel()
+        await hear_all(layer)
+        reading = asyncio.create_task(received(layer, channel, 50))
+        proxy.swallow()
+        await sender.group_add("room", channel)
+        await sender.group_send_many([("room", number(n)) for n in range(50)])
+        proxy.let_go(revive=True)
+        assert await reading == list(range(50))

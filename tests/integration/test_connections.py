@@ -11,6 +11,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from devtools.postgres import PostgresServer
+from pg_layer._runtime import engine
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 
@@ -184,7 +185,11 @@ def logging_server() -> Iterator[PostgresServer]:
         yield server
 
 
-async def test_an_idle_layer_sends_one_statement_each_heartbeat(logging_server: PostgresServer) -> None:
+async def test_an_idle_layer_sends_one_statement_each_heartbeat(
+    logging_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No connection is made for a heartbeat, although a process that only sends would have closed its own."""
+    monkeypatch.setattr(engine, "SENDER_IDLE", 0.1)
     log = Log(logging_server)
     async with (
         open_layer(logging_server.dsn("logged", application_name="quiet")) as quiet,

@@ -19,7 +19,7 @@ from pg_layer._db.queries import groups, lease, maintenance, send
 from pg_layer._db.queries import receive as reading
 from pg_layer._messages.rows import Key, KeyAt, Span
 from pg_layer._state.snapshot import Moment, Snapshot
-from pg_layer.room import Floors
+from pg_layer.room import LowIds
 from pg_layer.session import Session
 from pg_layer.statement import Statement
 from tests.conftest import MakeLayer, Observer
@@ -452,7 +452,7 @@ SENDING: list[Operation] = [
             s, PREFIX, "a.live!1", b"{}", 60, 100, LIVE, None, own=own, quiet=quiet
         ),
         lambda s, own=own, quiet=quiet: send.send_batch(
-            *(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, Floors([], [])), own=own, quiet=quiet
+            *(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, LowIds([], [])), own=own, quiet=quiet
         ),
         lambda s, own=own: send.group_send_one(s, PREFIX, "room", b"{}", 60, None, own=own),
         lambda s, own=own, quiet=quiet: send.group_send_batch(
@@ -469,7 +469,7 @@ RECEIVING: list[Operation] = [
     lambda s: reading.raise_fence(s, MINE, 1),
     lambda s: reading.read(s, [Span(MINE, 1, 1, False, 1, 9)]),
     lambda s: reading.read_keys(s, [KeyAt(MINE, 1, 1, 1, False, 1)]),
-    lambda s: reading.new_keys(s, [MINE], [0], MOMENT, 1),
+    lambda s: reading.new_keys(s, [MINE], [0], MOMENT),
     lambda s: reading.new_in_group(s, "asgi!@room", 0, MOMENT, 9),
     lambda s: reading.marked_keys(s, [MINE], 0, MOMENT),
     lambda s: reading.claim(s, PREFIX, "jobs", LIVE, 9, 0, 9),

@@ -72,8 +72,8 @@ def on_django(layer: PostgresChannelLayer, **databases: dict[str, Any]) -> Itera
 
 @pytest.fixture
 def looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each message is counted, from the floor that was learned a moment ago."""
-    monkeypatch.setattr(room, "FLOOR_AGE", 0.0)
+    """Each message is counted, from the low id that was learned a moment ago."""
+    monkeypatch.setattr(room, "LOW_ID_AGE", 0.0)
     monkeypatch.setattr(room, "CREDIT_AGE", -1.0)
 
 

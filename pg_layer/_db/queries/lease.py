@@ -87,7 +87,7 @@ async def renew(
 
 
 class Closing(NamedTuple):
-    """A client's end: ``done`` was received, its other jobs are released, all else goes."""
+    """A client's end: ``done`` was received, jobs first, its other jobs are released, all else goes."""
 
     prefix: str
     address: str
@@ -106,6 +106,8 @@ async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> 
     deadline = time.monotonic() + CLOSE_PATIENCE
     for part in closing.parts():
         await session.execute(DELETE, closing.address, *part)
+        if time.monotonic() > deadline:
+            break
     while True:
         _, is_done = await one(session, CLOSE, closing.prefix, closing.address, PART, quiet)
         if is_done or time.monotonic() > deadline:
@@ -118,6 +120,8 @@ def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -
     deadline = time.monotonic() + CLOSE_PATIENCE
     for part in closing.parts():
         session.execute_now(DELETE, closing.address, *part, patience=CLOSE_PATIENCE)
+        if time.monotonic() > deadline:
+            break
     while True:
         ((_, is_done),) = session.execute_now(
             CLOSE, closing.prefix, closing.address, PART, quiet, patience=CLOSE_PATIENCE

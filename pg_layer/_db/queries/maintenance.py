@@ -97,7 +97,7 @@ TABLE_SIZES = Statement(
     """,
     TEXTS,
 )
-# Only functions read it: here so that `prove_tables` misses it.
+# Only functions read it. It is here so that `prove_tables` reports it if it is missing.
 BOOT = Statement("SELECT boot FROM pg_layer_boot")
 LAST_SWEEP = Statement(
     """

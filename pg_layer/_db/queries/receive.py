@@ -66,7 +66,7 @@ BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 SNAPSHOT = Statement("SELECT pg_current_snapshot()::text")
 COMMIT = Statement("COMMIT")
 NEW_KEYS = Statement(
-    "SELECT * FROM pg_layer_new_keys($1, $2, $3, $4::text::pg_snapshot, $5)", TEXTS, INT8S, INT8, TEXT, INT8
+    "SELECT * FROM pg_layer_new_keys($1, $2, $3, $4::text::pg_snapshot)", TEXTS, INT8S, INT8, TEXT
 )
 NEW_IN_GROUP = Statement(
     """
@@ -208,14 +208,14 @@ async def commit(session: Session) -> None:
 
 
 async def new_keys(
-    session: Session, addresses: Sequence[str], low_ids: Sequence[int], after: Moment | None, boot: int
+    session: Session, addresses: Sequence[str], low_ids: Sequence[int], after: Moment | None
 ) -> list[KeyAt]:
     """Return the keys of rows that are new after a moment, and of marked rows; in the order of ids.
 
-    ``low_ids``: by address, an id that all of them exceed. ``boot``: the server's own.
+    ``low_ids``: by address, an id that all of them exceed.
     """
     before = (-1, None) if after is None else (after.boot, after.snapshot.text)
-    return list(map(KeyAt._make, await session.execute(NEW_KEYS, addresses, low_ids, *before, boot)))
+    return list(map(KeyAt._make, await session.execute(NEW_KEYS, addresses, low_ids, *before)))
 
 
 async def new_in_group(session: Session, address: str, low_id: int, after: Moment, limit: int) -> list[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pg_layer._db.queries.common import Executor, lazily, one
-from pg_layer.room import Floors
+from pg_layer.room import LowIds
 from pg_layer.statement import (
     BOOL,
     BYTEA,
@@ -61,8 +61,8 @@ class Sent(NamedTuple):
     """What a statement wrote to channels.
 
     ``full``: the indexes of messages that were refused. ``ids``: of the rows, in the order of the others.
-    ``waiting``: how many messages wait, at most, at each address; ``floors``: low-water ids. Both None if
-    the statement did not look.
+    ``waiting``: how many messages wait, at most, at each address; ``low_ids``: for the next call. Both
+    None if the statement did not look.
     """
 
     full: set[int]
@@ -70,7 +70,7 @@ class Sent(NamedTuple):
     xid: int | None
     boot: int | None
     waiting: int | None
-    floors: Floors | None
+    low_ids: LowIds | None
 
 
 class GroupSent(NamedTuple):
@@ -107,8 +107,8 @@ async def send_one(
     if row is None:
         return Sent({0}, (), None, None, None, None)
     id, xid, boot, waiting, low = row
-    floors = None if low_id is None else Floors((address,), (low,))
-    return Sent(set(), (id,), xid, boot, waiting, floors)
+    seen = None if low_id is None else LowIds((address,), (low,))
+    return Sent(set(), (id,), xid, boot, waiting, seen)
 
 
 async def send_batch(
@@ -118,13 +118,13 @@ async def send_batch(
     payloads: Sequence[bytes],
     expiries: Sequence[float],
     capacities: Sequence[int],
-    floors: Floors | None,
+    low_ids: LowIds | None,
     *,
     own: bool,
     quiet: bool,
 ) -> Sent:
-    """Send messages to channels, in their order. ``floors``: None, to send without a look."""
-    addresses, low_ids = (None, None) if floors is None else floors
+    """Send messages to channels, in their order. ``low_ids``: None, to send without a look."""
+    addresses, ids_at = (None, None) if low_ids is None else low_ids
     _, full, low_addresses, lows, waiting, ids, xid, boot = await one(
         session,
         SEND_BATCH,
@@ -134,11 +134,11 @@ async def send_batch(
         expiries,
         capacities,
         addresses,
-        low_ids,
+        ids_at,
         own,
         quiet,
     )
-    seen = None if floors is None else Floors(low_addresses, lows)
+    seen = None if low_ids is None else LowIds(low_addresses, lows)
     return Sent({position - 1 for position in full or ()}, ids or (), xid, boot, waiting, seen)
 
 
