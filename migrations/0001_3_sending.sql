@@ -37,7 +37,20 @@ LANGUAGE sql STABLE AS $$
     SELECT concat_ws(' ', _name, _id, extract(epoch FROM _expires_at), coalesce(_excluded, '*'), encode(_payload, 'base64'))
 $$;
 
--- The text of a notification: messages, or which rows to read at an address.
+-- The text of a notification for one message: the message if it is small, or which row to read. A payload of NOTIFY must stay below 8,000
+-- bytes: one of 5,600 bytes has 7,566 in base64, with names and numbers at most 7,860.
+CREATE FUNCTION pg_layer_single_notification(
+    _marked boolean, _boot bigint, _xid xid8, _channel text, _group text, _id bigint, _expires_at timestamptz, _excluded text,
+    _payload bytea
+) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT CASE
+        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN _marked THEN 'm' ELSE 'M' END, _boot, _xid,
+            pg_layer_entry(coalesce(_channel, '@' || _group), _id, _expires_at, _excluded, _payload))
+        ELSE concat_ws(' ', CASE WHEN _marked THEN 'r' ELSE 'R' END, _boot, _xid, coalesce('@' || _group, '.'), _id, _id) END
+$$;
+
+-- The text of a notification for several: messages, or which rows to read at an address.
 CREATE FUNCTION pg_layer_notification(
     _messages text, _to_read text, _head text, _address text, _entries text[], _first bigint, _last bigint
 ) RETURNS text
@@ -48,8 +61,7 @@ LANGUAGE sql IMMUTABLE AS $$
 $$;
 
 -- Announce rows in the order of their ids. Small ones ride along, several in one notification while they fit; for the others readers
--- are told which rows to read. A payload of NOTIFY must stay below 8,000 bytes: one of 5,600 bytes has 7,566 in base64, with names and
--- numbers at most 7,860. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes. A notification is
+-- are told which rows to read. Of several messages those up to 2,400 bytes ride along: an entry has at most 3,500 bytes. A notification is
 -- filled up to 7,800 bytes: each costs all its listeners more than a message in it.
 CREATE FUNCTION pg_layer_announce(
     _marked boolean, _boots bigint[], _xids text[], _ids bigint[], _addresses text[], _channels text[], _kinds text[],
@@ -127,6 +139,15 @@ CREATE FUNCTION pg_layer_announce_marked(
 ) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 BEGIN
+    IF cardinality(_ids) = 1 AND _kinds[1] = 'message' THEN
+        -- Most transactions send one message.
+        PERFORM pg_notify(pg_layer_notification_channel(m.address), CASE WHEN position('!:' IN m.address) > 0 THEN 'J ' || m.id
+            ELSE pg_layer_single_notification(true, m.boot, m.xid, _channels[1],
+                CASE WHEN _channels[1] IS NULL THEN split_part(m.address, '@', 2) END, m.id, m.expires_at, _excluded[1], _payloads[1]) END)
+        FROM pg_layer_message AS m
+        WHERE m.address = _addresses[1] AND m.id = _ids[1] AND m.xid = _xids[1]::text::xid8 AND m.boot = _boots[1];
+        RETURN;
+    END IF;
     PERFORM pg_layer_announce(true, r.boots, r.xids, r.ids, r.addresses, r.channels, r.kinds, r.excluded, r.payloads, r.expires_at)
     FROM (
         SELECT array_agg(r.boot) AS boots, array_agg(r.xid::text) AS xids, array_agg(r.id) AS ids, array_agg(r.address) AS addresses,
@@ -183,9 +204,7 @@ BEGIN
         WHERE b.boot IS NOT NULL OR NOT _own
         RETURNING m.id, m.xid, m.boot, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_hashed_channel(m.address), CASE
             WHEN position('!' IN _channel) = 0 THEN 'J ' || m.id
-            WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', CASE WHEN m.marked THEN 'm' ELSE 'M' END, m.boot, m.xid,
-                pg_layer_entry(_channel, m.id, m.expires_at, NULL, _payload))
-            ELSE concat_ws(' ', CASE WHEN m.marked THEN 'r' ELSE 'R' END, m.boot, m.xid, '.', m.id, m.id) END)::text END
+            ELSE pg_layer_single_notification(m.marked, m.boot, m.xid, _channel, NULL, m.id, m.expires_at, NULL, _payload) END)::text END
         INTO _id, _xid, _boot, _notified;
         EXIT WHEN FOUND;
         PERFORM pg_layer_begin_write(_own);
@@ -396,12 +415,16 @@ END
 $$;
 
 -- Send one message to its group, by the same rules.
---   returns: normal channels that were full and missed it
+--   returns: normal channels that were full and missed it; if quiet, for each row its id, address and channel (null: the group's own
+--       row), and transaction and boot of all
 CREATE FUNCTION pg_layer_group_send_one(
-    _prefix text, _group text, _payload bytea, _expiry float8, _excluded text, _own boolean
-) RETURNS text[]
+    _prefix text, _group text, _payload bytea, _expiry float8, _excluded text, _own boolean, _quiet boolean DEFAULT false,
+    OUT missed_channels text[], OUT ids bigint[], OUT addresses text[], OUT channels text[], OUT xid bigint, OUT boot bigint
+)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
+    _id bigint;
+    _xid xid8;
     _notified text;
 BEGIN
     IF pg_is_in_recovery() THEN
@@ -410,7 +433,7 @@ BEGIN
     -- One statement looks, begins as pg_layer_begin_write() does, writes and announces. Client addresses sort before and after those of
     -- normal channels. A plan for the actual values may walk the index on addresses until it meets the group.
     INSERT INTO pg_layer_message AS m (address, xid, boot, marked, excluded, payload, expires_at)
-    SELECT pg_layer_group_address(_prefix, _group), pg_current_xact_id(), b.boot, false, _excluded, _payload,
+    SELECT pg_layer_group_address(_prefix, _group), pg_current_xact_id(), b.boot, _quiet, _excluded, _payload,
         clock_timestamp() + make_interval(secs => _expiry)
     FROM (SELECT CASE WHEN _own THEN pg_advisory_xact_lock(7205759403792794)::text END OFFSET 0) AS l
     CROSS JOIN pg_layer_boot AS b
@@ -420,15 +443,18 @@ BEGIN
         AND (SELECT m.address FROM pg_layer_membership AS m
              WHERE m.group_name = _group AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;' ORDER BY m.address LIMIT 1)
             IS NULL
-    RETURNING pg_notify(pg_layer_hashed_channel(pg_layer_bucket(m.address)), CASE
-        WHEN octet_length(_payload) <= 5600 THEN concat_ws(' ', 'M', m.boot, m.xid,
-            pg_layer_entry('@' || _group, m.id, m.expires_at, _excluded, _payload))
-        ELSE concat_ws(' ', 'R', m.boot, m.xid, '@' || _group, m.id, m.id) END)::text
-    INTO _notified;
+    RETURNING m.id, m.xid, m.boot, CASE WHEN NOT _quiet THEN pg_notify(pg_layer_hashed_channel(pg_layer_bucket(m.address)),
+        pg_layer_single_notification(false, m.boot, m.xid, NULL, _group, m.id, m.expires_at, _excluded, _payload))::text END
+    INTO _id, _xid, boot, _notified;
     IF NOT FOUND THEN  -- normal channels are members, or nobody, or there is no boot yet
-        RETURN (pg_layer_group_send_batch(_prefix, ARRAY[_group], ARRAY[_payload], ARRAY[_expiry], ARRAY[_excluded], _own, false)
-            ).missed_channels;
+        SELECT b.missed_channels, b.ids, b.addresses, b.channels, b.xid, b.boot INTO missed_channels, ids, addresses, channels, xid, boot
+        FROM pg_layer_group_send_batch(
+            _prefix, ARRAY[_group], ARRAY[_payload], ARRAY[_expiry], ARRAY[_excluded], _own, _quiet) AS b;
+    ELSIF _quiet THEN
+        ids := ARRAY[_id];
+        addresses := ARRAY[pg_layer_group_address(_prefix, _group)];
+        channels := ARRAY[NULL::text];
+        xid := _xid::text::bigint;
     END IF;
-    RETURN NULL;
 END
 $$;

@@ -136,11 +136,6 @@ BEGIN
     IF _excluded IS NOT NULL THEN
         PERFORM pg_layer_check_channel(_excluded, 'channel to exclude');
     END IF;
-    IF pg_layer_is_quiet() THEN
-        PERFORM pg_layer_group_send_batch(
-            _prefix, ARRAY[_group], ARRAY[_payload], ARRAY[expiry], ARRAY[_excluded], false, true);
-    ELSE
-        PERFORM pg_layer_group_send_one(_prefix, _group, _payload, expiry, _excluded, false);
-    END IF;
+    PERFORM pg_layer_group_send_one(_prefix, _group, _payload, expiry, _excluded, false, pg_layer_is_quiet());
 END
 $$;

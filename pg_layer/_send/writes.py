@@ -56,12 +56,13 @@ async def write_group_sends(
     session: Executor, prefix: str, sends: Sequence[GroupSend], *, own: bool, quiet: bool
 ) -> tuple[GroupSent, list[Unannounced]]:
     """Send messages to groups."""
-    if len(sends) == 1 and not quiet:
-        return await queries.group_send_one(session, prefix, *sends[0], own=own), []
-    groups, payloads, expiries, excluded = zip(*sends, strict=True)
-    sent = await queries.group_send_batch(
-        session, prefix, groups, payloads, expiries, excluded, own=own, quiet=quiet
-    )
+    if len(sends) == 1:
+        sent = await queries.group_send_one(session, prefix, *sends[0], own=own, quiet=quiet)
+    else:
+        groups, payloads, expiries, excluded = zip(*sends, strict=True)
+        sent = await queries.group_send_batch(
+            session, prefix, groups, payloads, expiries, excluded, own=own, quiet=quiet
+        )
     if not quiet or sent.boot is None or sent.xid is None:
         return sent, []
     rows = [

@@ -126,7 +126,7 @@ def test_group_sends_in_one_batch_write_what_single_ones_write(
         all_missed = []
         for position, op in enumerate(ops, 1):
             ((missed,),) = observer.execute(
-                "SELECT pg_layer_group_send_one('asgi', %s, %s, %s, %s, true)", op
+                "SELECT missed_channels FROM pg_layer_group_send_one('asgi', %s, %s, %s, %s, true)", op
             ).fetchall()
             all_missed += [(position, channel) for channel in missed or ()]
         one_by_one = sorted(all_missed), written(observer, last)
@@ -138,7 +138,7 @@ def test_group_sends_in_one_batch_write_what_single_ones_write(
 def test_sends_in_one_batch_write_what_single_ones_write(
     observer: Observer, state: State, ops: list[tuple[Any, ...]], are_counted: bool
 ) -> None:
-    floors: list[list[object] | None] = [[], []] if are_counted else [None, None]
+    low_ids: list[list[object] | None] = [[], []] if are_counted else [None, None]
     with observer.transaction(force_rollback=True):
         last = arrange(observer, state)
         [(full, ids)] = observer.execute(
@@ -147,7 +147,7 @@ def test_sends_in_one_batch_write_what_single_ones_write(
             " true, false)",
             [
                 *[list(values) for values in zip(*ops, strict=True)],
-                *floors,
+                *low_ids,
             ],
         ).fetchall()
         together = sorted(full or ()), written(observer, last)

@@ -454,7 +454,7 @@ SENDING: list[Operation] = [
         lambda s, own=own, quiet=quiet: send.send_batch(
             *(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, LowIds([], [])), own=own, quiet=quiet
         ),
-        lambda s, own=own: send.group_send_one(s, PREFIX, "room", b"{}", 60, None, own=own),
+        lambda s, own=own: send.group_send_one(s, PREFIX, "room", b"{}", 60, None, own=own, quiet=False),
         lambda s, own=own, quiet=quiet: send.group_send_batch(
             *(s, PREFIX, ["room", "empty"], [b"{}"] * 2, [60] * 2, [None] * 2), own=own, quiet=quiet
         ),

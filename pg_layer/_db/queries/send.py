@@ -31,8 +31,8 @@ SEND_BATCH = Statement(
     *(TEXT, TEXTS, BYTEAS, FLOAT8S, INT4S, TEXTS, INT8S, BOOL, BOOL),
 )
 GROUP_SEND_ONE = Statement(
-    lazily("$6") + "pg_layer_group_send_one($1, $2, $3, $4, $5, $6)",
-    *(TEXT, TEXT, BYTEA, FLOAT8, TEXT, BOOL),
+    lazily("$6") + "f.* FROM pg_layer_group_send_one($1, $2, $3, $4, $5, $6, $7) AS f",
+    *(TEXT, TEXT, BYTEA, FLOAT8, TEXT, BOOL, BOOL),
 )
 GROUP_SEND_BATCH = Statement(
     lazily("$6") + "f.* FROM pg_layer_group_send_batch($1, $2, $3, $4, $5, $6, $7) AS f",
@@ -151,10 +151,14 @@ async def group_send_one(
     excluded: str | None,
     *,
     own: bool,
+    quiet: bool,
 ) -> GroupSent:
-    """Send a message to a group, and announce it."""
-    _, missed = await one(session, GROUP_SEND_ONE, prefix, group, payload, expiry, excluded, own)
-    return GroupSent([(0, channel) for channel in missed or ()], (), (), (), (), None, None)
+    """Send a message to a group. Its rows are returned if they are ``quiet``."""
+    _, missed, ids, addresses, channels, xid, boot = await one(
+        session, GROUP_SEND_ONE, prefix, group, payload, expiry, excluded, own, quiet
+    )
+    missing, ids = [(0, channel) for channel in missed or ()], ids or ()
+    return GroupSent(missing, ids, addresses or (), channels or (), [0] * len(ids), xid, boot)
 
 
 async def group_send_batch(
