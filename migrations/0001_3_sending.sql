@@ -8,7 +8,8 @@
 --
 -- Functions that messages pass through never scan a table (enable_seqscan): a plan that was made while the table was small stays
 -- in use when it has grown, or is full of dead rows. Nor do they walk an index into a bitmap (enable_bitmapscan): it would sort all
--- rows for the first few in order, and it marks no dead index entries, which the next one then walks again.
+-- rows for the first few in order, and it marks no dead index entries, which the next one then walks again. Nor are they compiled (jit): a
+-- plan that has to scan all the same counts as so expensive that PostgreSQL would do that at each call.
 
 -- Begin to write: the transaction's id, and with it the boot. Ids must be drawn after this: see docs/protocols.md, section 1.
 CREATE FUNCTION pg_layer_begin_write(_own boolean, OUT xid xid8, OUT boot bigint)
@@ -173,7 +174,7 @@ $$;
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _low_id bigint, _own boolean, _quiet boolean
 ) RETURNS bigint[]
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _waiting bigint;
     _next_low_id bigint;
@@ -421,7 +422,7 @@ CREATE FUNCTION pg_layer_group_send_one(
     _prefix text, _group text, _payload bytea, _expiry float8, _excluded text, _own boolean, _quiet boolean DEFAULT false,
     OUT missed_channels text[], OUT ids bigint[], OUT addresses text[], OUT channels text[], OUT xid bigint, OUT boot bigint
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _id bigint;
     _xid xid8;

@@ -14,7 +14,7 @@ CREATE FUNCTION pg_layer_renew(
     OUT clock float8, OUT is_new boolean, OUT was_over boolean, OUT boot bigint, OUT last_id bigint, OUT next_xid bigint, OUT snapshot text,
     OUT has_expired boolean, OUT has_marked boolean
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _client pg_layer_client;

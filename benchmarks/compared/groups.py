@@ -13,7 +13,7 @@ State = Literal["gone", "stopped", "live"]
 
 #: How `processes` sends: how many ``group_send`` at once, and messages for each second of sending.
 _WAYS = {"one at a time": (1, 1_000), "64 at once": (64, 4_000)}
-#: Bounds the deliveries of one part, which two cores must manage before the messages expire.
+#: Bounds the deliveries of one part, if there are any: two cores must manage them before the messages expire.
 _DELIVERIES = 25_600
 _SLOWEST = 5_000
 
@@ -28,7 +28,8 @@ def processes(setting: Setting, *, count: int, state: State) -> Result:
     have gone on and received everything.
     """
     readings: list[Reading] = []
-    most = {way: _messages(setting.seconds, rate, count) for way, (_, rate) in _WAYS.items()}
+    readers = 1 if state == "gone" else count
+    most = {way: _messages(setting.seconds, rate, readers) for way, (_, rate) in _WAYS.items()}
     expiry = 10 + 2 * setting.seconds
     if state != "gone":
         expiry += max(most.values()) * count / _SLOWEST

@@ -363,3 +363,15 @@ def test_the_groups_of_a_prefix_share_1024_notification_channels(observer: Obser
         " FROM generate_series(1, 20000) AS n"
     ).fetchall()
     assert buckets == 1024
+
+
+def test_functions_that_avoid_scans_are_not_compiled(observer: Observer) -> None:
+    """A scan that is avoided and cannot be avoided costs so much that PostgreSQL compiles its plan each time."""
+    [(names,)] = observer.execute(
+        """
+        SELECT coalesce(array_agg(proname ORDER BY proname), '{}') FROM pg_proc
+        WHERE proname LIKE 'pg\\_layer\\_%' AND array_to_string(proconfig, ' ') LIKE '%enable\\_seqscan=off%'
+            AND array_to_string(proconfig, ' ') NOT LIKE '%jit=off%'
+        """
+    ).fetchall()
+    assert names == []

@@ -20,7 +20,8 @@ NOTIFY = Statement(LAZY + "pg_notify($1, $2)", TEXT, TEXT)
 UNLISTEN = Statement("SELECT pg_layer_unlisten($1)", TEXTS)
 BACKEND_PID = Statement("SELECT pg_backend_pid()")
 NO_SCANS = Statement(
-    "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false)"
+    "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false),"
+    " set_config('jit', 'off', false)"
 )
 PROBE = Statement("SELECT pg_layer_address('', '')")
 QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
@@ -106,7 +107,8 @@ async def is_direct(session: Session) -> bool:
 async def avoid_scans(session: Session) -> None:
     """Have statements that are prepared from now on use indexes, however small the tables are then.
 
-    Their plans stay when the tables have grown, or are full of dead rows.
+    Their plans stay when the tables have grown, or are full of dead rows. A plan that has no index to use
+    counts as so expensive then that PostgreSQL would compile it at each call.
     """
     await session.execute(NO_SCANS)
 
