@@ -366,7 +366,7 @@ def test_the_groups_of_a_prefix_share_1024_notification_channels(observer: Obser
 
 
 def test_functions_that_avoid_scans_are_not_compiled(observer: Observer) -> None:
-    """A scan that is avoided and cannot be avoided costs so much that PostgreSQL compiles its plan each time."""
+    """A scan that cannot be avoided counts as so expensive that PostgreSQL compiles its plan at each call."""
     [(names,)] = observer.execute(
         """
         SELECT coalesce(array_agg(proname ORDER BY proname), '{}') FROM pg_proc
