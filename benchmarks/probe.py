@@ -76,7 +76,7 @@ class PostgresProbe(PostgresObserver):
             " FROM (SELECT clock_timestamp() AS since OFFSET 0) AS before, LATERAL ("
             f"SELECT called.*, before.since FROM ({_for_cursor(GROUP_SEND_ONE)}) AS called OFFSET 0) AS after"
         ).encode()
-        values = (_PREFIX, group, _MESSAGE, 60.0, None, True)
+        values = (_PREFIX, group, _MESSAGE, 60.0, None, True, False)
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)}
         times = []
         for _ in range(_REPEATS + 1):

@@ -486,9 +486,11 @@ class _Settling:
         if message.outcome != "returned":
             return
         if got.n < last.get(got.writer, 0):
-            if self._may_be_unannounced(message):
+            # A job that is sent in a transaction has its place from the call on: the README's limit.
+            begun = message.begun
+            if self._may_be_unannounced(message) or (begun.kind in JOBS and begun.in_transaction):
                 return
-            self.tallies[message.begun.kind].disordered += 1
+            self.tallies[begun.kind].disordered += 1
             self._offend(message, f"came to {process} after number {last[got.writer]}", got.at)
         else:
             last[got.writer] = got.n

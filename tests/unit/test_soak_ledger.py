@@ -124,6 +124,19 @@ def test_order_counts_where_it_is_promised(kind: Kind, disordered: int) -> None:
     assert found.is_clean == (not disordered)
 
 
+@pytest.mark.parametrize(("kind", "disordered"), [("specific", 1), ("single", 0)])
+def test_jobs_sent_in_transactions_may_come_after_later_ones(kind: Kind, disordered: int) -> None:
+    stream = CHANNEL if kind == "specific" else "line"
+    first: list[Record] = [
+        Begun(1, "w", 1, kind, stream, in_transaction=True),
+        Ended(1.1, "w", 1, "returned"),
+    ]
+    found = ledger(
+        [*first, *sent(2, kind, stream)], [*OPENED, Got(3, stream, "w", 2), Got(3, stream, "w", 1)]
+    )
+    assert tally(found, kind).disordered == disordered
+
+
 @pytest.mark.parametrize("comes", [True, False])
 def test_unknown_may_come_or_not_and_whenever(comes: bool) -> None:
     messages = [*sent(1, outcome="unknown"), *sent(2)]
