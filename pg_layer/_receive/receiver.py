@@ -438,7 +438,6 @@ class Receiver:
         client = self._client
         address = group_address(client.config.prefix, group)
         bucket = notification_channel(address)
-        queue = client.queue(channel)
         low_id = client.cursor.low_id_of(since)
         self._joining = group
         with self.expecting((bucket,)):
@@ -468,7 +467,8 @@ class Receiver:
             # What came after that was heard, and may have been dispatched.
             missed = [each for each in missed if opened is not None and opened.sees(each.boot, each.xid)]
         if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
-            client.memberships.add(group, queue, expires_at, since)
+            # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
+            client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, claim)
         # By id between what follows, so that the messages of one writer stay in order.
         client.announcements.merge(
