@@ -33,6 +33,7 @@ logger = logging.getLogger("pg_layer")
 # once for each half of its queue.
 PAUSE = 0.05
 ROUNDS = 5
+SLICES = 5  # of a round
 
 
 class Dispatcher:
@@ -160,7 +161,11 @@ class Dispatcher:
         slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
             waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
-            await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1))
+            # In slices: a process that is not run for a while costs its readers one, and not their turn.
+            for _ in range(SLICES):
+                _, full = await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1) / SLICES)
+                if not full:
+                    break
             unplaced = []
             for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
                 rest = queue.put_if_room(messages, self._loop)
