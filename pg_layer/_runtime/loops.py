@@ -321,12 +321,11 @@ class Loops:
         await asyncio.shield(closing)
 
     async def _end_all(self, present: Client) -> None:
-        clients = list(self._ending)
-        errors = await asyncio.gather(*map(self._end, clients), return_exceptions=True)
-        for client, error in zip(clients, errors, strict=True):
-            if error is not None and client is not present:
-                logger.debug("Could not close an earlier client.", exc_info=error)
-        if (error := errors[clients.index(present)]) is not None:
+        earlier = [client for client in list(self._ending) if client is not present]
+        error, *others = await asyncio.gather(*map(self._end, (present, *earlier)), return_exceptions=True)
+        for other in filter(None, others):
+            logger.debug("Could not close an earlier client.", exc_info=other)
+        if error is not None:
             raise error
 
     async def _end(self, client: Client) -> None:

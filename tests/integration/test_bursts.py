@@ -59,11 +59,16 @@ async def member(layer: PostgresChannelLayer) -> str:
     return channel
 
 
-async def read_directly(layer: PostgresChannelLayer, channel: str) -> list[int]:
-    """The numbers of a channel's messages up to the last, received one after the other."""
+async def read_directly(layer: PostgresChannelLayer, channel: str, seconds: float = 0.0) -> list[int]:
+    """The numbers of a channel's messages up to the last, received one after the other.
+
+    ``seconds``: how long the reader is busy with each.
+    """
     numbers: list[int] = []
     while (number := (await receive(layer, channel))["number"]) != LAST:
         numbers.append(number)
+        if seconds:
+            await asyncio.sleep(seconds)
     return numbers
 
 
@@ -188,15 +193,7 @@ async def test_group_burst_member_that_receives_half_of_its_channel_in_time_rece
     await listen(layer)
     channel = await member(layer)
     sender = await start_burst(processes, migrated_dsn)
-
-    async def read_slowly() -> list[int]:
-        numbers: list[int] = []
-        while (number := (await receive(layer, channel))["number"]) != LAST:
-            numbers.append(number)
-            await asyncio.sleep(0.003)  # a handler that takes as long
-        return numbers
-
-    reading = asyncio.create_task(read_slowly())
+    reading = asyncio.create_task(read_directly(layer, channel, seconds=0.003))
     await send_burst(sender, "group_send_many", [channel])
     assert await reading == list(range(COUNT))
 
