@@ -105,6 +105,23 @@ async def stop_with_jobs_ahead(layer: PostgresChannelLayer, observer: Observer) 
     return done
 
 
+async def work_until_the_release_ends(
+    held: HeldReleases,
+    observer: Observer,
+    takes_effect: bool,
+    *layers: PostgresChannelLayer,
+    done: list[int],
+) -> None:
+    """Work on all layers. The release ends when the client has given it up, and waits for its end."""
+    receiving = asyncio.create_task(work_until_all_is_done(*layers, done=done))
+    await until(lambda: observer.execute(FENCES).fetchone() == (1,))
+    if takes_effect:
+        held.let_go()
+    else:
+        held.kill(observer)
+    await receiving
+
+
 async def send_jobs(dsn: str) -> None:
     async with open_layer(dsn, capacity=1000) as sender:
         for n in range(JOBS):
@@ -124,14 +141,7 @@ def test_release_under_way_when_its_loop_ends_neither_loses_nor_doubles_jobs(
         done.extend(await stop_with_jobs_ahead(layer, observer))
 
     async def go_on() -> None:
-        receiving = asyncio.create_task(work_until_all_is_done(layer, other, done=done))
-        # The next loop has the release end before it looks.
-        await until(lambda: observer.execute(FENCES).fetchone() == (1,))
-        if takes_effect:
-            held.let_go()
-        else:
-            held.kill(observer)
-        await receiving
+        await work_until_the_release_ends(held, observer, takes_effect, layer, other, done=done)
         for each in (layer, other):
             await each.close()
 
@@ -154,13 +164,7 @@ async def test_release_whose_connection_is_lost_neither_loses_nor_doubles_jobs(
     with held_releases(migrated_dsn) as held:
         done = await stop_with_jobs_ahead(layer, observer)
         pool_proxy.cut()
-        receiving = asyncio.create_task(work_until_all_is_done(layer, other, done=done))
-        await until(lambda: observer.execute(FENCES).fetchone() == (1,))
-        if takes_effect:
-            held.let_go()
-        else:
-            held.kill(observer)
-        await receiving
+        await work_until_the_release_ends(held, observer, takes_effect, layer, other, done=done)
     assert sorted(done) == list(range(JOBS))
 
 
