@@ -112,7 +112,7 @@ class Dispatcher:
             if (payload := self._opened(row)) is not None
         ]
         now = self._client.clock.now()
-        boot, xid = rows[0].boot, rows[0].xid
+        boot, xid = self._client.cursor.boot_of(rows[0]), rows[0].xid
         for member in members:
             if member.expires_at <= now or member.channel == excluded:
                 continue
@@ -203,7 +203,7 @@ class Dispatcher:
                     return False
                 if row.kind == "add":
                     return self._apply_add(row, change)
-                if client.memberships.overrule(*pair, row.boot, row.xid, None):
+                if client.memberships.overrule(*pair, client.cursor.boot_of(row), row.xid, None):
                     self._writer.write_soon(*pair, change["claim"])
                 else:
                     client.memberships.discard(*pair)
@@ -217,13 +217,14 @@ class Dispatcher:
 
     def _apply_flush(self, row: Row) -> None:
         client = self._client
-        for group, channel in client.memberships.flush(row.boot, row.xid):
+        boot = client.cursor.boot_of(row)
+        for group, channel in client.memberships.flush(boot, row.xid):
             self._writer.write_soon(group, channel)
         client.unplaced.clear()
         for queue in client.queues():
             client.delete_later(queue, queue.pop_all())
         for key, applied in self._flushes.items():
-            if (key.boot, key.xid) <= (row.boot, row.xid) and not applied.done():
+            if (key.boot, key.xid) <= (boot, row.xid) and not applied.done():
                 applied.set_result(None)
 
     async def flushed(self, key: Key, timeout: float) -> None:
@@ -243,17 +244,17 @@ class Dispatcher:
         client = self._client
         group, channel = str(change["group"]), str(row.channel)
         expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
-        # A transaction right after a crash does not know the boot: it is the one that began then.
-        since = Moment(row.boot or client.cursor.boot, Snapshot(change["snapshot"]))
+        boot = client.cursor.boot_of(row)
+        since = Moment(boot, Snapshot(change["snapshot"]))
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["claim"])
             return True
         # The owner itself may have added the first member meanwhile, and has not listened before that.
-        opened = client.memberships.opened_after(group, row.boot, row.xid)
+        opened = client.memberships.opened_after(group, boot, row.xid)
         if group not in client.memberships.groups or opened is not None:
             self._block(partial(self._receiver.join, row, group, channel, expires_at, since, change["claim"]))
             return False
-        if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
+        if not client.memberships.overrule(group, channel, boot, row.xid, since):
             client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, change["claim"])
         return True

@@ -461,12 +461,15 @@ class Receiver:
         if self._is_catch_up_waiting and len(here := client.announcements.between(missed)) < len(missed):
             missed, self._is_catch_up_waiting, self._is_catch_up_due = here, False, True
             self._drained.set()  # it begins again with this group, and brings in order what comes behind
-        opened = client.memberships.opened_after(group, row.boot, row.xid)
+        boot = cursor.boot_of(row)
+        opened = client.memberships.opened_after(group, boot, row.xid)
         client.memberships.forget_opened(group)
         if group in client.memberships.groups:
             # What came after that was heard, and may have been dispatched.
-            missed = [each for each in missed if opened is not None and opened.sees(each.boot, each.xid)]
-        if not client.memberships.overrule(group, channel, row.boot, row.xid, since):
+            missed = [
+                each for each in missed if opened is not None and opened.sees(cursor.boot_of(each), each.xid)
+            ]
+        if not client.memberships.overrule(group, channel, boot, row.xid, since):
             # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
             client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, claim)
@@ -514,7 +517,8 @@ class Receiver:
 
         async def read(session: Session) -> list[Row]:
             last_id = rows[-1].id if rows else low_id
-            return await queries.new_in_group(session, address, last_id, since, queries.READ_ROWS)
+            boot = self._client.cursor.latest_boot
+            return await queries.new_in_group(session, address, last_id, since, boot, queries.READ_ROWS)
 
         while True:
             try:

@@ -89,7 +89,9 @@ class AnnouncementQueue:
         elif isinstance(announcement, Messages):
             if fresh := self._cursor.admit_together(announcement.rows):
                 entry = Entry(fresh)
-                entry.is_late = fresh[0].marked and self._cursor.has_passed(boot, fresh[0].xid)
+                entry.is_late = fresh[0].marked and self._cursor.has_passed(
+                    self._cursor.boot_of(fresh[0]), fresh[0].xid
+                )
                 self._push(entry)
         else:
             self._append_span(announcement.span)
@@ -115,7 +117,7 @@ class AnnouncementQueue:
         return len(fresh)
 
     def _append_span(self, span: Span) -> None:
-        has_passed = self._cursor.has_passed(span.boot, span.xid)
+        has_passed = self._cursor.has_passed(self._cursor.boot_of(span), span.xid)
         if not (self._cursor.has_looked_for(span.boot, span.xid) if span.marked else has_passed):
             entry = Entry(span=span)
             entry.is_late = has_passed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pg_layer._messages.rows import Key, Row
+from pg_layer._messages.rows import Key, Row, Span
 from pg_layer._state.snapshot import Moment, Position
 
 UNKNOWN_BOOT = -1  # of a cursor that has no snapshot yet: every boot is later
@@ -29,7 +29,7 @@ class Cursor:
         self._renewals: list[Moment] = []  # the last two
         self._looked: Moment | None = None  # marked rows that it sees have been looked for
         self._positions: list[Position] = []  # in order, all of one boot
-        self._boot = UNKNOWN_BOOT
+        self.latest_boot = UNKNOWN_BOOT
 
     # ------------------------------------------------------------------ the rule
 
@@ -75,6 +75,14 @@ class Cursor:
     def boot(self) -> int:
         """The boot of ``S``; 0 if there is none."""
         return self.moment.boot if self.moment is not None else 0
+
+    def boot_of(self, row: Row | Span) -> int:
+        """The boot of a row, for comparisons.
+
+        A row of boot 0 was written when its boot had not begun. It counts as one of the latest boot: then a
+        snapshot of an earlier boot does not see it, although it may see a transaction with the same number.
+        """
+        return row.boot or self.latest_boot
 
     def has_passed_boot(self, boot: int) -> bool:
         """Whether ``S`` is of a later boot. What a catch-up did not find then is not there any more."""
@@ -194,15 +202,16 @@ class Cursor:
 
     def position(self, moment: Moment, position: Position) -> None:
         """Take note of a position from before a snapshot was taken."""
-        if self._boot != moment.boot:
-            self._boot = moment.boot
+        if self.latest_boot != moment.boot:
+            self.latest_boot = moment.boot
             self._positions.clear()
             self._renewals.clear()
             self.missed()
         self._positions.append(position)
         watched = [self.moment, self._looked, *self._renewals]
         oldest = min(
-            (moment.snapshot.xmin for moment in watched if moment and moment.boot == self._boot), default=0
+            (moment.snapshot.xmin for moment in watched if moment and moment.boot == self.latest_boot),
+            default=0,
         )
         # Keep the last one that is old enough, and all later ones.
         while len(self._positions) > 1 and self._positions[1].next_xid <= oldest:
@@ -210,7 +219,7 @@ class Cursor:
 
     def low_id_of(self, moment: Moment | None) -> int:
         """No row that this moment does not see has this id or a smaller one."""
-        if moment is None or moment.boot != self._boot:
+        if moment is None or moment.boot != self.latest_boot:
             return 0
         xmin = moment.snapshot.xmin
         return max((each.last_id for each in self._positions if each.next_xid <= xmin), default=0)

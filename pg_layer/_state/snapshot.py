@@ -39,10 +39,8 @@ class Moment(NamedTuple):
     snapshot: Snapshot
 
     def sees(self, boot: int, xid: int) -> bool:
-        """Whether a row was committed by then. Boot 0 stands for an unknown one: take this."""
-        if boot in (self.boot, 0):
-            return self.snapshot.sees(xid)
-        return boot < self.boot
+        """Whether a row was committed by then. Not for boot 0: see `Cursor.boot_of`."""
+        return self.snapshot.sees(xid) if boot == self.boot else boot < self.boot
 
     def is_later(self, before: Moment) -> bool:
         """Whether this was taken after the other one, or in the same state."""

@@ -206,3 +206,40 @@ async def test_membership_that_ended_while_the_standby_lagged_does_not_return(
             ended = {channel: [100] for channel in (left, removed, invited)}
             assert readers.numbers == {kept: list(range(21)), **ended}
             await lists(other, "room", kept)
+
+
+async def test_message_of_a_transaction_that_knows_no_boot_comes_to_members_of_the_lost_server(
+    server: PostgresServer, standby: PostgresServer, either: str
+) -> None:
+    """The member joined when the old server was many transactions ahead of the standby.
+
+    The promoted standby hands out their numbers again, at first to a transaction of an application, before
+    any process of the layer has come back.
+    """
+    options = {**OPTIONS, "heartbeat": 600}  # what a member remembers of its beginning stays
+    with Proxy(server.dsn("layer")) as old, Proxy(standby.dsn("layer")) as new:
+        async with open_layer(writable(either, port_of(old), port_of(new)), **options) as layer:
+            member = await layer.new_channel()
+            await listen(layer)
+            await caught_up(server, standby)
+            await cut_off(standby)
+            for _ in range(50):
+                server.execute("SELECT pg_current_xact_id()", dbname="layer")
+            await layer.group_add("room", member)
+            async with readers_of(layer, member) as readers:
+                for proxy in (old, new):
+                    await asyncio.to_thread(proxy.swallow)
+                await fail_over(server, standby)
+                for number in range(3):
+                    standby.execute(
+                        f"""SELECT pg_layer_group_send('room', '{{"type": "test", "number": {number}}}')""",
+                        dbname="layer",
+                    )
+                boots = standby.execute(
+                    "SELECT DISTINCT boot FROM pg_layer_message WHERE address LIKE '%@room'", dbname="layer"
+                )
+                assert boots == [(0,)]
+                for proxy in (old, new):
+                    await asyncio.to_thread(proxy.let_go)
+                await readers.reached(2)
+                assert readers.numbers == {member: [0, 1, 2]}

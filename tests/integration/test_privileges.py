@@ -470,7 +470,7 @@ RECEIVING: list[Operation] = [
     lambda s: reading.read(s, [Span(MINE, 1, 1, False, 1, 9)]),
     lambda s: reading.read_keys(s, [KeyAt(MINE, 1, 1, 1, False, 1)]),
     lambda s: reading.new_keys(s, [MINE], [0], MOMENT),
-    lambda s: reading.new_in_group(s, "asgi!@room", 0, MOMENT, 9),
+    lambda s: reading.new_in_group(s, "asgi!@room", 0, MOMENT, 1, 9),
     lambda s: reading.marked_keys(s, [MINE], 0, MOMENT),
     lambda s: reading.claim(s, PREFIX, "jobs", LIVE, 9, 0, 9),
     lambda s: reading.release(s, PREFIX, LIVE, 9, [KEY]),

@@ -310,9 +310,11 @@ def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: Announc
 
 def test_merge_rows_of_boot_0_are_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
     """A transaction after a crash or a failover may write before anybody has begun a boot."""
-    queue.append([row(4, 101), row(5, 102)._replace(boot=0), row(7, 50)._replace(boot=2)])
+    queue.append([row(4, 101), row(5, 102, marked=True)._replace(boot=0), row(7, 50)._replace(boot=2)])
     queue.append([row(12, 50)._replace(boot=3)])
-    queue.merge([row(6, 49)._replace(boot=2), row(8, 51)._replace(boot=0), row(9, 52)._replace(boot=2)])
+    queue.merge(
+        [row(6, 49)._replace(boot=2), row(8, 51, marked=True)._replace(boot=0), row(9, 52)._replace(boot=2)]
+    )
     assert dispatch(queue) == [4, 5, 6, 7, 8, 9, 12]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer._messages.rows import Key
+from pg_layer._messages.rows import Key, Row
 from pg_layer._state.cursor import Cursor
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 
@@ -395,3 +395,13 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(steps: list
         else:
             take(heard)
     assert set(taken) == set(committed)
+
+
+def test_boot_of_a_row_without_one_is_the_latest(cursor: Cursor) -> None:
+    """A promoted standby hands out transaction ids again: an earlier boot's snapshot must not see the row."""
+    unknown = Row(5, 90, 0, True, "message", "room", None, None, b"", END)
+    since = at(100)
+    assert since.sees(cursor.boot_of(unknown), unknown.xid)
+    cursor.position(at(80, boot=2), Position(4, 80))
+    assert not since.sees(cursor.boot_of(unknown), unknown.xid)
+    assert cursor.boot_of(unknown._replace(boot=1)) == 1

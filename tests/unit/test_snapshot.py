@@ -54,13 +54,6 @@ def test_moment_sees_all_rows_of_earlier_boots_and_none_of_later() -> None:
     assert not moment.sees(5, 100)
 
 
-def test_moment_sees_boot_0_as_its_own() -> None:
-    """A statement in an application's transaction could not tell its boot."""
-    moment = Moment(5, Snapshot("100:100:"))
-    assert moment.sees(0, 99)
-    assert not moment.sees(0, 100)
-
-
 def test_moment_of_a_later_boot_is_later_and_covers() -> None:
     old, new = Moment(4, Snapshot("900:900:")), Moment(5, Snapshot("100:100:"))
     assert new.is_later(old)

@@ -75,10 +75,11 @@ NEW_IN_GROUP = Statement(
         m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
     FROM pg_layer_message AS m
     WHERE m.address = $1 AND m.id > $2 AND m.expires_at > clock_timestamp()
-        AND (m.boot > $3 OR (m.boot IN (0, $3) AND NOT pg_visible_in_snapshot(m.xid, $4::text::pg_snapshot)))
-    ORDER BY m.id LIMIT $5
+        AND (m.boot > $3 OR (m.boot = 0 AND $3 < $5)
+            OR (m.boot IN (0, $3) AND NOT pg_visible_in_snapshot(m.xid, $4::text::pg_snapshot)))
+    ORDER BY m.id LIMIT $6
     """,
-    *(TEXT, INT8, INT8, TEXT, INT4),
+    *(TEXT, INT8, INT8, TEXT, INT8, INT4),
 )
 MARKED_KEYS = Statement(
     "SELECT * FROM pg_layer_marked_keys($1, $2, $3::text::pg_snapshot)", TEXTS, INT8, TEXT
@@ -220,9 +221,15 @@ async def new_keys(
     return list(map(KeyAt._make, await session.execute(NEW_KEYS, addresses, low_ids, *before)))
 
 
-async def new_in_group(session: Session, address: str, low_id: int, after: Moment, limit: int) -> list[Row]:
-    """Return the first rows of a group that were not visible at a moment, with larger ids."""
-    columns = await session.execute(NEW_IN_GROUP, address, low_id, after.boot, after.snapshot.text, limit)
+async def new_in_group(
+    session: Session, address: str, low_id: int, after: Moment, boot: int, limit: int
+) -> list[Row]:
+    """Return the first rows of a group that were not visible at a moment, with larger ids.
+
+    ``boot``: the latest boot, of which rows without one count as part.
+    """
+    before = (after.boot, after.snapshot.text)
+    columns = await session.execute(NEW_IN_GROUP, address, low_id, *before, boot, limit)
     return list(map(row_from_columns, columns))
 
 
