@@ -473,18 +473,15 @@ class Receiver:
             # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
             client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, claim)
-        # By id between what follows, so that the messages of one writer stay in order.
-        client.announcements.merge(
-            [
-                *client.announcements.withdraw({each.key for each in missed}),
-                *(
-                    each
-                    for each in missed
-                    if not client.announcements.holds(address, each.key)
-                    and cursor.admit_announced(each.key, each.marked, each.expires_at)
-                ),
-            ]
-        )
+        # Between what follows, so that the messages of one writer stay in order.
+        announcements = client.announcements
+        withdrawn = announcements.withdraw({each.key for each in missed})
+        brought = [
+            each
+            for each in announcements.lacks(address, missed)
+            if cursor.admit_announced(each.key, each.marked, each.expires_at)
+        ]
+        announcements.merge([*withdrawn, *brought])
 
     async def _hear_what_was_sent(self) -> bool:
         """Wait until all that was sent before is in the queue. False: a catch-up must bring it.

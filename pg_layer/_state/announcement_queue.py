@@ -206,13 +206,15 @@ class AnnouncementQueue:
             entry.span is not None and moment.sees(entry.span.boot, entry.span.xid) for entry in self._entries
         )
 
-    def holds(self, address: str, key: Key) -> bool:
-        """Whether an entry has a row, or will bring it in its place."""
-        return any(
-            (entry.span is not None and entry.span.covers(address, key) and not entry.is_late)
-            or any(row.key == key for row in entry.rows)
-            for entry in self._entries
-        )
+    def lacks(self, address: str, rows: Sequence[Row]) -> list[Row]:
+        """Those rows at an address that no entry has, or will bring in their places."""
+        held = set(self.keys())
+        spans = [entry.span for entry in self._entries if entry.span is not None and not entry.is_late]
+        return [
+            row
+            for row in rows
+            if row.key not in held and not any(span.covers(address, row.key) for span in spans)
+        ]
 
     def holds_jobs(self, channel: str) -> bool:
         """Whether jobs of a normal channel are here."""
@@ -234,19 +236,26 @@ class AnnouncementQueue:
         return self._rows
 
     def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
-        """Put rows between those that are here, by their ids: an `add` brings them to its member.
+        """Put rows between those that are here: an `add` brings them to its member.
 
+        Each takes its place by its id, but not before what its own transaction has sent earlier, which is
+        announced at its end, behind others that drew larger ids meanwhile.
         A promoted standby may draw ids again that its predecessor has drawn: a later boot comes later.
         ``behind_head``: the first row is a control message that is being applied, and keeps its place.
         """
         head = self._take_head() if behind_head else None
+        behind = self._sent_earlier(rows)
         # A row of boot 0 is of the boot of the rows around it.
         ordered = sorted(rows, key=lambda row: row.id)
         boot = next((row.boot for row in ordered if row.boot), self._cursor.boot)
         rest: deque[tuple[int, int, Row]] = deque()
+        following: dict[Key | Entry, list[Row]] = {}
         for row in ordered:
             boot = max(boot, row.boot)
-            rest.append((boot, row.id, row))
+            if (earlier := behind.get(row.key)) is not None:
+                following.setdefault(earlier, []).append(row)
+            else:
+                rest.append((boot, row.id, row))
 
         def before(boot: int, id: int) -> Iterator[Row]:
             while rest and rest[0][:2] < (boot, id):
@@ -255,18 +264,21 @@ class AnnouncementQueue:
         boot = 0
         merged: deque[Entry] = deque()
         for entry in self._entries:
-            if rest and entry.rows:
+            if entry.rows and (rest or following):
                 between: deque[Row] = deque()
                 for row in entry.rows:
                     boot = row.boot or boot
                     between.extend(before(boot, row.id))
                     between.append(row)
+                    between.extend(following.get(row.key, ()))
                 entry.rows = between
             elif entry.span is not None:
                 boot = entry.span.boot or boot
-                if earlier := list(before(boot, entry.span.first)):
-                    merged.append(Entry(earlier))
+                if earlier_rows := list(before(boot, entry.span.first)):
+                    merged.append(Entry(earlier_rows))
             merged.append(entry)
+            if entry in following:
+                merged.append(Entry(following[entry]))
         if rest:
             merged.append(Entry(row for _, _, row in rest))
         self._entries = merged
@@ -274,13 +286,37 @@ class AnnouncementQueue:
         self._rows += len(rows)
         self._bytes += _size(rows)
 
-    def withdraw(self, keys: Container[Key]) -> list[Row]:
-        """Remove rows that came late from their places. Return them."""
-        withdrawn: list[Row] = []
+    def _sent_earlier(self, rows: Iterable[Row]) -> dict[Key, Key | Entry]:
+        """What is here last of that which the transactions of these rows have sent before them.
+
+        Not what came late, before whose place the rows may belong.
+        """
+        found: dict[Key, Key | Entry] = {}
+        sent: dict[tuple[int, int], list[Key]] = {}
+        for row in rows:
+            sent.setdefault((row.boot, row.xid), []).append(row.key)
         for entry in self._entries:
-            found = [row for row in entry.rows if row.key in keys] if entry.is_late else None
+            if entry.is_late:
+                continue
+            for row in entry.rows:
+                for key in sent.get((row.boot, row.xid), ()):
+                    if row.id < key.id:
+                        found[key] = row.key
+            if (span := entry.span) is not None:
+                for key in sent.get((span.boot, span.xid), ()):
+                    if span.first < key.id:
+                        found[key] = entry
+        return found
+
+    def withdraw(self, keys: Container[Key]) -> list[Row]:
+        """Remove rows that came late, with the others of their transactions, and return them."""
+        withdrawn: list[Row] = []
+        late = [entry for entry in self._entries if entry.is_late]
+        sent = {(row.boot, row.xid) for entry in late for row in entry.rows if row.key in keys}
+        for entry in late:
+            found = [row for row in entry.rows if (row.boot, row.xid) in sent]
             if found:
-                entry.rows = deque(row for row in entry.rows if row.key not in keys)
+                entry.rows = deque(row for row in entry.rows if (row.boot, row.xid) not in sent)
                 withdrawn += found
         self.dispatched(withdrawn)
         return withdrawn

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from psycopg import AsyncConnection
 from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
@@ -199,3 +201,29 @@ async def test_first_member_of_a_group_receives_more_than_its_capacity_sent_sinc
         await sender.group_send_many([("room", number(n)) for n in range(50)])
         proxy.let_go(revive=True)
         assert await reading == list(range(50))
+
+
+async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two_groups_in_its_order(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy
+) -> None:
+    """The transaction drew its ids before another message, and is announced after it.
+
+    Another process has added the channel to the second group, and this one could not listen to it yet.
+    """
+    layer = make_layer(dsn=pool_proxy.dsn(connect_timeout=2), listen_dsn=migrated_dsn, send_timeout=60)
+    sender = make_layer()
+    channel = await layer.new_channel()
+    await layer.group_add("first", channel)
+    await hear_all(layer)
+    pool_proxy.swallow()
+    before = layer.stats()["announced"]
+    await sender.group_add("second", channel)
+    async with await AsyncConnection.connect(migrated_dsn) as application:
+        for n, group in enumerate(["first", "second", "second"]):
+            message = json.dumps({"type": "test", "number": n})
+            await application.execute("SELECT pg_layer_group_send(%s, %s::jsonb)", (group, message))
+        await sender.send(channel, number(100))
+    await sender.send(channel, number(101))
+    await until(lambda: layer.stats()["announced"] >= before + 4)
+    pool_proxy.let_go()
+    assert await received(layer, channel, 5) == [100, 0, 1, 2, 101]

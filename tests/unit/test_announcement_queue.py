@@ -318,6 +318,27 @@ def test_merge_rows_of_boot_0_are_of_the_boot_around_them(queue: AnnouncementQue
     assert dispatch(queue) == [4, 5, 6, 7, 8, 9, 12]
 
 
+def test_merge_rows_come_behind_what_their_transaction_has_sent_before(queue: AnnouncementQueue) -> None:
+    """It drew its ids before another statement, and was announced after it."""
+    queue.hear(heard(row(8, 102)))
+    queue.hear(heard(row(5, 101, marked=True)))
+    queue.hear(to_read(12, 13, 103, marked=True))
+    queue.hear(heard(row(11, 104)))
+    queue.merge([row(6, 101, marked=True), row(7, 101, marked=True), row(14, 103, marked=True), row(4, 100)])
+    queue.read(queue.to_read(1)[0], [row(12, 103, marked=True), row(13, 103, marked=True)], is_all=True)
+    assert dispatch(queue) == [4, 8, 5, 6, 7, 12, 13, 14, 11]
+
+
+def test_withdraw_takes_what_the_same_transaction_has_sent_before(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
+    cursor.adopt(at(110))
+    queue.append([row(9, 120)])
+    queue.hear(heard(row(6, 104, marked=True), row(7, 104, marked=True)))
+    queue.merge(queue.withdraw({Key(1, 104, 7)}))
+    assert dispatch(queue) == [6, 7, 9]
+
+
 def test_hear_of_a_server_that_has_gone_appends_nothing(cursor: Cursor, queue: AnnouncementQueue) -> None:
     """Its marked rows are at its successor, where the catch-up has found them, or lost."""
     cursor.adopt(at(50, boot=2))
@@ -340,7 +361,7 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
     queue.hear(heard(row(6, 104, marked=True)))
     queue.hear(to_read(7, 7, 103, marked=True))
     queue.hear(heard(row(8, 115, marked=True)))
-    assert not queue.holds(GROUP, Key(1, 103, 7))
+    assert queue.lacks(GROUP, [row(7, 103)]) == [row(7, 103)]
     queue.read(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
     withdrawn = queue.withdraw(keys)
     assert [each.id for each in withdrawn] == [6, 7]
@@ -350,13 +371,11 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
     assert queue.rows == 0
 
 
-def test_holds_rows_and_spans_count(queue: AnnouncementQueue) -> None:
+def test_lacks_rows_and_spans_count(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
-    assert queue.holds(GROUP, Key(1, 100, 5))
-    assert queue.holds(GROUP, Key(1, 100, 7))
-    assert not queue.holds(GROUP, Key(1, 100, 8))
-    assert not queue.holds(OWN, Key(1, 100, 7))
+    assert queue.lacks(GROUP, [row(5), row(7), row(8)]) == [row(8)]
+    assert queue.lacks(OWN, [row(7)]) == [row(7)]
     assert queue.keys() == [Key(1, 100, 5)]
 
 
