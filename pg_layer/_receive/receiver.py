@@ -407,7 +407,7 @@ class Receiver:
                 rows = await queries.read_keys(session, part)
                 if self._is_behind:
                     return False
-                client.announcements.append(rows)
+                client.announcements.append(rows, self._joining, client.memberships.opened_groups)
                 self.pump()
             return not self._is_behind
 

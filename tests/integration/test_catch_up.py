@@ -13,6 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 from pg_layer._receive import receiver
+from pg_layer._runtime.owner import Owner
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.processes import listen, new_layer, receive, until
@@ -43,14 +44,25 @@ async def received(layer: PostgresChannelLayer, channel: str, count: int) -> lis
     return [(await receive(layer, channel))["number"] for _ in range(count)]
 
 
+def owner_of(layer: PostgresChannelLayer) -> Owner:
+    home = layer._loops.home
+    assert home is not None
+    assert home.owner is not None
+    return home.owner
+
+
 async def hear_all(layer: PostgresChannelLayer) -> None:
     """Return when the layer listens, and no catch-up is under way."""
     await listen(layer)
-    home = layer._loops.home
-    assert home is not None
-    owner = home.owner
-    assert owner is not None
-    await until(lambda: not owner.receiver.is_in_doubt)
+    await until(lambda: not owner_of(layer).receiver.is_in_doubt)
+
+
+async def silently(dsn: str, group: str, n: int) -> None:
+    """Send to a group without an announcement."""
+    async with await AsyncConnection.connect(dsn) as connection:
+        await connection.execute("SET pg_layer.silent = on")
+        message = json.dumps({"type": "test", "number": n})
+        await connection.execute("SELECT pg_layer_group_send(%s, %s::jsonb)", (group, message))
 
 
 def kill_listener(observer: Observer) -> None:
@@ -227,3 +239,37 @@ async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two
     await until(lambda: layer.stats()["announced"] >= before + 4)
     pool_proxy.let_go()
     assert await received(layer, channel, 5) == [100, 0, 1, 2, 101]
+
+
+async def test_first_member_of_a_group_receives_marked_messages_that_a_look_meets_while_it_is_added(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer
+) -> None:
+    """The join waits for a ping. Behind it waits a discard that was sent after the message."""
+    with Proxy(migrated_dsn) as listen_proxy:
+        layer = make_layer(
+            dsn=pool_proxy.dsn(connect_timeout=2),
+            listen_dsn=listen_proxy.dsn(),
+            send_timeout=60,
+            heartbeat=0.1,
+        )
+        sender = make_layer()
+        channel = await layer.new_channel()
+        await hear_all(layer)
+        pool_proxy.swallow()
+        await sender.group_add("room", channel)
+        await silently(migrated_dsn, "room", 0)
+        await sender.group_discard("room", channel)
+        await sender.send(channel, number(1))
+        await until(lambda: layer.stats()["announced"] >= 3)
+        listen_proxy.swallow()
+        pool_proxy.let_go()
+        owner = owner_of(layer)
+        cursor = layer._loops.client.cursor
+        (row,) = observer.execute(
+            "SELECT boot, xid::text::bigint FROM pg_layer_message WHERE address LIKE '%@room'"
+        )
+        while cursor.look is None or not cursor.look.sees(*row):
+            await owner.lease.renew(None, 30)
+        await owner.receiver.look_for_marked()
+        listen_proxy.let_go()
+        assert await received(layer, channel, 2) == [0, 1]
