@@ -61,17 +61,20 @@ BEGIN
     WITH over AS MATERIALIZED (
         SELECT m.ctid FROM pg_layer_membership AS m
         WHERE m.id <> 0 AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;'
-            AND (NOT m.present OR EXISTS (
-                SELECT FROM pg_layer_membership AS n
-                WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id))
+            -- Whether the next claim in order is about the same membership. Equal columns would allow a walk over the whole address.
+            AND (NOT m.present OR (
+                SELECT (n.group_name, n.address, n.channel) = (m.group_name, m.address, m.channel) FROM pg_layer_membership AS n
+                WHERE (n.group_name, n.address, n.channel, n.id) > (m.group_name, m.address, m.channel, m.id)
+                ORDER BY n.group_name, n.address, n.channel, n.id LIMIT 1))
         LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_membership AS m
         WHERE m.ctid = ANY (ARRAY(SELECT o.ctid FROM over AS o))
             -- The claim that says "not present" goes last.
-            AND (m.present OR NOT EXISTS (
-                SELECT FROM pg_layer_membership AS n
-                WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id < m.id))
+            AND (m.present OR coalesce((
+                SELECT (n.group_name, n.address, n.channel) <> (m.group_name, m.address, m.channel) FROM pg_layer_membership AS n
+                WHERE (n.group_name, n.address, n.channel, n.id) < (m.group_name, m.address, m.channel, m.id)
+                ORDER BY n.group_name DESC, n.address DESC, n.channel DESC, n.id DESC LIMIT 1), true))
         RETURNING 1
     )
     SELECT memberships + count(*) INTO memberships FROM gone;
@@ -81,9 +84,9 @@ BEGIN
     -- reads them when it returns. Locked, so that it renews before this or after it.
     FOR _address IN
         SELECT c.address FROM pg_layer_client AS c
-        WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.swept_at IS NULL
+        -- No range and no order: those would invite the index of all clients, and a session would walk the swept ones each time.
+        WHERE c.swept_at IS NULL AND split_part(c.address, '!', 1) = _prefix
             AND (c.ended_at IS NOT NULL OR pg_layer_is_over(_prefix, c.expires_at, c.lease))
-        ORDER BY c.address
         FOR UPDATE SKIP LOCKED
     LOOP
         IF memberships >= _limit THEN
@@ -136,9 +139,11 @@ LANGUAGE sql STABLE AS $$
          WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"'
             AND (m.address IN (SELECT o.address FROM over AS o)
                 OR m.id <> 0 AND CASE WHEN position('!:' IN m.address) = 0 THEN m.expires_at <= clock_timestamp() - interval '1 day'
-                    ELSE m.expires_at <= clock_timestamp() OR NOT m.present OR EXISTS (
-                        SELECT FROM pg_layer_membership AS n
-                        WHERE n.group_name = m.group_name AND n.address = m.address AND n.channel = m.channel AND n.id > m.id) END)),
+                    ELSE m.expires_at <= clock_timestamp() OR NOT m.present OR (
+                        SELECT (n.group_name, n.address, n.channel) = (m.group_name, m.address, m.channel)
+                        FROM pg_layer_membership AS n
+                        WHERE (n.group_name, n.address, n.channel, n.id) > (m.group_name, m.address, m.channel, m.id)
+                        ORDER BY n.group_name, n.address, n.channel, n.id LIMIT 1) END)),
         (SELECT count(*) FROM pg_layer_client AS c
          WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"'
             AND coalesce(c.ended_at, c.swept_at) <= clock_timestamp() - interval '1 day')
