@@ -9,12 +9,14 @@ from typing import Any
 from channels.layers import channel_layers
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 from django.utils.module_loading import import_string
 
 from pg_layer._db.queries import maintenance
 from pg_layer.aliases import alias_of, how_to_migrate
 from pg_layer.config import Config
 from pg_layer.connections import connected_now
+from pg_layer.dsn import without_secrets
 from pg_layer.exceptions import NotMigrated, PgLayerError
 from pg_layer.faults import is_forbidden
 from pg_layer.layer import PostgresChannelLayer
@@ -57,10 +59,26 @@ def is_ours(entry: Any) -> bool:
     return isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)
 
 
+def _misspelt_backend(entry: Any) -> str | None:
+    """The BACKEND of an entry that is not ours, if it is below this package."""
+    backend = entry.get("BACKEND") if isinstance(entry, Mapping) else None
+    return backend if isinstance(backend, str) and backend.partition(".")[0] == "pg_layer" else None
+
+
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """Whether CHANNEL_LAYERS is sound. Connects to nothing."""
     found: list[CheckMessage] = []
     places: dict[tuple[str, ...], str] = {}
+    for alias, entry in channel_layers.configs.items():
+        if not is_ours(entry) and (misspelt := _misspelt_backend(entry)) is not None:
+            found.append(
+                Error(
+                    f"BACKEND names nothing of pg_layer: {misspelt!r}.",
+                    hint="Set it to 'pg_layer.PostgresChannelLayer'.",
+                    obj=f"CHANNEL_LAYERS[{alias!r}]",
+                    id="pg_layer.E003",
+                )
+            )
     for alias, config in configs():
         where = f"CHANNEL_LAYERS[{alias!r}]"
         unread = [repr(key) for key in channel_layers.configs[alias] if key not in KEYS]
@@ -109,8 +127,10 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
             message = _examine(config, using) if using in databases else None
         elif config.dsn is not None and not _is_migrating():
             message = Warning(
-                "No alias in DATABASES leads to the database of 'dsn': nothing is known of its tables.",
-                hint="Add one: migrate, check, layer.sync and the admin find databases by their aliases.",
+                f"No alias in DATABASES leads to the database of 'dsn' ({without_secrets(config.dsn)}):"
+                f" nothing is known of its tables. The aliases are {', '.join(connections)}.",
+                hint="Add one with the same host, port and name: migrate, check, layer.sync and the admin"
+                " find databases by their aliases.",
                 id="pg_layer.W006",
             )
         if message is not None:

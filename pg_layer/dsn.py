@@ -23,6 +23,7 @@ _DSN_FAULTS = {
 }
 _LOOKS_SECRET = re.compile(r"passw|secret|://|\bpwd", re.IGNORECASE)
 _PORTS = re.compile(r"[0-9]{0,5}(,[0-9]{0,5})*")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}://")
 _URL = re.compile(r"postgres(?:ql)?://")
 
 
@@ -50,6 +51,9 @@ def fault_of(dsn: str) -> str | None:
         return "it is empty (is the environment variable set that it comes from?)"
     if "\0" in dsn or not is_utf8(dsn):
         return "it has a NUL or a lone surrogate in it"
+    scheme = _SCHEME.match(dsn)
+    if scheme is not None and _URL.match(dsn) is None:
+        return f"it is a URL of another kind: {scheme[0]!r}"
     try:
         parameters = parsed(dsn)
     except (psycopg.Error, UnicodeError) as error:

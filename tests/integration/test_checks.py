@@ -104,6 +104,15 @@ def test_a_database_that_cannot_be_used(migrated_dsn: str, using: str, complaint
         assert "'dsn'" in hint
 
 
+def test_a_backend_that_is_misspelt(migrated_dsn: str) -> None:
+    settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresLayer"}}}
+    message, hint = check(migrated_dsn, settings=settings)
+    assert message == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND names nothing of pg_layer: " + (
+        "'pg_layer.PostgresLayer'."
+    )
+    assert hint == "HINT: Set it to 'pg_layer.PostgresChannelLayer'."
+
+
 def test_an_error_ends_other_commands(migrated_dsn: str) -> None:
     result = manage(migrated_dsn, "migrate", settings=layers(default={"capactiy": 5}))
     assert result.returncode == 1
@@ -235,6 +244,7 @@ def test_a_dsn_is_checked_where_an_alias_leads_there(migrated_dsn: str, fresh_da
     assert check(migrated_dsn, settings=alone) == []
     message, hint = check(migrated_dsn, *DATABASE, settings=alone)
     assert message.startswith("CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to ")
+    assert message.endswith("The aliases are default.")
     assert hint.startswith("HINT: Add one")
 
 
