@@ -158,11 +158,16 @@ class Engine:
             self._is_ending = True
             self.sender.close()
             self.is_closed = True
-            # These have been cancelled as well.
-            await _end_of(self._tasks - {self._guard_task})
-            # What other loops write right now has nothing to do with the end of this one.
-            await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
-            await self.connections.close()
+            try:
+                # These have been cancelled as well.
+                await _end_of(self._tasks - {self._guard_task})
+                # What other loops write right now has nothing to do with the end of this one.
+                await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
+                await self.connections.close()
+            except asyncio.CancelledError:
+                # The loop ends while `stop` or `close` waits here. The pool must still be closed: its worker
+                # goes on after a cancellation, and asyncio waits for it.
+                await self.connections.close()
             raise
 
     # ------------------------------------------------------------------ what callers ask for

@@ -234,6 +234,8 @@ async def test_a_server_that_is_asked_to_end_leaves_nothing(
 # ---------------------------------------------------------------------- asked to end: workers
 
 # A job takes less time than that after which a worker counts as quick: it is given more jobs ahead.
+# The handler cancels the task. An exception raised by a handler may interrupt asyncio between the end of a
+# future and the wake-up of its task: nothing can wake or cancel that task then, and `asyncio.run` never ends.
 WORKER = """
 import asyncio, signal, sys
 from pg_layer import PostgresChannelLayer
@@ -241,13 +243,17 @@ from pg_layer import PostgresChannelLayer
 layer = PostgresChannelLayer(dsn=sys.argv[1], capacity=10_000)
 
 async def main():
+    if sys.argv[2] == "in order":
+        cancel = asyncio.current_task().cancel
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
     while True:
         print((await layer.receive("jobs"))["number"], flush=True)
         await asyncio.sleep(0.001)
 
-if sys.argv[2] == "in order":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
-asyncio.run(main())
+try:
+    asyncio.run(main())
+except asyncio.CancelledError:
+    sys.exit(7)
 """
 
 
@@ -273,8 +279,8 @@ async def test_a_worker_that_is_asked_to_end_releases_what_it_claimed(
     await sending
     rest = await _take_all(successor)
     assert not [number for number, times in Counter(done + rest).items() if times > 1]
-    # One may have been handed over, and its line not written.
-    assert len(set(range(total)) - set(done) - set(rest)) <= 1
+    # Where Python ends it, one may have been handed over, and its line not written.
+    assert len(set(range(total)) - set(done) - set(rest)) <= (0 if how == "in order" else 1)
     assert left == 0
     assert receivers(observer) <= {os.getpid()}
     assert rest == sorted(rest)
