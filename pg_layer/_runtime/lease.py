@@ -73,7 +73,7 @@ class Lease:
     async def renew_on(self, session: Session, token: str | None) -> None:
         """The same on this connection."""
         client, config = self._client, self._client.config
-        asked_at = time.monotonic()
+        asked_at, asked_at_tick = time.monotonic(), client.clock.ticks()
         client.has_lease = True  # perhaps, from here on
         cursor = client.cursor
         renewal = await queries.renew(
@@ -92,7 +92,7 @@ class Lease:
             [client.address, *self._receiver.jobs.addresses()],
             cursor.low_id(),
         )
-        client.clock.observe(asked_at, renewal.clock)
+        client.clock.observe(asked_at_tick, renewal.clock)
         is_first, client.renewed_at = not client.renewed_at, asked_at
         # A renewal between heartbeats, as by health(), comes too soon after what is announced just now.
         is_beat = asked_at - self._beat_at >= config.heartbeat / 2

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import time
+
+# Linux's monotonic clock stands still while the machine sleeps; this one does not.
+_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 class DatabaseClock:
-    """Tells the database's time without asking it, from the last answer and the process's monotonic clock.
+    """Tells the database's time without asking it, from its answers and a clock that counts seconds.
 
-    What it tells is never earlier than the database's own clock was at the same moment (but for a step of
-    that clock since the last answer), so that what is not expired here is not expired there. The clock of
-    the machine that the process runs on plays no part.
+    Each answer bounds the difference of the two clocks from both sides: the database gave it after it was
+    asked and before the answer was here. So a slow answer says little, and takes nothing away from what a
+    quick one said. Answers that contradict each other mean that a clock was set or has drifted: then the last
+    one counts.
+
+    What the clock tells is not earlier than the database's own clock, but for the drift of the two clocks by
+    less than a round trip. So what has expired there is expired here. The wall clock of the process plays no
+    part.
     """
 
     def __init__(self) -> None:
-        self._offset = 0.0
+        self._least, self._most = -math.inf, math.inf  # by how much the database's clock is ahead
         self.is_set = False
 
+    @staticmethod
+    def ticks() -> float:
+        """Seconds since some moment, also those in which the machine slept where the system counts them."""
+        return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
+
     def observe(self, asked_at: float, answer: float) -> None:
-        """The database said ``answer`` (seconds since 1970), asked at ``asked_at`` (`time.monotonic`)."""
-        self._offset = answer - asked_at
+        """``answer`` (seconds since 1970) has just come, to what was asked at ``asked_at`` (`ticks`)."""
+        least, most = answer - self.ticks(), answer - asked_at
+        if least <= self._most and self._least <= most:
+            least, most = max(least, self._least), min(most, self._most)
+        self._least, self._most = least, most
         self.is_set = True
 
     def now(self) -> float:
         """Seconds since 1970; 0 before the first answer, so that only the database calls things expired."""
-        return time.monotonic() + self._offset if self.is_set else 0.0
+        return self.ticks() + self._most if self.is_set else 0.0

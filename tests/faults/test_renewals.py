@@ -8,8 +8,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import MakeLayer
+from tests.faults.proxy import Proxy
 from tests.faults.readers import lists, numbered, readers_of
-from tests.processes import Link, Processes, listen, open_layer
+from tests.processes import Link, Processes, listen, open_layer, receive
 
 # Many renewals are in flight beside everything else. No lease ends.
 OPTIONS: dict[str, object] = {
@@ -141,3 +142,25 @@ async def test_many_renewals_beside_membership_changes_leave_their_order_as_it_w
         await loading
         await readers.reached(2 * CHANGES - 1, member)
         assert readers.numbers[member] == list(range(1, 2 * CHANGES, 2))
+
+
+async def test_messages_are_not_taken_for_expired_after_a_renewal_that_took_long(
+    migrated_dsn: str, make_layer: MakeLayer
+) -> None:
+    """It reaches the server seconds after it was sent: its answer says little of the server's clock."""
+    delay = 2.5
+    with Proxy(migrated_dsn) as proxy:
+        layer = make_layer(dsn=proxy.dsn(), heartbeat=20)
+        sender = make_layer()
+        channel = await layer.new_channel()
+        await listen(layer)
+        home = layer._loops.home
+        assert home is not None
+        assert home.owner is not None
+        proxy.swallow()
+        renewal = asyncio.create_task(home.owner.lease.renew(None, 30))
+        await asyncio.sleep(delay)
+        proxy.let_go()
+        await renewal
+        await sender.send(channel, numbered(1), expiry=delay - 0.5)
+        assert (await receive(layer, channel))["number"] == 1

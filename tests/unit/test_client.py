@@ -25,7 +25,7 @@ CAPACITY = 4
 @pytest.fixture
 def client() -> Client:
     client = make_client()
-    client.clock.observe(time.monotonic(), NOW)
+    client.clock.observe(client.clock.ticks(), NOW)
     return client
 
 

@@ -8,27 +8,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pg_layer._state import clock as module
 from pg_layer._state.clock import DatabaseClock
 
 
 class Machine:
-    """A process's monotonic clock and a database's clock, which tick together."""
+    """A process's clock that counts seconds and a database's clock, which tick together."""
 
-    def __init__(self, monotonic: float, ahead: float) -> None:
-        self.monotonic = monotonic
-        self._ahead = ahead
+    def __init__(self, ticks: float, ahead: float) -> None:
+        self.ticks = ticks
+        self.ahead = ahead
 
     @property
     def database(self) -> float:
-        return self.monotonic + self._ahead
+        return self.ticks + self.ahead
 
     def ask(self, clock: DatabaseClock, there: float, back: float) -> None:
         """Ask the database for its time: ``there`` and ``back`` are what the ways take, in seconds."""
-        asked_at = self.monotonic
-        self.monotonic += there
+        asked_at = self.ticks
+        self.ticks += there
         answer = self.database
-        self.monotonic += back
+        self.ticks += back
         clock.observe(asked_at, answer)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine(1000.0, 1.75e9)
+    monkeypatch.setattr(DatabaseClock, "ticks", lambda *_: machine.ticks)
+    return machine
 
 
 SECONDS = st.floats(0, 1e6)
@@ -41,50 +49,72 @@ ROUNDING = 1e-5
     ahead=st.floats(-1e6, 2e9),
     questions=st.lists(st.tuples(LATENCY, LATENCY, SECONDS), min_size=1, max_size=5),
 )
-def test_it_is_never_behind_the_database(
+def test_now_is_not_behind_the_database_and_ahead_by_the_quickest_question_at_most(
     start: float, ahead: float, questions: list[tuple[float, float, float]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(start, ahead)
-        patch.setattr(time, "monotonic", lambda: machine.monotonic)
+        patch.setattr(DatabaseClock, "ticks", lambda *_: machine.ticks)
         clock = DatabaseClock()
+        quickest = 100.0
         for there, back, later in questions:
             machine.ask(clock, there, back)
-            assert clock.now() >= machine.database - ROUNDING
-            machine.monotonic += later
-            assert clock.now() >= machine.database - ROUNDING
-            # And ahead of it by no more than the question's way took.
-            assert clock.now() <= machine.database + there + ROUNDING
+            quickest = min(quickest, there)
+            for pause in (0.0, later):
+                machine.ticks += pause
+                assert machine.database - ROUNDING <= clock.now()
+                assert clock.now() <= machine.database + quickest + ROUNDING
 
 
-def test_before_the_first_answer_nothing_is_expired() -> None:
+def test_now_before_the_first_answer_calls_nothing_expired() -> None:
     clock = DatabaseClock()
     assert not clock.is_set
     assert clock.now() == 0.0
 
 
-def test_it_goes_on_between_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(1000.0, 1.75e9)
-    monkeypatch.setattr(time, "monotonic", lambda: machine.monotonic)
+def test_now_goes_on_between_answers(machine: Machine) -> None:
     clock = DatabaseClock()
     machine.ask(clock, 0.0, 0.5)
     assert clock.is_set
     before = clock.now()
-    machine.monotonic += 12.5
+    machine.ticks += 12.5
     assert clock.now() == before + 12.5
 
 
-def test_it_follows_a_step_of_the_databases_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, stepped = Machine(1000.0, 1.75e9), Machine(1001.0, 1.75e9 - 3600)
-    monkeypatch.setattr(time, "monotonic", lambda: stepped.monotonic)
+def test_observe_slow_answer_does_not_move_the_clock(machine: Machine) -> None:
     clock = DatabaseClock()
     machine.ask(clock, 0.0, 0.0)
-    stepped.ask(clock, 0.0, 0.0)
-    assert clock.now() == stepped.database
+    machine.ask(clock, 2.5, 0.0)
+    assert clock.now() == machine.database
 
 
-def test_the_clock_of_the_process_plays_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_observe_follows_a_step_of_the_databases_clock(machine: Machine, step: float) -> None:
     clock = DatabaseClock()
-    clock.observe(time.monotonic(), 5000.0)
+    machine.ask(clock, 0.0, 0.0)
+    machine.ahead += step
+    machine.ask(clock, 0.0, 0.0)
+    assert clock.now() == machine.database
+
+
+@pytest.mark.skipif(module._BOOTTIME is None, reason="only Linux has the clock")
+def test_ticks_count_the_time_in_which_the_machine_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monotonic clock stands still meanwhile."""
+    slept = 0.0
+    real = time.clock_gettime
+
+    def clock_gettime(clock: int) -> float:
+        return real(clock) + (slept if clock == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(time, "clock_gettime", clock_gettime)
+    clock = DatabaseClock()
+    clock.observe(clock.ticks(), 5000.0)
+    slept = 3600.0
+    assert clock.now() >= 8600.0
+
+
+def test_now_does_not_follow_the_wall_clock_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = DatabaseClock()
+    clock.observe(clock.ticks(), 5000.0)
     monkeypatch.setattr(time, "time", lambda: 1e12)
     assert 5000.0 <= clock.now() < 5060.0
