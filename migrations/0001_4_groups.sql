@@ -135,10 +135,11 @@ $$;
 --   _adds: for each whether it is added
 --   _expiry: seconds that a membership lasts, or null for as long as the lease
 --   _claim_seconds: how long a claim on an owned channel is counted
+--   _asker, _number: of a client's statements, which are numbered in order, the owner ignores one that comes after a later one
 --   returns: the rows of control messages, for whoever announces quiet ones
 CREATE FUNCTION pg_layer_ask(
     _prefix text, _groups text[], _channels text[], _adds boolean[], _expiry float8, _capacities integer[], _claim_seconds float8,
-    _own boolean, _quiet boolean,
+    _own boolean, _quiet boolean, _asker text DEFAULT NULL, _number bigint DEFAULT NULL,
     OUT ids bigint[], OUT addresses text[], OUT channels text[], OUT kinds text[], OUT payloads bytea[],
     OUT xid bigint, OUT boot bigint
 )
@@ -181,7 +182,8 @@ BEGIN
             CASE WHEN a.adds THEN 'add' ELSE 'discard' END, a.channel,
             convert_to(json_build_object(
                 'group', a.group_name, 'claim', a.claim, 'snapshot', pg_current_snapshot()::text,
-                'expires_at', CASE WHEN _expiry IS NOT NULL THEN extract(epoch FROM _expires_at) END)::text, 'UTF8'),
+                'expires_at', CASE WHEN _expiry IS NOT NULL THEN extract(epoch FROM _expires_at) END,
+                'asker', _asker, 'number', _number)::text, 'UTF8'),
             _control_end
         FROM unnest(_groups, _channels, _adds, _claims) WITH ORDINALITY AS a (group_name, channel, adds, claim, position)
         WHERE position('!' IN a.channel) > 0

@@ -175,11 +175,19 @@ class Sync:
 
     def _change(self, using: str | None, change: Change) -> None:
         config = self._config
+        numbered = self._loops.client.next_number()
 
         async def write(session: DjangoSession, *, own: bool, quiet: bool) -> tuple[None, list[Unannounced]]:
             # Owners in this process, too, apply it only if it is committed.
             return None, await write_changes(
-                session, config.prefix, config.group_expiry, [change], own=own, quiet=quiet
+                session,
+                config.prefix,
+                config.group_expiry,
+                [change],
+                own=own,
+                quiet=quiet,
+                # A transaction has its place in the order by its commit.
+                numbered=numbered if own else None,
             )
 
         self._write(using, write, is_idempotent=True)

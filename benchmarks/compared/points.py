@@ -9,6 +9,7 @@ from benchmarks.compared.base import Measure
 from benchmarks.compared.endurance import endurance
 from benchmarks.compared.existing import existing
 from benchmarks.compared.groups import cpu, latency, processes, receivers
+from benchmarks.compared.restore import restore
 from benchmarks.compared.transactions import paced, unpaced
 
 _PROCESSES = (1, 4, 16, 64)
@@ -27,7 +28,7 @@ _EXISTING = (
 )
 
 #: Those that run only if named.
-ON_DEMAND = ("processes-stopped", "processes-live", "endurance", "existing")
+ON_DEMAND = ("processes-stopped", "processes-live", "restore", "endurance", "existing")
 
 POINTS: Mapping[str, Measure] = {
     **{f"processes/{n}": partial(processes, count=n, state="gone") for n in _PROCESSES},
@@ -39,6 +40,7 @@ POINTS: Mapping[str, Measure] = {
     **{f"cpu/{n}": partial(cpu, count=n) for n in (1, 4, 16)},
     "latency/one": partial(latency, count=1, members=1, rate=100),
     "latency/fan-out": partial(latency, count=2, members=100, rate=20),
+    "restore/200000": partial(restore, memberships=200_000),
     "endurance/free": partial(endurance, held=False),
     "endurance/held": partial(endurance, held=True),
     **{f"existing/{name}": partial(existing, scenario=name) for name in _EXISTING},

@@ -33,6 +33,7 @@ class OwnChanges:
 
     async def write(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
         """Make these changes, of which the last one of a pair counts. Return an outcome for each."""
+        assert self._client.is_owned_here()
         deadline = time.monotonic() + timeout
         last = {(change.group, change.channel): change.added for change in changes}
         present = [pair for pair, added in last.items() if added]

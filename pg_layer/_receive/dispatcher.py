@@ -201,6 +201,11 @@ class Dispatcher:
                 if pair in self._changing:
                     self._block(partial(self.until_changed, pair))
                     return False
+                if (asker := change.get("asker")) is not None and client.memberships.is_given_up(
+                    pair, asker, change["number"], row.id
+                ):
+                    self._writer.write_soon(*pair, change["claim"])
+                    return True
                 if row.kind == "add":
                     return self._apply_add(row, change)
                 if client.memberships.overrule(*pair, client.cursor.boot_of(row), row.xid, None):

@@ -305,6 +305,7 @@ class Receiver:
     async def _read_new(self, session: Session, counted: list[int]) -> bool:
         """Append what is new. False: the addresses have changed while dispatch was waited for."""
         client, cursor = self._client, self._client.cursor
+        assert client.is_owned_here()
         await self.raise_fence(session)
         boot, position = await queries.position(session, cursor.moment.boot if cursor.moment else 0)
         moment = await queries.begin_snapshot(session, boot)
@@ -392,6 +393,7 @@ class Receiver:
     async def look_for_marked(self) -> None:
         """Append marked rows whose announcement should have come by now."""
         client, cursor = self._client, self._client.cursor
+        assert client.is_owned_here()
         look = cursor.look
         if look is None or self._is_behind:
             return
@@ -418,6 +420,7 @@ class Receiver:
 
     def pump(self) -> None:
         """Dispatch what is ready, and do what waits for that."""
+        assert self._client.is_owned_here()
         announcements = self._client.announcements
         self.dispatcher.dispatch()
         self._forget_passed()

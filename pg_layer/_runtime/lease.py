@@ -73,6 +73,7 @@ class Lease:
     async def renew_on(self, session: Session, token: str | None) -> None:
         """The same on this connection."""
         client, config = self._client, self._client.config
+        assert client.is_owned_here()
         asked_at, asked_at_tick = time.monotonic(), client.clock.ticks()
         client.has_lease = True  # perhaps, from here on
         cursor = client.cursor

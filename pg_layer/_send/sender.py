@@ -116,10 +116,18 @@ class Sender:
         return _outcomes(ops, {index for index, _ in sent.missed}, lambda send: None)
 
     async def _ask(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
+        numbered = self.client.next_number()
+
         async def write(session: Session, *, quiet: bool) -> tuple[None, list[Unannounced]]:
             config = self.client.config
             return None, await write_changes(
-                session, config.prefix, config.group_expiry, changes, own=True, quiet=quiet
+                session,
+                config.prefix,
+                config.group_expiry,
+                changes,
+                own=True,
+                quiet=quiet,
+                numbered=numbered,
             )
 
         # Adding or discarding twice changes nothing.

@@ -91,8 +91,11 @@ async def write_changes(
     *,
     own: bool,
     quiet: bool,
+    numbered: tuple[str, int] | None,
 ) -> list[Unannounced]:
     """Ask the owners of channels for changes of memberships. The last one of a pair counts."""
     last = {(change.group, change.channel): change for change in changes}
-    rows = await group_queries.ask(session, prefix, list(last.values()), expiry, own=own, quiet=quiet)
+    rows = await group_queries.ask(
+        session, prefix, list(last.values()), expiry, own=own, quiet=quiet, numbered=numbered
+    )
     return rows if quiet else []

@@ -7,6 +7,7 @@ and the memberships; the rest is thread-safe.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -67,6 +68,7 @@ class Client:
         self._lock = threading.Lock()
         self._is_closed = False
         self._serial = 0
+        self._numbers = itertools.count(1)  # thread-safe
         self._logged: dict[object, float] = {}
         self._owner_thread: int | None = None
 
@@ -77,6 +79,10 @@ class Client:
         with self._lock:
             self._serial += 1
             return f"{prefix}.{self.id}!{self._serial:x}"
+
+    def next_number(self) -> tuple[str, int]:
+        """Return the client's id and a larger number than before, for a statement that others may judge."""
+        return self.id, next(self._numbers)
 
     def owns(self, channel: str) -> bool:
         """Whether it is a specific channel of this client."""

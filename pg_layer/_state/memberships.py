@@ -12,6 +12,8 @@ from pg_layer._state.snapshot import Moment
 
 Pair = tuple[str, str]  # (group, channel)
 
+MAX_ASKED = 10_000  # changes that others asked for are remembered, the last ones
+
 
 class Member:
     """A channel in a group. ``since``: messages that it sees are not for this member; None: none."""
@@ -34,6 +36,8 @@ class Memberships:
         self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
         self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
         self._opened: dict[str, Moment] = {}  # when the owner itself added the first member of a group
+        # The last change that a client has asked for: its number, and the id of the control message.
+        self._asked: dict[tuple[str, Pair], tuple[int, int]] = {}
         self.last_flush = (0, 0)  # boot and transaction of the last flush that was applied
 
     def __len__(self) -> int:
@@ -128,6 +132,18 @@ class Memberships:
     def forget_opened(self, group: str) -> None:
         """What was sent before that has been read: it must not be read again."""
         self._opened.pop(group, None)
+
+    def is_given_up(self, pair: Pair, asker: str, number: int, id: int) -> bool:
+        """Whether a client has asked for a later change of a membership, or for the same one before.
+
+        Then the statement behind this control message was given up, and the network has delivered it late.
+        """
+        last, last_id = self._asked.pop((asker, pair), (0, 0))
+        is_given_up = number < last or (number == last and id != last_id)
+        self._asked[asker, pair] = (last, last_id) if is_given_up else (number, id)
+        if len(self._asked) > MAX_ASKED:
+            del self._asked[next(iter(self._asked))]
+        return is_given_up
 
     def overrule(self, group: str, channel: str, boot: int, xid: int, added: Moment | None) -> bool:
         """Whether the owner has changed a membership after this transaction asked for a change.

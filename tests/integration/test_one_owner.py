@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
@@ -17,6 +18,8 @@ from django.apps import apps
 from django.db import connections
 
 from pg_layer import PostgresChannelLayer
+from pg_layer._groups.changes import OwnChanges
+from pg_layer.ops import Change
 from tests.integration.test_django import postgres
 from tests.processes import PATIENCE, UNHURRIED, Message, open_layer, receive
 from tests.project.configured import configured
@@ -27,6 +30,7 @@ PAUSES = [0.003 * step for step in range(12)]  # seconds
 LIVE = 200  # messages that are sent while a loop receives
 CAPACITY = 10_000
 THREADS = 4
+NO_SESSION: Any = None
 LARGE = bytes(9000)  # does not fit into a notification
 
 
@@ -161,3 +165,27 @@ def test_loop_that_receives_right_after_a_thread_added_its_channel_gets_all_mess
                 assert found == list(numbers), f"layer {turn}, {round_}: {disorder(found)}"
         finally:
             asyncio.run(layer.close())
+
+
+async def test_state_of_receiving_is_touched_on_the_owner_loop_alone(migrated_dsn: str) -> None:
+    """Where a call enters the state from another thread, an assertion fails."""
+    async with open_layer(migrated_dsn, **UNHURRIED) as layer:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        home = layer._loops.home
+        assert home is not None
+        owner = home.owner
+        assert owner is not None
+        receiver = owner.receiver
+        changes = OwnChanges(layer._loops.client, owner._writer, receiver, owner.lease.wait)
+        entries = [
+            receiver.look_for_marked(),
+            owner.lease.renew_on(NO_SESSION, None),
+            changes.write([Change("room", channel, False, CAPACITY)], PATIENCE),
+        ]
+        for entry in entries:
+            with pytest.raises(AssertionError):
+                await asyncio.to_thread(asyncio.run, entry)
+        for enter in (receiver.pump, lambda: receiver.hear("x", "P x")):
+            with pytest.raises(AssertionError):
+                await asyncio.to_thread(enter)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pg_layer._state import memberships as module
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.memberships import Memberships
 from pg_layer._state.snapshot import Moment, Snapshot
@@ -193,3 +194,26 @@ def test_request_after_the_last_own_change_is_not_overruled(memberships: Members
     assert not memberships.overrule("g", "y", 1, 5, None)
     memberships.grow_old(lambda moment: True)
     assert not memberships.overrule("g", "x", 1, 5, None)
+
+
+def test_is_given_up_an_earlier_number_of_the_same_client_is() -> None:
+    memberships = Memberships()
+    pair = ("room", "specific.1!1")
+    assert not memberships.is_given_up(pair, "client", 5, 100)
+    assert not memberships.is_given_up(pair, "client", 5, 100)  # the same control message once more
+    assert memberships.is_given_up(pair, "client", 5, 101)  # the statement was repeated, and both arrived
+    assert memberships.is_given_up(pair, "client", 4, 102)
+    assert not memberships.is_given_up(pair, "other", 4, 103)
+    assert not memberships.is_given_up(("hall", "specific.1!1"), "client", 4, 104)
+    assert not memberships.is_given_up(pair, "client", 6, 105)
+
+
+def test_is_given_up_remembers_the_last_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ASKED", 2)
+    memberships = Memberships()
+    pairs = [("room", f"specific.1!{n}") for n in range(3)]
+    for pair in pairs:
+        assert not memberships.is_given_up(pair, "client", 5, 100)
+    assert memberships.is_given_up(pairs[2], "client", 4, 101)
+    assert memberships.is_given_up(pairs[1], "client", 4, 102)
+    assert not memberships.is_given_up(pairs[0], "client", 4, 103)

@@ -29,8 +29,8 @@ WRITE = Statement(
     *(TEXT, INT8, TEXTS, TEXTS, FLOAT8S_OR_NULL, TEXTS, TEXTS, TEXTS, TEXTS, INT8S),
 )
 ASK = Statement(
-    lazily("$8") + "f.* FROM pg_layer_ask($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
-    *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL),
+    lazily("$8") + "f.* FROM pg_layer_ask($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) AS f",
+    *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL, TEXT, INT8),
 )
 BEGIN = Statement("BEGIN READ ONLY")
 OPEN_OWN = Statement(
@@ -87,14 +87,28 @@ async def ask(
     *,
     own: bool,
     quiet: bool,
+    numbered: tuple[str, int] | None = None,
 ) -> list[Unannounced]:
     """Ask the owners of channels for changes: group, channel, whether it is added, capacity.
 
-    Normal channels change at once. Returns the control messages, to be announced if they are quiet.
+    Normal channels change at once. ``numbered``: who asks, and a number larger than those of its earlier
+    statements: one that comes after a later one is ignored by the owners. Returns the control messages, to be
+    announced if they are quiet.
     """
     groups, channels, adds, capacities = zip(*changes, strict=True)
     _, ids, addresses, names, kinds, payloads, xid, boot = await one(
-        session, ASK, prefix, groups, channels, adds, expiry, capacities, CLAIM_SECONDS, own, quiet
+        session,
+        ASK,
+        prefix,
+        groups,
+        channels,
+        adds,
+        expiry,
+        capacities,
+        CLAIM_SECONDS,
+        own,
+        quiet,
+        *(numbered or (None, None)),
     )
     return [
         Unannounced(boot, xid, id, address, channel, kind, None, bytes(payload))
