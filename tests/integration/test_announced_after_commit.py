@@ -99,8 +99,8 @@ def number(n: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A server whose commits can be held up."""
-    with PostgresServer(fsync=True) as server:
+    """A server whose commits can be held up, and that prepares transactions."""
+    with PostgresServer(fsync=True, settings={"max_prepared_transactions": 2}) as server:
         yield server
 
 
@@ -465,3 +465,34 @@ async def test_messages_of_a_process_killed_after_its_commit_arrive_within_two_h
         for each in channels:
             await last.send(each, number("last"))
     assert await asyncio.gather(*more) == [number("last")] * 2
+
+
+# ---------------------------------------------------------------------- two-phase commit
+
+
+async def test_messages_of_a_prepared_transaction_are_received_once_when_it_is_committed(
+    database: str,
+) -> None:
+    """Nothing announces them. Two heartbeats bound how long they wait, and the test waits for those."""
+    reader, other = new_layer(database, **{**UNHURRIED, "heartbeat": 0.5}), new_layer(database)
+    with on_django(database) as layer, psycopg.connect(database, autocommit=True) as observer:
+        channel = await member(reader)
+
+        def prepare() -> None:
+            with transaction.atomic():
+                layer.sync.group_send(GROUP, number(1))
+                layer.sync.send(channel, number(2))
+                with connection.cursor() as cursor:
+                    cursor.execute("PREPARE TRANSACTION 'sent'")
+
+        try:
+            await in_thread(prepare)
+            await other.send(channel, number(0))
+            assert await received(reader, channel, 1) == [0]
+            observer.execute("COMMIT PREPARED 'sent'")
+            assert await received(reader, channel, 2) == [1, 2]
+            await other.send(channel, number(3))
+            assert await received(reader, channel, 1) == [3]
+        finally:
+            await reader.close()
+            await other.close()
