@@ -61,7 +61,8 @@ BEGIN
     WITH over AS MATERIALIZED (
         SELECT m.ctid FROM pg_layer_membership AS m
         WHERE m.id <> 0 AND m.address >= _prefix || '!:' AND m.address < _prefix || '!;'
-            -- Whether the next claim in order is about the same membership. Equal columns would allow a walk over the whole address.
+            -- Whether the next claim in order is about the same membership. Asked by equal columns, the planner may walk all claims of the
+            -- address by the other index.
             AND (NOT m.present OR (
                 SELECT (n.group_name, n.address, n.channel) = (m.group_name, m.address, m.channel) FROM pg_layer_membership AS n
                 WHERE (n.group_name, n.address, n.channel, n.id) > (m.group_name, m.address, m.channel, m.id)

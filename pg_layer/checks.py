@@ -73,7 +73,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         if not is_ours(entry) and (misspelt := _misspelt_backend(entry)) is not None:
             found.append(
                 Error(
-                    f"BACKEND names nothing of pg_layer: {misspelt!r}.",
+                    f"BACKEND is no channel layer of pg_layer: {misspelt!r}.",
                     hint="Set it to 'pg_layer.PostgresChannelLayer'.",
                     obj=f"CHANNEL_LAYERS[{alias!r}]",
                     id="pg_layer.E003",
@@ -129,8 +129,8 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
             message = Warning(
                 f"No alias in DATABASES leads to the database of 'dsn' ({without_secrets(config.dsn)}):"
                 f" nothing is known of its tables. The aliases are {', '.join(connections)}.",
-                hint="Add one with the same host, port and name: migrate, check, layer.sync and the admin"
-                " find databases by their aliases.",
+                hint="Add one with the same host, port, name, service and search_path: migrate, check,"
+                " layer.sync and the admin find databases by their aliases.",
                 id="pg_layer.W006",
             )
         if message is not None:

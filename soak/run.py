@@ -28,7 +28,7 @@ CREW: tuple[Role, ...] = (
 )
 PROGRESS = 10.0  # seconds between two lines
 CALM = 2.0  # seconds in which nothing comes any more: a second copy would have
-DRAIN_MOST = 45.0
+DRAIN_MOST = 45.0  # seconds without a message
 
 
 def soak(
@@ -110,13 +110,12 @@ async def _run(
 
 async def _drain(folder: Path, counter: Counter) -> None:
     """Until everything that must come has come, and a little longer for what must not."""
-    deadline = now() + DRAIN_MOST
-    calm_since = now()
+    came_at = calm_since = now()
     counter.look()
-    while now() < deadline:
+    while now() - came_at < DRAIN_MOST:
         await asyncio.sleep(0.2)
         if counter.look():
-            calm_since = now()
+            came_at = calm_since = now()
         elif now() - calm_since >= CALM:
             if not any(tally.lost[UNEXPLAINED] for tally in settle(read_books(folder)).tallies.values()):
                 return

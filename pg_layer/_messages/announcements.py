@@ -29,9 +29,19 @@ class Jobs(NamedTuple):
 
 
 class Ping(NamedTuple):
-    """A ping of the client itself."""
+    """A ping of the client itself. ``token``: whose ping, and which run of its statement."""
 
     token: str
+
+    @property
+    def name(self) -> str:
+        """Whose ping it is, whatever run of its statement."""
+        return self.token.partition("/")[0]
+
+
+def ping_token(name: str, run: int) -> str:
+    """The token of a ping by one run of a statement."""
+    return f"{name}/{run}"
 
 
 Announcement = Messages | ToRead | Jobs | Ping

@@ -250,7 +250,8 @@ class Dispatcher:
         group, channel = str(change["group"]), str(row.channel)
         expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
         boot = client.cursor.boot_of(row)
-        since = Moment(boot, Snapshot(change["snapshot"]))
+        asked = Moment(boot, Snapshot(change["snapshot"]))
+        since = client.memberships.begins((group, channel), asked)
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["claim"])
             return True

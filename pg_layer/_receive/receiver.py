@@ -75,6 +75,7 @@ class Receiver:
         # Not set while a catch-up is about to append rows that were sent before some that a read brings.
         self._appended = asyncio.Event()
         self._is_catch_up_waiting = False  # for dispatch; a `join` that ends the wait has it begin again
+        self._snapshot: Moment | None = None  # of the last catch-up
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
         self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
         self._joining: str | None = None  # the group whose first member is being added
@@ -153,7 +154,7 @@ class Receiver:
             client.foreign(channel)
             return
         if isinstance(announcement, Ping):
-            self._hear_ping(announcement.token)
+            self._hear_ping(announcement)
         elif isinstance(announcement, Jobs):
             name = self._channels_of_jobs.get(channel)
             if name is not None:
@@ -178,10 +179,10 @@ class Receiver:
         finally:
             del self._pings[token]
 
-    def _hear_ping(self, token: str) -> None:
-        if self._client.cursor.heard(token):
+    def _hear_ping(self, ping: Ping) -> None:
+        if self._client.cursor.heard(ping.token):
             self._passed()
-        heard = self._pings.get(token)
+        heard = self._pings.get(ping.name)
         if heard is not None and not heard.done():
             heard.set_result(None)
 
@@ -307,8 +308,8 @@ class Receiver:
         client, cursor = self._client, self._client.cursor
         assert client.is_owned_here()
         await self.raise_fence(session)
-        boot, position = await queries.position(session, cursor.moment.boot if cursor.moment else 0)
-        moment = await queries.begin_snapshot(session, boot)
+        boot, position = await queries.position(session, cursor.known_boot)
+        self._snapshot = moment = await queries.begin_snapshot(session, boot)
         # The addresses are collected when the snapshot has been taken: a message that is sent after a
         # group_add has returned is either not visible in it, or at one of these addresses.
         cursor.position(moment, position)
@@ -409,7 +410,7 @@ class Receiver:
                 rows = await queries.read_keys(session, part)
                 if self._is_behind:
                     return False
-                client.announcements.append(rows, self._joining, client.memberships.opened_groups)
+                client.announcements.append_late(rows, self._joining, client.memberships.opened_groups)
                 self.pump()
             return not self._is_behind
 
@@ -461,7 +462,11 @@ class Receiver:
         client.announcements.dispatched((row,))
         self._joining = None
         cursor = client.cursor
-        if self._is_catch_up_waiting and len(here := client.announcements.between(missed)) < len(missed):
+        if (
+            self._is_catch_up_waiting
+            and self._snapshot is not None
+            and len(here := client.announcements.between(missed, self._snapshot)) < len(missed)
+        ):
             missed, self._is_catch_up_waiting, self._is_catch_up_due = here, False, True
             self._drained.set()  # it begins again with this group, and brings in order what comes behind
         boot = cursor.boot_of(row)
@@ -476,15 +481,7 @@ class Receiver:
             # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
             client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, claim)
-        # Between what follows, so that the messages of one writer stay in order.
-        announcements = client.announcements
-        withdrawn = announcements.withdraw({each.key for each in missed})
-        brought = [
-            each
-            for each in announcements.lacks(address, missed)
-            if cursor.admit_announced(each.key, each.marked, each.expires_at)
-        ]
-        announcements.merge([*withdrawn, *brought])
+        client.announcements.bring(address, missed)
 
     async def _hear_what_was_sent(self) -> bool:
         """Wait until all that was sent before is in the queue. False: a catch-up must bring it.

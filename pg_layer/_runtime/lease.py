@@ -17,6 +17,7 @@ from typing import Any
 from pg_layer._db.queries import lease as queries
 from pg_layer._db.queries import maintenance
 from pg_layer._groups.writer import MembershipWriter
+from pg_layer._messages.announcements import ping_token
 from pg_layer._receive.receiver import Receiver
 from pg_layer._state.client import Client
 from pg_layer.connections import Connections
@@ -50,6 +51,7 @@ class Lease:
         self._spawn = spawn
         self._is_renewed = False  # by this loop
         self._boot = 0  # of the last renewal
+        self._runs = 0
         self._beat_at = -math.inf  # by time.monotonic()
         self._swept_to = 0.0  # messages that expired before are deleted
         self._is_deleting = False
@@ -77,6 +79,11 @@ class Lease:
         asked_at, asked_at_tick = time.monotonic(), client.clock.ticks()
         client.has_lease = True  # perhaps, from here on
         cursor = client.cursor
+        if token is not None:
+            # A run that is repeated has a token of its own: the ping of the first says nothing of what the
+            # second one's snapshot sees.
+            self._runs += 1
+            token = ping_token(token, self._runs)
         renewal = await queries.renew(
             session,
             config.prefix,
@@ -87,7 +94,7 @@ class Lease:
             client.fence,
             client.counted(),
             token,
-            cursor.moment.boot if cursor.moment else 0,
+            cursor.known_boot,
             self._swept_to,
             cursor.marked_low_id(),
             [client.address, *self._receiver.jobs.addresses()],

@@ -5,10 +5,11 @@ See ``docs/protocols.md``, section 2. Pure; used by the owner loop only.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import chain, groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from pg_layer._messages.announcements import Messages, ToRead
 from pg_layer._messages.rows import Key, KeyAt, Row, Span
@@ -105,16 +106,41 @@ class AnnouncementQueue:
         ``opened``: groups that are listened to since a moment ago. Their rows may be older than others that
         are here: see `merge`.
         """
-        admit = self._cursor.admit
-        fresh = [row for row in rows if admit(row.key, row.marked, row.expires_at)]
-        late = [row for row in fresh if row.group and (row.group == joining or row.group in opened)]
-        keys = {row.key for row in late}
-        appended = [row for row in fresh if row.key not in keys] if late else fresh
-        if appended:
-            self._push(Entry(appended))
-        if late:
-            self.merge(late, behind_head=joining is not None)
+        fresh = self._admit(rows)
+        older = [row for row in fresh if row.group and (row.group == joining or row.group in opened)]
+        self._append_but(fresh, older, Entry(), behind_head=joining is not None)
         return len(fresh)
+
+    def append_late(self, rows: Iterable[Row], joining: str | None, opened: Container[str | None]) -> None:
+        """The same for marked rows that were not announced in time.
+
+        What was sent later may be here. So all that the same transactions have sent takes its place with the
+        rows of those groups.
+        """
+        fresh = self._admit(rows)
+        sent = {
+            (row.boot, row.xid)
+            for row in fresh
+            if row.group and (row.group == joining or row.group in opened)
+        }
+        older = [row for row in fresh if (row.boot, row.xid) in sent]
+        entry = Entry()
+        entry.is_late = True
+        self._append_but(fresh, older, entry, behind_head=joining is not None)
+
+    def _admit(self, rows: Iterable[Row]) -> list[Row]:
+        admit = self._cursor.admit
+        return [row for row in rows if admit(row.key, row.marked, row.expires_at)]
+
+    def _append_but(
+        self, rows: Sequence[Row], older: Sequence[Row], entry: Entry, *, behind_head: bool
+    ) -> None:
+        keys = {row.key for row in older}
+        entry.rows.extend(row for row in rows if row.key not in keys)
+        if entry.rows:
+            self._push(entry)
+        if older:
+            self.merge(older, behind_head=behind_head)
 
     def _append_span(self, span: Span) -> None:
         has_passed = self._cursor.has_passed(self._cursor.boot_of(span), span.xid)
@@ -203,37 +229,67 @@ class AnnouncementQueue:
     def awaits(self, moment: Moment) -> bool:
         """Whether rows that this moment sees must still be read."""
         return any(
-            entry.span is not None and moment.sees(entry.span.boot, entry.span.xid) for entry in self._entries
+            entry.span is not None and moment.sees(self._cursor.boot_of(entry.span), entry.span.xid)
+            for entry in self._entries
         )
 
     def lacks(self, address: str, rows: Sequence[Row]) -> list[Row]:
         """Those rows at an address that no entry has, or will bring in their places."""
         held = set(self.keys())
-        spans = [entry.span for entry in self._entries if entry.span is not None and not entry.is_late]
+        spans = self._spans(entry for entry in self._entries if not entry.is_late)
         return [
             row
             for row in rows
-            if row.key not in held and not any(span.covers(address, row.key) for span in spans)
+            if row.key not in held
+            and not any(span.covers(address, row.key) for span in spans.get((row.boot, row.xid), ()))
         ]
+
+    @staticmethod
+    def _spans(entries: Iterable[Entry]) -> dict[tuple[int, int], list[Span]]:
+        """What entries have still to read, by transaction."""
+        found: dict[tuple[int, int], list[Span]] = {}
+        for entry in entries:
+            if entry.span is not None:
+                found.setdefault((entry.span.boot, entry.span.xid), []).append(entry.span)
+        return found
 
     def holds_jobs(self, channel: str) -> bool:
         """Whether jobs of a normal channel are here."""
         return any(row.channel == channel for entry in self._entries for row in entry.rows)
 
-    def between(self, rows: Iterable[Row]) -> list[Row]:
-        """Those that take places between rows that are here, or that no catch-up would bring.
+    def between(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
+        """Those that a catch-up at this moment would put before rows that are here, or would not bring.
 
         Jobs that are here do not count, which are not in the order of ids.
         """
         ids = (row.id for entry in self._entries for row in entry.rows if not row.is_job)
         spans = (entry.span.last for entry in self._entries if entry.span is not None)
         last = max(chain(ids, spans), default=0)
-        return [row for row in rows if row.id <= last or not self._cursor.is_new(row.key, row.marked)]
+        cursor = self._cursor
+        return [
+            row
+            for row in rows
+            if (row.id <= last and moment.sees(cursor.boot_of(row), row.xid))
+            or not cursor.is_new(row.key, row.marked)
+        ]
 
     @property
     def rows(self) -> int:
         """How many rows are here."""
         return self._rows
+
+    def bring(self, address: str, missed: Sequence[Row]) -> None:
+        """Put what the first member of a group has missed between what is here, in the order of each writer.
+
+        What an entry has, or will bring in its place, stays there.
+        """
+        withdrawn = self.withdraw(missed)
+        brought = [
+            row
+            for row in self.lacks(address, missed)
+            if self._cursor.admit_announced(row.key, row.marked, row.expires_at)
+        ]
+        self.merge([*withdrawn, *brought])
 
     def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
         """Put rows between those that are here: an `add` brings them to its member.
@@ -247,7 +303,7 @@ class AnnouncementQueue:
         behind = self._sent_earlier(rows)
         # A row of boot 0 is of the boot of the rows around it.
         ordered = sorted(rows, key=lambda row: row.id)
-        boot = next((row.boot for row in ordered if row.boot), self._cursor.boot)
+        boot = next((row.boot for row in ordered if row.boot), self._cursor.latest_boot)
         rest: deque[tuple[int, int, Row]] = deque()
         following: dict[Key | Entry, list[Row]] = {}
         for row in ordered:
@@ -261,7 +317,8 @@ class AnnouncementQueue:
             while rest and rest[0][:2] < (boot, id):
                 yield rest.popleft()[2]
 
-        boot = 0
+        here = (row.boot for entry in self._entries for row in entry.rows if row.boot)
+        boot = next(here, self._cursor.latest_boot)
         merged: deque[Entry] = deque()
         for entry in self._entries:
             if entry.rows and (rest or following):
@@ -291,30 +348,35 @@ class AnnouncementQueue:
 
         Not what came late, before whose place the rows may belong.
         """
-        found: dict[Key, Key | Entry] = {}
-        sent: dict[tuple[int, int], list[Key]] = {}
-        for row in rows:
-            sent.setdefault((row.boot, row.xid), []).append(row.key)
+        # For each transaction the ids that are here, without those before which a smaller one stands.
+        sent: dict[tuple[int, int], list[tuple[int, Key | Entry]]] = {(row.boot, row.xid): [] for row in rows}
+
+        def add(boot: int, xid: int, id: int, place: Key | Entry) -> None:
+            ids = sent.get((boot, xid))
+            if ids is not None:
+                while ids and ids[-1][0] > id:
+                    ids.pop()
+                ids.append((id, place))
+
         for entry in self._entries:
-            if entry.is_late:
-                continue
-            for row in entry.rows:
-                for key in sent.get((row.boot, row.xid), ()):
-                    if row.id < key.id:
-                        found[key] = row.key
-            if (span := entry.span) is not None:
-                for key in sent.get((span.boot, span.xid), ()):
-                    if span.first < key.id:
-                        found[key] = entry
+            if not entry.is_late:
+                for row in entry.rows:
+                    add(row.boot, row.xid, row.id, row.key)
+                if (span := entry.span) is not None:
+                    add(span.boot, span.xid, span.first, entry)
+        found: dict[Key, Key | Entry] = {}
+        for row in rows:
+            ids = sent[row.boot, row.xid]
+            if index := bisect_left(ids, row.id, key=itemgetter(0)):
+                found[row.key] = ids[index - 1][1]
         return found
 
-    def withdraw(self, keys: Container[Key]) -> list[Row]:
-        """Remove rows that came late, with the others of their transactions, and return them."""
+    def withdraw(self, rows: Iterable[Row]) -> list[Row]:
+        """Remove what came late of the transactions of these rows, and return it."""
         withdrawn: list[Row] = []
-        late = [entry for entry in self._entries if entry.is_late]
-        sent = {(row.boot, row.xid) for entry in late for row in entry.rows if row.key in keys}
-        for entry in late:
-            found = [row for row in entry.rows if (row.boot, row.xid) in sent]
+        sent = {(row.boot, row.xid) for row in rows}
+        for entry in self._entries:
+            found = [row for row in entry.rows if (row.boot, row.xid) in sent] if entry.is_late else None
             if found:
                 entry.rows = deque(row for row in entry.rows if (row.boot, row.xid) not in sent)
                 withdrawn += found
@@ -339,12 +401,12 @@ class AnnouncementQueue:
 
     def missing(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
         """Those that are new, and that no entry of the queue will bring."""
-        spans = [entry.span for entry in self._entries if entry.span is not None]
+        spans = self._spans(self._entries)
         return [
             at
             for at in keys
             if self._cursor.is_new(at.key, at.marked)
-            and not any(span.covers(at.address, at.key) for span in spans)
+            and not any(span.covers(at.address, at.key) for span in spans.get((at.boot, at.xid), ()))
         ]
 
     def end_catch_up(self) -> None:

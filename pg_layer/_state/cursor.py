@@ -84,6 +84,11 @@ class Cursor:
         """
         return row.boot or self.latest_boot
 
+    @property
+    def known_boot(self) -> int:
+        """The latest boot that the client has met, or 0: the database's is not earlier."""
+        return max(self.latest_boot, 0)
+
     def has_passed_boot(self, boot: int) -> bool:
         """Whether ``S`` is of a later boot. What a catch-up did not find then is not there any more."""
         return 0 < boot < self.boot
@@ -131,6 +136,8 @@ class Cursor:
         With a token it becomes ``S`` when the ping with that token is heard. ``is_beat``: about a
         heartbeat has passed since the last beat; the look for marked rows goes by those.
         """
+        if moment.boot < self.latest_boot:
+            return  # of a server that has gone
         self.position(moment, position)
         if is_beat:
             self._renewals = [*self._renewals[-1:], moment]
@@ -180,7 +187,8 @@ class Cursor:
 
     def looked(self, moment: Moment) -> None:
         """All marked rows that this moment sees have been looked for."""
-        self._looked = moment
+        if self._looked is None or moment.is_later(self._looked):
+            self._looked = moment
 
     def is_past(self, moment: Moment) -> bool:
         """Whether no row that this moment sees can be new any more, marked or not."""
@@ -202,6 +210,8 @@ class Cursor:
 
     def position(self, moment: Moment, position: Position) -> None:
         """Take note of a position from before a snapshot was taken."""
+        if moment.boot < self.latest_boot:
+            return  # of a server that has gone
         if self.latest_boot != moment.boot:
             self.latest_boot = moment.boot
             self._positions.clear()

@@ -133,6 +133,14 @@ class Memberships:
         """What was sent before that has been read: it must not be read again."""
         self._opened.pop(group, None)
 
+    def begins(self, pair: Pair, since: Moment) -> Moment:
+        """Where a membership begins that another process has asked for in the moment ``since``.
+
+        Not before the owner's own last change: what that one sees was received, or was not for the channel.
+        """
+        last = self._changed.get(pair, [since])[-1]
+        return last if last.is_later(since) else since
+
     def is_given_up(self, pair: Pair, asker: str, number: int, id: int) -> bool:
         """Whether a client has asked for a later change of a membership, or for the same one before.
 

@@ -107,8 +107,10 @@ def test_a_database_that_cannot_be_used(migrated_dsn: str, using: str, complaint
 def test_a_backend_that_is_misspelt(migrated_dsn: str) -> None:
     settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresLayer"}}}
     message, hint = check(migrated_dsn, settings=settings)
-    assert message == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND names nothing of pg_layer: " + (
-        "'pg_layer.PostgresLayer'."
+    assert (
+        message
+        == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND is no channel layer of pg_layer: "
+        + ("'pg_layer.PostgresLayer'.")
     )
     assert hint == "HINT: Set it to 'pg_layer.PostgresChannelLayer'."
 

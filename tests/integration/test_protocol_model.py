@@ -339,6 +339,28 @@ def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world:
     world.check_end()
 
 
+def test_renewal_that_is_repeated_its_first_ping_proves_nothing(world: World) -> None:
+    """The first run is committed, its answer is lost, and its ping is heard. The second one's snapshot sees a
+    message that was not heard yet.
+    """
+    process, writer = world.processes[0], world.writers[0]
+    world.advance(20.0)
+    (renewal,) = (
+        n for n, call in enumerate(process.calls) if "pg_layer_renew" in call.statement.sql.decode()
+    )
+    process.lose_call(renewal, is_executed=True, is_late=False, comes_later=False)
+    process.listener.hear(1)
+    world.settle()
+    world.advance(1.0)  # it is repeated
+    world.write(writer, [(None, process.channels[0])], [10], None)
+    process.answer_only("pg_layer_renew")
+    world.rest()
+    process.receive()
+    assert process.received[process.channels[0]] == [1]
+    world.finish()
+    world.check_end()
+
+
 def test_catch_up_marked_row_that_s_has_passed_is_received(world: World) -> None:
     """The connection is lost while a marked row waits for its announcement, which then is never heard."""
     process, writer = world.processes[0], world.writers[0]

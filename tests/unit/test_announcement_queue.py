@@ -329,14 +329,52 @@ def test_merge_rows_come_behind_what_their_transaction_has_sent_before(queue: An
     assert dispatch(queue) == [4, 8, 5, 6, 7, 12, 13, 14, 11]
 
 
-def test_withdraw_takes_what_the_same_transaction_has_sent_before(
+def test_merge_many_rows_of_one_transaction_takes_few_steps(queue: AnnouncementQueue) -> None:
+    """It has sent thousands to two groups. Each row compared with each would take minutes."""
+    count = 30_000
+    queue.hear(heard(*(row(2 * n, 101) for n in range(count))))
+    queue.merge([row(2 * n + 1, 101) for n in range(count)])
+    assert dispatch(queue) == list(range(2 * count))
+
+
+def test_merge_rows_of_boot_0_at_the_beginning_are_of_the_latest_boot(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
+    """A transaction after a crash has sent it. What a join brings was sent before."""
+    cursor.position(at(100), Position(1, 100))
+    cursor.position(at(50, boot=2), Position(1, 50))
+    queue.append([row(20, 60, marked=True)._replace(boot=0)])
+    queue.merge([row(30, 120)])
+    assert dispatch(queue) == [30, 20]
+
+
+def test_withdraw_takes_what_came_late_of_the_same_transactions(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
+    """One that was sent to another group, and one that is not here but in the table."""
     cursor.adopt(at(110))
     queue.append([row(9, 120)])
-    queue.hear(heard(row(6, 104, marked=True), row(7, 104, marked=True)))
-    queue.merge(queue.withdraw({Key(1, 104, 7)}))
+    queue.hear(heard(row(6, 104, marked=True)))
+    queue.merge([*queue.withdraw([row(7, 104, marked=True)]), row(7, 104, marked=True)])
     assert dispatch(queue) == [6, 7, 9]
+
+
+def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(queue: AnnouncementQueue) -> None:
+    """A look brings its row for a group that is being joined, and one for another channel."""
+    queue.hear(heard(row(4, 101), row(8, 101)))
+    other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
+    queue.append_late([other, row(7, 104, marked=True)], "g", ())
+    assert dispatch(queue) == [4, 6, 7, 8]
+
+
+def test_append_late_rows_are_not_what_others_come_behind(queue: AnnouncementQueue) -> None:
+    """The look has brought the transaction's earlier row, before the group was being joined."""
+    queue.hear(heard(row(4, 101), row(8, 101)))
+    other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
+    queue.append_late([other], None, ())
+    missed = [row(7, 104, marked=True)]
+    queue.merge([*queue.withdraw(missed), *missed])
+    assert dispatch(queue) == [4, 6, 7, 8]
 
 
 def test_hear_of_a_server_that_has_gone_appends_nothing(cursor: Cursor, queue: AnnouncementQueue) -> None:
@@ -354,7 +392,7 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """A catch-up may have brought messages that were sent later, and cannot have brought these."""
-    keys = {Key(1, 105, 5), Key(1, 104, 6), Key(1, 103, 7), Key(1, 115, 8)}
+    missed = [row(id, xid, marked=True) for id, xid in ((5, 105), (6, 104), (7, 103), (8, 115))]
     queue.hear(heard(row(5, 105, marked=True)))
     cursor.adopt(at(110))
     queue.append([row(9, 120)])
@@ -363,7 +401,7 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
     queue.hear(heard(row(8, 115, marked=True)))
     assert queue.lacks(GROUP, [row(7, 103)]) == [row(7, 103)]
     queue.read(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
-    withdrawn = queue.withdraw(keys)
+    withdrawn = queue.withdraw(missed)
     assert [each.id for each in withdrawn] == [6, 7]
     queue.merge(withdrawn)
     assert queue.rows == 5

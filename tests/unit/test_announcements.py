@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer._messages.announcements import Jobs, Messages, Ping, ToRead, parse
+from pg_layer._messages.announcements import Jobs, Messages, Ping, ToRead, parse, ping_token
 from pg_layer._messages.rows import LAST_ID, Key, KeyAt, Row, Span, row_from_columns
 
 OWN = "p!c"
@@ -49,6 +49,10 @@ def test_parse_rows_to_be_read_of_a_group_and_of_the_own_address() -> None:
 def test_parse_jobs_and_pings() -> None:
     assert parse("J 12", "p", OWN) == Jobs(12)
     assert parse("P abc.1", "p", OWN) == Ping("abc.1")
+    ping = parse(f"P {ping_token('abc.1', 2)}", "p", OWN)
+    assert isinstance(ping, Ping)
+    assert ping.name == "abc.1"
+    assert ping.token != ping_token("abc.1", 1)
 
 
 @pytest.mark.parametrize(

@@ -397,6 +397,22 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(steps: list
     assert set(taken) == set(committed)
 
 
+def test_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
+    """The answer of a server that has gone comes after that of its successor."""
+    cursor.position(at(50, boot=2), Position(4, 50))
+    cursor.position(at(200), Position(90, 200))
+    cursor.renew(at(200), Position(90, 200), "late")
+    assert cursor.latest_boot == cursor.known_boot == 2
+    assert not cursor.heard("late")
+
+
+def test_looked_an_earlier_moment_changes_nothing(cursor: Cursor) -> None:
+    """Two looks overlapped, and the earlier one ended last."""
+    cursor.looked(at(200))
+    cursor.looked(at(150))
+    assert cursor.has_looked_for(1, 199)
+
+
 def test_boot_of_a_row_without_one_is_the_latest(cursor: Cursor) -> None:
     """A promoted standby hands out transaction ids again: an earlier boot's snapshot must not see the row."""
     unknown = Row(5, 90, 0, True, "message", "room", None, None, b"", END)

@@ -208,6 +208,18 @@ def test_is_given_up_an_earlier_number_of_the_same_client_is() -> None:
     assert not memberships.is_given_up(pair, "client", 6, 105)
 
 
+def test_begins_not_before_the_owners_own_last_change() -> None:
+    """An open transaction has asked for an add. Meanwhile the channel was a member, received, and left."""
+    memberships = Memberships()
+    pair = ("room", "x")
+    asked, joined, left, later = at(100), at(120), at(130), at(140)
+    assert memberships.begins(pair, asked) is asked
+    memberships.changed([pair], joined)
+    memberships.changed([pair], left)
+    assert memberships.begins(pair, asked) is left
+    assert memberships.begins(pair, later) is later
+
+
 def test_is_given_up_remembers_the_last_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ASKED", 2)
     memberships = Memberships()

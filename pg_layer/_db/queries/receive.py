@@ -226,7 +226,7 @@ async def new_in_group(
 ) -> list[Row]:
     """Return the first rows of a group that were not visible at a moment, with larger ids.
 
-    ``boot``: the latest boot, of which rows without one count as part.
+    ``boot``: the latest boot that is known; rows of boot 0 count as its own.
     """
     before = (after.boot, after.snapshot.text)
     columns = await session.execute(NEW_IN_GROUP, address, low_id, *before, boot, limit)
