@@ -23,6 +23,13 @@ NO_SCANS = Statement(
     "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false),"
     " set_config('jit', 'off', false)"
 )
+# What a role or a database may set otherwise. Not default_transaction_read_only: it also tells that another
+# server takes over.
+STEADY = Statement(
+    "SELECT set_config('idle_session_timeout', '0', false),"
+    " set_config('default_transaction_isolation', 'read committed', false)"
+)
+UNHURRIED = Statement("SELECT set_config('statement_timeout', '0', false)")
 PROBE = Statement("SELECT pg_layer_address('', '')")
 QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
 # A limit on rows and bytes cuts the result; the first row always comes.
@@ -112,6 +119,16 @@ async def avoid_scans(session: Session) -> None:
     counts as so expensive then that PostgreSQL would compile it at each call.
     """
     await session.execute(NO_SCANS)
+
+
+async def keep_steady(session: Session) -> None:
+    """Have the server keep the session while it is idle, and isolate its transactions no further."""
+    await session.execute(STEADY)
+
+
+async def lift_timeout(session: Session) -> None:
+    """Have the server end no statement because it takes long."""
+    await session.execute(UNHURRIED)
 
 
 async def probe(session: Session) -> None:
