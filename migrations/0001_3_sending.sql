@@ -375,7 +375,9 @@ BEGIN
             FROM unnest(_groups, _payloads, _expiries, _excluded)
                 WITH ORDINALITY AS s (group_name, payload, expiry, excluded, position)
         ), placed AS MATERIALIZED (
-            SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s WHERE _empty IS NULL OR s.group_name <> ALL (_empty)
+            SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s 
+            -- Hashed, unlike a comparison with each element.
+            WHERE _empty IS NULL OR s.group_name NOT IN (SELECT e.name FROM unnest(_empty) AS e (name))
             UNION ALL
             SELECT s.*, j.channel, j.count + row_number() OVER (PARTITION BY j.channel ORDER BY s.position) > j.capacity
             FROM sent AS s

@@ -82,8 +82,7 @@ class MembershipWriter:
 
     async def _write(self, rows: queries.OwnRows, deadline: float) -> Moment:
         """Write rows; again with a higher fence if the outcome is unknown, so that none comes late."""
-        client = self._client
-        fence = client.fence
+        client, fence = self._client, 0
 
         async def work(session: Session) -> Moment:
             nonlocal fence
@@ -93,6 +92,7 @@ class MembershipWriter:
             return await queries.write(session, client.address, fence, rows)
 
         while True:
+            fence = client.fence
             left = deadline - time.monotonic()
             if left <= 0:
                 raise LayerUnavailable("The database could not be reached in time.")

@@ -33,7 +33,7 @@ logger = logging.getLogger("pg_layer")
 # once for each half of its queue.
 PAUSE = 0.05
 ROUNDS = 5
-SLICES = 5  # of a round
+SLICES = 5  # of a round for one member
 
 
 class Dispatcher:
@@ -161,11 +161,12 @@ class Dispatcher:
         slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
             waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
-            # In slices: a process that is not run for a while costs its readers one, and not their turn.
-            for _ in range(SLICES):
-                _, full = await asyncio.wait(waiting, timeout=PAUSE * (len(waiting) + 1) / SLICES)
-                if not full:
-                    break
+            # In slices: a process that is not run for a while costs its readers one, and not their turn. As
+            # many as those that are still full are due: those that receive do not wait for one that hangs.
+            full, slices = set(waiting), 0
+            while full and 2 * slices < SLICES * (len(full) + 1):
+                _, full = await asyncio.wait(full, timeout=2 * PAUSE / SLICES)
+                slices += 1
             unplaced = []
             for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
                 rest = queue.put_if_room(messages, self._loop)
@@ -251,7 +252,7 @@ class Dispatcher:
         expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
         boot = client.cursor.boot_of(row)
         asked = Moment(boot, Snapshot(change["snapshot"]))
-        since = client.memberships.begins((group, channel), asked)
+        since = client.memberships.begins((group, channel), boot, row.xid, asked)
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["claim"])
             return True

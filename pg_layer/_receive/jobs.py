@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pg_layer._db.queries import receive as queries
 from pg_layer._messages.addresses import channel_address, notification_channel
 from pg_layer._messages.rows import LAST_ID, Key, KeyAt, Row
-from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
+from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
@@ -117,7 +117,8 @@ class JobReaders:
     def forget_idle(self) -> None:
         """Stop listening to normal channels that were not read since the last call."""
         for channel, reader in list(self._readers.items()):
-            if reader.is_used or reader.queue.waiting or len(reader.queue) or reader.is_claiming:
+            is_busy = reader.is_claiming or reader.is_releasing
+            if reader.is_used or reader.queue.waiting or len(reader.queue) or is_busy:
                 reader.is_used = False
                 continue
             del self._readers[channel]
@@ -147,15 +148,24 @@ class JobReaders:
         if (
             not (reader.is_claiming or reader.is_releasing)
             and reader.may_have_more
-            and reader.queue.missing > 0
+            and self._missing(reader) > 0
         ):
             reader.is_claiming = True
             self._spawn(self._claim(reader))
 
+    def _missing(self, reader: JobReader) -> int:
+        """How many jobs to claim: none while those that were claimed last wait for dispatch."""
+        is_waiting = self._client.announcements.holds_jobs(reader.queue.channel)
+        return 0 if is_waiting else reader.queue.missing
+
     async def _claim(self, reader: JobReader) -> None:
         queue = reader.queue
         try:
-            while reader.may_have_more and not self._receiver.is_in_doubt and (missing := queue.missing) > 0:
+            while (
+                reader.may_have_more
+                and not self._receiver.is_in_doubt
+                and (missing := self._missing(reader)) > 0
+            ):
                 reader.may_have_more = False
                 if self._loop.time() - reader.claimed_at < QUICK:
                     most = min(queue.capacity // AHEAD_PART, AHEAD_MOST)
@@ -214,13 +224,16 @@ class JobReaders:
         """It is unknown what became of a statement that moves jobs: it must have no effect any more."""
         self._client.fence += 1
         self._client.cursor.missed()
+        self._client.cursor.is_deaf = True  # until the catch-up has ended
         self._receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ releasing
 
     def delivered(self, channel: str) -> None:
-        """Jobs were put into the channel's queue: perhaps nobody waits for them any more."""
-        self._release_later(self._reader(channel))
+        """Jobs were put into the channel's queue: perhaps nobody waits for them any more, or for others."""
+        reader = self._reader(channel)
+        self._release_later(reader)
+        self._claim_soon(reader)
 
     def _release_later(self, reader: JobReader) -> None:
         if reader.release is None and not reader.is_releasing and len(reader.queue):
@@ -232,16 +245,19 @@ class JobReaders:
         if reader.is_claiming or self._client.announcements.holds_jobs(reader.queue.channel):
             self._release_later(reader)
             return
-        messages = reader.queue.pop_idle()
-        if messages:
-            reader.ahead = 0
-            reader.is_releasing = True  # a claim meanwhile would get what comes after them
-            self._spawn(self._release(reader, messages))
-        else:
-            self._release_later(reader)
+        reader.is_releasing = True  # a claim meanwhile would get what comes after them
+        self._spawn(self._release(reader))
 
-    async def _release(self, reader: JobReader, messages: list[QueuedMessage]) -> None:
+    async def _release(self, reader: JobReader) -> None:
         client, channel = self._client, reader.queue.channel
+        # Not before this runs: else they would be nobody's if the loop ended first.
+        messages = reader.queue.pop_idle()
+        if not messages:
+            reader.is_releasing = False
+            self._release_later(reader)
+            self._claim_soon(reader)
+            return
+        reader.ahead = 0
         keys = [message.key for message in messages if message.key is not None]
         client.releasing[channel] = messages
         try:

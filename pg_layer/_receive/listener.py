@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import psycopg
@@ -40,9 +40,11 @@ class Listener:
         on_notify: Callable[[str, str], None],
         on_lost: Callable[[Exception], None],
         client_id: str,
+        spawn: Callable[[Coroutine[Any, Any, Any]], object],
     ) -> None:
         self._config = config
         self._client_id = client_id
+        self._spawn = spawn
         self._prepare = prepare
         self._on_connect = on_connect
         self._on_notify = on_notify
@@ -144,6 +146,9 @@ class Listener:
                     if session.is_closed:
                         self.reconnect()
                     elif self.is_connected:
+                        if not session.is_reusable:
+                            # The caller was cancelled. Nothing is heard behind an answer that nobody fetches.
+                            self._spawn(self._execute(_nothing))
                         self._watch(session)
             return True
 
@@ -190,3 +195,7 @@ class Listener:
     def abandon(self) -> None:
         """Drop the connection, also when the loop will not run again."""
         self._drop()
+
+
+async def _nothing(session: Session) -> None:
+    """No statement: the session is only brought to rest."""

@@ -126,7 +126,9 @@ class Lease:
             self._is_deleting = True
             self._spawn(self._delete_expired())
         self._is_renewed = True
-        if is_first:
+        if is_first or is_beat:
+            # Also at heartbeats: a claim may have passed over a job that another one had locked, and that one
+            # came to nothing.
             self._receiver.jobs.look_again()
 
     def _tell_gap(self) -> None:

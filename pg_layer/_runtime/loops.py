@@ -270,10 +270,7 @@ class Loops:
             return
         self._owner = engine
         if before is not None and not before.stopped.done():
-            if before.is_running:
-                asyncio.run_coroutine_threadsafe(before.stop(), before.loop)
-            elif not before.loop.is_running():
-                before.abandon()
+            _stop(before)
         engine.call(engine.start_receiving, before)
 
     def _borrow_background(self) -> Engine:
@@ -285,11 +282,7 @@ class Loops:
     def _move_here(self) -> Engine:
         old = self._home
         if old is not None:
-            if old.is_running:
-                asyncio.run_coroutine_threadsafe(old.stop(), old.loop)
-            elif not old.loop.is_running():
-                old.abandon()
-            # Else it is about to end by itself.
+            _stop(old)
         # A bad configuration is reported here, and not tried again for ever.
         self._config.connect_kwargs("pool")
         self._home = Engine(self.client, self.announcer)
@@ -398,3 +391,16 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _stop(engine: Engine) -> None:
+    """Have an engine stop. Its loop may be about to end by itself."""
+    if engine.is_running:
+        stopping = engine.stop()
+        try:
+            asyncio.run_coroutine_threadsafe(stopping, engine.loop)
+            return
+        except RuntimeError:  # the loop was closed just now
+            stopping.close()
+    if not engine.loop.is_running():
+        engine.abandon()

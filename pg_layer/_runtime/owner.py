@@ -70,7 +70,7 @@ class Owner:
         self.polls_because: str | None = None  # although it was not asked to
         config = client.config
         self._listener = (
-            Listener(config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id)
+            Listener(config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id, spawn)
             if config.poll_interval is None
             else None
         )

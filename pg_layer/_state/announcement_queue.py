@@ -6,7 +6,7 @@ See ``docs/protocols.md``, section 2. Pure; used by the owner loop only.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import attrgetter, itemgetter
@@ -48,6 +48,8 @@ class AnnouncementQueue:
         self._entries: deque[Entry] = deque()
         self._rows = 0
         self._bytes = 0
+        self._unread = 0  # entries of which something must be read
+        self._jobs: Counter[str] = Counter()  # by channel
         self._kept_aside: list[Messages | ToRead] | None = None  # heard during a catch-up
         self.is_incomplete = True  # nothing more is appended until a catch-up has begun
         self.is_over_limit = False  # that is so because too much was heard: a catch-up is due
@@ -148,10 +150,12 @@ class AnnouncementQueue:
             entry = Entry(span=span)
             entry.is_late = has_passed
             self._entries.append(entry)
+            self._unread += 1
             self._rows += 1
 
     def _push(self, entry: Entry) -> None:
         self._entries.append(entry)
+        self._jobs.update(row.channel for row in entry.rows if row.is_job and row.channel)
         self._rows += len(entry.rows)
         self._bytes += _size(entry.rows)
 
@@ -159,7 +163,9 @@ class AnnouncementQueue:
 
     def to_read(self, most: int) -> list[Entry]:
         """The first entries whose rows must be read."""
-        found = []
+        found: list[Entry] = []
+        if not self._unread:
+            return found
         for entry in self._entries:
             if not entry.is_complete:
                 found.append(entry)
@@ -183,6 +189,7 @@ class AnnouncementQueue:
         self._bytes += _size(fresh)
         if is_all:
             entry.is_complete, entry.span = True, None
+            self._unread -= 1
             self._rows -= 1
         elif rows:
             entry.span = span._replace(first=max(rows[-1].id + 1, span.first))
@@ -219,6 +226,9 @@ class AnnouncementQueue:
 
     def dispatched(self, rows: Sequence[Row]) -> None:
         """These rows of the head have left the queue."""
+        if self._jobs:
+            self._jobs.subtract(row.channel for row in rows if row.is_job and row.channel)
+            self._jobs = +self._jobs
         self._rows -= len(rows)
         self._bytes -= _size(rows)
 
@@ -255,7 +265,7 @@ class AnnouncementQueue:
 
     def holds_jobs(self, channel: str) -> bool:
         """Whether jobs of a normal channel are here."""
-        return any(row.channel == channel for entry in self._entries for row in entry.rows)
+        return channel in self._jobs
 
     def between(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
         """Those that a catch-up at this moment would put before rows that are here, or would not bring.

@@ -133,13 +133,16 @@ class Memberships:
         """What was sent before that has been read: it must not be read again."""
         self._opened.pop(group, None)
 
-    def begins(self, pair: Pair, since: Moment) -> Moment:
-        """Where a membership begins that another process has asked for in the moment ``since``.
+    def begins(self, pair: Pair, boot: int, xid: int, asked: Moment) -> Moment:
+        """Where a membership begins that this transaction has asked for, in the moment ``asked``.
 
-        Not before the owner's own last change: what that one sees was received, or was not for the channel.
+        Not before the last change by the owner itself that came before the transaction ended: what that one
+        sees was received, or was not for the channel. One that came later is judged by `overrule`.
         """
-        last = self._changed.get(pair, [since])[-1]
-        return last if last.is_later(since) else since
+        moments = self._changed.get(pair, ())
+        if not moments or any(moment.sees(boot, xid) for moment in moments):
+            return asked
+        return moments[-1] if moments[-1].is_later(asked) else asked
 
     def is_given_up(self, pair: Pair, asker: str, number: int, id: int) -> bool:
         """Whether a client has asked for a later change of a membership, or for the same one before.

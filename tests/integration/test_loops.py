@@ -414,7 +414,7 @@ def test_a_loop_that_was_the_owner_and_runs_again(
     name = "pg_layer_test_loops"
     loops = [new_loop(), new_loop()]
     dsn = make_conninfo(migrated_dsn, application_name=name)
-    with connected_layer(dsn, heartbeat=0.2) as layer, connected_layer(migrated_dsn) as other:
+    with connected_layer(dsn, heartbeat=1) as layer, connected_layer(migrated_dsn) as other:
         channel = loops[0].run_until_complete(layer.new_channel())
         loops[0].run_until_complete(layer.group_add("room", channel))
         for turn in range(6):
@@ -425,7 +425,7 @@ def test_a_loop_that_was_the_owner_and_runs_again(
                 await layer.send(channel, number(first + 1))
                 await layer.send("jobs", number(first + 3))
                 numbers = await received(layer, channel, 3) + await received(layer, "jobs", 1)
-                await asyncio.sleep(0.3)  # a heartbeat, also of what this loop had before
+                await asyncio.sleep(1.1)  # a heartbeat, also of what this loop had before
                 return numbers
 
             waiting = loops[turn % 2].create_task(talk())

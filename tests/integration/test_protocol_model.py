@@ -24,16 +24,19 @@ from hypothesis.stateful import (
 )
 
 from devtools.postgres import PostgresServer
+from pg_layer._db.queries import receive as queries
 from pg_layer._receive import listener
 from tests.integration.protocol_world import (
     GROUPS,
     JOBS,
     Database,
+    Immediate,
     ManualConnection,
     Transaction,
     World,
     Writer,
     listening_session,
+    run_now,
 )
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
@@ -339,6 +342,17 @@ def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world:
     world.check_end()
 
 
+def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked_for(world: World) -> None:
+    """The owner hears of it later than it has added the channel itself. A message was sent in between."""
+    process, writer = world.processes[0], world.writers[0]
+    world.ask(writer, process, "a", 1, True, None)
+    world.write(writer, [("a", None)], [10], None)
+    world.change(process, [("a", 1, True)])
+    world.finish()
+    world.check_end()
+    assert process.received[process.channels[1]] == [1]
+
+
 def test_renewal_that_is_repeated_its_first_ping_proves_nothing(world: World) -> None:
     """The first run is committed, its answer is lost, and its ping is heard. The second one's snapshot sees a
     message that was not heard yet.
@@ -431,6 +445,116 @@ def test_restart_announced_row_that_is_not_read_yet_is_not_deleted(world: World)
     world.crash(is_undone=False)
     world.advance(0.2)  # the listener connects again before the read is repeated
     world.rest()
+    world.finish()
+    world.check_end()
+
+
+def test_claims_reader_that_waits_for_dispatch_leaves_jobs_to_others(world: World) -> None:
+    """Dispatch waits for a row to be read. What was claimed is not in the channel's queue yet: the reader
+    still waits, and its next claim would take more than it needs.
+    """
+    process, other = world.processes
+    writer = world.writers[0]
+    process.want_job()
+    world.rest()
+    world.write(writer, [(None, process.channels[0])], [6_000], None)
+    process.listener.hear(1)  # the row must be read, and there is no answer
+    world.settle()
+    world.write(writer, [(None, JOBS)] * 40, [10] * 40, None)
+    process.listener.hear(10)
+    world.settle()
+    for _ in range(20):
+        if any("pg_layer_claim" in call.statement.sql.decode() for call in process.calls):
+            process.answer_only("pg_layer_claim")
+    assert process.queue.holds_jobs(JOBS)
+    other.want_job()
+    world.settle()
+    while other.calls:
+        other.answer(1)
+    assert len(other.received[JOBS]) == 1
+    world.finish()
+    world.check_end()
+
+
+def test_claim_passing_over_a_locked_job_gets_it_at_the_next_heartbeat(world: World) -> None:
+    """Another process had claimed the job, and its claim is rolled back: nothing announces the job again."""
+    process, other = world.processes
+    writer = world.writers[0]
+    process.want_job()
+    world.rest()
+    world.write(writer, [(None, JOBS)], [10], None)
+    world.begin(writer, is_quiet=True)
+    (transaction,) = world.transactions
+    claim = queries.claim(
+        Immediate(transaction.wire), world.prefix, JOBS, other.client.address, other.client.fence, 0, 1
+    )
+    assert len(run_now(claim)) == 1
+    world.rest()
+    world.roll_back(transaction)
+    world.rest()
+    assert process.received[JOBS] == []
+    world.advance(20.0)
+    world.rest()
+    assert process.received[JOBS] == [1]
+    world.finish()
+    world.check_end()
+
+
+def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_raise_s(world: World) -> None:
+    """The claim's connection is lost and a renewal's ping is heard in one turn of the loop, before the
+    catch-up begins. The renewal's snapshot sees the claimed job, which only the catch-up brings.
+    """
+    process, writer = world.processes[0], world.writers[0]
+    process.want_job()
+    world.rest()
+    world.write(writer, [(None, JOBS)], [10], None)
+    process.listener.hear(10)
+    world.settle()
+    (claim,) = (call for call in process.calls if "pg_layer_claim" in call.statement.sql.decode())
+    claim.execute()
+    world.advance(20.0)
+    (renewal,) = (call for call in process.calls if "pg_layer_renew" in call.statement.sql.decode())
+    renewal.execute()
+    claim.fail(is_late=True)
+    renewal.finish()
+    world.loop.call_soon(process.listener.hear, 10)  # behind the next step of both tasks
+    world.settle()
+    world.rest()
+    assert process.received[JOBS] == [1]
+    world.finish()
+    world.check_end()
+
+
+def test_release_whose_outcome_is_unknown_idle_reader_is_kept(world: World) -> None:
+    """Heartbeats pass before the process learns which jobs were released. Another reader of the channel would
+    claim jobs meanwhile, and its release would take the place of the first one.
+    """
+    process, writer = world.processes[0], world.writers[0]
+
+    def answer_all() -> None:
+        """Nobody waits any more for what is claimed, and it is released a moment later."""
+        while process.calls:
+            if "pg_layer_claim" in process.calls[0].statement.sql.decode():
+                process.desert()
+            process.answer(1)
+        world.advance(0.06)
+
+    process.want_job()
+    world.rest()
+    world.write(writer, [(None, JOBS)], [10], None)
+    process.listener.hear(10)
+    world.settle()
+    answer_all()
+    process.lose_call(0, is_executed=False, is_late=True, comes_later=False)
+    world.settle()
+    assert process.client.releasing
+    for _ in range(2):
+        process.owner.receiver.jobs.forget_idle()
+    world.write(writer, [(None, JOBS)], [10], None)
+    process.want_job()
+    world.settle()
+    answer_all()
+    answer_all()
     world.finish()
     world.check_end()
 

@@ -213,11 +213,12 @@ def test_begins_not_before_the_owners_own_last_change() -> None:
     memberships = Memberships()
     pair = ("room", "x")
     asked, joined, left, later = at(100), at(120), at(130), at(140)
-    assert memberships.begins(pair, asked) is asked
+    assert memberships.begins(pair, 1, 150, asked) is asked
     memberships.changed([pair], joined)
     memberships.changed([pair], left)
-    assert memberships.begins(pair, asked) is left
-    assert memberships.begins(pair, later) is later
+    assert memberships.begins(pair, 1, 150, asked) is left
+    assert memberships.begins(pair, 1, 150, later) is later
+    assert memberships.begins(pair, 1, 125, asked) is asked  # the owner has left after that
 
 
 def test_is_given_up_remembers_the_last_changes(monkeypatch: pytest.MonkeyPatch) -> None:

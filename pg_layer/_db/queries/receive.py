@@ -97,8 +97,9 @@ DELETE_RECEIVED = Statement(
     *(TEXT, TEXT, INT8S, INT8, INT4),
 )
 CLAIM = Statement("SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4)
+# Durable: what a crash has undone would count as received.
 RELEASE = Statement(
-    LAZY + "pg_layer_release($1, $2, $3, $4, $5, $6, $7)", TEXT, TEXT, INT8, INT8S, INT8S, INT8S, BOOL
+    "SELECT pg_layer_release($1, $2, $3, $4, $5, $6, $7)", TEXT, TEXT, INT8, INT8S, INT8S, INT8S, BOOL
 )
 RAISE_FENCE = Statement(LAZY + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
 
