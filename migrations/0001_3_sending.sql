@@ -375,7 +375,7 @@ BEGIN
             FROM unnest(_groups, _payloads, _expiries, _excluded)
                 WITH ORDINALITY AS s (group_name, payload, expiry, excluded, position)
         ), placed AS MATERIALIZED (
-            SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s 
+            SELECT s.*, NULL::text AS channel, false AS is_full FROM sent AS s
             -- Hashed, unlike a comparison with each element.
             WHERE _empty IS NULL OR s.group_name NOT IN (SELECT e.name FROM unnest(_empty) AS e (name))
             UNION ALL

@@ -129,6 +129,10 @@ DECLARE
 BEGIN
     IF _fence IS NOT NULL THEN
         PERFORM pg_layer_check_fence(_address, _fence);
+        -- Durably: what a crash has undone would count as received by a client that goes on.
+        IF current_setting('synchronous_commit') = 'off' THEN
+            PERFORM set_config('synchronous_commit', 'on', true);
+        END IF;
     END IF;
     FOR _released IN
         WITH moved AS (

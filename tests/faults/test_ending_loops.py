@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any
+
+import psycopg
 
 from pg_layer import PostgresChannelLayer
+from pg_layer.exceptions import LayerUnavailable
+from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
-from tests.processes import PATIENCE, UNHURRIED, until
+from tests.processes import PATIENCE, UNHURRIED, listen, new_layer, receive, until
 
 CALLS = 8  # more than the connections that are open before
 
@@ -45,3 +52,98 @@ def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(m
         assert not thread.is_alive()
         proxy.let_go(revive=False)
         asyncio.run(layer.close())
+
+
+def test_close_while_a_membership_is_being_written_leaves_the_loop_running(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """The write was given up, and is tried again where the pool is closed, which refuses at once.
+
+    If it went on trying until ``send_timeout``, nothing else would run on the loop meanwhile.
+    """
+    ended: list[object] = []
+
+    def is_blocked() -> bool:
+        [(count,)] = observer.execute(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ).fetchall()
+        return bool(count)
+
+    async def main() -> None:
+        layer = new_layer(migrated_dsn, send_timeout=10 * PATIENCE)
+        channel = await layer.new_channel()
+        await listen(layer)
+        async with await psycopg.AsyncConnection.connect(migrated_dsn) as connection:
+            await connection.execute("LOCK TABLE pg_layer_membership IN ACCESS EXCLUSIVE MODE")
+            adding = asyncio.create_task(layer.group_add("room", channel))
+            await until(is_blocked)
+            await layer.close()
+            ended.extend(await asyncio.gather(adding, return_exceptions=True))
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    [error] = ended
+    assert isinstance(error, LayerUnavailable)
+
+
+class EndingLoop(asyncio.SelectorEventLoop):
+    """A loop that is closed just when another thread wants to call something on it.
+
+    ``is_ending``: the next of those calls comes too late.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ending = False
+        self.is_held = threading.Event()
+        self.may_end = threading.Event()
+        self.has_ended = threading.Event()
+
+    def call_soon_threadsafe(  # type: ignore[override]  # before Python 3.11 it cannot be said
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        if self.is_ending:
+            self.is_ending = False
+            self.may_end.set()
+            assert self.has_ended.wait(PATIENCE)
+        return super().call_soon_threadsafe(callback, *args, context=context)
+
+    def serve(self, main: Callable[[], Any]) -> None:
+        """Run ``main``, keep the loop from running anything else until it may end, and close it."""
+        self.run_until_complete(main())
+        self.call_soon(self._hold)
+        self.run_until_complete(_cancel_others())
+        self.close()
+        self.has_ended.set()
+
+    def _hold(self) -> None:
+        self.is_held.set()
+        self.may_end.wait()
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_takeover_from_a_loop_that_closes_just_then_receives(make_layer: MakeLayer) -> None:
+    """That loop only sends. Its engine runs when it is looked at, and not when it is asked to stop."""
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    loop = EndingLoop()
+    thread = threading.Thread(
+        target=loop.serve, args=(lambda: layer.send(channel, {"number": 1}),), daemon=True
+    )
+    thread.start()
+    await until(loop.is_held.is_set)
+    loop.is_ending = True
+    receiving = asyncio.create_task(receive(layer, channel))
+    await until(loop.has_ended.is_set)
+    await sender.send(channel, {"number": 2})
+    assert [(await receiving)["number"], (await receive(layer, channel))["number"]] == [1, 2]
+    thread.join()

@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
@@ -180,6 +181,64 @@ async def test_release_that_the_server_refuses_is_tried_again(
     await until(lambda: layer._loops.client.fence >= 2)
     await work_until_all_is_done(layer, other, done=done)
     assert sorted(done) == list(range(JOBS))
+
+
+def test_release_that_its_loop_ends_before_its_first_step_loses_no_job(
+    migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop ends in the turn in which a release is due: its task is cancelled before it has run."""
+    monkeypatch.setattr("pg_layer._receive.jobs.RELEASE_DELAY", 3600.0)  # due when the test says so
+    layer = new_layer(migrated_dsn, capacity=1000)
+    done: list[int] = []
+
+    async def begin() -> None:
+        await listen(layer)
+        done.extend(await work(layer, 4))
+        engine = layer._loops._home
+        assert engine is not None
+        assert engine.owner is not None
+        jobs, client = engine.owner.receiver.jobs, layer._loops.client
+        reader = jobs._reader("jobs")
+        await until(lambda: not reader.is_claiming and not client.announcements.holds_jobs("jobs"))
+        assert len(reader.queue)
+        # It runs in the turn in which the end of this function stops the loop.
+        asyncio.get_running_loop().call_soon(jobs._release_now, reader)
+
+    async def go_on() -> None:
+        await work_until_all_is_done(layer, done=done)
+        await layer.close()
+
+    asyncio.run(send_jobs(migrated_dsn))
+    asyncio.run(begin())
+    asyncio.run(go_on())
+    assert sorted(done) == list(range(JOBS))
+    assert done[:4] == list(range(4))
+
+
+async def test_release_before_a_crash_of_the_server_is_not_undone(
+    server: PostgresServer, database: str
+) -> None:
+    """The process counts released jobs as gone: it would delete them where a crash puts them back."""
+    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")  # what is not flushed by then is undone
+    server.restart("fast")
+    async with open_layer(database, capacity=1000) as layer:
+        await listen(layer)
+        await send_jobs(database)
+        done = await work(layer, 4)
+        with psycopg.connect(database, autocommit=True) as observer:
+
+            def are_released() -> bool:
+                row = observer.execute(
+                    "SELECT count(*) FROM pg_layer_message WHERE address = 'asgi!:jobs'"
+                ).fetchone()
+                return row == (JOBS - 4,)
+
+            await until(lambda: not len(layer._loops.client.queue("jobs")))
+            await until(are_released)
+        await asyncio.to_thread(server.stop, "immediate")
+        await asyncio.to_thread(server.start)
+        await work_until_all_is_done(layer, done=done)
+    assert done == list(range(JOBS))
 
 
 # ---------------------------------------------------------------------- claims

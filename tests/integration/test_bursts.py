@@ -218,6 +218,29 @@ async def test_group_burst_member_that_never_reads_costs_its_neighbours_no_messa
     assert await read_directly(layer, idle) == list(range(CAPACITY))
 
 
+async def test_group_burst_member_that_hangs_costs_many_neighbours_no_more_than_its_own_turn(
+    make_layer: MakeLayer,
+) -> None:
+    """All channels are full at once. If each of the members lengthened the turn of the one that hangs,
+    the others would wait for the rest of the burst beyond all patience.
+    """
+    capacity, count, neighbours = 10, 15, 1500
+    layer, sender = make_layer(capacity=capacity), make_layer()
+    await listen(layer)
+    idle, *channels = [await layer.new_channel() for _ in range(1 + neighbours)]
+    await asyncio.gather(*(layer.group_add("room", channel) for channel in (idle, *channels)))
+
+    async def read(channel: str) -> list[int]:
+        return [(await receive(layer, channel))["number"] for _ in range(count)]
+
+    await sender.send(idle, {"number": -1})
+    assert (await receive(layer, idle))["number"] == -1  # so far it has kept up
+    reading = asyncio.gather(*map(read, channels))
+    await sender.group_send_many(("room", {"number": number}) for number in range(count))
+    assert await reading == [list(range(count))] * neighbours
+    assert [(await receive(layer, idle))["number"] for _ in range(capacity)] == list(range(capacity))
+
+
 async def hold(link: Link, dsn: str) -> tuple[int, int, int]:
     """One member reads, another does not.
 

@@ -1,4 +1,4 @@
-"""A process stops listening to a normal channel, or leaves a group, and at once begins again."""
+"""A process stops listening to a channel, leaves a group, or gives up a LISTEN, and hears what follows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pg_layer._receive.jobs import JobReaders
 from pg_layer._receive.receiver import Receiver
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, receive, until
+
+STEPS = 100  # of the loop, in which a LISTEN begins
 
 
 def receiver_of(layer: PostgresChannelLayer) -> Receiver:
@@ -73,3 +75,29 @@ async def test_group_add_right_after_the_last_member_was_discarded_hears_message
         await sender.group_send("room", {"number": number})
         assert (await receive(layer, channel))["number"] == number
         await layer.group_discard("room", channel)
+
+
+async def test_group_add_cancelled_during_its_listen_leaves_the_process_hearing(
+    make_layer: MakeLayer,
+) -> None:
+    """The answer to the LISTEN is fetched by nobody. No heartbeat comes, and no further LISTEN."""
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    await layer.group_add("room", channel)
+    listener = receiver_of(layer)._listener
+    assert listener is not None
+    for number in range(20):
+        session = listener._session
+        assert session is not None
+        adding = asyncio.create_task(layer.group_add(f"other-{number}", channel))
+        for _ in range(STEPS):
+            await asyncio.sleep(0)
+            if not session.is_reusable:
+                break
+        else:
+            pytest.fail("The LISTEN did not begin.")
+        adding.cancel()
+        await asyncio.wait([adding])
+        await sender.group_send("room", {"number": number})
+        assert (await receive(layer, channel))["number"] == number

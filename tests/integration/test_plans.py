@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import PostgresChannelLayer
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from tests.conftest import MakeLayer, Observer
-from tests.processes import listen, receive, until
+from tests.processes import PATIENCE, listen, receive, until
 
 TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client")
 MANY = 20_000  # rows that a statement must not walk
@@ -363,6 +363,31 @@ def test_the_groups_of_a_prefix_share_1024_notification_channels(observer: Obser
         " FROM generate_series(1, 20000) AS n"
     ).fetchall()
     assert buckets == 1024
+
+
+def test_messages_to_very_many_empty_groups_are_skipped_in_few_steps(observer: Observer) -> None:
+    """Each group compared with each would take minutes. With steady leases they are skipped."""
+    observer.execute("SELECT pg_layer_current_boot()")
+    observer.execute(
+        """
+        INSERT INTO pg_layer_lease_clock (prefix, boot, lease, renewed_at, steady_since)
+        SELECT 'asgi', boot, 3600, clock_timestamp(), clock_timestamp() - interval '1 day' FROM pg_layer_boot
+        """
+    )
+    observer.execute(f"SET statement_timeout = '{PATIENCE}s'")
+    [(ids,)] = observer.execute(
+        """
+        SELECT sent.ids
+        FROM (
+            SELECT array_agg('room-' || n), array_agg('x'::bytea),
+                array_agg(60::float8), array_agg(NULL::text)
+            FROM generate_series(1, 200000) AS n
+        ) AS s (groups, payloads, expiries, excluded),
+            pg_layer_group_send_batch('asgi', groups, payloads, expiries, excluded, true, false) AS sent
+        """
+    ).fetchall()
+    assert ids is None
+    assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
 def test_functions_that_avoid_scans_are_not_compiled(observer: Observer) -> None:

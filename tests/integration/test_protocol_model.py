@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 import psycopg
 import pytest
@@ -26,6 +27,7 @@ from hypothesis.stateful import (
 from devtools.postgres import PostgresServer
 from pg_layer._db.queries import receive as queries
 from pg_layer._receive import listener
+from pg_layer.session import Session
 from tests.integration.protocol_world import (
     GROUPS,
     JOBS,
@@ -485,9 +487,9 @@ def test_claim_passing_over_a_locked_job_gets_it_at_the_next_heartbeat(world: Wo
     world.write(writer, [(None, JOBS)], [10], None)
     world.begin(writer, is_quiet=True)
     (transaction,) = world.transactions
-    claim = queries.claim(
-        Immediate(transaction.wire), world.prefix, JOBS, other.client.address, other.client.fence, 0, 1
-    )
+    client = other.client
+    session = cast(Session, Immediate(transaction.wire))
+    claim = queries.claim(session, world.prefix, JOBS, client.address, client.fence, 0, 1)
     assert len(run_now(claim)) == 1
     world.rest()
     world.roll_back(transaction)

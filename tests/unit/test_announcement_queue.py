@@ -23,6 +23,11 @@ def row(id: int, xid: int = 100, *, marked: bool = False, payload: bytes = b"{}"
     return Row(id, xid, 1, marked, "message", "g", None, None, payload, END)
 
 
+def job(id: int, channel: str, xid: int = 120) -> Row:
+    """A job that was claimed from a normal channel."""
+    return row(id, xid)._replace(group=None, channel=channel)
+
+
 def heard(*rows: Row) -> Messages:
     return Messages(list(rows))
 
@@ -168,6 +173,64 @@ def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue
     (entry,) = queue.to_read(10)
     queue.read(entry, [row(5, marked=True), row(6, marked=True)], is_all=True)
     assert dispatch(queue) == [6, 5]
+
+
+def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(queue: AnnouncementQueue) -> None:
+    """Both are asked all the time. To look at each entry each time would take minutes."""
+    count = announcement_queue.MAX_ROWS
+    for n in range(count):
+        queue.hear(heard(row(n, 101 + n)))
+        for _ in range(5):
+            assert queue.to_read(1) == []
+            assert not queue.holds_jobs("jobs")
+    assert queue.rows == count
+
+
+def test_to_read_entries_that_are_read_in_any_order_leave_the_others(queue: AnnouncementQueue) -> None:
+    for xid in (101, 102, 103):
+        queue.hear(to_read(2 * xid, 2 * xid + 1, xid))
+    first, second, third = queue.to_read(10)
+    queue.read(second, [row(204, 102)], is_all=False)
+    queue.merge([row(1, 100)])
+    assert queue.to_read(10) == [first, second, third]
+    queue.read(second, [row(205, 102)], is_all=True)
+    queue.read(second, [row(205, 102)], is_all=True)  # of a read that was repeated
+    assert queue.to_read(10) == [first, third]
+    queue.read(first, [], is_all=True)
+    assert queue.to_read(10) == [third]
+    queue.hear(to_read(300, 301, 104))
+    queue.read(third, [row(206, 103), row(207, 103)], is_all=True)
+    (fourth,) = queue.to_read(10)
+    queue.read(fourth, [row(300, 104), row(301, 104)], is_all=True)
+    assert queue.to_read(10) == []
+    assert dispatch(queue) == [1, 204, 205, 206, 207, 300, 301]
+    assert queue.rows == 0
+
+
+def test_holds_jobs_until_the_last_of_the_channel_is_dispatched(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
+    """Other rows come and go between: those of groups, of other channels, and those that are withdrawn."""
+    cursor.adopt(at(110))
+    queue.append([job(5, "jobs"), job(6, "jobs", 121), job(7, "mail", 122)])
+    queue.hear(heard(row(9, 104, marked=True)))
+    queue.append([job(8, "jobs"), row(10, 120)._replace(group=None, channel="specific.1!1")])
+    missed = [row(11, 104, marked=True)]
+    queue.merge([*queue.withdraw(missed), *missed])
+    held = []
+    while queue.head() is not None:
+        (first, *_) = queue.pop_run()
+        held.append((first.id, queue.holds_jobs("jobs"), queue.holds_jobs("mail")))
+    assert held == [
+        (5, True, True),
+        (6, True, True),
+        (7, True, False),
+        (8, False, False),
+        (9, False, False),
+        (10, False, False),
+        (11, False, False),
+    ]
+    assert not queue.holds_jobs("specific.1!1")
 
 
 # --- Catching up

@@ -97,7 +97,6 @@ DELETE_RECEIVED = Statement(
     *(TEXT, TEXT, INT8S, INT8, INT4),
 )
 CLAIM = Statement("SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4)
-# Durable: what a crash has undone would count as received.
 RELEASE = Statement(
     "SELECT pg_layer_release($1, $2, $3, $4, $5, $6, $7)", TEXT, TEXT, INT8, INT8S, INT8S, INT8S, BOOL
 )
