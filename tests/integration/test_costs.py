@@ -662,12 +662,16 @@ async def test_what_a_crash_brings_back_is_deleted_in_parts(
 # ---------------------------------------------------------------------- statements
 
 
-async def test_an_idle_process_runs_one_statement_for_each_heartbeat(
+async def test_an_idle_process_runs_one_statement_for_each_heartbeat_and_one_for_a_normal_channel(
     logging_server: PostgresServer, make_layer: MakeLayer
 ) -> None:
     """Consumers are in groups, and a worker waits. Nothing is sent."""
     heartbeat, beats = 0.4, 5
     log = Log(logging_server)
+
+    def statements(name: str) -> list[str]:
+        return [statement for statement in log.statements("idle") if name in statement]
+
     layer = make_layer(
         dsn=logging_server.dsn("logged", application_name="idle"), lease=3, heartbeat=heartbeat
     )
@@ -682,6 +686,9 @@ async def test_an_idle_process_runs_one_statement_for_each_heartbeat(
         )
         log.forget()
         begun_at = time.monotonic()
-        await until(lambda: len(log.statements("idle")) >= beats)
+        await until(lambda: len(statements("pg_layer_renew")) >= beats)
         # The first may come at once; between any two there is a heartbeat.
         assert time.monotonic() - begun_at > 0.9 * heartbeat * (beats - 1)
+        renewals, claims = statements("pg_layer_renew"), statements("pg_layer_claim")
+        assert len(renewals) + len(claims) == len(log.statements("idle"))
+        assert len(claims) <= len(renewals) + 1
