@@ -100,7 +100,10 @@ class Proxy:
 
     async def _stop(self) -> None:
         self._server.close()
-        await self._cut()
+        # Another connection may just be accepted: it has a path, too, when that task has ended.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await self._cut()
+            await asyncio.wait(others)
         await self._server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
