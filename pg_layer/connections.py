@@ -119,8 +119,7 @@ class Connections:
         # Through a pooler the next statement may meet another server process, which has not prepared it.
         try:
             if await queries.is_direct(conn.session):
-                await queries.keep_steady(conn.session)
-                await queries.avoid_scans(conn.session)
+                await queries.set_up_pooled(conn.session)
                 conn.session.can_prepare = True
         except BaseException:
             conn.session.close()

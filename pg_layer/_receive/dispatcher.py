@@ -161,8 +161,8 @@ class Dispatcher:
         slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
             waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
-            # In slices: a process that is not run for a while costs its readers one, and not their turn. As
-            # many as those that are still full are due: those that receive do not wait for one that hangs.
+            # In slices: a process that is not run for a while costs its readers one, and not their turn. The
+            # round is as long as the members that are still full ask for: the others do not wait for them.
             full, slices = set(waiting), 0
             while full and 2 * slices < SLICES * (len(full) + 1):
                 _, full = await asyncio.wait(full, timeout=2 * PAUSE / SLICES)

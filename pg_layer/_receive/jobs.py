@@ -223,8 +223,7 @@ class JobReaders:
     def _give_up(self) -> None:
         """It is unknown what became of a statement that moves jobs: it must have no effect any more."""
         self._client.fence += 1
-        self._client.cursor.missed()
-        self._client.cursor.is_deaf = True  # until the catch-up has ended
+        self._client.cursor.deafen()
         self._receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ releasing

@@ -74,8 +74,8 @@ class Receiver:
         self._drained = asyncio.Event()
         # Not set while a catch-up is about to append rows that were sent before some that a read brings.
         self._appended = asyncio.Event()
-        self._is_catch_up_waiting = False  # for dispatch; a `join` that ends the wait has it begin again
-        self._snapshot: Moment | None = None  # of the last catch-up
+        # The snapshot of a catch-up that waits for dispatch. A `join` that removes it has it begin again.
+        self._waiting: Moment | None = None
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
         self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
         self._joining: str | None = None  # the group whose first member is being added
@@ -309,7 +309,7 @@ class Receiver:
         assert client.is_owned_here()
         await self.raise_fence(session)
         boot, position = await queries.position(session, cursor.known_boot)
-        self._snapshot = moment = await queries.begin_snapshot(session, boot)
+        moment = await queries.begin_snapshot(session, boot)
         # The addresses are collected when the snapshot has been taken: a message that is sent after a
         # group_add has returned is either not visible in it, or at one of these addresses.
         cursor.position(moment, position)
@@ -323,7 +323,7 @@ class Receiver:
         for part in queries.parts(client.announcements.missing(keys)):
             # With a single connection nothing else could be read meanwhile.
             is_full = client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1
-            if is_full and not await self._wait_for_dispatch():
+            if is_full and not await self._wait_for_dispatch(moment):
                 await queries.commit(session)
                 return False
             rows = await queries.read_keys(session, part)
@@ -341,20 +341,20 @@ class Receiver:
             self._spawn(self._delete_received(moment))
         return True
 
-    async def _wait_for_dispatch(self) -> bool:
+    async def _wait_for_dispatch(self, moment: Moment) -> bool:
         """Return whether the catch-up may go on. False: a `join` has it begin again."""
-        self._is_catch_up_waiting = True
+        self._waiting = moment
         self._drained.clear()
         self._appended.set()  # dispatch may wait for a `join`, and that must not wait for this
         try:
             await self._drained.wait()
-            return self._is_catch_up_waiting
+            return self._waiting is not None
         finally:
-            self._is_catch_up_waiting = False
+            self._waiting = None
             self._appended.clear()
 
     def _expect_catch_up(self) -> None:
-        if not self._is_catch_up_waiting:
+        if self._waiting is None:
             self._appended.clear()
 
     def _low_id_of_group(self, group: str) -> int:
@@ -449,7 +449,7 @@ class Receiver:
             await self._appended.wait()
             missed = await self._read_missed(address, bucket, low_id, since)
             # What their writers sent before them may not have been heard yet.
-            if missed and not self._is_catch_up_waiting and not await self._hear_what_was_sent():
+            if missed and self._waiting is None and not await self._hear_what_was_sent():
                 self._expect_catch_up()
                 self.catch_up_soon()
                 await self._appended.wait()
@@ -462,12 +462,9 @@ class Receiver:
         client.announcements.dispatched((row,))
         self._joining = None
         cursor = client.cursor
-        if (
-            self._is_catch_up_waiting
-            and self._snapshot is not None
-            and len(here := client.announcements.between(missed, self._snapshot)) < len(missed)
-        ):
-            missed, self._is_catch_up_waiting, self._is_catch_up_due = here, False, True
+        here = missed if self._waiting is None else client.announcements.between(missed, self._waiting)
+        if len(here) < len(missed):
+            missed, self._waiting, self._is_catch_up_due = here, None, True
             self._drained.set()  # it begins again with this group, and brings in order what comes behind
         boot = cursor.boot_of(row)
         opened = client.memberships.opened_after(group, boot, row.xid)

@@ -173,8 +173,7 @@ class Owner:
     async def _prepare(self, session: Session) -> None:
         self._is_pooled = not await queries.is_direct(session)
         if not self._is_pooled:
-            await queries.keep_steady(session)
-            await queries.lift_timeout(session)
+            await queries.set_up_listener(session)
         await self.lease.renew_on(session, None)
 
     async def _on_connect(self) -> None:

@@ -68,8 +68,7 @@ class AnnouncementQueue:
         Whatever is heard before the next catch-up begins, that one brings.
         """
         self.is_incomplete = True
-        self._cursor.is_deaf = True
-        self._cursor.missed()
+        self._cursor.deafen()
 
     # ------------------------------------------------------------------ hearing
 

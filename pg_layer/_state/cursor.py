@@ -163,6 +163,11 @@ class Cursor:
         self.adopt(moment)
         return True
 
+    def deafen(self) -> None:
+        """Until a catch-up has ended no snapshot becomes ``S``: it may see what was not admitted."""
+        self.is_deaf = True
+        self.missed()
+
     def missed(self) -> None:
         """Something may not have been heard, or a claim's answer is lost: no snapshot becomes ``S``."""
         self._pending.clear()

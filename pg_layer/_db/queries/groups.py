@@ -91,9 +91,9 @@ async def ask(
 ) -> list[Unannounced]:
     """Ask the owners of channels for changes: group, channel, whether it is added, capacity.
 
-    Normal channels change at once. ``numbered``: who asks, and a number larger than those of its earlier
-    statements: one that comes after a later one is ignored by the owners. Returns the control messages, to be
-    announced if they are quiet.
+    Normal channels change at once. ``numbered``: the id of the client that asks, and a number larger than
+    those of its earlier statements; owners ignore a statement that comes after a later one. Returns the
+    control messages, to be announced if they are quiet.
     """
     groups, channels, adds, capacities = zip(*changes, strict=True)
     _, ids, addresses, names, kinds, payloads, xid, boot = await one(

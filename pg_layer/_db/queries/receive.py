@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pg_layer._db.queries.common import LAZY, one
@@ -19,17 +19,19 @@ LISTEN = Statement("SELECT pg_layer_listen($1)", TEXTS)
 NOTIFY = Statement(LAZY + "pg_notify($1, $2)", TEXT, TEXT)
 UNLISTEN = Statement("SELECT pg_layer_unlisten($1)", TEXTS)
 BACKEND_PID = Statement("SELECT pg_backend_pid()")
-NO_SCANS = Statement(
-    "SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false),"
-    " set_config('jit', 'off', false)"
-)
 # What a role or a database may set otherwise. Not default_transaction_read_only: it also tells that another
 # server takes over.
-STEADY = Statement(
-    "SELECT set_config('idle_session_timeout', '0', false),"
-    " set_config('default_transaction_isolation', 'read committed', false)"
-)
-UNHURRIED = Statement("SELECT set_config('statement_timeout', '0', false)")
+_STEADY = {"idle_session_timeout": "0", "default_transaction_isolation": "read committed"}
+_NO_SCANS = {"enable_seqscan": "off", "enable_bitmapscan": "off", "jit": "off"}
+
+
+def _settings(values: Mapping[str, str]) -> Statement:
+    calls = (f"set_config('{name}', '{value}', false)" for name, value in values.items())
+    return Statement(f"SELECT {', '.join(calls)}")
+
+
+POOL_SETTINGS = _settings(_STEADY | _NO_SCANS)
+LISTENER_SETTINGS = _settings(_STEADY | {"statement_timeout": "0"})
 PROBE = Statement("SELECT pg_layer_address('', '')")
 QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
 # A limit on rows and bytes cuts the result; the first row always comes.
@@ -112,23 +114,18 @@ async def is_direct(session: Session) -> bool:
     return bool(pid == session.conn.info.backend_pid)
 
 
-async def avoid_scans(session: Session) -> None:
-    """Have statements that are prepared from now on use indexes, however small the tables are then.
+async def set_up_pooled(session: Session) -> None:
+    """Have the server keep an idle session, and use indexes for what is prepared from now on.
 
-    Their plans stay when the tables have grown, or are full of dead rows. A plan that has no index to use
-    counts as so expensive then that PostgreSQL would compile it at each call.
+    Plans stay when the tables have grown, or are full of dead rows, however small they were before. A plan
+    that has no index to use counts as so expensive then that PostgreSQL would compile it at each call.
     """
-    await session.execute(NO_SCANS)
+    await session.execute(POOL_SETTINGS)
 
 
-async def keep_steady(session: Session) -> None:
-    """Have the server keep the session while it is idle, and isolate its transactions no further."""
-    await session.execute(STEADY)
-
-
-async def lift_timeout(session: Session) -> None:
-    """Have the server end no statement because it takes long."""
-    await session.execute(UNHURRIED)
+async def set_up_listener(session: Session) -> None:
+    """Have the server keep an idle session, and end no statement because it takes long."""
+    await session.execute(LISTENER_SETTINGS)
 
 
 async def probe(session: Session) -> None:
