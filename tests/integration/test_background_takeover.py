@@ -32,5 +32,9 @@ def test_receive_on_a_new_loop_of_a_message_that_is_here_already_ends_the_backgr
     assert asyncio.run(take()) == [0, 1]
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
     eventually(lambda: observer.execute(query, [NAME]).fetchone() == (0,), "all connections are closed")
-    assert not [thread for thread in threading.enumerate() if thread.name == "pg_layer-background"]
+    eventually(lambda: not background_threads(), "the background loop's thread has ended")
     asyncio.run(layer.close())
+
+
+def background_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "pg_layer-background"]
