@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
@@ -16,11 +17,16 @@ from psycopg.conninfo import make_conninfo
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
 from tests.processes import Processes, new_layer
+from tests.project.commands import SLOW_STEPS
 
 DSN_VARIABLE = "PG_LAYER_TEST_DSN"
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 Observer = psycopg.Connection[tuple[Any, ...]]
+
+
+# On a busy machine they would stand among the warnings that tests look for.
+logging.getLogger("asyncio").addFilter(lambda record: not SLOW_STEPS.match(record.getMessage()))
 
 
 class MakeLayer(Protocol):

@@ -329,6 +329,7 @@ async def test_membership_change_that_was_given_up_changes_nothing_when_it_comes
         dsn=proxy.dsn(connect_timeout=2, application_name="proxied"),
         listen_dsn=migrated_dsn,
         send_timeout=SHORT,
+        pool_max_size=1,  # no idle session is held up that has nothing to execute
     )
     owner = changer if by == "owner" else make_layer()
     [channel] = await new_channels(owner, 1)
