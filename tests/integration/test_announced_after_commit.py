@@ -423,7 +423,7 @@ async def test_threads_whose_commits_coincide_announce_together(
 async def test_messages_of_threads_whose_joint_announcement_fails_are_announced_later(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The server takes no announcement in time, and no call raises. The next message brings the others along."""
+    """The server takes no announcement in time; no call raises. The next message brings the others along."""
     observer.execute(NOTED_NOTIFY.encode())
     database = observer.info.dbname
     observer.execute(f'ALTER DATABASE "{database}" SET search_path = noting, pg_catalog, public'.encode())
