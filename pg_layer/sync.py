@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -22,7 +21,7 @@ from psycopg import errors
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
-from pg_layer._send.announcer import PART, JointAnnouncements
+from pg_layer._send.announcer import PART
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer.aliases import alias_of, not_migrated
@@ -81,9 +80,8 @@ class Sync:
         self.forget()
 
     def forget(self) -> None:
-        """What was seen of ids and of room says nothing any more, and no other thread announces."""
+        """What was seen of ids and of room says nothing any more."""
         self._rooms: dict[str, Room] = {}  # by alias
-        self._joint: defaultdict[str, JointAnnouncements] = defaultdict(JointAnnouncements)  # by alias
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r})"
@@ -246,8 +244,7 @@ class Sync:
         if pending is not None:
             session = DjangoSession(connection)
             self._announce_pending(session)
-            joint, announce = self._joint[connection.alias], partial(self._announce, session)
-            if self._loops.announcer or not joint.announce(pending.rows, announce):
+            if self._loops.announcer or not self._announce(session, pending.rows):
                 # What this process writes next announces them, or receivers find them.
                 self._loops.announcer.add(pending.rows)
                 self._loops.announce_soon()

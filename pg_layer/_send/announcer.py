@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from pg_layer._db.queries.send import Unannounced
 
@@ -50,45 +50,3 @@ class Announcer:
         with self._lock:
             while self._rows and self._rows[0][:3] in ids:
                 self._forget_first()
-
-
-class JointAnnouncements:
-    """Announces for several threads at once, as a group commit does. Thread-safe.
-
-    Threads that come while one announces wait for it, and then one of them announces for all.
-    """
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._waiting: deque[_Waiting] = deque()
-
-    def announce(self, rows: Sequence[Unannounced], announce: Callable[[list[Unannounced]], bool]) -> bool:
-        """Return when this thread or another has announced the rows: whether that worked.
-
-        ``announce``: announces rows, of other threads too, and returns whether that worked.
-        """
-        mine = _Waiting(rows)
-        self._waiting.append(mine)
-        with self._turn:
-            while mine.is_announced is None:
-                part = self._next_part()
-                is_announced = False
-                try:
-                    is_announced = announce([row for each in part for row in each.rows])
-                finally:
-                    for each in part:
-                        each.is_announced = is_announced
-        return mine.is_announced
-
-    def _next_part(self) -> list[_Waiting]:
-        part = [self._waiting.popleft()]
-        size = len(part[0].rows)
-        while self._waiting and (size := size + len(self._waiting[0].rows)) <= PART:
-            part.append(self._waiting.popleft())
-        return part
-
-
-class _Waiting:
-    def __init__(self, rows: Sequence[Unannounced]) -> None:
-        self.rows = rows
-        self.is_announced: bool | None = None  # None: not tried yet
