@@ -387,67 +387,6 @@ async def test_messages_of_one_transaction_are_announced_in_one_other_transactio
     assert announcing != [(own,)]
 
 
-async def test_threads_whose_commits_coincide_announce_together(
-    migrated_dsn: str, make_layer: MakeLayer, observer: Observer
-) -> None:
-    """While one thread announces, three others commit: one of them announces for all three."""
-    observer.execute(NOTED_NOTIFY.encode())
-    database = observer.info.dbname
-    observer.execute(f'ALTER DATABASE "{database}" SET search_path = noting, pg_catalog, public'.encode())
-    reader = make_layer()
-    channel = await member(reader)
-    observer.execute("TRUNCATE noting.noted")
-
-    def commit(n: int) -> None:
-        with transaction.atomic():
-            own_layer.sync.group_send(GROUP, number(n))
-            own_layer.sync.send(channel, number(n))
-
-    with on_django(migrated_dsn) as own_layer, psycopg.connect(migrated_dsn) as blocker:
-        blocker.execute("LOCK noting.noted")
-        first = asyncio.create_task(in_thread(partial(commit, 0)))
-        await until(lambda: len(waiting(observer, "relation")) == 1)
-        others = [asyncio.create_task(in_thread(partial(commit, n))) for n in (1, 2, 3)]
-        await until(lambda: len(own_layer.sync._joint["default"]._waiting) == 3)
-        assert len(waiting(observer, "relation")) == 1
-        blocker.rollback()
-        await asyncio.gather(first, *others)
-        numbers = await received(reader, channel, 8)
-        assert numbers[:2] == [0, 0]
-        assert sorted(numbers) == [0, 0, 1, 1, 2, 2, 3, 3]
-        await own_layer.close()
-    counts = observer.execute("SELECT count(*) FROM noting.noted GROUP BY xid ORDER BY count").fetchall()
-    assert counts == [(2,), (6,)]
-
-
-async def test_messages_of_threads_whose_joint_announcement_fails_are_announced_later(
-    migrated_dsn: str, make_layer: MakeLayer, observer: Observer
-) -> None:
-    """The server takes no announcement in time; no call raises. The next message brings the others along."""
-    observer.execute(NOTED_NOTIFY.encode())
-    database = observer.info.dbname
-    observer.execute(f'ALTER DATABASE "{database}" SET search_path = noting, pg_catalog, public'.encode())
-    reader = make_layer()
-    channel = await member(reader)
-
-    def commit(n: int) -> None:
-        with transaction.atomic():
-            own_layer.sync.group_send(GROUP, number(n))
-
-    with on_django(migrated_dsn, send_timeout=1) as own_layer, psycopg.connect(migrated_dsn) as blocker:
-        blocker.execute("LOCK noting.noted")
-        first = asyncio.create_task(in_thread(partial(commit, 0)))
-        await until(lambda: len(waiting(observer, "relation")) == 1)
-        others = [asyncio.create_task(in_thread(partial(commit, n))) for n in (1, 2, 3)]
-        await asyncio.gather(first, *others)  # the announcements take longer than send_timeout
-        blocker.rollback()
-        await in_thread(partial(own_layer.sync.group_send, GROUP, number(4)))
-        numbers = await received(reader, channel, 5)
-        assert numbers[4] == 4
-        assert sorted(numbers) == [0, 1, 2, 3, 4]
-        await own_layer.close()
-
-
 async def test_capture_on_commit_callbacks_of_a_test_case_runs_the_announcement(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
