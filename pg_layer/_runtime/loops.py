@@ -60,10 +60,6 @@ class BackgroundLoop:
             raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
         return self._engine
 
-    def is_engine(self, engine: Engine) -> bool:
-        """Whether this is the engine here."""
-        return self._engine is engine
-
     @property
     def pending_operations(self) -> int:
         """How many operations wait for a write in flight. Waits for nothing."""
@@ -124,6 +120,7 @@ class Loops:
         self._home: Engine | None = None
         self._background: BackgroundLoop | None = None
         self._owner: Engine | None = None  # the last that became the owner
+        self.receives_in_background = False  # the background loop is the owner loop
 
     @property
     def home(self) -> Engine | None:
@@ -135,12 +132,6 @@ class Loops:
         """Whether there is something to close."""
         is_begun = self._home is not None or self._background is not None or self.client.has_lease
         return is_begun or bool(self._ending)
-
-    @property
-    def receives_in_background(self) -> bool:
-        """Whether the background loop is the owner loop."""
-        background, owner = self._background, self._owner
-        return background is not None and owner is not None and background.is_engine(owner)
 
     # ------------------------------------------------------------------ which engine
 
@@ -269,6 +260,7 @@ class Loops:
         if before is engine:
             return
         self._owner = engine
+        self.receives_in_background = engine is not self._home
         if before is not None and not before.stopped.done():
             _stop(before)
         engine.call(engine.start_receiving, before)

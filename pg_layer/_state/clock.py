@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 
-# Linux's monotonic clock stands still while the machine sleeps; this one does not.
-_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
+# Linux's monotonic clock stands still while the machine sleeps; its other one does not.
+_seconds: Callable[[], float] = time.monotonic
+if hasattr(time, "CLOCK_BOOTTIME"):
+    _seconds = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
 class DatabaseClock:
@@ -22,14 +26,12 @@ class DatabaseClock:
     part.
     """
 
+    #: Seconds since some moment, also those in which the machine slept where the system counts them.
+    ticks = staticmethod(_seconds)
+
     def __init__(self) -> None:
         self._least, self._most = -math.inf, math.inf  # by how much the database's clock is ahead
         self.is_set = False
-
-    @staticmethod
-    def ticks() -> float:
-        """Seconds since some moment, also those in which the machine slept where the system counts them."""
-        return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
 
     def observe(self, asked_at: float, answer: float) -> None:
         """``answer`` (seconds since 1970) has just come, to what was asked at ``asked_at`` (`ticks`)."""

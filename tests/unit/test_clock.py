@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import time
 
 import pytest
@@ -97,7 +98,7 @@ def test_observe_follows_a_step_of_the_databases_clock(machine: Machine, step: f
     assert clock.now() == machine.database
 
 
-@pytest.mark.skipif(module._BOOTTIME is None, reason="only Linux has the clock")
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has the clock")
 def test_ticks_count_the_time_in_which_the_machine_slept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The monotonic clock stands still meanwhile."""
     slept = 0.0
@@ -107,7 +108,7 @@ def test_ticks_count_the_time_in_which_the_machine_slept(monkeypatch: pytest.Mon
         return real(clock) + (slept if clock == time.CLOCK_BOOTTIME else 0.0)
 
     monkeypatch.setattr(time, "clock_gettime", clock_gettime)
-    clock = DatabaseClock()
+    clock = runpy.run_path(module.__file__)["DatabaseClock"]()  # the module chooses its clock when imported
     clock.observe(clock.ticks(), 5000.0)
     slept = 3600.0
     assert clock.now() >= 8600.0
