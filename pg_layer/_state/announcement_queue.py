@@ -154,7 +154,8 @@ class AnnouncementQueue:
 
     def _push(self, entry: Entry) -> None:
         self._entries.append(entry)
-        self._jobs.update(row.channel for row in entry.rows if row.is_job and row.channel)
+        if jobs := [row.channel for row in entry.rows if row.is_job and row.channel]:
+            self._jobs.update(jobs)
         self._rows += len(entry.rows)
         self._bytes += _size(entry.rows)
 
