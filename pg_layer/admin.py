@@ -160,7 +160,7 @@ class MessageAdmin(ReadOnlyAdmin[Message]):
         if self.size(message) > MOST_DECODED:
             return "Not shown, as it is too large."
         try:
-            return _shown(READER.decode(READER.open(bytes(message.payload))))
+            return _shown(READER.decode(READER.open(bytes(message.payload), message.channel or "")))
         except UndecodableMessage as error:
             return str(error)
 

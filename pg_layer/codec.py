@@ -5,7 +5,8 @@ themselves, and a deployment can change formats while both are in the table:
 
 - `{`: JSON, UTF-8. What SQL callers and `serializer_format="json"` write.
 - 0x80-0x8f, 0xde, 0xdf: msgpack (its maps).
-- `g`: a Fernet token (they all begin with it), holding one of the above.
+- `g`: a Fernet token (they all begin with it), holding one of the above, and where it was sent to: see
+  `pg_layer.encryption`.
 
 What a message may hold is the specification's list
 (https://channels.readthedocs.io/en/latest/channel_layer_spec.html): bytes, str, signed 64-bit int, float,
@@ -14,11 +15,9 @@ list, dict with str keys, bool, None; tuples are taken too and arrive as lists.
 
 from __future__ import annotations
 
-import base64
 import datetime
 import decimal
 import enum
-import hashlib
 import json
 import math
 import uuid
@@ -30,7 +29,7 @@ import msgpack  # type: ignore[import-untyped]
 from .exceptions import InvalidMessage, MessageTooLarge, UndecodableMessage
 
 if TYPE_CHECKING:
-    from cryptography.fernet import MultiFernet
+    from .encryption import Crypter
 
 _JSON_FIRST = 0x7B
 _FERNET_FIRST = 0x67
@@ -71,9 +70,10 @@ class Codec:
 
     `serializer_format` ("msgpack" or "json") and `keys[0]` decide how messages are written; `keys` (all of
     them) and the payload itself decide how they are read. `max_message_size` is in bytes and counts the
-    serialised message before encryption, which adds a third and about 100 bytes. With `allow_unencrypted`
-    plain payloads are read although there are keys. `keys` needs the `cryptography` package (`ImportError`
-    otherwise); arguments are trusted, `pg_layer.config` checks them.
+    serialised message before encryption, which adds the name of its channel or group, a third and about 100
+    bytes. With `allow_unencrypted` plain payloads are read although there are keys. `prefix` is the layer's.
+    `keys` needs the `cryptography` package (`ImportError` otherwise); arguments are trusted,
+    `pg_layer.config` checks them.
     """
 
     __slots__ = ("_allow_unencrypted", "_crypter", "_max_message_size", "_pack", "_serializer_format")
@@ -84,6 +84,7 @@ class Codec:
         max_message_size: int,
         keys: Sequence[str | bytes] | None = None,
         *,
+        prefix: str = "",
         allow_unencrypted: bool = False,
     ) -> None:
         self._serializer_format = serializer_format
@@ -93,10 +94,18 @@ class Codec:
         # could be entered a second time while it works, by a finaliser that sends, and keeps the largest
         # buffer it ever needed.
         self._pack: Callable[[object], bytes] = _to_json if serializer_format == "json" else msgpack.packb
-        self._crypter = _make_crypter(keys) if keys else None
+        self._crypter = _make_crypter(keys, prefix) if keys else None
 
-    def encode(self, message: object) -> bytes:
-        """The payload for `message`, encrypted if there are keys.
+    def encode(self, message: object, name: str) -> bytes:
+        """The payload for `message`; if there are keys encrypted, for a channel or `@<group>` alone.
+
+        Raises as `serialise`.
+        """
+        plaintext = self.serialise(message)
+        return plaintext if self._crypter is None else self._crypter.encrypt(plaintext, name)
+
+    def serialise(self, message: object) -> bytes:
+        """The plaintext for `message`.
 
         Raises `InvalidMessage` for what is no dict, for values that the specification (or JSON, if that is
         the format) cannot carry, for top-level keys that begin with `__asgi_`, and for nesting deeper than
@@ -122,7 +131,7 @@ class Codec:
                 f"The message is {len(payload)} bytes long when serialised; "
                 f"max_message_size is {self._max_message_size} bytes."
             )
-        return payload if self._crypter is None else self._crypter.encrypt(payload)
+        return payload
 
     def _reason_for_refusing(self, message: object, error: Exception | None) -> Exception:
         # Serialisers' errors quote what they stumble over. So the fault that is found here replaces them, and
@@ -132,12 +141,15 @@ class Codec:
             return InvalidMessage(fault)
         return error or InvalidMessage("The message could not be serialised: it changed while it was sent.")
 
-    def open(self, payload: bytes) -> bytes:
+    def open(self, payload: bytes, name: str) -> bytes:
         """The plaintext of a stored payload, to be given to `decode` as often as there are readers.
 
-        Raises `UndecodableMessage` for a payload in no known format, for one that none of the keys opens, for
-        an encrypted one without keys, and for a plain one where there are keys and plain ones are not allowed
-        (else whoever can write to the table could forge messages).
+        `name`: the channel or `@<group>` that it was found for.
+
+        Raises `UndecodableMessage` for a payload in no known format, for one that none of the keys opens or
+        that was encrypted for another name, for an encrypted one without keys, and for a plain one where
+        there are keys and plain ones are not allowed (else whoever can write to the table could forge
+        messages).
         """
         first = payload[0] if payload else -1
         if self._crypter is None:
@@ -157,13 +169,7 @@ class Codec:
             )
         if first != _FERNET_FIRST:
             raise UndecodableMessage(_unknown_format(payload))
-        try:
-            return self._crypter.decrypt(payload)
-        except Exception:
-            pass  # raised below, where the error has no context that might hold some of the payload
-        raise UndecodableMessage(
-            "A stored message was encrypted with none of the symmetric_encryption_keys, or is damaged."
-        )
+        return self._crypter.decrypt(payload, name)
 
     def decode(self, plaintext: bytes | Template) -> dict[str, Any]:
         """The message in a plaintext of `open`, a new object at every call: readers share nothing.
@@ -397,9 +403,7 @@ _json_encode = json.JSONEncoder(
 _from_json = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
-def _make_crypter(keys: Sequence[str | bytes]) -> MultiFernet:
-    """Writes with the first key, reads with any. Keys of any length, stretched as channels_redis does it."""
-    from cryptography.fernet import Fernet, MultiFernet
+def _make_crypter(keys: Sequence[str | bytes], prefix: str) -> Crypter:
+    from .encryption import Crypter  # only here, as it needs cryptography
 
-    raw = (key.encode() if isinstance(key, str) else key for key in keys)
-    return MultiFernet([Fernet(base64.urlsafe_b64encode(hashlib.sha256(key).digest())) for key in raw])
+    return Crypter(keys, prefix)

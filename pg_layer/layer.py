@@ -49,6 +49,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             config.serializer_format,
             config.max_message_size,
             config.symmetric_encryption_keys,
+            prefix=config.prefix,
             allow_unencrypted=config.allow_unencrypted,
         )
         self._loops = Loops(config, self._codec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pg_layer._messages.addresses import group_name
 from pg_layer.codec import Codec
 from pg_layer.exceptions import InvalidMessage, MessageTooLarge
 
@@ -74,7 +75,7 @@ class Drafts:
         self._check_channel(channel)
         config = self._config
         seconds = config.expiry if expiry is None else _seconds(expiry)
-        return Send(channel, self._encode(message), seconds, config.capacity_of(channel))
+        return Send(channel, self._encode(message, channel), seconds, config.capacity_of(channel))
 
     def group_send(
         self, group: str, message: dict[str, Any], expiry: float | None, exclude: str | None
@@ -84,7 +85,7 @@ class Drafts:
         if exclude is not None:
             self._check_channel(exclude)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
-        return GroupSend(group, self._encode(message), seconds, exclude)
+        return GroupSend(group, self._encode(message, group_name(group)), seconds, exclude)
 
     def send_many(self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None) -> Many:
         """Messages for channels; what is wrong with one of them names its index."""
@@ -95,7 +96,7 @@ class Drafts:
         try:
             for channel, message in pairs:
                 check_channel(channel)
-                sends.append(Send(channel, encode(message), seconds, capacity_of(channel)))
+                sends.append(Send(channel, encode(message, channel), seconds, capacity_of(channel)))
         except _FAULTS as error:
             raise _of_item(len(sends), error) from error
         return _many(sends)
@@ -113,7 +114,7 @@ class Drafts:
         try:
             for group, message in pairs:
                 check_group(group)
-                sends.append(GroupSend(group, encode(message), seconds, exclude))
+                sends.append(GroupSend(group, encode(message, group_name(group)), seconds, exclude))
         except _FAULTS as error:
             raise _of_item(len(sends), error) from error
         return _many(sends)

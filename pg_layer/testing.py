@@ -23,7 +23,7 @@ from django.db.models import Q
 from django.db.models.functions import Now
 from django.test import TestCase, TransactionTestCase
 
-from pg_layer._messages.addresses import channel_address, group_address
+from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.loops import Loops
 from pg_layer.aliases import alias_of
@@ -84,7 +84,7 @@ def captured_messages(
         channel_layer.require_valid_group_name(group)
     for channel in channels:
         channel_layer.require_valid_channel_name(channel)
-    prefix = channel_layer.config.prefix
+    prefix, codec = channel_layer.config.prefix, channel_layer._codec
     alias = using or alias_of(channel_layer.config)
     own_channel = f"specific.{secrets.token_hex(8)}!captured"
     own_address = channel_address(prefix, own_channel)
@@ -108,10 +108,11 @@ def captured_messages(
         memberships.update(expires_at=Now() + LONGEST_TEST)
         yield sent
         for row in messages.exclude(id__in=earlier).order_by("id"):
-            message = channel_layer._codec.decode(channel_layer._codec.open(bytes(row.payload)))
-            group_name = group_of.get(row.address)
-            excluded = None if group_name is None else row.excluded
-            sent.append(Sent(message, group_name, row.channel, excluded))
+            to_group = group_of.get(row.address)
+            name = row.channel or "" if to_group is None else group_name(to_group)
+            message = codec.decode(codec.open(bytes(row.payload), name))
+            excluded = None if to_group is None else row.excluded
+            sent.append(Sent(message, to_group, row.channel, excluded))
     except BaseException:
         with suppress(DjangoError):  # the transaction may be broken, and is rolled back then
             leave()

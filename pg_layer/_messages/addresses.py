@@ -22,6 +22,11 @@ def group_address(prefix: str, group: str) -> str:
     return f"{prefix}!@{group}"
 
 
+def group_name(group: str) -> str:
+    """Return what stands for a group where a channel's name could stand: none begins like this."""
+    return f"@{group}"
+
+
 def split_address(address: str) -> tuple[str | None, str]:
     """Return ``(group, "")`` for a group's address, and ``(None, rest)`` for another."""
     _, _, rest = address.partition("!")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pg_layer._messages.addresses import split_address
+from pg_layer._messages.addresses import group_name, split_address
 
 LAST_ID = 2**63 - 1
 
@@ -45,6 +45,11 @@ class Row(NamedTuple):
     def key(self) -> Key:
         """The identity of the row."""
         return Key(self.boot, self.xid, self.id)
+
+    @property
+    def name(self) -> str:
+        """Where it was sent to: a channel, or what `group_name` says."""
+        return self.channel or "" if self.group is None else group_name(self.group)
 
     @property
     def is_job(self) -> bool:

@@ -136,7 +136,7 @@ class Dispatcher:
 
     def _opened(self, row: Row) -> bytes | None:
         try:
-            return self._client.codec.open(row.payload)
+            return self._client.codec.open(row.payload, row.name)
         except UndecodableMessage as error:
             self._client.undecodable(row.channel or row.group, error)
             return None

@@ -155,7 +155,7 @@ class Client:
         """Put a message of this type, if one is given, into the queue of each consumer here."""
         if type is None:
             return
-        payload = self.codec.open(self.codec.encode({"type": type}))
+        payload = self.codec.serialise({"type": type})
         for queue in self.queues():
             if queue.is_receivable and self.owns(queue.channel):
                 queue.put_if_room((QueuedMessage(payload, math.inf, None),))

@@ -148,7 +148,9 @@ def fill(observer: Observer) -> int:
         "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
         " VALUES ('asgi!:old', pg_current_xact_id(), 0, 'old', clock_timestamp())"
     )
-    return add_message(observer, Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}))
+    return add_message(
+        observer, Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}, "jobs")
+    )
 
 
 # ---------------------------------------------------------------------- what is shown
@@ -228,7 +230,7 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
 """,
     )
     rows, counts, page = output.splitlines()
-    size = len(Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}))
+    size = len(Codec("msgpack", 1000).encode({"type": "greet", "text": "hello there"}, "jobs"))
     # Not the one that is over.
     assert json.loads(rows) == [[str(id), "message", "asgi!:jobs", "jobs", str(size)]]
     assert counts == "1 1 0"
@@ -306,7 +308,7 @@ def test_a_damaged_payload_breaks_nothing(migrated_dsn: str, observer: Observer,
 
 def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer) -> None:
     text = "<script>alert(1)</script>"
-    id = add_message(observer, Codec("json", 1000).encode({"type": "greet", "text": text}))
+    id = add_message(observer, Codec("json", 1000).encode({"type": "greet", "text": text}, "jobs"))
     found = content(migrated_dsn, id)
     assert "&lt;script&gt;" in found
     assert "<script" not in found
@@ -323,14 +325,16 @@ def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer
     ids=["text", "bytes", "a list", "a dict"],
 )
 def test_a_large_payload_is_truncated(migrated_dsn: str, observer: Observer, message: Any) -> None:
-    id = add_message(observer, Codec("msgpack", 10**9).encode(message))
+    id = add_message(observer, Codec("msgpack", 10**9).encode(message, "jobs"))
     found = content(migrated_dsn, id)
     assert "beginning" in found
     assert len(found) < 10_000
 
 
 def test_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) -> None:
-    id = add_message(observer, Codec("msgpack", 10**9).encode({"type": "greet", "blob": bytes(2**24)}))
+    id = add_message(
+        observer, Codec("msgpack", 10**9).encode({"type": "greet", "blob": bytes(2**24)}, "jobs")
+    )
     assert content(migrated_dsn, id) == "Not shown, as it is too large."
 
 
@@ -338,8 +342,10 @@ KEYS = {"symmetric_encryption_keys": ["secret"]}
 
 
 def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
-    encrypted = add_message(observer, Codec("msgpack", 1000, ["secret"]).encode({"type": "confidential"}))
-    plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}))
+    encrypted = add_message(
+        observer, Codec("msgpack", 1000, ["secret"]).encode({"type": "confidential"}, "jobs")
+    )
+    plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for id in (encrypted, plain):
         assert content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, as messages are encrypted."
     assert content(migrated_dsn, encrypted) == (
@@ -348,7 +354,7 @@ def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> 
 
 
 def test_with_keys_of_another_layer_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
-    id = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}))
+    id = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for config in ({"prefix": "other", **KEYS}, {"prefix": "other", "misspelt": 5}):
         entries = {"default": {"BACKEND": BACKEND}, "other": {"BACKEND": BACKEND, "CONFIG": config}}
         assert content(migrated_dsn, id, CHANNEL_LAYERS=entries) == "Not shown, as messages are encrypted."

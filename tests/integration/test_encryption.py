@@ -119,6 +119,94 @@ async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
+# ---------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("sent_to", ["channel", "group"])
+async def test_encrypted_notification_repeated_for_another_address_is_refused(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, sent_to: str
+) -> None:
+    """A role that may only connect hears a message, and says it again under other names."""
+    layer, sender = (make_layer(symmetric_encryption_keys=[OLD]) for _ in range(2))
+    channel, other = await layer.new_channel(), await layer.new_channel()
+    for group in ("room", "hall"):
+        await layer.group_add(group, other)
+    await listen(layer)
+    where = {
+        "room": "pg_layer_group_address('asgi', 'room')",
+        "hall": "pg_layer_group_address('asgi', 'hall')",
+        channel: f"pg_layer_address('asgi', '{channel}')",
+        other: f"pg_layer_address('asgi', '{other}')",
+    }
+    observer.execute(
+        f"SELECT pg_layer_listen(array_agg(pg_layer_notification_channel(address)))"
+        f" FROM unnest(ARRAY[{', '.join(where.values())}]) AS address".encode()
+    )
+    if sent_to == "channel":
+        await sender.send(channel, {"text": SECRET})
+    else:
+        await sender.group_send("room", {"text": SECRET})
+    said_at = channel if sent_to == "channel" else "room"
+    assert await receive(layer, channel if sent_to == "channel" else other) == {"text": SECRET}
+    [heard] = observer.notifies(timeout=30, stop_after=1)
+    letter, boot, xid, _, id, *rest = heard.payload.split(" ")
+    for number, (name, address) in enumerate(where.items(), start=int(id) + 1_000_000):
+        if name != said_at:
+            entry = name if "!" in name else f"@{name}"
+            repeated = " ".join((letter, boot, xid, entry, str(number), *rest))
+            observer.execute(
+                f"SELECT pg_notify(pg_layer_notification_channel({address}), %s)".encode(), (repeated,)
+            )
+    for name in (channel, other):
+        await sender.send(name, {"text": "the end"})
+        assert await receive(layer, name) == {"text": "the end"}
+    assert layer.stats()["dropped_undecodable"] == 3
+    [complaint] = complaints(caplog)
+    assert "encrypted for another channel or group" in complaint
+
+
+async def test_encrypted_row_copied_to_another_address_is_refused(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Its heartbeats look for rows that were not announced.
+    layer = make_layer(symmetric_encryption_keys=[OLD], heartbeat=0.1)
+    sender = make_layer(symmetric_encryption_keys=[OLD])
+    sources = [await sender.new_channel(), "jobs"]
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    for name in sources:
+        await sender.send(name, {"text": SECRET})
+    copies = """
+        INSERT INTO pg_layer_message (address, xid, boot, marked, channel, payload, expires_at)
+        SELECT a.address, pg_current_xact_id(), 0, true, a.channel, m.payload, m.expires_at
+        FROM pg_layer_message AS m, (VALUES
+            (pg_layer_address('asgi', %s), %s), (pg_layer_group_address('asgi', 'room'), NULL),
+            (pg_layer_address('asgi', 'mail'), 'mail')) AS a (address, channel)
+        WHERE m.channel = ANY (%s)
+    """
+    assert observer.execute(copies.encode(), (channel, channel, sources)).rowcount == 6
+    late = make_layer(symmetric_encryption_keys=[OLD])
+    for name, reader in ((channel, layer), ("mail", late)):
+        await sender.send(name, {"text": "the end"})
+        assert await receive(reader, name) == {"text": "the end"}
+    await until(lambda: layer.stats()["dropped_undecodable"] == 4)
+    assert late.stats()["dropped_undecodable"] == 2
+    assert SECRET not in caplog.text
+    assert any("encrypted for another channel or group" in complaint for complaint in complaints(caplog))
+
+
+async def test_encrypted_group_message_reaches_normal_channels_of_the_group(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    """Their rows hold what was encrypted for the group."""
+    layer, sender = (make_layer(symmetric_encryption_keys=[OLD]) for _ in range(2))
+    await sender.group_add("room", "jobs")
+    for size in (10, 10_000):
+        await sender.group_send("room", {"blob": bytes(size)})
+        assert await receive(layer, "jobs") == {"blob": bytes(size)}
+
+
 # ---------------------------------------------------------------------- plain messages
 
 

@@ -25,6 +25,7 @@ from pg_layer.codec import Codec, Template
 from pg_layer.exceptions import InvalidMessage, PgLayerError, UndecodableMessage
 
 LIMIT = 1024 * 1024
+NAME = "specific.a!1"
 MAX_DEPTH = 200
 MSGPACK = Codec("msgpack", LIMIT)
 JSON = Codec("json", LIMIT)
@@ -61,7 +62,7 @@ def same(left: object, right: object) -> bool:
 
 
 def there_and_back(codec: Codec, message: object) -> dict[str, Any]:
-    return codec.decode(codec.open(codec.encode(message)))
+    return codec.decode(codec.open(codec.encode(message, NAME), NAME))
 
 
 # --- Round trips
@@ -95,17 +96,17 @@ def test_every_reader_understands_every_format(writer: Codec, reader: Codec) -> 
     # The sizes at which msgpack changes the first byte of a map.
     for size in (0, 1, 15, 16, 65_535, 65_536):
         message = {str(n): n for n in range(size)}
-        assert reader.decode(reader.open(writer.encode(message))) == message
+        assert reader.decode(reader.open(writer.encode(message, NAME), NAME)) == message
 
 
 def test_formats_can_be_told_by_their_first_byte() -> None:
-    assert JSON.encode({"a": "é"}) == '{"a":"é"}'.encode()
-    assert MSGPACK.encode({"a": 1}) == b"\x81\xa1a\x01"
-    assert SECRET.encode({"a": 1})[:1] == b"g"
+    assert JSON.encode({"a": "é"}, NAME) == '{"a":"é"}'.encode()
+    assert MSGPACK.encode({"a": 1}, NAME) == b"\x81\xa1a\x01"
+    assert SECRET.encode({"a": 1}, NAME)[:1] == b"g"
 
 
 def test_json_written_by_other_hands_is_read() -> None:
-    assert MSGPACK.decode(MSGPACK.open(b'{"type": "chat.message", "n": [1, 2.5, null]}')) == {
+    assert MSGPACK.decode(MSGPACK.open(b'{"type": "chat.message", "n": [1, 2.5, null]}', NAME)) == {
         "type": "chat.message",
         "n": [1, 2.5, None],
     }
@@ -179,7 +180,7 @@ def test_all_kinds_of_bytes_arrive_as_bytes() -> None:
 def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str, Any]) -> None:
     if codec is JSON:
         message = {key: value for key, value in message.items() if not isinstance(value, bytes)}
-    template = Template(codec.open(codec.encode(message)))
+    template = Template(codec.open(codec.encode(message, NAME), NAME))
     for _ in range(4):
         mine = codec.decode(template)
         assert mine == message
@@ -191,20 +192,20 @@ def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str,
 
 
 def test_what_is_not_flat_is_not_kept() -> None:
-    template = Template(MSGPACK.encode({"list": [1]}))
+    template = Template(MSGPACK.encode({"list": [1]}, NAME))
     assert MSGPACK.decode(template) == MSGPACK.decode(template) == {"list": [1]}
     assert template.flat == {}
 
 
 def test_a_damaged_plaintext_is_refused_by_each_of_its_readers() -> None:
-    template = Template(MSGPACK.encode({"text": "abc"})[:-1])
+    template = Template(MSGPACK.encode({"text": "abc"}, NAME)[:-1])
     for _ in range(3):
         with pytest.raises(UndecodableMessage, match="damaged"):
             MSGPACK.decode(template)
 
 
 def test_each_decode_makes_a_new_message() -> None:
-    plaintext = MSGPACK.open(MSGPACK.encode({"list": [1]}))
+    plaintext = MSGPACK.open(MSGPACK.encode({"list": [1]}, NAME), NAME)
     MSGPACK.decode(plaintext)["list"].append(2)
     assert MSGPACK.decode(plaintext) == {"list": [1]}
 
@@ -212,7 +213,7 @@ def test_each_decode_makes_a_new_message() -> None:
 def test_encoding_leaves_the_message_alone() -> None:
     message = {"tuple": (1, 2), "dict": {"a": [1]}}
     for codec in ALL:
-        codec.encode(message)
+        codec.encode(message, NAME)
     assert message == {"tuple": (1, 2), "dict": {"a": [1]}}
 
 
@@ -273,7 +274,7 @@ REFUSED: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("message", "says"), REFUSED, ids=[says for _, says in REFUSED])
 def test_what_cannot_be_carried_is_named_with_its_path(codec: Codec, message: Any, says: str) -> None:
     with pytest.raises(InvalidMessage, match=says) as caught:
-        codec.encode(message)
+        codec.encode(message, NAME)
     # Nothing of the serialisers' errors, which quote the value, is left behind.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
@@ -288,19 +289,19 @@ def test_a_bad_message_is_a_mistake_of_the_caller() -> None:
 @pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")], ids=lambda v: type(v).__name__)
 def test_json_refuses_bytes(value: object) -> None:
     with pytest.raises(InvalidMessage, match=rf'^message\["a"\]\[0\] is {type(value).__name__},.*msgpack'):
-        JSON.encode({"a": [value]})
+        JSON.encode({"a": [value]}, NAME)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, Metres("nan")])
 def test_json_refuses_what_is_no_number(value: float) -> None:
     with pytest.raises(InvalidMessage, match=r'^message\["a"\] is not a finite number.*msgpack'):
-        JSON.encode({"a": value})
+        JSON.encode({"a": value}, NAME)
     assert same(there_and_back(MSGPACK, {"a": value}), {"a": float(value)})
 
 
 def test_scattered_memory_is_refused() -> None:
     with pytest.raises(InvalidMessage, match=r'^message\["a"\] is a memoryview of scattered memory'):
-        MSGPACK.encode({"a": memoryview(b"abcdef")[::2]})
+        MSGPACK.encode({"a": memoryview(b"abcdef")[::2]}, NAME)
 
 
 def test_only_top_level_keys_are_reserved() -> None:
@@ -322,7 +323,7 @@ def test_nesting_has_a_limit(codec: Codec, in_lists: bool) -> None:
     with pytest.raises(
         InvalidMessage, match=rf"^message(\[.{{1,3}}\]){{4}}….*at most {MAX_DEPTH} levels"
     ) as caught:
-        codec.encode(nested(MAX_DEPTH + 1, in_lists=in_lists))
+        codec.encode(nested(MAX_DEPTH + 1, in_lists=in_lists), NAME)
     assert len(str(caught.value)) < 150
 
 
@@ -333,7 +334,7 @@ def test_a_message_in_itself_is_named_not_followed(codec: Codec) -> None:
     with pytest.raises(
         InvalidMessage, match=r'^message\["a"\]\["b"\]\[0\] contains itself: it is message\["a"\] again'
     ):
-        codec.encode(message)
+        codec.encode(message, NAME)
 
 
 def test_one_value_in_two_places_is_no_circle() -> None:
@@ -347,14 +348,14 @@ def test_an_error_that_is_not_the_messages_fault_is_passed_on() -> None:
             raise RuntimeError("from items")
 
     with pytest.raises(RuntimeError, match="from items"):
-        MSGPACK.encode({"a": Broken(b=1)})
+        MSGPACK.encode({"a": Broken(b=1)}, NAME)
 
 
 def test_a_stack_that_is_too_small_is_no_fault_of_the_message() -> None:
     deep = nested(MAX_DEPTH, in_lists=True)
 
     def at_depth(frames: int) -> bytes:
-        return at_depth(frames - 1) if frames else MSGPACK.encode(deep)
+        return at_depth(frames - 1) if frames else MSGPACK.encode(deep, NAME)
 
     limit = sys.getrecursionlimit()
     used = len(traceback.extract_stack())
@@ -367,13 +368,13 @@ def test_the_size_limit_is_exact_and_counts_serialised_bytes() -> None:
     for serializer_format in ("msgpack", "json"):
         for keys in (None, ["key"]):
             codec = Codec(serializer_format, limit, keys)
-            overhead = len(Codec(serializer_format, limit).encode({"t": "x" * 300})) - 300
+            overhead = len(Codec(serializer_format, limit).encode({"t": "x" * 300}, NAME)) - 300
             fits = {"t": "x" * (limit - overhead)}
             assert there_and_back(codec, fits) == fits
             with pytest.raises(MessageTooLarge, match=r"1001 bytes.*max_message_size is 1000 bytes"):
-                codec.encode({"t": "x" * (limit - overhead + 1)})
+                codec.encode({"t": "x" * (limit - overhead + 1)}, NAME)
     with pytest.raises(MessageTooLarge):
-        Codec("json", limit).encode({"t": "é" * 600})
+        Codec("json", limit).encode({"t": "é" * 600}, NAME)
 
 
 # --- Keys
@@ -383,24 +384,58 @@ def test_keys_rotate() -> None:
     old = Codec("msgpack", LIMIT, ["old"])
     both = Codec("msgpack", LIMIT, ["new", "old"])
     new = Codec("msgpack", LIMIT, [b"new"])
-    assert both.decode(both.open(old.encode({"a": 1}))) == {"a": 1}
-    assert new.decode(new.open(both.encode({"a": 1}))) == {"a": 1}
+    assert both.decode(both.open(old.encode({"a": 1}, NAME), NAME)) == {"a": 1}
+    assert new.decode(new.open(both.encode({"a": 1}, NAME), NAME)) == {"a": 1}
     with pytest.raises(UndecodableMessage, match="none of the symmetric_encryption_keys"):
-        new.open(old.encode({"a": 1}))
+        new.open(old.encode({"a": 1}, NAME), NAME)
 
 
 def test_keys_are_stretched_as_channels_redis_does() -> None:
     # base64.urlsafe_b64encode(hashlib.sha256(b"abc").digest()), from the published test vector of SHA-256
     fernet = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
-    codec = Codec("msgpack", LIMIT, ["abc"])
-    assert codec.open(fernet.encrypt(b"\x81\xa1a\x01")) == b"\x81\xa1a\x01"
-    assert fernet.decrypt(codec.encode({"a": 1})) == b"\x81\xa1a\x01"
+    codec = Codec("msgpack", LIMIT, ["abc"], prefix="asgi")
+    inside = b"asgi!specific.a!1\0\x81\xa1a\x01"
+    assert codec.open(fernet.encrypt(inside), NAME) == b"\x81\xa1a\x01"
+    assert fernet.decrypt(codec.encode({"a": 1}, NAME)) == inside
+
+
+NAMES = [NAME, "specific.a!11", "specific.a!", "specific.b!1", "jobs", "jobs2", "@room", "@room2", "@jobs"]
+
+
+@pytest.mark.parametrize("sent_to", NAMES)
+def test_open_encrypted_for_another_name_is_undecodable(sent_to: str) -> None:
+    """A normal channel takes what is for a group: its reader does not know which groups it is in."""
+    keys = ["first key"]
+    writer, reader = Codec("json", LIMIT, keys, prefix="asgi"), Codec("msgpack", LIMIT, keys, prefix="asgi")
+    payload = writer.encode({"a": 1}, sent_to)
+    for found_at in NAMES:
+        if found_at == sent_to or (sent_to[0] == "@" and found_at in ("jobs", "jobs2")):
+            assert reader.decode(reader.open(payload, found_at)) == {"a": 1}
+        else:
+            with pytest.raises(UndecodableMessage, match="for another channel or group"):
+                reader.open(payload, found_at)
+
+
+@pytest.mark.parametrize(("sent_to", "found_at"), [(NAME, NAME), ("@room", "@room"), ("@room", "jobs")])
+def test_open_encrypted_with_another_prefix_is_undecodable(sent_to: str, found_at: str) -> None:
+    payload = Codec("json", LIMIT, ["first key"], prefix="shop").encode({"a": 1}, sent_to)
+    for prefix in ("asgi", "sho", "shop2", ""):
+        with pytest.raises(UndecodableMessage, match="for another channel or group"):
+            Codec("json", LIMIT, ["first key"], prefix=prefix).open(payload, found_at)
+
+
+def test_open_encrypted_for_no_name_is_undecodable() -> None:
+    fernet = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
+    payload = fernet.encrypt(MSGPACK.serialise({"a": 1}))
+    for name in NAMES:
+        with pytest.raises(UndecodableMessage, match="for another channel or group"):
+            Codec("msgpack", LIMIT, ["abc"], prefix="asgi").open(payload, name)
 
 
 def test_nothing_of_an_encrypted_message_can_be_read() -> None:
-    payload = SECRET.encode({"text": "attack at dawn"})
+    payload = SECRET.encode({"text": "attack at dawn"}, NAME)
     assert b"attack" not in payload
-    assert SECRET.encode({"text": "attack at dawn"}) != payload
+    assert SECRET.encode({"text": "attack at dawn"}, NAME) != payload
 
 
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
@@ -408,33 +443,33 @@ def test_plain_messages_are_refused_where_keys_are_set(writer: Codec) -> None:
     with pytest.raises(
         UndecodableMessage, match=r"not encrypted, but symmetric_encryption_keys is set.*allow_unencrypted"
     ):
-        SECRET.open(writer.encode({"a": 1}))
+        SECRET.open(writer.encode({"a": 1}, NAME), NAME)
 
 
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
 def test_plain_messages_are_read_where_that_is_allowed(writer: Codec) -> None:
     codec = Codec("msgpack", LIMIT, ["first key"], allow_unencrypted=True)
-    assert codec.decode(codec.open(writer.encode({"a": 1}))) == {"a": 1}
+    assert codec.decode(codec.open(writer.encode({"a": 1}, NAME), NAME)) == {"a": 1}
     # It still writes nothing but encrypted ones, and reads these with its keys alone.
-    assert codec.encode({"a": 1})[:1] == b"g"
-    assert SECRET.decode(SECRET.open(codec.encode({"a": 1}))) == {"a": 1}
+    assert codec.encode({"a": 1}, NAME)[:1] == b"g"
+    assert SECRET.decode(SECRET.open(codec.encode({"a": 1}, NAME), NAME)) == {"a": 1}
     with pytest.raises(UndecodableMessage, match="none of the symmetric_encryption_keys"):
-        codec.open(Codec("msgpack", LIMIT, ["another key"]).encode({"a": 1}))
+        codec.open(Codec("msgpack", LIMIT, ["another key"]).encode({"a": 1}, NAME), NAME)
     for damaged in (b"", b"\xff", b"null", b"[]"):
         with pytest.raises(UndecodableMessage, match="in no format"):
-            codec.open(damaged)
+            codec.open(damaged, NAME)
 
 
 def test_it_makes_no_difference_without_keys() -> None:
     codec = Codec("json", LIMIT, allow_unencrypted=True)
     assert there_and_back(codec, {"a": 1}) == {"a": 1}
     with pytest.raises(UndecodableMessage, match="symmetric_encryption_keys is not set"):
-        codec.open(SECRET.encode({"a": 1}))
+        codec.open(SECRET.encode({"a": 1}, NAME), NAME)
 
 
 def test_encrypted_messages_without_keys_say_so() -> None:
     with pytest.raises(UndecodableMessage, match="encrypted, but symmetric_encryption_keys is not set"):
-        MSGPACK.open(SECRET.encode({"a": 1}))
+        MSGPACK.open(SECRET.encode({"a": 1}, NAME), NAME)
 
 
 # --- Damage
@@ -474,7 +509,7 @@ EVIL = [
 @pytest.mark.parametrize("codec", [MSGPACK, SECRET], ids=["plain", "encrypted"])
 def test_damaged_payloads_are_undecodable(codec: Codec, payload: bytes) -> None:
     with pytest.raises(UndecodableMessage) as caught:
-        codec.decode(codec.open(payload))
+        codec.decode(codec.open(payload, NAME))
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
     with pytest.raises(UndecodableMessage) as caught:
@@ -488,7 +523,7 @@ def test_an_encrypted_payload_with_garbage_inside_is_undecodable() -> None:
     codec = Codec("msgpack", LIMIT, ["abc"])
     for inside in (b"", b"hello", b"\x81", b"gAAAA"):
         with pytest.raises(UndecodableMessage):
-            codec.decode(codec.open(crypter.encrypt(inside)))
+            codec.decode(codec.open(crypter.encrypt(b"!specific.a!1\0" + inside), NAME))
 
 
 @given(st.data(), messages(as_json=True), st.sampled_from(ALL))
@@ -496,7 +531,7 @@ def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
     data: st.DataObject, message: dict[str, Any], codec: Codec
 ) -> None:
     message["marker"] = "Geheimnis"
-    payload = bytearray(codec.encode(message))
+    payload = bytearray(codec.encode(message, NAME))
     kind = data.draw(st.sampled_from(["flip", "cut", "insert"]))
     at = data.draw(st.integers(0, len(payload) - 1))
     if kind == "flip":
@@ -506,7 +541,7 @@ def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
     else:
         payload[at:at] = data.draw(st.binary(min_size=1, max_size=9))
     try:
-        result = codec.decode(codec.open(bytes(payload)))
+        result = codec.decode(codec.open(bytes(payload), NAME))
     except UndecodableMessage as error:
         told = "".join(traceback.format_exception(error)) + repr(error.__context__)
     else:
@@ -520,7 +555,7 @@ def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
 @given(st.binary(max_size=300), st.sampled_from([b"", b"{", b"\x82", b"\xde\x00\x02", b"g", b"gAAAAA"]))
 def test_arbitrary_bytes_are_undecodable_or_a_dict(rest: bytes, first: bytes) -> None:
     for codec in (MSGPACK, SECRET):
-        for read in (codec.decode, lambda payload: codec.decode(codec.open(payload))):  # noqa: B023
+        for read in (codec.decode, lambda payload: codec.decode(codec.open(payload, NAME))):  # noqa: B023
             try:
                 assert type(read(first + rest)) is dict
             except UndecodableMessage:
