@@ -255,7 +255,9 @@ class PostgresChannelLayer(BaseChannelLayer):
     def _queue_to_receive(self, client: Client, channel: str) -> ChannelQueue:
         self._check_channel(channel)
         if "!" in channel and not client.owns(channel):
-            raise TypeError(f"Channel {channel} belongs to another process: only that one can receive on it.")
+            raise TypeError(
+                f"Channel {channel} is of another process: here new_channel() has not returned it."
+            )
         queue = client.queue(channel)
         queue.is_receivable = True
         return queue

@@ -75,6 +75,8 @@ def _messages(words: list[str], marked: bool) -> Messages:
         if not name or not 0 <= id <= LAST_ID or math.isnan(end):
             raise ValueError("An entry is malformed.")
         group, channel = (name[1:], None) if name[0] == "@" else (None, name)
+        if channel is not None and "!" not in channel:
+            raise ValueError("Messages of normal channels are claimed, and not announced.")
         exclude = None if excluded == "*" else excluded
         try:
             data = binascii.a2b_base64(payload)

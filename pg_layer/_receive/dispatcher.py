@@ -85,14 +85,17 @@ class Dispatcher:
         client = self._client
         channels = set()
         for row in rows:
-            payload = self._opened(row)
-            if payload is None or row.channel is None:
+            channel = row.channel or ""
+            queue = client.queue(channel) if row.is_job else client.own_queue(channel)
+            if queue is None:
+                client.unknown_channel(channel)
+            payload = None if queue is None else self._opened(row)
+            if queue is None or payload is None:
                 client.pending_deletes[row.key] = None
                 self._receiver.deletions.soon()
                 continue
             if row.is_job:
-                channels.add(row.channel)
-            queue = client.queue(row.channel)
+                channels.add(channel)
             if len(queue) >= queue.capacity:
                 client.drop_expired(queue)
             queue.undeleted += 1

@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable
+from hashlib import blake2s
 from typing import TYPE_CHECKING
 
 from pg_layer._messages.addresses import channel_address
@@ -44,8 +45,7 @@ class Client:
         self.config = config
         self.codec = codec
         self.id = secrets.token_hex(8)
-        # Parts of the names of its channels, of which each has one "!" at most.
-        self._mark, self._bare_mark = f".{self.id}!", f"{self.id}!"
+        self._secret = secrets.token_bytes(16)
         self.address = channel_address(config.prefix, f"specific.{self.id}!")
         self.process = os.getpid()
         self.has_lease = False
@@ -78,15 +78,24 @@ class Client:
         """Return a specific channel name that was never used before."""
         with self._lock:
             self._serial += 1
-            return f"{prefix}.{self.id}!{self._serial:x}"
+            name = f"{prefix}.{self.id}!{self._serial:x}"
+        return f"{name}-{self._code(name)}"
 
     def next_number(self) -> tuple[str, int]:
         """Return the client's id and a larger number than before, for a statement that others may judge."""
         return self.id, next(self._numbers)
 
     def owns(self, channel: str) -> bool:
-        """Whether it is a specific channel of this client."""
-        return self._mark in channel or channel.startswith(self._bare_mark)
+        """Whether `new_channel` has returned it.
+
+        Any role may NOTIFY. Without the code, invented names would make queues without end, and to remember
+        all names that were given out would take as much.
+        """
+        name, _, code = channel.rpartition("-")
+        return code == self._code(name)
+
+    def _code(self, name: str) -> str:
+        return blake2s(name.encode(errors="replace"), key=self._secret, digest_size=4).hexdigest()
 
     # ------------------------------------------------------------------ the owner loop
 
@@ -115,6 +124,10 @@ class Client:
                     self._queues[channel] = queue
         queue.is_used = True
         return queue
+
+    def own_queue(self, channel: str) -> ChannelQueue | None:
+        """The queue of a channel that this client has made. None: it has not."""
+        return self.queue(channel) if channel in self._queues or self.owns(channel) else None
 
     def find_queue(self, channel: str) -> ChannelQueue | None:
         """The queue of a channel, if there is one."""
@@ -205,6 +218,12 @@ class Client:
         self.counters.add("foreign_notifications")
         if self._may_log(("foreign", channel)):
             logger.warning("Ignored a notification on %s that pg_layer did not send.", channel)
+
+    def unknown_channel(self, channel: str) -> None:
+        """A message came for a channel that this client has not made."""
+        self.counters.add("foreign_notifications")
+        if self._may_log("unknown channel"):
+            logger.warning("Ignored a message for channel %s, which this process has not made.", channel)
 
     def _may_log(self, about: object) -> bool:
         now = time.monotonic()

@@ -29,7 +29,8 @@ class Counts(TypedDict):
       been missed.
     - ``refused_notifications``: statements for which the server refused NOTIFY, and that were repeated
       without.
-    - ``foreign_notifications``: notifications on the layer's NOTIFY channels that it did not send.
+    - ``foreign_notifications``: notifications on the layer's NOTIFY channels that it did not send, and
+      messages for channels that the process has not made.
     """
 
     sent: int

@@ -132,7 +132,7 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
     names: str,
 ) -> None:
     layer = make_layer(capacity=1000)
-    prefix, group = ("c", "g") if names == "short" else ("c" * 79, "g" * 99)
+    prefix, group = ("c", "g") if names == "short" else ("c" * 70, "g" * 99)
     sizes = [*range(5550, 5650), *range(5850, 5970), *range(7980, 8020)]
     reader = processes.start(read_until_the_end, migrated_dsn, prefix, group if way == "group_send" else None)
     channel = await reader.hear()

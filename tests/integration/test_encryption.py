@@ -376,3 +376,57 @@ async def test_a_foreign_notification_does_no_harm_and_is_logged_once(
     # Received messages are still deleted.
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
     assert not [record for record in caplog.records if record.exc_info]
+
+
+MANY = 20_000
+INVENTED = """
+    SELECT count(pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
+        'M %%s %%s %%s %%s 4102444800 * gA==', boot, 1000000 + n,
+        replace(replace(%(name)s, 'N', n::text), 'X', to_hex(n)), 1000000 + n)))
+    FROM pg_layer_boot, generate_series(1, %(many)s) AS n
+"""
+
+
+@pytest.mark.parametrize("how", ["serials", "prefixes", "codes", "normal", "elsewhere"])
+async def test_notifications_for_channels_that_were_not_made_are_foreign_and_make_no_queues(
+    make_layer: MakeLayer, observer: Observer, how: str
+) -> None:
+    layer = make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    name = {
+        "serials": channel.partition("!")[0] + "!X",
+        "prefixes": channel.replace("specific", "prefixN"),
+        "codes": channel.rpartition("-")[0] + "-X",
+        "normal": "jobsN",
+        "elsewhere": "specific.N!1",
+    }[how]
+    before = layer.stats()
+    observer.execute(INVENTED.encode(), {"channel": channel, "name": name, "many": MANY})
+    await layer.send(channel, {"text": "the end"})
+    assert await receive(layer, channel) == {"text": "the end"}
+    after = layer.stats()
+    assert after["channels"] <= before["channels"] + 1
+    assert after["foreign_notifications"] == before["foreign_notifications"] + MANY
+    assert after["dropped_undecodable"] == 0
+
+
+async def test_row_for_a_channel_that_was_not_made_is_deleted_and_one_of_a_forgotten_queue_delivered(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer, sender = make_layer(), make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    client = layer._loops.client
+
+    def is_forgotten() -> bool:
+        client.forget_idle_queues()
+        return client.find_queue(channel) is None
+
+    for size in (10, 10_000):
+        await until(is_forgotten)
+        await sender.send(f"{channel}0", {"blob": bytes(size)})
+        await sender.send(channel, {"blob": bytes(size)})
+        assert await receive(layer, channel) == {"blob": bytes(size)}
+    assert layer.stats()["foreign_notifications"] == 2
+    await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))

@@ -71,6 +71,8 @@ def test_parse_jobs_and_pings() -> None:
         "M 3 20 @g -7 1.5 * e30=",
         "M 3 20 @g 7 1.5 * e30",
         "M 3 20  7 1.5 * e30=",
+        "M 3 20 jobs 7 1.5 * e30=",
+        "M 3 20 @g 7 1.5 * e30= jobs 8 1.5 * e30=",
         "R 3 20 @g 7",
         "R 3 20 @g 7 8 9",
         f"J {LAST_ID + 1}",

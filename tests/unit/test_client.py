@@ -67,8 +67,15 @@ def test_new_channel_many_threads_are_never_the_same() -> None:
 
 def test_owns_specific_channels_whatever_their_prefix() -> None:
     client = make_client()
-    assert client.owns(client.new_channel("a.b-c_d"))
-    assert client.owns(f"{client.id}!x")
+    channel = client.new_channel("a.b-c_d")
+    assert client.owns(channel)
+    assert not client.owns(f"x{channel}")
+    assert not client.owns(f"{channel}0")
+    assert not client.owns(channel[:-1])
+    assert not client.owns(channel.replace("!1-", "!2-"))
+    assert not client.owns(f"{client.id}!x")
+    assert not client.owns("")
+    assert not client.owns("jobs")
     assert not client.owns(f"specific.{client.id}")
     assert not client.owns(client.id)
     assert not client.owns(f"specific.{client.id}0!1")
@@ -105,6 +112,31 @@ def test_queue_asked_twice_is_made_once_with_the_capacity_of_its_channel() -> No
     assert client.queue("jobs.a").capacity == 7
     assert client.queue("other").capacity == CAPACITY
     assert {queue.channel for queue in client.queues()} == {"jobs.a", "other"}
+
+
+def test_own_queue_of_a_channel_that_was_not_made_is_none(client: Client) -> None:
+    channel = client.new_channel("specific")
+    for unknown in (
+        f"specific.{client.id}!1",
+        channel.replace("specific", "other"),
+        "jobs",
+        f"{channel}\ufffd",
+    ):
+        assert client.own_queue(unknown) is None
+    assert client.queues() == []
+
+
+def test_own_queue_that_was_forgotten_is_made_again(client: Client) -> None:
+    channel = client.new_channel("specific")
+    queue = client.own_queue(channel)
+    assert queue is not None
+    assert client.own_queue(channel) is queue
+    for _ in range(2):
+        client.forget_idle_queues()
+    assert client.find_queue(channel) is None
+    again = client.own_queue(channel)
+    assert again is not None
+    assert again is not queue
 
 
 def test_forget_idle_queues_second_call_forgets_unused(client: Client) -> None:
