@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ from pg_layer.exceptions import UndecodableMessage
 
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
-
-logger = logging.getLogger("pg_layer")
 
 # Seconds for each member that is waited for when its channel queue is full: in a round it must receive
 # something, and half of its queue in this many rounds. A slow member costs its neighbours no more than that
@@ -152,7 +149,7 @@ class Dispatcher:
         try:
             await work()
         except Exception as error:  # a bug must not end dispatch
-            logger.error("Dispatch failed.", exc_info=error)
+            self._client.failed("Dispatch failed.", error)
         finally:
             self.is_blocked = False
         self._receiver.pump()

@@ -245,7 +245,7 @@ class Receiver:
         if isinstance(error, PgLayerError):
             self._outage.begin(error)
         else:
-            logger.error(what, exc_info=error)
+            self._client.failed(what, error)
 
     # ------------------------------------------------------------------ catching up
 

@@ -13,7 +13,6 @@ import math
 import os
 import secrets
 import threading
-import time
 from collections.abc import Iterable
 from hashlib import blake2s
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.clock import DatabaseClock
 from pg_layer._state.counters import Counters
 from pg_layer._state.cursor import Cursor
+from pg_layer._state.log_limit import LogLimit
 from pg_layer._state.memberships import Memberships
 from pg_layer.codec import Codec
 from pg_layer.exceptions import UndecodableMessage
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from pg_layer.config import Config
 
 logger = logging.getLogger("pg_layer")
-
-LOG_PERIOD = 60.0  # seconds between two log lines about the same thing
 
 
 class Client:
@@ -69,7 +67,7 @@ class Client:
         self._is_closed = False
         self._serial = 0
         self._numbers = itertools.count(1)  # thread-safe
-        self._logged: dict[object, float] = {}
+        self.log_limit = LogLimit()
         self._owner_thread: int | None = None
 
     # ------------------------------------------------------------------ names
@@ -199,37 +197,35 @@ class Client:
     def count_dropped(self, group: str, channel: str, count: int = 1) -> None:
         """A full channel missed messages of a group."""
         self.counters.add("dropped_full", count)
-        if self._may_log(("full", channel)):
-            logger.warning("Channel %s is full and misses messages of group %s.", channel, group)
+        if (end := self.log_limit.admit("full", channel)) is not None:
+            logger.warning("Channel %s is full and misses messages of group %s.%s", channel, group, end)
 
     def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
         """A message could not be decoded: it is skipped."""
         self.counters.add("dropped_undecodable")
-        if self._may_log(("undecodable", str(error))):
-            logger.error("Skipped a message for %s that cannot be decoded: %s", where, error)
+        if (end := self.log_limit.admit("undecodable", str(error))) is not None:
+            logger.error("Skipped a message for %s that cannot be decoded: %s%s", where, error, end)
 
     def silent(self, why: str) -> None:
         """What this process sends is not announced."""
-        if self._may_log("silent"):
-            logger.warning("Without notifications: %s Messages wait until their receivers look.", why)
+        if (end := self.log_limit.admit("silent")) is not None:
+            logger.warning("Without notifications: %s Messages wait until their receivers look.%s", why, end)
 
     def foreign(self, channel: str) -> None:
         """A notification came that the layer did not send."""
         self.counters.add("foreign_notifications")
-        if self._may_log(("foreign", channel)):
-            logger.warning("Ignored a notification on %s that pg_layer did not send.", channel)
+        if (end := self.log_limit.admit("foreign", channel)) is not None:
+            logger.warning("Ignored a notification on %s that pg_layer did not send.%s", channel, end)
 
     def unknown_channel(self, channel: str) -> None:
         """A message came for a channel that this client has not made."""
         self.counters.add("foreign_notifications")
-        if self._may_log("unknown channel"):
-            logger.warning("Ignored a message for channel %s, which this process has not made.", channel)
+        if (end := self.log_limit.admit("unknown channel")) is not None:
+            logger.warning(
+                "Ignored a message for channel %.100r, which this process has not made.%s", channel, end
+            )
 
-    def _may_log(self, about: object) -> bool:
-        now = time.monotonic()
-        if now - self._logged.get(about, -LOG_PERIOD) < LOG_PERIOD:
-            return False
-        if len(self._logged) > 1000:
-            self._logged.clear()
-        self._logged[about] = now
-        return True
+    def failed(self, what: str, error: Exception) -> None:
+        """Something failed because of a bug, and is tried again."""
+        if (end := self.log_limit.admit("failed", what)) is not None:
+            logger.error("%s%s", what, end, exc_info=error)

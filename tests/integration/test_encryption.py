@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
 
+from pg_layer._state.log_limit import MOST_LINES, PERIOD, LogLimit
+from pg_layer.exceptions import UndecodableMessage
 from tests.conftest import MakeLayer, Observer
 from tests.processes import Link, Message, Processes, listen, open_layer, read, receive, until
 
@@ -430,3 +433,40 @@ async def test_row_for_a_channel_that_was_not_made_is_deleted_and_one_of_a_forgo
         assert await receive(layer, channel) == {"blob": bytes(size)}
     assert layer.stats()["foreign_notifications"] == 2
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
+
+
+async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_lines(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of each kind; and the next line says how many were left out."""
+    count = 1100
+    now = 1000.0
+    layer = make_layer(capacity=1)
+    layer._loops.client.log_limit = LogLimit(lambda: now)
+    channel = await layer.new_channel()
+    await listen(layer)
+    members = [await layer.new_channel() for _ in range(count)]
+    await asyncio.gather(*(layer.group_add("room", member) for member in members))
+
+    for number in range(2):
+        await layer.group_send("room", {"number": number})
+    # No two faults have the same text: it names the length.
+    forge = """
+        SELECT count(pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
+                'M %%s %%s %%s %%s 4102444800 * %%s', boot, 1000000 + n, %(channel)s::text, 1000000 + n,
+            translate(encode(convert_to(repeat('x', n), 'UTF8'), 'base64'), E'\\n', ''))))
+        FROM pg_layer_boot, generate_series(1, %(count)s) AS n
+    """
+    observer.execute(forge.encode(), {"channel": channel, "count": count})
+    await layer.send(channel, {"text": "the end"})
+    assert await receive(layer, channel) == {"text": "the end"}
+    stats = layer.stats()
+    assert (stats["dropped_full"], stats["dropped_undecodable"]) == (count, count)
+    assert len(complaints(caplog)) == 2 * MOST_LINES
+    caplog.clear()
+    now += PERIOD
+    layer._loops.client.count_dropped("room", members[0])
+    layer._loops.client.undecodable("room", UndecodableMessage("another"))
+    full, undecodable = complaints(caplog)
+    assert full.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")
+    assert undecodable.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")

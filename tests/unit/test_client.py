@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 
 import pytest
 
 from pg_layer._messages.addresses import channel_address
 from pg_layer._messages.rows import Key, Row
 from pg_layer._state.channel_queue import QueuedMessage
-from pg_layer._state.client import LOG_PERIOD, Client
+from pg_layer._state.client import Client
+from pg_layer._state.log_limit import MOST_LINES, PERIOD, LogLimit
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.exceptions import UndecodableMessage
@@ -251,24 +251,51 @@ def test_counted_next_client_of_a_layer_counts_from_its_own_start() -> None:
 
 
 def test_foreign_same_channel_is_logged_again_after_a_while(
-    client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now = 1000.0
+    client.log_limit = LogLimit(lambda: now)
     for _ in range(3):
         client.foreign("pg_layer_x")
     client.foreign("pg_layer_y")
     assert len(caplog.records) == 2
-    now += LOG_PERIOD + 1
+    now += PERIOD
     client.foreign("pg_layer_x")
     assert len(caplog.records) == 3
     assert client.counters["foreign_notifications"] == 5
 
 
-def test_foreign_many_channels_remembers_a_bounded_number(client: Client) -> None:
+def test_count_dropped_many_channels_says_how_many_lines_were_left_out(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1000.0
+    client.log_limit = LogLimit(lambda: now)
     for number in range(3000):
-        client.foreign(f"channel {number}")
-    assert len(client._logged) <= 1001
+        client.count_dropped("room", f"channel {number}", 2)
+    assert len(caplog.records) == MOST_LINES
+    now += PERIOD
+    client.count_dropped("room", "late")
+    assert caplog.messages[-1] == (
+        "Channel late is full and misses messages of group room."
+        f" (Left out since the last such line: {3000 - MOST_LINES}.)"
+    )
+    assert client.counters["dropped_full"] == 6001
+
+
+def test_failed_same_fault_is_logged_once(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        client.failed("Dispatch failed.", ValueError("a bug"))
+    [record] = caplog.records
+    assert record.exc_info is not None
+
+
+def test_unknown_channel_of_any_text_is_one_short_line(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The name is what some role has made up."""
+    client.unknown_channel("a\nERROR forged!" + "x" * 7000)
+    assert len(caplog.messages[0]) < 300
+    assert "\n" not in caplog.messages[0]
 
 
 def test_undecodable_different_faults_are_logged_apart(
