@@ -17,8 +17,8 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from pg_layer._db.queries import receive as queries
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotBegun
-from pg_layer.faults import READ_ONLY, REFUSALS, is_hopeless, judge, translated, unavailable
+from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
+from pg_layer.faults import READ_ONLY, REFUSALS, Attempts, is_hopeless, translated
 from pg_layer.session import Session
 
 T = TypeVar("T")
@@ -146,6 +146,7 @@ class Connections:
         quietly: Callable[[Session], Awaitable[T]] | None = None,
         patience: float | None = None,
         is_idempotent: bool = False,
+        is_read: bool = False,
     ) -> T:
         """Run a statement, and again after what surely undid it, until ``timeout`` seconds have passed.
 
@@ -154,9 +155,12 @@ class Connections:
         ``patience``: seconds for each of several statements, where all together may take long.
         ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
         was lost on the way. Otherwise that raises `OutcomeUnknown` at once: trying again could send a
-        message twice. Raises `LayerUnavailable` and `NotMigrated`; on another loop than the pool's also
-        `NotBegun`, if no session is at hand.
+        message twice. ``is_read``: it changes nothing, so that no outcome is unknown.
+
+        Raises `NotMigrated`; `OutcomeUnknown` if an attempt has perhaps taken effect, and `LayerUnavailable`
+        if none has; on another loop than the pool's also `NotBegun`, if no session is at hand.
         """
+        attempts = Attempts(self._config, is_idempotent=is_idempotent, is_read=is_read)
         is_guest = asyncio.get_running_loop() is not self._loop
         deadline = time.monotonic() + timeout
         while True:
@@ -164,12 +168,12 @@ class Connections:
             session = self._at_hand(is_guest)
             if session is None:
                 if is_guest:
-                    raise NotBegun
-                session = await self._from_pool(deadline)
+                    raise NotBegun(may_have_begun=attempts.is_outcome_unknown)
+                session = await self._from_pool(deadline, attempts)
             left = deadline - time.monotonic()
             if left <= 0:  # nothing was sent: that is better known than cut short
                 self._give_back(session)
-                raise unavailable(self._reason)
+                raise attempts.unavailable(self._reason) from self._reason
             session.patience = patience or left
             is_refused = False
             try:
@@ -186,7 +190,7 @@ class Connections:
                     # An attempt that is cut short would leave it unknown what became of it.
                     now = time.monotonic()
                     is_late = now + RETRY + (now - begun_at) >= deadline
-                    judge(error, is_idempotent, is_late, self._config)
+                    attempts.failed(error, is_late=is_late)
             finally:
                 self._give_back(session)
             if not is_refused:
@@ -212,7 +216,7 @@ class Connections:
             session.close()
             self._give_back(session)
 
-    async def _from_pool(self, deadline: float) -> Session:
+    async def _from_pool(self, deadline: float, attempts: Attempts) -> Session:
         try:
             await self._open()
             while True:
@@ -223,10 +227,12 @@ class Connections:
                 except PoolTimeout as error:
                     reason = self._reason
                     if reason is not None and is_hopeless(reason):
-                        raise unavailable(reason) from reason
+                        raise attempts.unavailable(reason) from reason
                     if time.monotonic() >= deadline:
-                        raise unavailable(reason) from (reason or error)
+                        raise attempts.unavailable(reason) from (reason or error)
                 except PoolClosed as error:
+                    if attempts.is_outcome_unknown:
+                        raise OutcomeUnknown from error
                     raise LayerUnavailable("The channel layer was closed.") from error
         finally:
             with self._lock:

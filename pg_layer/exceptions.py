@@ -41,23 +41,32 @@ class PgLayerError(Exception):
 
 
 class LayerUnavailable(PgLayerError):
-    """The database could not be reached within send_timeout, or it is unknown whether the call took effect.
+    """The database could not be reached within send_timeout.
 
     Raised by what writes (`send`, `group_send`, `group_add`, `group_discard`, `flush`), never by `receive`. A
-    call that surely did not commit is retried until `send_timeout`; one that may have committed is not, as
-    that could deliver a message twice. The database's own error is the `__cause__`.
+    call that surely did not commit is retried until `send_timeout`. One that may have committed raises
+    `OutcomeUnknown`, a subclass: after any other the call has changed nothing, and may be made again. The
+    database's own error is the `__cause__`.
     """
 
 
 class OutcomeUnknown(LayerUnavailable):
-    """The connection to the database was lost; it is unknown whether the call took effect."""
+    """The connection to the database was lost; it is unknown whether the call took effect.
+
+    A message is not sent again then, as that could deliver it twice.
+    """
 
 
 class NotBegun(PgLayerError):
     """The event loop that served the channel layer ended before the call began.
 
-    Internal: the call is made again on the loop that takes over.
+    Internal: the call is made again on the loop that takes over. ``may_have_begun``: it may have taken
+    effect already, and does no harm if it is made twice.
     """
+
+    def __init__(self, *, may_have_begun: bool = False) -> None:
+        super().__init__()
+        self.may_have_begun = may_have_begun
 
 
 class NotMigrated(PgLayerError):

@@ -15,7 +15,16 @@ from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 # Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
-_TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57", "25006", "55P03")
+_TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57000", "57P", "25006", "55P03")
+CANCELED = "57014"
+# The server cancels a statement because of statement_timeout, or because an administrator has asked for it
+# by pg_cancel_backend(). Only the words tell, and they may be in another language.
+_BY_REQUEST = "canceling statement due to user request"
+TIMED_OUT = (
+    "The database cancelled the statement because it took longer than the statement_timeout of the role."
+    " Set a longer one for the role (ALTER ROLE ... SET statement_timeout = ...), or find what held the"
+    " statement up: a lock, or a busy server."
+)
 # With those of a connection that could not be made, was lost, or was denied for its user or database.
 _AWAY_CLASSES = (*_TRANSIENT_CLASSES, "08", "28", "3D")
 # Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
@@ -33,24 +42,61 @@ _ATTEMPT = re.compile(r"^- (host: .*?, port: .*?), hostaddr: .*?: ", re.MULTILIN
 UNDEFINED = (errors.UndefinedFunction, errors.UndefinedTable, errors.UndefinedColumn)
 
 
-def judge(
-    error: psycopg.Error, is_idempotent: bool, is_late: bool, config: Config, alias: str | None = None
-) -> None:
-    """Return if a statement may be tried again, else raise: as `Connections.run` says.
+class Attempts:
+    """The attempts of one call: whether another one may follow, and what the caller is told if none does.
 
-    ``alias``: of the database, if not that of ``config``.
+    ``is_idempotent``: another attempt may follow one that has perhaps taken effect. ``is_read``: none has an
+    effect. ``alias``: of the database, if not that of ``config``.
     """
-    if isinstance(error, UNDEFINED):
-        raise not_migrated(config, alias) from error
-    if error.sqlstate is not None and error.sqlstate.startswith(_TRANSIENT_CLASSES):
-        if is_late:
-            raise unavailable(error) from error
-        return
-    if (error.sqlstate or "08").startswith("08") and isinstance(error, psycopg.OperationalError):
-        if is_idempotent and not is_late:
-            return
-        raise OutcomeUnknown from error
-    raise unavailable(error) from error
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        is_idempotent: bool = False,
+        is_read: bool = False,
+        alias: str | None = None,
+    ) -> None:
+        self._config = config
+        self._is_idempotent = is_idempotent or is_read
+        self._is_read = is_read
+        self._alias = alias
+        self.is_outcome_unknown = False  # an attempt has perhaps taken effect
+
+    def failed(self, error: psycopg.Error, *, is_late: bool) -> None:
+        """Return if another attempt may follow this error, else raise what the caller is told.
+
+        ``is_late``: no time is left for another one.
+        """
+        if isinstance(error, UNDEFINED):
+            raise not_migrated(self._config, self._alias) from error
+        may_repeat = not is_late
+        if not _is_transient(error):
+            is_lost = (error.sqlstate or "08").startswith("08") and isinstance(
+                error, psycopg.OperationalError
+            )
+            self.is_outcome_unknown |= is_lost and not self._is_read
+            may_repeat &= is_lost and self._is_idempotent
+        if not may_repeat:
+            raise self.unavailable(error) from error
+
+    def unavailable(self, reason: BaseException | None) -> LayerUnavailable:
+        """What the caller is told if the call ends for this reason, which is not of an attempt.
+
+        `OutcomeUnknown` if an attempt before has perhaps taken effect.
+        """
+        return OutcomeUnknown() if self.is_outcome_unknown else unavailable(reason)
+
+
+def _is_transient(error: psycopg.Error) -> bool:
+    """Whether the statement surely did not take effect, and another attempt may succeed."""
+    if error.sqlstate == CANCELED:
+        return _is_by_request(error)
+    return (error.sqlstate or "").startswith(_TRANSIENT_CLASSES)
+
+
+def _is_by_request(error: psycopg.Error) -> bool:
+    return error.diag.message_primary == _BY_REQUEST
 
 
 @contextmanager
@@ -72,6 +118,8 @@ def unavailable(reason: BaseException | None) -> LayerUnavailable:
         return LayerUnavailable(
             "The database takes no writes: it is a standby, or read-only by its settings."
         )
+    if isinstance(reason, psycopg.Error) and reason.sqlstate == CANCELED and not _is_by_request(reason):
+        return LayerUnavailable(TIMED_OUT)
     beginning = "The database refused the call: " if was_refused(reason) else AWAY
     return LayerUnavailable(f"{beginning}{words_of(reason)}")
 
@@ -93,6 +141,13 @@ def words_of(error: BaseException) -> str:
     """An error on one line; of the server's the message alone, and not where in which function it came up."""
     said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     return " ".join((said or str(error)).split())
+
+
+def reason_of(error: BaseException) -> str:
+    """Why the database is away, in the words of the error that was the cause."""
+    if isinstance(error, OutcomeUnknown) and error.__cause__ is not None:
+        error = error.__cause__
+    return words_of(error).removeprefix(AWAY)
 
 
 def is_hopeless(error: BaseException | None) -> bool:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
@@ -20,17 +20,25 @@ Op = TypeVar("Op")
 MAX_OPS = 500
 GRACE = 1.0  # seconds that a caller on another loop waits longer than the write may take
 LATE = "The database could not be reached in time; the call did not take effect."
+ENDED = "The event loop ended; it is unknown whether the call took effect."
+SILENT = "The event loop that serves the channel layer does not answer"
 MAX_BYTES = 1024 * 1024
 
 # What became of an operation: what its caller is to be returned, or the exception he gets.
 Outcome = object
 
 
-class _Ticket(NamedTuple):
-    op: Any
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-    deadline: float  # by time.monotonic()
+class _Ticket:
+    """An operation that waits for its write, or is being written."""
+
+    __slots__ = ("deadline", "future", "is_begun", "loop", "op")
+
+    def __init__(self, op: Any, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        self.op = op
+        self.loop = loop
+        self.future: asyncio.Future[Any] = loop.create_future()
+        self.deadline = deadline  # by time.monotonic()
+        self.is_begun = False  # it may have been written from here on
 
     def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
         if self.loop is here:
@@ -75,7 +83,8 @@ class Lane(Generic[Op]):
         self._weigh = weigh
         self._timeout = timeout
         self._queue: deque[_Ticket] = deque()
-        # Guards the next three, as a guest may begin and end a write on any thread.
+        # Guards the next three, as a guest may begin and end a write on any thread; and whether a ticket
+        # begins or is given up.
         self._lock = threading.Lock()
         self._is_busy = False
         self._is_guests = False
@@ -93,42 +102,62 @@ class Lane(Generic[Op]):
 
         ``may_write``: this loop, if it is another, will not stop before what it has begun has ended or was
         cancelled. Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
-        Raises `NotBegun` if the lane was closed before, `LayerUnavailable` if its loop ended or stopped
-        meanwhile.
+        Raises `NotBegun` if the lane was closed before; if its loop ended or stopped meanwhile,
+        `OutcomeUnknown` if ``op`` was being written, and `LayerUnavailable` if not.
         """
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + self._timeout
         is_here = loop is self._loop
+        may_have_begun = False
         if is_here and self._closed:
             raise NotBegun
         if (is_here or may_write) and not self._is_busy and self._try_begin(is_guests=not is_here):
             try:
                 (outcome,) = await self._write([op], self._timeout)
-            except NotBegun:
+            except NotBegun as error:
                 if is_here:
                     raise
+                may_have_begun = error.may_have_begun
             else:
                 if isinstance(outcome, Exception):
                     raise outcome
                 return outcome
             finally:
                 self._continue(is_here)
-        future = loop.create_future()
-        ticket = _Ticket(op, loop, future, deadline)
+        ticket = _Ticket(op, loop, deadline)
         if is_here:
             self._enqueue(ticket)
-            return await future
+            return await ticket.future
         # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
-        late = LayerUnavailable("The event loop that serves the channel layer does not answer.")
-        timer = loop.call_later(deadline + GRACE - time.monotonic(), ticket.settle, late, loop)
+        timer = loop.call_later(deadline + GRACE - time.monotonic(), self._give_up_on, ticket)
         try:
             try:
                 self._loop.call_soon_threadsafe(self._enqueue, ticket)
             except RuntimeError:
                 raise NotBegun from None
-            return await future
+            return await ticket.future
+        except (LayerUnavailable, NotBegun) as error:
+            if may_have_begun:
+                raise OutcomeUnknown from error
+            raise
         finally:
             timer.cancel()
+
+    def _give_up_on(self, ticket: _Ticket) -> None:
+        """The lane's loop has not answered in time. On the caller's loop."""
+        with self._lock:
+            if ticket.is_begun:
+                ticket.settle(
+                    OutcomeUnknown(f"{SILENT}; it is unknown whether the call took effect."), ticket.loop
+                )
+            else:
+                ticket.settle(LayerUnavailable(f"{SILENT}; the call did not take effect."), ticket.loop)
+
+    def _begin(self, ticket: _Ticket) -> bool:
+        """The ticket is about to be written. Return whether its caller still waits."""
+        with self._lock:
+            ticket.is_begun = not ticket.future.done()
+            return ticket.is_begun
 
     def _try_begin(self, *, is_guests: bool = False) -> bool:
         with self._lock:
@@ -206,7 +235,7 @@ class Lane(Generic[Op]):
         finally:
             for ticket in batch:  # cancelled in the middle: the loop ends
                 ticket.settle(
-                    OutcomeUnknown("The event loop ended; it is unknown whether the call took effect."),
+                    OutcomeUnknown(ENDED),
                     self._loop,
                 )
             self._rest()
@@ -227,7 +256,9 @@ class Lane(Generic[Op]):
             weight += self._weigh(ticket.op)
             if batch and weight > MAX_BYTES:
                 break
-            batch.append(queue.popleft())
+            queue.popleft()
+            if self._begin(ticket):
+                batch.append(ticket)
         return batch
 
     async def guest_finishes(self) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from pg_layer._state.client import Client
-from pg_layer.faults import AWAY, was_refused, words_of
+from pg_layer.faults import reason_of, was_refused
 
 logger = logging.getLogger("pg_layer")
 
@@ -27,7 +27,7 @@ class Outage:
         """The database is lost, or cannot be had; the first of several calls counts."""
         if self.why is not None or self._is_over():
             return
-        self.why, self.since = words_of(error).removeprefix(AWAY), time.monotonic()
+        self.why, self.since = reason_of(error), time.monotonic()
         logger.warning("%s: %s", self._what(error), self.why)
         self._client.announce_locally(self._client.config.on_disconnect)
 

@@ -27,8 +27,8 @@ from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer.aliases import alias_of, not_migrated
 from pg_layer.config import Config
 from pg_layer.django_session import DjangoSession
-from pg_layer.exceptions import PgLayerError
-from pg_layer.faults import REFUSALS, UNDEFINED, is_hopeless, judge, unavailable
+from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
+from pg_layer.faults import REFUSALS, UNDEFINED, Attempts, is_hopeless
 from pg_layer.ops import Change, Drafts
 from pg_layer.room import Room
 
@@ -142,14 +142,12 @@ class Sync:
     def group_channels(self, group: str, *, using: str | None = None) -> list[str]:
         """As `PostgresChannelLayer.group_channels`."""
         prefix, name = self._config.prefix, self._drafts.group(group)
-        return self._run(
-            using, lambda session: group_queries.group_channels(session, prefix, name), is_idempotent=True
-        )
+        return self._read(using, lambda session: group_queries.group_channels(session, prefix, name))
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
         """As `PostgresChannelLayer.group_count`."""
         work = partial(group_queries.group_count, prefix=self._config.prefix, group=self._drafts.group(group))
-        return self._run(using, work, is_idempotent=True)
+        return self._read(using, work)
 
     # ------------------------------------------------------------------ writing
 
@@ -192,7 +190,10 @@ class Sync:
 
         self._write(using, write, is_idempotent=True)
         if change.added:
-            self._loops.joined(change.channel)
+            try:
+                self._loops.joined(change.channel)
+            except LayerUnavailable as error:  # the thread that is to apply it did not start
+                raise OutcomeUnknown(f"The change was written, but is not applied yet: {error}") from error
 
     def _write(self, using: str | None, write: Write[T], *, is_idempotent: bool = False) -> T:
         """Write, and announce it: now, or after the commit."""
@@ -211,9 +212,8 @@ class Sync:
             quiet = session.is_atomic or self._is_careful
             return await write(session, own=False, quiet=quiet)
 
-        result, rows = self._run_on(
-            session, work, work_in_transaction, is_idempotent, partial(work, quiet=True)
-        )
+        attempts = Attempts(self._config, is_idempotent=is_idempotent, alias=session.alias)
+        result, rows = self._run_on(session, work, work_in_transaction, attempts, partial(work, quiet=True))
         session.hand_on_notifies()
         if rows and session.is_atomic:
             self._announce_after_commit(session, rows)
@@ -266,7 +266,8 @@ class Sync:
                 await queries.announce(session, part)
 
             try:
-                self._run_on(session, work, work, is_idempotent=True)
+                attempts = Attempts(self._config, is_idempotent=True, alias=session.alias)
+                self._run_on(session, work, work, attempts)
             except (PgLayerError, DjangoError) as error:
                 logger.info("Could not announce %d messages yet: %s", len(rows) - start, error)
                 return False
@@ -274,9 +275,10 @@ class Sync:
 
     # ------------------------------------------------------------------ running
 
-    def _run(self, using: str | None, work: Work[T], *, is_idempotent: bool = False) -> T:
+    def _read(self, using: str | None, work: Work[T]) -> T:
         session = DjangoSession(self._connection(using))
-        result = self._run_on(session, work, work, is_idempotent)
+        attempts = Attempts(self._config, is_read=True, alias=session.alias)
+        result = self._run_on(session, work, work, attempts)
         session.hand_on_notifies()
         return result
 
@@ -285,7 +287,7 @@ class Sync:
         session: DjangoSession,
         work: Work[T],
         work_in_transaction: Work[T],
-        is_idempotent: bool,
+        attempts: Attempts,
         quietly: Work[T] | None = None,
     ) -> T:
         """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
@@ -300,14 +302,14 @@ class Sync:
                     raise
                 is_late = time.monotonic() + RETRY >= deadline
                 if is_late or is_hopeless(cause) or cause.sqlstate is not None:
-                    raise unavailable(cause) from error
+                    raise attempts.unavailable(cause) from error
                 time.sleep(RETRY)
                 continue
             if session.is_in_transaction:  # AUTOCOMMIT is off
                 break
             session.deadline = deadline
             if time.monotonic() >= deadline:  # nothing was sent: that is better known than cut short
-                raise unavailable(TimeoutError("connecting took all the time there was"))
+                raise attempts.unavailable(TimeoutError("connecting took all the time there was"))
             try:
                 return _finish(work(session))
             except DjangoError as error:
@@ -319,7 +321,7 @@ class Sync:
                     work, quietly = quietly, None
                     continue
                 is_late = time.monotonic() + RETRY >= deadline
-                judge(cause, is_idempotent, is_late, self._config, session.alias)
+                attempts.failed(cause, is_late=is_late)
                 if isinstance(cause, errors.InvalidSqlStatementName):
                     continue  # it will not be asked for again
             time.sleep(RETRY)

@@ -11,8 +11,11 @@ from pg_layer._messages.addresses import group_address, notification_channel
 from pg_layer._receive.receiver import Receiver
 from pg_layer._state.client import Client
 from pg_layer._state.memberships import Pair
+from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 from pg_layer.lane import Outcome
 from pg_layer.ops import Change
+
+DISCARDED = "Discarded channels receive nothing more, but the table is not known to be changed yet."
 
 
 class OwnChanges:
@@ -39,7 +42,13 @@ class OwnChanges:
         present = [pair for pair, added in last.items() if added]
         gone = [pair for pair, added in last.items() if not added]
         with self._receiver.dispatcher.changing(last):
-            return await self._write(present, gone, changes, deadline)
+            try:
+                return await self._write(present, gone, changes, deadline)
+            except LayerUnavailable as error:
+                # The memory of the owner has changed, and perhaps the table.
+                if gone and not isinstance(error, OutcomeUnknown):
+                    raise OutcomeUnknown(f"{DISCARDED} {error}") from error
+                raise
 
     async def _write(
         self, present: list[Pair], gone: list[Pair], changes: list[Change], deadline: float

@@ -91,20 +91,24 @@ class MembershipWriter:
                 client.raised_fence = fence
             return await queries.write(session, client.address, fence, rows)
 
+        unknown: OutcomeUnknown | None = None  # of an attempt before
         while True:
             fence = client.fence
             left = deadline - time.monotonic()
             if left <= 0:
-                raise LayerUnavailable("The database could not be reached in time.")
+                raise unknown or LayerUnavailable("The database could not be reached in time.")
             try:
                 return await self._connections.run(work, timeout=left)
-            except OutcomeUnknown:
+            except OutcomeUnknown as error:
+                unknown = error
                 client.fence += 1
                 if time.monotonic() >= deadline:
                     raise
-            except LayerUnavailable:
+            except LayerUnavailable as error:
                 # Refused: another statement was given up meanwhile, and has raised the fence.
                 if client.fence == fence:
+                    if unknown is not None:
+                        raise unknown from error
                     raise
             except asyncio.CancelledError:
                 client.fence += 1

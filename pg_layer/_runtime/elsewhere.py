@@ -36,14 +36,14 @@ async def run_on(
         # asyncio does not tell when a loop stops without cancelling its tasks.
         while not (await asyncio.wait((answer,), timeout=LOOK))[0]:
             if not loop.is_running():
-                raise NotBegun
+                raise NotBegun(may_have_begun=True)
             if time.monotonic() >= deadline:
                 raise OutcomeUnknown(
                     "The event loop that serves the channel layer does not answer;"
                     " it is unknown whether the call took effect."
                 )
         if answer.cancelled():
-            raise NotBegun
+            raise NotBegun(may_have_begun=True)
         return answer.result()
     finally:
         if not (goes_on or loop.is_closed()):

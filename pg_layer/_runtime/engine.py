@@ -21,7 +21,7 @@ from pg_layer._send.sender import Sender
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.connections import Connections
-from pg_layer.exceptions import LayerUnavailable, NotBegun, PgLayerError
+from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown, PgLayerError
 from pg_layer.faults import READ_ONLY
 from pg_layer.ops import Change
 from pg_layer.outage import Outage
@@ -133,7 +133,7 @@ class Engine:
             return await run_on(self.loop, self._serve(work), self.client.config.send_timeout + 1)
         except LayerUnavailable as error:
             if self.is_closed:  # its connections were closed
-                raise NotBegun from error
+                raise NotBegun(may_have_begun=isinstance(error, OutcomeUnknown)) from error
             raise
 
     async def _serve(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -189,16 +189,24 @@ class Engine:
     async def flush(self) -> None:
         """Remove all messages and memberships of the prefix."""
         client, timeout = self.client, self.client.config.send_timeout
-        flush = partial(lease.flush, prefix=client.config.prefix, address=client.address)
-        key, rows = await self.connections.run(
-            partial(flush, quiet=False),
-            quietly=partial(flush, quiet=True),
-            timeout=timeout,
-            is_idempotent=True,
-        )
-        self.sender.announce_later(rows)
-        if key is not None and self.owner is not None:
-            await self.owner.flushed(key, timeout)
+        flush = partial(lease.flush_part, prefix=client.config.prefix, address=client.address)
+        is_done = is_begun = False
+        try:
+            while not is_done:
+                is_done, key, rows = await self.connections.run(
+                    partial(flush, quiet=False),
+                    quietly=partial(flush, quiet=True),
+                    timeout=timeout,
+                    is_idempotent=True,
+                )
+                is_begun = True
+            self.sender.announce_later(rows)
+            if key is not None and self.owner is not None:
+                await self.owner.flushed(key, timeout)
+        except LayerUnavailable as error:
+            if is_begun:
+                raise OutcomeUnknown("A part was removed; it is unknown whether all was.") from error
+            raise
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of clients that are gone."""
@@ -210,7 +218,7 @@ class Engine:
 
     async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
         timeout = self.client.config.send_timeout
-        return await self.connections.run(work, timeout=timeout, is_idempotent=True)
+        return await self.connections.run(work, timeout=timeout, is_read=True)
 
     async def ping(self) -> bool:
         """Ask the database whether it is there, by the way of messages. Return whether that worked."""
@@ -218,7 +226,7 @@ class Engine:
         timeout = min(config.send_timeout, config.heartbeat / 2, PING_TIMEOUT)
         if self.owner is not None:
             return await self.owner.ping(timeout)
-        await self.connections.run(receiving.probe, timeout=timeout, is_idempotent=True)
+        await self.connections.run(receiving.probe, timeout=timeout, is_read=True)
         return True
 
     def want(self, channel: str) -> None:

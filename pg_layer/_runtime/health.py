@@ -7,7 +7,8 @@ import time
 from typing import Literal, TypedDict
 
 from pg_layer._runtime.engine import Engine
-from pg_layer.exceptions import PgLayerError
+from pg_layer.exceptions import OutcomeUnknown, PgLayerError
+from pg_layer.faults import AWAY, reason_of
 
 
 class Health(TypedDict):
@@ -41,7 +42,8 @@ async def examine(engine: Engine) -> Health:
         else:
             problems.append("A notification to itself was not heard.")
     except PgLayerError as error:
-        problems.append(str(error))
+        # What became of the ping itself matters to nobody.
+        problems.append(AWAY + reason_of(error) if isinstance(error, OutcomeUnknown) else str(error))
     lease_age = time.monotonic() - client.renewed_at if client.renewed_at else None
     if lease_age is not None and lease_age > client.config.lease:
         problems.append(f"The lease is over: it was last renewed {lease_age:.0f} s ago.")

@@ -31,8 +31,9 @@ from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
 from pg_layer.codec import Codec
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotBegun
+from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 from pg_layer.faults import REFUSALS
+from pg_layer.lane import ENDED
 from pg_layer.ops import Change, Op
 
 T = TypeVar("T")
@@ -211,13 +212,20 @@ class Loops:
         ``find``: one of the methods above. Raises `LayerUnavailable` if the client is closed meanwhile.
         """
         client = self.client
-        while client is self.client:
-            engine = find()
-            try:
-                return await engine.bridge(partial(work, engine))
-            except NotBegun:
-                await asyncio.sleep(0)
-        raise LayerUnavailable("The channel layer was closed.")
+        may_have_begun = False
+        try:
+            while client is self.client:
+                engine = find()
+                try:
+                    return await engine.bridge(partial(work, engine))
+                except NotBegun as error:
+                    may_have_begun |= error.may_have_begun
+                    await asyncio.sleep(0)
+            raise LayerUnavailable("The channel layer was closed.")
+        except LayerUnavailable as error:
+            if may_have_begun and not isinstance(error, OutcomeUnknown):
+                raise OutcomeUnknown(ENDED) from error
+            raise
 
     def joined(self, channel: str) -> None:
         """A channel was added to a group without a loop, or will be when a transaction commits.

@@ -34,7 +34,7 @@ from pg_layer._state.memberships import Memberships, Pair
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.connections import Connections
-from pg_layer.faults import judge
+from pg_layer.faults import Attempts
 from pg_layer.ops import Change, GroupSend
 from pg_layer.outage import Outage
 from pg_layer.room import LowIds
@@ -319,12 +319,13 @@ class ManualConnections:
         is_idempotent: bool = False,
     ) -> T:
         """See `Connections.run`."""
+        attempts = Attempts(self._process.config, is_idempotent=is_idempotent)
         while True:
             session = Waiting(self._process)
             try:
                 return await work(cast(Session, session))
             except psycopg.Error as error:
-                judge(error, is_idempotent, getattr(error, "is_late", False), self._process.config)
+                attempts.failed(error, is_late=getattr(error, "is_late", False))
             finally:
                 session.close()
             await asyncio.sleep(RETRY)

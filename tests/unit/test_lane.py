@@ -546,24 +546,26 @@ async def test_a_lane_whose_loop_has_stopped_says_so_after_its_timeout(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.02))
-    with pytest.raises(LayerUnavailable):
+    with pytest.raises(LayerUnavailable) as caught:
         await asyncio.wait_for(bench.lane.submit("a"), 10)
+    assert type(caught.value) is LayerUnavailable
     # Its caller was told that it failed: it must not be written when the loop runs again.
     bench.writes.open()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
     assert bench.writes.written == []
 
 
-async def test_a_lane_whose_loop_stops_in_a_write_says_so_after_its_timeout(
+async def test_a_lane_whose_loop_stops_in_a_write_says_that_the_outcome_is_unknown(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
+    """What is written may be committed, also if nobody is there to hear of it."""
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.3))
     task = asyncio.create_task(bench.lane.submit("a"))
     await turns()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
     assert bench.writes.batches == [["a"]]
     (result,) = await outcomes([task])
-    assert type(result) is LayerUnavailable
+    assert type(result) is OutcomeUnknown
     await asyncio.to_thread(still_loop.run_until_complete, asyncio.sleep(0))
     bench.writes.open()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
@@ -697,6 +699,34 @@ async def test_a_guest_that_cannot_write_is_written_on_the_lanes_loop(
         assert await outcomes([guest]) == [bench.writes.outcomes["a"]]
         assert await on(still_loop, outcomes(mine)) == [None] * len(waiting)
         assert len(bench.writes.batches) == 2 * number
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [(None, None), (LayerUnavailable("away"), OutcomeUnknown), ("closed", OutcomeUnknown)],
+    ids=["written", "away", "closed"],
+)
+async def test_a_guest_whose_first_attempt_may_have_taken_effect_is_not_told_that_nothing_has(
+    still_loop: asyncio.AbstractEventLoop, second: LayerUnavailable | str | None, expected: type | None
+) -> None:
+    bench = await on(still_loop, make_bench(timeout=60))
+    guest = bench.submit("a", may_write=True)
+    await turns()
+    bench.writes.end(NotBegun(may_have_begun=True))
+    await turns()
+    if second == "closed":
+        bench.lane.close()
+        await on(still_loop, turns())
+    else:
+        await on(still_loop, turns())
+
+        async def end() -> None:
+            bench.writes.end(second if isinstance(second, Exception) else None)
+            await turns()
+
+        await on(still_loop, end())
+    (result,) = await outcomes([guest])
+    assert result is None if expected is None else type(result) is expected
 
 
 @pytest.mark.parametrize("waiting", ["", "bc"])

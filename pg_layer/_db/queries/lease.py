@@ -130,19 +130,17 @@ def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -
             return
 
 
-async def flush(
+async def flush_part(
     session: Executor, prefix: str, address: str, *, quiet: bool = False
-) -> tuple[Key | None, list[Unannounced]]:
-    """Remove all of a prefix, and tell its clients.
+) -> tuple[bool, Key | None, list[Unannounced]]:
+    """Remove a part of a prefix. The last one tells its clients.
 
-    Return the key of the control message to this one, and the control messages that must be announced.
+    Return whether it was the last one, the key of the control message to this client, and the control
+    messages that must be announced.
     """
-    while True:
-        _, is_done, boot, xid, id, ids, addresses = await one(session, FLUSH, prefix, address, PART, quiet)
-        if is_done:
-            break
+    _, is_done, boot, xid, id, ids, addresses = await one(session, FLUSH, prefix, address, PART, quiet)
     rows = [
         Unannounced(boot, xid, each, to, None, "flush", None, b"")
         for each, to in zip(ids or (), addresses or (), strict=True)
     ]
-    return None if id is None else Key(boot, xid, id), rows if quiet else []
+    return is_done, None if id is None else Key(boot, xid, id), rows if quiet else []
