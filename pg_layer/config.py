@@ -87,6 +87,7 @@ class Config:
     - `poll_interval`: how often to look for messages instead of listening; None: listen.
     - `pool_max_size`: the most connections in the pool.
     - `sweep_interval`: how often to remove what has expired; 0: never.
+    - `handle_sigterm`: whether a process that receives closes the layer when SIGTERM ends it.
     - `on_disconnect`, `on_reconnect`: types of messages that each consumer of this process gets when the
       database is lost, and when it is back.
     """
@@ -109,6 +110,7 @@ class Config:
     poll_interval: float | None = None
     pool_max_size: int = 2
     sweep_interval: float = 600
+    handle_sigterm: bool = True
     on_disconnect: str | None = None
     on_reconnect: str | None = None
     _capacity_of: Callable[[str], int] = dataclasses.field(init=False)
@@ -140,8 +142,9 @@ class Config:
         )
         if self.serializer_format not in ("msgpack", "json"):
             raise _bad("serializer_format", self.serializer_format, "'msgpack' or 'json'")
-        if not isinstance(self.allow_unencrypted, bool):
-            raise _bad("allow_unencrypted", self.allow_unencrypted, "True or False")
+        for name in ("allow_unencrypted", "handle_sigterm"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
         _set(self, "symmetric_encryption_keys", _checked_keys(self.symmetric_encryption_keys))
         patterns = _compiled_capacities(self.channel_capacity)
         if self.channel_capacity is not None:

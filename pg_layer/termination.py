@@ -8,6 +8,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable
+from functools import wraps
 from types import FrameType
 from typing import Any, Protocol
 
@@ -33,37 +34,46 @@ def leavers() -> list[Leaver]:
     return list(_leavers)
 
 
-def heed_sigterm() -> None:
-    """See to it that SIGTERM, too, lets the process take leave. Does nothing but on the main thread.
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+_is_heeding = False
+_set_handler: Callable[[int, _Handler], _Handler] | None = None  # signal.signal, as it was
 
-    By default SIGTERM ends a process on the spot. A server such as uvicorn catches it and stops in order,
-    and then sends it to itself once more, which by default ends it before anybody could say goodbye.
+
+def heed_sigterm() -> None:
+    """Have SIGTERM close the clients where it would end the process on the spot. On the main thread only.
+
+    A server's own handler stays, also for a second SIGTERM. But uvicorn, once it has stopped, restores the
+    default effect and sends SIGTERM to itself, and then nothing of Python runs. So from here on
+    `signal.signal` sets our handler instead of the default effect. Blocking the signal until the exit would
+    not do: processes that the application starts meanwhile would inherit that.
     """
+    global _is_heeding, _set_handler
     if threading.current_thread() is not threading.main_thread():
         return
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        if handler is signal.SIG_DFL:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _leave_and_die)
-        elif callable(handler) and handler is not _leave_and_die and not isinstance(handler, _Postponed):
-            signal.signal(signal.SIGTERM, _Postponed(handler))
     except ValueError:  # an interpreter within another's process, whose signals are not ours
-        pass
+        return
+    _is_heeding = True
+    if _set_handler is None:  # once: another library may have wrapped ours since
+        _set_handler = signal.signal
+        signal.signal = wraps(_set_handler)(_set_ours_for_default)
 
 
-class _Postponed:
-    """Another's handler, after which this thread is spared further SIGTERMs until it has taken leave."""
+def _set_ours_for_default(signalnum: int, handler: _Handler) -> _Handler:
+    assert _set_handler is not None
+    if _is_heeding and signalnum == signal.SIGTERM and handler == signal.SIG_DFL:
+        handler = _leave_and_die
+    return _set_handler(signalnum, handler)
 
-    is_blocking = False
 
-    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self.handler = handler
-
-    def __call__(self, signum: int, frame: FrameType | None) -> None:
-        self.handler(signum, frame)
-        _Postponed.is_blocking = True
-        # Only those that the thread sends itself: one from outside finds another thread, or waits until then.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _restore_default() -> None:
+    """Let SIGTERM do what it does without us."""
+    global _is_heeding
+    _is_heeding = False
+    if signal.getsignal(signal.SIGTERM) is _leave_and_die:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave_and_die(signum: int, frame: FrameType | None) -> None:
@@ -71,7 +81,7 @@ def _leave_and_die(signum: int, frame: FrameType | None) -> None:
     thread = threading.Thread(target=_leave_all, name="pg_layer-farewell", daemon=True)
     thread.start()
     thread.join(LEAVE_TIMEOUT)
-    signal.signal(signum, signal.SIG_DFL)
+    _restore_default()
     os.kill(os.getpid(), signum)
     os._exit(128 + signum)  # the first process of a container is spared what has its default effect
 
@@ -84,25 +94,8 @@ def _leave_all() -> None:
 @atexit.register
 def _end() -> None:
     _leave_all()
-    # A SIGTERM that was kept waiting tells the parent what ended this process.
-    _unblock()
-
-
-def _unblock() -> None:
-    if _Postponed.is_blocking and threading.current_thread() is threading.main_thread():
-        _Postponed.is_blocking = False
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
-def _after_fork() -> None:
-    """A child has nothing to take leave of yet: SIGTERM does there what it did before."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if handler is _leave_and_die:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    elif isinstance(handler, _Postponed):
-        signal.signal(signal.SIGTERM, handler.handler)
-    _unblock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # A child has nothing to close yet: SIGTERM does there what it did before.
+    os.register_at_fork(after_in_child=_restore_default)

@@ -149,7 +149,7 @@ class Loops:
                 self._make_owner(home)
                 # Also where this loop ends with its one call: a test runner soon drops the database.
                 self._retire_background()
-                termination.heed_sigterm()
+                self._heed_sigterm()
             return home
 
     def for_sending(self) -> Engine:
@@ -183,7 +183,7 @@ class Loops:
                 home = self._move_here()
                 self._make_owner(home)
                 self._retire_background()
-                termination.heed_sigterm()
+                self._heed_sigterm()
                 return home
             engine = self._borrow_background()
             self._make_owner(engine)
@@ -294,6 +294,10 @@ class Loops:
         background, self._background = self._background, None
         if background is not None:
             background.retire()
+
+    def _heed_sigterm(self) -> None:
+        if self._config.handle_sigterm:
+            termination.heed_sigterm()
 
     # ------------------------------------------------------------------ the end
 

@@ -54,6 +54,7 @@ def test_defaults() -> None:
         "poll_interval": None,
         "pool_max_size": 2,
         "sweep_interval": 600,
+        "handle_sigterm": True,
         "on_disconnect": None,
         "on_reconnect": None,
     }
@@ -78,6 +79,7 @@ def test_all_options_are_taken() -> None:
         "poll_interval": 0.25,
         "pool_max_size": 1,
         "sweep_interval": 0,
+        "handle_sigterm": False,
     }
     config = load(options)
     assert {name: getattr(config, name) for name in options} == options
@@ -192,10 +194,9 @@ def test_prefix_may_be_50_long() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, "yes", "False"])
-def test_allow_unencrypted_is_true_or_false(value: Any) -> None:
-    assert refusal(allow_unencrypted=value) == (
-        f"pg_layer: CONFIG['allow_unencrypted'] must be True or False, not {value!r}."
-    )
+@pytest.mark.parametrize("name", ["allow_unencrypted", "handle_sigterm"])
+def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"pg_layer: CONFIG[{name!r}] must be True or False, not {value!r}."
 
 
 @pytest.mark.parametrize("value", ["pickle", "JSON", "", None, 1, ["json"]])

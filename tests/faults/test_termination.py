@@ -1,0 +1,109 @@
+"""SIGTERM in a process that receives: what the handler of a server and child processes see of the layer."""
+
+from __future__ import annotations
+
+import signal
+
+from tests.conftest import Observer
+from tests.faults.test_processes import receivers
+from tests.project.commands import run, started, succeeded
+
+# Stops as uvicorn does: the first SIGTERM is noted, and sent again when the default effect has been restored.
+SERVER = """
+import asyncio, signal, subprocess, sys
+from pg_layer import PostgresChannelLayer
+
+layer = PostgresChannelLayer(dsn=sys.argv[1])
+
+def child():
+    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
+    [blocked] = [line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")]
+    print("child", int(blocked, 16), flush=True)
+
+def stop(number, frame):
+    print("stop", flush=True)
+    child()
+
+async def main():
+    before = signal.signal(signal.SIGTERM, stop)
+    channel = await layer.new_channel()
+    await layer.send(channel, {"type": "hello"})
+    await layer.receive(channel)
+    signal.raise_signal(signal.SIGTERM)
+    child()
+    await asyncio.to_thread(child)
+    signal.raise_signal(signal.SIGTERM)
+    print("end", flush=True)
+    signal.signal(signal.SIGTERM, before)
+    signal.raise_signal(signal.SIGTERM)
+
+asyncio.run(main())
+"""
+
+
+def test_sigterm_reaches_the_servers_handler_each_time_and_is_not_blocked_for_children(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    with started(migrated_dsn, "-c", SERVER, migrated_dsn) as server:
+        assert server.end() == -signal.SIGTERM
+    stop = ["stop", "child 0"]
+    assert (server.errors, server.output) == ([], [*stop, "child 0", "child 0", *stop, "end"])
+    assert receivers(observer) == set()
+
+
+LEFT_ALONE = """
+import asyncio, os, signal, sys
+from pg_layer import PostgresChannelLayer
+
+layer = PostgresChannelLayer(dsn=sys.argv[1], handle_sigterm=False)
+set_handler = signal.signal
+
+async def main():
+    channel = await layer.new_channel()
+    await layer.send(channel, {"type": "hello"})
+    await layer.receive(channel)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.signal is set_handler
+    print("default", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+
+asyncio.run(main())
+"""
+
+
+def test_sigterm_keeps_its_default_effect_where_handle_sigterm_is_false(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    with started(migrated_dsn, "-c", LEFT_ALONE, migrated_dsn) as process:
+        assert process.end() == -signal.SIGTERM
+    assert (process.errors, process.output) == ([], ["default"])
+    assert receivers(observer) == {process.pid}
+
+
+FORKS = """
+import asyncio, os, signal, sys
+from pg_layer import PostgresChannelLayer
+
+layer = PostgresChannelLayer(dsn=sys.argv[1])
+
+async def main():
+    channel = await layer.new_channel()
+    await layer.send(channel, {"type": "hello"})
+    await layer.receive(channel)
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
+    print(os.waitpid(child, 0)[1])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    await layer.close()
+
+asyncio.run(main())
+"""
+
+
+def test_sigterm_has_its_default_effect_in_a_forked_child_that_does_not_receive(migrated_dsn: str) -> None:
+    assert succeeded(run(migrated_dsn, "-c", FORKS, migrated_dsn)) == "0"
