@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -13,6 +15,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 LEAVE_TIMEOUT = 5.0  # seconds
+END_PRIORITY = -1000  # among the finalizers of multiprocessing: last
 
 
 class Leaver(Protocol):
@@ -22,6 +25,7 @@ class Leaver(Protocol):
 
 
 _leavers: weakref.WeakSet[Leaver] = weakref.WeakSet()
+_heeded_child: int | None = None  # the process in which `heed_end_of_child` was called
 
 
 def remember(leaver: Leaver) -> None:
@@ -32,6 +36,33 @@ def remember(leaver: Leaver) -> None:
 def leavers() -> list[Leaver]:
     """All that are remembered."""
     return list(_leavers)
+
+
+def heed_end_of_child() -> None:
+    """Close the clients at the end of a child of `multiprocessing`, too.
+
+    A forked one does not run the functions that its parent has registered with `atexit`.
+    """
+    global _heeded_child
+    if multiprocessing.parent_process() is not None and _heeded_child != os.getpid():
+        _heeded_child = os.getpid()
+        multiprocessing.util.Finalize(None, _end_of_child, exitpriority=END_PRIORITY)
+
+
+def _end_of_child() -> None:
+    # Not before other threads end, which may use a layer. Python joins them after this, and ours as well.
+    others = [thread for thread in threading.enumerate() if not thread.daemon]
+    others = [thread for thread in others if thread is not threading.current_thread()]
+    if others:
+        threading.Thread(target=_leave_after, args=(others,), name="pg_layer-farewell", daemon=False).start()
+    else:
+        _leave_all()
+
+
+def _leave_after(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
+    _leave_all()
 
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None

@@ -269,6 +269,7 @@ class Loops:
             return
         self._owner = engine
         self.receives_in_background = engine is not self._home
+        termination.heed_end_of_child()
         if before is not None and not before.stopped.done():
             _stop(before)
         engine.call(engine.start_receiving, before)

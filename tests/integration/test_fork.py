@@ -96,6 +96,14 @@ def test_children_of_multiprocessing(forking: Any, observer: Observer) -> None:
     assert result["statuses"] == [0, 0]
 
 
+def test_children_of_multiprocessing_that_end_leave_no_lease(forking: Any) -> None:
+    result = forking("multiprocessing_ends")
+    assert_different(result["clients"])
+    assert result["left"] == []
+    assert result["parent"]
+    assert result["statuses"] == [0, 0, 0, 3, 0]
+
+
 def test_fork_while_threads_send(forking: Any) -> None:
     assert forking("while_threads_send") == {"numbers": list(range(12))}
 

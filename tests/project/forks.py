@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 import psycopg
@@ -346,6 +347,69 @@ def with_multiprocessing() -> Result:
         child.join(PATIENCE)
     asyncio.run(used_and_closed(layer))
     return {"clients": clients, "statuses": [child.exitcode for child in children]}
+
+
+def multiprocessing_ends() -> Result:
+    """Children of `multiprocessing` that receive and end without closing the layer."""
+    layer = new_layer()
+    asyncio.run(round_trip(layer))
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def loop() -> None:
+        results.put(asyncio.run(round_trip(layer)))
+
+    def background_loop() -> None:
+        results.put(async_to_sync(round_trip)(layer))
+
+    def new_layer_of_its_own() -> None:
+        results.put(asyncio.run(round_trip(new_layer())))
+
+    def failure() -> None:
+        loop()
+        sys.exit(3)
+
+    def thread() -> None:
+        """It still receives when the main thread has ended. The pool's thread is idle until the exit."""
+        has_begun = threading.Event()
+        main_ended: Future[None] = Future()
+
+        def wait_for_main() -> None:
+            threading.main_thread().join()
+            main_ended.set_result(None)
+
+        async def receive() -> None:
+            channel = await layer.new_channel()
+            await layer.group_add("room", channel)
+            await asyncio.to_thread(has_begun.set)
+            await asyncio.wrap_future(main_ended)
+            await layer.group_send("room", number(1))
+            assert await received(layer, channel) == [1]
+            results.put(client_of(channel))
+
+        for target in (wait_for_main, lambda: asyncio.run(receive())):
+            threading.Thread(target=target).start()
+        assert has_begun.wait(PATIENCE)
+
+    targets = (loop, background_loop, new_layer_of_its_own, failure, thread)
+    children = [context.Process(target=target) for target in targets]
+    for child in children:
+        child.start()
+    clients = [results.get() for _ in children]
+    for child in children:
+        child.join(PATIENCE)
+    with psycopg.connect(DSN) as conn:
+        query = "SELECT pid FROM pg_layer_client WHERE expires_at > clock_timestamp()"
+        living = {pid for (pid,) in conn.execute(query)}
+    asyncio.run(used_and_closed(layer))
+    return {
+        "clients": clients,
+        "statuses": [child.exitcode for child in children],
+        "left": [
+            target.__name__ for target, child in zip(targets, children, strict=True) if child.pid in living
+        ],
+        "parent": os.getpid() in living,
+    }
 
 
 def while_threads_send() -> Result:
