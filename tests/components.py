@@ -1,4 +1,4 @@
-"""Components that tests can do without: a browser, a Redis server.
+"""Components that tests can do without: a browser, a Redis server, granian.
 
 A test that needs one is marked with the component's name and asks for it here. Where the component is missing
 the test is skipped, unless the environment's PG_LAYER_REQUIRE names it ("browser,redis"): then it fails, so

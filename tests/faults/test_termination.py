@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 
+import pytest
+
+from devtools.postgres.server import free_port
+from tests.components import require_module
 from tests.conftest import Observer
-from tests.faults.test_processes import receivers
+from tests.faults.test_processes import joined, receivers
+from tests.processes import until
 from tests.project.commands import run, started, succeeded
 
 # Stops as uvicorn does: the first SIGTERM is noted, and sent again when the default effect has been restored.
@@ -107,3 +113,22 @@ asyncio.run(main())
 
 def test_sigterm_has_its_default_effect_in_a_forked_child_that_does_not_receive(migrated_dsn: str) -> None:
     assert succeeded(run(migrated_dsn, "-c", FORKS, migrated_dsn)) == "0"
+
+
+@pytest.mark.granian
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+async def test_a_granian_worker_that_is_asked_to_end_leaves_nothing(
+    migrated_dsn: str, observer: Observer, number: signal.Signals
+) -> None:
+    """Its workers are forked by `multiprocessing`: they run no functions registered with `atexit`."""
+    require_module("granian", component="granian")
+    port = free_port()
+    options = ("--interface", "asginl", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error")
+    with started(migrated_dsn, "-m", "granian", *options, "tests.project.asgi:application") as server:
+        async with await joined(f"ws://127.0.0.1:{port}/async/"):
+            await until(lambda: receivers(observer))
+            assert server.pid not in receivers(observer)
+            status = await asyncio.to_thread(server.end, number)
+    assert (status, server.errors) == (0, [])
+    assert receivers(observer) == set()
+    assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
