@@ -49,7 +49,7 @@ class Session:
         self._is_waiting = False
         self._answer_to: _Answer | None = None  # while somebody awaits it
         self._transformer = Transformer(conn)
-        self._poll = select.poll()
+        self._poll = _new_poll()
         self._poll.register(self._pgconn.socket, select.POLLIN)
 
     def fileno(self) -> int:
@@ -201,7 +201,7 @@ class Session:
         while True:
             poll = self._poll
             if pgconn.flush() or bell is not None:
-                poll = select.poll()
+                poll = _new_poll()
                 poll.register(self, select.POLLIN | (select.POLLOUT if pgconn.flush() else 0))
                 if bell is not None:
                     poll.register(bell, select.POLLIN)
@@ -218,6 +218,28 @@ class Session:
                     self._is_waiting = False
                     return results
                 results.append(result)
+
+
+class _SelectPoll:
+    """As much of `select.poll` as is needed here, for eventlet, which has removed that."""
+
+    def __init__(self) -> None:
+        self._events: dict[int, int] = {}
+
+    def register(self, file: int | Session | socket.socket, events: int) -> None:
+        self._events[file if isinstance(file, int) else file.fileno()] = events
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        """``timeout``: milliseconds; None: as long as it takes."""
+        readers = [fd for fd, events in self._events.items() if events & select.POLLIN]
+        writers = [fd for fd, events in self._events.items() if events & select.POLLOUT]
+        seconds = None if timeout is None else timeout / 1000
+        readable, writable, _ = select.select(readers, writers, [], seconds)
+        return [(fd, select.POLLIN) for fd in readable] + [(fd, select.POLLOUT) for fd in writable]
+
+
+def _new_poll() -> Any:
+    return select.poll() if hasattr(select, "poll") else _SelectPoll()
 
 
 class _Answer:

@@ -1,8 +1,10 @@
-"""Runs a coroutine on the event loop of another thread."""
+"""Other threads: whether they can have an event loop, and running a coroutine on it."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -48,3 +50,17 @@ async def run_on(
     finally:
         if not (goes_on or loop.is_closed()):
             answer.cancel()
+
+
+@functools.cache
+def are_threads_real() -> bool:
+    """Whether another thread can have an event loop while one runs here.
+
+    gevent and eventlet replace threads by greenlets, which share one thread, and so asyncio's running loop:
+    while the background loop ran, no other could, nor could Django use a database connection.
+    """
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(threading.get_native_id()), daemon=True)
+    thread.start()
+    thread.join()
+    return found != [threading.get_native_id()]

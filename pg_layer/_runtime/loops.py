@@ -3,9 +3,10 @@
 The first loop that uses the layer holds the connections, and other loops borrow it. A loop that receives
 takes over from one that only sends, and becomes the owner loop. The loops that `async_to_sync` makes for one
 call never take over by sending: where there is no other they borrow the background loop, which runs in a
-thread of its own. The background loop is also the owner loop of a process that adds its channels to groups by
-synchronous calls and does not receive. A new owner begins when the old one has stopped, so that one thread at
-a time touches the state of receiving. No call waits on a loop that does not run.
+thread of its own. (gevent and eventlet have no such thread: each of those loops takes over there.) The
+background loop is also the owner loop of a process that adds its channels to groups by synchronous calls and
+does not receive. A new owner begins when the old one has stopped, so that one thread at a time touches the
+state of receiving. No call waits on a loop that does not run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from asgiref.sync import AsyncToSync
 
 from pg_layer import termination
 from pg_layer._db.queries import lease
+from pg_layer._runtime.elsewhere import are_threads_real
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
 from pg_layer._state.client import Client
@@ -234,7 +236,8 @@ class Loops:
         """
         if self.client.owns(channel):
             self.client.has_lease = True  # its end removes the row, also if it comes before the first renewal
-            self.for_own_changes()
+            if are_threads_real():  # otherwise the next loop that receives applies it
+                self.for_own_changes()
 
     def announce_soon(self) -> None:
         """Rows could not be announced without a loop: one that sends tries again, if there is one."""
@@ -376,13 +379,14 @@ class Loops:
         self._lock = threading.RLock()  # the old one may be held by a thread that is not here
         self._counters = Counters()
         self.announcer = Announcer()
+        are_threads_real.cache_clear()  # a pre-forking server may replace them in the child only
         self._ending, self._closings = {}, set()
         self._begin()
 
 
 def _is_passing(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the loop is one that `async_to_sync` made for one call."""
-    return loop in getattr(AsyncToSync, "loop_thread_executors", ())
+    """Whether the loop is one that `async_to_sync` made for one call, and can borrow the background loop."""
+    return loop in getattr(AsyncToSync, "loop_thread_executors", ()) and are_threads_real()
 
 
 _inherited: list[object] = []
