@@ -22,7 +22,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 
-from pg_layer.dsn import fault_of, is_utf8, looks_secret, parsed, without_secrets
+from pg_layer.dsn import fault_of, is_utf8, known_parameters, looks_secret, parsed, without_secrets
 from pg_layer.ops import MAX_SECONDS
 
 MAX_COUNT = 2**31 - 1
@@ -43,22 +43,6 @@ _CONNECTION_DEFAULTS: Mapping[str, str | int] = {
     "tcp_user_timeout": 15_000,
 }
 _ENVIRONMENT = {"application_name": "PGAPPNAME", "connect_timeout": "PGCONNECT_TIMEOUT"}
-
-# In Django's OPTIONS, but meant for its own use of psycopg: how it adapts, prepares, pools and begins
-# transactions.
-_DJANGO_ONLY = frozenset(
-    (
-        "assume_role",
-        "autocommit",
-        "context",
-        "cursor_factory",
-        "isolation_level",
-        "pool",
-        "prepare_threshold",
-        "row_factory",
-        "server_side_binding",
-    )
-)
 
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,50}")
 
@@ -348,9 +332,10 @@ def _django_parameters(alias: str) -> dict[str, Any]:
             f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has the ENGINE "
             f"{connection.settings_dict['ENGINE']!r}. Name another alias in 'using', or a database in 'dsn'."
         )
-    parameters = {
-        name: value for name, value in connection.get_connection_params().items() if name not in _DJANGO_ONLY
-    }
+    # The others are for psycopg, or for the backend: one that pools connections has keys of its own in
+    # OPTIONS, and takes them out when it connects. One that is misspelt, Django's own connection refuses.
+    known = known_parameters()
+    parameters = {name: value for name, value in connection.get_connection_params().items() if name in known}
     role = connection.settings_dict["OPTIONS"].get("assume_role")
     if role:  # Django sets it on each connection that it has made
         escaped = re.sub(r"([\\\s])", r"\\\1", str(role))

@@ -14,7 +14,7 @@ from inspect import getfile
 from operator import attrgetter
 from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import django
 import psycopg
@@ -64,6 +64,7 @@ class _Loan(Session):
 
 
 _loans: WeakKeyDictionary[BaseDatabaseWrapper, _Loan] = WeakKeyDictionary()
+_lent: WeakSet[Connection[Any]] = WeakSet()  # what the loans are, or were, sessions on
 
 
 def _loan_of(connection: BaseDatabaseWrapper) -> _Loan:
@@ -73,10 +74,13 @@ def _loan_of(connection: BaseDatabaseWrapper) -> _Loan:
         conn = connection.connection
         options = connection.settings_dict["OPTIONS"]
         # Django's default for the threshold is None, because of poolers: those are found out. A pool's
-        # connection comes and goes with what is prepared on it, and would have ever more of that.
-        after = None if options.get("pool") else options.get("prepare_threshold", PREPARE_AFTER)
+        # connection comes and goes with what is prepared on it, and would have ever more of that. A backend
+        # may have a pool of its own: then the connection comes again.
+        is_pooled = bool(options.get("pool")) or conn in _lent
+        after = None if is_pooled else options.get("prepare_threshold", PREPARE_AFTER)
         with connection.wrap_database_errors:
             loan = _loans[connection] = _Loan(conn, after)
+        _lent.add(conn)
     return loan
 
 

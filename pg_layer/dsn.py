@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from typing import Any
 
@@ -81,12 +82,17 @@ def fault_of(dsn: str) -> str | None:
 
 def _nearest(text: str) -> str:
     """The option that libpq does not know, if it is like one that it does: another may be of a password."""
-    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
     _, _, wrong = text.strip().rstrip('"').partition('"')
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(wrong, known_parameters(), n=1, cutoff=0.75)
     if not near or looks_secret(wrong):
         return ", not shown here as it may be a part of a password"
     return f" {wrong!r} (did you mean {near[0]!r}?)"
+
+
+@functools.cache
+def known_parameters() -> frozenset[str]:
+    """The names of the parameters that libpq knows."""
+    return frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
 
 
 def parsed(dsn: str) -> dict[str, Any]:

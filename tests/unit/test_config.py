@@ -540,6 +540,7 @@ def test_connect_kwargs_of_an_alias_follow_djangos_settings(connections: Connect
         "sslmode": "require",
         "keepalives_idle": 60,
         "client_encoding": "UTF8",
+        "MAX_CONNS": 4,
         "assume_role": "r",
         "context": object(),
         "cursor_factory": object(),
