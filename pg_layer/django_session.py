@@ -122,14 +122,15 @@ class DjangoSession:
     def connect(self, timeout: float) -> None:
         """Connect, if there is no connection, or none any more. Outside of transactions."""
         connection = self._connection
-        has_pool = bool(connection.settings_dict["OPTIONS"].get("pool"))
+        # Django's, or one of the backend's own. A pool is made here, if there is none yet: it keeps the
+        # parameters that it is made with.
+        has_pool = getattr(connection, "pool", None) is not None
         for _ in range(MOST_DEAD if has_pool else 2):
             if connection.connection is not None:
                 # Django keeps one that it knows to be lost, until the request ends.
                 if not connection.connection.closed and not _has_hung_up(_loan_of(connection)):
                     break
                 self._drop()
-            # A pool is made with the parameters of whoever needs it first, and keeps them.
             with nullcontext() if has_pool else _connecting_within(connection, timeout):
                 connection.ensure_connection()
         connection.ensure_connection()  # complains on an event loop's thread

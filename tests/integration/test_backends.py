@@ -127,3 +127,20 @@ connection.closeall()
 def test_sync_in_greenlets_sends(migrated_dsn: str) -> None:
     succeeded(run(migrated_dsn, "-c", GREENLETS, settings=geventpool(migrated_dsn)))
     assert left_behind(migrated_dsn) == ["jobs"] * 10
+
+
+FIRST = """
+from channels.layers import get_channel_layer
+from django.db import connection
+
+get_channel_layer().sync.send("jobs", {"type": "test"})
+print("connect_timeout" in connection.pool.kwargs)
+connection.close()
+connection.closeall()
+"""
+
+
+@pytest.mark.geventpool
+def test_sync_that_makes_a_backends_pool_leaves_its_parameters_alone(migrated_dsn: str) -> None:
+    """The pool keeps the parameters of the first call: what is left of a send_timeout is not for all."""
+    assert django(migrated_dsn, FIRST, settings=geventpool(migrated_dsn)) == "False"
