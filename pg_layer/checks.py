@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from channels.layers import channel_layers
+from django.apps import apps
+from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
@@ -28,6 +30,7 @@ KEYS = ("BACKEND", "CONFIG", "TEST_CONFIG")  # what Channels reads of an entry
 def register_checks() -> None:
     """Have Django run them."""
     register(check_settings)
+    register(check_tenants)
     register(check_database, Tags.database)
 
 
@@ -115,6 +118,31 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     return found
 
 
+def check_tenants(**kwargs: Any) -> list[CheckMessage]:
+    """Whether django-tenants is told to make the tables for each tenant."""
+    public = getattr(settings, "PUBLIC_SCHEMA_NAME", "public")
+    if getattr(settings, "HAS_MULTI_TYPE_TENANTS", False):
+        kinds = getattr(settings, "TENANT_TYPES", {})
+        lists = {f"TENANT_TYPES[{kind!r}]['APPS']": kinds[kind]["APPS"] for kind in kinds if kind != public}
+        shared = f"TENANT_TYPES[{public!r}]['APPS']"
+    else:
+        lists = {"TENANT_APPS": getattr(settings, "TENANT_APPS", ())}
+        shared = "SHARED_APPS"
+    app = apps.get_app_config("pg_layer")
+    names = {app.name, f"{type(app).__module__}.{type(app).__name__}"}
+    wrong = [where for where, tenant_apps in lists.items() if not names.isdisjoint(tenant_apps)]
+    if not wrong:
+        return []
+    return [
+        Error(
+            f"pg_layer is in {', '.join(wrong)}: each tenant has tables of its own. What layer.sync sends"
+            " while a tenant is active goes to these, and is lost: receivers read the shared ones.",
+            hint=f"Name pg_layer in {shared} alone: see docs/tenants.md.",
+            id="pg_layer.E004",
+        )
+    ]
+
+
 def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
     """Whether the tables are there and are swept, in these databases."""
     found = []
@@ -181,7 +209,7 @@ def _alias_of(config: Config) -> str | None:
 
 
 def _is_migrating() -> bool:
-    return sys.argv[1:2] == ["migrate"]
+    return sys.argv[1:2] in (["migrate"], ["migrate_schemas"])  # the second one is django-tenants'
 
 
 def _text(error: Exception) -> str:

@@ -144,6 +144,42 @@ def test_keys_that_nobody_reads(migrated_dsn: str) -> None:
     assert "stand in CONFIG" in hint
 
 
+TENANT_TYPES = {
+    "HAS_MULTI_TYPE_TENANTS": True,
+    "PUBLIC_SCHEMA_NAME": "shared",
+    "TENANT_TYPES": {"shared": {"APPS": ["pg_layer"]}, "shop": {"APPS": ["channels"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "settings"),
+    [
+        ("TENANT_APPS", {"TENANT_APPS": ["channels", "pg_layer"]}),
+        ("TENANT_APPS", {"TENANT_APPS": ["pg_layer.apps.PgLayerConfig"], "SHARED_APPS": ["pg_layer"]}),
+        (
+            "TENANT_TYPES['shop']['APPS']",
+            TENANT_TYPES | {"TENANT_TYPES": {"shared": {"APPS": []}, "shop": {"APPS": ["pg_layer"]}}},
+        ),
+    ],
+    ids=["alone", "beside SHARED_APPS", "types"],
+)
+def test_app_of_tenants_is_an_error(migrated_dsn: str, where: str, settings: Settings) -> None:
+    message, hint = check(migrated_dsn, settings=settings)
+    assert message.startswith(
+        f"?: (pg_layer.E004) pg_layer is in {where}: each tenant has tables of its own."
+    )
+    assert hint.endswith("alone: see docs/tenants.md.")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"SHARED_APPS": ["pg_layer"], "TENANT_APPS": ["channels"]}, TENANT_TYPES],
+    ids=["apps", "types"],
+)
+def test_app_that_tenants_share_is_not_reported(migrated_dsn: str, settings: Settings) -> None:
+    assert check(migrated_dsn, settings=settings) == []
+
+
 # ---------------------------------------------------------------------- tables
 
 
