@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.module_loading import import_string
 
-from pg_layer._db.queries import maintenance
+from pg_layer._db.queries import access, maintenance
 from pg_layer.aliases import alias_of, how_to_migrate
 from pg_layer.config import Config
 from pg_layer.connections import connected_now
@@ -123,7 +123,9 @@ def check_tenants(**kwargs: Any) -> list[CheckMessage]:
     public = getattr(settings, "PUBLIC_SCHEMA_NAME", "public")
     if getattr(settings, "HAS_MULTI_TYPE_TENANTS", False):
         kinds = getattr(settings, "TENANT_TYPES", {})
-        lists = {f"TENANT_TYPES[{kind!r}]['APPS']": kinds[kind]["APPS"] for kind in kinds if kind != public}
+        lists = {
+            f"TENANT_TYPES[{kind!r}]['APPS']": kinds[kind].get("APPS", ()) for kind in kinds if kind != public
+        }
         shared = f"TENANT_TYPES[{public!r}]['APPS']"
     else:
         lists = {"TENANT_APPS": getattr(settings, "TENANT_APPS", ())}
@@ -150,54 +152,64 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
         if not databases or not isinstance(config, Config):
             continue
         using = _alias_of(config)
-        message: CheckMessage | None = None
+        messages: list[CheckMessage] = []
         if using is not None:
-            message = _examine(config, using) if using in databases else None
+            messages = list(_examine(config, using)) if using in databases else []
         elif config.dsn is not None and not _is_migrating():
-            message = Warning(
-                f"No alias in DATABASES leads to the database of 'dsn' ({without_secrets(config.dsn)}):"
-                f" nothing is known of its tables. The aliases are {', '.join(connections)}.",
-                hint="Add one with the same host, port, name, service and search_path: migrate, check,"
-                " layer.sync and the admin find databases by their aliases.",
-                id="pg_layer.W006",
-            )
-        if message is not None:
+            messages = [
+                Warning(
+                    f"No alias in DATABASES leads to the database of 'dsn' ({without_secrets(config.dsn)}):"
+                    f" nothing is known of its tables. The aliases are {', '.join(connections)}.",
+                    hint="Add one with the same host, port, name, service and search_path: migrate, check,"
+                    " layer.sync and the admin find databases by their aliases.",
+                    id="pg_layer.W006",
+                )
+            ]
+        for message in messages:
             message.obj = f"CHANNEL_LAYERS[{alias!r}]"
             found.append(message)
     return found
 
 
-def _examine(config: Config, using: str) -> CheckMessage | None:
+def _examine(config: Config, using: str) -> Iterator[CheckMessage]:
     try:
         with connected_now(config) as conn:
+            access.prove_usage(conn)
             maintenance.prove_tables(conn)
+            if (fault := access.row_security(conn)) is not None:
+                yield Warning(fault.text, hint=fault.advice, id="pg_layer.W007")
+            if (fault := access.privileges(conn)) is not None:
+                yield Warning(fault.text, hint=fault.advice, id="pg_layer.W008")
             unswept_for = maintenance.unswept_for(conn, config.prefix)
     except NotMigrated:
         # `migrate` runs this check before it creates the tables. Do not warn then.
-        if _is_migrating():
-            return None
-        advice = how_to_migrate(config, using)
-        return Warning(
-            "The tables of pg_layer are missing or out of date.",
-            hint=f"{advice[0].upper()}{advice[1:]}.",
-            id="pg_layer.W001",
-        )
+        if not _is_migrating():
+            advice = how_to_migrate(config, using)
+            yield Warning(
+                "The tables of pg_layer are missing or out of date.",
+                hint=f"{advice[0].upper()}{advice[1:]}.",
+                id="pg_layer.W001",
+            )
+        return
     except PgLayerError as error:
         hint = "See whether the database runs, and may be reached from here."
         if is_forbidden(error):
-            hint = "Grant the role what docs/permissions.md names for a role that only looks."
-        return Warning(
+            hint = (
+                "Grant the role what docs/permissions.md names for what it does; to check, as a role that"
+                " only looks."
+            )
+        yield Warning(
             f"The tables of pg_layer could not be checked. {_text(error)}",
             hint=hint,
             id="pg_layer.W004",
         )
-    if unswept_for is None or unswept_for <= DAY:
-        return None
-    return Warning(
-        "Nobody has swept the tables of pg_layer for a day: they grow.",
-        hint="Keep manage.py pg_layer_sweep running beside the servers.",
-        id="pg_layer.W002",
-    )
+        return
+    if unswept_for is not None and unswept_for > DAY:
+        yield Warning(
+            "Nobody has swept the tables of pg_layer for a day: they grow.",
+            hint="Keep manage.py pg_layer_sweep running beside the servers.",
+            id="pg_layer.W002",
+        )
 
 
 def _alias_of(config: Config) -> str | None:

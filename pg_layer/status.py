@@ -6,10 +6,20 @@ Times are in seconds, by the database's clock; sizes in bytes.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FULL_QUEUE = 0.5  # of NOTIFY's queue; when all of it is used, PostgreSQL refuses NOTIFY
 DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full")
+
+
+class Fault(NamedTuple):
+    """What is wrong, and what to do."""
+
+    text: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.advice}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Status:
 
     ``drops``: messages that live clients have dropped or refused since their start, by the reason.
     ``notify_queue``: how much of the server's NOTIFY queue is used, from 0 to 1. ``last_sweep``: since the
-    last one ended; None: there was none.
+    last one ended; None: there was none. ``faults``: what keeps the role from the rows.
     """
 
     clients: list[ClientStatus]
@@ -81,10 +91,11 @@ class Status:
     tables: list[TableStatus]
     notify_queue: float
     last_sweep: float | None
+    faults: list[Fault]
 
     def problems(self, sweep_age: float) -> list[str]:
         """What is not well, in words. ``sweep_age``: how old the last sweep may be."""
-        problems = []
+        problems = [str(fault) for fault in self.faults]
         if self.last_sweep is None:
             problems.append("There was no sweep yet: run manage.py pg_layer_sweep.")
         elif self.last_sweep > sweep_age:

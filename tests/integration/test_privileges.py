@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
-from pg_layer._db.queries import groups, lease, maintenance, send
+from pg_layer._db.queries import access, groups, lease, maintenance, send
 from pg_layer._db.queries import receive as reading
 from pg_layer._messages.rows import Key, KeyAt, Span
 from pg_layer._state.snapshot import Moment, Snapshot
@@ -63,7 +64,7 @@ def make_role(migrated_dsn: str, observer: Observer) -> Iterator[MakeRole]:
                 sql.Literal(role.as_string(observer).strip('"'))
             )
         )
-        observer.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+        observer.execute(sql.SQL("DROP OWNED BY {0} CASCADE; DROP ROLE {0}").format(role))
 
 
 @pytest.fixture
@@ -552,6 +553,127 @@ async def test_no_privilege_can_be_spared(
             observer.execute(f"REVOKE {privilege} FROM {role}".encode())
             assert await refused(session, operations) > 0, privilege
             observer.execute(f"GRANT {privilege} TO {role}".encode())
+
+
+# ---------------------------------------------------------------------- what a role lacks is reported
+
+GRANTED = """
+    SELECT a.privilege_type, a.of, CASE a.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE '' END || a.relname
+    FROM (
+        SELECT c.relkind, c.relname, '' AS of, (aclexplode(c.relacl)).* FROM pg_class AS c
+        UNION ALL
+        SELECT c.relkind, c.relname, t.attname, (aclexplode(t.attacl)).*
+        FROM pg_attribute AS t JOIN pg_class AS c ON c.oid = t.attrelid
+    ) AS a WHERE a.grantee = %s::regrole
+"""
+
+
+def lacking(dsn: str) -> str:
+    """What is said of the role's privileges."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        fault = access.privileges(conn)
+    return "" if fault is None else str(fault)
+
+
+def problems(dsn: str) -> list[str]:
+    shown: list[str] = json.loads(manage(dsn, "pg_layer_status", "--json").stdout)["problems"]
+    return shown
+
+
+@pytest.mark.parametrize("name", ["layer_user", "layer_sender", "layer_receiver"])
+def test_role_that_lacks_any_privilege_is_reported(
+    make_role: MakeRole, observer: Observer, name: str
+) -> None:
+    dsn = make_role(name)
+    role = f'"{name}_{observer.info.dbname}"'
+    assert lacking(dsn) == ""
+    for privilege, column, relation in observer.execute(GRANTED, (role,)).fetchall():
+        listed = f" ({column})" if column else ""
+        observer.execute(f"REVOKE {privilege}{listed} ON {relation} FROM {role}".encode())
+        kind = {"layer_user": "do all", "layer_sender": "send", "layer_receiver": "receive"}[name]
+        said = lacking(dsn)
+        assert said.startswith(f"The role {role[1:-1]} lacks privileges to {kind}"), (privilege, relation)
+        assert f"{privilege}{listed} ON {relation}." in said
+        assert f"GRANT {privilege}{listed} ON {relation} TO " in said
+        observer.execute(f"GRANT {privilege}{listed} ON {relation} TO {role}".encode())
+    assert lacking(dsn) == ""
+
+
+def test_roles_that_do_less_or_combine_kinds_are_not_reported(
+    make_role: MakeRole, observer: Observer
+) -> None:
+    assert lacking(make_role("nobody")) == ""
+    watcher = make_role("layer_watcher")
+    assert lacking(watcher) == ""
+    role = f'"layer_watcher_{observer.info.dbname}"'
+    observer.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}".encode())
+    assert lacking(watcher) == ""
+    for name in ("layer_sender", "layer_receiver"):
+        for grant in grants_of(name):
+            observer.execute(grant.replace(name, role).encode())
+        assert lacking(watcher) == ""
+    observer.execute(f"REVOKE DELETE ON pg_layer_boot FROM {role}".encode())
+    assert "to receive: DELETE ON pg_layer_boot." in lacking(watcher)
+
+
+def test_functions_that_may_not_be_called_are_reported(make_role: MakeRole, observer: Observer) -> None:
+    dsn, watcher = make_role("layer_user"), make_role("layer_watcher")
+    observer.execute("INSERT INTO pg_layer_last_sweep VALUES ('asgi', clock_timestamp())")
+    observer.execute("REVOKE EXECUTE ON FUNCTION pg_layer_sweepable FROM PUBLIC")
+    assert "EXECUTE ON FUNCTION pg_layer_sweepable(text)." in lacking(dsn)
+    result = manage(dsn, "check", "--database", "default")
+    assert "(pg_layer.W008) The role layer_user_" in result.stderr
+    assert (
+        "HINT: As the owner: GRANT EXECUTE ON FUNCTION pg_layer_sweepable(text) TO layer_user_"
+        in result.stderr
+    )
+    assert ["EXECUTE ON FUNCTION pg_layer_sweepable(text)." in problem for problem in problems(dsn)] == [True]
+    observer.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC")
+    assert re.search(r": EXECUTE ON FUNCTION pg_layer_\w+\(.*\) and \d\d more\.", lacking(dsn))
+    [problem] = problems(watcher)
+    assert "permission denied for function pg_layer_" in problem
+    assert "Grant the role what docs/permissions.md names." in problem
+
+
+def test_schema_that_may_not_be_used_is_reported(make_role: MakeRole, observer: Observer) -> None:
+    """PostgreSQL says that there are no tables; `migrate` would be of no use."""
+    dsn = make_role("layer_user")
+    observer.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+    refused = "The database refused the call: permission denied for schema public"
+    result = manage(dsn, "check", "--database", "default")
+    assert f"(pg_layer.W004) The tables of pg_layer could not be checked. {refused}" in result.stderr
+    assert "W001" not in result.stderr
+    assert "HINT: Grant the role what docs/permissions.md names" in result.stderr
+    assert problems(dsn) == [f"{refused}. Grant the role what docs/permissions.md names."]
+
+
+def test_row_level_security_that_applies_to_the_role_is_reported(
+    make_role: MakeRole, observer: Observer
+) -> None:
+    dsn, owner = make_role("layer_user"), make_role("nobody")
+    role = f'"nobody_{observer.info.dbname}"'
+    observer.execute("INSERT INTO pg_layer_last_sweep VALUES ('asgi', clock_timestamp())")
+    for table in maintenance.TABLES:
+        observer.execute(f"ALTER TABLE {table} OWNER TO {role}".encode())
+    observer.execute(f"GRANT SELECT ON pg_layer_group TO {role}".encode())
+    all_is_shown(dsn)
+    observer.execute("ALTER TABLE pg_layer_client ENABLE ROW LEVEL SECURITY")
+    observer.execute("ALTER TABLE pg_layer_message ENABLE ROW LEVEL SECURITY")
+    result = manage(dsn, "check", "--database", "default")
+    assert "(pg_layer.W007) Row-level security applies to the role layer_user_" in result.stderr
+    assert " on pg_layer_message, pg_layer_client: rows that it needs" in result.stderr
+    assert (
+        "HINT: As the owner: ALTER TABLE pg_layer_message DISABLE ROW LEVEL SECURITY; ALTER" in result.stderr
+    )
+    assert [problem.startswith("Row-level security applies") for problem in problems(dsn)] == [True]
+    for unaffected in (owner, make_conninfo(observer.info.dsn, password=observer.info.password)):
+        all_is_shown(unaffected)
+    observer.execute("ALTER TABLE pg_layer_message FORCE ROW LEVEL SECURITY")
+    assert [" on pg_layer_message: rows" in problem for problem in problems(owner)] == [True]
+    observer.execute("ALTER TABLE pg_layer_message DISABLE ROW LEVEL SECURITY")
+    all_is_shown(owner)
+    observer.execute(f"ALTER ROLE {role.replace('nobody', 'layer_user')} BYPASSRLS".encode())
+    all_is_shown(dsn)
 
 
 # ---------------------------------------------------------------------- what privileges cannot do

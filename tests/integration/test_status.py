@@ -586,6 +586,7 @@ def test_a_status_tells_all_it_holds() -> None:
         tables=[],
         notify_queue=0.51,
         last_sweep=9.0,
+        faults=[],
     )
     assert status.as_dict(10) == {
         "ok": False,

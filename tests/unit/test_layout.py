@@ -33,6 +33,7 @@ ALLOWED = {
 DOES_IO = ("psycopg", "psycopg_pool", "django", "channels", "socket", "select", "subprocess", "sqlite3")
 # `dsn` reads connection strings, and nothing else, with psycopg.
 SPEAKS_TO_POSTGRESQL = {
+    "_db/queries/access.py",
     "_db/queries/lease.py",
     "_db/queries/maintenance.py",
     "_receive/listener.py",

@@ -16,11 +16,11 @@ from pg_layer.statement import Statement
 
 def all_statements() -> list[Statement]:
     """Each statement of these modules."""
-    from pg_layer._db.queries import groups, lease, maintenance, receive, send
+    from pg_layer._db.queries import access, groups, lease, maintenance, receive, send
 
     return [
         value
-        for module in (send, receive, groups, lease, maintenance)
+        for module in (send, receive, groups, lease, maintenance, access)
         for value in vars(module).values()
         if isinstance(value, Statement)
     ]

@@ -14,7 +14,7 @@ from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._db.queries.receive import BEGIN_SNAPSHOT, COMMIT, QUEUE_USAGE
 from pg_layer.session import Session
 from pg_layer.statement import BOOL, FLOAT8, INT4, TEXT, TEXTS, Statement
-from pg_layer.status import DROPS, ChannelStatus, ClientStatus, GroupStatus, Status, TableStatus
+from pg_layer.status import DROPS, ChannelStatus, ClientStatus, Fault, GroupStatus, Status, TableStatus
 
 SWEEP_PATIENCE = 60.0  # seconds for one part
 LOOK_PATIENCE = 10.0  # seconds for each statement that only looks
@@ -177,10 +177,11 @@ def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
 # ---------------------------------------------------------------------- looking
 
 
-def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool) -> Status:
+def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool, faults: list[Fault]) -> Status:
     """Return the status of a prefix at one moment, with the first ``top`` of clients, groups and channels.
 
-    ``are_named``: the names of connections tell which client they belong to.
+    ``are_named``: the names of connections tell which client they belong to. ``faults``: of the role's
+    access.
     """
     run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
     run(BEGIN_SNAPSHOT)
@@ -218,6 +219,7 @@ def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool) -> 
         tables=[TableStatus(*table) for table in tables],
         notify_queue=notify_queue,
         last_sweep=sweeps[0][0] if sweeps else None,
+        faults=faults,
     )
 
 

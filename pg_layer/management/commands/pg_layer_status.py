@@ -12,13 +12,14 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from pg_layer._db.queries import maintenance
+from pg_layer._db.queries import access, maintenance
 from pg_layer.config import Config
 from pg_layer.connections import are_named, connected_now
 from pg_layer.exceptions import PgLayerError
+from pg_layer.faults import is_forbidden
 from pg_layer.management.commands import _status_text
 from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
-from pg_layer.status import Status
+from pg_layer.status import Fault, Status
 
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -82,12 +83,19 @@ class Command(LayerCommand):
     def _look(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> list[str]:
         """Look, and show it; returns what is wrong."""
         sweep_age = options["sweep_age"]
+        faults: list[Fault] = []
         try:
             with connected_now(config) as conn:
-                status = maintenance.status(conn, config.prefix, options["top"], are_named=are_named(config))
+                faults = access.faults(conn)
+                status = maintenance.status(
+                    conn, config.prefix, options["top"], are_named=are_named(config), faults=faults
+                )
             problems = status.problems(sweep_age)
         except PgLayerError as error:
-            status, problems = None, [" ".join(str(error).split())]
+            said = " ".join(str(error).split())
+            if is_forbidden(error):
+                said += ". Grant the role what docs/permissions.md names."
+            status, problems = None, [*map(str, faults), said]
         show(status, problems, options)
         return problems
 
