@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ import psycopg
 from psycopg import AsyncConnection, Connection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
+from pg_layer import termination
 from pg_layer._db.queries import receive as queries
 from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
@@ -47,6 +49,9 @@ _WAIT = 0.5  # seconds for which to wait for a connection before the reason is l
 _KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
 _KEEP_MOST = 600.0  # seconds after which the pool has it back however busy it is
 _SETTLE_TIMEOUT = 10.0
+_CLOSED = "The channel layer was closed."
+_KNOWN = 2.0  # seconds for which a connection that could not be made tells that the database is away
+HURRY = 1.0  # seconds for which a process that stops asks a database that is away
 
 
 class Connections:
@@ -63,8 +68,13 @@ class Connections:
         max_idle: float,
         on_refused: Callable[[psycopg.Error], None],
         client_id: str,
+        is_away: Callable[[], bool],
     ) -> None:
         # on_refused: called from any thread when the server refuses NOTIFY, or writing.
+        # is_away: whether the listener has lost the database.
+        self._is_away = is_away
+        self._failed_at = -math.inf  # when a connection could not be made, by time.monotonic()
+        self.is_ending = False  # nothing waits for a database that is away any more
         self._config = config
         self._client_id = client_id
         self._on_refused = on_refused
@@ -81,6 +91,7 @@ class Connections:
         self._out: dict[Session, float] = {}  # those that the pool has given, and since when
         self._tidying: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._attempts: set[asyncio.Future[Any]] = set()  # to connect
         connections = self
 
         class ReportingConnection(_Connection):
@@ -88,10 +99,16 @@ class Connections:
 
             @classmethod
             async def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
+                if connections._is_closed:
+                    raise psycopg.OperationalError(_CLOSED)
+                attempt = asyncio.ensure_future(super().connect(conninfo, **kwargs))
+                connections._attempts.add(attempt)
+                attempt.add_done_callback(connections._attempts.discard)
                 try:
-                    conn = await super().connect(conninfo, **kwargs)
+                    conn = await attempt
                 except Exception as error:
                     connections._reason = error
+                    connections._failed_at = time.monotonic()
                     raise
                 connections._reason = None
                 return conn
@@ -174,7 +191,7 @@ class Connections:
             if left <= 0:  # nothing was sent: that is better known than cut short
                 self._give_back(session)
                 raise attempts.unavailable(self._reason) from self._reason
-            session.patience = patience or left
+            session.patience = min(patience or left, HURRY if self.gives_up else math.inf)
             is_refused = False
             try:
                 return await work(session)
@@ -189,12 +206,19 @@ class Connections:
                         session.close()  # another connection may lead to a server that takes writes
                     # An attempt that is cut short would leave it unknown what became of it.
                     now = time.monotonic()
-                    is_late = now + RETRY + (now - begun_at) >= deadline
+                    is_late = now + RETRY + (now - begun_at) >= deadline or self.gives_up
                     attempts.failed(error, is_late=is_late)
             finally:
                 self._give_back(session)
             if not is_refused:
                 await asyncio.sleep(RETRY)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether nothing waits for the database: it is known to be away, and the process is stopping."""
+        return (self.is_ending or termination.is_stopping()) and (
+            self._is_away() or time.monotonic() - self._failed_at < _KNOWN
+        )
 
     # ------------------------------------------------------------------ sessions
 
@@ -220,6 +244,10 @@ class Connections:
         try:
             await self._open()
             while True:
+                if self.gives_up:
+                    lost = psycopg.OperationalError("The connections to it were lost.")
+                    reason: Exception | None = self._reason or lost
+                    raise attempts.unavailable(reason) from reason
                 wait = min(_WAIT, deadline - time.monotonic())
                 try:
                     session = (await self._pool.getconn(timeout=max(wait, 0.001))).session
@@ -233,7 +261,7 @@ class Connections:
                 except PoolClosed as error:
                     if attempts.is_outcome_unknown:
                         raise OutcomeUnknown from error
-                    raise LayerUnavailable("The channel layer was closed.") from error
+                    raise LayerUnavailable(_CLOSED) from error
         finally:
             with self._lock:
                 self._getting -= 1
@@ -282,7 +310,7 @@ class Connections:
 
     async def _return_to_pool(self, session: Session) -> None:
         try:
-            if not session.is_closed and not session.is_reusable:
+            if not (session.is_closed or session.is_reusable or self.gives_up):
                 session.patience = _SETTLE_TIMEOUT
                 try:
                     await session.settle()
@@ -302,6 +330,9 @@ class Connections:
         with self._lock:
             self._is_closed = True
             free, self._free = list(self._free), {}
+        # The pool's worker outlives a cancellation, and goes on to connect; the end of the loop waits for it.
+        for attempt in self._attempts:
+            attempt.cancel()
         for session in free:
             self._return(session)
         if self._tasks:

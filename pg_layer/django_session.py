@@ -8,12 +8,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from inspect import getfile
 from operator import attrgetter
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import django
@@ -26,6 +26,8 @@ from psycopg import Connection, pq
 from pg_layer._db.queries.receive import BACKEND_PID
 from pg_layer.session import Session
 from pg_layer.statement import Statement
+
+T = TypeVar("T")
 
 PREPARE_AFTER = 5  # executions on a connection: psycopg's own default
 MOST_DEAD = 100  # connections of a pool that the server has closed, before the next one is tried unseen
@@ -118,6 +120,12 @@ class DjangoSession:
     def connection(self) -> BaseDatabaseWrapper:
         """The connection of Django's."""
         return self._connection
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, and it is not known to be lost."""
+        conn = self._connection.connection
+        return conn is not None and not conn.closed
 
     def connect(self, timeout: float) -> None:
         """Connect, if there is no connection, or none any more. Outside of transactions."""
@@ -213,6 +221,17 @@ class DjangoSession:
         """Close what was lost, as Django knows nothing of it yet."""
         with suppress(DjangoError):
             self._connection.close()
+
+
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that awaits nothing."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    work.close()
+    raise RuntimeError("The coroutine waits for something.")
 
 
 @functools.cache

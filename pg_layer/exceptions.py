@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 
-from channels.exceptions import ChannelFull, MessageTooLarge
+from channels.exceptions import ChannelFull, MessageTooLarge, StopConsumer
 
 __all__ = [
     "ChannelFull",
@@ -54,6 +54,13 @@ class OutcomeUnknown(LayerUnavailable):
     """The connection to the database was lost; it is unknown whether the call took effect.
 
     A message is not sent again then, as that could deliver it twice.
+    """
+
+
+class Stopping(LayerUnavailable, StopConsumer):
+    """The process is stopping while the database is away; the call did not take effect.
+
+    Channels ends a consumer that raises it, without a traceback: each consumer of the process would have one.
     """
 
 

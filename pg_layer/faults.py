@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import errors
 
+from pg_layer import termination
 from pg_layer.aliases import not_migrated
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown
+from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown, Stopping
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 # Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
@@ -85,7 +86,9 @@ class Attempts:
 
         `OutcomeUnknown` if an attempt before has perhaps taken effect.
         """
-        return OutcomeUnknown() if self.is_outcome_unknown else unavailable(reason)
+        if self.is_outcome_unknown:
+            return OutcomeUnknown()
+        return at_the_end(unavailable(reason), reason)
 
 
 def _is_transient(error: psycopg.Error) -> bool:
@@ -108,6 +111,13 @@ def translated(config: Config) -> Iterator[None]:
         raise not_migrated(config) from error
     except psycopg.Error as error:
         raise unavailable(error) from error
+
+
+def at_the_end(error: LayerUnavailable, reason: BaseException | None = None) -> LayerUnavailable:
+    """What a caller is told instead in a process that is stopping. ``reason``: the cause of the error."""
+    if termination.is_stopping() and type(error) is LayerUnavailable and not was_refused(reason or error):
+        return Stopping(f"The process is stopping. {error}")
+    return error
 
 
 def unavailable(reason: BaseException | None) -> LayerUnavailable:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from channels.layers import BaseChannelLayer
 
@@ -21,6 +21,8 @@ from pg_layer.config import load
 from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.ops import Drafts
 from pg_layer.sync import Sync
+
+T = TypeVar("T")
 
 NAMES_MOST = 10_000
 BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
@@ -196,12 +198,12 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of processes that are gone. Raises as `send`."""
         name = self._drafts.group(group)
-        return await self._loops.run(self._loops.for_sending, lambda engine: engine.group_channels(name))
+        return await self._read(lambda engine: engine.group_channels(name))
 
     async def group_count(self, group: str) -> int:
         """How many channels are in a group, without those of processes that are gone. Raises as `send`."""
         name = self._drafts.group(group)
-        return await self._loops.run(self._loops.for_sending, lambda engine: engine.group_count(name))
+        return await self._read(lambda engine: engine.group_count(name))
 
     # ------------------------------------------------------------------ all
 
@@ -215,7 +217,7 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def health(self) -> Health:
         """How this process's use of the layer fares. Raises nothing: what is wrong stands in ``problems``."""
         try:
-            return await self._loops.run(self._loops.for_sending, examine)
+            return await self._read(examine)
         except LayerUnavailable as error:
             return Health(
                 lease_age=None, listener="off", last_notification=None, round_trip=None, problems=[str(error)]
@@ -241,6 +243,9 @@ class PostgresChannelLayer(BaseChannelLayer):
         await self._loops.close()
 
     # ------------------------------------------------------------------ helpers
+
+    async def _read(self, work: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+        return await self._loops.run(self._loops.for_sending, work, is_read=True)
 
     def _check_channel(self, channel: str) -> None:
         if channel.__class__ is not str or channel not in self._valid_channels:
@@ -282,7 +287,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         """Wait until what was received makes room: senders count its row until that is gone."""
         find = partial(self._loops.for_receiving, asyncio.get_running_loop())
         try:
-            await self._loops.run(find, lambda engine: engine.settle(queue))
+            await self._loops.run(find, lambda engine: engine.settle(queue), is_read=True)
         except LayerUnavailable:
             pass
         except asyncio.CancelledError:

@@ -22,18 +22,26 @@ class Outage:
         self.since = 0.0  # by time.monotonic()
         self.why: str | None = None  # while it is away
         self._was_there = False  # before that
+        self._is_refused = False  # it is there, and refuses what receiving needs
 
     def begin(self, error: Exception) -> None:
         """The database is lost, or cannot be had; the first of several calls counts."""
         if self.why is not None or self._is_over():
             return
+        what = self._what(error)
         self.why, self.since = reason_of(error), time.monotonic()
-        logger.warning("%s: %s", self._what(error), self.why)
+        logger.warning("%s: %s", what, self.why)
         self._client.announce_locally(self._client.config.on_disconnect)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the database is known to be away. From any thread."""
+        return self.why is not None and not self._is_refused
 
     def _what(self, error: Exception) -> str:
         self._was_there = self._client.renewed_at > 0
-        if was_refused(error):
+        self._is_refused = was_refused(error)
+        if self._is_refused:
             return "Cannot receive"
         return "Lost the database" if self._was_there else "Cannot reach the database"
 

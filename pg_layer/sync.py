@@ -18,6 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg import errors
 
+from pg_layer import termination
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
@@ -26,7 +27,8 @@ from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer.aliases import alias_of, not_migrated
 from pg_layer.config import Config
-from pg_layer.django_session import DjangoSession
+from pg_layer.connections import HURRY
+from pg_layer.django_session import DjangoSession, finish
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
 from pg_layer.faults import REFUSALS, UNDEFINED, Attempts, is_hopeless
 from pg_layer.ops import Change, Drafts
@@ -291,16 +293,19 @@ class Sync:
         quietly: Work[T] | None = None,
     ) -> T:
         """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
-        deadline = time.monotonic() + self._config.send_timeout
+        gives_up = termination.is_stopping() and self._loops.is_away
+        deadline = time.monotonic() + (HURRY if gives_up else self._config.send_timeout)
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
+            if gives_up and not session.is_connected:
+                raise attempts.unavailable(psycopg.OperationalError("The connections to it were lost."))
             try:
                 session.connect(left)
             except DjangoError as error:
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                is_late = time.monotonic() + RETRY >= deadline
+                is_late = time.monotonic() + RETRY >= deadline or termination.is_stopping()
                 if is_late or is_hopeless(cause) or cause.sqlstate is not None:
                     raise attempts.unavailable(cause) from error
                 time.sleep(RETRY)
@@ -311,7 +316,7 @@ class Sync:
             if time.monotonic() >= deadline:  # nothing was sent: that is better known than cut short
                 raise attempts.unavailable(TimeoutError("connecting took all the time there was"))
             try:
-                return _finish(work(session))
+                return finish(work(session))
             except DjangoError as error:
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
@@ -334,7 +339,7 @@ class Sync:
             self._refusals = refusals
             self._careful_until = time.monotonic() + CAREFUL
         try:
-            return _finish(work(session))
+            return finish(work(session))
         except DjangoError as error:
             cause = error.__cause__
             if isinstance(cause, UNDEFINED):
@@ -369,17 +374,6 @@ class Sync:
                 f"pg_layer: DATABASES[{alias!r}] is {connection.vendor}; layer.sync needs PostgreSQL."
             )
         return connection
-
-
-def _finish(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that awaits nothing."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: T = done.value
-        return result
-    work.close()
-    raise RuntimeError("The coroutine waits for something.")
 
 
 class Pending:

@@ -26,6 +26,17 @@ class Leaver(Protocol):
 
 _leavers: weakref.WeakSet[Leaver] = weakref.WeakSet()
 _heeded_child: int | None = None  # the process in which `heed_end_of_child` was called
+_is_stopping = False
+
+
+def is_stopping() -> bool:
+    """Whether this process was asked to end by a SIGTERM that is heeded."""
+    return _is_stopping
+
+
+def _begin_to_stop() -> None:
+    global _is_stopping
+    _is_stopping = True
 
 
 def remember(leaver: Leaver) -> None:
@@ -73,7 +84,7 @@ _set_handler: Callable[[int, _Handler], _Handler] | None = None  # signal.signal
 def heed_sigterm() -> None:
     """Have SIGTERM close the clients where it would end the process on the spot. On the main thread only.
 
-    A server's own handler stays, also for a second SIGTERM. But uvicorn, once it has stopped, restores the
+    A server's own handler stays, also for a second SIGTERM; it is only noticed that it was called. But uvicorn, once it has stopped, restores the
     default effect and sends SIGTERM to itself, and then nothing of Python runs. So from here on
     `signal.signal` sets our handler instead of the default effect. Blocking the signal until the exit would
     not do: processes that the application starts meanwhile would inherit that.
@@ -82,14 +93,28 @@ def heed_sigterm() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     try:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _leave_and_die)
+        elif callable(handler) and handler is not _leave_and_die and not isinstance(handler, _Noticed):
+            signal.signal(signal.SIGTERM, _Noticed(handler))
     except ValueError:  # an interpreter within another's process, whose signals are not ours
         return
     _is_heeding = True
     if _set_handler is None:  # once: another library may have wrapped ours since
         _set_handler = signal.signal
         signal.signal = wraps(_set_handler)(_set_ours_for_default)
+
+
+class _Noticed:
+    """A server's handler, of which we know when it is called."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self.handler = handler
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        _begin_to_stop()
+        self.handler(signum, frame)
 
 
 def _set_ours_for_default(signalnum: int, handler: _Handler) -> _Handler:
@@ -103,11 +128,15 @@ def _restore_default() -> None:
     """Let SIGTERM do what it does without us."""
     global _is_heeding
     _is_heeding = False
-    if signal.getsignal(signal.SIGTERM) is _leave_and_die:
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is _leave_and_die:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    elif isinstance(handler, _Noticed):
+        signal.signal(signal.SIGTERM, handler.handler)
 
 
 def _leave_and_die(signum: int, frame: FrameType | None) -> None:
+    _begin_to_stop()
     # In a thread of its own: this one may have been interrupted while it held a lock that leaving needs.
     thread = threading.Thread(target=_leave_all, name="pg_layer-farewell", daemon=True)
     thread.start()
@@ -127,6 +156,12 @@ def _end() -> None:
     _leave_all()
 
 
+def _after_fork() -> None:
+    """A child has nothing to close yet: SIGTERM does there what it did before."""
+    global _is_stopping
+    _is_stopping = False
+    _restore_default()
+
+
 if hasattr(os, "register_at_fork"):
-    # A child has nothing to close yet: SIGTERM does there what it did before.
-    os.register_at_fork(after_in_child=_restore_default)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from pg_layer import termination
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import group_address, notification_channel
 from pg_layer._receive.receiver import Receiver
@@ -42,20 +43,21 @@ class OwnChanges:
         present = [pair for pair, added in last.items() if added]
         gone = [pair for pair, added in last.items() if not added]
         with self._receiver.dispatcher.changing(last):
+            for pair in gone:
+                self._client.memberships.discard(*pair)
             try:
-                return await self._write(present, gone, changes, deadline)
+                if termination.is_stopping() and not present:
+                    # The client's end removes its rows: nothing waits for the database, which may be away.
+                    for pair in gone:
+                        self._writer.write_soon(*pair)
+                else:
+                    await self._write(present, gone, deadline)
             except LayerUnavailable as error:
-                # The memory of the owner has changed, and perhaps the table.
-                if gone and not isinstance(error, OutcomeUnknown):
-                    raise OutcomeUnknown(f"{DISCARDED} {error}") from error
-                raise
+                return [error if change.added else _discarded(error) for change in changes]
+            return [None] * len(changes)
 
-    async def _write(
-        self, present: list[Pair], gone: list[Pair], changes: list[Change], deadline: float
-    ) -> Sequence[Outcome]:
+    async def _write(self, present: list[Pair], gone: list[Pair], deadline: float) -> None:
         client = self._client
-        for pair in gone:
-            client.memberships.discard(*pair)
         await self._lease(deadline - time.monotonic())
         prefix = client.config.prefix
         buckets = {notification_channel(group_address(prefix, group)) for group, _ in present}
@@ -82,4 +84,14 @@ class OwnChanges:
             for group in opened:
                 client.memberships.opened(group, since)
             client.memberships.changed((*present, *gone), since)
-        return [None] * len(changes)
+
+
+def _discarded(error: LayerUnavailable) -> Outcome:
+    """The outcome of a discard that the owner has applied in memory, and could not write."""
+    if termination.is_stopping():
+        return None  # the client's end removes the row
+    if isinstance(error, OutcomeUnknown):
+        return error
+    unknown = OutcomeUnknown(f"{DISCARDED} {error}")
+    unknown.__cause__ = error
+    return unknown

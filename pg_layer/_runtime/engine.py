@@ -62,6 +62,7 @@ class Engine:
             max_idle=SENDER_IDLE,
             on_refused=lambda error: self.call(self._refused, error),
             client_id=client.id,
+            is_away=lambda: self.outage.is_away,
         )
         self.sender = Sender(client, self.connections, self.spawn, announcer)
         self._swept_to = maintenance.START
@@ -188,25 +189,12 @@ class Engine:
 
     async def flush(self) -> None:
         """Remove all messages and memberships of the prefix."""
-        client, timeout = self.client, self.client.config.send_timeout
-        flush = partial(lease.flush_part, prefix=client.config.prefix, address=client.address)
-        is_done = is_begun = False
-        try:
-            while not is_done:
-                is_done, key, rows = await self.connections.run(
-                    partial(flush, quiet=False),
-                    quietly=partial(flush, quiet=True),
-                    timeout=timeout,
-                    is_idempotent=True,
-                )
-                is_begun = True
-            self.sender.announce_later(rows)
-            if key is not None and self.owner is not None:
-                await self.owner.flushed(key, timeout)
-        except LayerUnavailable as error:
-            if is_begun:
-                raise OutcomeUnknown("A part was removed; it is unknown whether all was.") from error
-            raise
+        key = await self.sender.flush()
+        if key is not None and self.owner is not None:
+            try:
+                await self.owner.flushed(key, self.client.config.send_timeout)
+            except LayerUnavailable as error:
+                raise OutcomeUnknown("All was removed, but not here yet.") from error
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of clients that are gone."""
@@ -318,12 +306,17 @@ class Engine:
         if self.is_closed:
             await asyncio.wait({self._guard_task})
             raise NotBegun
+        self.hurry()
         try:
             await self._stop_tasks()
             if self.client.has_lease:
                 await self._end_client()
         finally:
             await self._close_connections()
+
+    def hurry(self) -> None:
+        """Wait no longer for a database that is away: the client ends. From any thread."""
+        self.connections.is_ending = True
 
     async def _end_client(self) -> None:
         client = self.client
@@ -341,8 +334,12 @@ class Engine:
             client.has_lease = False
 
     async def stop(self) -> None:
-        """Close when what was begun is done. The client lives on."""
-        await self.sender.finish()
+        """Close when what was begun is done, or soon if the client ends. Otherwise that lives on."""
+        finishing = self.loop.create_task(self.sender.finish())
+        try:
+            await asyncio.wait({finishing}, timeout=STOP_TIMEOUT if self.connections.is_ending else None)
+        finally:
+            finishing.cancel()
         await self._stop_tasks()
         self._end_ownership()
         await self._close_connections()

@@ -34,11 +34,11 @@ from pg_layer._state.counters import Counters, State
 from pg_layer.codec import Codec
 from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
-from pg_layer.faults import REFUSALS
-from pg_layer.lane import ENDED
+from pg_layer.faults import REFUSALS, at_the_end
 from pg_layer.ops import Change, Op
 
 T = TypeVar("T")
+Work = Callable[[Engine], Coroutine[Any, Any, T]]
 
 logger = logging.getLogger("pg_layer")
 
@@ -98,6 +98,8 @@ class BackgroundLoop:
 
     def close(self) -> None:
         """Retire, and wait for it."""
+        if self._ready.wait() and self._engine is not None:
+            self._engine.hurry()
         self.retire()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -135,6 +137,11 @@ class Loops:
         """Whether there is something to close."""
         is_begun = self._home is not None or self._background is not None or self.client.has_lease
         return is_begun or bool(self._ending)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the database is known to be away. From any thread."""
+        return any(engine is not None and engine.outage.is_away for engine in (self._home, self._owner))
 
     # ------------------------------------------------------------------ which engine
 
@@ -207,11 +214,14 @@ class Loops:
                 return await self.for_sending().sender.submit(op, may_write=_is_passing(loop))
             except NotBegun:  # that loop has ended: another takes over
                 await asyncio.sleep(0)
+            except LayerUnavailable as error:
+                raise at_the_end(error) from error.__cause__
 
-    async def run(self, find: Callable[[], Engine], work: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
+    async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
         """Run on an engine what may be done twice; on the next one if the engine ends before that is done.
 
-        ``find``: one of the methods above. Raises `LayerUnavailable` if the client is closed meanwhile.
+        ``find``: one of the methods above. ``is_read``: it changes nothing. Raises `LayerUnavailable` if the
+        client is closed meanwhile.
         """
         client = self.client
         may_have_begun = False
@@ -225,9 +235,9 @@ class Loops:
                     await asyncio.sleep(0)
             raise LayerUnavailable("The channel layer was closed.")
         except LayerUnavailable as error:
-            if may_have_begun and not isinstance(error, OutcomeUnknown):
-                raise OutcomeUnknown(ENDED) from error
-            raise
+            if may_have_begun and not is_read and not isinstance(error, OutcomeUnknown):
+                raise OutcomeUnknown(f"{error} It is unknown whether the call took effect.") from error
+            raise at_the_end(error) from error.__cause__
 
     def joined(self, channel: str) -> None:
         """A channel was added to a group without a loop, or will be when a transaction commits.

@@ -7,14 +7,16 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from pg_layer._db.queries import lease
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.receive import look_at_queue
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._messages.rows import Key
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer._state.client import Client
 from pg_layer.connections import Connections
-from pg_layer.exceptions import ChannelFull, PgLayerError
+from pg_layer.exceptions import ChannelFull, LayerUnavailable, OutcomeUnknown, PgLayerError
 from pg_layer.lane import Lane, Outcome
 from pg_layer.ops import Change, GroupSend, Many, Op, Send
 from pg_layer.room import Room
@@ -146,6 +148,27 @@ class Sender:
         )
         self.announce_later(rows)
         return result
+
+    async def flush(self) -> Key | None:
+        """Remove all of the prefix. Return the key of the control message to this client, if there is one."""
+        client = self.client
+        part = partial(lease.flush_part, prefix=client.config.prefix, address=client.address)
+        is_begun = is_done = False
+        while not is_done:
+            try:
+                is_done, key, rows = await self.connections.run(
+                    partial(part, quiet=False),
+                    quietly=partial(part, quiet=True),
+                    timeout=client.config.send_timeout,
+                    is_idempotent=True,
+                )
+            except LayerUnavailable as error:
+                if is_begun:
+                    raise OutcomeUnknown("A part was removed; it is unknown whether all was.") from error
+                raise
+            is_begun = True
+        self.announce_later(rows)
+        return key
 
     # ------------------------------------------------------------------ announcing later
 

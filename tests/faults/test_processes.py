@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
@@ -148,11 +149,14 @@ def ending() -> Iterator[ExitStack]:
         yield stack
 
 
-def start_server(stack: ExitStack, dsn: str, *options: str) -> tuple[Process, str]:
+def start_server(
+    stack: ExitStack, dsn: str, *options: str, settings: Mapping[str, Any] | None = None
+) -> tuple[Process, str]:
     """uvicorn as users start it, with the test project; and its address."""
     port = free_port()
     arguments = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", *options)
-    process = stack.enter_context(started(dsn, "-m", "uvicorn", "tests.project.asgi:application", *arguments))
+    command = ("-m", "uvicorn", "tests.project.asgi:application", *arguments)
+    process = stack.enter_context(started(dsn, *command, settings=settings))
     return process, f"ws://127.0.0.1:{port}"
 
 

@@ -19,6 +19,8 @@ application = ProtocolTypeRouter(
                 route("async/", consumers.AsyncChat.as_asgi()),
                 route("sync/", consumers.SyncChat.as_asgi()),
                 route("declared/", consumers.DeclaredGroups.as_asgi()),
+                route("leaving/", consumers.Leaving.as_asgi()),
+                route("leaving-sync/", consumers.SyncLeaving.as_asgi()),
                 route("json/", consumers.JsonChat.as_asgi()),
             ]
         ),

@@ -60,6 +60,23 @@ class DeclaredGroups(WebsocketConsumer):
         self.send(text_data=event["text"])
 
 
+class Leaving(AsyncChat):
+    """The first chat, where all hear of it when one leaves."""
+
+    async def disconnect(self, code: int) -> None:
+        await self.channel_layer.group_send(GROUP, {"type": "chat.message", "text": "left"})
+        await super().disconnect(code)
+
+
+class SyncLeaving(SyncChat):
+    """The same in threads, on Django's connection."""
+
+    def disconnect(self, code: int) -> None:
+        layer: Any = self.channel_layer
+        layer.sync.group_send(GROUP, {"type": "chat.message", "text": "left"})
+        super().disconnect(code)
+
+
 class JsonChat(AsyncJsonWebsocketConsumer):
     """A chat of JSON frames, in which everyone says to whom they speak: to a room, or to one channel."""
 

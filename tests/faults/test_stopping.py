@@ -1,0 +1,114 @@
+"""Processes that stop while the database is away: they wait for nothing, and log nothing for each socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from asgiref.sync import async_to_sync
+
+from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
+from tests.conftest import Observer
+from tests.faults.proxy import Proxy
+from tests.faults.test_outcomes import MESSAGE, blocked, goes_away
+from tests.faults.test_processes import joined, start_server
+from tests.faults.test_sync_faults import locked
+from tests.processes import PATIENCE, Link, Processes, listen, until
+
+LONG = 10 * PATIENCE  # seconds: who waits for that fails the test
+SOCKETS = 6
+
+
+@pytest.fixture
+def ending() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def proxy(migrated_dsn: str) -> Iterator[Proxy]:
+    with Proxy(migrated_dsn) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("how", ["cut", "swallowed"])
+@pytest.mark.parametrize("path", ["async/", "sync/", "declared/", "leaving/", "leaving-sync/"])
+async def test_server_asked_to_end_while_the_database_is_away_ends_at_once_and_quietly(
+    observer: Observer, ending: ExitStack, proxy: Proxy, path: str, how: str
+) -> None:
+    """Each consumer leaves its group when its socket closes, and some tell the others."""
+    config = {"send_timeout": LONG, "heartbeat": 1}
+    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}
+    server, address = start_server(ending, proxy.dsn(), settings={"CHANNEL_LAYERS": layers})
+    clients = [await joined(f"{address}/{path}") for _ in range(SOCKETS)]
+    members = "SELECT count(*) FROM pg_layer_membership"
+    await until(lambda: observer.execute(members.encode()).fetchone() == (SOCKETS,))
+    if how == "cut":
+        goes_away(proxy)
+    else:
+        proxy.swallow()
+    await until(lambda: any("Lost the database" in line for line in server.errors))
+    await asyncio.to_thread(server.end, signal.SIGTERM)
+    assert len(server.errors) == 1, server.all_output()
+    for client in clients:
+        await client.close()
+
+
+async def end_while_connecting(link: Link, dsn: str) -> None:
+    layer = PostgresChannelLayer(dsn=dsn, send_timeout=LONG)
+    await layer.group_add("room", await layer.new_channel())
+    await listen(layer)
+    link.say("listening")
+    await link.hear()
+    await until(lambda: layer.stats()["listener"] == "connecting")
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(layer.send("jobs", MESSAGE), 0.5)
+
+
+async def test_loop_that_ends_while_a_connection_is_being_made_does_not_wait_for_it(
+    processes: Processes, proxy: Proxy
+) -> None:
+    """psycopg's pool outlives a cancellation, and goes on to connect."""
+    process = processes.start(end_while_connecting, proxy.dsn(connect_timeout=int(LONG)))
+    assert await process.hear() == "listening"
+    goes_away(proxy)
+    process.say()
+    await process.result()
+
+
+@pytest.mark.parametrize("how", ["cut", "swallowed"])
+async def test_close_does_not_wait_for_a_database_that_is_away(proxy: Proxy, how: str) -> None:
+    layer = PostgresChannelLayer(dsn=proxy.dsn(connect_timeout=int(LONG)), send_timeout=LONG)
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await listen(layer)
+    if how == "cut":
+        goes_away(proxy)
+    else:
+        proxy.swallow()
+    sending = asyncio.create_task(layer.send("jobs", MESSAGE))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(layer.close(), PATIENCE)
+    with pytest.raises(LayerUnavailable):
+        await asyncio.wait_for(sending, PATIENCE)
+
+
+async def test_close_does_not_wait_for_what_the_background_loop_sends(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer(dsn=migrated_dsn, send_timeout=LONG)
+
+    def send() -> None:
+        async_to_sync(layer.send)("jobs", MESSAGE)
+
+    await asyncio.to_thread(send)
+    with locked(migrated_dsn, "pg_layer_message"):
+        sending = asyncio.create_task(asyncio.to_thread(send))
+        await blocked(observer)
+        await asyncio.wait_for(layer.close(), PATIENCE)
+        with pytest.raises(OutcomeUnknown):
+            await asyncio.wait_for(sending, PATIENCE)
