@@ -54,8 +54,18 @@ _KNOWN = 2.0  # seconds for which a connection that could not be made tells that
 HURRY = 1.0  # seconds for which a process that stops asks a database that is away
 
 
+def idle_period(seconds: float) -> float:
+    """The period for `Connections` that closes a connection before it was idle for so many seconds.
+
+    It stays at hand for up to twice `_KEEP`. Then the pool has it, for the rest of a period and a whole one.
+    """
+    return max((seconds - 2 * _KEEP) / 2, seconds / 4)
+
+
 class Connections:
     """At most ``max_size`` connections, opened when needed, and closed when idle.
+
+    At the end of each ``period`` of so many seconds the pool closes one that was idle for all of it.
 
     Everything runs in autocommit mode: each statement is one transaction. Between statements a session stays
     at hand, as going through the pool costs more than many a statement.
@@ -65,7 +75,7 @@ class Connections:
         self,
         config: Config,
         max_size: int,
-        max_idle: float,
+        period: float,
         on_refused: Callable[[psycopg.Error], None],
         client_id: str,
         is_away: Callable[[], bool],
@@ -120,7 +130,7 @@ class Connections:
             check=_check,
             min_size=0,
             max_size=max_size,
-            max_idle=max_idle,
+            max_idle=period,
             reconnect_timeout=0.0,  # who waits tries again, without the pool's growing pauses
             num_workers=1,
             open=False,
@@ -147,10 +157,10 @@ class Connections:
             self._is_open = True
             await self._pool.open()
 
-    async def grow(self, max_size: int, max_idle: float) -> None:
-        """Allow more connections, and close one after so many idle seconds."""
+    async def grow(self, max_size: int, period: float) -> None:
+        """Allow more connections, and another period."""
         await self._open()
-        self._pool.max_idle = max_idle
+        self._pool.max_idle = period
         await self._pool.resize(min_size=0, max_size=max_size)
 
     # ------------------------------------------------------------------ statements

@@ -20,7 +20,7 @@ from pg_layer._send.announcer import Announcer
 from pg_layer._send.sender import Sender
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections
+from pg_layer.connections import Connections, idle_period
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown, PgLayerError
 from pg_layer.faults import READ_ONLY
 from pg_layer.ops import Change
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer")
 
-SENDER_IDLE = 10.0  # seconds after which a process that only sends closes its connection
+SENDER_IDLE = 10.0  # seconds within which a process that only sends closes its idle connection
 CLOSE_TIMEOUT = 2.0
 STOP_TIMEOUT = 2.0
 SWALLOWED = 0.2  # seconds after which a cancellation has been swallowed
@@ -59,7 +59,7 @@ class Engine:
         self.connections = Connections(
             client.config,
             max_size=1,
-            max_idle=SENDER_IDLE,
+            period=idle_period(SENDER_IDLE),
             on_refused=lambda error: self.call(self._refused, error),
             client_id=client.id,
             is_away=lambda: self.outage.is_away,
@@ -242,8 +242,8 @@ class Engine:
         self.owner = Owner(self.client, self.connections, self.outage, self.spawn, self._wait_for_predecessor)
         config = self.client.config
         # Heartbeats use one connection: it is not closed between two of them.
-        max_idle = max(SENDER_IDLE, 2.5 * config.heartbeat)
-        self.spawn(self.connections.grow(config.pool_max_size, max_idle))
+        period = max(idle_period(SENDER_IDLE), 2.5 * config.heartbeat)
+        self.spawn(self.connections.grow(config.pool_max_size, period))
         self.spawn(self._keep_house())
 
     # ------------------------------------------------------------------ housekeeping
