@@ -64,6 +64,10 @@ class Stopping(LayerUnavailable, StopConsumer):
     """
 
 
+class StoppingUnknown(OutcomeUnknown, StopConsumer):
+    """The same of a call that was under way; it is unknown whether it took effect."""
+
+
 class NotBegun(PgLayerError):
     """The event loop that served the channel layer ended before the call began.
 

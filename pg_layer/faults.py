@@ -12,7 +12,7 @@ from psycopg import errors
 from pg_layer import termination
 from pg_layer.aliases import not_migrated
 from pg_layer.config import Config
-from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown, Stopping
+from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown, Stopping, StoppingUnknown
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 # Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
@@ -87,7 +87,7 @@ class Attempts:
         `OutcomeUnknown` if an attempt before has perhaps taken effect.
         """
         if self.is_outcome_unknown:
-            return OutcomeUnknown()
+            return at_the_end(OutcomeUnknown())
         return at_the_end(unavailable(reason), reason)
 
 
@@ -115,8 +115,11 @@ def translated(config: Config) -> Iterator[None]:
 
 def at_the_end(error: LayerUnavailable, reason: BaseException | None = None) -> LayerUnavailable:
     """What a caller is told instead in a process that is stopping. ``reason``: the cause of the error."""
-    if termination.is_stopping() and type(error) is LayerUnavailable and not was_refused(reason or error):
-        return Stopping(f"The process is stopping. {error}")
+    if termination.is_stopping() and not was_refused(reason or error):
+        if type(error) is LayerUnavailable:
+            return Stopping(f"The process is stopping. {error}")
+        if type(error) is OutcomeUnknown:
+            return StoppingUnknown(f"The process is stopping. {error}")
     return error
 
 

@@ -84,10 +84,10 @@ _set_handler: Callable[[int, _Handler], _Handler] | None = None  # signal.signal
 def heed_sigterm() -> None:
     """Have SIGTERM close the clients where it would end the process on the spot. On the main thread only.
 
-    A server's own handler stays, also for a second SIGTERM; it is only noticed that it was called. But uvicorn, once it has stopped, restores the
-    default effect and sends SIGTERM to itself, and then nothing of Python runs. So from here on
-    `signal.signal` sets our handler instead of the default effect. Blocking the signal until the exit would
-    not do: processes that the application starts meanwhile would inherit that.
+    A server's own handler stays, also for a second SIGTERM; `is_stopping` tells when it was called. But
+    uvicorn, once it has stopped, restores the default effect and sends SIGTERM to itself, and then nothing of
+    Python runs. So from here on `signal.signal` sets our handler instead of the default effect. Blocking the
+    signal until the exit would not do: processes that the application starts meanwhile would inherit that.
     """
     global _is_heeding, _set_handler
     if threading.current_thread() is not threading.main_thread():

@@ -9,6 +9,8 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from asgiref.sync import AsyncToSync
+
 from pg_layer.exceptions import NotBegun, OutcomeUnknown
 
 T = TypeVar("T")
@@ -64,3 +66,8 @@ def are_threads_real() -> bool:
     thread.start()
     thread.join()
     return found != [threading.get_native_id()]
+
+
+def is_passing(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop is one that `async_to_sync` made for one call, and can borrow the background loop."""
+    return loop in getattr(AsyncToSync, "loop_thread_executors", ()) and are_threads_real()

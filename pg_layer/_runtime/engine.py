@@ -306,17 +306,13 @@ class Engine:
         if self.is_closed:
             await asyncio.wait({self._guard_task})
             raise NotBegun
-        self.hurry()
+        self.connections.is_ending = True
         try:
             await self._stop_tasks()
             if self.client.has_lease:
                 await self._end_client()
         finally:
             await self._close_connections()
-
-    def hurry(self) -> None:
-        """Wait no longer for a database that is away: the client ends. From any thread."""
-        self.connections.is_ending = True
 
     async def _end_client(self) -> None:
         client = self.client

@@ -22,11 +22,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
-from asgiref.sync import AsyncToSync
 
 from pg_layer import termination
 from pg_layer._db.queries import lease
-from pg_layer._runtime.elsewhere import are_threads_real
+from pg_layer._runtime.elsewhere import are_threads_real, is_passing
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
 from pg_layer._state.client import Client
@@ -91,16 +90,15 @@ class BackgroundLoop:
         finally:
             await engine.stop()
 
-    def retire(self) -> None:
-        """Close the connections and end the thread, when what was begun is done."""
+    def retire(self, *, is_end: bool = False) -> None:
+        """Close the connections and end the thread, when what was begun is done. ``is_end``: the client's."""
         if self._ready.wait() and self._engine is not None:
+            self._engine.connections.is_ending |= is_end
             self._engine.call(self._is_retired.set)
 
     def close(self) -> None:
         """Retire, and wait for it."""
-        if self._ready.wait() and self._engine is not None:
-            self._engine.hurry()
-        self.retire()
+        self.retire(is_end=True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -170,7 +168,7 @@ class Loops:
             home = self._home
             if home is not None and home.is_running:
                 return home
-            if not _is_passing(asyncio.get_running_loop()):
+            if not is_passing(asyncio.get_running_loop()):
                 return self._move_here()
             engine = self._borrow_background()
             if self.client.has_lease:
@@ -184,11 +182,11 @@ class Loops:
             if home is not None and home.is_running:
                 if home.is_receiving:
                     return home
-                if not _is_passing(home.loop):
+                if not is_passing(home.loop):
                     self._make_owner(home)
                     return home
             loop = asyncio._get_running_loop()
-            if loop is not None and not _is_passing(loop):
+            if loop is not None and not is_passing(loop):
                 home = self._move_here()
                 self._make_owner(home)
                 self._retire_background()
@@ -211,7 +209,7 @@ class Loops:
                 if home is not None and home.loop is loop and not home.is_closed:
                     return await home.sender.submit(op)
                 # Such a loop runs until its one call has ended, and cancels what it leaves.
-                return await self.for_sending().sender.submit(op, may_write=_is_passing(loop))
+                return await self.for_sending().sender.submit(op, may_write=is_passing(loop))
             except NotBegun:  # that loop has ended: another takes over
                 await asyncio.sleep(0)
             except LayerUnavailable as error:
@@ -392,11 +390,6 @@ class Loops:
         are_threads_real.cache_clear()  # a pre-forking server may replace them in the child only
         self._ending, self._closings = {}, set()
         self._begin()
-
-
-def _is_passing(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the loop is one that `async_to_sync` made for one call, and can borrow the background loop."""
-    return loop in getattr(AsyncToSync, "loop_thread_executors", ()) and are_threads_real()
 
 
 _inherited: list[object] = []
