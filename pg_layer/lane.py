@@ -10,10 +10,11 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
+from pg_layer.tasks import Spawn
 
 Op = TypeVar("Op")
 
@@ -73,7 +74,7 @@ class Lane(Generic[Op]):
         self,
         loop: asyncio.AbstractEventLoop,
         write: Callable[[list[Op], float], Awaitable[Sequence[Outcome]]],
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
         weigh: Callable[[Op], int],
         timeout: float,
     ) -> None:
@@ -206,7 +207,7 @@ class Lane(Generic[Op]):
 
     def _work_or_rest(self) -> None:
         if self._queue and not self._closed:
-            self._spawn(self._work())
+            self._spawn("Writing", self._work)
         else:
             self._rest()
 
@@ -225,9 +226,10 @@ class Lane(Generic[Op]):
                 left = batch[0].deadline - time.monotonic()
                 try:
                     outcomes = await self._write([ticket.op for ticket in batch], left)
+                    settled = list(zip(batch, outcomes, strict=True))
                 except Exception as error:
-                    outcomes = [error] * len(batch)
-                for ticket, outcome in zip(batch, outcomes, strict=True):
+                    settled = [(ticket, error) for ticket in batch]
+                for ticket, outcome in settled:
                     ticket.settle(outcome, self._loop)
                 batch = []
                 # Those callers come first: what they send next goes together, not one ahead of the rest.

@@ -112,6 +112,11 @@ _GAUGES = (
         "Time since the lease was renewed; absent without a lease.",
         "lease_age",
     ),
+    _plain(
+        "pg_layer_failing_tasks",
+        "Tasks of the layer that an unexpected error keeps from their work.",
+        "failing_tasks",
+    ),
 )
 _LISTENER = "pg_layer_listener"
 _LISTENER_HELP = "1 for the state in which the listener is, 0 for the others."

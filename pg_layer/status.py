@@ -73,6 +73,7 @@ class Status:
     """How the layer of a prefix fares. Of clients, groups and channels it holds the first ones, and counts.
 
     ``drops``: messages that live clients have dropped or refused since their start, by the reason.
+    ``failing_tasks``: of live clients, as of their last heartbeat: what an unexpected error keeps from work.
     ``notify_queue``: how much of the server's NOTIFY queue is used, from 0 to 1. ``last_sweep``: since the
     last one ended; None: there was none. ``faults``: what keeps the role from the rows.
     """
@@ -88,6 +89,7 @@ class Status:
     all_channels: int
     all_waiting: int
     drops: dict[str, int]
+    failing_tasks: int
     tables: list[TableStatus]
     notify_queue: float
     last_sweep: float | None
@@ -110,6 +112,10 @@ class Status:
             if len(names) < self.overdue_clients:
                 names.append("...")
             problems.append(f"Leases that are overdue: {self.overdue_clients} ({', '.join(names)}).")
+        if self.failing_tasks:
+            problems.append(
+                f"Tasks of live clients that fail: {self.failing_tasks}. The processes' logs say why."
+            )
         if self.notify_queue > FULL_QUEUE:
             problems.append(
                 f"{self.notify_queue:.0%} of NOTIFY's queue is used: "
@@ -140,6 +146,7 @@ class Status:
                 "list": [asdict(channel) for channel in self.channels],
             },
             "drops": self.drops,
+            "failing_tasks": self.failing_tasks,
             "tables": [asdict(table) for table in self.tables],
             "notify_queue": self.notify_queue,
             "last_sweep": self.last_sweep,

@@ -20,6 +20,7 @@ from pg_layer._state.snapshot import Moment
 from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
 from pg_layer.session import Session
+from pg_layer.tasks import Spawn
 
 PART = 2000  # memberships in a statement
 RETRY = 0.5  # seconds
@@ -33,7 +34,7 @@ class MembershipWriter:
         self,
         client: Client,
         connections: Connections,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
     ) -> None:
         self._client = client
         self._connections = connections
@@ -117,20 +118,18 @@ class MembershipWriter:
     def _start(self) -> None:
         if not self._is_writing and self._next_step() is not None:
             self._is_writing = True
-            self._spawn(self._write_due())
+            self._spawn("The writing of memberships", self._write_due)
 
     async def _write_due(self) -> None:
-        try:
-            while (step := self._next_step()) is not None:
-                try:
-                    await step()
-                except PgLayerError:
-                    pause = RETRY
-                else:
-                    pause = 0.0  # callers come first
-                await asyncio.sleep(pause)
-        finally:
-            self._is_writing = False
+        while (step := self._next_step()) is not None:
+            try:
+                await step()
+            except PgLayerError:
+                pause = RETRY
+            else:
+                pause = 0.0  # callers come first
+            await asyncio.sleep(pause)
+        self._is_writing = False
 
     def _next_step(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
         if self._due:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
 
 from pg_layer._db.queries import receive as queries
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
+from pg_layer.tasks import Spawn
 
 DELETE_DELAY = 0.5  # seconds for which rows gather before they are deleted together
 DELETE_MOST = 1000  # rows in a statement
@@ -26,7 +25,7 @@ class Deletions:
         self,
         client: Client,
         connections: Connections,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
     ) -> None:
         self._client = client
         self._connections = connections
@@ -75,7 +74,7 @@ class Deletions:
         self._timer = None
         if not self._is_deleting and self._client.pending_deletes:
             self._is_deleting, self._is_urgent = True, False
-            self._spawn(self._delete())
+            self._spawn("The deletion of received messages", self._delete)
 
     async def _delete(self) -> None:
         client = self._client
@@ -96,6 +95,5 @@ class Deletions:
                 settled.set()
         except PgLayerError:
             await asyncio.sleep(RETRY)
-        finally:
-            self._is_deleting = False
-            self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)
+        self._is_deleting = False
+        self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)

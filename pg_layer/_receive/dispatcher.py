@@ -21,6 +21,7 @@ from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
 from pg_layer.codec import Template
 from pg_layer.exceptions import UndecodableMessage
+from pg_layer.tasks import Spawn
 
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
@@ -41,7 +42,7 @@ class Dispatcher:
         client: Client,
         receiver: Receiver,
         writer: MembershipWriter,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
     ) -> None:
         self._client = client
         self._receiver = receiver
@@ -143,15 +144,11 @@ class Dispatcher:
 
     def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self.is_blocked = True
-        self._spawn(self._blocked(work))
+        self._spawn("Dispatch", partial(self._blocked, work))
 
     async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        try:
-            await work()
-        except Exception as error:  # a bug must not end dispatch
-            self._client.failed("Dispatch failed.", error)
-        finally:
-            self.is_blocked = False
+        await work()
+        self.is_blocked = False
         self._receiver.pump()
 
     async def _place(self) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pg_layer._db.queries import receive as queries
 from pg_layer._messages.addresses import channel_address, notification_channel
@@ -19,6 +18,7 @@ from pg_layer._state.client import Client
 from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
 from pg_layer.session import Session
+from pg_layer.tasks import Spawn
 
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
@@ -55,7 +55,7 @@ class JobReaders:
         client: Client,
         connections: Connections,
         receiver: Receiver,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
     ) -> None:
         self._client = client
         self._connections = connections
@@ -72,7 +72,7 @@ class JobReaders:
         for channel in self._client.releasing:
             reader = self._reader(channel)
             reader.is_releasing = True
-            self._spawn(self._resolve(reader))
+            self._spawn("The release of jobs", partial(self._release, reader))
         for queue in self._client.queues():
             if "!" not in queue.channel and len(queue):
                 self._release_later(self._reader(queue.channel))
@@ -92,7 +92,7 @@ class JobReaders:
         reader.is_used = True
         if not reader.is_wanted:
             reader.is_wanted = True
-            self._spawn(self._begin(channel, reader))
+            self._spawn("Listening for jobs", partial(self._begin, channel, reader))
         self._claim_soon(reader)
 
     def heard(self, channel: str, first: int) -> None:
@@ -123,7 +123,7 @@ class JobReaders:
                 continue
             del self._readers[channel]
             if reader.is_wanted:
-                self._spawn(self._receiver.unlisten_to_jobs(channel))
+                self._spawn("Listening for jobs", partial(self._end, channel))
 
     def _reader(self, channel: str) -> JobReader:
         queue = self._client.queue(channel)
@@ -138,6 +138,11 @@ class JobReaders:
             reader.may_have_more, reader.low_id = True, 0
         self._claim_soon(reader)
 
+    async def _end(self, channel: str) -> None:
+        reader = self._readers.get(channel)
+        if reader is None or not reader.is_wanted:
+            await self._receiver.unlisten_to_jobs(channel)
+
     # ------------------------------------------------------------------ claiming
 
     def _claim_soon(self, reader: JobReader) -> None:
@@ -151,7 +156,7 @@ class JobReaders:
             and self._missing(reader) > 0
         ):
             reader.is_claiming = True
-            self._spawn(self._claim(reader))
+            self._spawn("The claim of jobs", partial(self._claim, reader))
 
     def _missing(self, reader: JobReader) -> int:
         """How many jobs to claim: none while those that were claimed last wait for dispatch."""
@@ -160,36 +165,32 @@ class JobReaders:
 
     async def _claim(self, reader: JobReader) -> None:
         queue = reader.queue
-        try:
-            while (
-                reader.may_have_more
-                and not self._receiver.is_in_doubt
-                and (missing := self._missing(reader)) > 0
-            ):
-                reader.may_have_more = False
-                if self._loop.time() - reader.claimed_at < QUICK:
-                    most = min(queue.capacity // AHEAD_PART, AHEAD_MOST)
-                    reader.ahead = min(2 * reader.ahead + 1, most)
-                else:
-                    reader.ahead = 0
-                limit = missing + reader.ahead
-                low_id, reader.low_id = reader.low_id, LAST_ID
-                try:
-                    rows = await self._claimed(queue.channel, low_id, limit)
-                except PgLayerError:
-                    reader.may_have_more, reader.low_id = True, min(low_id, reader.low_id)
-                    await asyncio.sleep(RETRY)
-                    continue
-                except BaseException:
-                    reader.may_have_more, reader.low_id = True, 0
-                    raise
-                reader.low_id = min(reader.low_id, max((row.id + 1 for row in rows), default=LAST_ID))
-                reader.claimed_at = self._loop.time()
-                if len(rows) == limit:
-                    reader.may_have_more = True
-                self._release_later(reader)
-        finally:
-            reader.is_claiming = False
+        while (
+            reader.may_have_more and not self._receiver.is_in_doubt and (missing := self._missing(reader)) > 0
+        ):
+            reader.may_have_more = False
+            if self._loop.time() - reader.claimed_at < QUICK:
+                most = min(queue.capacity // AHEAD_PART, AHEAD_MOST)
+                reader.ahead = min(2 * reader.ahead + 1, most)
+            else:
+                reader.ahead = 0
+            limit = missing + reader.ahead
+            low_id, reader.low_id = reader.low_id, LAST_ID
+            try:
+                rows = await self._claimed(queue.channel, low_id, limit)
+            except PgLayerError:
+                reader.may_have_more, reader.low_id = True, min(low_id, reader.low_id)
+                await asyncio.sleep(RETRY)
+                continue
+            except BaseException:
+                reader.may_have_more, reader.low_id = True, 0
+                raise
+            reader.low_id = min(reader.low_id, max((row.id + 1 for row in rows), default=LAST_ID))
+            reader.claimed_at = self._loop.time()
+            if len(rows) == limit:
+                reader.may_have_more = True
+            self._release_later(reader)
+        reader.is_claiming = False
         self._claim_soon(reader)
 
     async def _claimed(self, channel: str, low_id: int, limit: int) -> list[Row]:
@@ -245,10 +246,13 @@ class JobReaders:
             self._release_later(reader)
             return
         reader.is_releasing = True  # a claim meanwhile would get what comes after them
-        self._spawn(self._release(reader))
+        self._spawn("The release of jobs", partial(self._release, reader))
 
     async def _release(self, reader: JobReader) -> None:
         client, channel = self._client, reader.queue.channel
+        if channel in client.releasing:  # begun by the last owner loop, or before an unexpected error
+            await self._resolve(reader)
+            return
         # Not before this runs: else they would be nobody's if the loop ended first.
         messages = reader.queue.pop_idle()
         if not messages:
@@ -270,7 +274,7 @@ class JobReaders:
         except BaseException as error:
             client.fence += 1
             if not isinstance(error, PgLayerError):
-                raise  # the next owner loop finds out what became of them
+                raise  # the next run, or the next owner loop, finds out what became of them
             await self._resolve(reader)
             return
         self._released(reader, set())
@@ -301,7 +305,7 @@ class JobReaders:
     def _announce_later(self, channel: str, first: int) -> None:
         """The server has refused to announce jobs that were released: announce them when it does."""
         if not self._unannounced:
-            self._spawn(self._announce())
+            self._spawn("The announcement of released jobs", self._announce)
         self._unannounced[channel] = min(first, self._unannounced.get(channel, first))
 
     async def _announce(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -16,6 +16,7 @@ from pg_layer.aliases import not_migrated
 from pg_layer.config import Config
 from pg_layer.connections import connection_kwargs
 from pg_layer.session import Session
+from pg_layer.tasks import Spawn
 
 logger = logging.getLogger("pg_layer.listener")
 
@@ -40,7 +41,7 @@ class Listener:
         on_notify: Callable[[str, str], None],
         on_lost: Callable[[Exception], None],
         client_id: str,
-        spawn: Callable[[Coroutine[Any, Any, Any]], object],
+        spawn: Spawn,
     ) -> None:
         self._config = config
         self._client_id = client_id
@@ -148,9 +149,12 @@ class Listener:
                     elif self.is_connected:
                         if not session.is_reusable:
                             # The caller was cancelled. Nothing is heard behind an answer that nobody fetches.
-                            self._spawn(self._execute(_nothing))
+                            self._spawn("The listener", self._rest)
                         self._watch(session)
             return True
+
+    async def _rest(self) -> None:
+        await self._execute(_nothing)
 
     def reconnect(self, why: psycopg.Error | None = None) -> None:
         """Give this connection up, however healthy it looks."""

@@ -30,6 +30,7 @@ from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
 from pg_layer.outage import Outage
 from pg_layer.session import Session
+from pg_layer.tasks import Spawn
 
 logger = logging.getLogger("pg_layer")
 
@@ -50,7 +51,7 @@ class Receiver:
         listener: Listener | None,
         writer: MembershipWriter,
         outage: Outage,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
         on_caught_up: Callable[[int], None],
     ) -> None:
         # listener: None where the tables are polled. on_caught_up: called with the number of messages.
@@ -215,37 +216,28 @@ class Receiver:
     def _read_soon(self) -> None:
         if not self._is_reading and self._client.announcements.to_read(1):
             self._is_reading = True
-            self._spawn(self._read())
+            self._spawn("Reading messages", self._read)
 
     async def _read(self) -> None:
         announcements = self._client.announcements
-        try:
-            while entries := announcements.to_read(READ_SPANS):
-                spans = [entry.span for entry in entries if entry.span is not None]
-                try:
-                    results = await self._connections.run(
-                        partial(queries.read, spans=spans),
-                        timeout=READ_TIMEOUT,
-                        patience=self._client.config.send_timeout,
-                        is_idempotent=True,
-                    )
-                except Exception as error:
-                    self._note(error, "Could not read messages.")
-                    await asyncio.sleep(RETRY)
-                    continue
-                self._client.counters.add("reads")
-                for entry, result in zip(entries, results, strict=False):
-                    announcements.read(entry, result.rows, is_all=result.is_all)
-                self.pump()
-        finally:
-            self._is_reading = False
-
-    def _note(self, error: Exception, what: str) -> None:
-        """Something failed that is tried again: a bug must not make the process deaf."""
-        if isinstance(error, PgLayerError):
-            self._outage.begin(error)
-        else:
-            self._client.failed(what, error)
+        while entries := announcements.to_read(READ_SPANS):
+            spans = [entry.span for entry in entries if entry.span is not None]
+            try:
+                results = await self._connections.run(
+                    partial(queries.read, spans=spans),
+                    timeout=READ_TIMEOUT,
+                    patience=self._client.config.send_timeout,
+                    is_idempotent=True,
+                )
+            except PgLayerError as error:
+                self._outage.begin(error)
+                await asyncio.sleep(RETRY)
+                continue
+            self._client.counters.add("reads")
+            for entry, result in zip(entries, results, strict=False):
+                announcements.read(entry, result.rows, is_all=result.is_all)
+            self.pump()
+        self._is_reading = False
 
     # ------------------------------------------------------------------ catching up
 
@@ -264,42 +256,42 @@ class Receiver:
         self._is_catch_up_due = True
         if not self._is_catching_up:
             self._is_catching_up = True
-            self._spawn(self._catch_up())
+            self._spawn("Catching up", self._catch_up)
 
     async def _catch_up(self) -> None:
         announcements = self._client.announcements
-        try:
-            while self._is_catch_up_due:
-                self._is_catch_up_due = False
-                announcements.begin_catch_up()
-                self._appended.clear()
-                counted: list[int] = []
-                try:
-                    is_done = await self._connections.run(
-                        partial(self._read_new, counted=counted),
-                        timeout=READ_TIMEOUT,
-                        patience=self._client.config.send_timeout,
-                        is_idempotent=True,
-                    )
-                except Exception as error:
-                    announcements.fail_catch_up()
-                    self._is_catch_up_due = True
-                    self._note(error, "Could not catch up.")
-                    await asyncio.sleep(RETRY)
-                    continue
-                if not is_done:
-                    announcements.fail_catch_up()
-                    continue
-                announcements.end_catch_up()
-                if announcements.is_over_limit and (self.dispatcher.is_blocked or not announcements.rows):
-                    self._is_catch_up_due = True
-                if not (announcements.is_incomplete or self._is_catch_up_due):
-                    self._appended.set()
-                self.pump()
-                self._read_soon()
-                self._on_caught_up(sum(counted))
-        finally:
-            self._is_catching_up = False
+        while self._is_catch_up_due:
+            self._is_catch_up_due = False
+            announcements.begin_catch_up()
+            self._appended.clear()
+            counted: list[int] = []
+            try:
+                is_done = await self._connections.run(
+                    partial(self._read_new, counted=counted),
+                    timeout=READ_TIMEOUT,
+                    patience=self._client.config.send_timeout,
+                    is_idempotent=True,
+                )
+            except Exception as error:
+                announcements.fail_catch_up()
+                self._is_catch_up_due = True
+                if not isinstance(error, PgLayerError):
+                    raise
+                self._outage.begin(error)
+                await asyncio.sleep(RETRY)
+                continue
+            if not is_done:
+                announcements.fail_catch_up()
+                continue
+            announcements.end_catch_up()
+            if announcements.is_over_limit and (self.dispatcher.is_blocked or not announcements.rows):
+                self._is_catch_up_due = True
+            if not (announcements.is_incomplete or self._is_catch_up_due):
+                self._appended.set()
+            self.pump()
+            self._read_soon()
+            self._on_caught_up(sum(counted))
+        self._is_catching_up = False
         self.pump()  # what was left out because too much was heard
         self.jobs.look_again()
 
@@ -338,7 +330,9 @@ class Receiver:
         self._passed()
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
-            self._spawn(self._delete_received(moment))
+            self._spawn(
+                "The deletion of received messages after a restart", partial(self._delete_received, moment)
+            )
         return True
 
     async def _wait_for_dispatch(self, moment: Moment) -> bool:

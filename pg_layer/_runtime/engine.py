@@ -26,6 +26,7 @@ from pg_layer.faults import READ_ONLY
 from pg_layer.ops import Change
 from pg_layer.outage import Outage
 from pg_layer.session import Session
+from pg_layer.tasks import Tasks
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class Engine:
         # Of any thread: the next owner waits for it on another loop.
         self.stopped: Future[None] = Future()
         self._predecessor: Engine | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.tasks = Tasks(client.failures, lambda: self.is_closed)
         self.outage = Outage(client, lambda: self.is_closed)
         self.connections = Connections(
             client.config,
@@ -64,13 +65,12 @@ class Engine:
             client_id=client.id,
             is_away=lambda: self.outage.is_away,
         )
-        self.sender = Sender(client, self.connections, self.spawn, announcer)
+        self.sender = Sender(client, self.connections, self.tasks.spawn, announcer)
         self._swept_to = maintenance.START
         self._full_pass_at = time.monotonic() + FULL_PASS
         self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
         self._guard_task.add_done_callback(lambda _: self.abandon())
-        self._tasks.add(self._guard_task)
 
     @property
     def is_receiving(self) -> bool:
@@ -96,20 +96,6 @@ class Engine:
     def is_running(self) -> bool:
         """Whether the loop runs, so that somebody on another may wait for it."""
         return not self.is_closed and self.loop.is_running()
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a task that ends with the engine."""
-        if self.is_closed:
-            work.close()
-            return
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self.is_closed:
-            logger.error("A task of the channel layer failed.", exc_info=error)
 
     def call(self, function: Callable[..., object], *args: object) -> None:
         """Call on the engine's loop, from any thread."""
@@ -143,8 +129,7 @@ class Engine:
             raise NotBegun
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.tasks.add(task)
         return await work()
 
     async def _guard(self) -> None:
@@ -161,7 +146,7 @@ class Engine:
             self.is_closed = True
             try:
                 # These have been cancelled as well.
-                await _end_of(self._tasks - {self._guard_task})
+                await _end_of(self.tasks.running)
                 # What other loops write right now has nothing to do with the end of this one.
                 await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
                 await self.connections.close()
@@ -239,36 +224,35 @@ class Engine:
         if self.owner is not None or self.is_closed:
             return
         self._predecessor = predecessor
-        self.owner = Owner(self.client, self.connections, self.outage, self.spawn, self._wait_for_predecessor)
+        self.owner = Owner(self.client, self.connections, self.outage, self.tasks, self._wait_for_predecessor)
         config = self.client.config
         # Heartbeats use one connection: it is not closed between two of them.
         period = max(idle_period(SENDER_IDLE), 2.5 * config.heartbeat)
-        self.spawn(self.connections.grow(config.pool_max_size, period))
-        self.spawn(self._keep_house())
+        self.tasks.spawn(
+            "The growth of the connection pool",
+            partial(self.connections.grow, config.pool_max_size, period),
+        )
+        self.tasks.every(config.heartbeat, "Housekeeping", self._keep_house)
+        if config.sweep_interval:
+            self.tasks.every(config.sweep_interval, "Sweeping", self._sweep)
 
     # ------------------------------------------------------------------ housekeeping
 
     async def _keep_house(self) -> None:
         client = self.client
-        heartbeat, interval = client.config.heartbeat, client.config.sweep_interval
-        swept_at = time.monotonic()
-        while True:
-            await asyncio.sleep(heartbeat)
-            try:
-                if self.owner is not None:
-                    self.owner.receiver.jobs.forget_idle()
-                client.forget_idle_queues()
-                for queue in client.queues():
-                    client.drop_expired(queue)
-                if interval and time.monotonic() - swept_at >= interval:
-                    swept_at = time.monotonic()
-                    await self._sweep()
-            except PgLayerError as error:
-                logger.info("Could not clean up: %s", error)
-            except Exception:  # a bug must not end housekeeping
-                logger.exception("Cleaning up failed.")
+        if self.owner is not None:
+            self.owner.forget_idle()
+        client.forget_idle_queues()
+        for queue in client.queues():
+            client.drop_expired(queue)
 
     async def _sweep(self) -> None:
+        try:
+            await self._sweep_all()
+        except PgLayerError as error:
+            logger.info("Could not clean up: %s", error)
+
+    async def _sweep_all(self) -> None:
         prefix = self.client.config.prefix
         if time.monotonic() >= self._full_pass_at:
             self._swept_to = maintenance.START
@@ -345,7 +329,7 @@ class Engine:
         if self.owner is not None:
             self.owner.changes.close()
         self.is_closed = True
-        tasks = self._tasks - {asyncio.current_task()} - {self._guard_task}
+        tasks = self.tasks.running - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await _end_of(tasks)
@@ -391,9 +375,10 @@ class Engine:
             self.stopped.set_result(None)
 
     def _cancel_tasks(self) -> None:
-        for task in self._tasks:
-            if not (self._is_ending and task is self._guard_task):
-                task.cancel()
+        for task in self.tasks.running:
+            task.cancel()
+        if not self._is_ending:
+            self._guard_task.cancel()
 
 
 async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:

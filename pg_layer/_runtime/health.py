@@ -7,6 +7,7 @@ import time
 from typing import Literal, TypedDict
 
 from pg_layer._runtime.engine import Engine
+from pg_layer._state.failures import words
 from pg_layer.exceptions import OutcomeUnknown, PgLayerError
 from pg_layer.faults import AWAY, reason_of
 
@@ -14,7 +15,8 @@ from pg_layer.faults import AWAY, reason_of
 class Health(TypedDict):
     """How a process's use of the layer fares. Times are in seconds.
 
-    - ``lease_age``: since the lease was renewed; None without a lease, as in a process that only sends.
+    - ``lease_age``: since the lease was renewed, not counting the renewal by this call; None without a lease,
+      as in a process that only sends.
     - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling", by choice
       or because notifications do not arrive.
     - ``last_notification``: since a notification was heard; None if none was yet.
@@ -33,8 +35,12 @@ class Health(TypedDict):
 async def examine(engine: Engine) -> Health:
     """Look at everything now. Raises nothing. Called on the engine's loop."""
     client = engine.client
-    problems: list[str] = []
+    # Before the ping, which renews the lease: otherwise a lease that nothing else keeps would look well.
     asked_at = time.monotonic()
+    lease_age = asked_at - client.renewed_at if client.renewed_at else None
+    problems = client.failures.problems()
+    if lease_age is not None and lease_age > client.config.lease:
+        problems.append(f"The lease is over: it was last renewed {lease_age:.0f} s ago.")
     round_trip: float | None = None
     try:
         if await engine.ping():
@@ -44,9 +50,8 @@ async def examine(engine: Engine) -> Health:
     except PgLayerError as error:
         # What became of the ping itself matters to nobody.
         problems.append(AWAY + reason_of(error) if isinstance(error, OutcomeUnknown) else str(error))
-    lease_age = time.monotonic() - client.renewed_at if client.renewed_at else None
-    if lease_age is not None and lease_age > client.config.lease:
-        problems.append(f"The lease is over: it was last renewed {lease_age:.0f} s ago.")
+    except Exception as error:
+        problems.append(f"The ping failed: {words(error)}")
     if engine.outage.why is not None:
         problems.append(f"Not connected: {engine.outage.why}")
     owner = engine.owner

@@ -10,9 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
 
 from pg_layer._db.queries import lease as queries
 from pg_layer._db.queries import maintenance
@@ -24,6 +22,7 @@ from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 from pg_layer.outage import Outage
 from pg_layer.session import Session
+from pg_layer.tasks import Spawn
 
 logger = logging.getLogger("pg_layer")
 
@@ -41,7 +40,7 @@ class Lease:
         receiver: Receiver,
         writer: MembershipWriter,
         outage: Outage,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
     ) -> None:
         self._client = client
         self._connections = connections
@@ -55,6 +54,7 @@ class Lease:
         self._beat_at = -math.inf  # by time.monotonic()
         self._swept_to = 0.0  # messages that expired before are deleted
         self._is_deleting = False
+        self._is_looking = False
 
     async def wait(self, timeout: float) -> None:
         """Return when this loop has renewed the lease. Raises what is wrong, within ``timeout`` seconds."""
@@ -116,7 +116,7 @@ class Lease:
         if not is_beat:
             pass
         elif renewal.has_marked:
-            self._spawn(self._look_for_marked())
+            self._look_for_marked_soon()
         elif cursor.look is not None:
             cursor.looked(cursor.look)
         if not renewal.has_expired:
@@ -124,7 +124,7 @@ class Lease:
             self._swept_to = max(self._swept_to, renewal.clock - LATE)
         elif not self._is_deleting:
             self._is_deleting = True
-            self._spawn(self._delete_expired())
+            self._spawn("The deletion of expired messages", self._delete_expired)
         self._is_renewed = True
         if is_first or is_beat:
             # Also at heartbeats: a claim may have passed over a job that another one had locked, and that one
@@ -143,12 +143,18 @@ class Lease:
             client.announce_locally(client.config.on_reconnect)
         self._receiver.catch_up_soon()
 
+    def _look_for_marked_soon(self) -> None:
+        if not self._is_looking:
+            self._is_looking = True
+            self._spawn("The look for marked messages", self._look_for_marked)
+
     async def _look_for_marked(self) -> None:
         try:
             await self._receiver.look_for_marked()
             self._receiver.jobs.look_again()
         except PgLayerError as error:
             logger.info("Could not look for marked messages: %s", error)
+        self._is_looking = False
 
     async def _delete_expired(self) -> None:
         try:
@@ -161,8 +167,7 @@ class Lease:
                 if last is not None:
                     self._swept_to = max(self._swept_to, last)
                 if count < DELETE_PART:
-                    return
+                    break
         except PgLayerError as error:
             logger.info("Could not delete expired messages: %s", error)
-        finally:
-            self._is_deleting = False
+        self._is_deleting = False

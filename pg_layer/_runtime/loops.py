@@ -269,6 +269,7 @@ class Loops:
             remembered_keys=client.cursor.remembered,
             listener=receiving.listening if receiving else "off",
             lease_age=time.monotonic() - client.renewed_at if client.renewed_at else None,
+            failing_tasks=len(client.failures),
         )
 
     # ------------------------------------------------------------------ changes of loops

@@ -29,6 +29,7 @@ from pg_layer.lane import Lane, Outcome
 from pg_layer.ops import Change
 from pg_layer.outage import Outage
 from pg_layer.session import Session
+from pg_layer.tasks import Tasks
 
 logger = logging.getLogger("pg_layer")
 
@@ -51,13 +52,14 @@ class Owner:
         client: Client,
         connections: Connections,
         outage: Outage,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        tasks: Tasks,
         wait_for_predecessor: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._client = client
         self._connections = connections
         self._outage = outage
-        self._spawn = spawn
+        self._tasks = tasks
+        self._spawn = spawn = tasks.spawn
         self._wait_for_predecessor = wait_for_predecessor
         self._started = asyncio.Event()
         self._is_pooled = False  # the listener's connection leads through a pooler
@@ -80,33 +82,34 @@ class Owner:
         )
         self._receiver: Receiver | None = None
         self._lease: Lease | None = None
-        spawn(self._run())
+        spawn("The beginning of receiving", self._begin)
 
-    async def _run(self) -> None:
-        client = self._client
+    async def _begin(self) -> None:
+        client, config = self._client, self._client.config
         await self._wait_for_predecessor()
-        client.begin_ownership()
-        self._receiver = Receiver(
-            client,
-            self._connections,
-            self._listener,
-            self._writer,
-            self._outage,
-            self._spawn,
-            self._on_caught_up,
-        )
-        self._lease = Lease(
-            client, self._connections, self._receiver, self._writer, self._outage, self._spawn
-        )
-        self._started.set()
+        if self._receiver is None:
+            client.begin_ownership()
+            self._receiver = Receiver(
+                client,
+                self._connections,
+                self._listener,
+                self._writer,
+                self._outage,
+                self._spawn,
+                self._on_caught_up,
+            )
+            self._lease = Lease(
+                client, self._connections, self._receiver, self._writer, self._outage, self._spawn
+            )
+            self._started.set()
+            self._tasks.every(config.heartbeat, "The heartbeat", self._keep)
+            if self._listener is None:
+                self._poll_until(config.poll_interval or FALLBACK_POLL, lambda: False)
+            else:
+                self._spawn("The listener", self._listener.run)
         self._receiver.start()
         for channel in self._wanted:
             self._receiver.jobs.want(channel)
-        self._spawn(self._keep())
-        if self._listener is None:
-            await self._poll(client.config.poll_interval or FALLBACK_POLL, lambda: True)
-        else:
-            await self._listener.run()
 
     @property
     def receiver(self) -> Receiver:
@@ -147,6 +150,11 @@ class Owner:
         if self._receiver is not None:
             self._receiver.deletions.soon(queue)
 
+    def forget_idle(self) -> None:
+        """Stop listening to normal channels that are not read any more."""
+        if self._receiver is not None:
+            self._receiver.jobs.forget_idle()
+
     async def flushed(self, key: Key, timeout: float) -> None:
         """Wait until the control message of a flush is applied, or ``timeout`` seconds."""
         await _wait(self._started, timeout)
@@ -181,7 +189,7 @@ class Owner:
         await self.receiver.listen_to_all()
         self.receiver.catch_up_soon()
         if self._is_pooled and self.polls_because is None:
-            self._spawn(self._prove_pooler())
+            self._spawn("The check of notifications", self._prove_pooler)
         if self._has_listened:
             self._client.counters.add("reconnects")
         self._has_listened = True
@@ -207,7 +215,7 @@ class Owner:
             self._outage.end(messages)
         elif not self._is_proving:
             self._is_proving = True
-            self._spawn(self._prove(messages))
+            self._spawn("The check of notifications", partial(self._prove, messages))
 
     async def _prove(self, messages: int) -> None:
         """The pool's way is open again: find out whether the listener's is, too."""
@@ -221,8 +229,7 @@ class Owner:
                 self._listener.reconnect()  # it has not connected again meanwhile
         except PgLayerError:
             pass  # still away
-        finally:
-            self._is_proving = False
+        self._is_proving = False
 
     async def ping(self, timeout: float) -> bool:
         """Renew the lease, and hear of it by notification. Return whether that worked."""
@@ -247,12 +254,7 @@ class Owner:
             self._fallbacks += 1
             number = self._fallbacks
             logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
-            self._spawn(
-                self._poll(
-                    FALLBACK_POLL,
-                    lambda: self.polls_because is not None and self._fallbacks == number,
-                )
-            )
+            self._poll_until(FALLBACK_POLL, lambda: self.polls_because is None or self._fallbacks != number)
 
     def _hears_again(self) -> None:
         self._is_deaf = False
@@ -261,32 +263,33 @@ class Owner:
             self.polls_because = None
             logger.warning("Notifications arrive again.")
 
-    async def _poll(self, interval: float, is_needed: Callable[[], bool]) -> None:
-        heartbeat = self._client.config.heartbeat
-        while is_needed():
-            renewed_at = self._client.renewed_at
-            if not renewed_at or time.monotonic() - renewed_at > heartbeat:
-                try:
-                    await self.lease.renew(None, PING_TIMEOUT)
-                except PgLayerError as error:
-                    self._outage.begin(error)
-                except Exception:  # a bug must not end polling
-                    logger.exception("Renewing the lease failed.")
+    def _poll_until(self, interval: float, is_over: Callable[[], bool]) -> None:
+        async def poll() -> None:
+            while not is_over():
+                await self._tasks.succeed("Polling", self._poll)
+                await asyncio.sleep(interval)
+
+        self._spawn("Polling", poll)
+
+    async def _poll(self) -> None:
+        renewed_at = self._client.renewed_at
+        try:
+            if not renewed_at or time.monotonic() - renewed_at > self._client.config.heartbeat:
+                await self.lease.renew(None, PING_TIMEOUT)
+        except PgLayerError as error:
+            self._outage.begin(error)
+        except Exception:  # messages can be read all the same
             self.receiver.catch_up_soon()
-            await asyncio.sleep(interval)
+            raise
+        self.receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ the heartbeat
 
     async def _keep(self) -> None:
-        heartbeat = self._client.config.heartbeat
-        while True:
-            await asyncio.sleep(heartbeat)
-            try:
-                await self._beat(heartbeat)
-            except PgLayerError as error:
-                self._outage.begin(error)
-            except Exception:  # a bug must not end the lease
-                logger.exception("A heartbeat failed.")
+        try:
+            await self._beat(self._client.config.heartbeat)
+        except PgLayerError as error:
+            self._outage.begin(error)
 
     async def _beat(self, heartbeat: float) -> None:
         client, listener = self._client, self._listener

@@ -21,6 +21,7 @@ from pg_layer.lane import Lane, Outcome
 from pg_layer.ops import Change, GroupSend, Many, Op, Send
 from pg_layer.room import Room
 from pg_layer.session import Session
+from pg_layer.tasks import Spawn
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -45,7 +46,7 @@ class Sender:
         self,
         client: Client,
         connections: Connections,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Spawn,
         announcer: Announcer,
     ) -> None:
         self.client = client
@@ -194,7 +195,7 @@ class Sender:
         """Announce what was written quietly, as soon as the server takes it. On this loop."""
         if self._announcer and not self._is_retrying:
             self._is_retrying = True
-            self._spawn(self._keep_announcing())
+            self._spawn("Announcing", self._keep_announcing)
 
     async def _keep_announcing(self) -> None:
         try:
@@ -203,8 +204,7 @@ class Sender:
                 await self.connections.run(look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True)
         except PgLayerError:
             pass  # what is written next tries again
-        finally:
-            self._is_retrying = False
+        self._is_retrying = False
 
 
 def count_sent(client: Client, messages: int, sent: Sent) -> None:

@@ -24,6 +24,7 @@ from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.clock import DatabaseClock
 from pg_layer._state.counters import Counters
 from pg_layer._state.cursor import Cursor
+from pg_layer._state.failures import Failures
 from pg_layer._state.log_limit import LogLimit
 from pg_layer._state.memberships import Memberships
 from pg_layer.codec import Codec
@@ -59,6 +60,7 @@ class Client:
         self.releasing: dict[str, list[QueuedMessage]] = {}
         self.clock = DatabaseClock()
         self.counters = counters or Counters()
+        self.failures = Failures()
         self._counted_before = self.counters.read()
         # Rows of no further use, and the queue that counts them (None: none). Deleted many at once.
         self.pending_deletes: dict[Key, ChannelQueue | None] = {}
@@ -174,8 +176,8 @@ class Client:
     # ------------------------------------------------------------------ counters and the end
 
     def counted(self) -> dict[str, int]:
-        """What this process did since this client began, by the names in `Counts`."""
-        return self.counters.since(self._counted_before)
+        """What this process did since this client began, by the names in `Counts`, and what fails now."""
+        return {**self.counters.since(self._counted_before), "failing_tasks": len(self.failures)}
 
     def close(self) -> list[Key]:
         """Close the channel queues, also later ones.
@@ -224,8 +226,3 @@ class Client:
             logger.warning(
                 "Ignored a message for channel %.100r, which this process has not made.%s", channel, end
             )
-
-    def failed(self, what: str, error: Exception) -> None:
-        """Something failed because of a bug, and is tried again."""
-        if (end := self.log_limit.admit("failed", what)) is not None:
-            logger.error("%s%s", what, end, exc_info=error)

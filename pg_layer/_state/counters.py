@@ -62,6 +62,8 @@ class State(TypedDict):
     - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling", by choice
       or because notifications do not arrive.
     - ``lease_age``: seconds since the lease was renewed; None without a lease.
+    - ``failing_tasks``: tasks of the layer that an unexpected error keeps from their work; they try again.
+      `health()` and the log say which.
     """
 
     channels: int
@@ -72,6 +74,7 @@ class State(TypedDict):
     remembered_keys: int
     listener: Literal["off", "connecting", "listening", "polling"]
     lease_age: float | None
+    failing_tasks: int
 
 
 class Stats(Counts, State):

@@ -40,6 +40,7 @@ from pg_layer.outage import Outage
 from pg_layer.room import LowIds
 from pg_layer.session import Session
 from pg_layer.statement import Statement
+from pg_layer.tasks import Tasks
 
 T = TypeVar("T")
 
@@ -473,8 +474,6 @@ class Process:
         self.received: dict[str, list[int]] = defaultdict(list)
         self.waiters: list[asyncio.Future[None]] = []
         self.change: asyncio.Task[Any] | None = None
-        self.errors: list[BaseException] = []
-        self.tasks: set[asyncio.Task[Any]] = set()
         _processes[client.id] = self
         world.loop.run_until_complete(self._begin())
 
@@ -484,23 +483,13 @@ class Process:
         async def no_predecessor() -> None:
             pass
 
-        self.owner = owner = Owner(self.client, connections, Outage(self.client), self.spawn, no_predecessor)
+        self.work = Tasks(self.client.failures)
+        self.owner = owner = Owner(self.client, connections, Outage(self.client), self.work, no_predecessor)
         # The owner's listener as it was made, with another way to connect and to hear.
         self.listener = listener = ManualListener.__new__(ManualListener)
         vars(listener).update(vars(owner._listener))
         listener.process = self
         owner._listener = listener
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a task of the layer."""
-        task = self.world.loop.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.errors.append(error)
 
     # ------------------------------------------------------------------ its connections
 
@@ -586,7 +575,7 @@ class Process:
 
     def close(self) -> None:
         """End without a word."""
-        for task in list(self.tasks):
+        for task in self.work.running:
             task.cancel()
         if self.change is not None:
             self.change.cancel()
@@ -634,7 +623,7 @@ class World:
         self.loop.settle()
         for process in self.processes:
             process.look()
-            assert not process.errors, process.errors
+            assert not process.client.failures.problems()
         self.loop.settle()
         assert not self.errors.texts, self.errors.texts
 

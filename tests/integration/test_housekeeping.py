@@ -30,7 +30,7 @@ async def test_polling_after_an_unexpected_error_goes_on(
     channel = await layer.new_channel()
     with broken_renewal(observer):
         waiting = asyncio.create_task(layer.receive(channel))
-        await asyncio.to_thread(eventually, lambda: "Renewing the lease failed." in caplog.text, "it failed")
+        await asyncio.to_thread(eventually, lambda: "Polling failed" in caplog.text, "it failed")
     await make_layer().send(channel, {"type": "test"})
     assert await asyncio.wait_for(waiting, PATIENCE) == {"type": "test"}
     assert "Traceback" in caplog.text

@@ -422,7 +422,7 @@ async def test_the_query_for_all_processes(migrated_dsn: str, make_layer: MakeLa
             return {name: value for *_, name, value in connection.execute(query.encode()).fetchall()}
 
         await until(lambda: counters().get("delivered"))
-        assert set(counters()) == set(COUNTED)
+        assert set(counters()) == {*COUNTED, "failing_tasks"}
         assert counters()["sent"] == 1
         await layer.close()
         assert counters() == {}
@@ -434,7 +434,7 @@ async def test_alerts_name_metrics_and_labels_that_exist(used: PostgresChannelLa
     exposed = {metric.name: metric.labels | {"instance"} for metric in metrics(used)}
     expressions = [rule["expr"] for rule in group["rules"]]
     expressions += re.findall(r"`\((sum by.*?)`", DOCUMENT, re.DOTALL)
-    assert len(expressions) == 5
+    assert len(expressions) == 6
     for expression in expressions:
         named = re.findall(r"pg_layer_\w+", expression)
         assert named

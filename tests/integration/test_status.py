@@ -583,6 +583,7 @@ def test_a_status_tells_all_it_holds() -> None:
         all_channels=6,
         all_waiting=7,
         drops={"dropped_full": 8},
+        failing_tasks=10,
         tables=[],
         notify_queue=0.51,
         last_sweep=9.0,
@@ -595,12 +596,13 @@ def test_a_status_tells_all_it_holds() -> None:
         "groups": {"count": 4, "members": 5, "list": []},
         "channels": {"count": 6, "waiting": 7, "list": []},
         "drops": {"dropped_full": 8},
+        "failing_tasks": 10,
         "tables": [],
         "notify_queue": 0.51,
         "last_sweep": 9.0,
     }
-    assert len(status.problems(10)) == 2
-    assert len(status.problems(8)) == 3
+    assert len(status.problems(10)) == 3
+    assert len(status.problems(8)) == 4
 
 
 # ---------------------------------------------------------------------- again and again

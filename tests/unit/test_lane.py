@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 from pg_layer.lane import MAX_BYTES, MAX_OPS, Lane, Outcome
+from pg_layer.tasks import Work
 
 Task = asyncio.Task[None]
 T = TypeVar("T")
@@ -77,8 +78,8 @@ class Bench:
         loop = asyncio.get_running_loop()
         self.lane: Lane[Any] = Lane(loop, self.writes.write, self._spawn, weigh, timeout)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self.tasks.append(asyncio.create_task(work))
+    def _spawn(self, what: str, work: Work) -> None:
+        self.tasks.append(asyncio.create_task(work()))
 
     def submit(self, op: object, may_write: bool = False) -> Task:
         return asyncio.create_task(self.lane.submit(op, may_write=may_write))
@@ -871,8 +872,8 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
 
     spawned: list[Task] = []
 
-    def spawn(work: Coroutine[Any, Any, None]) -> None:
-        spawned.append(asyncio.create_task(work))
+    def spawn(what: str, work: Work) -> None:
+        spawned.append(asyncio.create_task(work()))
 
     lane: Lane[Any] = Lane(here, write, spawn, lambda op: 1, 30)
 

@@ -19,7 +19,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 # Pure: thousands of interleavings of them can be tried in a second.
 PURE_PACKAGES = ["_messages", "_state"]
-PURE = ["lane", "codec", "encryption", "statement", "room", "ops", "status"] + [
+PURE = ["lane", "tasks", "codec", "encryption", "statement", "room", "ops", "status"] + [
     f"{package}.{path.stem}"
     for package in PURE_PACKAGES
     for path in sorted((PACKAGE / package).glob("*.py"))

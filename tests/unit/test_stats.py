@@ -33,6 +33,7 @@ NOTHING = State(
     remembered_keys=0,
     listener="off",
     lease_age=None,
+    failing_tasks=0,
 )
 
 
@@ -153,6 +154,7 @@ def test_stats_are_the_counters_and_the_state() -> None:
         remembered_keys=6,
         listener="polling",
         lease_age=0.5,
+        failing_tasks=0,
     )
     counted = counts(**{name: number for number, name in enumerate(COUNTED, start=10)})
     stats = make_stats(counted, state)

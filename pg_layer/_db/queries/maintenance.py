@@ -59,7 +59,7 @@ CLIENT_COUNTS = Statement(
     TEXT,
 )
 # A role that may write the counters may have written what is no number.
-DROPPED = Statement(
+COUNTED = Statement(
     """
     SELECT d.name, coalesce(sum(
         CASE WHEN c.counters ->> d.name ~ '^[0-9]{1,15}$' THEN (c.counters ->> d.name)::bigint END
@@ -199,7 +199,8 @@ def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool, fau
     ((live, overdue, ended),) = run(CLIENT_COUNTS, prefix)
     groups = run(GROUPS, prefix, top)
     channels = run(CHANNELS, prefix, top)
-    drops = run(DROPPED, prefix, DROPS)
+    counted: dict[str, int] = dict(run(COUNTED, prefix, (*DROPS, "failing_tasks")))
+    failing_tasks = counted.pop("failing_tasks")
     tables = run(TABLE_SIZES, TABLES)
     ((notify_queue,),) = run(QUEUE_USAGE)
     sweeps = run(LAST_SWEEP, prefix)
@@ -215,7 +216,8 @@ def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool, fau
         channels=[ChannelStatus(*channel[:3]) for channel in channels],
         all_channels=channels[0][3] if channels else 0,
         all_waiting=channels[0][4] if channels else 0,
-        drops=dict(drops),
+        drops=counted,
+        failing_tasks=failing_tasks,
         tables=[TableStatus(*table) for table in tables],
         notify_queue=notify_queue,
         last_sweep=sweeps[0][0] if sweeps else None,

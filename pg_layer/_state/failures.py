@@ -1,0 +1,52 @@
+"""What of the layer's own work fails right now: for the log, `health()` and `stats()`. Pure; any thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+logger = logging.getLogger("pg_layer")
+
+LOG_PERIOD = 60.0  # seconds between two log lines about the same work
+
+
+class Failures:
+    """Work that failed for a reason that the layer does not expect, and that is tried again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failing: dict[object, tuple[str, str]] = {}  # task -> what fails, and why
+        self._logged: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._failing)
+
+    def begin(self, task: object, what: str, error: Exception) -> None:
+        """A task has failed, perhaps again. Logged once, however many tries and tasks fail at the same."""
+        with self._lock:
+            is_known = any(what == other for other, _ in self._failing.values())
+            self._failing[task] = what, words(error)
+            now = time.monotonic()
+            if is_known or now - self._logged.get(what, -LOG_PERIOD) < LOG_PERIOD:
+                return
+            self._logged[what] = now
+        logger.error("%s failed, and is tried again until it succeeds.", what, exc_info=error)
+
+    def end(self, task: object, *, is_done: bool) -> None:
+        """A task has ended: it succeeded, or nobody needs it any more."""
+        with self._lock:
+            what, _ = self._failing.pop(task, (None, None))
+        if what is not None and is_done:
+            logger.warning("%s works again.", what)
+
+    def problems(self) -> list[str]:
+        """What fails, in words."""
+        with self._lock:
+            failing = dict(self._failing.values())
+        return [f"{what} fails, and is tried again: {why}" for what, why in failing.items()]
+
+
+def words(error: Exception) -> str:
+    """An unexpected error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

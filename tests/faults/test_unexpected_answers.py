@@ -1,0 +1,209 @@
+"""SQL functions that answer otherwise than the layer expects, as those of a later version may.
+
+What meets such an answer tries again until it is mended, and meanwhile `health()`, `stats()`, the log and
+`manage.py pg_layer_status` say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from pg_layer import PostgresChannelLayer
+from tests.conftest import MakeLayer, Observer
+from tests.integration.test_status import look, sweep
+from tests.processes import listen, receive, until
+
+OFTEN: dict[str, object] = {"heartbeat": 0.1, "lease": 60}
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pg_layer.tasks.PAUSE", 0.05)
+
+
+def end_connections(observer: Observer) -> None:
+    """What was prepared on them would remember the function as it was."""
+    observer.execute(
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'pg_layer%'"
+    )
+
+
+@contextmanager
+def one_more_column(observer: Observer, name: str) -> Iterator[None]:
+    """The function returns a column more than the layer knows."""
+    [(types, columns)] = observer.execute(
+        """
+        SELECT (SELECT array_agg(type::regtype::text ORDER BY number)
+                FROM unnest(p.proargtypes) WITH ORDINALITY AS a (type, number)),
+            (SELECT string_agg(format('%%I %%s', a.name, a.type::regtype), ', ' ORDER BY a.number)
+             FROM unnest(p.proargnames, p.proargmodes, p.proallargtypes) WITH ORDINALITY
+                AS a (name, mode, type, number) WHERE a.mode IN ('o', 't'))
+        FROM pg_proc AS p WHERE p.proname = %s
+        """,
+        [name],
+    ).fetchall()
+    arguments = ", ".join(f"${number}" for number in range(1, len(types) + 1))
+    # In another schema it keeps its name, by which it may speak of its own parameters.
+    observer.execute("CREATE SCHEMA before")
+    observer.execute(f"ALTER FUNCTION {name} SET SCHEMA before")
+    observer.execute(
+        f"CREATE FUNCTION {name}({', '.join(types)}) RETURNS TABLE ({columns}, more integer)"
+        f" LANGUAGE sql AS $$ SELECT f.*, 0 FROM before.{name}({arguments}) AS f $$"
+    )
+    end_connections(observer)
+    yield
+    observer.execute(f"DROP FUNCTION {name}")
+    observer.execute(f"ALTER FUNCTION before.{name} SET SCHEMA public")
+    end_connections(observer)
+
+
+# ---------------------------------------------------------------------- what brings each function into use
+
+
+@asynccontextmanager
+async def nothing(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def joined(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+    """Another process adds a channel to a group, and the owner writes its row when the fault is mended."""
+    channel = await layer.new_channel()
+    await sender.group_add("room", channel)
+    yield
+    client = layer._loops.client
+    with psycopg.connect(dsn, autocommit=True) as observer:
+        rows = "SELECT count(*) FROM pg_layer_membership WHERE address = %s AND id = 0"
+        await until(lambda: observer.execute(rows, [client.address]).fetchone() == (1,))
+    await sender.group_send("room", {"number": 1})
+    assert await receive(layer, channel) == {"number": 1}
+
+
+@asynccontextmanager
+async def marked(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+    """A message that is not announced is found at a heartbeat when the fault is mended."""
+    channel = await layer.new_channel()
+    with psycopg.connect(dsn) as connection:
+        connection.execute("SET LOCAL pg_layer.silent = on")
+        connection.execute('SELECT pg_layer_send(%s, \'{"type": "test"}\')', [channel])
+    yield
+    assert await receive(layer, channel) == {"type": "test"}
+
+
+@asynccontextmanager
+async def expired(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+    """A message expires, and is deleted when the fault is mended."""
+    await sender.send("jobs", {"number": 1}, expiry=0.01)
+    yield
+    with psycopg.connect(dsn, autocommit=True) as observer:
+        await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+
+
+Use = Callable[[PostgresChannelLayer, PostgresChannelLayer, str], Any]
+
+
+@pytest.mark.parametrize(
+    ("function", "what", "use"),
+    [
+        ("pg_layer_renew", "The heartbeat", nothing),
+        ("pg_layer_new_keys", "Catching up", nothing),
+        ("pg_layer_write_memberships", "The writing of memberships", joined),
+        ("pg_layer_marked_keys", "The look for marked messages", marked),
+        ("pg_layer_delete_expired", "The deletion of expired messages", expired),
+        ("pg_layer_sweep", "Sweeping", nothing),
+    ],
+)
+async def test_task_that_gets_an_unexpected_answer_says_so_and_goes_on(
+    function: str,
+    what: str,
+    use: Use,
+    make_layer: MakeLayer,
+    migrated_dsn: str,
+    observer: Observer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    interval = 0.1 if what == "Sweeping" else 0
+    layer, sender = make_layer(**OFTEN, sweep_interval=interval), make_layer()
+    await listen(layer)
+    failed = f"{what} failed, and is tried again until it succeeds."
+
+    async def problems() -> str:
+        return "\n".join((await layer.health())["problems"])
+
+    with one_more_column(observer, function):
+        used = use(layer, sender, migrated_dsn)
+        await used.__aenter__()
+        await until(lambda: failed in caplog.text)
+        assert layer.stats()["failing_tasks"]
+        assert f"{what} fails, and is tried again: " in await problems()
+        assert [record.getMessage() for record in caplog.records].count(failed) == 1
+    await until(lambda: not layer.stats()["failing_tasks"])
+    await used.__aexit__(None, None, None)
+    age = layer.stats()["lease_age"]
+    assert age is not None
+    await until(lambda: (layer.stats()["lease_age"] or 0) < age)  # the heart beats
+    assert what not in await problems()
+    assert [record.getMessage() for record in caplog.records].count(failed) == 1
+
+
+async def test_jobs_whose_claim_gets_an_unexpected_answer_are_received_once(
+    make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The claim has moved them, and a catch-up finds them."""
+    layer, sender = make_layer(), make_layer()
+    await listen(layer)
+    received = []
+    with one_more_column(observer, "pg_layer_claim"):
+        for number in range(3):
+            await sender.send("jobs", {"number": number})
+            received.append((await receive(layer, "jobs"))["number"])
+    assert "The claim of jobs failed, and is tried again until it succeeds." in caplog.text
+    await sender.send("jobs", {"number": 3})
+    received.append((await receive(layer, "jobs"))["number"])
+    assert received == [0, 1, 2, 3]
+
+
+async def test_pg_layer_status_shows_tasks_that_fail(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer
+) -> None:
+    sweep(observer)
+    layer = make_layer(**OFTEN, sweep_interval=0)
+    await listen(layer)
+    counted = "SELECT counters ->> 'failing_tasks' FROM pg_layer_client"
+    with one_more_column(observer, "pg_layer_delete_expired"):
+        await layer.send("jobs", {"number": 1}, expiry=0.01)
+        await until(lambda: observer.execute(counted).fetchone() == ("1",))
+        shown = await asyncio.to_thread(look, migrated_dsn)
+        assert shown["failing_tasks"] == 1
+        assert shown["problems"] == ["Tasks of live clients that fail: 1. The processes' logs say why."]
+    await until(lambda: observer.execute(counted).fetchone() == ("0",))
+    assert (await asyncio.to_thread(look, migrated_dsn))["ok"]
+
+
+async def test_health_when_the_renewal_gets_an_unexpected_answer_raises_nothing(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
+    layer = make_layer()
+    await listen(layer)
+    with one_more_column(observer, "pg_layer_renew"):
+        health = await layer.health()
+    assert health["round_trip"] is None
+    assert any(problem.startswith("The ping failed: ValueError: ") for problem in health["problems"])
+
+
+async def test_health_when_the_lease_is_over_says_so_although_it_renews_it(make_layer: MakeLayer) -> None:
+    layer = make_layer(heartbeat=0.4, lease=1)
+    await listen(layer)
+    time.sleep(1.1)  # noqa: ASYNC251  # as an application that blocks the loop does
+    health = await layer.health()
+    assert (health["lease_age"] or 0) > 1
+    assert any(problem.startswith("The lease is over: ") for problem in health["problems"])
+    assert (await layer.health())["problems"] == []

@@ -1,0 +1,123 @@
+"""Tasks that fail for a reason that the layer does not expect: each goes on, and says once that it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from pg_layer._state.failures import Failures
+from pg_layer.tasks import Tasks
+from tests.processes import until
+
+PROBLEM = "Counting fails, and is tried again: ValueError: No."
+
+
+class Counting:
+    """Work that fails until it may succeed."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+        self.may_succeed = False
+
+    async def __call__(self) -> None:
+        self.tries += 1
+        if not self.may_succeed:
+            raise ValueError("No.")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pg_layer.tasks.PAUSE", 0.001)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "pg_layer"]
+
+
+async def ended(tasks: Tasks) -> None:
+    await until(lambda: not tasks.running)
+
+
+async def test_tasks_spawn_work_that_fails_is_tried_until_it_succeeds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failures, work = Failures(), Counting()
+    tasks = Tasks(failures)
+    tasks.spawn("Counting", work)
+    await until(lambda: work.tries >= 5)
+    assert (len(failures), failures.problems()) == (1, [PROBLEM])
+    failed = (logging.ERROR, "Counting failed, and is tried again until it succeeds.")
+    assert logged(caplog) == [failed]
+    assert "ValueError: No." in caplog.text
+    work.may_succeed = True
+    await ended(tasks)
+    assert (len(failures), failures.problems()) == (0, [])
+    assert logged(caplog) == [failed, (logging.WARNING, "Counting works again.")]
+
+
+async def test_tasks_every_round_that_fails_is_tried_again_and_the_next_follows() -> None:
+    failures, work = Failures(), Counting()
+    tasks = Tasks(failures)
+    tasks.every(0.001, "Counting", work)
+    await until(lambda: work.tries >= 5)
+    assert failures.problems() == [PROBLEM]
+    work.may_succeed = True
+    await until(lambda: not failures)
+    tries = work.tries
+    await until(lambda: work.tries > tries + 3)
+    for task in tasks.running:
+        task.cancel()
+    await ended(tasks)
+
+
+async def test_failures_of_several_tasks_at_the_same_work_are_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failures, works = Failures(), [Counting() for _ in range(3)]
+    tasks = Tasks(failures)
+    for work in works:
+        tasks.spawn("Counting", work)
+    await until(lambda: all(work.tries >= 3 for work in works))
+    assert (len(failures), failures.problems()) == (3, [PROBLEM])
+    assert len(logged(caplog)) == 1
+    for work in works:
+        work.may_succeed = True
+    await ended(tasks)
+    assert not failures
+
+
+async def test_failures_that_come_and_go_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    failures = Failures()
+    for task in range(3):
+        failures.begin(task, "Counting", ValueError("No."))
+        failures.end(task, is_done=True)
+    assert [level for level, _ in logged(caplog)].count(logging.ERROR) == 1
+
+
+async def test_tasks_cancelled_while_they_fail_do_not_fail_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    failures, work = Failures(), Counting()
+    tasks = Tasks(failures)
+    tasks.spawn("Counting", work)
+    await until(lambda: work.tries)
+    for task in tasks.running:
+        task.cancel()
+    await ended(tasks)
+    assert not failures
+    assert len(logged(caplog)) == 1
+
+
+@pytest.mark.parametrize("is_over_before", [True, False], ids=["before", "meanwhile"])
+async def test_tasks_of_an_engine_that_has_ended_are_not_tried_again(
+    is_over_before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures, work = Failures(), Counting()
+    is_over = is_over_before
+    has_ended: Callable[[], bool] = lambda: is_over or work.tries > 0  # noqa: E731
+    tasks = Tasks(failures, has_ended)
+    tasks.spawn("Counting", work)
+    await ended(tasks)
+    assert work.tries == (not is_over_before)
+    assert not failures
+    assert not logged(caplog)
