@@ -7,6 +7,7 @@ load the number of statements falls by the size of the batches.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections import deque
@@ -22,17 +23,32 @@ MAX_OPS = 500
 GRACE = 1.0  # seconds that a caller on another loop waits longer than the write may take
 LATE = "The database could not be reached in time; the call did not take effect."
 ENDED = "The event loop ended; it is unknown whether the call took effect."
-SILENT = "The event loop that serves the channel layer does not answer"
 MAX_BYTES = 1024 * 1024
 
 # What became of an operation: what its caller is to be returned, or the exception he gets.
 Outcome = object
 
 
+def silent(thread: threading.Thread) -> str:
+    """What to tell a caller whom the event loop in a thread does not answer."""
+    return f"The event loop that serves the channel layer, in thread {thread.name}, does not answer."
+
+
+def held_up(thread: threading.Thread, seconds: float) -> str:
+    """What to tell a caller if the event loop in a thread has not run for so long."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    where = "" if frame is None else f" (now at {frame.f_code.co_filename}, line {frame.f_lineno})"
+    return (
+        f"The event loop in thread {thread.name} serves the channel layer, and has not run for"
+        f" {seconds:.1f} s: code in that thread blocks it{where}."
+        " Run such code in another thread, for instance with asgiref's sync_to_async()."
+    )
+
+
 class _Ticket:
     """An operation that waits for its write, or is being written."""
 
-    __slots__ = ("deadline", "future", "is_begun", "loop", "op")
+    __slots__ = ("deadline", "future", "is_begun", "is_seen", "loop", "op")
 
     def __init__(self, op: Any, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
         self.op = op
@@ -40,6 +56,7 @@ class _Ticket:
         self.future: asyncio.Future[Any] = loop.create_future()
         self.deadline = deadline  # by time.monotonic()
         self.is_begun = False  # it may have been written from here on
+        self.is_seen = False  # the lane's loop has run since
 
     def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
         if self.loop is here:
@@ -66,8 +83,9 @@ class Lane(Generic[Op]):
     raises, that is the outcome of all. No operation waits longer than ``timeout`` seconds from `submit` on.
     ``weigh`` gives the bytes of an operation.
 
-    Lives on ``loop``; `submit` may be called on any. A guest on another loop may be let write an operation
-    itself, which saves two changes of thread; ``write`` raises `NotBegun` where that cannot be done.
+    Lives on ``loop``, which runs in this thread; `submit` may be called on any. A guest on another loop may
+    be let write an operation itself, which saves two changes of thread; ``write`` raises `NotBegun` where
+    that cannot be done.
     """
 
     def __init__(
@@ -79,6 +97,7 @@ class Lane(Generic[Op]):
         timeout: float,
     ) -> None:
         self._loop = loop
+        self._thread = threading.current_thread()
         self._write = write
         self._spawn = spawn
         self._weigh = weigh
@@ -103,7 +122,7 @@ class Lane(Generic[Op]):
 
         ``may_write``: this loop, if it is another, will not stop before what it has begun has ended or was
         cancelled. Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
-        Raises `NotBegun` if the lane was closed before; if its loop ended or stopped meanwhile,
+        Raises `NotBegun` if the lane was closed before; if its loop ended, stopped or was blocked,
         `OutcomeUnknown` if ``op`` was being written, and `LayerUnavailable` if not.
         """
         loop = asyncio.get_running_loop()
@@ -146,13 +165,14 @@ class Lane(Generic[Op]):
 
     def _give_up_on(self, ticket: _Ticket) -> None:
         """The lane's loop has not answered in time. On the caller's loop."""
+        waited = time.monotonic() - ticket.deadline + self._timeout
+        why = silent(self._thread) if ticket.is_seen else held_up(self._thread, waited)
         with self._lock:
             if ticket.is_begun:
-                ticket.settle(
-                    OutcomeUnknown(f"{SILENT}; it is unknown whether the call took effect."), ticket.loop
-                )
+                error: LayerUnavailable = OutcomeUnknown(f"{why} It is unknown whether the call took effect.")
             else:
-                ticket.settle(LayerUnavailable(f"{SILENT}; the call did not take effect."), ticket.loop)
+                error = LayerUnavailable(f"{why} The call did not take effect.")
+            ticket.settle(error, ticket.loop)
 
     def _begin(self, ticket: _Ticket) -> bool:
         """The ticket is about to be written. Return whether its caller still waits."""
@@ -169,6 +189,7 @@ class Lane(Generic[Op]):
             return True
 
     def _enqueue(self, ticket: _Ticket) -> None:
+        ticket.is_seen = True
         if self._closed:
             ticket.settle(NotBegun(), self._loop)
             return

@@ -7,30 +7,40 @@ import functools
 import threading
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from asgiref.sync import AsyncToSync
 
 from pg_layer.exceptions import NotBegun, OutcomeUnknown
+from pg_layer.lane import held_up, silent
 
 T = TypeVar("T")
 
+HELD_UP = 0.5  # seconds without a turn of the loop, after which the caller is told that it is blocked
 LOOK = 0.1  # seconds between two looks at whether the other loop still runs
 
 
 async def run_on(
     loop: asyncio.AbstractEventLoop,
+    thread: threading.Thread,
     work: Coroutine[Any, Any, T],
     timeout: float,
     *,
     goes_on: bool = False,
 ) -> T:
-    """Run on another loop, and wait for it on this one.
+    """Run on another loop, which runs in ``thread``, and wait for it on this one.
 
     ``goes_on``: even if this caller is cancelled or gives up after ``timeout`` seconds. Raises `NotBegun` if
     the other loop cancels the work, is stopped or is closed, and `OutcomeUnknown` after ``timeout`` seconds.
     """
     deadline = time.monotonic() + timeout
+    asked_at: float | None = None  # when that loop was asked to run `answered`, which it has not yet
+
+    def answered() -> None:
+        nonlocal asked_at
+        asked_at = None
+
     try:
         answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
     except RuntimeError:  # it is closed
@@ -41,11 +51,15 @@ async def run_on(
         while not (await asyncio.wait((answer,), timeout=LOOK))[0]:
             if not loop.is_running():
                 raise NotBegun(may_have_begun=True)
-            if time.monotonic() >= deadline:
-                raise OutcomeUnknown(
-                    "The event loop that serves the channel layer does not answer;"
-                    " it is unknown whether the call took effect."
-                )
+            now = time.monotonic()
+            if now >= deadline:
+                silence = 0.0 if asked_at is None else now - asked_at
+                why = held_up(thread, silence) if silence >= HELD_UP else silent(thread)
+                raise OutcomeUnknown(f"{why} It is unknown whether the call took effect.")
+            if asked_at is None:
+                asked_at = now
+                with suppress(RuntimeError):  # it is closed
+                    loop.call_soon_threadsafe(answered)
         if answer.cancelled():
             raise NotBegun(may_have_begun=True)
         return answer.result()

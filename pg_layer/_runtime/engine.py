@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -50,6 +51,7 @@ class Engine:
     def __init__(self, client: Client, announcer: Announcer) -> None:
         self.client = client
         self.loop = asyncio.get_running_loop()
+        self.thread = threading.current_thread()
         self.is_closed = False
         self.owner: Owner | None = None
         # Of any thread: the next owner waits for it on another loop.
@@ -117,7 +119,9 @@ class Engine:
                 return await work()
             if not self.is_running:
                 raise NotBegun
-            return await run_on(self.loop, self._serve(work), self.client.config.send_timeout + 1)
+            return await run_on(
+                self.loop, self.thread, self._serve(work), self.client.config.send_timeout + 1
+            )
         except LayerUnavailable as error:
             if self.is_closed:  # its connections were closed
                 raise NotBegun(may_have_begun=isinstance(error, OutcomeUnknown)) from error
@@ -281,7 +285,9 @@ class Engine:
         if self.is_here:
             await self._close()
         elif self.loop.is_running():
-            await run_on(self.loop, self._close(), self.client.config.send_timeout + 1, goes_on=True)
+            await run_on(
+                self.loop, self.thread, self._close(), self.client.config.send_timeout + 1, goes_on=True
+            )
         else:
             self.abandon()
             raise NotBegun

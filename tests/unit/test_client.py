@@ -282,13 +282,6 @@ def test_count_dropped_many_channels_says_how_many_lines_were_left_out(
     assert client.counters["dropped_full"] == 6001
 
 
-def test_failed_same_fault_is_logged_once(client: Client, caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(3):
-        client.failed("Dispatch failed.", ValueError("a bug"))
-    [record] = caplog.records
-    assert record.exc_info is not None
-
-
 def test_unknown_channel_of_any_text_is_one_short_line(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:

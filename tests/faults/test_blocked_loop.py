@@ -1,0 +1,91 @@
+"""An application blocks the event loop that serves the layer: calls in other threads say which, and where."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from pg_layer import PostgresChannelLayer
+from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
+from tests.conftest import MakeLayer
+from tests.processes import PATIENCE, listen, until
+
+NAME = "the-server"
+
+
+@contextmanager
+def blocked(layer: PostgresChannelLayer) -> Iterator[None]:
+    """The layer's loop runs in another thread, and waits there for the end of this."""
+    is_blocked, may_go_on = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        await listen(layer)
+        is_blocked.set()
+        may_go_on.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name=NAME)
+    thread.start()
+    try:
+        assert is_blocked.wait(PATIENCE)
+        yield
+    finally:
+        may_go_on.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "outcome"),
+    [
+        (
+            lambda layer: layer.group_send("room", {"type": "test"}),
+            LayerUnavailable,
+            r" The call did not take effect\.",
+        ),
+        (
+            lambda layer: layer.group_count("room"),
+            OutcomeUnknown,
+            r" It is unknown whether the call took effect\.",
+        ),
+    ],
+    ids=["group_send", "group_count"],
+)
+async def test_call_while_another_thread_blocks_the_loop_says_where(
+    call: Callable[[PostgresChannelLayer], Coroutine[Any, Any, object]],
+    error: type[Exception],
+    outcome: str,
+    make_layer: MakeLayer,
+) -> None:
+    layer = make_layer(send_timeout=0.2)
+    with blocked(layer), pytest.raises(error) as raised:
+        await call(layer)
+    assert type(raised.value) is error
+    assert raised.match(
+        rf"^The event loop in thread {NAME} serves the channel layer, and has not run for \d+\.\d s:"
+        r" code in that thread blocks it \(now at .*threading\.py, line \d+\)\."
+        rf" Run such code in another thread, for instance with asgiref's sync_to_async\(\)\.{outcome}$"
+    )
+
+
+async def test_health_while_another_thread_blocks_the_loop_says_where(make_layer: MakeLayer) -> None:
+    layer = make_layer(send_timeout=0.2)
+    with blocked(layer):
+        [problem] = (await layer.health())["problems"]
+    assert f"thread {NAME} serves the channel layer, and has not run for" in problem
+
+
+async def test_message_that_waited_in_vain_for_a_blocked_loop_is_not_sent(
+    make_layer: MakeLayer,
+) -> None:
+    layer, other = make_layer(send_timeout=0.2), make_layer()
+    channel = await other.new_channel()
+    await other.group_add("room", channel)
+    with blocked(layer), pytest.raises(LayerUnavailable, match="did not take effect"):
+        await layer.group_send("room", {"type": "late"})
+    await until(lambda: layer._loops.home is None or not layer._loops.home.is_running)
+    await layer.group_send("room", {"type": "next"})
+    assert await asyncio.wait_for(other.receive(channel), PATIENCE) == {"type": "next"}
