@@ -114,7 +114,7 @@ Use = Callable[[PostgresChannelLayer, PostgresChannelLayer, str], Any]
     ("function", "what", "use"),
     [
         ("pg_layer_renew", "The heartbeat", nothing),
-        ("pg_layer_new_keys", "Catching up", nothing),
+        ("pg_layer_position", "Catching up", nothing),
         ("pg_layer_write_memberships", "The writing of memberships", joined),
         ("pg_layer_marked_keys", "The look for marked messages", marked),
         ("pg_layer_delete_expired", "The deletion of expired messages", expired),
