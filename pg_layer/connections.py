@@ -50,7 +50,6 @@ _KEEP = 1.0  # seconds for which a session waits for its next statement before t
 _KEEP_MOST = 600.0  # seconds after which the pool has it back however busy it is
 _SETTLE_TIMEOUT = 10.0
 _CLOSED = "The channel layer was closed."
-_KNOWN = 2.0  # seconds for which a connection that could not be made tells that the database is away
 HURRY = 1.0  # seconds for which a process that stops asks a database that is away
 
 
@@ -78,12 +77,12 @@ class Connections:
         period: float,
         on_refused: Callable[[psycopg.Error], None],
         client_id: str,
-        is_away: Callable[[], bool],
+        is_away: Callable[[], bool | None],
     ) -> None:
         # on_refused: called from any thread when the server refuses NOTIFY, or writing.
-        # is_away: whether the listener has lost the database.
+        # is_away: whether the listener has lost the database; None: there is none.
         self._is_away = is_away
-        self._failed_at = -math.inf  # when a connection could not be made, by time.monotonic()
+        self._failing_since: float | None = None  # no connection could be made, by time.monotonic()
         self.is_ending = False  # nothing waits for a database that is away any more
         self._config = config
         self._client_id = client_id
@@ -118,9 +117,9 @@ class Connections:
                     conn = await attempt
                 except Exception as error:
                     connections._reason = error
-                    connections._failed_at = time.monotonic()
+                    connections._failing_since = connections._failing_since or time.monotonic()
                     raise
-                connections._reason = None
+                connections._reason = connections._failing_since = None
                 return conn
 
         self._pool: AsyncConnectionPool[_Connection] = AsyncConnectionPool(
@@ -187,7 +186,9 @@ class Connections:
         Raises `NotMigrated`; `OutcomeUnknown` if an attempt has perhaps taken effect, and `LayerUnavailable`
         if none has; on another loop than the pool's also `NotBegun`, if no session is at hand.
         """
-        attempts = Attempts(self._config, is_idempotent=is_idempotent, is_read=is_read)
+        attempts = Attempts(
+            self._config, is_idempotent=is_idempotent, is_read=is_read, gives_up=lambda: self.gives_up
+        )
         is_guest = asyncio.get_running_loop() is not self._loop
         deadline = time.monotonic() + timeout
         while True:
@@ -225,10 +226,16 @@ class Connections:
 
     @property
     def gives_up(self) -> bool:
-        """Whether nothing waits for the database: it is known to be away, and the process is stopping."""
-        return (self.is_ending or termination.is_stopping()) and (
-            self._is_away() or time.monotonic() - self._failed_at < _KNOWN
-        )
+        """Whether nothing waits for the database: it is known to be away, and the process is stopping.
+
+        One connection that could not be made says little: the server may have had too many for a moment.
+        """
+        if not (self.is_ending or termination.is_stopping()):
+            return False
+        is_away, since = self._is_away(), self._failing_since
+        if is_away is None:
+            return since is not None and time.monotonic() - since >= HURRY
+        return is_away
 
     # ------------------------------------------------------------------ sessions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psycopg
@@ -47,7 +47,8 @@ class Attempts:
     """The attempts of one call: whether another one may follow, and what the caller is told if none does.
 
     ``is_idempotent``: another attempt may follow one that has perhaps taken effect. ``is_read``: none has an
-    effect. ``alias``: of the database, if not that of ``config``.
+    effect. ``alias``: of the database, if not that of ``config``. ``gives_up``: whether the process is
+    stopping and the database is known to be away.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Attempts:
         is_idempotent: bool = False,
         is_read: bool = False,
         alias: str | None = None,
+        gives_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
+        self._gives_up = gives_up
         self._is_idempotent = is_idempotent or is_read
         self._is_read = is_read
         self._alias = alias
@@ -86,9 +89,8 @@ class Attempts:
 
         `OutcomeUnknown` if an attempt before has perhaps taken effect.
         """
-        if self.is_outcome_unknown:
-            return at_the_end(OutcomeUnknown())
-        return at_the_end(unavailable(reason), reason)
+        error = OutcomeUnknown() if self.is_outcome_unknown else unavailable(reason)
+        return at_the_end(error) if self._gives_up() else error
 
 
 def _is_transient(error: psycopg.Error) -> bool:
@@ -113,9 +115,9 @@ def translated(config: Config) -> Iterator[None]:
         raise unavailable(error) from error
 
 
-def at_the_end(error: LayerUnavailable, reason: BaseException | None = None) -> LayerUnavailable:
-    """What a caller is told instead in a process that is stopping. ``reason``: the cause of the error."""
-    if termination.is_stopping() and not was_refused(reason or error):
+def at_the_end(error: LayerUnavailable) -> LayerUnavailable:
+    """What a caller is told instead, if the process is stopping, where nothing waits for the database."""
+    if termination.is_stopping():
         if type(error) is LayerUnavailable:
             return Stopping(f"The process is stopping. {error}")
         if type(error) is OutcomeUnknown:

@@ -18,7 +18,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg import errors
 
-from pg_layer import termination
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
@@ -214,7 +213,7 @@ class Sync:
             quiet = session.is_atomic or self._is_careful
             return await write(session, own=False, quiet=quiet)
 
-        attempts = Attempts(self._config, is_idempotent=is_idempotent, alias=session.alias)
+        attempts = self._attempts(session, is_idempotent=is_idempotent)
         result, rows = self._run_on(session, work, work_in_transaction, attempts, partial(work, quiet=True))
         session.hand_on_notifies()
         if rows and session.is_atomic:
@@ -268,7 +267,7 @@ class Sync:
                 await queries.announce(session, part)
 
             try:
-                attempts = Attempts(self._config, is_idempotent=True, alias=session.alias)
+                attempts = self._attempts(session, is_idempotent=True)
                 self._run_on(session, work, work, attempts)
             except (PgLayerError, DjangoError) as error:
                 logger.info("Could not announce %d messages yet: %s", len(rows) - start, error)
@@ -279,10 +278,21 @@ class Sync:
 
     def _read(self, using: str | None, work: Work[T]) -> T:
         session = DjangoSession(self._connection(using))
-        attempts = Attempts(self._config, is_read=True, alias=session.alias)
+        attempts = self._attempts(session, is_read=True)
         result = self._run_on(session, work, work, attempts)
         session.hand_on_notifies()
         return result
+
+    def _attempts(
+        self, session: DjangoSession, *, is_idempotent: bool = False, is_read: bool = False
+    ) -> Attempts:
+        return Attempts(
+            self._config,
+            is_idempotent=is_idempotent,
+            is_read=is_read,
+            alias=session.alias,
+            gives_up=lambda: self._loops.gives_up,
+        )
 
     def _run_on(
         self,
@@ -293,7 +303,7 @@ class Sync:
         quietly: Work[T] | None = None,
     ) -> T:
         """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
-        gives_up = termination.is_stopping() and self._loops.is_away
+        gives_up = self._loops.gives_up
         deadline = time.monotonic() + (HURRY if gives_up else self._config.send_timeout)
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
@@ -305,7 +315,7 @@ class Sync:
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                is_late = time.monotonic() + RETRY >= deadline or termination.is_stopping()
+                is_late = time.monotonic() + RETRY >= deadline or gives_up
                 if is_late or is_hopeless(cause) or cause.sqlstate is not None:
                     raise attempts.unavailable(cause) from error
                 time.sleep(RETRY)

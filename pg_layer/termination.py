@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import wraps
@@ -15,6 +17,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 LEAVE_TIMEOUT = 5.0  # seconds
+STOPPING_MOST = 300.0  # seconds in which a server stops
 END_PRIORITY = -1000  # among the finalizers of multiprocessing: last
 
 
@@ -26,17 +29,17 @@ class Leaver(Protocol):
 
 _leavers: weakref.WeakSet[Leaver] = weakref.WeakSet()
 _heeded_child: int | None = None  # the process in which `heed_end_of_child` was called
-_is_stopping = False
+_stopping_since = -math.inf  # by time.monotonic()
 
 
 def is_stopping() -> bool:
-    """Whether this process was asked to end by a SIGTERM that is heeded."""
-    return _is_stopping
+    """Whether a SIGTERM has asked this process to end. A process that is still there later lives on."""
+    return time.monotonic() - _stopping_since < STOPPING_MOST
 
 
 def _begin_to_stop() -> None:
-    global _is_stopping
-    _is_stopping = True
+    global _stopping_since
+    _stopping_since = time.monotonic()
 
 
 def remember(leaver: Leaver) -> None:
@@ -158,8 +161,8 @@ def _end() -> None:
 
 def _after_fork() -> None:
     """A child has nothing to close yet: SIGTERM does there what it did before."""
-    global _is_stopping
-    _is_stopping = False
+    global _stopping_since
+    _stopping_since = -math.inf
     _restore_default()
 
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from pg_layer import termination
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import group_address, notification_channel
 from pg_layer._receive.receiver import Receiver
@@ -28,12 +27,14 @@ class OwnChanges:
         writer: MembershipWriter,
         receiver: Receiver,
         lease: Callable[[float], Awaitable[None]],
+        gives_up: Callable[[], bool],
     ) -> None:
-        # lease: waits for the first renewal
+        # lease: waits for the first renewal. gives_up: whether nothing waits for the database any more.
         self._client = client
         self._writer = writer
         self._receiver = receiver
         self._lease = lease
+        self._gives_up = gives_up
 
     async def write(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
         """Make these changes, of which the last one of a pair counts. Return an outcome for each."""
@@ -46,14 +47,13 @@ class OwnChanges:
             for pair in gone:
                 self._client.memberships.discard(*pair)
             try:
-                if termination.is_stopping() and not present:
-                    # The client's end removes its rows: nothing waits for the database, which may be away.
-                    for pair in gone:
+                if self._gives_up() and not present:
+                    for pair in gone:  # the end of the client or of its lease removes the rows
                         self._writer.write_soon(*pair)
                 else:
                     await self._write(present, gone, deadline)
             except LayerUnavailable as error:
-                return [error if change.added else _discarded(error) for change in changes]
+                return [error if change.added else self._discarded(error) for change in changes]
             return [None] * len(changes)
 
     async def _write(self, present: list[Pair], gone: list[Pair], deadline: float) -> None:
@@ -85,13 +85,12 @@ class OwnChanges:
                 client.memberships.opened(group, since)
             client.memberships.changed((*present, *gone), since)
 
-
-def _discarded(error: LayerUnavailable) -> Outcome:
-    """The outcome of a discard that the owner has applied in memory, and could not write."""
-    if termination.is_stopping():
-        return None  # the client's end removes the row
-    if isinstance(error, OutcomeUnknown):
-        return error
-    unknown = OutcomeUnknown(f"{DISCARDED} {error}")
-    unknown.__cause__ = error
-    return unknown
+    def _discarded(self, error: LayerUnavailable) -> Outcome:
+        """The outcome of a discard that the owner has applied in memory, and could not write."""
+        if self._gives_up():
+            return None
+        if isinstance(error, OutcomeUnknown):
+            return error
+        unknown = OutcomeUnknown(f"{DISCARDED} {error}")
+        unknown.__cause__ = error
+        return unknown

@@ -65,7 +65,7 @@ class Engine:
             period=idle_period(SENDER_IDLE),
             on_refused=lambda error: self.call(self._refused, error),
             client_id=client.id,
-            is_away=lambda: self.outage.is_away,
+            is_away=lambda: None if self.owner is None else self.outage.is_away,
         )
         self.sender = Sender(client, self.connections, self.tasks.spawn, announcer)
         self._swept_to = maintenance.START

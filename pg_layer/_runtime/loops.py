@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import closing as closing_connection
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psycopg
 
@@ -137,9 +137,12 @@ class Loops:
         return is_begun or bool(self._ending)
 
     @property
-    def is_away(self) -> bool:
-        """Whether the database is known to be away. From any thread."""
-        return any(engine is not None and engine.outage.is_away for engine in (self._home, self._owner))
+    def gives_up(self) -> bool:
+        """Whether nothing waits for the database: see `Connections.gives_up`. From any thread."""
+        engines = (self._home, self._owner)
+        return any(
+            engine is not None and not engine.is_closed and engine.connections.gives_up for engine in engines
+        )
 
     # ------------------------------------------------------------------ which engine
 
@@ -202,7 +205,7 @@ class Loops:
             change = op
             find = self.for_own_changes if self.client.owns(op.channel) else self.for_sending
             return await self.run(find, lambda engine: engine.change(change))
-        loop = asyncio.get_running_loop()
+        client, loop = self.client, asyncio.get_running_loop()
         while True:
             try:
                 home = self._home
@@ -213,7 +216,13 @@ class Loops:
             except NotBegun:  # that loop has ended: another takes over
                 await asyncio.sleep(0)
             except LayerUnavailable as error:
-                raise at_the_end(error) from error.__cause__
+                self._raise(error, client)
+
+    def _raise(self, error: LayerUnavailable, client: Client) -> NoReturn:
+        """Raise an error of a call. While a process stops, a closed client or a lost database is no news."""
+        if self.gives_up or client is not self.client:
+            raise at_the_end(error) from error.__cause__
+        raise error
 
     async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
         """Run on an engine what may be done twice; on the next one if the engine ends before that is done.
@@ -235,7 +244,7 @@ class Loops:
         except LayerUnavailable as error:
             if may_have_begun and not is_read and not isinstance(error, OutcomeUnknown):
                 raise OutcomeUnknown(f"{error} It is unknown whether the call took effect.") from error
-            raise at_the_end(error) from error.__cause__
+            self._raise(error, client)
 
     def joined(self, channel: str) -> None:
         """A channel was added to a group without a loop, or will be when a transaction commits.

@@ -163,7 +163,10 @@ class Owner:
     async def _change(self, changes: list[Change], timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout
         await _wait(self._started, timeout)
-        own = OwnChanges(self._client, self._writer, self.receiver, self.lease.wait)
+        connections = self._connections
+        own = OwnChanges(
+            self._client, self._writer, self.receiver, self.lease.wait, lambda: connections.gives_up
+        )
         return list(await own.write(changes, deadline - time.monotonic()))
 
     # ------------------------------------------------------------------ hearing

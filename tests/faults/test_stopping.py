@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 from asgiref.sync import async_to_sync
+from psycopg.conninfo import make_conninfo
 
-from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
-from tests.conftest import Observer
+from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer, termination
+from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.faults.test_outcomes import MESSAGE, blocked, goes_away
 from tests.faults.test_processes import joined, start_server
 from tests.faults.test_sync_faults import locked
-from tests.processes import PATIENCE, Link, Processes, listen, until
+from tests.processes import PATIENCE, UNHURRIED, Link, Processes, listen, open_layer, until
 
 LONG = 10 * PATIENCE  # seconds: who waits for that fails the test
 SOCKETS = 6
@@ -112,3 +114,60 @@ async def test_close_does_not_wait_for_what_the_background_loop_sends(
         await asyncio.wait_for(layer.close(), PATIENCE)
         with pytest.raises(OutcomeUnknown):
             await asyncio.wait_for(sending, PATIENCE)
+
+
+@pytest.fixture
+def asked_to_stop() -> Iterator[Callable[[], None]]:
+    """Ask this process to end by SIGTERM. Its handler has other things to do first."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield lambda: signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    termination._after_fork()
+
+
+async def test_group_discard_of_a_process_that_stops_has_changed_the_table_when_it_returns(
+    make_layer: MakeLayer, asked_to_stop: Callable[[], None]
+) -> None:
+    """The database is there."""
+    layer = make_layer()
+    channel = await layer.new_channel()
+    await listen(layer)
+    asked_to_stop()
+    assert termination.is_stopping()
+    for _ in range(20):
+        await layer.group_add("room", channel)
+        await layer.group_discard("room", channel)
+        assert await layer.group_count("room") == 0
+
+
+async def test_send_of_a_process_that_stops_waits_for_a_server_that_has_too_many_connections(
+    make_layer: MakeLayer, observer: Observer, asked_to_stop: Callable[[], None]
+) -> None:
+    role = f"limited_{secrets.token_hex(4)}"
+    for statement in (
+        f"CREATE ROLE {role} LOGIN PASSWORD 'x'",
+        f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}",
+        f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}",
+    ):
+        observer.execute(statement.encode())
+    try:
+        dsn = make_conninfo(observer.info.dsn, user=role, password="x")
+        async with open_layer(dsn, send_timeout=LONG, **UNHURRIED) as layer:
+            await listen(layer)
+            asked_to_stop()
+            # The listener's connection is the only one that may be there.
+            observer.execute(f"ALTER ROLE {role} CONNECTION LIMIT 1".encode())
+            ended = (
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+                " WHERE usename = %s AND query !~ 'listen'"
+            )
+            await until(lambda: observer.execute(ended.encode(), [role]).rowcount > 0)
+            sending = asyncio.create_task(layer.send("jobs", MESSAGE))
+            engine = layer._loops.home
+            assert engine is not None
+            await until(lambda: engine.connections._failing_since is not None or sending.done())
+            observer.execute(f"ALTER ROLE {role} CONNECTION LIMIT -1".encode())
+            await sending
+    finally:
+        observer.execute(f"DROP OWNED BY {role}".encode())
+        observer.execute(f"DROP ROLE {role}".encode())

@@ -48,8 +48,6 @@ SPEAKS_TO_POSTGRESQL = {
     "sweeper.py",
     "sync.py",
 }
-MOST_LINES = 420
-LONGER = {"_receive/receiver.py": 540, "_state/announcement_queue.py": 450}
 
 STATEMENT = re.compile(
     r"""
@@ -212,9 +210,3 @@ def test_sql_is_recognised(sql: str) -> None:
 )
 def test_english_is_not_taken_for_sql(text: str) -> None:
     assert not STATEMENT.search(text)
-
-
-@pytest.mark.parametrize("path", MODULES, ids=NAMES)
-def test_a_module_can_be_read_in_one_sitting(path: Path) -> None:
-    most = LONGER.get(str(path.relative_to(PACKAGE)), MOST_LINES)
-    assert len(path.read_text(encoding="utf-8").splitlines()) < most
