@@ -20,7 +20,7 @@ class Tasks:
 
     No exception ends one, or the work would never be done: it is noted in `Failures`, and the work is tried
     again from its beginning. So what says that work is under way is withdrawn when the work is done, and not
-    if it raises.
+    if it raises. That is the last that the work does: what follows is other work, with a task of its own.
     """
 
     def __init__(self, failures: Failures, is_over: Callable[[], bool] = lambda: False) -> None:

@@ -149,7 +149,7 @@ class Dispatcher:
     async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await work()
         self.is_blocked = False
-        self._receiver.pump()
+        self._receiver.pump_soon()
 
     async def _place(self) -> None:
         """Give members with full queues a turn, and place what has room then."""

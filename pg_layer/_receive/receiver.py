@@ -92,7 +92,7 @@ class Receiver:
         self._is_catch_up_due = True
         self.jobs.start()
         self._read_soon()
-        self.pump()
+        self.pump_soon()
 
     # ------------------------------------------------------------------ hearing
 
@@ -292,6 +292,9 @@ class Receiver:
             self._read_soon()
             self._on_caught_up(sum(counted))
         self._is_catching_up = False
+        self._spawn("Dispatch", self._go_on)
+
+    async def _go_on(self) -> None:
         self.pump()  # what was left out because too much was heard
         self.jobs.look_again()
 
@@ -423,6 +426,14 @@ class Receiver:
             self._drained.set()
         if announcements.is_over_limit and not announcements.rows and not self._is_catching_up:
             self.catch_up_soon()
+
+    def pump_soon(self) -> None:
+        """`pump` in a task of its own: if it raises, it is repeated, and not the work that led to it."""
+
+        async def pump() -> None:
+            self.pump()
+
+        self._spawn("Dispatch", pump)
 
     # ------------------------------------------------------------------ the first member of a group
 

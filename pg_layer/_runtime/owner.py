@@ -267,9 +267,13 @@ class Owner:
             logger.warning("Notifications arrive again.")
 
     def _poll_until(self, interval: float, is_over: Callable[[], bool]) -> None:
+        async def poll_once() -> None:
+            if not is_over():  # at each try: polling that fails ends, too, when notifications arrive again
+                await self._poll()
+
         async def poll() -> None:
             while not is_over():
-                await self._tasks.succeed("Polling", self._poll)
+                await self._tasks.succeed("Polling", poll_once)
                 await asyncio.sleep(interval)
 
         self._spawn("Polling", poll)
