@@ -17,7 +17,8 @@ class Failures:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failing: dict[object, tuple[str, str]] = {}  # task -> what fails, and why
-        self._logged: dict[str, float] = {}
+        self._logged: dict[str, float] = {}  # what failed -> when it was logged last
+        self._in_log: set[str] = set()  # what fails now, and whose failure is in the log
 
     def __len__(self) -> int:
         return len(self._failing)
@@ -25,19 +26,22 @@ class Failures:
     def begin(self, task: object, what: str, error: Exception) -> None:
         """A task has failed, perhaps again. Logged once, however many tries and tasks fail at the same."""
         with self._lock:
-            is_known = any(what == other for other, _ in self._failing.values())
             self._failing[task] = what, words(error)
             now = time.monotonic()
-            if is_known or now - self._logged.get(what, -LOG_PERIOD) < LOG_PERIOD:
+            if what in self._in_log or now - self._logged.get(what, -LOG_PERIOD) < LOG_PERIOD:
                 return
             self._logged[what] = now
+            self._in_log.add(what)
         logger.error("%s failed, and is tried again until it succeeds.", what, exc_info=error)
 
     def end(self, task: object, *, is_done: bool) -> None:
         """A task has ended: it succeeded, or nobody needs it any more."""
         with self._lock:
             what, _ = self._failing.pop(task, (None, None))
-        if what is not None and is_done:
+            if what not in self._in_log or any(what == other for other, _ in self._failing.values()):
+                return
+            self._in_log.remove(what)
+        if is_done:
             logger.warning("%s works again.", what)
 
     def problems(self) -> list[str]:

@@ -86,6 +86,34 @@ async def test_failures_of_several_tasks_at_the_same_work_are_logged_once(
         work.may_succeed = True
     await ended(tasks)
     assert not failures
+    assert logged(caplog)[1:] == [(logging.WARNING, "Counting works again.")]
+
+
+async def test_failures_end_while_another_task_fails_at_the_same_says_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failures = Failures()
+    for task in range(2):
+        failures.begin(task, "Counting", ValueError("No."))
+    failures.end(0, is_done=True)
+    assert [level for level, _ in logged(caplog)] == [logging.ERROR]
+    failures.end(1, is_done=True)
+    assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING]
+
+
+async def test_failures_that_come_within_a_minute_and_stay_are_logged_after_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the log would end with "works again"."""
+    failures = Failures()
+    failures.begin(0, "Counting", ValueError("No."))
+    failures.end(0, is_done=True)
+    failures.begin(1, "Counting", ValueError("No."))
+    assert len(logged(caplog)) == 2
+    monkeypatch.setattr("pg_layer._state.failures.LOG_PERIOD", 0.0)
+    failures.begin(1, "Counting", ValueError("No."))
+    failures.begin(1, "Counting", ValueError("No."))
+    assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING, logging.ERROR]
 
 
 async def test_failures_that_come_and_go_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
@@ -93,7 +121,7 @@ async def test_failures_that_come_and_go_are_logged_once_a_minute(caplog: pytest
     for task in range(3):
         failures.begin(task, "Counting", ValueError("No."))
         failures.end(task, is_done=True)
-    assert [level for level, _ in logged(caplog)].count(logging.ERROR) == 1
+    assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING]
 
 
 async def test_tasks_cancelled_while_they_fail_do_not_fail_any_more(caplog: pytest.LogCaptureFixture) -> None:
