@@ -25,6 +25,8 @@ from pg_layer.sync import Sync
 T = TypeVar("T")
 
 NAMES_MOST = 10_000
+# Characters of a new channel's prefix. Its name adds 26 and a number that grows; Channels allows 99.
+MAX_PREFIX = 60
 BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
 
 
@@ -145,10 +147,12 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def new_channel(self, prefix: str = "specific") -> str:
         """A new channel name that only this process can receive on. Costs no round trip.
 
-        ``prefix``: what the name begins with; letters, digits, ``-``, ``_`` and ``.``.
+        ``prefix``: what the name begins with; letters, digits, ``-``, ``_`` and ``.``, at most 60.
         """
         if not isinstance(prefix, str):
             raise TypeError(f"The prefix of a channel's name must be a str, not {type(prefix).__name__}.")
+        if len(prefix) > MAX_PREFIX:
+            raise TypeError(f"The prefix of a channel's name must have at most {MAX_PREFIX} characters.")
         channel = self._loops.client.new_channel(prefix)
         self.require_valid_channel_name(channel)
         return channel

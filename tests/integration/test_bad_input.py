@@ -19,6 +19,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import InvalidMessage, LayerUnavailable, MessageTooLarge, NotMigrated, PostgresChannelLayer
+from pg_layer.layer import MAX_PREFIX
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import Message, Processes, listen, open_layer, read, receive, until
 
@@ -94,6 +95,15 @@ async def test_bad_prefixes_of_new_channel_are_refused() -> None:
     for prefix in bad:
         with pytest.raises(TypeError):
             await layer.new_channel(prefix)
+
+
+async def test_new_channel_with_a_long_prefix_is_refused_at_once_or_never() -> None:
+    """The names become longer with their number, and Channels allows no more than 99 characters."""
+    layer = PostgresChannelLayer(dsn="dbname=never-connected-to")
+    layer._loops.client._serial = 16**10
+    assert len(await layer.new_channel("p" * MAX_PREFIX)) < 100
+    with pytest.raises(TypeError, match=r"must have at most 60 characters\.$"):
+        await layer.new_channel("p" * (MAX_PREFIX + 1))
 
 
 async def test_nobody_receives_on_another_processes_channel(
