@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from asgiref.sync import AsyncToSync
 
-from pg_layer.exceptions import NotBegun, OutcomeUnknown
+from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 from pg_layer.lane import held_up, silent
 
 T = TypeVar("T")
@@ -28,11 +28,13 @@ async def run_on(
     timeout: float,
     *,
     goes_on: bool = False,
+    is_read: bool = False,
 ) -> T:
     """Run on another loop, which runs in ``thread``, and wait for it on this one.
 
     ``goes_on``: even if this caller is cancelled or gives up after ``timeout`` seconds. Raises `NotBegun` if
-    the other loop cancels the work, is stopped or is closed, and `OutcomeUnknown` after ``timeout`` seconds.
+    the other loop cancels the work, is stopped or is closed. After ``timeout`` seconds raises
+    `OutcomeUnknown`, or `LayerUnavailable` if it ``is_read``, which changes nothing.
     """
     deadline = time.monotonic() + timeout
     asked_at: float | None = None  # when that loop was asked to run `answered`, which it has not yet
@@ -55,6 +57,8 @@ async def run_on(
             if now >= deadline:
                 silence = 0.0 if asked_at is None else now - asked_at
                 why = held_up(thread, silence) if silence >= HELD_UP else silent(thread)
+                if is_read:
+                    raise LayerUnavailable(why)
                 raise OutcomeUnknown(f"{why} It is unknown whether the call took effect.")
             if asked_at is None:
                 asked_at = now

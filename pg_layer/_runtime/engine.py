@@ -109,19 +109,19 @@ class Engine:
         except RuntimeError:  # closed: whoever takes over finds what is to be done in the client
             pass
 
-    async def bridge(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def bridge(self, work: Callable[[], Coroutine[Any, Any, T]], *, is_read: bool = False) -> T:
         """Run on the engine's loop what may be done twice, and wait for it on this one.
 
-        Raises `NotBegun` if the engine ends before that is done: another one does it again.
+        ``is_read``: it changes nothing. Raises `NotBegun` if the engine ends before that is done: another one
+        does it again.
         """
         try:
             if self.is_here:
                 return await work()
             if not self.is_running:
                 raise NotBegun
-            return await run_on(
-                self.loop, self.thread, self._serve(work), self.client.config.send_timeout + 1
-            )
+            timeout = self.client.config.send_timeout + 1
+            return await run_on(self.loop, self.thread, self._serve(work), timeout, is_read=is_read)
         except LayerUnavailable as error:
             if self.is_closed:  # its connections were closed
                 raise NotBegun(may_have_begun=isinstance(error, OutcomeUnknown)) from error

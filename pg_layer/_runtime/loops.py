@@ -236,7 +236,7 @@ class Loops:
             while client is self.client:
                 engine = find()
                 try:
-                    return await engine.bridge(partial(work, engine))
+                    return await engine.bridge(partial(work, engine), is_read=is_read)
                 except NotBegun as error:
                     may_have_begun |= error.may_have_begun
                     await asyncio.sleep(0)

@@ -47,12 +47,13 @@ def blocked(layer: PostgresChannelLayer) -> Iterator[None]:
             r" The call did not take effect\.",
         ),
         (
-            lambda layer: layer.group_count("room"),
+            lambda layer: layer.flush(),
             OutcomeUnknown,
             r" It is unknown whether the call took effect\.",
         ),
+        (lambda layer: layer.group_count("room"), LayerUnavailable, ""),
     ],
-    ids=["group_send", "group_count"],
+    ids=["group_send", "flush", "group_count"],
 )
 async def test_call_while_another_thread_blocks_the_loop_says_where(
     call: Callable[[PostgresChannelLayer], Coroutine[Any, Any, object]],
