@@ -113,6 +113,7 @@ class Proxy:
         path = asyncio.ensure_future(self._forward(reader, writer, flows))
         self._paths[path] = flows
         path.add_done_callback(self._paths.pop)
+        path.add_done_callback(lambda _: writer.transport.abort())  # it may be cancelled before it begins
 
     async def _forward(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event
