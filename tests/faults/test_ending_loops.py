@@ -147,3 +147,35 @@ async def test_takeover_from_a_loop_that_closes_just_then_receives(make_layer: M
     await sender.send(channel, {"number": 2})
     assert [(await receiving)["number"], (await receive(layer, channel))["number"]] == [1, 2]
     thread.join()
+
+
+async def test_calls_of_another_loop_are_not_cancelled_when_the_owner_loop_ends(
+    make_layer: MakeLayer,
+) -> None:
+    """The end of a loop cancels what runs there, also for others. These go on at the next owner."""
+
+    async def own(layer: PostgresChannelLayer, owned: asyncio.Event, ends: threading.Event) -> None:
+        receiving = asyncio.create_task(layer.receive(await layer.new_channel()))
+        await until(lambda: layer.stats()["listener"] == "listening")
+        loop.call_soon_threadsafe(owned.set)
+        await until(ends.is_set)
+        assert not receiving.done()
+
+    loop = asyncio.get_running_loop()
+    for _ in range(12):
+        layer, owned, ends = make_layer(), asyncio.Event(), threading.Event()
+        ending = asyncio.create_task(asyncio.to_thread(asyncio.run, own(layer, owned, ends)))
+        await owned.wait()
+        waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+        while not ending.done():
+            count, health, _ = await asyncio.gather(
+                layer.group_count("room"), layer.health(), asyncio.sleep(0)
+            )
+            assert count == 0
+            assert isinstance(health["problems"], list)
+            ends.set()
+        await ending
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.wait({waiting})
