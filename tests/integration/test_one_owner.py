@@ -24,7 +24,7 @@ from tests.integration.test_django import postgres
 from tests.processes import PATIENCE, UNHURRIED, Message, open_layer, receive
 from tests.project.configured import configured
 
-LAYERS = {0: 24, 100: 24, 1500: 8}  # by how many messages wait at first
+LAYERS = {0: 12, 100: 12, 1500: 4}  # by how many messages wait at first
 ROUNDS = 2
 PAUSES = [0.003 * step for step in range(12)]  # seconds
 LIVE = 200  # messages that are sent while a loop receives
