@@ -307,6 +307,8 @@ class ManualListener(Listener):
 class ManualConnections:
     """The layer's pool: repeats what may be repeated, and tells callers of the rest."""
 
+    gives_up = False  # the process does not stop
+
     def __init__(self, process: Process) -> None:
         self._process = process
 
