@@ -30,6 +30,7 @@ test: $(VENV)/.installed-dev ## run the tests against a PostgreSQL server of the
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/.installed-dev $(VENV)/.installed-bench $(VENV)/.installed-browser ## check the types
 	$(python) -m mypy

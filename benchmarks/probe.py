@@ -67,7 +67,7 @@ class PostgresProbe(PostgresObserver):
         if self._layer != "pg":
             return math.nan
         from pg_layer._db.queries.send import GROUP_SEND_ONE
-        from pg_layer.django_session import _for_cursor
+        from pg_layer._sync.django_session import _for_cursor
 
         # LATERAL needs the row before it, and OFFSET 0 keeps the planner from merging them: so first comes
         # the clock, then the function, then the clock again.

@@ -103,3 +103,6 @@ BEGIN
     RETURN _boot;
 END
 $$;
+
+-- The first one: messages of the application's transactions know theirs from the beginning.
+SELECT pg_layer_begin_boot(0);

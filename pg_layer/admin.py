@@ -16,10 +16,10 @@ from django.db.models import Model, Q, QuerySet
 from django.db.models.functions import Length, Now
 from django.http import HttpRequest
 
-from pg_layer.aliases import alias_of
+from pg_layer._config.databases import alias_of
+from pg_layer._config.options import Config
+from pg_layer._messages.codec import Codec
 from pg_layer.checks import configs
-from pg_layer.codec import Codec
-from pg_layer.config import Config
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.models import Client, Group, Message
 

@@ -14,13 +14,13 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.module_loading import import_string
 
+from pg_layer._config.databases import alias_of, how_to_migrate
+from pg_layer._config.dsn import without_secrets
+from pg_layer._config.options import Config
+from pg_layer._db.errors import is_forbidden
+from pg_layer._db.pool import connected_now
 from pg_layer._db.queries import access, maintenance
-from pg_layer.aliases import alias_of, how_to_migrate
-from pg_layer.config import Config
-from pg_layer.connections import connected_now
-from pg_layer.dsn import without_secrets
 from pg_layer.exceptions import NotMigrated, PgLayerError
-from pg_layer.faults import is_forbidden
 from pg_layer.layer import PostgresChannelLayer
 
 DAY = 86400.0  # seconds

@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 
 from channels.layers import BaseChannelLayer
 
+from pg_layer._config.options import load
+from pg_layer._messages.codec import Codec
 from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.health import Health, examine
 from pg_layer._runtime.loops import Loops
+from pg_layer._send.operations import Drafts
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage, Waiter
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Stats, make_stats
-from pg_layer.codec import Codec
-from pg_layer.config import load
+from pg_layer._sync.api import Sync
 from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
-from pg_layer.ops import Drafts
-from pg_layer.sync import Sync
 
 T = TypeVar("T")
 

@@ -23,12 +23,12 @@ from django.db.models import Q
 from django.db.models.functions import Now
 from django.test import TestCase, TransactionTestCase
 
+from pg_layer._config.databases import alias_of
 from pg_layer._messages.addresses import channel_address, group_address, group_name
+from pg_layer._process.shutdown import leavers
 from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.loops import Loops
-from pg_layer.aliases import alias_of
 from pg_layer.layer import PostgresChannelLayer
-from pg_layer.termination import leavers
 
 try:
     import pytest

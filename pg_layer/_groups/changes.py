@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import group_address, notification_channel
-from pg_layer._receive.receiver import Receiver
+from pg_layer._send.batcher import Outcome
+from pg_layer._send.operations import Change
 from pg_layer._state.client import Client
 from pg_layer._state.memberships import Pair
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
-from pg_layer.lane import Outcome
-from pg_layer.ops import Change
+
+if TYPE_CHECKING:
+    from pg_layer._receive.receiver import Receiver
 
 DISCARDED = "Discarded channels receive nothing more, but the table is not known to be changed yet."
 

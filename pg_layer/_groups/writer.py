@@ -12,15 +12,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from itertools import islice
 from typing import Any
 
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import groups as queries
 from pg_layer._db.queries import receive
+from pg_layer._db.session import Session
+from pg_layer._process.tasks import Spawn
 from pg_layer._state.client import Client
 from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment
-from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
-from pg_layer.session import Session
-from pg_layer.tasks import Spawn
 
 PART = 2000  # memberships in a statement
 RETRY = 0.5  # seconds

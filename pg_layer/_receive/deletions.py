@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import receive as queries
+from pg_layer._process.tasks import Spawn
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
-from pg_layer.tasks import Spawn
 
 DELETE_DELAY = 0.5  # seconds for which rows gather before they are deleted together
 DELETE_MOST = 1000  # rows in a statement

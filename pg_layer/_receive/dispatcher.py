@@ -14,14 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pg_layer._groups.writer import MembershipWriter
+from pg_layer._messages.codec import Template
 from pg_layer._messages.rows import Key, Row
+from pg_layer._process.tasks import Spawn
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.client import Client
 from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
-from pg_layer.codec import Template
 from pg_layer.exceptions import UndecodableMessage
-from pg_layer.tasks import Spawn
 
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver

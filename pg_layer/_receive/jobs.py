@@ -10,15 +10,15 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import receive as queries
+from pg_layer._db.session import Session
 from pg_layer._messages.addresses import channel_address, notification_channel
 from pg_layer._messages.rows import LAST_ID, Key, KeyAt, Row
+from pg_layer._process.tasks import Spawn
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
-from pg_layer.session import Session
-from pg_layer.tasks import Spawn
 
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver

@@ -11,12 +11,12 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, errors
 
+from pg_layer._config.databases import not_migrated
+from pg_layer._config.options import Config
+from pg_layer._db.pool import connection_kwargs
 from pg_layer._db.queries import receive as queries
-from pg_layer.aliases import not_migrated
-from pg_layer.config import Config
-from pg_layer.connections import connection_kwargs
-from pg_layer.session import Session
-from pg_layer.tasks import Spawn
+from pg_layer._db.session import Session
+from pg_layer._process.tasks import Spawn
 
 logger = logging.getLogger("pg_layer.listener")
 

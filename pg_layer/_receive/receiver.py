@@ -14,11 +14,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from pg_layer._db.availability import Outage
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import receive as queries
+from pg_layer._db.session import Session
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from pg_layer._messages.announcements import Jobs, Messages, Ping, parse
 from pg_layer._messages.rows import LAST_ID, Row
+from pg_layer._process.tasks import Spawn
 from pg_layer._receive.deletions import Deletions
 from pg_layer._receive.dispatcher import Dispatcher
 from pg_layer._receive.jobs import JobReaders
@@ -26,11 +30,7 @@ from pg_layer._receive.listener import Listener
 from pg_layer._state.announcement_queue import MAX_ROWS
 from pg_layer._state.client import Client
 from pg_layer._state.snapshot import Moment
-from pg_layer.connections import Connections
 from pg_layer.exceptions import PgLayerError
-from pg_layer.outage import Outage
-from pg_layer.session import Session
-from pg_layer.tasks import Spawn
 
 logger = logging.getLogger("pg_layer")
 

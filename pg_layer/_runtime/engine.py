@@ -13,21 +13,21 @@ from typing import Any, TypeVar
 
 import psycopg
 
+from pg_layer._db.availability import Outage
+from pg_layer._db.errors import READ_ONLY
+from pg_layer._db.pool import Connections, idle_period
 from pg_layer._db.queries import groups, lease, maintenance
 from pg_layer._db.queries import receive as receiving
-from pg_layer._runtime.elsewhere import LOOK, run_on
+from pg_layer._db.session import Session
+from pg_layer._process.tasks import Tasks
+from pg_layer._process.threads import LOOK, run_on
 from pg_layer._runtime.owner import Owner
 from pg_layer._send.announcer import Announcer
+from pg_layer._send.operations import Change
 from pg_layer._send.sender import Sender
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections, idle_period
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown, PgLayerError
-from pg_layer.faults import READ_ONLY
-from pg_layer.ops import Change
-from pg_layer.outage import Outage
-from pg_layer.session import Session
-from pg_layer.tasks import Tasks
 
 T = TypeVar("T")
 

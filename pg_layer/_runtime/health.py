@@ -6,10 +6,10 @@ import asyncio
 import time
 from typing import Literal, TypedDict
 
+from pg_layer._db.errors import AWAY, reason_of
 from pg_layer._runtime.engine import Engine
 from pg_layer._state.failures import words
 from pg_layer.exceptions import OutcomeUnknown, PgLayerError
-from pg_layer.faults import AWAY, reason_of
 
 
 class Health(TypedDict):

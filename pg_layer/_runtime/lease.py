@@ -12,17 +12,17 @@ import socket
 import time
 from functools import partial
 
+from pg_layer._db.availability import Outage
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import lease as queries
 from pg_layer._db.queries import maintenance
+from pg_layer._db.session import Session
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.announcements import ping_token
+from pg_layer._process.tasks import Spawn
 from pg_layer._receive.receiver import Receiver
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
-from pg_layer.outage import Outage
-from pg_layer.session import Session
-from pg_layer.tasks import Spawn
 
 logger = logging.getLogger("pg_layer")
 

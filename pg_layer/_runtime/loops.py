@@ -23,18 +23,18 @@ from typing import Any, NoReturn, TypeVar
 
 import psycopg
 
-from pg_layer import termination
+from pg_layer._config.options import Config
+from pg_layer._db.errors import REFUSALS, at_the_end
 from pg_layer._db.queries import lease
-from pg_layer._runtime.elsewhere import are_threads_real, is_passing
+from pg_layer._messages.codec import Codec
+from pg_layer._process import shutdown as termination
+from pg_layer._process.threads import are_threads_real, is_passing
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
+from pg_layer._send.operations import Change, Op
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
-from pg_layer.codec import Codec
-from pg_layer.config import Config
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
-from pg_layer.faults import REFUSALS, at_the_end
-from pg_layer.ops import Change, Op
 
 T = TypeVar("T")
 Work = Callable[[Engine], Coroutine[Any, Any, T]]

@@ -14,22 +14,22 @@ from typing import Any, Literal
 
 import psycopg
 
+from pg_layer._db.availability import Outage
+from pg_layer._db.errors import READ_ONLY
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import receive as queries
+from pg_layer._db.session import Session
 from pg_layer._groups.changes import OwnChanges
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.rows import Key
+from pg_layer._process.tasks import Tasks
 from pg_layer._receive.listener import Listener
 from pg_layer._receive.receiver import Receiver
 from pg_layer._runtime.lease import Lease
+from pg_layer._send.batcher import Lane, Outcome
+from pg_layer._send.operations import Change
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
-from pg_layer.faults import READ_ONLY
-from pg_layer.lane import Lane, Outcome
-from pg_layer.ops import Change
-from pg_layer.outage import Outage
-from pg_layer.session import Session
-from pg_layer.tasks import Tasks
 
 logger = logging.getLogger("pg_layer")
 

@@ -7,21 +7,21 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import lease
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.receive import look_at_queue
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._db.session import Session
 from pg_layer._messages.rows import Key
+from pg_layer._process.tasks import Spawn
 from pg_layer._send.announcer import Announcer
+from pg_layer._send.batcher import Lane, Outcome
+from pg_layer._send.operations import Change, GroupSend, Many, Op, Send
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
+from pg_layer._state.capacity import Room
 from pg_layer._state.client import Client
-from pg_layer.connections import Connections
 from pg_layer.exceptions import ChannelFull, LayerUnavailable, OutcomeUnknown, PgLayerError
-from pg_layer.lane import Lane, Outcome
-from pg_layer.ops import Change, GroupSend, Many, Op, Send
-from pg_layer.room import Room
-from pg_layer.session import Session
-from pg_layer.tasks import Spawn
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

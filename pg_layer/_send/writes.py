@@ -13,8 +13,8 @@ from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.common import Executor
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
 from pg_layer._messages.addresses import channel_address
-from pg_layer.ops import Change, GroupSend, Send
-from pg_layer.room import Room
+from pg_layer._send.operations import Change, GroupSend, Send
+from pg_layer._state.capacity import Room
 
 
 async def write_sends(

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pg_layer._messages.codec import Template
 from pg_layer._messages.rows import Key
-from pg_layer.codec import Template
 
 Waiter = asyncio.Future[None]
 

@@ -18,6 +18,7 @@ from hashlib import blake2s
 from typing import TYPE_CHECKING
 
 from pg_layer._messages.addresses import channel_address
+from pg_layer._messages.codec import Codec
 from pg_layer._messages.rows import Key
 from pg_layer._state.announcement_queue import AnnouncementQueue
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
@@ -27,11 +28,10 @@ from pg_layer._state.cursor import Cursor
 from pg_layer._state.failures import Failures
 from pg_layer._state.log_limit import LogLimit
 from pg_layer._state.memberships import Memberships
-from pg_layer.codec import Codec
 from pg_layer.exceptions import UndecodableMessage
 
 if TYPE_CHECKING:
-    from pg_layer.config import Config
+    from pg_layer._config.options import Config
 
 logger = logging.getLogger("pg_layer")
 

@@ -27,6 +27,7 @@ class Proxy:
         parameters = conninfo_to_dict(target)
         self._target = (str(parameters["host"]), int(str(parameters["port"])))
         self._loop = asyncio.new_event_loop()
+        self._loop.set_debug(False)  # or a connection that is being accepted at the end is logged as an error
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._paths: dict[asyncio.Task[None], asyncio.Event] = {}  # each connection, and whether it flows
         self._ports: dict[int, asyncio.Task[None]] = {}  # each connection by its port towards the server

@@ -67,7 +67,7 @@ async def test_send_of_another_loop_that_is_in_flight_when_the_loop_is_held_up_r
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop that has the connections blocks in the middle of the batch, and the message is committed."""
-    monkeypatch.setattr("pg_layer.lane.GRACE", 0.0)
+    monkeypatch.setattr("pg_layer._send.batcher.GRACE", 0.0)
     layer = make_layer(send_timeout=2)
     await layer.send("others", MESSAGE)
     thread = threading.Thread(target=lambda: results.append(asyncio.run(send())))

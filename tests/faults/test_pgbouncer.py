@@ -12,7 +12,8 @@ import pytest
 from django.db import connections, transaction
 
 from devtools.postgres import PostgresServer
-from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer, django_session
+from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from pg_layer._sync import django_session
 from tests.components import require_executable
 from tests.faults.conftest import migrate
 from tests.faults.pgbouncer import PgBouncer, version

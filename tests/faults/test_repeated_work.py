@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from pg_layer import PostgresChannelLayer
+from pg_layer._db.session import Session
 from pg_layer._receive.dispatcher import Dispatcher
 from pg_layer._receive.receiver import Receiver
 from pg_layer._runtime.owner import Owner
-from pg_layer.session import Session
 from tests.conftest import MakeLayer, Observer
 from tests.faults.test_unexpected_answers import OFTEN, one_more_column
 from tests.integration.test_catch_up import hear_all, owner_of
@@ -20,7 +20,7 @@ from tests.processes import PATIENCE, receive, until
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_layer.tasks.PAUSE", 0.05)
+    monkeypatch.setattr("pg_layer._process.tasks.PAUSE", 0.05)
 
 
 class Failing:

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from pg_layer import LayerUnavailable, PostgresChannelLayer
-from pg_layer.config import load
-from pg_layer.sweeper import Sweeper
+from pg_layer._config.options import load
+from pg_layer._maintenance.sweeper import Sweeper
 from tests.conftest import MakeLayer, Observer
 from tests.faults.readers import numbered
 from tests.integration.test_django import postgres

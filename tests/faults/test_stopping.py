@@ -13,7 +13,8 @@ import pytest
 from asgiref.sync import async_to_sync
 from psycopg.conninfo import make_conninfo
 
-from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer, termination
+from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
+from pg_layer._process import shutdown as termination
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.faults.test_outcomes import MESSAGE, blocked, goes_away

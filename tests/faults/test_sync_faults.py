@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import LayerUnavailable, NotMigrated, OutcomeUnknown, PostgresChannelLayer
-from pg_layer.faults import is_hopeless
+from pg_layer._db.errors import is_hopeless
 from tests.conftest import Observer
 from tests.faults.proxy import Proxy
 from tests.integration.test_django import postgres

@@ -25,7 +25,7 @@ OFTEN: dict[str, object] = {"heartbeat": 0.1, "lease": 60}
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_layer.tasks.PAUSE", 0.05)
+    monkeypatch.setattr("pg_layer._process.tasks.PAUSE", 0.05)
 
 
 def end_connections(observer: Observer) -> None:

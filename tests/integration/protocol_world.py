@@ -20,27 +20,27 @@ from typing import Any, TypeVar, cast
 import psycopg
 from psycopg import errors, pq
 
+from pg_layer._config.options import Config
+from pg_layer._db.availability import Outage
+from pg_layer._db.errors import Attempts
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import maintenance
 from pg_layer._db.queries import send as send_queries
 from pg_layer._db.queries.send import Unannounced
+from pg_layer._db.session import Session
+from pg_layer._db.statement import Statement
 from pg_layer._messages.addresses import channel_address, group_address
+from pg_layer._messages.codec import Codec
 from pg_layer._messages.rows import Key, Row
+from pg_layer._process.tasks import Tasks
 from pg_layer._receive.listener import Listener
 from pg_layer._runtime.owner import Owner
+from pg_layer._send.operations import Change, GroupSend
 from pg_layer._state.announcement_queue import AnnouncementQueue, Entry
+from pg_layer._state.capacity import LowIds
 from pg_layer._state.client import Client
 from pg_layer._state.memberships import Memberships, Pair
-from pg_layer.codec import Codec
-from pg_layer.config import Config
-from pg_layer.connections import Connections
-from pg_layer.faults import Attempts
-from pg_layer.ops import Change, GroupSend
-from pg_layer.outage import Outage
-from pg_layer.room import LowIds
-from pg_layer.session import Session
-from pg_layer.statement import Statement
-from pg_layer.tasks import Tasks
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pg_layer.codec import Codec
+from pg_layer._messages.codec import Codec
 from tests.conftest import Observer
 from tests.integration.test_django import BACKEND, SQLITE, postgres
 from tests.project.commands import django

@@ -12,7 +12,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 
 from devtools.postgres import PostgresServer
-from pg_layer import connections as pool
+from pg_layer._db import pool
 from pg_layer._runtime import engine
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import Link, Processes, listen, open_layer, receive, until

@@ -19,7 +19,7 @@ from django.db import connections
 
 from pg_layer import PostgresChannelLayer
 from pg_layer._groups.changes import OwnChanges
-from pg_layer.ops import Change
+from pg_layer._send.operations import Change
 from tests.integration.test_django import postgres
 from tests.processes import PATIENCE, UNHURRIED, Message, open_layer, receive
 from tests.project.configured import configured

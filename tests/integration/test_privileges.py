@@ -18,11 +18,11 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
 from pg_layer._db.queries import access, groups, lease, maintenance, send
 from pg_layer._db.queries import receive as reading
+from pg_layer._db.session import Session
+from pg_layer._db.statement import Statement
 from pg_layer._messages.rows import Key, KeyAt, Span
+from pg_layer._state.capacity import LowIds
 from pg_layer._state.snapshot import Moment, Snapshot
-from pg_layer.room import LowIds
-from pg_layer.session import Session
-from pg_layer.statement import Statement
 from tests.conftest import MakeLayer, Observer
 from tests.integration.test_sweeper import steady
 from tests.processes import listen, receive, until

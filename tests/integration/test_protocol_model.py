@@ -26,8 +26,8 @@ from hypothesis.stateful import (
 
 from devtools.postgres import PostgresServer
 from pg_layer._db.queries import receive as queries
+from pg_layer._db.session import Session
 from pg_layer._receive import listener
-from pg_layer.session import Session
 from tests.integration.protocol_world import (
     GROUPS,
     JOBS,

@@ -16,9 +16,9 @@ import pytest
 from psycopg import AsyncConnection, errors
 
 from pg_layer import PostgresChannelLayer
-from pg_layer import session as session_module
-from pg_layer.session import Session
-from pg_layer.statement import BYTEA, FLOAT8, INT4, INT8S, TEXT, TEXTS, Statement
+from pg_layer._db import session as session_module
+from pg_layer._db.session import Session
+from pg_layer._db.statement import BYTEA, FLOAT8, INT4, INT8S, TEXT, TEXTS, Statement
 from tests.conftest import MakeLayer, Observer
 from tests.processes import until
 

@@ -26,10 +26,11 @@ from psycopg.conninfo import make_conninfo
 
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
-from pg_layer.config import load
-from pg_layer.connections import connection_kwargs
-from pg_layer.management.commands import _status_text, pg_layer_status
-from pg_layer.status import Status, in_words
+from pg_layer._config.options import load
+from pg_layer._db.pool import connection_kwargs
+from pg_layer._maintenance import status_text
+from pg_layer._state.status import Status, in_words
+from pg_layer.management.commands import pg_layer_status
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.test_notify_refused import full_queue
 from tests.integration.test_django import postgres
@@ -531,7 +532,7 @@ def test_times_in_words(seconds: float, words: str) -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [_status_text._in_bytes(size) for size in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**41)] == [
+    assert [status_text._in_bytes(size) for size in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**41)] == [
         "0 B",
         "1023 B",
         "1 KiB",

@@ -18,10 +18,10 @@ import psycopg
 import pytest
 
 from devtools.postgres import PostgresServer
-from pg_layer import sweeper as sweeping
-from pg_layer.config import load
+from pg_layer._config.options import load
+from pg_layer._maintenance import sweeper as sweeping
+from pg_layer._maintenance.sweeper import Sweeper
 from pg_layer.management.commands._layer import ended_by_signals
-from pg_layer.sweeper import Sweeper
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import listen, receive, until
 from tests.project.commands import Process, eventually, manage, started, succeeded

@@ -29,9 +29,10 @@ from django.urls import path
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer, room
-from pg_layer.aliases import alias_of
-from pg_layer.session import Session
+from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer
+from pg_layer._config.databases import alias_of
+from pg_layer._db.session import Session
+from pg_layer._state import capacity as room
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
 from tests.integration.test_django import SQLITE, postgres

@@ -530,7 +530,7 @@ def test_layers_are_closed_before_django_empties_its_tables(
         migrated_dsn,
         """
         from django.db.models.signals import post_migrate
-        from pg_layer.termination import leavers
+        from pg_layer._process.shutdown import leavers
 
         calls = []
 

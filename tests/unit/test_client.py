@@ -8,13 +8,13 @@ import threading
 
 import pytest
 
+from pg_layer._config.options import Config
 from pg_layer._messages.addresses import channel_address
+from pg_layer._messages.codec import Codec
 from pg_layer._messages.rows import Key, Row
 from pg_layer._state.channel_queue import QueuedMessage
 from pg_layer._state.client import Client
 from pg_layer._state.log_limit import MOST_LINES, PERIOD, LogLimit
-from pg_layer.codec import Codec
-from pg_layer.config import Config
 from pg_layer.exceptions import UndecodableMessage
 
 NOW = 1_750_000_000.0

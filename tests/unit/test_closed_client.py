@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from pg_layer._config.options import Config
+from pg_layer._messages.codec import Codec
 from pg_layer._state.client import Client
-from pg_layer.codec import Codec
-from pg_layer.config import Config
 
 
 async def test_a_queue_that_is_made_after_the_end_lets_nobody_wait() -> None:

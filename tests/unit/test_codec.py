@@ -21,7 +21,7 @@ from django.utils.safestring import mark_safe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer.codec import Codec, Template
+from pg_layer._messages.codec import Codec, Template
 from pg_layer.exceptions import InvalidMessage, PgLayerError, UndecodableMessage
 
 LIMIT = 1024 * 1024

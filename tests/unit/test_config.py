@@ -18,8 +18,8 @@ from django.utils.connection import ConnectionDoesNotExist
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pg_layer import config as config_module
-from pg_layer.config import OPTIONS, Config, load
+from pg_layer._config import options as config_module
+from pg_layer._config.options import OPTIONS, Config, load
 
 DSN = "postgresql://user:pw@db.example/name"
 
@@ -610,7 +610,7 @@ def run(code: str) -> str:
 
 def test_a_dsn_needs_no_settings() -> None:
     code = (
-        "from django.conf import settings; from pg_layer.config import load;"
+        "from django.conf import settings; from pg_layer._config.options import load;"
         f"host = load({{'dsn': {DSN!r}}}).connect_kwargs('pool')['host'];"
         "print(host, load({}).using, settings.configured)"
     )
@@ -623,7 +623,7 @@ def test_django_itself_gives_the_parameters() -> None:
         "settings.configure(DATABASES={'default': {'ENGINE': 'django.db.backends.postgresql', 'NAME': 'n',"
         "'USER': 'u', 'PASSWORD': 'p', 'OPTIONS': {'sslmode': 'prefer', 'isolation_level': 4,"
         "'assume_role': 'r', 'server_side_binding': True, 'pool': True}}})\n"
-        "from pg_layer.config import load\n"
+        "from pg_layer._config.options import load\n"
         "config = load({})\n"
         "before = config.connect_kwargs('pool')\n"
         "from django.db import connection\n"

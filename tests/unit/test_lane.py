@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pg_layer._process.tasks import Work
+from pg_layer._send.batcher import MAX_BYTES, MAX_OPS, Lane, Outcome
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
-from pg_layer.lane import MAX_BYTES, MAX_OPS, Lane, Outcome
-from pg_layer.tasks import Work
 
 Task = asyncio.Task[None]
 T = TypeVar("T")
@@ -411,7 +411,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("pg_layer.lane.time", clock)
+    monkeypatch.setattr("pg_layer._send.batcher.time", clock)
     return clock
 
 
@@ -529,7 +529,7 @@ def still_loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers on other loops wait no longer than the write may take."""
-    monkeypatch.setattr("pg_layer.lane.GRACE", 0.0)
+    monkeypatch.setattr("pg_layer._send.batcher.GRACE", 0.0)
 
 
 async def make_bench(timeout: float) -> Bench:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pg_layer
-from pg_layer.config import OPTIONS, Config
+from pg_layer._config.options import OPTIONS, Config
 from pg_layer.management.commands.pg_layer_sweep import Command
 
 ROOT = Path(__file__).parents[2]

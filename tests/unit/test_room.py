@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pg_layer import room as module
-from pg_layer.room import CREDIT_AGE, CREDIT_PART, Credits
+from pg_layer._state import capacity as module
+from pg_layer._state.capacity import CREDIT_AGE, CREDIT_PART, Credits
 
 
 class Clock:

@@ -14,8 +14,8 @@ from psycopg import postgres
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
 
-from pg_layer import statement
-from pg_layer.statement import Statement, Type
+from pg_layer._db import statement
+from pg_layer._db.statement import Statement, Type
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 INT4 = st.integers(-(2**31), 2**31 - 1)

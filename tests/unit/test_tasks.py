@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from pg_layer._process.tasks import Tasks
 from pg_layer._state.failures import Failures
-from pg_layer.tasks import Tasks
 from tests.processes import until
 
 PROBLEM = "Counting fails, and is tried again: ValueError: No."
@@ -29,7 +29,7 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_layer.tasks.PAUSE", 0.001)
+    monkeypatch.setattr("pg_layer._process.tasks.PAUSE", 0.001)
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:

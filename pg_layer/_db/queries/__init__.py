@@ -11,7 +11,7 @@ false) leaves the durability of its commit alone.
 
 from __future__ import annotations
 
-from pg_layer.statement import Statement
+from pg_layer._db.statement import Statement
 
 
 def all_statements() -> list[Statement]:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from psycopg import Connection, errors
 
 from pg_layer._db.queries.maintenance import LOOK_PATIENCE, TABLES
-from pg_layer.session import Session
-from pg_layer.statement import TEXTS, Statement
-from pg_layer.status import Fault
+from pg_layer._db.session import Session
+from pg_layer._db.statement import TEXTS, Statement
+from pg_layer._state.status import Fault
 
 MESSAGE = "pg_layer_message"
 FUNCTIONS = "pg_layer_*"  # all of them count as one

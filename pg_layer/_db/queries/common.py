@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from pg_layer.statement import Statement
+from pg_layer._db.statement import Statement
 
 
 class Executor(Protocol):

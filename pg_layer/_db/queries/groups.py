@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 from pg_layer._db.queries.common import LAZY, Executor, lazily, one
 from pg_layer._db.queries.send import Unannounced
-from pg_layer._state.memberships import Pair
-from pg_layer._state.snapshot import Moment, Snapshot
-from pg_layer.statement import (
+from pg_layer._db.statement import (
     BOOL,
     BOOLS,
     FLOAT8,
@@ -21,6 +19,8 @@ from pg_layer.statement import (
     TEXTS,
     Statement,
 )
+from pg_layer._state.memberships import Pair
+from pg_layer._state.snapshot import Moment, Snapshot
 
 CLAIM_SECONDS = 10.0  # for which a change by another process is counted before its owner has applied it
 

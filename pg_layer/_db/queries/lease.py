@@ -12,10 +12,10 @@ from psycopg import Connection
 from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._db.queries.receive import DELETE
 from pg_layer._db.queries.send import Unannounced
+from pg_layer._db.session import Session
+from pg_layer._db.statement import BOOL, FLOAT8, INT4, INT8, TEXT, TEXTS, Statement
 from pg_layer._messages.rows import Key, columns_of
 from pg_layer._state.snapshot import Moment, Position, Snapshot
-from pg_layer.session import Session
-from pg_layer.statement import BOOL, FLOAT8, INT4, INT8, TEXT, TEXTS, Statement
 
 CLOSE_PATIENCE = 2.0  # seconds
 PART = 5000  # messages or memberships in a statement

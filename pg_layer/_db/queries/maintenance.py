@@ -12,9 +12,9 @@ from psycopg import Connection, errors, pq
 from pg_layer._db.queries import all_statements
 from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._db.queries.receive import BEGIN_SNAPSHOT, COMMIT, QUEUE_USAGE
-from pg_layer.session import Session
-from pg_layer.statement import BOOL, FLOAT8, INT4, TEXT, TEXTS, Statement
-from pg_layer.status import DROPS, ChannelStatus, ClientStatus, Fault, GroupStatus, Status, TableStatus
+from pg_layer._db.session import Session
+from pg_layer._db.statement import BOOL, FLOAT8, INT4, TEXT, TEXTS, Statement
+from pg_layer._state.status import DROPS, ChannelStatus, ClientStatus, Fault, GroupStatus, Status, TableStatus
 
 SWEEP_PATIENCE = 60.0  # seconds for one part
 LOOK_PATIENCE = 10.0  # seconds for each statement that only looks

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pg_layer._db.queries.common import LAZY, one
+from pg_layer._db.session import Session
+from pg_layer._db.statement import BOOL, INT4, INT8, INT8S, TEXT, TEXTS, Statement
 from pg_layer._messages.rows import Key, KeyAt, Row, Span, columns_of, row_from_columns
 from pg_layer._state.snapshot import Moment, Position, Snapshot
-from pg_layer.session import Session
-from pg_layer.statement import BOOL, INT4, INT8, INT8S, TEXT, TEXTS, Statement
 
 READ_ROWS = 1000
 READ_BYTES = 4 * 1024 * 1024

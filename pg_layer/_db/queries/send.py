@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pg_layer._db.queries.common import Executor, lazily, one
-from pg_layer.room import LowIds
-from pg_layer.statement import (
+from pg_layer._db.statement import (
     BOOL,
     BYTEA,
     BYTEAS,
@@ -21,6 +20,7 @@ from pg_layer.statement import (
     TEXTS,
     Statement,
 )
+from pg_layer._state.capacity import LowIds
 
 SEND_ONE = Statement(
     lazily("$7") + "pg_layer_send_one($1, $2, $3, $4, $5, $6, $7, $8)",

@@ -16,10 +16,9 @@ from channels.layers import channel_layers
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from pg_layer.config import MAX_COUNT, Config
+from pg_layer._config.options import MAX_COUNT, MAX_SECONDS, Config
 from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
-from pg_layer.ops import MAX_SECONDS
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
+from pg_layer._config.options import Config
+from pg_layer._db.errors import is_forbidden
+from pg_layer._db.pool import are_named, connected_now
 from pg_layer._db.queries import access, maintenance
-from pg_layer.config import Config
-from pg_layer.connections import are_named, connected_now
+from pg_layer._maintenance import status_text as _status_text
+from pg_layer._state.status import Fault, Status
 from pg_layer.exceptions import PgLayerError
-from pg_layer.faults import is_forbidden
-from pg_layer.management.commands import _status_text
 from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
-from pg_layer.status import Fault, Status
 
 CLEAR = "\x1b[H\x1b[2J"
 

@@ -4,10 +4,10 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
+from pg_layer._config.options import Config
 from pg_layer._db.queries.maintenance import Swept
-from pg_layer.config import Config
+from pg_layer._maintenance.sweeper import Sweeper
 from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
-from pg_layer.sweeper import Sweeper
 
 
 class Command(LayerCommand):

@@ -18,20 +18,20 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
 from psycopg import errors
 
+from pg_layer._config.databases import alias_of, not_migrated
+from pg_layer._config.options import Config
+from pg_layer._db.errors import REFUSALS, UNDEFINED, Attempts, is_hopeless
+from pg_layer._db.pool import HURRY
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
 from pg_layer._send.announcer import PART
+from pg_layer._send.operations import Change, Drafts
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
-from pg_layer.aliases import alias_of, not_migrated
-from pg_layer.config import Config
-from pg_layer.connections import HURRY
-from pg_layer.django_session import DjangoSession, finish
+from pg_layer._state.capacity import Room
+from pg_layer._sync.django_session import DjangoSession, finish
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
-from pg_layer.faults import REFUSALS, UNDEFINED, Attempts, is_hopeless
-from pg_layer.ops import Change, Drafts
-from pg_layer.room import Room
 
 if TYPE_CHECKING:
     from pg_layer._runtime.loops import Loops

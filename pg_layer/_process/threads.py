@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import threading
 import time
 from collections.abc import Coroutine
@@ -13,12 +14,27 @@ from typing import Any, TypeVar
 from asgiref.sync import AsyncToSync
 
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
-from pg_layer.lane import held_up, silent
 
 T = TypeVar("T")
 
 HELD_UP = 0.5  # seconds without a turn of the loop, after which the caller is told that it is blocked
 LOOK = 0.1  # seconds between two looks at whether the other loop still runs
+
+
+def silent(thread: threading.Thread) -> str:
+    """What to tell a caller whom the event loop in a thread does not answer."""
+    return f"The event loop that serves the channel layer, in thread {thread.name}, does not answer."
+
+
+def held_up(thread: threading.Thread, seconds: float) -> str:
+    """What to tell a caller if the event loop in a thread has not run for so long."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    where = "" if frame is None else f" (now at {frame.f_code.co_filename}, line {frame.f_lineno})"
+    return (
+        f"The event loop in thread {thread.name} serves the channel layer, and has not run for"
+        f" {seconds:.1f} s: code in that thread blocks it{where}."
+        " Run such code in another thread, for instance with asgiref's sync_to_async()."
+    )
 
 
 async def run_on(

@@ -22,10 +22,11 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 
-from pg_layer.dsn import fault_of, is_utf8, known_parameters, looks_secret, parsed, without_secrets
-from pg_layer.ops import MAX_SECONDS
+from pg_layer._config.dsn import fault_of, is_utf8, known_parameters, looks_secret, parsed, without_secrets
 
 MAX_COUNT = 2**31 - 1
+# Longer than any use, and far within what PostgreSQL's intervals and C's integers hold: 31 years.
+MAX_SECONDS = 1_000_000_000
 MAX_MESSAGE_SIZE = 512 * 1024 * 1024
 
 # Specific channel names are made without end, so only this many answers are remembered.

@@ -16,12 +16,12 @@ import psycopg
 from psycopg import AsyncConnection, Connection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
-from pg_layer import termination
+from pg_layer._config.options import Config
+from pg_layer._db.errors import READ_ONLY, REFUSALS, Attempts, is_hopeless, translated
 from pg_layer._db.queries import receive as queries
-from pg_layer.config import Config
+from pg_layer._db.session import Session
+from pg_layer._process import shutdown as termination
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
-from pg_layer.faults import READ_ONLY, REFUSALS, Attempts, is_hopeless, translated
-from pg_layer.session import Session
 
 T = TypeVar("T")
 

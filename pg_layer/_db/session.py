@@ -21,7 +21,7 @@ from psycopg import AsyncConnection, Connection, errors, pq
 from psycopg.adapt import Transformer
 from psycopg.pq.abc import PGresult
 
-from pg_layer.statement import Statement
+from pg_layer._db.statement import Statement
 
 _BINARY = 1
 _GOOD = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)

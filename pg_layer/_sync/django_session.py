@@ -24,8 +24,8 @@ from django.db.backends.utils import CursorWrapper
 from psycopg import Connection, pq
 
 from pg_layer._db.queries.receive import BACKEND_PID
-from pg_layer.session import Session
-from pg_layer.statement import Statement
+from pg_layer._db.session import Session
+from pg_layer._db.statement import Statement
 
 T = TypeVar("T")
 

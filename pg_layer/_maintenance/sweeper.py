@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import psycopg
 
+from pg_layer._config.options import Config
+from pg_layer._db.errors import translated
+from pg_layer._db.pool import connection_kwargs
 from pg_layer._db.queries import maintenance
 from pg_layer._db.queries.maintenance import Swept
-from pg_layer.config import Config
-from pg_layer.connections import connection_kwargs
 from pg_layer.exceptions import PgLayerError
-from pg_layer.faults import translated
 
 FULL_PASS = 3600.0  # seconds between two passes that begin with the oldest message
 

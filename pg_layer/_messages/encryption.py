@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, MultiFernet
 
-from .exceptions import UndecodableMessage
+from pg_layer.exceptions import UndecodableMessage
 
 
 class Crypter:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import errors
 
-from pg_layer import termination
-from pg_layer.aliases import not_migrated
-from pg_layer.config import Config
+from pg_layer._config.databases import not_migrated
+from pg_layer._config.options import Config
+from pg_layer._process import shutdown as termination
 from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown, Stopping, StoppingUnknown
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.

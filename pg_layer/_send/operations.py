@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from pg_layer._config.options import MAX_SECONDS, Config
 from pg_layer._messages.addresses import group_name
-from pg_layer.codec import Codec
+from pg_layer._messages.codec import Codec
 from pg_layer.exceptions import InvalidMessage, MessageTooLarge
 
-if TYPE_CHECKING:
-    from pg_layer.config import Config
-
-# Longer than any use, and far within what PostgreSQL's intervals and C's integers hold. In seconds: 31 years.
-MAX_SECONDS = 1_000_000_000
 MANY_MOST = 100_000  # messages in a call, which is one statement
 MANY_BYTES = 256 * 1024 * 1024
 _FAULTS = (InvalidMessage, MessageTooLarge, TypeError)  # of a single message

@@ -6,7 +6,7 @@ themselves, and a deployment can change formats while both are in the table:
 - `{`: JSON, UTF-8. What SQL callers and `serializer_format="json"` write.
 - 0x80-0x8f, 0xde, 0xdf: msgpack (its maps).
 - `g`: a Fernet token (they all begin with it), holding one of the above, and where it was sent to: see
-  `pg_layer.encryption`.
+  `pg_layer._messages.encryption`.
 
 What a message may hold is the specification's list
 (https://channels.readthedocs.io/en/latest/channel_layer_spec.html): bytes, str, signed 64-bit int, float,
@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import msgpack  # type: ignore[import-untyped]
 
-from .exceptions import InvalidMessage, MessageTooLarge, UndecodableMessage
+from pg_layer.exceptions import InvalidMessage, MessageTooLarge, UndecodableMessage
 
 if TYPE_CHECKING:
-    from .encryption import Crypter
+    from pg_layer._messages.encryption import Crypter
 
 _JSON_FIRST = 0x7B
 _FERNET_FIRST = 0x67
@@ -73,7 +73,7 @@ class Codec:
     serialised message before encryption, which adds the name of its channel or group, a third and about 100
     bytes. With `allow_unencrypted` plain payloads are read although there are keys. `prefix` is the layer's.
     `keys` needs the `cryptography` package (`ImportError` otherwise); arguments are trusted,
-    `pg_layer.config` checks them.
+    `pg_layer._config.options` checks them.
     """
 
     __slots__ = ("_allow_unencrypted", "_crypter", "_max_message_size", "_pack", "_serializer_format")
@@ -404,6 +404,6 @@ _from_json = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
 def _make_crypter(keys: Sequence[str | bytes], prefix: str) -> Crypter:
-    from .encryption import Crypter  # only here, as it needs cryptography
+    from pg_layer._messages.encryption import Crypter  # only here, as it needs cryptography
 
     return Crypter(keys, prefix)

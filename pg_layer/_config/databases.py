@@ -12,8 +12,8 @@ from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from pg_layer.config import Config
-from pg_layer.dsn import parsed
+from pg_layer._config.dsn import parsed
+from pg_layer._config.options import Config
 from pg_layer.exceptions import NotMigrated
 
 

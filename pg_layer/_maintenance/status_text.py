@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from io import StringIO
 from typing import NamedTuple
 
-from pg_layer.status import Status, in_words
+from pg_layer._state.status import Status, in_words
 
 _LEFT, _RIGHT = "left", "right"
 

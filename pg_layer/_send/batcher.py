@@ -7,15 +7,15 @@ load the number of statements falls by the size of the batches.
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from pg_layer._process.tasks import Spawn
+from pg_layer._process.threads import held_up, silent
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
-from pg_layer.tasks import Spawn
 
 Op = TypeVar("Op")
 
@@ -27,22 +27,6 @@ MAX_BYTES = 1024 * 1024
 
 # What became of an operation: what its caller is to be returned, or the exception he gets.
 Outcome = object
-
-
-def silent(thread: threading.Thread) -> str:
-    """What to tell a caller whom the event loop in a thread does not answer."""
-    return f"The event loop that serves the channel layer, in thread {thread.name}, does not answer."
-
-
-def held_up(thread: threading.Thread, seconds: float) -> str:
-    """What to tell a caller if the event loop in a thread has not run for so long."""
-    frame = sys._current_frames().get(thread.ident or 0)
-    where = "" if frame is None else f" (now at {frame.f_code.co_filename}, line {frame.f_lineno})"
-    return (
-        f"The event loop in thread {thread.name} serves the channel layer, and has not run for"
-        f" {seconds:.1f} s: code in that thread blocks it{where}."
-        " Run such code in another thread, for instance with asgiref's sync_to_async()."
-    )
 
 
 class _Ticket:

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from pg_layer._db.errors import reason_of, was_refused
 from pg_layer._state.client import Client
-from pg_layer.faults import reason_of, was_refused
 
 logger = logging.getLogger("pg_layer")
 

@@ -1,0 +1,1 @@
+"""The options of a layer, and the databases that they name."""

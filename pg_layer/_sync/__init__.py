@@ -1,0 +1,1 @@
+"""``layer.sync``: the layer on a connection of Django's."""
