@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Coroutine
 from types import TracebackType
@@ -27,7 +28,6 @@ class Proxy:
         parameters = conninfo_to_dict(target)
         self._target = (str(parameters["host"]), int(str(parameters["port"])))
         self._loop = asyncio.new_event_loop()
-        self._loop.set_debug(False)  # or a connection that is being accepted at the end is logged as an error
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._paths: dict[asyncio.Task[None], asyncio.Event] = {}  # each connection, and whether it flows
         self._ports: dict[int, asyncio.Task[None]] = {}  # each connection by its port towards the server
@@ -95,26 +95,32 @@ class Proxy:
     # How it is done
 
     async def _start(self) -> int:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        port: int = self._server.sockets[0].getsockname()[1]
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self._accepting = self._loop.create_task(self._accept())
+        port: int = self._listener.getsockname()[1]
         return port
 
     async def _stop(self) -> None:
-        self._server.close()
-        # Another connection may just be accepted: it has a path, too, when that task has ended.
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await self._cut()
-            await asyncio.wait(others)
-        await self._server.wait_closed()
+        self._accepting.cancel()
+        await asyncio.wait((self._accepting,))
+        self._listener.close()
+        await self._cut()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        flows = asyncio.Event()
-        if not self._is_swallowing:
-            flows.set()
-        path = asyncio.ensure_future(self._forward(reader, writer, flows))
-        self._paths[path] = flows
-        path.add_done_callback(self._paths.pop)
-        path.add_done_callback(lambda _: writer.transport.abort())  # it may be cancelled before it begins
+    # asyncio.start_server() would do, but if it is closed while it accepts a connection, Python before 3.12.1
+    # never closes that one.
+    async def _accept(self) -> None:
+        while True:
+            connection, _ = await self._loop.sock_accept(self._listener)
+            reader, writer = await asyncio.open_connection(sock=connection)
+            flows = asyncio.Event()
+            if not self._is_swallowing:
+                flows.set()
+            path = asyncio.ensure_future(self._forward(reader, writer, flows))
+            self._paths[path] = flows
+            path.add_done_callback(self._paths.pop)
+            # It may be cancelled before it begins.
+            path.add_done_callback(lambda _, writer=writer: writer.transport.abort())  # type: ignore[misc]
 
     async def _forward(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event
