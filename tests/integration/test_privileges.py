@@ -524,6 +524,7 @@ async def test_no_privilege_can_be_spared(
     make_role: MakeRole, observer: Observer, name: str, operations: list[Operation], count: int
 ) -> None:
     observer.execute(
+        "DELETE FROM pg_layer_boot;"  # as after a crash
         "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!live', 'infinity', 60);"
         "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity', NULL),"
         " ('room', 'asgi!:jobs', 'jobs', 1, true, 'infinity', 100);"

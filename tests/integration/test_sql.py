@@ -172,6 +172,12 @@ async def test_psql_itself(make_layer: MakeLayer, migrated_dsn: str) -> None:
 # ---------------------------------------------------------------------- transactions
 
 
+def test_first_message_of_a_new_database_knows_its_boot(caller: Caller) -> None:
+    """Else it would come once more, after a failover, to members that joined since."""
+    assert send(caller, "jobs", text(1))
+    assert caller.execute("SELECT boot > 0 FROM pg_layer_message").fetchall() == [(True,)]
+
+
 async def test_messages_leave_at_the_commit(make_layer: MakeLayer, caller: Caller) -> None:
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
