@@ -69,11 +69,17 @@ class Board:
     @property
     def latest_ns(self) -> int:
         """When the last delivery was, 0 before the first."""
-        return max((int(self._slots[self._latest + reader]) for reader in range(self.readers)), default=0)
+        return max(
+            (int(self._slots[self._latest + reader]) for reader in range(self.readers)), default=0
+        )
 
 
 async def warm_up(
-    board: Board, wanted: Sequence[int], send: Callable[[], Awaitable[None]], *, time_limit: float = 20.0
+    board: Board,
+    wanted: Sequence[int],
+    send: Callable[[], Awaitable[None]],
+    *,
+    time_limit: float = 20.0,
 ) -> None:
     """Wait until ``wanted[i]`` channels of each reader ``i`` have heard a warm-up message.
 
@@ -120,7 +126,10 @@ class Window:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._watch is not None:
             self._watch.cancel()

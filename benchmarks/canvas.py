@@ -104,7 +104,8 @@ def _footnote(results: Results) -> str:
     machine, options = results["machine"], results["options"]
     packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     servers = "; ".join(
-        f"{name} " + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
+        f"{name} "
+        + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
         for name, settings in results["servers"].items()
     )
     text = (

@@ -170,12 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line for each result; exit code 1 if one is missing, 2 if there is no pgbench."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ceiling", description=__doc__)
     parser.add_argument("--seconds", type=int, default=5, help="of each run (default: 5)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16"
+    )
     parser.add_argument("--dsn", help="use this PostgreSQL server")
     options = parser.parse_args(arguments)
     try:
         with postgres_server(options.dsn) as server, database_for(KINDS["bare"], server) as dsn:
-            found = measure(dsn, Plan(options.seconds, options.clients), lambda ceiling: print(line(ceiling)))
+            found = measure(
+                dsn, Plan(options.seconds, options.clients), lambda ceiling: print(line(ceiling))
+            )
     except Unavailable as reason:
         print(reason, file=sys.stderr)
         return 2
@@ -187,7 +191,10 @@ def line(ceiling: Ceiling) -> str:
     what = f"pgbench  {ceiling.title:<32} {ceiling.clients:>3} client{'s' if ceiling.clients > 1 else ' '}"
     if ceiling.error is not None:
         return f"{what}  {ceiling.error}"
-    speeds = (ceiling.transactions_per_second, "transactions/s"), (ceiling.rows_per_second, "rows/s")
+    speeds = (
+        (ceiling.transactions_per_second, "transactions/s"),
+        (ceiling.rows_per_second, "rows/s"),
+    )
     return "  ".join([what, *(f"{speed:>9,.0f} {unit}" for speed, unit in speeds)])
 
 

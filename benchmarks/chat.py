@@ -52,8 +52,12 @@ class RoomConsumer(AsyncWebsocketConsumer):
 async def serve(stage: Stage) -> None:
     """A receiving role: uvicorn on a free loopback port, until the measurement is over."""
     raise_file_limit()
-    channel_layers.set(DEFAULT_CHANNEL_LAYER, cast(BaseChannelLayer, stage.layer))  # where consumers look
-    room = path("<int:room>", cast(Any, RoomConsumer.as_asgi()))  # Django's types know no ASGI applications
+    channel_layers.set(
+        DEFAULT_CHANNEL_LAYER, cast(BaseChannelLayer, stage.layer)
+    )  # where consumers look
+    room = path(
+        "<int:room>", cast(Any, RoomConsumer.as_asgi())
+    )  # Django's types know no ASGI applications
     rooms = URLRouter([cast(Any, room)])
     config = uvicorn.Config(
         ProtocolTypeRouter({"websocket": rooms}),

@@ -63,7 +63,9 @@ class Options:
     @property
     def pgbench_scale(self) -> int:
         """Of the application's tables, 0 if nothing asks for them."""
-        return self.big or max(scenario.scales[self.scale].pgbench_scale for scenario in chosen(self))
+        return self.big or max(
+            scenario.scales[self.scale].pgbench_scale for scenario in chosen(self)
+        )
 
     def known(self) -> dict[str, object]:
         """What the results say of them."""
@@ -116,7 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # what has been measured is still shown
         results.interrupted = True
     if not results.outcomes:
-        print("\nInterrupted before anything was measured." if results.interrupted else "Nothing to measure.")
+        print(
+            "\nInterrupted before anything was measured."
+            if results.interrupted
+            else "Nothing to measure."
+        )
         return 130 if results.interrupted else 2
     known = context(options.known(), servers, durable, load)
     head = headline(known) + traffic(options)
@@ -128,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LEGEND.format(what=extent(results, options.rounds)),
     ]
     if ceilings:
-        parts.append("\n".join(["pgbench, without a layer, synchronous_commit off:", *map(line, ceilings)]))
+        parts.append(
+            "\n".join(["pgbench, without a layer, synchronous_commit off:", *map(line, ceilings)])
+        )
     print("", *filter(None, parts), sep="\n\n")
     written = {**results.as_json(known), "ceilings": [asdict(ceiling) for ceiling in ceilings]}
     if parsed.json:
@@ -177,7 +185,9 @@ def traffic(options: Options) -> str:
     return f"\nbeside it {options.big * ROWS:,} rows and {RATE} transactions/s of the application (pgbench)"
 
 
-def measure(options: Options, specs: Sequence[LayerSpec], results: Results, progress: Progress) -> None:
+def measure(
+    options: Options, specs: Sequence[LayerSpec], results: Results, progress: Progress
+) -> None:
     """Every round visits every scenario, and in it every layer, one right after the other.
 
     Each begins with another layer, so that none is always the first.
@@ -207,7 +217,9 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
                 outcome = emptied(spec)
                 if outcome is not None:
                     pass
-                elif options.big and spec.database and not sizes.pgbench_scale:  # else it has its own traffic
+                elif (
+                    options.big and spec.database and not sizes.pgbench_scale
+                ):  # else it has its own traffic
                     outcome = beside(spec.database, measurement.run)
                 else:
                     outcome = measurement.run()
@@ -217,7 +229,9 @@ def measure(options: Options, specs: Sequence[LayerSpec], results: Results, prog
 
 def playable(scenario: Scenario, scale: Scale, specs: Sequence[LayerSpec]) -> Sequence[LayerSpec]:
     """The layers with which there is something to measure."""
-    alone = not scenario.scales[scale].pgbench_scale  # else, where there is no database, it has been said why
+    alone = not scenario.scales[
+        scale
+    ].pgbench_scale  # else, where there is no database, it has been said why
     return [spec for spec in specs if scenario.roles(KINDS[spec.name]) and (alone or spec.database)]
 
 
@@ -232,7 +246,9 @@ def emptied(spec: LayerSpec) -> Outcome | None:
     try:
         with observe(spec) as observer:
             observer.reset()
-    except Exception as error:  # whatever the layer has done to its server, the others are still measured
+    except (
+        Exception
+    ) as error:  # whatever the layer has done to its server, the others are still measured
         return Outcome(error=f"the server could not be emptied: {error}")
     return None
 
@@ -290,7 +306,9 @@ def available(options: Options) -> Iterator[list[LayerSpec]]:
         yield specs
 
 
-def _with_application(specs: Sequence[LayerSpec], options: Options, dsn: str | None) -> list[LayerSpec]:
+def _with_application(
+    specs: Sequence[LayerSpec], options: Options, dsn: str | None
+) -> list[LayerSpec]:
     """The layers with the application's tables beside them; without, where these cannot be had.
 
     No layer at all then, if nothing is to be measured without them.
@@ -298,14 +316,18 @@ def _with_application(specs: Sequence[LayerSpec], options: Options, dsn: str | N
     if dsn is not None:
         try:
             find_pgbench()
-            print(f"filling pgbench's tables: {options.pgbench_scale * ROWS:,} rows", file=sys.stderr)
+            print(
+                f"filling pgbench's tables: {options.pgbench_scale * ROWS:,} rows", file=sys.stderr
+            )
             fill(dsn, options.pgbench_scale)
         except Unavailable as reason:
             print(reason, file=sys.stderr)
         else:
             return [replace(spec, database=dsn) for spec in specs]
     print("What is measured with pgbench is left out.", file=sys.stderr)
-    if options.big or all(scenario.scales[options.scale].pgbench_scale for scenario in chosen(options)):
+    if options.big or all(
+        scenario.scales[options.scale].pgbench_scale for scenario in chosen(options)
+    ):
         return []
     return list(specs)
 
@@ -346,7 +368,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tiny", action="store_true", help="a smoke test of the harness; its figures mean nothing"
     )
-    parser.add_argument("--rounds", type=_count, metavar="N", help="default 3; with --quick or --tiny 1")
+    parser.add_argument(
+        "--rounds", type=_count, metavar="N", help="default 3; with --quick or --tiny 1"
+    )
     parser.add_argument(
         "--layers",
         type=_names(KINDS),
@@ -367,10 +391,17 @@ def _parser() -> argparse.ArgumentParser:
         " a database is made on it and dropped afterwards",
     )
     parser.add_argument(
-        "--redis", type=_redis_url, metavar="URL", help="a Redis server to use; its database must be empty"
+        "--redis",
+        type=_redis_url,
+        metavar="URL",
+        help="a Redis server to use; its database must be empty",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all rounds, medians and ratios to FILE")
-    parser.add_argument("--plots", metavar="FOLDER", help="draw the results into FOLDER, as SVG files")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all rounds, medians and ratios to FILE"
+    )
+    parser.add_argument(
+        "--plots", metavar="FOLDER", help="draw the results into FOLDER, as SVG files"
+    )
     parser.add_argument(
         "--big",
         action="store_true",
@@ -378,10 +409,15 @@ def _parser() -> argparse.ArgumentParser:
         f" {RATE} transactions a second run beside",
     )
     parser.add_argument(
-        "--big-scale", type=_count, metavar="N", help="the same with N times 100,000 rows; --big has 100"
+        "--big-scale",
+        type=_count,
+        metavar="N",
+        help="the same with N times 100,000 rows; --big has 100",
     )
     parser.add_argument(
-        "--profile", metavar="FOLDER", help="run each process under cProfile (slows all layers down)"
+        "--profile",
+        metavar="FOLDER",
+        help="run each process under cProfile (slows all layers down)",
     )
     return parser
 
@@ -394,7 +430,9 @@ def _count(text: str) -> int:
 
 def _redis_url(text: str) -> str:
     if not text.startswith(("redis://", "rediss://", "unix://")):
-        raise argparse.ArgumentTypeError(f"must be a URL such as redis://127.0.0.1:6379/0, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be a URL such as redis://127.0.0.1:6379/0, not {text!r}"
+        )
     return text
 
 

@@ -99,7 +99,11 @@ def _channels_postgres(dsn: str) -> Layer:
     module = importlib.import_module("channels_postgres.core")
     # Its README's CONFIG, pool included, and TIME_ZONE: Django's connection wrapper, which it builds from
     # this, looks that up where USE_TZ is on. The layer knows no capacity.
-    config = {**_database(dsn), "TIME_ZONE": None, "PSYCOPG_OPTIONS": {"min_size": 10, "max_size": 10}}
+    config = {
+        **_database(dsn),
+        "TIME_ZONE": None,
+        "PSYCOPG_OPTIONS": {"min_size": 10, "max_size": 10},
+    }
     return cast(Layer, module.PostgresChannelLayer(**config, expiry=EXPIRY))
 
 
@@ -131,10 +135,18 @@ def _closer(name: str) -> Callable[[Layer], Awaitable[None]]:
 
 KINDS: Mapping[str, LayerKind] = {
     "pg": LayerKind(
-        "pg_layer", "postgres", "pg_layer", _postgres, _closer("close"), app="pg_layer", durability=LAZY
+        "pg_layer",
+        "postgres",
+        "pg_layer",
+        _postgres,
+        _closer("close"),
+        app="pg_layer",
+        durability=LAZY,
     ),
     "core": LayerKind("redis core", "redis", "channels_redis", _redis_core, _closer("close_pools")),
-    "pubsub": LayerKind("redis pub/sub", "redis", "channels_redis", _redis_pubsub, _closer("flush")),
+    "pubsub": LayerKind(
+        "redis pub/sub", "redis", "channels_redis", _redis_pubsub, _closer("flush")
+    ),
     "postgres": LayerKind(
         "channels_postgres",
         "postgres",

@@ -89,7 +89,9 @@ def held_snapshot(dsn: str) -> Iterator[None]:
         yield
 
 
-async def measure(dsn: str, pipe: Connection, channels: list[str], messages: int) -> tuple[float, float]:
+async def measure(
+    dsn: str, pipe: Connection, channels: list[str], messages: int
+) -> tuple[float, float]:
     """Messages a second, and the median latency of paced ones in ms."""
     from pg_layer import PostgresChannelLayer
 
@@ -109,7 +111,9 @@ async def measure(dsn: str, pipe: Connection, channels: list[str], messages: int
 def main() -> None:
     """Print a line for each run, and the ratios of the medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.old_snapshot", description=__doc__)
-    parser.add_argument("--messages", type=int, default=1_000_000, help="through one inbox in each run")
+    parser.add_argument(
+        "--messages", type=int, default=1_000_000, help="through one inbox in each run"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dsn", help="use this PostgreSQL server")
     options = parser.parse_args()
@@ -117,7 +121,9 @@ def main() -> None:
     with postgres_server(options.dsn) as dsn:
         configure_django(dsn)
         here, there = multiprocessing.get_context("spawn").Pipe()
-        reader = multiprocessing.get_context("spawn").Process(target=receive, args=(there, dsn), daemon=True)
+        reader = multiprocessing.get_context("spawn").Process(
+            target=receive, args=(there, dsn), daemon=True
+        )
         reader.start()
         channels = here.recv()
         with psycopg.connect(dsn, autocommit=True) as observer:

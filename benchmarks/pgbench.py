@@ -80,7 +80,10 @@ def checkpoint(dsn: str) -> None:
 
     Who may not order a checkpoint goes without.
     """
-    with psycopg.connect(dsn, autocommit=True) as connection, suppress(psycopg.errors.InsufficientPrivilege):
+    with (
+        psycopg.connect(dsn, autocommit=True) as connection,
+        suppress(psycopg.errors.InsufficientPrivilege),
+    ):
         connection.execute("CHECKPOINT")
 
 
@@ -100,7 +103,9 @@ class Pgbench:
 
     def __enter__(self) -> Pgbench:
         with ExitStack() as stack:
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pg_layer_pgbench_")))
+            self._folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="pg_layer_pgbench_"))
+            )
             guard = Guard(str(self._folder))
             stack.callback(guard.dismiss)
             self._process = self._start()
@@ -110,7 +115,10 @@ class Pgbench:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stack.close()
 
@@ -135,7 +143,9 @@ class Pgbench:
             raise Broken(f"still runs {_PATIENCE:g} s after its time") from None
         if code:
             raise Broken(f"exit code {code}: {_complaint(self._said())}")
-        lines = (line for log in self._folder.glob("log.*") for line in log.read_text().splitlines())
+        lines = (
+            line for log in self._folder.glob("log.*") for line in log.read_text().splitlines()
+        )
         return parse_report(self._said(), parse_log(lines))
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -195,7 +205,9 @@ def beside(dsn: str, measure: Callable[[], Outcome]) -> Outcome:
 
 def parse_report(text: str, latencies_ms: Sequence[float]) -> Report:
     """What pgbench prints in the end. Raises ``Broken`` if that is not all of it."""
-    transactions = re.search(r"^number of transactions actually processed: (\d+)", text, re.MULTILINE)
+    transactions = re.search(
+        r"^number of transactions actually processed: (\d+)", text, re.MULTILINE
+    )
     per_second = re.search(r"^tps = ([\d.]+) ", text, re.MULTILINE)
     if transactions is None or per_second is None or "Run was aborted" in text:
         raise Broken(_complaint(text))

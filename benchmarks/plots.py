@@ -91,7 +91,9 @@ def _latency(results: Results, scenarios: Results) -> Figure | None:
             axis.set_title(wrapped(title, 90))
             for layer, ages in lines.items():
                 shares = [100 * index / max(len(ages) - 1, 1) for index in range(len(ages))]
-                axis.plot(ages, shares, color=colour_of(layer), linewidth=2.2 if layer == "pg" else 1.6)
+                axis.plot(
+                    ages, shares, color=colour_of(layer), linewidth=2.2 if layer == "pg" else 1.6
+                )
                 marks = [percentile(ages, share) for share in _MARKED]
                 axis.plot(marks, _MARKED, marker_of(layer), color=colour_of(layer), clip_on=False)
             axis.set_xscale("log")
@@ -114,7 +116,9 @@ def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
     """
     cells: list[_Cell | None] = []
     for scenario in scenarios.values():
-        sampled = any(outcome["samples"] for of in scenario["layers"].values() for outcome in of["rounds"])
+        sampled = any(
+            outcome["samples"] for of in scenario["layers"].values() for outcome in of["rounds"]
+        )
         figures = [figure for figure in scenario["figures"] if figure["better"] == better]
         if sampled or not figures or not scenario["layers"]:
             continue
@@ -149,11 +153,15 @@ def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
 _Cell = tuple[Results, Results, str]
 
 
-def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results, title: str) -> None:
+def _bar_panel(
+    axis: Axes, results: Results, scenario: Results, figure: Results, title: str
+) -> None:
     measured = [layer for layer in results["layers"] if layer in scenario["layers"]]
     layers = [layer for layer in measured if layer != _CEILING] or measured
     values = [_median(scenario, layer, figure) for layer in layers]
-    widths = [max(value, 0) if math.isfinite(value) else 0 for value in values]  # below zero is noise
+    widths = [
+        max(value, 0) if math.isfinite(value) else 0 for value in values
+    ]  # below zero is noise
     longest = max(widths, default=1) or 1
     axis.set_title(title, fontsize=9)
     axis.barh(
@@ -176,16 +184,24 @@ def _bar_panel(axis: Axes, results: Results, scenario: Results, figure: Results,
             label,
             va="center",
             fontsize=8.5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the dashed line stays behind
+            bbox={
+                "facecolor": "white",
+                "edgecolor": "none",
+                "pad": 0.5,
+            },  # the dashed line stays behind
         )
         # Room for the label, which is as wide however long the axis is.
         limit = max(limit, end / (1 - min(len(label) * _CHARACTER / _BARS_WIDTH + 0.03, 0.7)))
     caption = label_of(figure)
     if _CEILING in measured and _CEILING not in layers:
         ceiling = _median(scenario, _CEILING, figure)
-        caption += f"\n{results['layers'][_CEILING]}: {_bar_label(scenario, _CEILING, figure, ceiling)}"
+        caption += (
+            f"\n{results['layers'][_CEILING]}: {_bar_label(scenario, _CEILING, figure, ceiling)}"
+        )
         if ceiling <= limit:
-            axis.axvline(ceiling, color=colour_of(_CEILING), linewidth=1, linestyle="--", zorder=0.5)
+            axis.axvline(
+                ceiling, color=colour_of(_CEILING), linewidth=1, linestyle="--", zorder=0.5
+            )
     axis.set_yticks(range(len(layers)), [results["layers"][layer] for layer in layers])
     axis.invert_yaxis()
     axis.set_xlim(0, limit)
@@ -213,11 +229,15 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
     """A panel for each figure, a line for each layer, both axes logarithmic."""
     points = sorted(points, key=lambda point: int(point["curve"]["x"]))
     xs = [int(point["curve"]["x"]) for point in points]
-    unfilled = {layer: x for layer in results["layers"] if (x := _unfilled(points, layer)) is not None}
+    unfilled = {
+        layer: x for layer in results["layers"] if (x := _unfilled(points, layer)) is not None
+    }
     panels = [
         (figure, lines)
         for figure in points[0]["figures"]
-        if any((lines := {layer: _line(points, layer, figure) for layer in results["layers"]}).values())
+        if any(
+            (lines := {layer: _line(points, layer, figure) for layer in results["layers"]}).values()
+        )
     ]
     if not panels:
         return None
@@ -227,7 +247,8 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
         f"Growth: {points[0]['curve']['axis']}",
         "Both axes are logarithmic. A line ends where its layer failed or was stopped; "
         "a hollow mark: some were lost, doubled or reordered.",
-        layers={layer for _, lines in panels for layer, line in lines.items() if line} | unfilled.keys(),
+        layers={layer for _, lines in panels for layer, line in lines.items() if line}
+        | unfilled.keys(),
         rows=-(-len(panels) // columns),
         columns=columns,
         height=2.5,
@@ -238,7 +259,12 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
                 text = f"{results['layers'][layer]}, {short(x)}: {NOT_FILLED}"
                 place = (0.98, 0.03 + 0.08 * row)
                 axis.text(
-                    *place, text, color=colour_of(layer), fontsize=7.5, ha="right", transform=axis.transAxes
+                    *place,
+                    text,
+                    color=colour_of(layer),
+                    fontsize=7.5,
+                    ha="right",
+                    transform=axis.transAxes,
                 )
             axis.set_xlabel(points[0]["curve"]["axis"])
         return figure
@@ -266,12 +292,16 @@ def _line(points: Sequence[Results], layer: str, figure: Results) -> Line:
     return line
 
 
-def _growth_panel(axis: Axes, figure: Results, lines: Mapping[str, Line], xs: Sequence[int]) -> None:
+def _growth_panel(
+    axis: Axes, figure: Results, lines: Mapping[str, Line], xs: Sequence[int]
+) -> None:
     for layer, line in [*lines.items()][::-1]:  # the first one, pg_layer, on top of the others
         colour = colour_of(layer)
         axis.plot([x for x, _, _ in line], [y for _, y, _ in line], color=colour, linewidth=1.8)
         for x, y, faulty in line:
-            axis.plot(x, y, marker_of(layer), color=colour, markerfacecolor="white" if faulty else colour)
+            axis.plot(
+                x, y, marker_of(layer), color=colour, markerfacecolor="white" if faulty else colour
+            )
     better = "higher is better" if figure["better"] == "higher" else "lower is better"
     axis.set_title(f"{label_of(figure)}: {better}")
     _scale(axis.set_xscale, xs)
@@ -282,7 +312,9 @@ def _growth_panel(axis: Axes, figure: Results, lines: Mapping[str, Line], xs: Se
     low, high = min(values), max(values)
     # Values that hardly differ would otherwise fill the panel, and look like much.
     top = max(high * 2, low * 5) or 1
-    axis.set_ylim(low / 2 if low > 0 else -min([value for value in values if value > 0] or [1]) / 3, top)
+    axis.set_ylim(
+        low / 2 if low > 0 else -min([value for value in values if value > 0] or [1]) / 3, top
+    )
     if 0 < top < 100 * low:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(thousands)
@@ -300,7 +332,9 @@ def _scale(choose: Callable[..., None], values: Sequence[float]) -> None:
 
 def _range(scenario: Results, layer: str, figure: Results) -> tuple[float, float]:
     """The lowest and the highest figure of the rounds; twice zero if there are none."""
-    found = [outcome["figures"].get(figure["name"]) for outcome in scenario["layers"][layer]["rounds"]]
+    found = [
+        outcome["figures"].get(figure["name"]) for outcome in scenario["layers"][layer]["rounds"]
+    ]
     values = [max(float(value), 0) for value in found if value is not None]
     return min(values, default=0), max(values, default=0)
 
@@ -311,8 +345,12 @@ def _median(scenario: Results, layer: str, figure: Results) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description="Draw results again.")
-    parser.add_argument("results", type=Path, metavar="FILE", help="what python -m benchmarks --json wrote")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plots", description="Draw results again."
+    )
+    parser.add_argument(
+        "results", type=Path, metavar="FILE", help="what python -m benchmarks --json wrote"
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the drawings go")
     parser.add_argument("--png", action="store_true", help="PNG files in place of SVG")
     parsed = parser.parse_args(arguments)

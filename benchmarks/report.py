@@ -90,7 +90,9 @@ class Results:
                 "curve": asdict(scenario.curve) if scenario.curve else None,
                 "figures": [asdict(figure) for figure in scenario.figures],
                 "layers": layers,
-                "ratios": {figure.name: self.ratios(scenario, figure) for figure in scenario.figures},
+                "ratios": {
+                    figure.name: self.ratios(scenario, figure) for figure in scenario.figures
+                },
             }
         plain = _plain({**context, "layers": {name: KINDS[name].title for name in self.layers}})
         return {**plain, "interrupted": self.interrupted, "scenarios": _plain(scenarios)}
@@ -116,7 +118,11 @@ class Results:
             return ""
         bare = {layer for layer in others if KINDS[layer].played == "bare"}
         rows = [
-            ["pg_layer", "", *(f"{'of' if layer in bare else 'vs'} {KINDS[layer].title}" for layer in others)]
+            [
+                "pg_layer",
+                "",
+                *(f"{'of' if layer in bare else 'vs'} {KINDS[layer].title}" for layer in others),
+            ]
         ]
         for scenario in self._measured:
             tallies = {layer: self.summary(scenario, layer).tally for layer in others}
@@ -124,7 +130,9 @@ class Results:
             for figure in scenario.figures:
                 if not (ratios := self.ratios(scenario, figure)):
                     continue
-                cells = [_times(ratios[layer], tallies[layer], share=layer in bare) for layer in others]
+                cells = [
+                    _times(ratios[layer], tallies[layer], share=layer in bare) for layer in others
+                ]
                 lines.append([figure.label, *cells])
             rows += _named(scenario, lines)
         return _align(rows) if len(rows) > 1 else ""
@@ -206,7 +214,8 @@ def headline(context: Mapping[str, Any]) -> str:
     machine = context["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in context["packages"].items())
     servers = "; ".join(
-        f"{name} " + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
+        f"{name} "
+        + ", ".join(v if k == "server_version" else f"{k} {v}" for k, v in settings.items())
         for name, settings in context["servers"].items()
     )
     first = f"{machine['cores']} x {machine['cpu']}, Python {machine['python']}, {packages}"
@@ -254,10 +263,14 @@ class Progress:
 
     def end(self, scenario: Scenario, outcome: Outcome) -> None:
         figures = ", ".join(
-            f"{_number(outcome.figures[f.name])} {f.label}" for f in scenario.figures if outcome.figures
+            f"{_number(outcome.figures[f.name])} {f.label}"
+            for f in scenario.figures
+            if outcome.figures
         )
         wrong = faults(Summary(outcome.figures, outcome.tally, {}, [])) if outcome.tally else ""
-        line = "; ".join(part for part in (outcome.error or figures, wrong, notes_of(outcome)) if part)
+        line = "; ".join(
+            part for part in (outcome.error or figures, wrong, notes_of(outcome)) if part
+        )
         print(
             f"\r\x1b[K{self._label}: {line}" if self._live else f"{self._label}: {line}",
             file=self._stream,

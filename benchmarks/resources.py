@@ -33,7 +33,9 @@ class Processes:
             return math.nan
         total = 0.0
         for process in self._all():
-            with suppress(psutil.NoSuchProcess):  # ended meanwhile: its parent has it among its children
+            with suppress(
+                psutil.NoSuchProcess
+            ):  # ended meanwhile: its parent has it among its children
                 total += _cpu(process)
         return total
 

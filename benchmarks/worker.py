@@ -72,7 +72,9 @@ class Part:
 
 def play(part: Part, board: Board, pipe: Connection) -> None:
     """The entry point of a spawned process. The sender first waits for what the receivers announced."""
-    logging.basicConfig(level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s"
+    )
     logging.getLogger().handlers[0].addFilter(FirstFew())
     profiler = cProfile.Profile() if part.profile else None
     try:
@@ -136,7 +138,9 @@ def _send(stage: Stage, part: Part, pipe: Connection) -> None:
         pipe.send(("report", _in_thread(cast("Callable[[Stage], Sent]", send), stage)))
 
 
-async def _send_async(stage: Stage, send: Callable[[Stage], Awaitable[Sent]], pipe: Connection) -> None:
+async def _send_async(
+    stage: Stage, send: Callable[[Stage], Awaitable[Sent]], pipe: Connection
+) -> None:
     pipe.send(("report", await send(stage)))
 
 
@@ -150,7 +154,9 @@ async def play_all(stage: Stage, roles: Roles, pipe: Connection) -> None:
     for index in range(stage.sizes.processes if roles.receive else 0):
         announced.append(loop.create_future())
         receipts.append(loop.create_future())
-        own = replace(stage, index=index, announce=announced[-1].set_result, report=receipts[-1].set_result)
+        own = replace(
+            stage, index=index, announce=announced[-1].set_result, report=receipts[-1].set_result
+        )
         readers.append(asyncio.ensure_future(cast("Receive", roles.receive)(own)))
 
     async def sender() -> None:

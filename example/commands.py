@@ -8,4 +8,13 @@ SWEEP = ["python", "-m", "example.manage", "pg_layer_sweep"]
 
 def serve(host: str, port: int) -> list[str]:
     """The command of one server process."""
-    return ["python", "-m", "uvicorn", "example.asgi:application", "--host", host, "--port", str(port)]
+    return [
+        "python",
+        "-m",
+        "uvicorn",
+        "example.asgi:application",
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]

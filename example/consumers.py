@@ -174,7 +174,12 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
     async def chat_announcement(self, event: dict[str, Any]) -> None:
         # The message left when its transaction committed: so the row is there by now.
         await self.send_json(
-            {**event, "type": "announcement", "by": this_process(), "saved": await self.count_saved()}
+            {
+                **event,
+                "type": "announcement",
+                "by": this_process(),
+                "saved": await self.count_saved(),
+            }
         )
 
     async def show(self, kind: str, event: dict[str, Any], **fields: Any) -> None:

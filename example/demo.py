@@ -163,7 +163,9 @@ class Demo:
             dsn = await asyncio.to_thread(server.create_database, "chat")
             if hasattr(os, "waitid"):  # macOS has it since Python 3.13
                 death = asyncio.ensure_future(asyncio.to_thread(wait_for_end, server.pid))
-                self.deaths[death] = lambda: f"PostgreSQL ended. Its log ends with:\n{server.log_tail()}"
+                self.deaths[death] = lambda: (
+                    f"PostgreSQL ended. Its log ends with:\n{server.log_tail()}"
+                )
             yield dsn
         except PostgresServerError as error:
             if self.stopped.is_set():
@@ -201,7 +203,9 @@ class Demo:
         for name, address in addresses.items():
             say(f"    {name}: {address}/")
         say()
-        say("Open both, side by side: what you say in one appears in the other. Ctrl-C ends the demo.")
+        say(
+            "Open both, side by side: what you say in one appears in the other. Ctrl-C ends the demo."
+        )
         say()
 
     async def meanwhile(self, awaitable: Awaitable[T]) -> T:
@@ -247,7 +251,9 @@ async def run(ports: list[int]) -> int:
     demo = Demo(ports)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum == signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+        if (
+            signum == signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN
+        ):  # as nohup sets it
             loop.add_signal_handler(signum, demo.stopped.set)
     try:
         await demo.run()

@@ -23,7 +23,9 @@ def database_from_dsn(dsn: str) -> dict[str, Any]:
         parameters = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
         # The cause may quote the password.
-        raise ImproperlyConfigured("PG_LAYER_DSN is no connection string that libpq understands.") from error
+        raise ImproperlyConfigured(
+            "PG_LAYER_DSN is no connection string that libpq understands."
+        ) from error
     return {
         "ENGINE": "django.db.backends.postgresql",
         "NAME": parameters.pop("dbname", ""),

@@ -26,7 +26,8 @@ class AnnouncementForm(forms.Form):
     """What to announce; ``roll_back`` is the second button."""
 
     text = forms.CharField(
-        max_length=MAX_ANNOUNCEMENT, error_messages={"required": "There is nothing to announce yet."}
+        max_length=MAX_ANNOUNCEMENT,
+        error_messages={"required": "There is nothing to announce yet."},
     )
     roll_back = forms.BooleanField(required=False)
 

@@ -104,7 +104,15 @@ class StateFilter(admin.SimpleListFilter):
 
 @admin.register(Client)
 class ClientAdmin(ReadOnlyAdmin[Client]):
-    list_display = ("address", "shown_host", "shown_pid", "started_at", "shown_end", "ended_at", "swept_at")
+    list_display = (
+        "address",
+        "shown_host",
+        "shown_pid",
+        "started_at",
+        "shown_end",
+        "ended_at",
+        "swept_at",
+    )
     fields = (*list_display, "lease", "fence", "counters")
     list_filter = (StateFilter, "host")
     search_fields = ("address", "host", "pid")

@@ -42,7 +42,12 @@ def configs() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
         options = entry.get("CONFIG", {})
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             kind = type(options).__name__
-            yield alias, ImproperlyConfigured(f"CONFIG must be a dict of options by their names, not {kind}.")
+            yield (
+                alias,
+                ImproperlyConfigured(
+                    f"CONFIG must be a dict of options by their names, not {kind}."
+                ),
+            )
             continue
         try:
             layer = channel_layers[alias]
@@ -104,7 +109,10 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
             hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or 'dsn' to where it is."
             found.append(Error(_text(error), hint=hint, obj=where, id="pg_layer.E002"))
             continue
-        place = (config.prefix, *(str(parameters.get(name) or "") for name in ("host", "port", "dbname")))
+        place = (
+            config.prefix,
+            *(str(parameters.get(name) or "") for name in ("host", "port", "dbname")),
+        )
         first = places.setdefault(place, alias)
         if first != alias:
             found.append(
@@ -124,7 +132,9 @@ def check_tenants(**kwargs: Any) -> list[CheckMessage]:
     if getattr(settings, "HAS_MULTI_TYPE_TENANTS", False):
         kinds = getattr(settings, "TENANT_TYPES", {})
         lists = {
-            f"TENANT_TYPES[{kind!r}]['APPS']": kinds[kind].get("APPS", ()) for kind in kinds if kind != public
+            f"TENANT_TYPES[{kind!r}]['APPS']": kinds[kind].get("APPS", ())
+            for kind in kinds
+            if kind != public
         }
         shared = f"TENANT_TYPES[{public!r}]['APPS']"
     else:
@@ -216,7 +226,9 @@ def _alias_of(config: Config) -> str | None:
     try:
         config.connect_kwargs("pool")
         return alias_of(config)
-    except ImproperlyConfigured:  # `check_settings` tells why; or no alias leads to the database of its dsn
+    except (
+        ImproperlyConfigured
+    ):  # `check_settings` tells why; or no alias leads to the database of its dsn
         return None
 
 

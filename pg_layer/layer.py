@@ -15,7 +15,7 @@ from pg_layer._messages.codec import Codec
 from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.health import Health, examine
 from pg_layer._runtime.loops import Loops
-from pg_layer._send.operations import Drafts
+from pg_layer._send.operations import OperationBuilder
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage, Waiter
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Stats, make_stats
@@ -27,7 +27,9 @@ T = TypeVar("T")
 NAMES_MOST = 10_000
 # Characters of a new channel's prefix. Its name adds 26 and a number that grows; Channels allows 99.
 MAX_PREFIX = 60
-BRIDGED_WAIT = 1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
+BRIDGED_WAIT = (
+    1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
+)
 
 
 class PostgresChannelLayer(BaseChannelLayer):
@@ -57,8 +59,10 @@ class PostgresChannelLayer(BaseChannelLayer):
             allow_unencrypted=config.allow_unencrypted,
         )
         self._loops = Loops(config, self._codec)
-        self._drafts = Drafts(config, self._codec, self._check_channel, self._check_group)
-        self.sync = Sync(config, self._drafts, self._loops)
+        self._operations = OperationBuilder(
+            config, self._codec, self._check_channel, self._check_group
+        )
+        self.sync = Sync(config, self._operations, self._loops)
         # Names that were found valid, as the check costs more than much of the rest.
         self._valid_channels: set[str] = set()
         self._valid_groups: set[str] = set()
@@ -72,7 +76,9 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     # ------------------------------------------------------------------ channels
 
-    async def send(self, channel: str, message: dict[str, Any], *, expiry: float | None = None) -> None:
+    async def send(
+        self, channel: str, message: dict[str, Any], *, expiry: float | None = None
+    ) -> None:
         """Send a message to a channel; when this returns, it is committed.
 
         ``expiry``: seconds for which this message may wait, if not as the option says. Raises `ChannelFull`
@@ -81,7 +87,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         ``send_timeout``, `OutcomeUnknown` (which is one) if it cannot be told whether the message was sent,
         `NotMigrated`. What is sent to the channel of a client that is gone expires.
         """
-        await self._loops.submit(self._drafts.send(channel, message, expiry))
+        await self._loops.submit(self._operations.send(channel, message, expiry))
 
     async def send_many(
         self, messages: Iterable[tuple[str, dict[str, Any]]], *, expiry: float | None = None
@@ -91,8 +97,8 @@ class PostgresChannelLayer(BaseChannelLayer):
         False: its channel is full. Otherwise as `send`; what is wrong with one is raised before any is sent.
         At most 100,000 messages, together 256 MiB.
         """
-        many = self._drafts.send_many(messages, expiry)
-        return await self._loops.submit(many) if many.ops else []
+        many = self._operations.send_many(messages, expiry)
+        return await self._loops.submit(many) if many.operations else []
 
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.
@@ -131,7 +137,9 @@ class PostgresChannelLayer(BaseChannelLayer):
                     queue = self._queue_to_receive(client, channel)
                 elif queue.is_closed:
                     if is_specific or loops.client is client:  # closed: the process ends
-                        raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
+                        raise LayerUnavailable(
+                            "The channel layer was closed, and its channels are gone."
+                        )
                     client = loops.client
                     queue = self._queue_to_receive(client, channel)
                 continue
@@ -150,9 +158,13 @@ class PostgresChannelLayer(BaseChannelLayer):
         ``prefix``: what the name begins with; letters, digits, ``-``, ``_`` and ``.``, at most 60.
         """
         if not isinstance(prefix, str):
-            raise TypeError(f"The prefix of a channel's name must be a str, not {type(prefix).__name__}.")
+            raise TypeError(
+                f"The prefix of a channel's name must be a str, not {type(prefix).__name__}."
+            )
         if len(prefix) > MAX_PREFIX:
-            raise TypeError(f"The prefix of a channel's name must have at most {MAX_PREFIX} characters.")
+            raise TypeError(
+                f"The prefix of a channel's name must have at most {MAX_PREFIX} characters."
+            )
         channel = self._loops.client.new_channel(prefix)
         self.require_valid_channel_name(channel)
         return channel
@@ -164,11 +176,11 @@ class PostgresChannelLayer(BaseChannelLayer):
 
         Ends ``group_expiry`` seconds after the last call, or, where that is None, with the channel's process.
         """
-        await self._loops.submit(self._drafts.change(group, channel, added=True))
+        await self._loops.submit(self._operations.change(group, channel, added=True))
 
     async def group_discard(self, group: str, channel: str) -> None:
         """Remove a channel from a group; no error if it is not in it."""
-        await self._loops.submit(self._drafts.change(group, channel, added=False))
+        await self._loops.submit(self._operations.change(group, channel, added=False))
 
     async def group_send(
         self,
@@ -183,7 +195,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         ``exclude``: a channel that is not to get it, most often the sender's own. A member whose channel is
         full misses it, silently but for a counter and a log line. Otherwise as `send`.
         """
-        await self._loops.submit(self._drafts.group_send(group, message, expiry, exclude))
+        await self._loops.submit(self._operations.group_send(group, message, expiry, exclude))
 
     async def group_send_many(
         self,
@@ -196,17 +208,17 @@ class PostgresChannelLayer(BaseChannelLayer):
 
         False: a normal channel in its group is full and misses it. Otherwise as `group_send` and `send_many`.
         """
-        many = self._drafts.group_send_many(messages, expiry, exclude)
-        return await self._loops.submit(many) if many.ops else []
+        many = self._operations.group_send_many(messages, expiry, exclude)
+        return await self._loops.submit(many) if many.operations else []
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of processes that are gone. Raises as `send`."""
-        name = self._drafts.group(group)
+        name = self._operations.group(group)
         return await self._read(lambda engine: engine.group_channels(name))
 
     async def group_count(self, group: str) -> int:
         """How many channels are in a group, without those of processes that are gone. Raises as `send`."""
-        name = self._drafts.group(group)
+        name = self._operations.group(group)
         return await self._read(lambda engine: engine.group_count(name))
 
     # ------------------------------------------------------------------ all
@@ -224,7 +236,11 @@ class PostgresChannelLayer(BaseChannelLayer):
             return await self._read(examine)
         except LayerUnavailable as error:
             return Health(
-                lease_age=None, listener="off", last_notification=None, round_trip=None, problems=[str(error)]
+                lease_age=None,
+                listener="off",
+                last_notification=None,
+                round_trip=None,
+                problems=[str(error)],
             )
 
     def stats(self) -> Stats:
@@ -271,7 +287,9 @@ class PostgresChannelLayer(BaseChannelLayer):
         queue.is_receivable = True
         return queue
 
-    def _open(self, client: Client, queue: ChannelQueue, message: QueuedMessage) -> dict[str, Any] | None:
+    def _open(
+        self, client: Client, queue: ChannelQueue, message: QueuedMessage
+    ) -> dict[str, Any] | None:
         """Decode a message that was taken; None if it has expired or cannot be decoded."""
         payload, expires_at, key = message
         if key is not None:

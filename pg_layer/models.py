@@ -37,8 +37,12 @@ class Message(models.Model):
     boot: models.BigIntegerField[int, int] = models.BigIntegerField()
     marked: models.BooleanField[bool, bool] = models.BooleanField(default=False)
     kind: models.TextField[str, str] = models.TextField(db_collation="C", default="message")
-    channel: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
-    excluded: models.TextField[str | None, str | None] = models.TextField(db_collation="C", null=True)
+    channel: models.TextField[str | None, str | None] = models.TextField(
+        db_collation="C", null=True
+    )
+    excluded: models.TextField[str | None, str | None] = models.TextField(
+        db_collation="C", null=True
+    )
     payload: models.BinaryField[bytes, bytes] = models.BinaryField(default=b"")
     sent_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
     expires_at = EndField()
@@ -96,8 +100,12 @@ class Client(models.Model):
     expires_at = EndField()
     lease: models.FloatField[float, float] = models.FloatField()
     fence: models.BigIntegerField[int, int] = models.BigIntegerField(default=0)
-    ended_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
-    swept_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    ended_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(
+        null=True
+    )
+    swept_at: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(
+        null=True
+    )
     counters: models.JSONField[dict[str, int], dict[str, int]] = models.JSONField(default=dict)
 
     class Meta:

@@ -66,7 +66,11 @@ _COUNTERS = (
     _Spec(
         "pg_layer_messages_dropped",
         "Messages that were dropped before they were received, by the reason.",
-        {"full": "dropped_full", "expired": "dropped_expired", "undecodable": "dropped_undecodable"},
+        {
+            "full": "dropped_full",
+            "expired": "dropped_expired",
+            "undecodable": "dropped_undecodable",
+        },
         "reason",
     ),
     _plain(
@@ -75,7 +79,11 @@ _COUNTERS = (
         "inline_messages",
     ),
     _plain("pg_layer_reads", "Statements that read announced messages.", "reads"),
-    _plain("pg_layer_reconnects", "Times the listening connection was lost and made again.", "reconnects"),
+    _plain(
+        "pg_layer_reconnects",
+        "Times the listening connection was lost and made again.",
+        "reconnects",
+    ),
     _plain(
         "pg_layer_gaps",
         "Times this process was silent for longer than its lease, so that messages may have been missed.",
@@ -94,7 +102,9 @@ _COUNTERS = (
 )
 _GAUGES = (
     _plain("pg_layer_channels", "Channels for which this process has a queue.", "channels"),
-    _plain("pg_layer_queued_messages", "Messages in those queues, not yet received.", "queued_messages"),
+    _plain(
+        "pg_layer_queued_messages", "Messages in those queues, not yet received.", "queued_messages"
+    ),
     _plain("pg_layer_announced", "Announcements that are not dispatched yet.", "announced"),
     _plain(
         "pg_layer_pending_operations",
@@ -143,16 +153,22 @@ class Collector(BaseCollector):
                 "have stats()."
             )
         if alias in self._layers:
-            raise ValueError(f"There is a layer with the alias {alias!r} already: give this one another.")
+            raise ValueError(
+                f"There is a layer with the alias {alias!r} already: give this one another."
+            )
         self._layers[alias] = layer
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, for the registry."""
         stats = {alias: layer.stats() for alias, layer in list(self._layers.items())}
         for spec in _COUNTERS:
-            yield _filled(CounterMetricFamily(spec.name, spec.help, labels=_labels(spec)), spec, stats)
+            yield _filled(
+                CounterMetricFamily(spec.name, spec.help, labels=_labels(spec)), spec, stats
+            )
         for spec in _GAUGES:
-            yield _filled(GaugeMetricFamily(spec.name, spec.help, labels=_labels(spec)), spec, stats)
+            yield _filled(
+                GaugeMetricFamily(spec.name, spec.help, labels=_labels(spec)), spec, stats
+            )
         listener = GaugeMetricFamily(_LISTENER, _LISTENER_HELP, labels=["alias", "state"])
         for alias, values in stats.items():
             for state in _LISTENER_STATES:

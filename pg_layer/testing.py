@@ -37,7 +37,11 @@ except ImportError:
 else:
     HAS_PYTEST = True
 
-FOR_DATABASES = {"db", "transactional_db", "live_server"}  # fixtures of pytest-django, which others need
+FOR_DATABASES = {
+    "db",
+    "transactional_db",
+    "live_server",
+}  # fixtures of pytest-django, which others need
 LONGEST_TEST = timedelta(days=1)  # it may stop at a breakpoint
 
 
@@ -78,7 +82,9 @@ def captured_messages(
 
     groups, channels = _names("groups", groups), _names("channels", channels)
     if not groups and not channels:
-        raise ValueError("captured_messages() needs groups or channels to capture what is sent to them.")
+        raise ValueError(
+            "captured_messages() needs groups or channels to capture what is sent to them."
+        )
     channel_layer = _layer(layer)
     for group in groups:
         channel_layer.require_valid_group_name(group)
@@ -92,7 +98,8 @@ def captured_messages(
     channel_addresses = [channel_address(prefix, channel) for channel in channels]
     memberships = Membership.objects.using(alias).filter(address=own_address)
     messages = Message.objects.using(alias).filter(
-        Q(address__in=group_of) | Q(address__in=channel_addresses, channel__in=channels), kind="message"
+        Q(address__in=group_of) | Q(address__in=channel_addresses, channel__in=channels),
+        kind="message",
     )
     earlier = list(messages.values_list("id", flat=True))
 
@@ -207,7 +214,9 @@ if HAS_PYTEST:
     @pytest.fixture(autouse=True)
     def _reset_pg_layers(request: pytest.FixtureRequest) -> Iterator[None]:
         """Has layers reset after each test, before its database goes."""
-        is_test_case = isinstance(request.cls, type) and issubclass(request.cls, TransactionTestCase)
+        is_test_case = isinstance(request.cls, type) and issubclass(
+            request.cls, TransactionTestCase
+        )
         is_marked = request.node.get_closest_marker("django_db") is not None
         has_database = is_marked or not FOR_DATABASES.isdisjoint(request.fixturenames)
         if has_database and not is_test_case:

@@ -18,9 +18,13 @@ from soak.run import soak
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: all promises kept; 1: one was broken; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="how long faults are made (default: 120)")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="how long faults are made (default: 120)"
+    )
     parser.add_argument("--seed", type=int, help="of what happens; random by default, and printed")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what the processes wrote down")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep what the processes wrote down"
+    )
     parser.add_argument(
         "--only",
         action="append",

@@ -11,7 +11,9 @@ from soak.records import EVERY_PROCESS, Away
 
 HEARTBEAT = 2.5  # seconds; the layer's options in a soak
 LEASE = 20.0
-RETURN = HEARTBEAT + 3  # seconds after an absence in which the lease and the memberships are written again
+RETURN = (
+    HEARTBEAT + 3
+)  # seconds after an absence in which the lease and the memberships are written again
 
 
 class Spans:
@@ -89,12 +91,16 @@ class Absences:
         for process in by_process.keys() | receipts.keys():
             self._add(process, of_all, by_process[process], Receipts(receipts.get(process, ())))
 
-    def _add(self, process: str, of_all: Sequence[Away], own: Sequence[Away], receipts: Receipts) -> None:
+    def _add(
+        self, process: str, of_all: Sequence[Away], own: Sequence[Away], receipts: Receipts
+    ) -> None:
         alone = [(away.at, away.ended) for away in own if away.is_alone]
         everything = [(away.at, away.ended) for away in (*of_all, *own)]
         self._away[process] = Spans(everything)
         self._alone[process] = Spans(alone)
-        self._catch_up[process] = Spans((at, receipts.first_sent_after(end)) for at, end in everything)
+        self._catch_up[process] = Spans(
+            (at, receipts.first_sent_after(end)) for at, end in everything
+        )
         absent = Spans(alone, HEARTBEAT + 1).cut_by(self._gaps)
         too_long = absent.longer_than(LEASE - HEARTBEAT - 1)
         returns = [(start - 1, self._returned(process, end)) for start, end in too_long]

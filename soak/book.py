@@ -29,7 +29,9 @@ class Book:
 
 def read_books(folder: Path) -> dict[str, list[Record]]:
     """All books of a folder, by process."""
-    return {path.stem: list(decode(path.read_bytes())) for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    return {
+        path.stem: list(decode(path.read_bytes())) for path in sorted(folder.glob(f"*{SUFFIX}"))
+    }
 
 
 class Counter:

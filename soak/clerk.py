@@ -31,7 +31,8 @@ class Clerk(Sending):
         self.rest = threading.Event()
         self.say("ready")
         desks = [
-            Desk(self, f"{self.part.name}.{number}", self.random.getrandbits(32)) for number in range(DESKS)
+            Desk(self, f"{self.part.name}.{number}", self.random.getrandbits(32))
+            for number in range(DESKS)
         ]
         await asyncio.gather(*(asyncio.to_thread(desk.work) for desk in desks))
         self.say("quiet")
@@ -135,7 +136,9 @@ class Desk:
         if kind == "group" and self._chance.random() < 0.3:
             stream = self._group
         self._n += 1
-        message = self._clerk.begin(self._chance, self._writer, self._n, kind, stream, in_transaction=True)
+        message = self._clerk.begin(
+            self._chance, self._writer, self._n, kind, stream, in_transaction=True
+        )
         self._sent.append(self._n)
         layer = self._clerk.layer.sync
         if kind == "group":
@@ -185,7 +188,9 @@ class Desk:
         try:
             with transaction.atomic():
                 for channel in self._doubtful:
-                    self._clerk.layer.sync.group_discard(self._group, channel, using=DEFAULT_DB_ALIAS)
+                    self._clerk.layer.sync.group_discard(
+                        self._group, channel, using=DEFAULT_DB_ALIAS
+                    )
         except (DatabaseError, LayerUnavailable):
             return False
         for channel in self._doubtful:

@@ -58,7 +58,9 @@ class Crew:
     processes that use them all take the first.
     """
 
-    def __init__(self, folder: Path, dsns: tuple[str, str], chance: random.Random, book: Book) -> None:
+    def __init__(
+        self, folder: Path, dsns: tuple[str, str], chance: random.Random, book: Book
+    ) -> None:
         self._folder = folder
         self._dsns = dsns
         self._chance = chance
@@ -89,7 +91,9 @@ class Crew:
         dsn = make_conninfo(self._dsns[takes_network], application_name=name)
         part = Part(role, name, dsn, takes_network, self._folder, self._chance.getrandbits(32))
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=play, args=(part, theirs), name=part.name, daemon=True)
+        process = self._context.Process(
+            target=play, args=(part, theirs), name=part.name, daemon=True
+        )
         await asyncio.to_thread(process.start)
         theirs.close()
         member = Member(part, process, ours)
@@ -161,7 +165,9 @@ class Crew:
 
     async def end(self) -> None:
         """Dismiss all."""
-        await asyncio.gather(*(self.dismiss(member) for member in self.members if not member.is_going))
+        await asyncio.gather(
+            *(self.dismiss(member) for member in self.members if not member.is_going)
+        )
 
     def close(self) -> None:
         """Leave nothing behind, wherever the run broke off."""

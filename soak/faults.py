@@ -96,7 +96,9 @@ class Faults:
         self._thread.shutdown()
 
     def _shuffled(self) -> list[str]:
-        deck = [kind for kind in KINDS if not self._only or any(text in kind for text in self._only)]
+        deck = [
+            kind for kind in KINDS if not self._only or any(text in kind for text in self._only)
+        ]
         self._chance.shuffle(deck)
         return deck
 
@@ -186,7 +188,9 @@ class Faults:
     async def _die(self, kind: str) -> None:
         await self._replace(kind, "clerk", self._crew.die)
 
-    async def _replace(self, kind: str, role: Role, end: Callable[[Member], Awaitable[None]]) -> None:
+    async def _replace(
+        self, kind: str, role: Role, end: Callable[[Member], Awaitable[None]]
+    ) -> None:
         if members := self._crew.of(role):
             began = now()
             await end(self._chance.choice(members))

@@ -42,7 +42,9 @@ OWED = ("returned", "unannounced")  # outcomes after which a message must arrive
 
 LAZY = 1.0  # seconds before a crash of the server of which commits may be lost
 LONG = 0.3  # seconds: a fault that takes longer keeps messages from coming
-TAKEN_MOST = 35  # jobs that a killed worker may hold: 31 ahead, two waited for, two not yet written down
+TAKEN_MOST = (
+    35  # jobs that a killed worker may hold: 31 ahead, two waited for, two not yet written down
+)
 HELD = 3.0  # seconds for which a worker may hold a job before it releases it
 ANNOUNCED = 1.0  # seconds after a transaction within which its messages were surely announced
 DELIVERED_MOST = 3.0  # seconds within which a message arrives if nothing is the matter
@@ -93,7 +95,9 @@ class Reading:
     until: float = math.inf
     was_killed: bool = False
     got: list[Got] = field(default_factory=list)
-    last_of: dict[str, int] = field(default_factory=dict)  # writer -> its last message that was received here
+    last_of: dict[str, int] = field(
+        default_factory=dict
+    )  # writer -> its last message that was received here
 
 
 @dataclass
@@ -117,7 +121,9 @@ class Tally:
     @property
     def is_clean(self) -> bool:
         """Whether nothing happened that must not."""
-        return not (self.lost[UNEXPLAINED] or self.twice or self.disordered or self.late or self.uninvited)
+        return not (
+            self.lost[UNEXPLAINED] or self.twice or self.disordered or self.late or self.uninvited
+        )
 
 
 CRASH = "crash"
@@ -164,7 +170,9 @@ class _Settling:
         self.messages: dict[Key, Message] = {}
         self.readings: dict[str, Reading] = {}
         self.stays: dict[str, list[Stay]] = defaultdict(list)  # by group
-        self.jobs: dict[str, list[tuple[str, Got]]] = defaultdict(list)  # normal channel -> (process, got)
+        self.jobs: dict[str, list[tuple[str, Got]]] = defaultdict(
+            list
+        )  # normal channel -> (process, got)
         self.faults: list[Fault] = []
         self.aways: list[Away] = []
         self.crashes: list[Crash] = []
@@ -220,7 +228,9 @@ class _Settling:
                     self.streams[record.kind].add(record.stream)
                 case Ended():
                     key = (record.writer, record.n)
-                    self.messages[key] = Message(self.messages[key].begun, record.at, record.outcome)
+                    self.messages[key] = Message(
+                        self.messages[key].begun, record.at, record.outcome
+                    )
                 case Opened():
                     self.readings[record.channel] = Reading(record.channel, process)
                 case Closed():
@@ -229,7 +239,9 @@ class _Settling:
                     if record.channel in self.readings:
                         reading = self.readings[record.channel]
                         reading.got.append(record)
-                        reading.last_of[record.writer] = max(record.n, reading.last_of.get(record.writer, 0))
+                        reading.last_of[record.writer] = max(
+                            record.n, reading.last_of.get(record.writer, 0)
+                        )
                     else:
                         self.jobs[record.channel].append((process, record))
                 case Joining():
@@ -307,7 +319,9 @@ class _Settling:
                     elif self._leaving_was_lost(message, reading):
                         tally.stayed += 1
                     else:
-                        self._offend(message, f"came uninvited to {channel} of {reading.process}", got.at)
+                        self._offend(
+                            message, f"came uninvited to {channel} of {reading.process}", got.at
+                        )
                         tally.uninvited += 1
                 self._expect_in_time(message, got, reading.process)
                 self._keep_order(message, last, got, reading.process)
@@ -361,7 +375,8 @@ class _Settling:
 
     def _has_joined_since(self, message: Message, got: Got) -> bool:
         return message.begun.kind == "group" and any(
-            message.ended < stay.joining < got.at for stay in self.stays_of[message.begun.stream, got.channel]
+            message.ended < stay.joining < got.at
+            for stay in self.stays_of[message.begun.stream, got.channel]
         )
 
     def _leaving_was_lost(self, message: Message, reading: Reading) -> bool:
@@ -394,7 +409,9 @@ class _Settling:
     def _taking_was_lost(self, message: Message, first: Got, second: Got) -> bool:
         """Whether a job was taken without the knowledge of the standby that was promoted."""
         return message.begun.kind in JOBS and any(
-            message.begun.at <= promotion.cut and promotion.at <= first.at and promotion.crashed <= second.at
+            message.begun.at <= promotion.cut
+            and promotion.at <= first.at
+            and promotion.crashed <= second.at
             for promotion in self.promotions
         )
 
@@ -420,7 +437,9 @@ class _Settling:
             and not self.absences.was_away(process, message.ended, due)
         ):
             self.tallies[message.begun.kind].late += 1
-            self._offend(message, f"was found by {process} after {got.at - message.ended:.1f} s", got.at)
+            self._offend(
+                message, f"was found by {process} after {got.at - message.ended:.1f} s", got.at
+            )
 
     def _compare_members(self) -> GroupOrder:
         """What the members of each group received, beside each other."""
@@ -438,7 +457,9 @@ class _Settling:
                 if has_place[message.key]:
                     group, sent = message.begun.stream, message.begun.at
                     members[group][channel].append(
-                        Receipt(message.key, sent, got.at, self._is_caught_up(message, got, reading))
+                        Receipt(
+                            message.key, sent, got.at, self._is_caught_up(message, got, reading)
+                        )
                     )
         found = GroupOrder()
         for of_group in members.values():
@@ -546,7 +567,9 @@ class _Settling:
             return cause
         if stay is not None and self._fell_to_lease(message, reading):
             return NO_LEASE
-        if stay is not None and (self._join_was_undone(stay, reading) or self._join_was_late(message, stay)):
+        if stay is not None and (
+            self._join_was_undone(stay, reading) or self._join_was_late(message, stay)
+        ):
             return UNDONE_JOIN
         return UNEXPLAINED
 
@@ -593,7 +616,9 @@ class _Settling:
         return any(ended >= crash.at - LAZY and began <= crash.ended for crash in self.crashes)
 
     def _fell_to_promotion(self, began: float, ended: float) -> bool:
-        return any(ended >= promotion.at and began <= promotion.ended for promotion in self.promotions)
+        return any(
+            ended >= promotion.at and began <= promotion.ended for promotion in self.promotions
+        )
 
     def _fell_to_lease(self, message: Message, reading: Reading) -> bool:
         """Whether a group message was not written, as no process with a lease had a member.
@@ -628,7 +653,9 @@ class _Settling:
     def _find_lost_jobs(self, messages: list[Message]) -> None:
         """Each worker that was killed took some along, sent before."""
         readers = {process for process, _ in self.jobs[messages[0].begun.stream]}
-        takers = sorted(gone.at for gone in self.gone.values() if gone.was_killed and gone.process in readers)
+        takers = sorted(
+            gone.at for gone in self.gone.values() if gone.was_killed and gone.process in readers
+        )
         room = [TAKEN_MOST] * len(takers)
         for message in sorted(messages, key=lambda message: message.begun.at):
             cause = UNEXPLAINED
@@ -672,7 +699,9 @@ class _Settling:
                 # Of those that compete, some get nothing for a while though they could.
                 if self.messages[got.writer, got.n].begun.kind in ORDERED:
                     times.setdefault(process, []).append(self._times(got))
-        began = {process: min(received for _, received in of) for process, of in times.items() if of}
+        began = {
+            process: min(received for _, received in of) for process, of in times.items() if of
+        }
         receipts = {process: Receipts(of) for process, of in times.items()}
         long = [f.at for f in self.faults if f.ended - f.at > LONG and not f.is_aside]
         for fault in self.faults:

@@ -216,7 +216,9 @@ class Sender(Sending):
         self.groups = (*GROUPS, f"guests-{self.part.name}")
         self.say("ready")
         writers = [
-            asyncio.ensure_future(self._write(f"{self.part.name}.{number}", self.random.getrandbits(32)))
+            asyncio.ensure_future(
+                self._write(f"{self.part.name}.{number}", self.random.getrandbits(32))
+            )
             for number in range(WRITERS)
         ]
         await asyncio.gather(self._host(), *writers)
@@ -253,7 +255,9 @@ class Threads(Sending):
         self.say("ready")
         await asyncio.gather(
             *(
-                asyncio.to_thread(self._write, f"{self.part.name}.{number}", self.random.getrandbits(32))
+                asyncio.to_thread(
+                    self._write, f"{self.part.name}.{number}", self.random.getrandbits(32)
+                )
                 for number in range(WRITERS)
             )
         )
@@ -273,7 +277,9 @@ class Threads(Sending):
             rest.wait(pause)
 
 
-async def _attempt(layer: PostgresChannelLayer, kind: Kind, stream: str, message: dict[str, Any]) -> Outcome:
+async def _attempt(
+    layer: PostgresChannelLayer, kind: Kind, stream: str, message: dict[str, Any]
+) -> Outcome:
     try:
         if kind == "group":
             await layer.group_send(stream, message)
@@ -302,7 +308,9 @@ class Receiving(Player):
         if patience == 0.0:
             await asyncio.sleep(0)
         else:
-            await asyncio.wait((task, self.end), timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (task, self.end), timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
         if not task.done():
             task.cancel()
         try:
@@ -340,7 +348,9 @@ class Receiver(Receiving):
                 break
             index = self.random.randrange(len(groups))
             await self.leave(groups[index], channel)
-            groups[index] = self.random.choice([g for g in GROUPS if g not in groups or g == groups[index]])
+            groups[index] = self.random.choice(
+                [g for g in GROUPS if g not in groups or g == groups[index]]
+            )
             await self.join(groups[index], channel)
         await reading
 

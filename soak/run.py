@@ -117,12 +117,16 @@ async def _drain(folder: Path, counter: Counter) -> None:
         if counter.look():
             came_at = calm_since = now()
         elif now() - calm_since >= CALM:
-            if not any(tally.lost[UNEXPLAINED] for tally in settle(read_books(folder)).tallies.values()):
+            if not any(
+                tally.lost[UNEXPLAINED] for tally in settle(read_books(folder)).tallies.values()
+            ):
                 return
             calm_since = now()
 
 
-async def _report(counter: Counter, faults: Faults, start: float, say: Callable[[str], None]) -> None:
+async def _report(
+    counter: Counter, faults: Faults, start: float, say: Callable[[str], None]
+) -> None:
     while True:
         await asyncio.sleep(PROGRESS)
         counter.look()

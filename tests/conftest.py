@@ -102,7 +102,9 @@ async def processes(migrated_dsn: str) -> AsyncIterator[Processes]:
 
 def _database(postgres_dsn: str, template: str = "template1") -> Iterator[str]:
     name = f"pg_layer_test_{secrets.token_hex(6)}"
-    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+        sql.Identifier(name), sql.Identifier(template)
+    )
     with psycopg.connect(postgres_dsn, autocommit=True) as connection:
         # As all did before, and quicker without fsync: not on a server that is given.
         if connection.info.server_version >= 150000 and DSN_VARIABLE not in os.environ:

@@ -97,9 +97,13 @@ class Link:
 class Process(Generic[T]):
     """A process that runs ``function(link, *args)``. Made on the test's event loop."""
 
-    def __init__(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any
+    ) -> None:
         here, there = _context.Pipe()
-        self._process = _context.Process(target=_main, args=(there, function, args, kwargs), daemon=True)
+        self._process = _context.Process(
+            target=_main, args=(there, function, args, kwargs), daemon=True
+        )
         self._process.start()
         there.close()
         gone = _Failed("The process ended before the function did.")
@@ -118,7 +122,9 @@ class Process(Generic[T]):
         """What the function said next. Raises `ProcessFailed` if it failed or ended instead."""
         said = await self._next()
         if isinstance(said, _Returned):
-            raise ProcessFailed(f"The function returned {said.value!r} instead of saying something.")
+            raise ProcessFailed(
+                f"The function returned {said.value!r} instead of saying something."
+            )
         return said.what
 
     async def result(self) -> T:
@@ -176,7 +182,9 @@ def _main(
 ) -> None:
     warnings.simplefilter("error")
     leaks: list[str] = []
-    sys.unraisablehook = lambda args: leaks.append(f"{args.err_msg}: {args.exc_value!r} in {args.object!r}")
+    sys.unraisablehook = lambda args: leaks.append(
+        f"{args.err_msg}: {args.exc_value!r} in {args.object!r}"
+    )
 
     async def run() -> object:
         # A test that is gone takes its processes with it.

@@ -61,6 +61,8 @@ async def _hold(pipe: Connection, dsn: str, groups: int) -> None:
     layer = PostgresChannelLayer(dsn=dsn, capacity=CAPACITY, heartbeat=_HEARTBEAT)
     channels = [await layer.new_channel() for _ in range(_CHANNELS)]
     for group in range(groups):
-        await asyncio.gather(*(layer.group_add(f"restored.{group}", channel) for channel in channels))
+        await asyncio.gather(
+            *(layer.group_add(f"restored.{group}", channel) for channel in channels)
+        )
     pipe.send("ready")
     await asyncio.to_thread(pipe.recv)

@@ -124,7 +124,10 @@ async def _send_in_a_row(stage: Stage) -> Sent:
 async def _send_batches(stage: Stage, inboxes: Sequence[str], arrived: Callable[[], int]) -> Sent:
     """One message of each task in a statement: the batch that a layer's concurrent senders fill at best."""
     board, sizes = stage.board, stage.sizes
-    async with await _connect(stage) as connection, Window(sizes.window or sys.maxsize, arrived) as window:
+    async with (
+        await _connect(stage) as connection,
+        Window(sizes.window or sys.maxsize, arrived) as window,
+    ):
 
         async def send(number: int) -> None:
             now = time.monotonic_ns()
@@ -141,7 +144,10 @@ async def _send_batches(stage: Stage, inboxes: Sequence[str], arrived: Callable[
                 break
             await send(number)
             number += 1
-        return Sent([number] * sizes.tasks, notes={"written off": window.written_off} if sizes.window else {})
+        return Sent(
+            [number] * sizes.tasks,
+            notes={"written off": window.written_off} if sizes.window else {},
+        )
 
 
 async def _send_to_channels(stage: Stage) -> Sent:
@@ -180,7 +186,9 @@ def sending_in_a_row(stage: Stage) -> Iterator[Callable[[str, dict[str, Any]], N
 class Record:
     """Counts what this process takes: each message is for all its members, or for the one of its sender."""
 
-    def __init__(self, stage: Stage, *, for_all: bool, ages: bool = False, log: bool = False) -> None:
+    def __init__(
+        self, stage: Stage, *, for_all: bool, ages: bool = False, log: bool = False
+    ) -> None:
         members = stage.sizes.members
         everybody: dict[int, Stream] = {}
         # Where a message is for all, one stream stands for the equal ones of all members.
@@ -263,7 +271,11 @@ async def _receive_ranges(stage: Stage, *, for_all: bool) -> None:
     inbox = _inboxes(stage)[stage.index]
     record = Record(stage, for_all=for_all)
     heard: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
-    async with await _connect(stage) as ears, await _connect(stage) as eyes, await _connect(stage) as hands:
+    async with (
+        await _connect(stage) as ears,
+        await _connect(stage) as eyes,
+        await _connect(stage) as hands,
+    ):
         deleter = _Deleter(hands, inbox)
 
         async def listen() -> None:
@@ -301,12 +313,16 @@ async def _receive_jobs(stage: Stage) -> None:
             while True:
                 await more.wait()
                 more.clear()
-                while jobs := await (await hands.execute(_TAKE, (_JOBS, _JOBS), binary=True)).fetchall():
+                while jobs := await (
+                    await hands.execute(_TAKE, (_JOBS, _JOBS), binary=True)
+                ).fetchall():
                     for _, payload in sorted(jobs):
                         record.take(_unpack(payload))
 
         await ears.execute(f"LISTEN {_JOBS}")
-        await report_at_end(stage, record.receipt, [asyncio.ensure_future(work()) for work in (listen, take)])
+        await report_at_end(
+            stage, record.receipt, [asyncio.ensure_future(work()) for work in (listen, take)]
+        )
 
 
 # ---------------------------------------------------------------------------------------------- membership
@@ -328,9 +344,13 @@ async def _churn(stage: Stage) -> Sent:
         speed = rate(operations, start, time.monotonic_ns())
         await connection.execute(_JOIN, (groups[::2], channels[::2]))
         found = await connection.execute("SELECT group_name, channel FROM bare_membership")
-        members, wanted = set(await found.fetchall()), set(zip(groups[::2], channels[::2], strict=True))
+        members, wanted = (
+            set(await found.fetchall()),
+            set(zip(groups[::2], channels[::2], strict=True)),
+        )
         return Sent(
-            figures={"ops/s": speed}, tally=Tally(lost=len(wanted - members), stray=len(members - wanted))
+            figures={"ops/s": speed},
+            tally=Tally(lost=len(wanted - members), stray=len(members - wanted)),
         )
 
 

@@ -202,7 +202,12 @@ async def send_retrying(send: Callable[[], Awaitable[None]]) -> int:
 
 
 async def do_many(
-    do: Callable[[int], Awaitable[T]], count: int, what: str, *, at_once: int = 200, time_limit: float = 60.0
+    do: Callable[[int], Awaitable[T]],
+    count: int,
+    what: str,
+    *,
+    at_once: int = 200,
+    time_limit: float = 60.0,
 ) -> list[T]:
     """``do(0)``, ``do(1)`` … ``do(count - 1)``, so many at once; their results in no order.
 
@@ -216,7 +221,9 @@ async def do_many(
             results.append(await do(index))
 
     try:
-        await asyncio.wait_for(asyncio.gather(*(work() for _ in range(min(at_once, count)))), time_limit)
+        await asyncio.wait_for(
+            asyncio.gather(*(work() for _ in range(min(at_once, count)))), time_limit
+        )
     except asyncio.TimeoutError:
         done = len(results)
         raise TimeoutError(f"{what}: only {done:,} of {count:,} within {time_limit:g} s") from None
@@ -252,7 +259,12 @@ async def pace(
 
 
 async def read_all(
-    stage: Stage, channels: Sequence[str], *, ages: bool = False, log: bool = False, announce: Any = None
+    stage: Stage,
+    channels: Sequence[str],
+    *,
+    ages: bool = False,
+    log: bool = False,
+    announce: Any = None,
 ) -> None:
     """Read each channel in a loop of its own until the runner says stop, and report what came."""
     receipt = Receipt(streams=[{} for _ in channels])
@@ -280,7 +292,13 @@ async def report_at_end(
 
 
 async def _read(
-    stage: Stage, channel: str, streams: dict[int, Stream], receipt: Receipt, *, ages: bool, log: bool
+    stage: Stage,
+    channel: str,
+    streams: dict[int, Stream],
+    receipt: Receipt,
+    *,
+    ages: bool,
+    log: bool,
 ) -> None:
     board, index, receive = stage.board, stage.index, stage.layer.receive
     warm = False

@@ -21,7 +21,9 @@ _CATCH_UP = 60.0
 async def _churn(stage: Stage) -> Sent:
     channels = [await stage.layer.new_channel() for _ in range(stage.sizes.tasks)]
     groups = [f"bench.room.{index}" for index in range(stage.sizes.tasks)]
-    await asyncio.gather(*map(stage.layer.group_add, groups, channels))  # connections and statements exist
+    await asyncio.gather(
+        *map(stage.layer.group_add, groups, channels)
+    )  # connections and statements exist
     await asyncio.gather(*map(stage.layer.group_discard, groups, channels))
     start = stage.board.start()
     end = start + int(stage.sizes.seconds * 1e9)

@@ -21,7 +21,9 @@ CURVES: Mapping[str, Sequence[Scenario]] = {
     )
 }
 
-POINTS: Mapping[str, Scenario] = {point.name: point for points in CURVES.values() for point in points}
+POINTS: Mapping[str, Scenario] = {
+    point.name: point for points in CURVES.values() for point in points
+}
 
 
 def points_of(curve: str, scale: Scale) -> Sequence[Scenario]:

@@ -188,7 +188,11 @@ def _summarise_groups(run: Run) -> Outcome:
     channels = run.sizes.members
 
     def sent(process: int, channel: int) -> Mapping[int, int]:
-        return {sender: count for sender, count in run.sent.counts.items() if sender % channels == channel}
+        return {
+            sender: count
+            for sender, count in run.sent.counts.items()
+            if sender % channels == channel
+        }
 
     return Outcome(
         figures={

@@ -13,7 +13,18 @@ from dataclasses import replace
 import psutil
 
 from benchmarks.probe import probe
-from benchmarks.scenarios.base import Curve, Run, Scenario, Sent, Sizes, Stage, cancel, do_many, message, pace
+from benchmarks.scenarios.base import (
+    Curve,
+    Run,
+    Scenario,
+    Sent,
+    Sizes,
+    Stage,
+    cancel,
+    do_many,
+    message,
+    pace,
+)
 from benchmarks.statistics import Figure, Outcome, Stream, Tally, fell_behind, percentile
 
 _RATE = 20
@@ -71,7 +82,9 @@ class _Consumers:
 
     @property
     def tally(self) -> Tally:
-        balances = (stream.tally(sent) for stream, sent in zip(self._streams, self._sent, strict=True))
+        balances = (
+            stream.tally(sent) for stream, sent in zip(self._streams, self._sent, strict=True)
+        )
         return sum(balances, Tally())
 
 
@@ -95,7 +108,9 @@ async def _idle(stage: Stage) -> Sent:
             rate = commands / (time.monotonic() - since)
             consumers.check()
             choose = random.Random(count).randrange
-            await pace(seconds, _RATE, lambda number, sent_ns: consumers.send(choose(count + 1), sent_ns))
+            await pace(
+                seconds, _RATE, lambda number, sent_ns: consumers.send(choose(count + 1), sent_ns)
+            )
             await _arrival(consumers)
             consumers.check()
         finally:

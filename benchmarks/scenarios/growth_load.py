@@ -110,7 +110,11 @@ async def _fill(stage: Stage) -> None:
                 raise RuntimeError(f"{channel} is full already")
 
         await do_many(
-            fill, _full_channels(waiting), f"{NOT_FILLED}: channels", at_once=2, time_limit=_FILL_LIMIT
+            fill,
+            _full_channels(waiting),
+            f"{NOT_FILLED}: channels",
+            at_once=2,
+            time_limit=_FILL_LIMIT,
         )
         return
 

@@ -111,7 +111,10 @@ async def _carry(stage: Stage, channels: Sequence[str], sent: Sent, enough: asyn
     stage.board.start()
     await asyncio.gather(
         paced(sizes.group_rate, to_group),
-        *(paced(sizes.rate / sizes.tasks, partial(to_channel, task)) for task in range(sizes.tasks)),
+        *(
+            paced(sizes.rate / sizes.tasks, partial(to_channel, task))
+            for task in range(sizes.tasks)
+        ),
     )
 
 
@@ -161,7 +164,14 @@ def _summarise(run: Run) -> Outcome:
 
 
 _SIZES = Sizes(
-    seconds=10, processes=2, members=50, tasks=10, rate=500, group_rate=20, clients=2, pgbench_scale=100
+    seconds=10,
+    processes=2,
+    members=50,
+    tasks=10,
+    rate=500,
+    group_rate=20,
+    clients=2,
+    pgbench_scale=100,
 )
 NEIGHBOURS = Scenario(
     name="neighbours",
@@ -181,7 +191,14 @@ NEIGHBOURS = Scenario(
         "full": _SIZES,
         "quick": replace(_SIZES, seconds=3, pgbench_scale=10),
         "tiny": replace(
-            _SIZES, seconds=1, members=5, tasks=2, rate=50, group_rate=10, clients=1, pgbench_scale=1
+            _SIZES,
+            seconds=1,
+            members=5,
+            tasks=2,
+            rate=50,
+            group_rate=10,
+            clients=1,
+            pgbench_scale=1,
         ),
     },
     send=_send,

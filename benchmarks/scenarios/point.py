@@ -36,7 +36,9 @@ async def _receive(stage: Stage, *, ages: bool) -> None:
 async def warm_up_channels(stage: Stage) -> None:
     async def send() -> None:
         # At once, as the messages that are measured: a pool of connections shall be filled before them.
-        await asyncio.gather(*(stage.layer.send(channel, warm_up_message()) for channel in stage.peers[0]))
+        await asyncio.gather(
+            *(stage.layer.send(channel, warm_up_message()) for channel in stage.peers[0])
+        )
 
     await warm_up(stage.board, [len(stage.peers[0])], send)
 
@@ -64,7 +66,9 @@ async def pace_channel(stage: Stage, sent: Sent, index: int) -> None:
 
     async def send(number: int, sent_ns: int) -> None:
         nonlocal full
-        full += await send_retrying(partial(layer.send, channel, message(index, number, sent_ns, body)))
+        full += await send_retrying(
+            partial(layer.send, channel, message(index, number, sent_ns, body))
+        )
 
     sent.by_sender[index] = await pace(stage.sizes.seconds, stage.sizes.rate, send)
     sent.notes["full"] = sent.notes.get("full", 0) + full
@@ -118,7 +122,9 @@ async def flood_channels(stage: Stage, sent: Sent, *, timed: bool = True) -> Non
     async with AsyncExitStack() as stack:
         window = None
         if sizes.window:
-            window = await stack.enter_async_context(Window(sizes.window, lambda: stage.board.deliveries))
+            window = await stack.enter_async_context(
+                Window(sizes.window, lambda: stage.board.deliveries)
+            )
         await asyncio.gather(*(sender(index, window) for index in range(sizes.tasks)))
     sent.notes["full"] = full
     if window is not None:
@@ -179,6 +185,10 @@ SERIAL = replace(
     THROUGHPUT,
     name="serial",
     title="serial: one sender in a row in one process to one channel in another, 100 B",
-    scales={"full": _SERIAL, "quick": replace(_SERIAL, seconds=1.5), "tiny": replace(_SERIAL, seconds=0.3)},
+    scales={
+        "full": _SERIAL,
+        "quick": replace(_SERIAL, seconds=1.5),
+        "tiny": replace(_SERIAL, seconds=0.3),
+    },
     bare=bare.SERIAL,
 )

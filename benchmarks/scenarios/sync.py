@@ -81,7 +81,8 @@ def _send_bare(stage: Stage) -> Sent:
 
 def _summarise(run: Run) -> Outcome:
     return Outcome(
-        figures=run.sent.figures, tally=tally_receipts(run, lambda process, channel: run.sent.counts)
+        figures=run.sent.figures,
+        tally=tally_receipts(run, lambda process, channel: run.sent.counts),
     )
 
 
@@ -90,7 +91,11 @@ SYNC = Scenario(
     name="sync",
     title="sync: async_to_sync(layer.group_send) in a row from a plain thread",
     figures=(Figure("calls/s", "calls/s", "higher"),),
-    scales={"full": _SIZES, "quick": replace(_SIZES, seconds=1.5), "tiny": replace(_SIZES, seconds=0.3)},
+    scales={
+        "full": _SIZES,
+        "quick": replace(_SIZES, seconds=1.5),
+        "tiny": replace(_SIZES, seconds=0.3),
+    },
     send=_send_bridged,
     receive=receive_untimed,
     expected=to_all_members,

@@ -45,10 +45,13 @@ async def _send(stage: Stage) -> Sent:
     async with _connected(stage, ledger) as sockets:
         measuring = asyncio.ensure_future(_measure(stage, ledger, sockets))
         listening = [
-            asyncio.ensure_future(_listen(ledger, client, socket)) for client, socket in enumerate(sockets)
+            asyncio.ensure_future(_listen(ledger, client, socket))
+            for client, socket in enumerate(sockets)
         ]
         try:
-            done, _ = await asyncio.wait([measuring, *listening], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                [measuring, *listening], return_when=asyncio.FIRST_COMPLETED
+            )
             for task in done - {measuring}:  # nobody ends listening but by a failure
                 task.result()
             return measuring.result()

@@ -22,10 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m devtools.postgres",
         description="Run a throw-away PostgreSQL server until interrupted.",
     )
-    parser.add_argument("--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16")
+    parser.add_argument(
+        "--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16"
+    )
     parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
-    parser.add_argument("--data-dir", help="keep data and password in this folder; thrown away by default")
-    parser.add_argument("--no-fsync", action="store_true", help="faster, and lost if the machine crashes")
+    parser.add_argument(
+        "--data-dir", help="keep data and password in this folder; thrown away by default"
+    )
+    parser.add_argument(
+        "--no-fsync", action="store_true", help="faster, and lost if the machine crashes"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a line of postgresql.conf"
     )

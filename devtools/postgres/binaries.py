@@ -80,7 +80,11 @@ def run_as(
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without libpq's and PostgreSQL's variables, which would steer our server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PG", "LC_", "LANG"))
+    }
     return kept | {"LC_ALL": "C"}
 
 
@@ -95,7 +99,9 @@ def find_binaries(folder: str | Path | None = None, version: str | None = None) 
     if folder is not None:
         found = _bin_folder(Path(folder))
         if found is None:
-            raise BinariesNotFound(f"{folder} holds no PostgreSQL server: it lacks `postgres` or `initdb`")
+            raise BinariesNotFound(
+                f"{folder} holds no PostgreSQL server: it lacks `postgres` or `initdb`"
+            )
         return found
     for candidate in _candidates(version):
         found = _bin_folder(candidate)
@@ -155,7 +161,9 @@ def usable_binaries(binaries: Path, user: User | None) -> Path:
     copied = _copy_installation(binaries.parent)
     complaint = _runs(copied, user)
     if complaint is not None:
-        raise PostgresServerError(f"{copied / 'postgres'} does not run as user {user.name}: {complaint}")
+        raise PostgresServerError(
+            f"{copied / 'postgres'} does not run as user {user.name}: {complaint}"
+        )
     return copied
 
 

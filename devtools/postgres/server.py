@@ -77,10 +77,15 @@ class PostgresServer:
     ) -> None:
         self.timeout = timeout
         self.password: str = primary.password if primary else secrets.token_urlsafe(16)
-        self._binaries_wanted = (primary.binaries if primary and binaries is None else binaries, version)
+        self._binaries_wanted = (
+            primary.binaries if primary and binaries is None else binaries,
+            version,
+        )
         self._settings: dict[str, Setting] = {"max_connections": max_connections, "fsync": fsync}
         if not fsync:
-            self._settings["full_page_writes"] = False  # guards against what fsync=off allows anyway
+            self._settings["full_page_writes"] = (
+                False  # guards against what fsync=off allows anyway
+            )
         self._settings |= dict(settings or {})
         self._data_dir = Path(data_dir).absolute() if data_dir is not None else None
         self._keep_data = data_dir is not None
@@ -98,7 +103,10 @@ class PostgresServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -271,7 +279,13 @@ class PostgresServer:
             self._own(self._data_dir)
         if self._primary is not None:
             self.run(
-                *("pg_basebackup", "--dbname", self._primary.socket_dsn(), "--pgdata", self._data_dir),
+                *(
+                    "pg_basebackup",
+                    "--dbname",
+                    self._primary.socket_dsn(),
+                    "--pgdata",
+                    self._data_dir,
+                ),
                 *("--write-recovery-conf", "--checkpoint=fast", "--no-sync"),
             )
         else:
@@ -284,7 +298,15 @@ class PostgresServer:
         self._own(password_file)
         try:
             self.run(
-                *("initdb", "--pgdata", self.data_dir, "--username", SUPERUSER, "--pwfile", password_file),
+                *(
+                    "initdb",
+                    "--pgdata",
+                    self.data_dir,
+                    "--username",
+                    SUPERUSER,
+                    "--pwfile",
+                    password_file,
+                ),
                 *("--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"),
                 *("--auth-local=trust", "--auth-host=scram-sha-256"),
             )
@@ -316,7 +338,9 @@ class PostgresServer:
             log = self.log_path.read_bytes()[log_start:].decode(errors="replace")
             self._forget_process()
             # Somebody took the port since we looked, or a killed server's last children are not gone yet.
-            fleeting = "pre-existing shared memory" in log or (fixed_port is None and "could not bind" in log)
+            fleeting = "pre-existing shared memory" in log or (
+                fixed_port is None and "could not bind" in log
+            )
             if not fleeting or attempt == 4:
                 self._port = fixed_port
                 raise self._failed("did not start")
@@ -332,7 +356,9 @@ class PostgresServer:
             "unix_socket_directories": str(self.folder),
         }
         config = self.data_dir / CONFIG_FILE
-        config.write_text("".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items()))
+        config.write_text(
+            "".join(f"{name} = {_quoted(value)}\n" for name, value in settings.items())
+        )
         self._own(config)
         main = self.data_dir / "postgresql.conf"
         include = f"include_if_exists = '{CONFIG_FILE}'\n"

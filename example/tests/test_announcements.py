@@ -13,7 +13,9 @@ class AnnouncementTests(TestCase):
         with captured_messages(groups=["chat.hall"]) as sent:
             self.client.post("/hall/", {"text": "Dinner is ready"})
 
-        assert [(each.group, each.message["text"]) for each in sent] == [("chat.hall", "Dinner is ready")]
+        assert [(each.group, each.message["text"]) for each in sent] == [
+            ("chat.hall", "Dinner is ready")
+        ]
         assert Announcement.objects.get().pk == sent[0].message["id"]
 
     def test_what_is_rolled_back_is_not_sent(self) -> None:

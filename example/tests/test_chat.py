@@ -26,7 +26,11 @@ class ChatTests(ResetLayersMixin, TransactionTestCase):
         await self.async_client.post("/hall/", {"text": "Dinner is ready"})
 
         event = await socket.receive_json_from()
-        assert (event["type"], event["text"], event["saved"]) == ("announcement", "Dinner is ready", 1)
+        assert (event["type"], event["text"], event["saved"]) == (
+            "announcement",
+            "Dinner is ready",
+            1,
+        )
         await socket.disconnect()
 
 
@@ -36,4 +40,7 @@ class WorkerTests(ResetLayersMixin, TransactionTestCase):
         with transaction.atomic():
             layer.sync.send("thumbnails", {"type": "thumbnails.make", "number": 1})
 
-        assert async_to_sync(layer.receive)("thumbnails") == {"type": "thumbnails.make", "number": 1}
+        assert async_to_sync(layer.receive)("thumbnails") == {
+            "type": "thumbnails.make",
+            "number": 1,
+        }

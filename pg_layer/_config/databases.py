@@ -63,13 +63,17 @@ def _search_path(options: str) -> str:
     # As the server takes them apart: at spaces, but for those after a backslash.
     words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^\s\\])+", options)]
     settings = re.findall(r"(?:^|\0)(?:-c\0?|--)([^\0=]+)=([^\0]*)", "\0".join(words))
-    paths = [value for name, value in settings if name.strip().replace("-", "_").lower() == "search_path"]
+    paths = [
+        value for name, value in settings if name.strip().replace("-", "_").lower() == "search_path"
+    ]
     return "".join(paths[-1].split()) if paths else ""
 
 
 def not_migrated(config: Config, alias: str | None = None) -> NotMigrated:
     """`NotMigrated` that says how to make the tables. ``alias``: of the database, if not that of `config`."""
-    return NotMigrated(f"The tables of pg_layer are missing or out of date: {how_to_migrate(config, alias)}.")
+    return NotMigrated(
+        f"The tables of pg_layer are missing or out of date: {how_to_migrate(config, alias)}."
+    )
 
 
 def how_to_migrate(config: Config, alias: str | None = None) -> str:

@@ -70,9 +70,7 @@ def fault_of(dsn: str) -> str | None:
         if misplaced:
             return "special characters in user, password and options must be percent-encoded ('@' as '%40')"
         if not _PORTS.fullmatch(str(parameters.get("port", ""))):
-            return (
-                "its port is no number (in a URL, special characters must be percent-encoded: '/' as '%2F')"
-            )
+            return "its port is no number (in a URL, special characters must be percent-encoded: '/' as '%2F')"
         return None
     for beginning, fault in _DSN_FAULTS.items():
         if text.startswith(beginning):

@@ -22,7 +22,14 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 
-from pg_layer._config.dsn import fault_of, is_utf8, known_parameters, looks_secret, parsed, without_secrets
+from pg_layer._config.dsn import (
+    fault_of,
+    is_utf8,
+    known_parameters,
+    looks_secret,
+    parsed,
+    without_secrets,
+)
 
 MAX_COUNT = 2**31 - 1
 # Longer than any use, and far within what PostgreSQL's intervals and C's integers hold: 31 years.
@@ -123,7 +130,10 @@ class Config:
         _check_count("capacity", self.capacity)
         _check_count("pool_max_size", self.pool_max_size)
         _check_count(
-            "max_message_size", self.max_message_size, MAX_MESSAGE_SIZE, "a number of bytes, an integer"
+            "max_message_size",
+            self.max_message_size,
+            MAX_MESSAGE_SIZE,
+            "a number of bytes, an integer",
         )
         if self.serializer_format not in ("msgpack", "json"):
             raise _bad("serializer_format", self.serializer_format, "'msgpack' or 'json'")
@@ -147,7 +157,12 @@ class Config:
                 _check_dsn(name, getattr(self, name))
         if self.using is not None:
             alias = "an alias in DATABASES (for a connection string there is 'dsn')"
-            if not isinstance(self.using, str) or not self.using or "://" in self.using or "=" in self.using:
+            if (
+                not isinstance(self.using, str)
+                or not self.using
+                or "://" in self.using
+                or "=" in self.using
+            ):
                 # Not even a part of it: most likely it is a connection string.
                 raise _bad("using", self.using, alias, shown=f"this {type(self.using).__name__}")
         elif self.dsn is None:
@@ -206,12 +221,18 @@ def load(options: Mapping[str, object]) -> Config:
     for name in options:
         if name not in OPTIONS:
             near = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
-            raise ImproperlyConfigured(f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}")
+            hint = (
+                f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
+            )
+            raise ImproperlyConfigured(
+                f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}"
+            )
     return Config(**cast("dict[str, Any]", dict(options)))
 
 
-def _bad(name: str, value: object, allowed: str, *, shown: str | None = None) -> ImproperlyConfigured:
+def _bad(
+    name: str, value: object, allowed: str, *, shown: str | None = None
+) -> ImproperlyConfigured:
     return ImproperlyConfigured(
         f"pg_layer: CONFIG[{name!r}] must be {allowed}, not {shown or _shown(value)}."
     )
@@ -254,14 +275,21 @@ def _checked_keys(keys: object) -> tuple[str | bytes, ...] | None:
         return None
     # Of these values nothing is shown but the type.
     if not isinstance(keys, (list, tuple)):
-        raise _bad(name, keys, "a list of keys (str or bytes)", shown=f"a single {type(keys).__name__}")
+        raise _bad(
+            name, keys, "a list of keys (str or bytes)", shown=f"a single {type(keys).__name__}"
+        )
     if not keys:
         raise _bad(
-            name, keys, "a list with at least one key, or None for no encryption", shown="an empty list"
+            name,
+            keys,
+            "a list with at least one key, or None for no encryption",
+            shown="an empty list",
         )
     for index, key in enumerate(keys):
         if not isinstance(key, (str, bytes)):
-            raise _bad(f"{name}[{index}]", key, "a str or bytes", shown=f"this {type(key).__name__}")
+            raise _bad(
+                f"{name}[{index}]", key, "a str or bytes", shown=f"this {type(key).__name__}"
+            )
         if not key:
             raise _bad(f"{name}[{index}]", key, "a non-empty str or bytes", shown="empty")
         if isinstance(key, str) and not is_utf8(key):
@@ -292,7 +320,11 @@ def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]
                 f"pg_layer: the keys of CONFIG[{name!r}] must be globs (str) or compiled patterns of str, "
                 f"not {_shown(pattern)}."
             )
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or not 1 <= capacity <= MAX_COUNT:
+        if (
+            not isinstance(capacity, int)
+            or isinstance(capacity, bool)
+            or not 1 <= capacity <= MAX_COUNT
+        ):
             raise ImproperlyConfigured(
                 f"pg_layer: CONFIG[{name!r}][{_shown(pattern)}] must be an integer from 1 to {MAX_COUNT}, "
                 f"not {_shown(capacity)}."
@@ -301,7 +333,9 @@ def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]
     return patterns
 
 
-def _capacity_function(patterns: list[tuple[re.Pattern[str], int]], default: int) -> Callable[[str], int]:
+def _capacity_function(
+    patterns: list[tuple[re.Pattern[str], int]], default: int
+) -> Callable[[str], int]:
     def capacity_of(channel: str) -> int:
         for pattern, capacity in patterns:
             if pattern.match(channel):
@@ -336,7 +370,9 @@ def _django_parameters(alias: str) -> dict[str, Any]:
     # The others are for psycopg, or for the backend: one that pools connections has keys of its own in
     # OPTIONS, and takes them out when it connects. One that is misspelt, Django's own connection refuses.
     known = known_parameters()
-    parameters = {name: value for name, value in connection.get_connection_params().items() if name in known}
+    parameters = {
+        name: value for name, value in connection.get_connection_params().items() if name in known
+    }
     role = connection.settings_dict["OPTIONS"].get("assume_role")
     if role:  # Django sets it on each connection that it has made
         escaped = re.sub(r"([\\\s])", r"\\\1", str(role))

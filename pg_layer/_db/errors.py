@@ -12,7 +12,13 @@ from psycopg import errors
 from pg_layer._config.databases import not_migrated
 from pg_layer._config.options import Config
 from pg_layer._process import shutdown as termination
-from pg_layer.exceptions import LayerUnavailable, NotMigrated, OutcomeUnknown, Stopping, StoppingUnknown
+from pg_layer.exceptions import (
+    LayerUnavailable,
+    NotMigrated,
+    OutcomeUnknown,
+    Stopping,
+    StoppingUnknown,
+)
 
 # Errors after which the statement surely did not take effect, and another attempt may succeed.
 # Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
@@ -133,7 +139,11 @@ def unavailable(reason: BaseException | None) -> LayerUnavailable:
         return LayerUnavailable(
             "The database takes no writes: it is a standby, or read-only by its settings."
         )
-    if isinstance(reason, psycopg.Error) and reason.sqlstate == CANCELED and not _is_by_request(reason):
+    if (
+        isinstance(reason, psycopg.Error)
+        and reason.sqlstate == CANCELED
+        and not _is_by_request(reason)
+    ):
         return LayerUnavailable(TIMED_OUT)
     beginning = "The database refused the call: " if was_refused(reason) else AWAY
     return LayerUnavailable(f"{beginning}{words_of(reason)}")
@@ -143,7 +153,8 @@ def was_refused(error: BaseException) -> bool:
     """Whether the database was there, and had something against the statement itself."""
     reason = error if isinstance(error, psycopg.Error) else error.__cause__
     return isinstance(error, NotMigrated) or (
-        isinstance(reason, psycopg.Error) and not (reason.sqlstate or "08").startswith(_AWAY_CLASSES)
+        isinstance(reason, psycopg.Error)
+        and not (reason.sqlstate or "08").startswith(_AWAY_CLASSES)
     )
 
 
@@ -176,7 +187,9 @@ def is_hopeless(error: BaseException | None) -> bool:
     _, *attempts = _ATTEMPT.split(str(error))
     if not attempts:
         pgconn = error.pgconn
-        return bool(_HOPELESS.search(str(error))) or (pgconn is not None and bool(pgconn.needs_password))
+        return bool(_HOPELESS.search(str(error))) or (
+            pgconn is not None and bool(pgconn.needs_password)
+        )
     said: dict[str, bool] = {}
     for host, text in zip(attempts[::2], attempts[1::2], strict=True):
         said[host] = said.get(host, False) or bool(_HOPELESS.search(text))

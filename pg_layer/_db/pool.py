@@ -94,7 +94,9 @@ class Connections:
         self._is_closed = False
         # Guards the next three, so that no session is put aside while somebody waits for one.
         self._lock = threading.Lock()
-        self._free: dict[Session, float] = {}  # at hand, and since when; the last one used comes last
+        self._free: dict[
+            Session, float
+        ] = {}  # at hand, and since when; the last one used comes last
         self._lent: dict[Session, asyncio.AbstractEventLoop] = {}  # to other loops
         self._getting = 0  # callers that wait for the pool
         self._out: dict[Session, float] = {}  # those that the pool has given, and since when
@@ -187,7 +189,10 @@ class Connections:
         if none has; on another loop than the pool's also `NotBegun`, if no session is at hand.
         """
         attempts = Attempts(
-            self._config, is_idempotent=is_idempotent, is_read=is_read, gives_up=lambda: self.gives_up
+            self._config,
+            is_idempotent=is_idempotent,
+            is_read=is_read,
+            gives_up=lambda: self.gives_up,
         )
         is_guest = asyncio.get_running_loop() is not self._loop
         deadline = time.monotonic() + timeout
@@ -388,7 +393,8 @@ def connection_kwargs(
 def are_named(config: Config) -> bool:
     """Whether connections tell whose they are."""
     return all(
-        connection_kwargs(config, role).get("application_name") == _NAME for role in ("pool", "listen")
+        connection_kwargs(config, role).get("application_name") == _NAME
+        for role in ("pool", "listen")
     )
 
 

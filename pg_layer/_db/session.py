@@ -40,7 +40,9 @@ class Session:
     `is_reusable` is false, a statement is under way or a transaction open: only `settle` may be called.
     """
 
-    def __init__(self, conn: AsyncConnection[Any] | Connection[Any], *, can_prepare: bool = False) -> None:
+    def __init__(
+        self, conn: AsyncConnection[Any] | Connection[Any], *, can_prepare: bool = False
+    ) -> None:
         self.conn = conn
         self.can_prepare = can_prepare
         self.patience = PATIENCE  # seconds for each answer; then the connection is cut
@@ -157,7 +159,10 @@ class Session:
         """Wait for a statement whose caller was cancelled, and roll back a transaction that it left open."""
         if self._is_waiting:
             await self._results(is_late=True)
-        if self._pgconn.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+        if self._pgconn.transaction_status in (
+            pq.TransactionStatus.INTRANS,
+            pq.TransactionStatus.INERROR,
+        ):
             self._pgconn.send_query_params(b"ROLLBACK", None)
             self._is_waiting = True
             _checked(await self._results())

@@ -40,7 +40,9 @@ class MembershipWriter:
         self._connections = connections
         self._spawn = spawn
         self._lock = asyncio.Lock()  # one statement at a time: they take effect in this order
-        self._due: dict[Pair, int] = {}  # pairs whose row may differ, with the claim that was applied
+        self._due: dict[
+            Pair, int
+        ] = {}  # pairs whose row may differ, with the claim that was applied
         self._may_have_old_rows = False
         self._is_writing = False
 
@@ -141,7 +143,9 @@ class MembershipWriter:
             # A change during the statement makes a pair due again.
             part = {pair: self._due.pop(pair) for pair in list(islice(self._due, PART))}
             try:
-                await self._write(self._rows(part), time.monotonic() + self._client.config.send_timeout)
+                await self._write(
+                    self._rows(part), time.monotonic() + self._client.config.send_timeout
+                )
             except BaseException:
                 for pair, claim in part.items():
                     self._due[pair] = max(self._due.get(pair, 0), claim)
@@ -160,7 +164,10 @@ class MembershipWriter:
         self._may_have_old_rows = False
         try:
             await self._connections.run(
-                work, timeout=READ_TIMEOUT, patience=self._client.config.send_timeout, is_idempotent=True
+                work,
+                timeout=READ_TIMEOUT,
+                patience=self._client.config.send_timeout,
+                is_idempotent=True,
             )
         except BaseException:
             self._may_have_old_rows = True

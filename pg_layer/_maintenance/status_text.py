@@ -34,7 +34,11 @@ class Page(NamedTuple):
 
 def page(problems: Sequence[str], status: Status | None) -> Page:
     """``status``: None, if the database could not be asked."""
-    return Page(problems, [], []) if status is None else Page(problems, _facts(status), _sections(status))
+    return (
+        Page(problems, [], [])
+        if status is None
+        else Page(problems, _facts(status), _sections(status))
+    )
 
 
 def _facts(status: Status) -> list[str]:
@@ -51,7 +55,12 @@ def _sections(status: Status) -> list[Section]:
         Section(
             f"Clients: {status.live_clients} live, {status.overdue_clients} overdue, "
             f"{status.ended_clients} ended within a day",
-            [("host", _LEFT), ("process", _RIGHT), ("lease renewed", _RIGHT), ("lease left", _RIGHT)]
+            [
+                ("host", _LEFT),
+                ("process", _RIGHT),
+                ("lease renewed", _RIGHT),
+                ("lease left", _RIGHT),
+            ]
             + [("connections", _RIGHT), ("client", _LEFT)],
             [
                 (
@@ -68,7 +77,10 @@ def _sections(status: Status) -> list[Section]:
         Section(
             f"Groups: {status.all_groups}, with {status.all_members} members",
             [("group", _LEFT), ("members", _RIGHT), ("addresses", _RIGHT)],
-            [(_shown(group.name), str(group.members), str(group.addresses)) for group in status.groups],
+            [
+                (_shown(group.name), str(group.members), str(group.addresses))
+                for group in status.groups
+            ],
         ),
         Section(
             f"Normal channels with a backlog: {status.all_channels}, with {status.all_waiting} messages",
@@ -80,7 +92,13 @@ def _sections(status: Status) -> list[Section]:
         ),
         Section(
             "Tables",
-            [("table", _LEFT), ("size", _RIGHT), ("indexes", _RIGHT), ("rows", _RIGHT), ("dead", _RIGHT)],
+            [
+                ("table", _LEFT),
+                ("size", _RIGHT),
+                ("indexes", _RIGHT),
+                ("rows", _RIGHT),
+                ("dead", _RIGHT),
+            ],
             [
                 (
                     table.name,
@@ -140,7 +158,9 @@ def rich(page: Page, width: int, *, has_colours: bool) -> str:
         parts.append(table)
     text = StringIO()
     # Given the width alone, it takes 80 columns where TERM is "dumb".
-    console = Console(file=text, width=width, height=25, force_terminal=True, no_color=not has_colours)
+    console = Console(
+        file=text, width=width, height=25, force_terminal=True, no_color=not has_colours
+    )
     console.print(Group(*parts))
     return text.getvalue()
 

@@ -55,7 +55,9 @@ def parse(payload: str, prefix: str, own_address: str) -> Announcement:
     if letter in ("R", "r"):
         boot, xid, name, first, last = rest.split(" ")
         address = group_address(prefix, name[1:]) if name.startswith("@") else own_address
-        span = Span(address, _bigint(boot), _bigint(xid), letter == "r", _bigint(first), _bigint(last))
+        span = Span(
+            address, _bigint(boot), _bigint(xid), letter == "r", _bigint(first), _bigint(last)
+        )
         return ToRead(span)
     if letter == "J":
         return Jobs(_bigint(rest))
@@ -70,7 +72,9 @@ def _messages(words: list[str], marked: bool) -> Messages:
     boot, xid = _bigint(words[0]), _bigint(words[1])
     rows = []
     rest = iter(words[2:])
-    for name, number, expires_at, excluded, payload in zip(rest, rest, rest, rest, rest, strict=True):
+    for name, number, expires_at, excluded, payload in zip(
+        rest, rest, rest, rest, rest, strict=True
+    ):
         id, end = int(number), float(expires_at)
         if not name or not 0 <= id <= LAST_ID or math.isnan(end):
             raise ValueError("An entry is malformed.")

@@ -76,7 +76,13 @@ class Codec:
     `pg_layer._config.options` checks them.
     """
 
-    __slots__ = ("_allow_unencrypted", "_crypter", "_max_message_size", "_pack", "_serializer_format")
+    __slots__ = (
+        "_allow_unencrypted",
+        "_crypter",
+        "_max_message_size",
+        "_pack",
+        "_serializer_format",
+    )
 
     def __init__(
         self,
@@ -93,7 +99,9 @@ class Codec:
         # `packb` makes a packer for each message: 0.2 µs dearer than a packer for each thread, but that one
         # could be entered a second time while it works, by a finaliser that sends, and keeps the largest
         # buffer it ever needed.
-        self._pack: Callable[[object], bytes] = _to_json if serializer_format == "json" else msgpack.packb
+        self._pack: Callable[[object], bytes] = (
+            _to_json if serializer_format == "json" else msgpack.packb
+        )
         self._crypter = _make_crypter(keys, prefix) if keys else None
 
     def encode(self, message: object, name: str) -> bytes:
@@ -139,7 +147,9 @@ class Codec:
         fault = _find_fault(message, as_json=self._serializer_format == "json")
         if fault is not None:
             return InvalidMessage(fault)
-        return error or InvalidMessage("The message could not be serialised: it changed while it was sent.")
+        return error or InvalidMessage(
+            "The message could not be serialised: it changed while it was sent."
+        )
 
     def open(self, payload: bytes, name: str) -> bytes:
         """The plaintext of a stored payload, to be given to `decode` as often as there are readers.
@@ -308,16 +318,18 @@ def _fault_at(place: _Place, as_json: bool) -> str | None:
     if isinstance(value, str):
         return None if _is_encodable(value) else f"holds {_SURROGATE}"
     if isinstance(value, int):
-        return None if INT_MIN <= value <= INT_MAX else "does not fit into 64 bits, signed. Send it as a str."
+        return (
+            None
+            if INT_MIN <= value <= INT_MAX
+            else "does not fit into 64 bits, signed. Send it as a str."
+        )
     if isinstance(value, float):
         if as_json and not math.isfinite(value):
             return f"is not a finite number, which JSON cannot carry. Send None, {_OR_MSGPACK}"
         return None
     if isinstance(value, (bytes, bytearray, memoryview)):
         if as_json:
-            return (
-                f"is {type(value).__name__}, which JSON cannot carry. Send it as text (base64), {_OR_MSGPACK}"
-            )
+            return f"is {type(value).__name__}, which JSON cannot carry. Send it as text (base64), {_OR_MSGPACK}"
         if isinstance(value, memoryview) and not value.c_contiguous:
             return "is a memoryview of scattered memory. Send bytes() of it."
         return None
@@ -381,7 +393,9 @@ def _is_encodable(text: str) -> bool:
 
 
 def _quoted(key: str) -> str:
-    return json.dumps(key if len(key) <= 40 else key[:39] + "…", ensure_ascii=not _is_encodable(key))
+    return json.dumps(
+        key if len(key) <= 40 else key[:39] + "…", ensure_ascii=not _is_encodable(key)
+    )
 
 
 def _unknown_format(payload: bytes) -> str:

@@ -68,7 +68,9 @@ def _end_of_child() -> None:
     others = [thread for thread in threading.enumerate() if not thread.daemon]
     others = [thread for thread in others if thread is not threading.current_thread()]
     if others:
-        threading.Thread(target=_leave_after, args=(others,), name="pg_layer-farewell", daemon=False).start()
+        threading.Thread(
+            target=_leave_after, args=(others,), name="pg_layer-farewell", daemon=False
+        ).start()
     else:
         _leave_all()
 
@@ -99,7 +101,11 @@ def heed_sigterm() -> None:
         handler = signal.getsignal(signal.SIGTERM)
         if handler is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _leave_and_die)
-        elif callable(handler) and handler is not _leave_and_die and not isinstance(handler, _Noticed):
+        elif (
+            callable(handler)
+            and handler is not _leave_and_die
+            and not isinstance(handler, _Noticed)
+        ):
             signal.signal(signal.SIGTERM, _Noticed(handler))
     except ValueError:  # an interpreter within another's process, whose signals are not ours
         return

@@ -17,13 +17,17 @@ from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 T = TypeVar("T")
 
-HELD_UP = 0.5  # seconds without a turn of the loop, after which the caller is told that it is blocked
+HELD_UP = (
+    0.5  # seconds without a turn of the loop, after which the caller is told that it is blocked
+)
 LOOK = 0.1  # seconds between two looks at whether the other loop still runs
 
 
 def silent(thread: threading.Thread) -> str:
     """What to tell a caller whom the event loop in a thread does not answer."""
-    return f"The event loop that serves the channel layer, in thread {thread.name}, does not answer."
+    return (
+        f"The event loop that serves the channel layer, in thread {thread.name}, does not answer."
+    )
 
 
 def held_up(thread: threading.Thread, seconds: float) -> str:
@@ -53,7 +57,9 @@ async def run_on(
     `OutcomeUnknown`, or `LayerUnavailable` if it ``is_read``, which changes nothing.
     """
     deadline = time.monotonic() + timeout
-    asked_at: float | None = None  # when that loop was asked to run `answered`, which it has not yet
+    asked_at: float | None = (
+        None  # when that loop was asked to run `answered`, which it has not yet
+    )
 
     def answered() -> None:
         nonlocal asked_at

@@ -51,7 +51,9 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self.is_blocked = False  # dispatch waits
         self._flushes: dict[Key, asyncio.Future[None]] = {}
-        self._changing: Counter[Pair] = Counter()  # memberships that the owner itself changes right now
+        self._changing: Counter[Pair] = (
+            Counter()
+        )  # memberships that the owner itself changes right now
         self._change_ended = asyncio.Event()
 
     def start(self) -> None:
@@ -256,7 +258,11 @@ class Dispatcher:
         # The owner itself may have added the first member meanwhile, and has not listened before that.
         opened = client.memberships.opened_after(group, boot, row.xid)
         if group not in client.memberships.groups or opened is not None:
-            self._block(partial(self._receiver.join, row, group, channel, expires_at, since, change["claim"]))
+            self._block(
+                partial(
+                    self._receiver.join, row, group, channel, expires_at, since, change["claim"]
+                )
+            )
             return False
         if not client.memberships.overrule(group, channel, boot, row.xid, since):
             client.memberships.add(group, client.queue(channel), expires_at, since)

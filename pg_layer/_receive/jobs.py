@@ -166,7 +166,9 @@ class JobReaders:
     async def _claim(self, reader: JobReader) -> None:
         queue = reader.queue
         while (
-            reader.may_have_more and not self._receiver.is_in_doubt and (missing := self._missing(reader)) > 0
+            reader.may_have_more
+            and not self._receiver.is_in_doubt
+            and (missing := self._missing(reader)) > 0
         ):
             reader.may_have_more = False
             if self._loop.time() - reader.claimed_at < QUICK:
@@ -250,7 +252,9 @@ class JobReaders:
 
     async def _release(self, reader: JobReader) -> None:
         client, channel = self._client, reader.queue.channel
-        if channel in client.releasing:  # begun by the last owner loop, or before an unexpected error
+        if (
+            channel in client.releasing
+        ):  # begun by the last owner loop, or before an unexpected error
             await self._resolve(reader)
             return
         # Not before this runs: else they would be nobody's if the loop ended first.
@@ -282,7 +286,9 @@ class JobReaders:
     async def _resolve(self, reader: JobReader) -> None:
         """Find out which jobs were not released: they are still at the own address."""
         messages = self._client.releasing[reader.queue.channel]
-        self._released(reader, await self._remaining([message.key for message in messages if message.key]))
+        self._released(
+            reader, await self._remaining([message.key for message in messages if message.key])
+        )
 
     def _released(self, reader: JobReader, remaining: set[Key]) -> None:
         messages = self._client.releasing.pop(reader.queue.channel)
@@ -299,7 +305,9 @@ class JobReaders:
     async def _release_on(self, session: Session, keys: list[Key], quiet: bool) -> bool:
         client = self._client
         await self._receiver.raise_fence(session)
-        await queries.release(session, client.config.prefix, client.address, client.fence, keys, quiet=quiet)
+        await queries.release(
+            session, client.config.prefix, client.address, client.fence, keys, quiet=quiet
+        )
         return not quiet
 
     def _announce_later(self, channel: str, first: int) -> None:

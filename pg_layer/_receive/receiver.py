@@ -284,7 +284,9 @@ class Receiver:
                 announcements.fail_catch_up()
                 continue
             announcements.end_catch_up()
-            if announcements.is_over_limit and (self.dispatcher.is_blocked or not announcements.rows):
+            if announcements.is_over_limit and (
+                self.dispatcher.is_blocked or not announcements.rows
+            ):
                 self._is_catch_up_due = True
             if not (announcements.is_incomplete or self._is_catch_up_due):
                 self._appended.set()
@@ -334,7 +336,8 @@ class Receiver:
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
             self._spawn(
-                "The deletion of received messages after a restart", partial(self._delete_received, moment)
+                "The deletion of received messages after a restart",
+                partial(self._delete_received, moment),
             )
         return True
 
@@ -381,7 +384,9 @@ class Receiver:
             await asyncio.sleep(RETRY)
         try:
             await self._connections.run(
-                lambda session: queries.delete_received(session, client.address, moment, client.held_keys()),
+                lambda session: queries.delete_received(
+                    session, client.address, moment, client.held_keys()
+                ),
                 timeout=client.config.send_timeout,
                 is_idempotent=True,
             )
@@ -407,7 +412,9 @@ class Receiver:
                 rows = await queries.read_keys(session, part)
                 if self._is_behind:
                     return False
-                client.announcements.append_late(rows, self._joining, client.memberships.opened_groups)
+                client.announcements.append_late(
+                    rows, self._joining, client.memberships.opened_groups
+                )
                 self.pump()
             return not self._is_behind
 
@@ -467,7 +474,9 @@ class Receiver:
         client.announcements.dispatched((row,))
         self._joining = None
         cursor = client.cursor
-        here = missed if self._waiting is None else client.announcements.between(missed, self._waiting)
+        here = (
+            missed if self._waiting is None else client.announcements.between(missed, self._waiting)
+        )
         if len(here) < len(missed):
             missed, self._waiting, self._is_catch_up_due = here, None, True
             self._drained.set()  # it begins again with this group, and brings in order what comes behind
@@ -477,7 +486,9 @@ class Receiver:
         if group in client.memberships.groups:
             # What came after that was heard, and may have been dispatched.
             missed = [
-                each for each in missed if opened is not None and opened.sees(cursor.boot_of(each), each.xid)
+                each
+                for each in missed
+                if opened is not None and opened.sees(cursor.boot_of(each), each.xid)
             ]
         if not client.memberships.overrule(group, channel, boot, row.xid, since):
             # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
@@ -510,14 +521,18 @@ class Receiver:
             lost.cancel()
             ping.cancel()
 
-    async def _read_missed(self, address: str, bucket: str, low_id: int, since: Moment) -> list[Row]:
+    async def _read_missed(
+        self, address: str, bucket: str, low_id: int, since: Moment
+    ) -> list[Row]:
         """Read a group's rows that were not visible at a moment, from the first on."""
         rows: list[Row] = []
 
         async def read(session: Session) -> list[Row]:
             last_id = rows[-1].id if rows else low_id
             boot = self._client.cursor.latest_boot
-            return await queries.new_in_group(session, address, last_id, since, boot, queries.READ_ROWS)
+            return await queries.new_in_group(
+                session, address, last_id, since, boot, queries.READ_ROWS
+            )
 
         while True:
             try:

@@ -109,7 +109,9 @@ class Engine:
         except RuntimeError:  # closed: whoever takes over finds what is to be done in the client
             pass
 
-    async def bridge(self, work: Callable[[], Coroutine[Any, Any, T]], *, is_read: bool = False) -> T:
+    async def bridge(
+        self, work: Callable[[], Coroutine[Any, Any, T]], *, is_read: bool = False
+    ) -> T:
         """Run on the engine's loop what may be done twice, and wait for it on this one.
 
         ``is_read``: it changes nothing. Raises `NotBegun` if the engine ends before that is done: another one
@@ -152,7 +154,9 @@ class Engine:
                 # These have been cancelled as well.
                 await _end_of(self.tasks.running)
                 # What other loops write right now has nothing to do with the end of this one.
-                await asyncio.wait({self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT)
+                await asyncio.wait(
+                    {self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT
+                )
                 await self.connections.close()
             except asyncio.CancelledError:
                 # The loop ends while `stop` or `close` waits here. The pool must still be closed: its worker
@@ -187,11 +191,15 @@ class Engine:
 
     async def group_channels(self, group: str) -> list[str]:
         """The channels in a group, without those of clients that are gone."""
-        return await self._ask(partial(groups.group_channels, prefix=self.client.config.prefix, group=group))
+        return await self._ask(
+            partial(groups.group_channels, prefix=self.client.config.prefix, group=group)
+        )
 
     async def group_count(self, group: str) -> int:
         """How many they are."""
-        return await self._ask(partial(groups.group_count, prefix=self.client.config.prefix, group=group))
+        return await self._ask(
+            partial(groups.group_count, prefix=self.client.config.prefix, group=group)
+        )
 
     async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
         timeout = self.client.config.send_timeout
@@ -228,7 +236,9 @@ class Engine:
         if self.owner is not None or self.is_closed:
             return
         self._predecessor = predecessor
-        self.owner = Owner(self.client, self.connections, self.outage, self.tasks, self._wait_for_predecessor)
+        self.owner = Owner(
+            self.client, self.connections, self.outage, self.tasks, self._wait_for_predecessor
+        )
         config = self.client.config
         # Heartbeats use one connection: it is not closed between two of them.
         period = max(idle_period(SENDER_IDLE), 2.5 * config.heartbeat)
@@ -286,7 +296,11 @@ class Engine:
             await self._close()
         elif self.loop.is_running():
             await run_on(
-                self.loop, self.thread, self._close(), self.client.config.send_timeout + 1, goes_on=True
+                self.loop,
+                self.thread,
+                self._close(),
+                self.client.config.send_timeout + 1,
+                goes_on=True,
             )
         else:
             self.abandon()
@@ -315,7 +329,9 @@ class Engine:
                 is_idempotent=True,
             )
         except PgLayerError as error:
-            logger.warning("Could not give back the lease on closing; it runs out by itself: %s", error)
+            logger.warning(
+                "Could not give back the lease on closing; it runs out by itself: %s", error
+            )
         else:
             client.has_lease = False
 
@@ -323,7 +339,9 @@ class Engine:
         """Close when what was begun is done, or soon if the client ends. Otherwise that lives on."""
         finishing = self.loop.create_task(self.sender.finish())
         try:
-            await asyncio.wait({finishing}, timeout=STOP_TIMEOUT if self.connections.is_ending else None)
+            await asyncio.wait(
+                {finishing}, timeout=STOP_TIMEOUT if self.connections.is_ending else None
+            )
         finally:
             finishing.cancel()
         await self._stop_tasks()

@@ -49,7 +49,9 @@ async def examine(engine: Engine) -> Health:
             problems.append("A notification to itself was not heard.")
     except PgLayerError as error:
         # What became of the ping itself matters to nobody.
-        problems.append(AWAY + reason_of(error) if isinstance(error, OutcomeUnknown) else str(error))
+        problems.append(
+            AWAY + reason_of(error) if isinstance(error, OutcomeUnknown) else str(error)
+        )
     except Exception as error:
         problems.append(f"The ping failed: {words(error)}")
     if engine.outage.why is not None:
@@ -63,7 +65,9 @@ async def examine(engine: Engine) -> Health:
     return Health(
         lease_age=lease_age,
         listener="off" if owner is None else owner.listening,
-        last_notification=None if heard_at is None else asyncio.get_running_loop().time() - heard_at,
+        last_notification=None
+        if heard_at is None
+        else asyncio.get_running_loop().time() - heard_at,
         round_trip=round_trip,
         problems=problems,
     )

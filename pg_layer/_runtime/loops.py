@@ -31,7 +31,7 @@ from pg_layer._process import shutdown as termination
 from pg_layer._process.threads import are_threads_real, is_passing
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
-from pg_layer._send.operations import Change, Op
+from pg_layer._send.operations import Change, Operation
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
@@ -141,7 +141,8 @@ class Loops:
         """Whether nothing waits for the database: see `Connections.gives_up`. From any thread."""
         engines = (self._home, self._owner)
         return any(
-            engine is not None and not engine.is_closed and engine.connections.gives_up for engine in engines
+            engine is not None and not engine.is_closed and engine.connections.gives_up
+            for engine in engines
         )
 
     # ------------------------------------------------------------------ which engine
@@ -175,7 +176,9 @@ class Loops:
                 return self._move_here()
             engine = self._borrow_background()
             if self.client.has_lease:
-                self._make_owner(engine)  # the loop that received has ended: another must keep the lease
+                self._make_owner(
+                    engine
+                )  # the loop that received has ended: another must keep the lease
             return engine
 
     def for_own_changes(self) -> Engine:
@@ -199,20 +202,20 @@ class Loops:
             self._make_owner(engine)
             return engine
 
-    async def submit(self, op: Op) -> Any:
+    async def submit(self, operation: Operation) -> Any:
         """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
-        if isinstance(op, Change):
-            change = op
-            find = self.for_own_changes if self.client.owns(op.channel) else self.for_sending
+        if isinstance(operation, Change):
+            change = operation
+            find = self.for_own_changes if self.client.owns(operation.channel) else self.for_sending
             return await self.run(find, lambda engine: engine.change(change))
         client, loop = self.client, asyncio.get_running_loop()
         while True:
             try:
                 home = self._home
                 if home is not None and home.loop is loop and not home.is_closed:
-                    return await home.sender.submit(op)
+                    return await home.sender.submit(operation)
                 # Such a loop runs until its one call has ended, and cancels what it leaves.
-                return await self.for_sending().sender.submit(op, may_write=is_passing(loop))
+                return await self.for_sending().sender.submit(operation, may_write=is_passing(loop))
             except NotBegun:  # that loop has ended: another takes over
                 await asyncio.sleep(0)
             except LayerUnavailable as error:
@@ -243,7 +246,9 @@ class Loops:
             raise LayerUnavailable("The channel layer was closed.")
         except LayerUnavailable as error:
             if may_have_begun and not is_read and not isinstance(error, OutcomeUnknown):
-                raise OutcomeUnknown(f"{error} It is unknown whether the call took effect.") from error
+                raise OutcomeUnknown(
+                    f"{error} It is unknown whether the call took effect."
+                ) from error
             self._raise(error, client)
 
     def joined(self, channel: str) -> None:
@@ -252,7 +257,9 @@ class Loops:
         If it is of this process, an owner must apply that.
         """
         if self.client.owns(channel):
-            self.client.has_lease = True  # its end removes the row, also if it comes before the first renewal
+            self.client.has_lease = (
+                True  # its end removes the row, also if it comes before the first renewal
+            )
             if are_threads_real():  # otherwise the next loop that receives applies it
                 self.for_own_changes()
 
@@ -341,7 +348,9 @@ class Loops:
 
     async def _end_all(self, present: Client) -> None:
         earlier = [client for client in list(self._ending) if client is not present]
-        error, *others = await asyncio.gather(*map(self._end, (present, *earlier)), return_exceptions=True)
+        error, *others = await asyncio.gather(
+            *map(self._end, (present, *earlier)), return_exceptions=True
+        )
         for other in filter(None, others):
             logger.debug("Could not close an earlier client.", exc_info=other)
         if error is not None:
@@ -374,7 +383,11 @@ class Loops:
         if not clients:
             return
         try:
-            kwargs = {**self._config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
+            kwargs = {
+                **self._config.connect_kwargs("pool"),
+                "connect_timeout": 2,
+                "autocommit": True,
+            }
             with closing_connection(psycopg.connect(**kwargs)) as conn:
                 for client in clients:
                     self._leave_on(conn, client)

@@ -26,7 +26,7 @@ from pg_layer._process.tasks import Tasks
 from pg_layer._receive.listener import Listener
 from pg_layer._receive.receiver import Receiver
 from pg_layer._runtime.lease import Lease
-from pg_layer._send.batcher import Lane, Outcome
+from pg_layer._send.batcher import Batcher, Outcome
 from pg_layer._send.operations import Change
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
@@ -72,13 +72,19 @@ class Owner:
         self.polls_because: str | None = None  # although it was not asked to
         config = client.config
         self._listener = (
-            Listener(config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id, spawn)
+            Listener(
+                config, self._prepare, self._on_connect, self._hear, self._on_lost, client.id, spawn
+            )
             if config.poll_interval is None
             else None
         )
         self._writer = MembershipWriter(client, connections, spawn)
-        self.changes = Lane[Change](
-            asyncio.get_running_loop(), self._change, spawn, lambda _: CHANGE_SIZE, config.send_timeout
+        self.changes = Batcher[Change](
+            asyncio.get_running_loop(),
+            self._change,
+            spawn,
+            lambda _: CHANGE_SIZE,
+            config.send_timeout,
         )
         self._receiver: Receiver | None = None
         self._lease: Lease | None = None
@@ -257,7 +263,9 @@ class Owner:
             self._fallbacks += 1
             number = self._fallbacks
             logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
-            self._poll_until(FALLBACK_POLL, lambda: self.polls_because is None or self._fallbacks != number)
+            self._poll_until(
+                FALLBACK_POLL, lambda: self.polls_because is None or self._fallbacks != number
+            )
 
     def _hears_again(self) -> None:
         self._is_deaf = False
@@ -268,7 +276,9 @@ class Owner:
 
     def _poll_until(self, interval: float, is_over: Callable[[], bool]) -> None:
         async def poll_once() -> None:
-            if not is_over():  # at each try: polling that fails ends, too, when notifications arrive again
+            if (
+                not is_over()
+            ):  # at each try: polling that fails ends, too, when notifications arrive again
                 await self._poll()
 
         async def poll() -> None:
@@ -304,14 +314,18 @@ class Owner:
         for pair in client.memberships.expire(client.clock.now()):
             self._writer.write_soon(*pair)
         if self.polls_because is not None:
-            await self._connections.run(queries.look_at_queue, timeout=heartbeat, is_idempotent=True)
+            await self._connections.run(
+                queries.look_at_queue, timeout=heartbeat, is_idempotent=True
+            )
         if listener is None or not listener.is_connected:
             await self.lease.renew(None)
             if listener is not None:
                 self.receiver.catch_up_soon()  # the pool's way is open
         elif await self.receiver.ping(self.lease.renew, heartbeat / 2):
             self._hears_again()
-            if self._outage.why is not None:  # a call failed, and the listening connection has stayed
+            if (
+                self._outage.why is not None
+            ):  # a call failed, and the listening connection has stayed
                 self.receiver.catch_up_soon()
         elif self.polls_because is not None:
             await self._listen_from_the_end(listener)
@@ -321,7 +335,9 @@ class Owner:
             self._fall_back("they do not arrive, although the server takes LISTEN and NOTIFY.")
         else:
             self._is_deaf = True
-            logger.warning("The database answers, but its notifications do not arrive: reconnecting.")
+            logger.warning(
+                "The database answers, but its notifications do not arrive: reconnecting."
+            )
             listener.reconnect()
 
     async def _listen_from_the_end(self, listener: Listener) -> None:

@@ -1,6 +1,6 @@
 """Natural batching: one write in flight, what comes meanwhile goes together in the next.
 
-No timer and so no added latency: an operation on an idle lane goes at once, in its caller's own task. Under
+No timer and so no added latency: an operation on an idle batcher goes at once, in its caller's own task. Under
 load the number of statements falls by the size of the batches.
 """
 
@@ -17,7 +17,7 @@ from pg_layer._process.tasks import Spawn
 from pg_layer._process.threads import held_up, silent
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
-Op = TypeVar("Op")
+Operation = TypeVar("Operation")
 
 MAX_OPS = 500
 GRACE = 1.0  # seconds that a caller on another loop waits longer than the write may take
@@ -32,15 +32,15 @@ Outcome = object
 class _Ticket:
     """An operation that waits for its write, or is being written."""
 
-    __slots__ = ("deadline", "future", "is_begun", "is_seen", "loop", "op")
+    __slots__ = ("deadline", "future", "is_begun", "is_seen", "loop", "operation")
 
-    def __init__(self, op: Any, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        self.op = op
+    def __init__(self, operation: Any, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        self.operation = operation
         self.loop = loop
         self.future: asyncio.Future[Any] = loop.create_future()
         self.deadline = deadline  # by time.monotonic()
         self.is_begun = False  # it may have been written from here on
-        self.is_seen = False  # the lane's loop has run since
+        self.is_seen = False  # the batcher's loop has run since
 
     def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
         if self.loop is here:
@@ -60,7 +60,7 @@ class _Ticket:
             self.future.set_result(outcome)
 
 
-class Lane(Generic[Op]):
+class Batcher(Generic[Operation]):
     """A queue of operations of one kind, written in batches, each caller told its own outcome.
 
     ``write`` takes a batch and the seconds it may take, and returns an outcome for each operation; if it
@@ -75,9 +75,9 @@ class Lane(Generic[Op]):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        write: Callable[[list[Op], float], Awaitable[Sequence[Outcome]]],
+        write: Callable[[list[Operation], float], Awaitable[Sequence[Outcome]]],
         spawn: Spawn,
-        weigh: Callable[[Op], int],
+        weigh: Callable[[Operation], int],
         timeout: float,
     ) -> None:
         self._loop = loop
@@ -101,13 +101,13 @@ class Lane(Generic[Op]):
         """How many operations wait for the write in flight. From any thread."""
         return len(self._queue)
 
-    async def submit(self, op: Op, *, may_write: bool = False) -> Any:
-        """Write ``op``; when it is committed, returns or raises its own outcome.
+    async def submit(self, operation: Operation, *, may_write: bool = False) -> Any:
+        """Write ``operation``; when it is committed, returns or raises its own outcome.
 
         ``may_write``: this loop, if it is another, will not stop before what it has begun has ended or was
         cancelled. Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
-        Raises `NotBegun` if the lane was closed before; if its loop ended, stopped or was blocked,
-        `OutcomeUnknown` if ``op`` was being written, and `LayerUnavailable` if not.
+        Raises `NotBegun` if the batcher was closed before; if its loop ended, stopped or was blocked,
+        `OutcomeUnknown` if ``operation`` was being written, and `LayerUnavailable` if not.
         """
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + self._timeout
@@ -117,7 +117,7 @@ class Lane(Generic[Op]):
             raise NotBegun
         if (is_here or may_write) and not self._is_busy and self._try_begin(is_guests=not is_here):
             try:
-                (outcome,) = await self._write([op], self._timeout)
+                (outcome,) = await self._write([operation], self._timeout)
             except NotBegun as error:
                 if is_here:
                     raise
@@ -128,7 +128,7 @@ class Lane(Generic[Op]):
                 return outcome
             finally:
                 self._continue(is_here)
-        ticket = _Ticket(op, loop, deadline)
+        ticket = _Ticket(operation, loop, deadline)
         if is_here:
             self._enqueue(ticket)
             return await ticket.future
@@ -148,12 +148,14 @@ class Lane(Generic[Op]):
             timer.cancel()
 
     def _give_up_on(self, ticket: _Ticket) -> None:
-        """The lane's loop has not answered in time. On the caller's loop."""
+        """The batcher's loop has not answered in time. On the caller's loop."""
         waited = time.monotonic() - ticket.deadline + self._timeout
         why = silent(self._thread) if ticket.is_seen else held_up(self._thread, waited)
         with self._lock:
             if ticket.is_begun:
-                error: LayerUnavailable = OutcomeUnknown(f"{why} It is unknown whether the call took effect.")
+                error: LayerUnavailable = OutcomeUnknown(
+                    f"{why} It is unknown whether the call took effect."
+                )
             else:
                 error = LayerUnavailable(f"{why} The call did not take effect.")
             ticket.settle(error, ticket.loop)
@@ -168,7 +170,7 @@ class Lane(Generic[Op]):
         with self._lock:
             if self._is_busy or self._closed:
                 return False
-            self._is_guests = is_guests  # first: who sees the lane busy sees whose write it is
+            self._is_guests = is_guests  # first: who sees the batcher busy sees whose write it is
             self._is_busy = True
             return True
 
@@ -201,13 +203,13 @@ class Lane(Generic[Op]):
             self._work_or_rest()
             return
         with self._lock:
-            # Who enqueues finds the lane busy before, and free after.
+            # Who enqueues finds the batcher busy before, and free after.
             if not self._queue and not self._closed:
                 self._is_busy = False
                 return
         try:
             self._loop.call_soon_threadsafe(self._work_or_rest)
-        except RuntimeError:  # its loop is closed, and with it the lane
+        except RuntimeError:  # its loop is closed, and with it the batcher
             self._is_busy = False
 
     def _work_or_rest(self) -> None:
@@ -230,7 +232,7 @@ class Lane(Generic[Op]):
                 # The oldest is first, and has the least time left.
                 left = batch[0].deadline - time.monotonic()
                 try:
-                    outcomes = await self._write([ticket.op for ticket in batch], left)
+                    outcomes = await self._write([ticket.operation for ticket in batch], left)
                     settled = list(zip(batch, outcomes, strict=True))
                 except Exception as error:
                     settled = [(ticket, error) for ticket in batch]
@@ -260,7 +262,7 @@ class Lane(Generic[Op]):
             if ticket.deadline <= now:
                 queue.popleft().settle(LayerUnavailable(LATE), self._loop)
                 continue
-            weight += self._weigh(ticket.op)
+            weight += self._weigh(ticket.operation)
             if batch and weight > MAX_BYTES:
                 break
             queue.popleft()
@@ -269,7 +271,7 @@ class Lane(Generic[Op]):
         return batch
 
     async def guest_finishes(self) -> None:
-        """Returns when no guest writes any more. The lane was closed."""
+        """Returns when no guest writes any more. The batcher was closed."""
         while self._is_busy and self._is_guests:
             self._rested.clear()
             await self._rested.wait()

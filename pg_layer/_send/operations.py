@@ -36,7 +36,7 @@ class GroupSend(NamedTuple):
 class Many(NamedTuple):
     """Several messages for one statement, all for channels or all for groups."""
 
-    ops: Sequence[Send] | Sequence[GroupSend]
+    operations: Sequence[Send] | Sequence[GroupSend]
 
 
 class Change(NamedTuple):
@@ -48,10 +48,10 @@ class Change(NamedTuple):
     capacity: int
 
 
-Op = Send | GroupSend | Many | Change
+Operation = Send | GroupSend | Many | Change
 
 
-class Drafts:
+class OperationBuilder:
     """Makes operations of what callers give. Raises what is wrong with it, before anything is sent."""
 
     def __init__(
@@ -83,12 +83,18 @@ class Drafts:
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
         return GroupSend(group, self._encode(message, group_name(group)), seconds, exclude)
 
-    def send_many(self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None) -> Many:
+    def send_many(
+        self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None
+    ) -> Many:
         """Messages for channels; what is wrong with one of them names its index."""
         sends: list[Send] = []
         pairs = _pairs(messages)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
-        check_channel, encode, capacity_of = self._check_channel, self._encode, self._config.capacity_of
+        check_channel, encode, capacity_of = (
+            self._check_channel,
+            self._encode,
+            self._config.capacity_of,
+        )
         try:
             for channel, message in pairs:
                 check_channel(channel)
@@ -98,7 +104,10 @@ class Drafts:
         return _many(sends)
 
     def group_send_many(
-        self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None, exclude: str | None
+        self,
+        messages: Iterable[tuple[str, dict[str, Any]]],
+        expiry: float | None,
+        exclude: str | None,
     ) -> Many:
         """The same for groups."""
         sends: list[GroupSend] = []
@@ -131,7 +140,9 @@ def _seconds(expiry: float) -> float:
     if not isinstance(expiry, (int, float)) or isinstance(expiry, bool):
         raise TypeError(f"expiry must be a number of seconds, not {type(expiry).__name__}.")
     if not 0 < expiry <= MAX_SECONDS:
-        raise ValueError(f"expiry must be a number of seconds above 0, at most {MAX_SECONDS}, not {expiry}.")
+        raise ValueError(
+            f"expiry must be a number of seconds above 0, at most {MAX_SECONDS}, not {expiry}."
+        )
     return expiry
 
 
@@ -154,10 +165,10 @@ def _of_item(index: int, error: Exception) -> Exception:
     return kind(f"Item {index}: {error}")
 
 
-def _many(ops: Sequence[Send] | Sequence[GroupSend]) -> Many:
-    size = sum(len(op.payload) for op in ops)
+def _many(operations: Sequence[Send] | Sequence[GroupSend]) -> Many:
+    size = sum(len(operation.payload) for operation in operations)
     if size > MANY_BYTES:
         raise MessageTooLarge(
             f"The messages of a call may be {MANY_BYTES} bytes long together, not {size}: make several calls."
         )
-    return Many(ops)
+    return Many(operations)

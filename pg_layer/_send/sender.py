@@ -16,8 +16,8 @@ from pg_layer._db.session import Session
 from pg_layer._messages.rows import Key
 from pg_layer._process.tasks import Spawn
 from pg_layer._send.announcer import Announcer
-from pg_layer._send.batcher import Lane, Outcome
-from pg_layer._send.operations import Change, GroupSend, Many, Op, Send
+from pg_layer._send.batcher import Batcher, Outcome
+from pg_layer._send.operations import Change, GroupSend, Many, Operation, Send
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer._state.capacity import Room
 from pg_layer._state.client import Client
@@ -57,10 +57,12 @@ class Sender:
         self._room = Room()
         loop = self._loop = asyncio.get_running_loop()
         timeout = client.config.send_timeout
-        self._sends = Lane[Send | Many](loop, self._send, spawn, _payload_size, timeout)
-        self._group_sends = Lane[GroupSend | Many](loop, self._group_send, spawn, _payload_size, timeout)
-        self._asks = Lane[Change](loop, self._ask, spawn, lambda _: CHANGE_SIZE, timeout)
-        self._lane_of: dict[type, Lane[Any]] = {
+        self._sends = Batcher[Send | Many](loop, self._send, spawn, _payload_size, timeout)
+        self._group_sends = Batcher[GroupSend | Many](
+            loop, self._group_send, spawn, _payload_size, timeout
+        )
+        self._asks = Batcher[Change](loop, self._ask, spawn, lambda _: CHANGE_SIZE, timeout)
+        self._batcher_of: dict[type, Batcher[Any]] = {
             Send: self._sends,
             GroupSend: self._group_sends,
             Change: self._asks,
@@ -69,34 +71,36 @@ class Sender:
 
     def close(self) -> None:
         """Take no more."""
-        for lane in self._lane_of.values():
-            lane.close()
+        for batcher in self._batcher_of.values():
+            batcher.close()
 
     @property
     def waiting(self) -> int:
         """How many operations wait for a write in flight to end. From any thread."""
-        return sum(lane.waiting for lane in self._lane_of.values())
+        return sum(batcher.waiting for batcher in self._batcher_of.values())
 
     async def guests_finish(self) -> None:
         """Return when no other loop writes any more."""
-        await asyncio.gather(*(lane.guest_finishes() for lane in self._lane_of.values()))
+        await asyncio.gather(*(batcher.guest_finishes() for batcher in self._batcher_of.values()))
 
     async def finish(self) -> None:
         """Take no more. Return when the writes in flight have ended."""
-        await asyncio.gather(*(lane.finish() for lane in self._lane_of.values()))
+        await asyncio.gather(*(batcher.finish() for batcher in self._batcher_of.values()))
 
-    def submit(self, op: Op, *, may_write: bool = False) -> Coroutine[Any, Any, Any]:
+    def submit(self, operation: Operation, *, may_write: bool = False) -> Coroutine[Any, Any, Any]:
         """Write it, from any loop. Return when it is committed: of `Many`, whether each was accepted.
 
-        ``may_write`` as for `Lane.submit`. Raises `ChannelFull`, and as that.
+        ``may_write`` as for `Batcher.submit`. Raises `ChannelFull`, and as that.
         """
-        lane = self._lane_of[type(op.ops[0] if isinstance(op, Many) else op)]
-        return lane.submit(op, may_write=may_write)
+        batcher = self._batcher_of[
+            type(operation.operations[0] if isinstance(operation, Many) else operation)
+        ]
+        return batcher.submit(operation, may_write=may_write)
 
     # ------------------------------------------------------------------ writing
 
-    async def _send(self, ops: list[Send | Many], timeout: float) -> Sequence[Outcome]:
-        sends: list[Send] = _flat(ops)
+    async def _send(self, operations: list[Send | Many], timeout: float) -> Sequence[Outcome]:
+        sends: list[Send] = _flat(operations)
         room = self._room
 
         async def write(session: Session, *, quiet: bool) -> tuple[Sent, list[Unannounced]]:
@@ -105,10 +109,12 @@ class Sender:
 
         sent = await self._write(write, timeout)
         count_sent(self.client, len(sends), sent)
-        return _outcomes(ops, sent.full, channel_full)
+        return _outcomes(operations, sent.full, channel_full)
 
-    async def _group_send(self, ops: list[GroupSend | Many], timeout: float) -> Sequence[Outcome]:
-        sends: list[GroupSend] = _flat(ops)
+    async def _group_send(
+        self, operations: list[GroupSend | Many], timeout: float
+    ) -> Sequence[Outcome]:
+        sends: list[GroupSend] = _flat(operations)
 
         async def write(session: Session, *, quiet: bool) -> tuple[GroupSent, list[Unannounced]]:
             prefix = self.client.config.prefix
@@ -116,7 +122,7 @@ class Sender:
 
         sent = await self._write(write, timeout)
         count_group_sent(self.client, sends, sent)
-        return _outcomes(ops, {index for index, _ in sent.missed}, lambda send: None)
+        return _outcomes(operations, {index for index, _ in sent.missed}, lambda send: None)
 
     async def _ask(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
         numbered = self.client.next_number()
@@ -139,7 +145,9 @@ class Sender:
 
     async def _write(self, write: Write[T], timeout: float, *, is_idempotent: bool = False) -> T:
         """Write, behind what this process could not announce before; remember what it cannot announce now."""
-        is_quiet = bool(self._announcer) and not await self._announce(min(timeout / 2, ANNOUNCE_TIMEOUT))
+        is_quiet = bool(self._announcer) and not await self._announce(
+            min(timeout / 2, ANNOUNCE_TIMEOUT)
+        )
         loud, quietly = partial(write, quiet=False), partial(write, quiet=True)
         result, rows = await self.connections.run(
             quietly if is_quiet else loud,
@@ -165,7 +173,9 @@ class Sender:
                 )
             except LayerUnavailable as error:
                 if is_begun:
-                    raise OutcomeUnknown("A part was removed; it is unknown whether all was.") from error
+                    raise OutcomeUnknown(
+                        "A part was removed; it is unknown whether all was."
+                    ) from error
                 raise
             is_begun = True
         self.announce_later(rows)
@@ -201,7 +211,9 @@ class Sender:
         try:
             while not await self._announce(ANNOUNCE_TIMEOUT):
                 await asyncio.sleep(RETRY)
-                await self.connections.run(look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True)
+                await self.connections.run(
+                    look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True
+                )
         except PgLayerError:
             pass  # what is written next tries again
         self._is_retrying = False
@@ -227,27 +239,39 @@ def channel_full(send: Send) -> ChannelFull:
     return ChannelFull(f"Channel {send.channel} is full: {send.capacity} messages wait.")
 
 
-def _flat(ops: list[Any]) -> list[Any]:
-    if Many not in map(type, ops):
-        return ops
-    return [send for op in ops for send in (op.ops if isinstance(op, Many) else (op,))]
+def _flat(operations: list[Any]) -> list[Any]:
+    if Many not in map(type, operations):
+        return operations
+    return [
+        send
+        for operation in operations
+        for send in (operation.operations if isinstance(operation, Many) else (operation,))
+    ]
 
 
-def _outcomes(ops: list[Any], refused: set[int], refusal: Callable[[Any], Outcome]) -> list[Outcome]:
+def _outcomes(
+    operations: list[Any], refused: set[int], refusal: Callable[[Any], Outcome]
+) -> list[Outcome]:
     """``refused``: indexes into the flat list of messages."""
-    if not refused and Many not in map(type, ops):
-        return [None] * len(ops)
+    if not refused and Many not in map(type, operations):
+        return [None] * len(operations)
     outcomes: list[Outcome] = []
     index = 0
-    for op in ops:
-        if isinstance(op, Many):
-            outcomes.append([i not in refused for i in range(index, index + len(op.ops))])
-            index += len(op.ops)
+    for operation in operations:
+        if isinstance(operation, Many):
+            outcomes.append(
+                [i not in refused for i in range(index, index + len(operation.operations))]
+            )
+            index += len(operation.operations)
         else:
-            outcomes.append(refusal(op) if index in refused else None)
+            outcomes.append(refusal(operation) if index in refused else None)
             index += 1
     return outcomes
 
 
-def _payload_size(op: Send | GroupSend | Many) -> int:
-    return sum(len(each.payload) for each in op.ops) if isinstance(op, Many) else len(op.payload)
+def _payload_size(operation: Send | GroupSend | Many) -> int:
+    return (
+        sum(len(each.payload) for each in operation.operations)
+        if isinstance(operation, Many)
+        else len(operation.payload)
+    )

@@ -25,7 +25,9 @@ async def write_sends(
     if len(sends) == 1:
         address = channel_address(prefix, channels[0])
         low_id = room.low_id(address, channels[0])
-        sent = await queries.send_one(session, prefix, *sends[0], address, low_id, own=own, quiet=quiet)
+        sent = await queries.send_one(
+            session, prefix, *sends[0], address, low_id, own=own, quiet=quiet
+        )
     else:
         low_ids = room.low_ids(channels)
         sent = await queries.send_batch(

@@ -77,7 +77,11 @@ class AnnouncementQueue:
 
         Of a server that has gone nothing is, once a catch-up at its successor has ended.
         """
-        boot = announcement.rows[0].boot if isinstance(announcement, Messages) else announcement.span.boot
+        boot = (
+            announcement.rows[0].boot
+            if isinstance(announcement, Messages)
+            else announcement.span.boot
+        )
         if self.is_incomplete or self._cursor.has_passed_boot(boot):
             return
         if self._kept_aside is not None:
@@ -108,11 +112,15 @@ class AnnouncementQueue:
         are here: see `merge`.
         """
         fresh = self._admit(rows)
-        older = [row for row in fresh if row.group and (row.group == joining or row.group in opened)]
+        older = [
+            row for row in fresh if row.group and (row.group == joining or row.group in opened)
+        ]
         self._append_but(fresh, older, Entry(), behind_head=joining is not None)
         return len(fresh)
 
-    def append_late(self, rows: Iterable[Row], joining: str | None, opened: Container[str | None]) -> None:
+    def append_late(
+        self, rows: Iterable[Row], joining: str | None, opened: Container[str | None]
+    ) -> None:
         """The same for marked rows that were not announced in time.
 
         What was sent later may be here. So all that the same transactions have sent takes its place with the
@@ -182,7 +190,8 @@ class AnnouncementQueue:
         fresh = [
             row
             for row in rows
-            if row.id >= span.first and self._cursor.admit_announced(row.key, row.marked, row.expires_at)
+            if row.id >= span.first
+            and self._cursor.admit_announced(row.key, row.marked, row.expires_at)
         ]
         entry.rows.extend(fresh)
         self._rows += len(fresh)
@@ -251,7 +260,9 @@ class AnnouncementQueue:
             row
             for row in rows
             if row.key not in held
-            and not any(span.covers(address, row.key) for span in spans.get((row.boot, row.xid), ()))
+            and not any(
+                span.covers(address, row.key) for span in spans.get((row.boot, row.xid), ())
+            )
         ]
 
     @staticmethod
@@ -359,7 +370,9 @@ class AnnouncementQueue:
         Not what came late, before whose place the rows may belong.
         """
         # For each transaction the ids that are here, without those before which a smaller one stands.
-        sent: dict[tuple[int, int], list[tuple[int, Key | Entry]]] = {(row.boot, row.xid): [] for row in rows}
+        sent: dict[tuple[int, int], list[tuple[int, Key | Entry]]] = {
+            (row.boot, row.xid): [] for row in rows
+        }
 
         def add(boot: int, xid: int, id: int, place: Key | Entry) -> None:
             ids = sent.get((boot, xid))
@@ -386,7 +399,11 @@ class AnnouncementQueue:
         withdrawn: list[Row] = []
         sent = {(row.boot, row.xid) for row in rows}
         for entry in self._entries:
-            found = [row for row in entry.rows if (row.boot, row.xid) in sent] if entry.is_late else None
+            found = (
+                [row for row in entry.rows if (row.boot, row.xid) in sent]
+                if entry.is_late
+                else None
+            )
             if found:
                 entry.rows = deque(row for row in entry.rows if (row.boot, row.xid) not in sent)
                 withdrawn += found
@@ -416,7 +433,9 @@ class AnnouncementQueue:
             at
             for at in keys
             if self._cursor.is_new(at.key, at.marked)
-            and not any(span.covers(at.address, at.key) for span in spans.get((at.boot, at.xid), ()))
+            and not any(
+                span.covers(at.address, at.key) for span in spans.get((at.boot, at.xid), ())
+            )
         ]
 
     def end_catch_up(self) -> None:

@@ -28,7 +28,9 @@ class LowIdBook:
 
     def __init__(self) -> None:
         self._usable: dict[str, int] = {}
-        self._aging: dict[str, int] = {}  # of the time before: one more keeps all used ones old enough
+        self._aging: dict[
+            str, int
+        ] = {}  # of the time before: one more keeps all used ones old enough
         self._new: dict[str, int] = {}
         self._since = time.monotonic()
 
@@ -63,7 +65,9 @@ class Credits:
         self._left: dict[str, int] = {}
         self._since = time.monotonic()
 
-    def grant(self, channels: Sequence[str], capacities: Sequence[int], waiting: int | None) -> None:
+    def grant(
+        self, channels: Sequence[str], capacities: Sequence[int], waiting: int | None
+    ) -> None:
         """So many messages were seen to wait in each of these channels; None: do not trust that."""
         if waiting is not None:
             for channel, capacity in zip(channels, capacities, strict=True):

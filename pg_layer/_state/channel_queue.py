@@ -56,8 +56,12 @@ class ChannelQueue:
         self.undeleted = 0  # rows of this channel that senders may still count
         self.is_closed = False  # the client has closed: nothing comes and goes any more
         self.is_receivable = False  # `receive()` has checked that this process may receive here
-        self.is_retired = False  # unused for a while: a caller that found it before must get another
-        self.is_stalled = True  # its reader has not shown that it keeps up: dispatch does not wait for it
+        self.is_retired = (
+            False  # unused for a while: a caller that found it before must get another
+        )
+        self.is_stalled = (
+            True  # its reader has not shown that it keeps up: dispatch does not wait for it
+        )
         self.is_used = True  # since the last time that `retire` was called
         self._messages: deque[QueuedMessage] = deque()
         self._waiters: deque[Waiter] = deque()

@@ -154,12 +154,19 @@ class Client:
 
     def delete_later(self, queue: ChannelQueue, messages: Iterable[QueuedMessage]) -> None:
         """Have the rows of these messages deleted with the next ones."""
-        self.pending_deletes.update({message.key: queue for message in messages if message.key is not None})
+        self.pending_deletes.update(
+            {message.key: queue for message in messages if message.key is not None}
+        )
 
     def held_keys(self) -> list[Key]:
         """The keys of rows at the own address that were not received yet."""
         held = self.announcements.keys()
-        held += [message.key for messages in self.releasing.values() for message in messages if message.key]
+        held += [
+            message.key
+            for messages in self.releasing.values()
+            for message in messages
+            if message.key
+        ]
         for queue in self.queues():
             held += queue.keys()
         return held
@@ -189,7 +196,9 @@ class Client:
         for queue in self.queues():
             queue.close()
 
-        pending = list(self.pending_deletes.items())  # at once: receivers on other threads note more
+        pending = list(
+            self.pending_deletes.items()
+        )  # at once: receivers on other threads note more
         jobs = [key for key, queue in pending if queue is not None and "!" not in queue.channel]
         others = [key for key, queue in pending if queue is None or "!" in queue.channel]
         return [*jobs, *others]
@@ -200,7 +209,9 @@ class Client:
         """A full channel missed messages of a group."""
         self.counters.add("dropped_full", count)
         if (end := self.log_limit.admit("full", channel)) is not None:
-            logger.warning("Channel %s is full and misses messages of group %s.%s", channel, group, end)
+            logger.warning(
+                "Channel %s is full and misses messages of group %s.%s", channel, group, end
+            )
 
     def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
         """A message could not be decoded: it is skipped."""
@@ -211,18 +222,24 @@ class Client:
     def silent(self, why: str) -> None:
         """What this process sends is not announced."""
         if (end := self.log_limit.admit("silent")) is not None:
-            logger.warning("Without notifications: %s Messages wait until their receivers look.%s", why, end)
+            logger.warning(
+                "Without notifications: %s Messages wait until their receivers look.%s", why, end
+            )
 
     def foreign(self, channel: str) -> None:
         """A notification came that the layer did not send."""
         self.counters.add("foreign_notifications")
         if (end := self.log_limit.admit("foreign", channel)) is not None:
-            logger.warning("Ignored a notification on %s that pg_layer did not send.%s", channel, end)
+            logger.warning(
+                "Ignored a notification on %s that pg_layer did not send.%s", channel, end
+            )
 
     def unknown_channel(self, channel: str) -> None:
         """A message came for a channel that this client has not made."""
         self.counters.add("foreign_notifications")
         if (end := self.log_limit.admit("unknown channel")) is not None:
             logger.warning(
-                "Ignored a message for channel %.100r, which this process has not made.%s", channel, end
+                "Ignored a message for channel %.100r, which this process has not made.%s",
+                channel,
+                end,
             )

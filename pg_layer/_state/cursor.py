@@ -130,7 +130,9 @@ class Cursor:
 
     # ------------------------------------------------------------------ renewal
 
-    def renew(self, moment: Moment, position: Position, token: str | None, *, is_beat: bool = True) -> None:
+    def renew(
+        self, moment: Moment, position: Position, token: str | None, *, is_beat: bool = True
+    ) -> None:
         """Take note of a snapshot, and of a position from before it.
 
         With a token it becomes ``S`` when the ping with that token is heard. ``is_beat``: about a
@@ -180,7 +182,9 @@ class Cursor:
             return
         self.moment = moment
         self._done = {
-            (boot, xid): ids for (boot, xid), ids in self._done.items() if not moment.sees(boot, xid)
+            (boot, xid): ids
+            for (boot, xid), ids in self._done.items()
+            if not moment.sees(boot, xid)
         }
 
     # ------------------------------------------------------------------ marked rows
@@ -225,7 +229,11 @@ class Cursor:
         self._positions.append(position)
         watched = [self.moment, self._looked, *self._renewals]
         oldest = min(
-            (moment.snapshot.xmin for moment in watched if moment and moment.boot == self.latest_boot),
+            (
+                moment.snapshot.xmin
+                for moment in watched
+                if moment and moment.boot == self.latest_boot
+            ),
             default=0,
         )
         # Keep the last one that is old enough, and all later ones.

@@ -38,7 +38,9 @@ class Failures:
         """A task has ended: it succeeded, or nobody needs it any more."""
         with self._lock:
             what, _ = self._failing.pop(task, (None, None))
-            if what not in self._in_log or any(what == other for other, _ in self._failing.values()):
+            if what not in self._in_log or any(
+                what == other for other, _ in self._failing.values()
+            ):
                 return
             self._in_log.remove(what)
         if is_done:

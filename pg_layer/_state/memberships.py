@@ -35,7 +35,9 @@ class Memberships:
         self._of_channel: dict[str, set[str]] = {}
         self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
         self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
-        self._opened: dict[str, Moment] = {}  # when the owner itself added the first member of a group
+        self._opened: dict[
+            str, Moment
+        ] = {}  # when the owner itself added the first member of a group
         # The last change that a client has asked for: its number, and the id of the control message.
         self._asked: dict[tuple[str, Pair], tuple[int, int]] = {}
         self.last_flush = (0, 0)  # boot and transaction of the last flush that was applied
@@ -210,7 +212,9 @@ class Memberships:
         moments = {moment for each in self._changed.values() for moment in each}
         past = {moment for moment in moments if is_past(moment)}
         if past:
-            changed = {pair: [m for m in each if m not in past] for pair, each in self._changed.items()}
+            changed = {
+                pair: [m for m in each if m not in past] for pair, each in self._changed.items()
+            }
             self._changed = {pair: each for pair, each in changed.items() if each}
         self._opened = {group: at for group, at in self._opened.items() if not is_past(at)}
         for since in [since for since in self._young if is_past(since)]:

@@ -46,7 +46,10 @@ class Moment(NamedTuple):
         """Whether this was taken after the other one, or in the same state."""
         if self.boot != before.boot:
             return self.boot > before.boot
-        return self.snapshot.xmin >= before.snapshot.xmin and self.snapshot.xmax >= before.snapshot.xmax
+        return (
+            self.snapshot.xmin >= before.snapshot.xmin
+            and self.snapshot.xmax >= before.snapshot.xmax
+        )
 
     def covers(self, other: Moment) -> bool:
         """Whether all that the other one sees is seen by this, for certain."""

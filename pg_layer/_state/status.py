@@ -106,12 +106,16 @@ class Status:
             )
         if self.overdue_clients:
             overdue = [
-                client for client in self.clients if client.lease_left is not None and client.lease_left <= 0
+                client
+                for client in self.clients
+                if client.lease_left is not None and client.lease_left <= 0
             ]
             names = [f"process {client.pid} on {client.host}" for client in overdue]
             if len(names) < self.overdue_clients:
                 names.append("...")
-            problems.append(f"Leases that are overdue: {self.overdue_clients} ({', '.join(names)}).")
+            problems.append(
+                f"Leases that are overdue: {self.overdue_clients} ({', '.join(names)})."
+            )
         if self.failing_tasks:
             problems.append(
                 f"Tasks of live clients that fail: {self.failing_tasks}. The processes' logs say why."
@@ -162,4 +166,6 @@ def in_words(seconds: float) -> str:
         count, left = divmod(left, size)
         parts.append((count, name))
     first = next((index for index, (count, _) in enumerate(parts) if count), len(parts) - 1)
-    return " ".join(f"{count} {name}" for count, name in parts[first : first + 2] if count or name == "s")
+    return " ".join(
+        f"{count} {name}" for count, name in parts[first : first + 2] if count or name == "s"
+    )

@@ -26,7 +26,7 @@ from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
 from pg_layer._send.announcer import PART
-from pg_layer._send.operations import Change, Drafts
+from pg_layer._send.operations import Change, OperationBuilder
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer._state.capacity import Room
@@ -70,9 +70,9 @@ class Sync:
     errors are Django's, as everywhere in it: they concern the transaction.
     """
 
-    def __init__(self, config: Config, drafts: Drafts, loops: Loops) -> None:
+    def __init__(self, config: Config, operations: OperationBuilder, loops: Loops) -> None:
         self._config = config
-        self._drafts = drafts
+        self._operations = operations
         self._loops = loops
         self._alias: str | None = None
         self._refusals = 0  # of NOTIFY, that were seen
@@ -90,10 +90,15 @@ class Sync:
     # ------------------------------------------------------------------ calls
 
     def send(
-        self, channel: str, message: dict[str, Any], *, expiry: float | None = None, using: str | None = None
+        self,
+        channel: str,
+        message: dict[str, Any],
+        *,
+        expiry: float | None = None,
+        using: str | None = None,
     ) -> None:
         """As `PostgresChannelLayer.send`."""
-        send = self._drafts.send(channel, message, expiry)
+        send = self._operations.send(channel, message, expiry)
         if not self._send(using, [send])[0]:
             raise channel_full(send)
 
@@ -105,8 +110,8 @@ class Sync:
         using: str | None = None,
     ) -> list[bool]:
         """As `PostgresChannelLayer.send_many`."""
-        many = self._drafts.send_many(messages, expiry)
-        return self._send(using, many.ops) if many.ops else []
+        many = self._operations.send_many(messages, expiry)
+        return self._send(using, many.operations) if many.operations else []
 
     def group_send(
         self,
@@ -118,7 +123,7 @@ class Sync:
         using: str | None = None,
     ) -> None:
         """As `PostgresChannelLayer.group_send`."""
-        self._group_send(using, [self._drafts.group_send(group, message, expiry, exclude)])
+        self._group_send(using, [self._operations.group_send(group, message, expiry, exclude)])
 
     def group_send_many(
         self,
@@ -129,33 +134,43 @@ class Sync:
         using: str | None = None,
     ) -> list[bool]:
         """As `PostgresChannelLayer.group_send_many`."""
-        many = self._drafts.group_send_many(messages, expiry, exclude)
-        return self._group_send(using, many.ops) if many.ops else []
+        many = self._operations.group_send_many(messages, expiry, exclude)
+        return self._group_send(using, many.operations) if many.operations else []
 
     def group_add(self, group: str, channel: str, *, using: str | None = None) -> None:
         """As `PostgresChannelLayer.group_add`; inside a transaction it holds from the commit on."""
-        self._change(using, self._drafts.change(group, channel, added=True))
+        self._change(using, self._operations.change(group, channel, added=True))
 
     def group_discard(self, group: str, channel: str, *, using: str | None = None) -> None:
         """As `PostgresChannelLayer.group_discard`; inside a transaction it holds from the commit on."""
-        self._change(using, self._drafts.change(group, channel, added=False))
+        self._change(using, self._operations.change(group, channel, added=False))
 
     def group_channels(self, group: str, *, using: str | None = None) -> list[str]:
         """As `PostgresChannelLayer.group_channels`."""
-        prefix, name = self._config.prefix, self._drafts.group(group)
-        return self._read(using, lambda session: group_queries.group_channels(session, prefix, name))
+        prefix, name = self._config.prefix, self._operations.group(group)
+        return self._read(
+            using, lambda session: group_queries.group_channels(session, prefix, name)
+        )
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
         """As `PostgresChannelLayer.group_count`."""
-        work = partial(group_queries.group_count, prefix=self._config.prefix, group=self._drafts.group(group))
+        work = partial(
+            group_queries.group_count,
+            prefix=self._config.prefix,
+            group=self._operations.group(group),
+        )
         return self._read(using, work)
 
     # ------------------------------------------------------------------ writing
 
     def _send(self, using: str | None, sends: Any) -> list[bool]:
-        async def write(session: DjangoSession, *, own: bool, quiet: bool) -> tuple[Sent, list[Unannounced]]:
+        async def write(
+            session: DjangoSession, *, own: bool, quiet: bool
+        ) -> tuple[Sent, list[Unannounced]]:
             room = self._rooms.setdefault(session.alias, Room())
-            return await write_sends(session, self._config.prefix, sends, room, own=own, quiet=quiet)
+            return await write_sends(
+                session, self._config.prefix, sends, room, own=own, quiet=quiet
+            )
 
         sent = self._write(using, write)
         count_sent(self._loops.client, len(sends), sent)
@@ -165,7 +180,9 @@ class Sync:
         async def write(
             session: DjangoSession, *, own: bool, quiet: bool
         ) -> tuple[GroupSent, list[Unannounced]]:
-            return await write_group_sends(session, self._config.prefix, sends, own=own, quiet=quiet)
+            return await write_group_sends(
+                session, self._config.prefix, sends, own=own, quiet=quiet
+            )
 
         sent = self._write(using, write)
         count_group_sent(self._loops.client, sends, sent)
@@ -176,7 +193,9 @@ class Sync:
         config = self._config
         numbered = self._loops.client.next_number()
 
-        async def write(session: DjangoSession, *, own: bool, quiet: bool) -> tuple[None, list[Unannounced]]:
+        async def write(
+            session: DjangoSession, *, own: bool, quiet: bool
+        ) -> tuple[None, list[Unannounced]]:
             # Owners in this process, too, apply it only if it is committed.
             return None, await write_changes(
                 session,
@@ -194,7 +213,9 @@ class Sync:
             try:
                 self._loops.joined(change.channel)
             except LayerUnavailable as error:  # the thread that is to apply it did not start
-                raise OutcomeUnknown(f"The change was written, but is not applied yet: {error}") from error
+                raise OutcomeUnknown(
+                    f"The change was written, but is not applied yet: {error}"
+                ) from error
 
     def _write(self, using: str | None, write: Write[T], *, is_idempotent: bool = False) -> T:
         """Write, and announce it: now, or after the commit."""
@@ -206,7 +227,9 @@ class Sync:
             self._announce_pending(session)
         is_quiet = bool(announcer)
 
-        async def work(session: DjangoSession, *, quiet: bool = False) -> tuple[T, list[Unannounced]]:
+        async def work(
+            session: DjangoSession, *, quiet: bool = False
+        ) -> tuple[T, list[Unannounced]]:
             return await write(session, own=True, quiet=quiet or is_quiet)
 
         async def work_in_transaction(session: DjangoSession) -> tuple[T, list[Unannounced]]:
@@ -214,7 +237,9 @@ class Sync:
             return await write(session, own=False, quiet=quiet)
 
         attempts = self._attempts(session, is_idempotent=is_idempotent)
-        result, rows = self._run_on(session, work, work_in_transaction, attempts, partial(work, quiet=True))
+        result, rows = self._run_on(
+            session, work, work_in_transaction, attempts, partial(work, quiet=True)
+        )
         session.hand_on_notifies()
         if rows and session.is_atomic:
             self._announce_after_commit(session, rows)
@@ -308,7 +333,9 @@ class Sync:
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
             if gives_up and not session.is_connected:
-                raise attempts.unavailable(psycopg.OperationalError("The connections to it were lost."))
+                raise attempts.unavailable(
+                    psycopg.OperationalError("The connections to it were lost.")
+                )
             try:
                 session.connect(left)
             except DjangoError as error:
@@ -323,7 +350,9 @@ class Sync:
             if session.is_in_transaction:  # AUTOCOMMIT is off
                 break
             session.deadline = deadline
-            if time.monotonic() >= deadline:  # nothing was sent: that is better known than cut short
+            if (
+                time.monotonic() >= deadline
+            ):  # nothing was sent: that is better known than cut short
                 raise attempts.unavailable(TimeoutError("connecting took all the time there was"))
             try:
                 return finish(work(session))
@@ -344,7 +373,9 @@ class Sync:
         return self._run_in_transaction(session, work_in_transaction)
 
     def _run_in_transaction(self, session: DjangoSession, work: Work[T]) -> T:
-        refusals = self._loops.client.counters["refused_notifications"]  # of asynchronous calls, too
+        refusals = self._loops.client.counters[
+            "refused_notifications"
+        ]  # of asynchronous calls, too
         if refusals != self._refusals:
             self._refusals = refusals
             self._careful_until = time.monotonic() + CAREFUL

@@ -30,7 +30,9 @@ from pg_layer._db.statement import Statement
 T = TypeVar("T")
 
 PREPARE_AFTER = 5  # executions on a connection: psycopg's own default
-MOST_DEAD = 100  # connections of a pool that the server has closed, before the next one is tried unseen
+MOST_DEAD = (
+    100  # connections of a pool that the server has closed, before the next one is tried unseen
+)
 LEAST_CONNECT_TIMEOUT = 2  # seconds: to libpq and psycopg one is two
 
 _TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
@@ -57,7 +59,9 @@ class _Loan(Session):
             return False
         if self._is_direct is None:
             ((pid,),) = self.execute_now(BACKEND_PID, patience=patience)
-            self._is_direct = pid == self.conn.info.backend_pid  # a pooler makes up the one it tells at first
+            self._is_direct = (
+                pid == self.conn.info.backend_pid
+            )  # a pooler makes up the one it tells at first
         return self._is_direct
 
     def forgotten(self) -> None:
@@ -155,7 +159,11 @@ class DjangoSession:
                 rows = self._execute_directly(statement, values)
         except BaseException:
             # Django would go on with a dead one. In a transaction it is to find out by itself.
-            if not is_in_transaction and connection.connection is not None and connection.connection.closed:
+            if (
+                not is_in_transaction
+                and connection.connection is not None
+                and connection.connection.closed
+            ):
                 self._drop()
             raise
         return rows
@@ -176,7 +184,9 @@ class DjangoSession:
         """The seconds that are left."""
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
 
-    def _execute_directly(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+    def _execute_directly(
+        self, statement: Statement, values: tuple[object, ...]
+    ) -> list[tuple[Any, ...]]:
         connection = self._connection
         connection.validate_thread_sharing()
         with connection.wrap_database_errors, connection.connection.lock:
@@ -189,7 +199,9 @@ class DjangoSession:
                 loan.forgotten()
                 raise
 
-    def _execute_by_cursor(self, statement: Statement, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+    def _execute_by_cursor(
+        self, statement: Statement, values: tuple[object, ...]
+    ) -> list[tuple[Any, ...]]:
         with self._connection.cursor() as cursor, self._cutting():
             # Psycopg takes a tuple for a row.
             parameters = {
@@ -268,7 +280,9 @@ def _connecting_within(connection: BaseDatabaseWrapper, seconds: float) -> Itera
         parameters: dict[str, Any] = parameters_of()
         timeout = max(math.ceil(seconds), LEAST_CONNECT_TIMEOUT)
         with suppress(TypeError, ValueError):
-            given = int(float(parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT") or 0))
+            given = int(
+                float(parameters.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT") or 0)
+            )
             timeout = min(timeout, given) if given > 0 else timeout
         return {**parameters, "connect_timeout": timeout}
 
@@ -314,7 +328,10 @@ def _is_replaced(connection: BaseDatabaseWrapper) -> bool:
     # Who takes his own away again leaves Django's bound method behind.
     is_bound = not vars(connection).keys().isdisjoint(_ON_THE_WAY)
     return not all(
-        map(_is_djangos, (CursorWrapper.execute, *_steps(connection if is_bound else type(connection))))
+        map(
+            _is_djangos,
+            (CursorWrapper.execute, *_steps(connection if is_bound else type(connection))),
+        )
     )
 
 

@@ -104,7 +104,10 @@ def servers(fresh_database: str) -> Iterator[tuple[Server, Server]]:
     )
     one, two = choose_ports(0, 2)
     with ExitStack() as stack:
-        both = Server("server A", one, two, fresh_database), Server("server B", two, one, fresh_database)
+        both = (
+            Server("server A", one, two, fresh_database),
+            Server("server B", two, one, fresh_database),
+        )
         for server in both:
             stack.callback(server.stop)
             server.start()
@@ -114,7 +117,9 @@ def servers(fresh_database: str) -> Iterator[tuple[Server, Server]]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     playwright = require_module("playwright.sync_api", component="browser")
-    chromium = require_executable("chromium", "chromium-browser", "google-chrome", component="browser")
+    chromium = require_executable(
+        "chromium", "chromium-browser", "google-chrome", component="browser"
+    )
     with playwright.sync_playwright() as running:
         browser: Browser = running.chromium.launch(
             executable_path=chromium,
@@ -167,7 +172,8 @@ def announce(page: Page, text: str, button: str = "Announce") -> None:
 
 def expect_text(page: Page, selector: str, text: str) -> None:
     page.wait_for_function(
-        "([selector, text]) => document.querySelector(selector).textContent === text", arg=[selector, text]
+        "([selector, text]) => document.querySelector(selector).textContent === text",
+        arg=[selector, text],
     )
 
 
@@ -230,7 +236,10 @@ def test_a_page_comes_back_when_its_server_does(
     assert bob.get_attribute("#server", "data-pid") == b.pid != before
     ann.wait_for_selector(".notice[data-kind=joined]:has-text('Bob')")
     bob.click("#send")
-    assert hear(ann, "Bob", "kept while the server is away") == "sent through server B · shown by server A"
+    assert (
+        hear(ann, "Bob", "kept while the server is away")
+        == "sent through server B · shown by server A"
+    )
     say(ann, "Welcome back")
     assert hear(bob, "Ann", "Welcome back") == "sent through server A · shown by server B"
 
@@ -345,4 +354,7 @@ def test_an_empty_room_leads_to_the_other_server(
     other.wait_for_selector(CONNECTED)
     assert other.get_attribute("#server", "data-name") == "server B"
     say(other, "Found it")
-    assert hear(ann, other.input_value("#name"), "Found it") == "sent through server B · shown by server A"
+    assert (
+        hear(ann, other.input_value("#name"), "Found it")
+        == "sent through server B · shown by server A"
+    )

@@ -30,7 +30,9 @@ def recovery(request: pytest.FixtureRequest) -> Callable[[str], AbstractContextM
     return measure
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     noted = config.stash.get(_KEY, [])
     if not noted:
         return

@@ -74,7 +74,10 @@ class PgBouncer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -128,7 +131,10 @@ class PgBouncer:
         with psycopg.Connection.connect(dsn, autocommit=True, connect_timeout=5) as connection:
             result = connection.pgconn.exec_(f"SHOW {what}".encode())
             return [
-                tuple((result.get_value(row, column) or b"").decode() for column in range(result.nfields))
+                tuple(
+                    (result.get_value(row, column) or b"").decode()
+                    for column in range(result.nfields)
+                )
                 for row in range(result.ntuples)
             ]
 

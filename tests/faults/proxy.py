@@ -29,8 +29,12 @@ class Proxy:
         self._target = (str(parameters["host"]), int(str(parameters["port"])))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
-        self._paths: dict[asyncio.Task[None], asyncio.Event] = {}  # each connection, and whether it flows
-        self._ports: dict[int, asyncio.Task[None]] = {}  # each connection by its port towards the server
+        self._paths: dict[
+            asyncio.Task[None], asyncio.Event
+        ] = {}  # each connection, and whether it flows
+        self._ports: dict[
+            int, asyncio.Task[None]
+        ] = {}  # each connection by its port towards the server
         self._is_swallowing = False
         self._dsn = target
 
@@ -40,7 +44,10 @@ class Proxy:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -155,7 +162,9 @@ class Proxy:
                     await each.wait_closed()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event) -> None:
+async def _pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event
+) -> None:
     with contextlib.suppress(OSError):
         while chunk := await reader.read(_CHUNK):
             await flows.wait()

@@ -93,7 +93,9 @@ async def heartbeats(layer: PostgresChannelLayer, count: int) -> None:
         await until(was_renewed)
 
 
-async def lists(layer: PostgresChannelLayer, group: str, *channels: str, patience: float = PATIENCE) -> None:
+async def lists(
+    layer: PostgresChannelLayer, group: str, *channels: str, patience: float = PATIENCE
+) -> None:
     """Return when these channels, and no others, are listed as members of the group."""
     deadline = time.monotonic() + patience
     while sorted(found := await layer.group_channels(group)) != sorted(channels):

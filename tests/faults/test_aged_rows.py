@@ -164,7 +164,10 @@ async def test_a_day_without_a_sweeper_is_caught_up_with_under_traffic(
     removed = succeeded(command).split()
     assert (int(removed[1]), int(removed[3]), int(removed[5])) == (MESSAGES, MEMBERSHIPS, CLIENTS)
     assert observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (0, 0, 0)
-    assert observer.execute("SELECT FROM pg_layer_membership WHERE channel LIKE 'old.%'").fetchall() == []
+    assert (
+        observer.execute("SELECT FROM pg_layer_membership WHERE channel LIKE 'old.%'").fetchall()
+        == []
+    )
     dead = b"SELECT count(swept_at), count(*) FROM pg_layer_client WHERE address LIKE 'asgi!dead%'"
     assert observer.execute(dead).fetchone() == (CLIENTS, CLIENTS)
 

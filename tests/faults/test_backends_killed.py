@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -121,7 +122,9 @@ async def send(link: Link, /, name: str, dsn: str, channels: list[str], **option
     """Send numbers to each channel, "room" and "jobs" until told to stop; tell what became of each."""
     sent: dict[str, list[Sent]] = {}
 
-    async def fill(stream: str, call: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> None:
+    async def fill(
+        stream: str, call: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
+    ) -> None:
         log = sent[stream] = []
         while not stopping.done():
             message = {
@@ -132,7 +135,9 @@ async def send(link: Link, /, name: str, dsn: str, channels: list[str], **option
             }
             outcome = RETURNED
             try:
-                await asyncio.wait_for(call(message), PATIENCE)  # or this process fails: a send never hangs
+                await asyncio.wait_for(
+                    call(message), PATIENCE
+                )  # or this process fails: a send never hangs
             except LayerUnavailable as error:
                 outcome = UNKNOWN if "unknown" in str(error) else REFUSED
                 link.say(("failed", stream, outcome))
@@ -151,7 +156,7 @@ async def send(link: Link, /, name: str, dsn: str, channels: list[str], **option
             stopping = asyncio.create_task(hear(link.hear))
             await asyncio.gather(
                 *(
-                    fill(f"{name}:own-{index}", lambda message, channel=channel: to(channel, message))  # type: ignore[misc]
+                    fill(f"{name}:own-{index}", partial(to, channel))
                     for index, channel in enumerate(channels)
                 ),
                 fill(f"{name}:room", to_room),
@@ -273,12 +278,16 @@ class Traffic:
         for sender in self.senders:
             outcomes |= sender.sent
         wanted = {
-            stream: {n for n, one in enumerate(log) if one.outcome == RETURNED and not may_be_lost(one)}
+            stream: {
+                n for n, one in enumerate(log) if one.outcome == RETURNED and not may_be_lost(one)
+            }
             for stream, log in outcomes.items()
         }
         ways = [way for stream in outcomes for way in self._ways(stream)]
         with contextlib.suppress(TimeoutError):
-            await self.until(lambda: all(wanted[stream] <= _got(stream, who) for stream, who in ways))
+            await self.until(
+                lambda: all(wanted[stream] <= _got(stream, who) for stream, who in ways)
+            )
         # What has gone from the table cannot arrive once more.
         faults = []
         with psycopg.connect(self._dsn, autocommit=True) as observer:
@@ -293,7 +302,9 @@ class Traffic:
         for stream, receivers in ways:
             faults += _judge(stream, receivers, outcomes[stream], wanted[stream])
         for party in (*self.receivers, *self.senders):
-            faults += [f"logged: {e}" for e in party.logged if e.has_traceback or e.level >= logging.ERROR]
+            faults += [
+                f"logged: {e}" for e in party.logged if e.has_traceback or e.level >= logging.ERROR
+            ]
         return faults
 
     def _ways(self, stream: str) -> list[tuple[str, list[Party]]]:
@@ -326,7 +337,9 @@ def _judge(stream: str, receivers: list[Party], log: list[Sent], wanted: set[int
         # One whose outcome is unknown may have been on its way for long.
         in_order = [number for number in got if log[number].outcome == RETURNED]
         faults["out of order"] = [b for a, b in pairwise(in_order) if b < a]
-    return [f"{stream}: {what} of {len(log)}: {numbers}" for what, numbers in faults.items() if numbers]
+    return [
+        f"{stream}: {what} of {len(log)}: {numbers}" for what, numbers in faults.items() if numbers
+    ]
 
 
 def _rows(observer: psycopg.Connection[Any]) -> int:
@@ -392,7 +405,9 @@ async def test_a_listener_that_is_killed_listens_again_and_missed_nothing(
 
 
 @pytest.mark.parametrize("name", ["pool", "sender"])
-async def test_backends_that_write_are_killed(migrated_dsn: str, observer: Observer, name: str) -> None:
+async def test_backends_that_write_are_killed(
+    migrated_dsn: str, observer: Observer, name: str
+) -> None:
     async with begin(migrated_dsn) as traffic:
         for _ in range(10):
             await traffic.until(lambda: kill(observer, name))
@@ -415,7 +430,9 @@ async def test_backends_killed_again_and_again(
         assert killed > 50
 
 
-async def test_backends_killed_in_the_middle_of_a_burst(migrated_dsn: str, observer: Observer) -> None:
+async def test_backends_killed_in_the_middle_of_a_burst(
+    migrated_dsn: str, observer: Observer
+) -> None:
     """What is sent at once goes in batches, and all of a batch have the same end."""
     sent: dict[str, list[Sent]] = {"here:own-0": [], "here:own-1": []}
 

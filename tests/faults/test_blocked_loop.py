@@ -72,7 +72,9 @@ async def test_call_while_another_thread_blocks_the_loop_says_where(
     )
 
 
-async def test_health_while_another_thread_blocks_the_loop_says_where(make_layer: MakeLayer) -> None:
+async def test_health_while_another_thread_blocks_the_loop_says_where(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(send_timeout=0.2)
     with blocked(layer):
         [problem] = (await layer.health())["problems"]

@@ -38,7 +38,9 @@ def _message(number: int, chance: random.Random) -> dict[str, object]:
     return {"number": number, "blob": bytes(chance.choice((10, 10, 10, 7000)))}
 
 
-async def interrupted(receiving: asyncio.Task[dict[str, object]], steps: int | None, wait: float) -> None:
+async def interrupted(
+    receiving: asyncio.Task[dict[str, object]], steps: int | None, wait: float
+) -> None:
     """Cancel after so many steps of the loop, or after so many seconds."""
     if steps is None:
         await asyncio.wait((receiving,), timeout=wait)
@@ -126,7 +128,11 @@ async def test_a_cancellation_at_each_step(make_layer: MakeLayer, kind: str, cap
         sending: set[asyncio.Task[None]] = set()
         for number in range(3):
             message = {"number": number, "blob": bytes((10, 7000)[steps % 2])}
-            send = sender.group_send("room", message) if kind == "member" else sender.send(channel, message)
+            send = (
+                sender.group_send("room", message)
+                if kind == "member"
+                else sender.send(channel, message)
+            )
             # Received while it is on its way, and when it is there.
             sending.add(task := asyncio.create_task(send))
             if number:
@@ -142,7 +148,9 @@ async def test_a_cancellation_at_each_step(make_layer: MakeLayer, kind: str, cap
         assert found == [0, 1, 2], f"cancelled after {steps} steps"
 
 
-async def test_the_next_receiver_is_woken_when_the_first_is_cancelled(make_layer: MakeLayer) -> None:
+async def test_the_next_receiver_is_woken_when_the_first_is_cancelled(
+    make_layer: MakeLayer,
+) -> None:
     # A message comes, its receiver is woken, and cancelled in the same step: another waits.
     layer, sender = make_layer(**ROOMY), make_layer(**ROOMY)
     channels = [await layer.new_channel(), "jobs"]
@@ -227,7 +235,9 @@ async def test_a_cancelled_receive_on_another_loop(make_layer: MakeLayer) -> Non
             await sender.send(channel, {"number": number})
 
     sending = asyncio.create_task(send())
-    elsewhere = asyncio.to_thread(lambda: asyncio.run(fickle(layer, channel, count, random.Random(7))))
+    elsewhere = asyncio.to_thread(
+        lambda: asyncio.run(fickle(layer, channel, count, random.Random(7)))
+    )
     found, _ = await asyncio.wait_for(elsewhere, PATIENCE)
     await sending
     assert found == list(range(count))

@@ -34,7 +34,10 @@ def faketime() -> dict[str, str]:
     """The environment in which wall clocks are wrong, but for FAKETIME itself."""
     program = require_executable("faketime", component="faketime")
     said = subprocess.run(
-        [program, "--exclude-monotonic", "-f", "+0", "env"], capture_output=True, text=True, check=True
+        [program, "--exclude-monotonic", "-f", "+0", "env"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     preload = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)["LD_PRELOAD"]
     return {"LD_PRELOAD": preload, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
@@ -47,7 +50,11 @@ def ending() -> Iterator[ExitStack]:
 
 
 def start(
-    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, fake: dict[str, str], offset: str, *arguments: str
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    fake: dict[str, str],
+    offset: str,
+    *arguments: str,
 ) -> Process:
     """This module's `main` in a process whose clock is wrong by that much."""
     with monkeypatch.context() as patched:
@@ -145,7 +152,8 @@ async def test_processes_whose_clocks_disagree_by_two_hours(
         assert succeeded(swept).split()[3::2] == ["0", "0"]
     await until(
         lambda: observer.execute(
-            "SELECT 1 FROM pg_layer_client HAVING min(expires_at) > %s + interval '3 seconds'", (before,)
+            "SELECT 1 FROM pg_layer_client HAVING min(expires_at) > %s + interval '3 seconds'",
+            (before,),
         ).fetchone()
     )
     [(least, most)] = observer.execute(

@@ -32,7 +32,9 @@ def complaints(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
     ]
 
 
-async def consumer(link: Link, /, dsn: str, **options: object) -> tuple[list[int], list[int], list[int]]:
+async def consumer(
+    link: Link, /, dsn: str, **options: object
+) -> tuple[list[int], list[int], list[int]]:
     """Receive on a member of the room, on a channel that is none, and on "jobs"; return the numbers of each.
 
     Says the two channels, and at last all warnings that were logged.
@@ -222,7 +224,9 @@ async def test_payloads_overwritten_while_they_wait(
     for name in (channel, "jobs"):
         assert [(await receive(layer, name))["number"] for _ in sound] == sound
     assert len(complaints(caplog, "cannot be decoded")) == 1
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+    )
 
 
 async def test_a_writer_with_a_wrong_key_among_others(
@@ -326,7 +330,9 @@ async def test_a_notification_that_is_repeated_is_delivered_once(
     repeated = 0
     async with flowing(layer, alone) as traffic:
         while repeated < 100:
-            heard = await asyncio.to_thread(lambda: list(observer.notifies(timeout=5, stop_after=1)))
+            heard = await asyncio.to_thread(
+                lambda: list(observer.notifies(timeout=5, stop_after=1))
+            )
             for notify in heard:
                 if notify.pid != observer.info.backend_pid:
                     observer.execute("SELECT pg_notify(%s, %s)", (notify.channel, notify.payload))
@@ -376,7 +382,9 @@ async def test_tables_that_are_dropped_and_migrated_again(
         with recovery(
             f"tables migrated again ({'a second later' if gap else 'at once'}): until the group is back"
         ):
-            await until(lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone())
+            await until(
+                lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone()
+            )
     async with flowing(layer, alone) as again:
         await again.more(50)
     await again.end(member)
@@ -409,8 +417,12 @@ async def test_tables_that_are_dropped_in_the_midst_of_traffic(
             await traffic.more(5)
             assert traffic.errors
             await asyncio.to_thread(migrate, migrated_dsn)
-            with recovery("tables dropped under traffic: from the migration until the group is back"):
-                await until(lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone())
+            with recovery(
+                "tables dropped under traffic: from the migration until the group is back"
+            ):
+                await until(
+                    lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone()
+                )
             back = traffic.number + 1
             await traffic.more(50)
     await traffic.end(member)
@@ -421,5 +433,7 @@ async def test_tables_that_are_dropped_in_the_midst_of_traffic(
         # What waited in the dropped table is gone with it; nothing else, and nothing twice.
         assert found[place] == sorted(set(found[place]))
         assert set(found[place]) <= {*traffic.sure[place], *traffic.perhaps[place]}
-        assert [n for n in found[place] if n >= back] == [n for n in traffic.sure[place] if n >= back]
+        assert [n for n in found[place] if n >= back] == [
+            n for n in traffic.sure[place] if n >= back
+        ]
     assert len(said) == len(set(said))

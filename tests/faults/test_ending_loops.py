@@ -19,7 +19,9 @@ from tests.processes import PATIENCE, UNHURRIED, listen, new_layer, receive, unt
 CALLS = 8  # more than the connections that are open before
 
 
-def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(migrated_dsn: str) -> None:
+def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(
+    migrated_dsn: str,
+) -> None:
     """The database does not answer: cancelled calls hold their connections, and the pool makes another one.
 
     A takeover by another loop stops the engine, and waits for those connections. Now the loop ends, and
@@ -28,7 +30,10 @@ def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(m
     """
     with Proxy(migrated_dsn) as proxy:
         layer = PostgresChannelLayer(
-            dsn=proxy.dsn(connect_timeout=2), pool_max_size=20, send_timeout=2 * PATIENCE, **UNHURRIED
+            dsn=proxy.dsn(connect_timeout=2),
+            pool_max_size=20,
+            send_timeout=2 * PATIENCE,
+            **UNHURRIED,
         )
 
         async def main() -> None:

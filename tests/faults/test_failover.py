@@ -47,7 +47,9 @@ def processes() -> Iterator[Processes]:
 
 async def caught_up(server: PostgresServer, standby: PostgresServer) -> None:
     """Wait until the standby has all that the server has written so far."""
-    ((lsn,),) = server.execute("SELECT pg_logical_emit_message(true, 'test', 'so far')")  # and flush it
+    ((lsn,),) = server.execute(
+        "SELECT pg_logical_emit_message(true, 'test', 'so far')"
+    )  # and flush it
     await until(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{lsn}'") == [(True,)])
 
 
@@ -174,7 +176,9 @@ async def test_consumers_hear_their_groups_again_after_a_failover_to_a_standby_t
         await theirs.reached(99, "early")
         await others.reached(99, "late")
         number = 99
-        with recovery("failover: a member that the new primary had not heard of gets messages again"):
+        with recovery(
+            "failover: a member that the new primary had not heard of gets messages again"
+        ):
             await fail_over_to_old_ids(server, standby)
             deadline = time.monotonic() + PATIENCE
             while others.received["late"][-1] == 99 and time.monotonic() < deadline:
@@ -240,7 +244,9 @@ async def test_who_leaves_a_group_after_a_failover_has_left(
         ):  # until the new primary has heard of them
             await sender.group_send("room", {"number": number})
             number += 1
-            await asyncio.wait_for(theirs.layer.group_add("other", theirs.channels["staying"]), PATIENCE)
+            await asyncio.wait_for(
+                theirs.layer.group_add("other", theirs.channels["staying"]), PATIENCE
+            )
         await theirs.reached(number - 1, *theirs.channels)
         for name in ("leaving", "returning"):
             await theirs.layer.group_discard("room", theirs.channels[name])
@@ -251,7 +257,9 @@ async def test_who_leaves_a_group_after_a_failover_has_left(
         for channel in theirs.channels.values():
             await sender.send(channel, {"number": number + 2})
         await theirs.reached(number + 2, *theirs.channels)
-        last = {name: [n for n in numbers if n >= number] for name, numbers in theirs.received.items()}
+        last = {
+            name: [n for n in numbers if n >= number] for name, numbers in theirs.received.items()
+        }
         assert last == {
             "staying": [number, number + 1, number + 2],
             "leaving": [number + 2],
@@ -263,7 +271,10 @@ async def test_who_leaves_a_group_after_a_failover_has_left(
 async def test_capacity_counts_from_the_start_after_a_failover(
     server: PostgresServer, standby: PostgresServer, either: str
 ) -> None:
-    async with consumers(either, capacity=20) as theirs, open_layer(either, **PATIENT, capacity=20) as sender:
+    async with (
+        consumers(either, capacity=20) as theirs,
+        open_layer(either, **PATIENT, capacity=20) as sender,
+    ):
         await caught_up(server, standby)
         await cut_off(standby)
         # A sender remembers how low the ids of waiting messages may be. On the new primary they are lower.
@@ -304,7 +315,11 @@ async def write_until_told(link: Link, dsn: str) -> dict[str, dict[int, float]]:
 
 
 async def test_traffic_goes_on_through_a_failover(
-    server: PostgresServer, standby: PostgresServer, either: str, processes: Processes, recovery: Recovery
+    server: PostgresServer,
+    standby: PostgresServer,
+    either: str,
+    processes: Processes,
+    recovery: Recovery,
 ) -> None:
     async with consumers(either) as theirs:
         await theirs.add("a")
@@ -337,7 +352,11 @@ async def test_traffic_goes_on_through_a_failover(
 
 @pytest.mark.parametrize("insists", [False, True], ids=["any server", "read-write"])
 async def test_a_standby_alone_is_said_to_be_read_only_until_it_is_promoted(
-    server: PostgresServer, standby: PostgresServer, database: str, insists: bool, recovery: Recovery
+    server: PostgresServer,
+    standby: PostgresServer,
+    database: str,
+    insists: bool,
+    recovery: Recovery,
 ) -> None:
     await caught_up(server, standby)
     target = "read-write" if insists else "any"
@@ -398,7 +417,9 @@ async def test_a_primary_that_only_reads_any_more_is_given_up_for_its_successor(
         server.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         server.execute("SELECT pg_reload_conf()")
         await until(lambda: server.execute("SHOW default_transaction_read_only") == [("on",)])
-        with recovery("a primary that only reads any more: until a message arrives from its successor"):
+        with recovery(
+            "a primary that only reads any more: until a message arrives from its successor"
+        ):
             with pytest.raises(LayerUnavailable, match="read-only"):
                 await asyncio.wait_for(hasty.group_send("room", {"number": -1}), PATIENCE)
             await promote(standby)

@@ -37,7 +37,9 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 @pytest.fixture
 async def proxied(migrated_dsn: str, proxy: Proxy) -> AsyncIterator[PostgresChannelLayer]:
     """A layer whose statements go through the proxy. It listens past it."""
-    async with open_layer(proxy.dsn(), listen_dsn=migrated_dsn, send_timeout=LONG, pool_max_size=8) as layer:
+    async with open_layer(
+        proxy.dsn(), listen_dsn=migrated_dsn, send_timeout=LONG, pool_max_size=8
+    ) as layer:
         yield layer
 
 
@@ -121,7 +123,9 @@ async def test_group_add_whose_answer_comes_after_a_flush_is_applied_is_kept_and
     assert await agreement.reached_by_all(pairs) == set(pairs)
 
 
-@pytest.mark.parametrize("flushes_elsewhere", [False, True], ids=["same process", "another process"])
+@pytest.mark.parametrize(
+    "flushes_elsewhere", [False, True], ids=["same process", "another process"]
+)
 async def test_memberships_changed_beside_flushes_agree_with_the_table(
     migrated_dsn: str,
     make_layer: MakeLayer,
@@ -149,7 +153,8 @@ async def test_memberships_changed_beside_flushes_agree_with_the_table(
     for _ in range(ROUNDS):
         tasks = [asyncio.create_task(change()) for _ in range(4)]
         orders: list[tuple[str, ...]] = [
-            (random.choice(["group_add", "group_discard"]), GROUP, random.choice(channels)) for _ in range(4)
+            (random.choice(["group_add", "group_discard"]), GROUP, random.choice(channels))
+            for _ in range(4)
         ]
         async with answer_held(migrated_dsn, observer, proxy, proxied):
             if flushes_elsewhere:
@@ -163,7 +168,11 @@ async def test_memberships_changed_beside_flushes_agree_with_the_table(
 
 
 async def test_flush_whose_control_message_a_later_flush_has_removed_returns(
-    make_layer: MakeLayer, observer: Observer, proxy: Proxy, proxied: PostgresChannelLayer, migrated_dsn: str
+    make_layer: MakeLayer,
+    observer: Observer,
+    proxy: Proxy,
+    proxied: PostgresChannelLayer,
+    migrated_dsn: str,
 ) -> None:
     """A process cannot read for a moment after its flush. A flush of another process removes the row."""
     other = make_layer()

@@ -236,7 +236,8 @@ async def test_message_of_a_transaction_that_knows_no_boot_comes_to_members_of_t
                         dbname="layer",
                     )
                 boots = standby.execute(
-                    "SELECT DISTINCT boot FROM pg_layer_message WHERE address LIKE '%@room'", dbname="layer"
+                    "SELECT DISTINCT boot FROM pg_layer_message WHERE address LIKE '%@room'",
+                    dbname="layer",
                 )
                 assert boots == [(0,)]
                 for proxy in (old, new):

@@ -78,7 +78,9 @@ class OpenTransaction:
 
 
 @contextmanager
-def open_transaction(changes: Callable[[], None], *, commits: bool = True) -> Iterator[OpenTransaction]:
+def open_transaction(
+    changes: Callable[[], None], *, commits: bool = True
+) -> Iterator[OpenTransaction]:
     opened = OpenTransaction(changes, commits=commits)
     try:
         yield opened
@@ -104,7 +106,9 @@ class Agreement:
         self._probes += 1
         groups = sorted({group for group, _ in pairs})
         listed = {
-            (group, channel) for group in groups for channel in await self._sender.group_channels(group)
+            (group, channel)
+            for group in groups
+            for channel in await self._sender.group_channels(group)
         }
         await self._sender.group_send_many(
             (group, {"probe": self._probes, "group": group}) for group in groups
@@ -155,7 +159,9 @@ async def test_membership_added_in_a_transaction_and_discarded_by_its_owner_agre
     [channel] = await new_channels(owner, 1)
     if was_member:
         await owner.group_add(GROUP, channel)
-    with open_transaction(lambda: sync_layer.sync.group_add(GROUP, channel), commits=commits) as opened:
+    with open_transaction(
+        lambda: sync_layer.sync.group_add(GROUP, channel), commits=commits
+    ) as opened:
         await opened.begin()
         await owner.group_discard(GROUP, channel)
         await opened.end()
@@ -173,7 +179,9 @@ async def test_membership_discarded_in_a_transaction_and_added_by_its_owner_agre
     [channel] = await new_channels(owner, 1)
     if was_member:
         await owner.group_add(GROUP, channel)
-    with open_transaction(lambda: sync_layer.sync.group_discard(GROUP, channel), commits=commits) as opened:
+    with open_transaction(
+        lambda: sync_layer.sync.group_discard(GROUP, channel), commits=commits
+    ) as opened:
         await opened.begin()
         await owner.group_add(GROUP, channel)
         await opened.end()
@@ -203,7 +211,9 @@ async def test_open_transaction_with_many_memberships_fails_no_other_change(
     with open_transaction(change) as opened:
         await opened.begin()
         calls = [
-            owner.group_discard(GROUP, channel) if number % 3 == 0 else owner.group_add(GROUP, channel)
+            owner.group_discard(GROUP, channel)
+            if number % 3 == 0
+            else owner.group_add(GROUP, channel)
             for number, channel in enumerate(held)
         ]
         calls += [owner.group_add(*pair) for pair in unrelated]
@@ -298,9 +308,7 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 def backends(observer: Observer) -> set[Any]:
     """Of the connections that lead through the proxy."""
-    query = (
-        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'proxied'"
-    )
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'proxied'"
     return {pid for (pid,) in observer.execute(query)}
 
 

@@ -45,7 +45,9 @@ async def begin(
     try:
         for _ in range(2):
             await traffic.serve(
-                pool_proxy.dsn(connect_timeout=2), listen_dsn=listen_proxy.dsn(connect_timeout=2), **options
+                pool_proxy.dsn(connect_timeout=2),
+                listen_dsn=listen_proxy.dsn(connect_timeout=2),
+                **options,
             )
         traffic.send(pool_proxy.dsn(connect_timeout=2), **options)
         traffic.send(dsn, **options)
@@ -73,7 +75,9 @@ async def test_connections_that_are_cut_again_and_again(
     async with begin(migrated_dsn, pool_proxy, listen_proxy) as traffic:
         deadline = time.monotonic() + CUTTING
         while time.monotonic() < deadline:
-            for proxy in random.choice(((pool_proxy,), (listen_proxy,), (pool_proxy, listen_proxy))):
+            for proxy in random.choice(
+                ((pool_proxy,), (listen_proxy,), (pool_proxy, listen_proxy))
+            ):
                 proxy.cut()
             await asyncio.sleep(random.uniform(*CUTTING_EVERY))
         with recovery("all connections cut again and again"):
@@ -101,9 +105,18 @@ async def test_an_idle_connection_that_was_cut_costs_no_send(
 @pytest.mark.parametrize("revive", [True, False], ids=["old connections revive", "and stay dead"])
 @pytest.mark.parametrize("what", ["listener", "pool", "both"])
 async def test_a_network_that_swallows_packets(
-    migrated_dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, recovery: Recovery, what: str, revive: bool
+    migrated_dsn: str,
+    pool_proxy: Proxy,
+    listen_proxy: Proxy,
+    recovery: Recovery,
+    what: str,
+    revive: bool,
 ) -> None:
-    swallowing = {"listener": [listen_proxy], "pool": [pool_proxy], "both": [pool_proxy, listen_proxy]}[what]
+    swallowing = {
+        "listener": [listen_proxy],
+        "pool": [pool_proxy],
+        "both": [pool_proxy, listen_proxy],
+    }[what]
     async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
         disturbed, undisturbed = traffic.senders
         for proxy in swallowing:
@@ -113,7 +126,9 @@ async def test_a_network_that_swallows_packets(
         assert all([await health(traffic, receiver) for receiver in traffic.receivers])
         if pool_proxy in swallowing:
             # Not one hangs: each stream's send fails, and so does the next.
-            await traffic.until(lambda: len(disturbed.failed) == 4 and min(disturbed.failed.values()) >= 2)
+            await traffic.until(
+                lambda: len(disturbed.failed) == 4 and min(disturbed.failed.values()) >= 2
+            )
         for proxy in swallowing:
             proxy.let_go(revive=revive)
         how = "old connections revive" if revive else "old ones stay dead"
@@ -134,7 +149,9 @@ async def test_a_network_that_swallows_now_and_then(
     """Shorter than anything that would be noticed, or a little longer; old connections live on, or do not."""
     async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
         for _ in range(4):
-            for proxy in random.choice(((pool_proxy,), (listen_proxy,), (pool_proxy, listen_proxy))):
+            for proxy in random.choice(
+                ((pool_proxy,), (listen_proxy,), (pool_proxy, listen_proxy))
+            ):
                 proxy.swallow()
             await asyncio.sleep(random.choice((0.1, 0.5, 1.0, 2.2)))
             for proxy in (pool_proxy, listen_proxy):
@@ -210,7 +227,9 @@ async def test_a_claim_that_was_given_up_claims_nothing_when_it_comes_late(
     first = asyncio.create_task(one.receive("jobs"))
     await layer.send("jobs", {"number": 0})
     assert await first == {"number": 0}
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+    )
 
     pool_proxy.swallow()
     second = asyncio.create_task(one.receive("jobs"))
@@ -218,7 +237,9 @@ async def test_a_claim_that_was_given_up_claims_nothing_when_it_comes_late(
     await until(lambda: (client := one._loops.client).fence > client.raised_fence)
     pool_proxy.let_go(revive=False)  # other connections do
     assert await asyncio.wait_for(second, 10) == {"number": 1}
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+    )
 
     await layer.send("jobs", {"number": 2})  # for nobody in particular
     connections = b"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -238,12 +259,16 @@ async def test_what_a_client_has_given_up_neither_claims_nor_releases(
     [(address,)] = observer.execute("SELECT address FROM pg_layer_client").fetchall()
     observer.execute("SELECT pg_layer_raise_fence(%s, 5)", [address])
     observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [address])  # late itself
-    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"):
+    with pytest.raises(
+        psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"
+    ):
         observer.execute("SELECT pg_layer_claim('asgi', 'jobs', %s, 4, 0, 1)", [address])
     claim = "SELECT boot, xid, id FROM pg_layer_claim('asgi', 'jobs', %s, 5, 0, 1)"
     [key] = observer.execute(claim, [address]).fetchall()
     release = "SELECT pg_layer_release('asgi', %s, %s, ARRAY[%s], ARRAY[%s], ARRAY[%s])"
-    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"):
+    with pytest.raises(
+        psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"
+    ):
         observer.execute(release, [address, 4, *key])
     where = "SELECT address FROM pg_layer_message WHERE channel = 'jobs'"
     assert observer.execute(where).fetchall() == [(address,)]

@@ -40,7 +40,9 @@ async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list
     return [(await receive(layer, channel))["number"] for _ in range(count)]
 
 
-async def test_idle_listeners_after_a_transaction_filled_the_queue_free_it_and_hear_again(dsn: str) -> None:
+async def test_idle_listeners_after_a_transaction_filled_the_queue_free_it_and_hear_again(
+    dsn: str,
+) -> None:
     async with open_layer(dsn, **BEATING) as layer, open_layer(dsn, **BEATING) as other:
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
@@ -51,7 +53,9 @@ async def test_idle_listeners_after_a_transaction_filled_the_queue_free_it_and_h
             await other.group_send("room", {"number": number})
             await other.send(channel, {"number": number + 1})
         assert await numbers(layer, channel, 20) == list(range(20))
-        await until(lambda: (layer.stats()["listener"], other.stats()["listener"]) == ("listening",) * 2)
+        await until(
+            lambda: (layer.stats()["listener"], other.stats()["listener"]) == ("listening",) * 2
+        )
         before = layer.stats()["inline_messages"]
         await other.group_send("room", {"number": 20})
         await other.send(channel, {"number": 21})

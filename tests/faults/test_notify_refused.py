@@ -56,7 +56,10 @@ def fill(connection: psycopg.Connection) -> None:
 @contextmanager
 def full_queue(dsn: str) -> Iterator[None]:
     """NOTIFY's queue is full, as somebody who listens sits in a transaction."""
-    with psycopg.connect(dsn, autocommit=True) as pin, psycopg.connect(dsn, autocommit=True) as filler:
+    with (
+        psycopg.connect(dsn, autocommit=True) as pin,
+        psycopg.connect(dsn, autocommit=True) as filler,
+    ):
         pin.execute("LISTEN filled")
         pin.execute("BEGIN")
         pin.execute("SELECT 1")
@@ -212,7 +215,11 @@ NOTHING_HEARD = """
     ],
 )
 async def test_a_server_without_notifications_is_polled_until_it_has_them(
-    migrated_dsn: str, observer: Observer, refuses: str, caplog: pytest.LogCaptureFixture, recovery: Recovery
+    migrated_dsn: str,
+    observer: Observer,
+    refuses: str,
+    caplog: pytest.LogCaptureFixture,
+    recovery: Recovery,
 ) -> None:
     observer.execute("CREATE SCHEMA refusing")
     observer.execute(refuses.encode())

@@ -52,7 +52,9 @@ def pages(observer: Observer) -> int:
 
 async def emptied(observer: Observer) -> None:
     """Return when all rows are deleted."""
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+    )
 
 
 async def closed(layer: PostgresChannelLayer, observer: Observer, name: str) -> None:
@@ -117,7 +119,9 @@ class Reconnected:
         return int(read)
 
 
-@pytest.mark.parametrize("is_analyzed", [False, True], ids=["no statistics", "statistics of empty tables"])
+@pytest.mark.parametrize(
+    "is_analyzed", [False, True], ids=["no statistics", "statistics of empty tables"]
+)
 async def test_heartbeats_and_catch_ups_do_not_walk_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, is_analyzed: bool
 ) -> None:

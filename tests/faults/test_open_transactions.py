@@ -162,8 +162,12 @@ async def test_message_of_a_transaction_that_stays_open_across_renewals_is_recei
     layer = make_layer(poll_interval=0.05)
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
-    open_transaction.execute('SELECT pg_layer_group_send(\'room\', \'{"type": "test", "number": 1}\')')
-    open_transaction.execute('SELECT pg_layer_send(%s, \'{"type": "test", "number": 2}\')', [channel])
+    open_transaction.execute(
+        'SELECT pg_layer_group_send(\'room\', \'{"type": "test", "number": 1}\')'
+    )
+    open_transaction.execute(
+        'SELECT pg_layer_send(%s, \'{"type": "test", "number": 2}\')', [channel]
+    )
     for _ in range(4):
         await layer.health()  # renews the lease
         await layer.send(channel, {"type": "test", "number": 0})

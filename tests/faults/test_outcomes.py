@@ -97,7 +97,9 @@ async def test_send_in_flight_when_the_layer_is_closed_raises_outcome_unknown(
             await layer.send("jobs", MESSAGE)
 
     with locked(migrated_dsn, "pg_layer_message"):
-        sending = asyncio.create_task(asyncio.to_thread(asyncio.run, send()) if is_elsewhere else send())
+        sending = asyncio.create_task(
+            asyncio.to_thread(asyncio.run, send()) if is_elsewhere else send()
+        )
         await blocked(observer)
         await layer.close()
         await sending
@@ -157,7 +159,9 @@ async def test_own_group_discard_while_the_database_is_away_raises_outcome_unkno
     with pytest.raises(OutcomeUnknown, match="receive nothing more"):
         await layer.group_discard("room", channel)
     proxy.let_go()
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
+    )
 
 
 async def test_calls_while_the_database_is_away_say_that_nothing_was_done(

@@ -135,7 +135,9 @@ async def test_with_listen_dsn_everything_arrives_by_notification(
         ):
             await asyncio.gather(
                 exchange(layer, dsn, processes, 100),
-                asyncio.gather(*(other.send("elsewhere", {"number": number}) for number in range(500))),
+                asyncio.gather(
+                    *(other.send("elsewhere", {"number": number}) for number in range(500))
+                ),
             )
             assert sorted(await numbers(other, "elsewhere", 500)) == list(range(500))
             health = await layer.health()
@@ -198,9 +200,13 @@ class Received:
     async def has_all(self, outcomes: Outcomes) -> None:
         """What returned came once and in order, what is unknown at most once, what was refused never."""
         try:
-            await until(lambda: all(set(outcomes[n]["sent"]) <= set(got) for n, got in self.numbers.items()))
+            await until(
+                lambda: all(set(outcomes[n]["sent"]) <= set(got) for n, got in self.numbers.items())
+            )
         except TimeoutError:
-            lost = {n: sorted(set(outcomes[n]["sent"]) - set(got)) for n, got in self.numbers.items()}
+            lost = {
+                n: sorted(set(outcomes[n]["sent"]) - set(got)) for n, got in self.numbers.items()
+            }
             pytest.fail(f"lost: {lost}")
         for name, got in self.numbers.items():
             assert got == sorted(set(got))
@@ -213,7 +219,9 @@ class Received:
 
 
 @asynccontextmanager
-async def traffic(layer: PostgresChannelLayer, dsn: str, processes: Processes) -> AsyncIterator[Received]:
+async def traffic(
+    layer: PostgresChannelLayer, dsn: str, processes: Processes
+) -> AsyncIterator[Received]:
     """Another process sends to a channel, a group and jobs of this layer; in the end all has arrived."""
     own, member = [await layer.new_channel() for _ in range(2)]
     await layer.group_add("room", member)
@@ -281,7 +289,11 @@ async def test_with_poll_interval_the_pooler_alone_will_do(
 
 
 async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
-    pooler: PgBouncer, direct: str, processes: Processes, caplog: pytest.LogCaptureFixture, recovery: Recovery
+    pooler: PgBouncer,
+    direct: str,
+    processes: Processes,
+    caplog: pytest.LogCaptureFixture,
+    recovery: Recovery,
 ) -> None:
     dsn = pooler.dsn(direct)
     async with open_layer(dsn, **QUICK, heartbeat=1, lease=60) as layer:
@@ -298,7 +310,9 @@ async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
         # Several heartbeats later it is still so, and not said again.
         renewed = [lease(direct)]
         while len(renewed) < 4:
-            renewed.append(await until(lambda: lease(direct) if lease(direct) != renewed[-1] else None))
+            renewed.append(
+                await until(lambda: lease(direct) if lease(direct) != renewed[-1] else None)
+            )
         await layer.send(channel, {"number": 1})
         assert await numbers(layer, channel, 1) == [1]
         assert [w for w in warnings(caplog) if "pooler" in w] == warnings(caplog)
@@ -316,7 +330,11 @@ def lease(direct: str) -> object:
 
 
 async def test_a_pooler_alone_that_is_restarted_is_polled_through_again(
-    pooler: PgBouncer, direct: str, processes: Processes, caplog: pytest.LogCaptureFixture, recovery: Recovery
+    pooler: PgBouncer,
+    direct: str,
+    processes: Processes,
+    caplog: pytest.LogCaptureFixture,
+    recovery: Recovery,
 ) -> None:
     dsn = pooler.dsn(direct)
     async with open_layer(dsn, **QUICK) as layer, traffic(layer, dsn, processes) as received:

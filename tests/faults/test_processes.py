@@ -23,7 +23,12 @@ from tests.project.commands import Process, manage, started, succeeded
 Recovery = Callable[[str], AbstractContextManager[None]]
 
 # Nothing of it is swept but by the command that the tests run.
-SHORT_LEASE: dict[str, object] = {"lease": 2, "heartbeat": 0.5, "sweep_interval": 0, "capacity": 100_000}
+SHORT_LEASE: dict[str, object] = {
+    "lease": 2,
+    "heartbeat": 0.5,
+    "sweep_interval": 0,
+    "capacity": 100_000,
+}
 
 
 def count(observer: Observer, table: str, address: str) -> int:
@@ -34,7 +39,9 @@ def count(observer: Observer, table: str, address: str) -> int:
 
 def address_of(observer: Observer, pid: int) -> str:
     """The address of a process that receives."""
-    [(address,)] = observer.execute("SELECT address FROM pg_layer_client WHERE pid = %s", (pid,)).fetchall()
+    [(address,)] = observer.execute(
+        "SELECT address FROM pg_layer_client WHERE pid = %s", (pid,)
+    ).fetchall()
     return str(address)
 
 
@@ -61,7 +68,9 @@ class Traffic:
         if self.sent % 2:
             await self._layer.group_send("room", message)
         else:
-            await asyncio.gather(*(self._layer.send(channel, message) for channel in self._channels))
+            await asyncio.gather(
+                *(self._layer.send(channel, message) for channel in self._channels)
+            )
         self.sent += 1
 
     async def more(self, count: int) -> None:
@@ -105,7 +114,11 @@ async def member(link: Link, dsn: str) -> list[int]:
 
 
 async def test_a_killed_member_costs_its_group_nothing(
-    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, recovery: Recovery
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    observer: Observer,
+    recovery: Recovery,
 ) -> None:
     """It counts until its lease is over, and a sweep removes its membership.
 
@@ -306,7 +319,11 @@ async def _take_all(layer: PostgresChannelLayer) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 async def test_runworker_that_is_asked_to_end_leaves_nothing(
-    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, ending: ExitStack, number: signal.Signals
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    observer: Observer,
+    ending: ExitStack,
+    number: signal.Signals,
 ) -> None:
     observer.execute("CREATE TABLE job (number integer, pid integer)")
     layer = make_layer(capacity=10_000)

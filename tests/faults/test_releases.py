@@ -156,9 +156,15 @@ def test_release_under_way_when_its_loop_ends_neither_loses_nor_doubles_jobs(
 
 @pytest.mark.parametrize("takes_effect", [True, False])
 async def test_release_whose_connection_is_lost_neither_loses_nor_doubles_jobs(
-    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer, takes_effect: bool
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    pool_proxy: Proxy,
+    observer: Observer,
+    takes_effect: bool,
 ) -> None:
-    layer = make_layer(dsn=pool_proxy.dsn(), listen_dsn=migrated_dsn, capacity=1000, send_timeout=60)
+    layer = make_layer(
+        dsn=pool_proxy.dsn(), listen_dsn=migrated_dsn, capacity=1000, send_timeout=60
+    )
     other = make_layer(capacity=1000)
     await listen(layer)
     await send_jobs(migrated_dsn)
@@ -219,7 +225,9 @@ async def test_release_before_a_crash_of_the_server_is_not_undone(
     server: PostgresServer, database: str
 ) -> None:
     """The process counts released jobs as gone: it would delete them where a crash puts them back."""
-    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")  # what is not flushed by then is undone
+    server.execute(
+        "ALTER SYSTEM SET wal_writer_delay = '10s'"
+    )  # what is not flushed by then is undone
     server.restart("fast")
     async with open_layer(database, capacity=1000) as layer:
         await listen(layer)
@@ -259,4 +267,6 @@ async def test_claim_that_the_server_refuses_is_tried_again(
     for n in range(1, 10):
         await sender.send("jobs", {"number": n})
     assert await work(layer, 9) == list(range(1, 10))
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+    )

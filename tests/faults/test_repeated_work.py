@@ -141,7 +141,10 @@ async def test_polling_that_fails_ends_when_notifications_arrive_again(
     owner: Owner = owner_of(layer)
 
     def is_failing() -> bool:
-        return any(problem.startswith("Polling fails") for problem in layer._loops.client.failures.problems())
+        return any(
+            problem.startswith("Polling fails")
+            for problem in layer._loops.client.failures.problems()
+        )
 
     with one_more_column(observer, "pg_layer_renew"):
         owner._fall_back("the test says so.")

@@ -141,7 +141,9 @@ async def join_late(link: Link, dsn: str) -> list[dict[str, Any]]:
 async def test_memberships_that_a_crash_undid_are_put_back(
     server: PostgresServer, database: str, processes: Processes
 ) -> None:
-    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")  # what is not flushed by then is undone
+    server.execute(
+        "ALTER SYSTEM SET wal_writer_delay = '10s'"
+    )  # what is not flushed by then is undone
     server.restart("fast")
     reader = processes.start(join_late, database)
     assert await reader.hear() == "listening"
@@ -166,7 +168,9 @@ async def test_memberships_whose_end_a_crash_undid_are_removed_again(
     server: PostgresServer, database: str
 ) -> None:
     """The table has rows again that their owner had deleted. A moment later they are gone."""
-    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")  # what is not flushed by then is undone
+    server.execute(
+        "ALTER SYSTEM SET wal_writer_delay = '10s'"
+    )  # what is not flushed by then is undone
     server.restart("fast")
     async with open_layer(database, send_timeout=30) as layer:
         channels = [await layer.new_channel() for _ in range(4)]
@@ -198,10 +202,14 @@ async def test_what_waited_in_the_table_arrives_after_a_restart_once(
             await sender.send(channel, {"number": number})
             await sender.send("jobs", {"number": number})
         server.execute("CHECKPOINT")  # so that all of these are on its disk
-        before = [(await receive(layer, name))["number"] for _ in range(20) for name in (channel, "jobs")]
+        before = [
+            (await receive(layer, name))["number"] for _ in range(20) for name in (channel, "jobs")
+        ]
         await asyncio.to_thread(server.restart, mode)
         await sender.send(channel, {"number": 50})
         await sender.send("jobs", {"number": 50})
-        after = [(await receive(layer, name))["number"] for _ in range(31) for name in (channel, "jobs")]
+        after = [
+            (await receive(layer, name))["number"] for _ in range(31) for name in (channel, "jobs")
+        ]
     assert before == [number for number in range(20) for _ in range(2)]
     assert after == [number for number in range(20, 51) for _ in range(2)]

@@ -66,7 +66,9 @@ WORDS = "statement_timeout of the role"
 def impatient(observer: Observer) -> Observer:
     """The role has a statement_timeout, and each message written or deleted takes longer."""
     [(name, role)] = observer.execute("SELECT current_database(), current_user").fetchall()
-    observer.execute(f'ALTER ROLE "{role}" IN DATABASE "{name}" SET statement_timeout = 2000'.encode())
+    observer.execute(
+        f'ALTER ROLE "{role}" IN DATABASE "{name}" SET statement_timeout = 2000'.encode()
+    )
     observer.execute(SLOW.encode())
     return observer
 

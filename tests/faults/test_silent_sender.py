@@ -73,7 +73,9 @@ async def read_to_the_last(link: Link, dsn: str, heartbeat: float) -> None:
             link.say(number)
 
 
-async def start_reader(processes: Processes, dsn: str, heartbeat: float = 1200) -> tuple[Process[None], str]:
+async def start_reader(
+    processes: Processes, dsn: str, heartbeat: float = 1200
+) -> tuple[Process[None], str]:
     reader = processes.start(read_to_the_last, dsn, heartbeat)
     return reader, await reader.hear()
 
@@ -86,7 +88,9 @@ async def rest(reader: Process[None]) -> list[int]:
     return numbers
 
 
-async def write(layer: PostgresChannelLayer, how: str, channel: str, number: int, size: int = 0) -> None:
+async def write(
+    layer: PostgresChannelLayer, how: str, channel: str, number: int, size: int = 0
+) -> None:
     """Send one message: to the channel, to its group, or to both in turn."""
     message = {"number": number, "blob": bytes(size)}
     if how == "send" or (how == "both in turn" and number % 2):

@@ -30,7 +30,12 @@ async def serve(link: Link, dsn: str, task_hangs: bool) -> Served:
 
     Says their channels, and reads the stuck one again when the test says so, up to the number it says.
     """
-    options: dict[str, object] = {"capacity": CAPACITY, "heartbeat": 0.2, "lease": 60, "expiry": EXPIRY}
+    options: dict[str, object] = {
+        "capacity": CAPACITY,
+        "heartbeat": 0.2,
+        "lease": 60,
+        "expiry": EXPIRY,
+    }
     async with open_layer(dsn, **options) as layer:
         channels = [await layer.new_channel() for _ in range(3)]
         for channel in channels:
@@ -149,7 +154,9 @@ async def test_a_worker_that_stops_receiving_leaves_its_jobs_to_others(
     rest = [(await receive(other, "jobs"))["number"] for _ in range(30)]
     assert done == list(range(30))
     assert sorted(rest) == list(range(30, 60))
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+    )
 
 
 async def test_a_blocked_event_loop_gets_everything_when_it_goes_on(

@@ -112,7 +112,9 @@ async def sweep(dsn: str) -> None:
     succeeded(await asyncio.to_thread(manage, dsn, "pg_layer_sweep", "--once"))
 
 
-async def start(processes: Processes, dsn: str, **options: object) -> tuple[Process[Found], str, str, str]:
+async def start(
+    processes: Processes, dsn: str, **options: object
+) -> tuple[Process[Found], str, str, str]:
     """The process that a test stops, and its channels: one in no group, and two in "room"."""
     named = make_conninfo(dsn, application_name="stopped")
     process = processes.start(be_stopped, named, {**SHORT_LEASE, **TOLD, **options})
@@ -251,7 +253,9 @@ async def test_only_reader_stopped_for_longer_than_its_lease_loses_nothing(
     await send(range(10))
     with stopped(process):
         await send(range(10, 20))
-        over = b"SELECT 1 FROM pg_layer_client WHERE expires_at < clock_timestamp() - interval '1 s'"
+        over = (
+            b"SELECT 1 FROM pg_layer_client WHERE expires_at < clock_timestamp() - interval '1 s'"
+        )
         await until(lambda: observer.execute(over).fetchone())
         await sweep(migrated_dsn)
         await lists(sender, "room", kept, banned)
@@ -286,7 +290,9 @@ async def test_process_stopped_for_less_than_its_lease_notices_no_gap(
 # --------------------------------------------------------------- discarded while it was stopped
 
 
-@pytest.mark.parametrize("when", ["before the lease is over", "before the sweep", "after the sweep"])
+@pytest.mark.parametrize(
+    "when", ["before the lease is over", "before the sweep", "after the sweep"]
+)
 @pytest.mark.parametrize("way", ["listening", "disconnected", "polling"])
 async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
     migrated_dsn: str,

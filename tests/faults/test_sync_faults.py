@@ -53,7 +53,9 @@ def until_idle(observer: Observer) -> None:
 
 def until(observer: Observer, condition: str, count: int) -> None:
     """Return when that holds for so many connections of this database."""
-    query = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {condition}"
+    query = (
+        f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {condition}"
+    )
     deadline = monotonic() + 20
     while observer.execute(query.encode()).fetchone() != (count,):
         assert monotonic() < deadline
@@ -98,7 +100,9 @@ def test_a_message_is_not_sent_again_when_its_answer_is_lost(
         assert waiting(observer) == 1
 
 
-def test_joining_is_tried_again_when_its_answer_is_lost(migrated_dsn: str, observer: Observer) -> None:
+def test_joining_is_tried_again_when_its_answer_is_lost(
+    migrated_dsn: str, observer: Observer
+) -> None:
     layer = PostgresChannelLayer(send_timeout=20)
     with Proxy(migrated_dsn) as proxy, on_django(layer, default=postgres(proxy.dsn())):
         with locked(migrated_dsn, "pg_layer_membership") as holder, ThreadPoolExecutor(1) as pool:
@@ -131,7 +135,9 @@ def test_a_pool_whose_connections_are_all_dead(migrated_dsn: str, observer: Obse
 
 
 @pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
-def test_patience_ends_and_django_goes_on(migrated_dsn: str, observer: Observer, is_watched: bool) -> None:
+def test_patience_ends_and_django_goes_on(
+    migrated_dsn: str, observer: Observer, is_watched: bool
+) -> None:
     layer = PostgresChannelLayer(send_timeout=0.5)
     with on_django(layer, default=postgres(migrated_dsn)):
         connection.force_debug_cursor = is_watched
@@ -213,10 +219,15 @@ def refused_by(dsn: str, **place: str) -> psycopg.OperationalError:
     return caught.value
 
 
-def test_what_one_of_several_hosts_denies_is_not_hopeless_while_another_is_away(migrated_dsn: str) -> None:
+def test_what_one_of_several_hosts_denies_is_not_hopeless_while_another_is_away(
+    migrated_dsn: str,
+) -> None:
     with Proxy(migrated_dsn) as proxy, socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))  # and does not listen
-        there, also_there = conninfo_to_dict(migrated_dsn)["port"], conninfo_to_dict(proxy.dsn())["port"]
+        there, also_there = (
+            conninfo_to_dict(migrated_dsn)["port"],
+            conninfo_to_dict(proxy.dsn())["port"],
+        )
         away = unheard.getsockname()[1]
         for ports, expected in (
             (f"{there}", True),
@@ -245,9 +256,15 @@ async def test_of_one_hosts_addresses_one_is_enough(
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_password_that_is_missing_is_hopeless(count: int) -> None:
-    text = 'connection to server at "127.0.0.1", port 5432 failed: fe_sendauth: no password supplied'
+    text = (
+        'connection to server at "127.0.0.1", port 5432 failed: fe_sendauth: no password supplied'
+    )
     lines = [f"- host: 'h{n}', port: '5432', hostaddr: '127.0.0.1': {text}" for n in range(count)]
-    told = [text, "Multiple connection attempts failed. All failures were:", *lines] if count > 1 else [text]
+    told = (
+        [text, "Multiple connection attempts failed. All failures were:", *lines]
+        if count > 1
+        else [text]
+    )
     assert is_hopeless(psycopg.OperationalError("\n".join(told)))
 
 
@@ -293,7 +310,10 @@ def test_where_notify_is_refused_messages_are_written_without(
 def ids(observer: Observer) -> list[int]:
     """The ids of the jobs that wait, in the order of sending."""
     return [
-        id for (id,) in observer.execute("SELECT id FROM pg_layer_message WHERE channel = 'jobs' ORDER BY 1")
+        id
+        for (id,) in observer.execute(
+            "SELECT id FROM pg_layer_message WHERE channel = 'jobs' ORDER BY 1"
+        )
     ]
 
 
@@ -311,7 +331,9 @@ def test_transaction_where_notify_is_refused_commits_and_is_announced_later(
     assert notes(observer) == 2
     assert waiting(observer) == 4
     observer.execute("DROP FUNCTION refusing.pg_notify")
-    with psycopg.connect(observer.info.dsn, password=observer.info.password, autocommit=True) as listener:
+    with psycopg.connect(
+        observer.info.dsn, password=observer.info.password, autocommit=True
+    ) as listener:
         listener.execute(
             "SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(pg_layer_address('asgi', 'jobs'))])"
         )
@@ -399,7 +421,9 @@ def test_missing_tables_are_said_in_every_kind_of_transaction(fresh_database: st
             transaction.rollback()
 
 
-def test_an_older_function_is_said_to_be_out_of_date(layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_an_older_function_is_said_to_be_out_of_date(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
     observer.execute("ALTER TABLE pg_layer_message RENAME COLUMN marked TO unmarked")
     with pytest.raises(NotMigrated):
         layer.sync.send("jobs", number(1))

@@ -111,7 +111,9 @@ asyncio.run(main())
 """
 
 
-def test_sigterm_has_its_default_effect_in_a_forked_child_that_does_not_receive(migrated_dsn: str) -> None:
+def test_sigterm_has_its_default_effect_in_a_forked_child_that_does_not_receive(
+    migrated_dsn: str,
+) -> None:
     assert succeeded(run(migrated_dsn, "-c", FORKS, migrated_dsn)) == "0"
 
 
@@ -123,8 +125,19 @@ async def test_a_granian_worker_that_is_asked_to_end_leaves_nothing(
     """Its workers are forked by `multiprocessing`: they run no functions registered with `atexit`."""
     require_module("granian", component="granian")
     port = free_port()
-    options = ("--interface", "asginl", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error")
-    with started(migrated_dsn, "-m", "granian", *options, "tests.project.asgi:application") as server:
+    options = (
+        "--interface",
+        "asginl",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    )
+    with started(
+        migrated_dsn, "-m", "granian", *options, "tests.project.asgi:application"
+    ) as server:
         async with await joined(f"ws://127.0.0.1:{port}/async/"):
             await until(lambda: receivers(observer))
             assert server.pid not in receivers(observer)

@@ -77,7 +77,9 @@ async def test_consumers_are_told_that_the_database_goes_and_is_back(
                 await socket.disconnect(timeout=PATIENCE)
 
 
-async def test_only_consumers_of_this_process_are_told(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_only_consumers_of_this_process_are_told(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer, other = make_layer(**TOLD), make_layer()
     await listen(layer)
     await listen(other)
@@ -115,7 +117,11 @@ async def test_health_of_who_only_sends(make_layer: MakeLayer) -> None:
     layer = make_layer()
     health = await layer.health()
     assert health["problems"] == []
-    assert (health["listener"], health["lease_age"], health["last_notification"]) == ("off", None, None)
+    assert (health["listener"], health["lease_age"], health["last_notification"]) == (
+        "off",
+        None,
+        None,
+    )
     assert health["round_trip"] is not None
 
 
@@ -172,7 +178,9 @@ async def test_a_database_that_was_never_there_is_not_lost(
     assert second.startswith("The database is there after ")
 
 
-async def test_a_wrong_password_is_no_loss(server: PostgresServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_wrong_password_is_no_loss(
+    server: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
     async with open_layer(server.dsn(password="wrong")) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
         (said,) = await until(lambda: warnings(caplog))
@@ -181,7 +189,9 @@ async def test_a_wrong_password_is_no_loss(server: PostgresServer, caplog: pytes
     assert said.startswith("Cannot reach the database: ")
 
 
-async def test_missing_tables_are_no_loss(fresh_database: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_missing_tables_are_no_loss(
+    fresh_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with open_layer(fresh_database) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
         (said,) = await until(lambda: warnings(caplog))

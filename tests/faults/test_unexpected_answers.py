@@ -69,12 +69,16 @@ def one_more_column(observer: Observer, name: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def nothing(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+async def nothing(
+    layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
+) -> AsyncIterator[None]:
     yield
 
 
 @asynccontextmanager
-async def joined(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+async def joined(
+    layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
+) -> AsyncIterator[None]:
     """Another process adds a channel to a group, and the owner writes its row when the fault is mended."""
     channel = await layer.new_channel()
     await sender.group_add("room", channel)
@@ -88,7 +92,9 @@ async def joined(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn:
 
 
 @asynccontextmanager
-async def marked(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+async def marked(
+    layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
+) -> AsyncIterator[None]:
     """A message that is not announced is found at a heartbeat when the fault is mended."""
     channel = await layer.new_channel()
     with psycopg.connect(dsn) as connection:
@@ -99,12 +105,16 @@ async def marked(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn:
 
 
 @asynccontextmanager
-async def expired(layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str) -> AsyncIterator[None]:
+async def expired(
+    layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
+) -> AsyncIterator[None]:
     """A message expires, and is deleted when the fault is mended."""
     await sender.send("jobs", {"number": 1}, expiry=0.01)
     yield
     with psycopg.connect(dsn, autocommit=True) as observer:
-        await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+        await until(
+            lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+        )
 
 
 Use = Callable[[PostgresChannelLayer, PostgresChannelLayer, str], Any]
@@ -183,7 +193,9 @@ async def test_pg_layer_status_shows_tasks_that_fail(
         await until(lambda: observer.execute(counted).fetchone() == ("1",))
         shown = await asyncio.to_thread(look, migrated_dsn)
         assert shown["failing_tasks"] == 1
-        assert shown["problems"] == ["Tasks of live clients that fail: 1. The processes' logs say why."]
+        assert shown["problems"] == [
+            "Tasks of live clients that fail: 1. The processes' logs say why."
+        ]
     await until(lambda: observer.execute(counted).fetchone() == ("0",))
     assert (await asyncio.to_thread(look, migrated_dsn))["ok"]
 
@@ -196,10 +208,14 @@ async def test_health_when_the_renewal_gets_an_unexpected_answer_raises_nothing(
     with one_more_column(observer, "pg_layer_renew"):
         health = await layer.health()
     assert health["round_trip"] is None
-    assert any(problem.startswith("The ping failed: ValueError: ") for problem in health["problems"])
+    assert any(
+        problem.startswith("The ping failed: ValueError: ") for problem in health["problems"]
+    )
 
 
-async def test_health_when_the_lease_is_over_says_so_although_it_renews_it(make_layer: MakeLayer) -> None:
+async def test_health_when_the_lease_is_over_says_so_although_it_renews_it(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(heartbeat=0.4, lease=1)
     await listen(layer)
     time.sleep(1.1)  # noqa: ASYNC251  # as an application that blocks the loop does

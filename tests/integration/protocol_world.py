@@ -144,7 +144,9 @@ class Loop(asyncio.SelectorEventLoop):
 class Call:
     """A statement that was sent."""
 
-    def __init__(self, world: World, wire: Session, statement: Statement, values: tuple[object, ...]) -> None:
+    def __init__(
+        self, world: World, wire: Session, statement: Statement, values: tuple[object, ...]
+    ) -> None:
         self.wire = wire
         self.statement = statement
         self.values = values
@@ -486,7 +488,9 @@ class Process:
             pass
 
         self.work = Tasks(self.client.failures)
-        self.owner = owner = Owner(self.client, connections, Outage(self.client), self.work, no_predecessor)
+        self.owner = owner = Owner(
+            self.client, connections, Outage(self.client), self.work, no_predecessor
+        )
         # The owner's listener as it was made, with another way to connect and to hear.
         self.listener = listener = ManualListener.__new__(ManualListener)
         vars(listener).update(vars(owner._listener))
@@ -601,7 +605,9 @@ class World:
         self.wanted: dict[tuple[int, Pair], list[Membership]] = defaultdict(list)
         self.discards: dict[tuple[int, Pair], list[Discard]] = defaultdict(list)
         self.foreign: list[Foreign] = []
-        self.swept: set[int] = set()  # processes whose lease was ended, and that have not renewed it
+        self.swept: set[int] = (
+            set()
+        )  # processes whose lease was ended, and that have not renewed it
         self.checkpoint: dict[str, list[str]] | None = None
         self.has_lost_rows = False
         self.errors = Errors()
@@ -702,14 +708,14 @@ class World:
         own = transaction is None
         quiet = is_refused if transaction is None else transaction.is_quiet
         session = Immediate(self.writer_wire if transaction is None else transaction.wire)
-        drafts = [self._payload(size) for size in sizes]
+        operations = [self._payload(size) for size in sizes]
         began = self.moment()
         rows: list[tuple[int, str, str | None, Key]] = []
         if targets[0][0] is not None:
             groups = [group for group, _ in targets if group is not None]
             sends = [
                 GroupSend(group, payload, EXPIRY, None)
-                for group, (_, payload) in zip(groups, drafts, strict=False)
+                for group, (_, payload) in zip(groups, operations, strict=False)
             ]
             sent = run_now(
                 send_queries.group_send_batch(
@@ -724,20 +730,27 @@ class World:
                 )
             )
             rows = [
-                (drafts[index][0], address, None, Key(sent.boot or 0, sent.xid or 0, id))
+                (operations[index][0], address, None, Key(sent.boot or 0, sent.xid or 0, id))
                 for id, address, index in zip(sent.ids, sent.addresses, sent.indexes, strict=True)
             ]
             for index in set(range(len(sends))) - set(sent.indexes):
                 self._check_skipped(sends[index].group, began)
             unannounced = [
                 Unannounced(
-                    sent.boot or 0, sent.xid or 0, id, address, None, "message", None, sends[index].payload
+                    sent.boot or 0,
+                    sent.xid or 0,
+                    id,
+                    address,
+                    None,
+                    "message",
+                    None,
+                    sends[index].payload,
                 )
                 for id, address, index in zip(sent.ids, sent.addresses, sent.indexes, strict=True)
             ]
         else:
             channels = [channel for _, channel in targets if channel is not None]
-            payloads = [payload for _, payload in drafts][: len(channels)]
+            payloads = [payload for _, payload in operations][: len(channels)]
             accepted = run_now(
                 send_queries.send_batch(
                     session,
@@ -757,7 +770,7 @@ class World:
             rows = [
                 (draft[0], address, channel, Key(boot, xid, id))
                 for draft, address, channel, id in zip(
-                    drafts, addresses, channels, accepted.ids, strict=False
+                    operations, addresses, channels, accepted.ids, strict=False
                 )
             ]
             unannounced = [
@@ -793,7 +806,11 @@ class World:
     def _check_skipped(self, group: str, began: int) -> None:
         """No message of a group is skipped that has a member."""
         for (number, pair), wanted in self.wanted.items():
-            if pair[0] == group and number not in self.swept and (number, pair) not in self.discards:
+            if (
+                pair[0] == group
+                and number not in self.swept
+                and (number, pair) not in self.discards
+            ):
                 assert not any(0 < each.returned < began for each in wanted), (
                     f"A message to group {group} was not written, although {pair[1]} is a member."
                 )
@@ -880,7 +897,10 @@ class World:
 
         async def work() -> None:
             await process.owner._change(
-                [Change(group, process.channels[index], added, CAPACITY) for group, index, added in changes],
+                [
+                    Change(group, process.channels[index], added, CAPACITY)
+                    for group, index, added in changes
+                ],
                 60.0,
             )
             now = self.moment()
@@ -933,9 +953,15 @@ class World:
                 f" WHERE address = '{process.client.address}' AND kind IN ('add', 'discard')"
                 " ORDER BY id DESC LIMIT 1",
             )
-            rows = [Unannounced(boot, xid, id, process.client.address, pair[1], "add", None, bytes(payload))]
+            rows = [
+                Unannounced(
+                    boot, xid, id, process.client.address, pair[1], "add", None, bytes(payload)
+                )
+            ]
         (row,) = rows
-        messages = self._note(writer, [(0, row.address, row.channel, Key(row.boot, row.xid, row.id))], False)
+        messages = self._note(
+            writer, [(0, row.address, row.channel, Key(row.boot, row.xid, row.id))], False
+        )
         membership = None
         if added:
             membership = Membership(began)
@@ -1104,7 +1130,9 @@ class World:
                 if number is not None:
                     # Marked rows may come by a look as well, and jobs by a claim.
                     if not row.marked and not row.is_job:
-                        assert row.id > last_ids.get(number, 0), "A catch-up is not in the order of ids."
+                        assert row.id > last_ids.get(number, 0), (
+                            "A catch-up is not in the order of ids."
+                        )
                         last_ids[number] = row.id
                     continue
                 assert message.rank, f"{row.key} was heard and not announced."
@@ -1119,11 +1147,17 @@ class World:
         jobs: Counter[int] = Counter()
         for process in self.processes:
             for channel, serials in process.received.items():
-                (jobs.update(serials) if channel == JOBS else times.update((channel, s) for s in serials))
+                (
+                    jobs.update(serials)
+                    if channel == JOBS
+                    else times.update((channel, s) for s in serials)
+                )
         doubled = [each for each, count in times.items() if count > 1]
         assert not doubled, f"Received twice: {doubled}"
         excused = {message.serial for message in self.messages if message.is_excused}
-        assert not [n for n, count in jobs.items() if count > 1 and n not in excused], "A job was done twice."
+        assert not [n for n, count in jobs.items() if count > 1 and n not in excused], (
+            "A job was done twice."
+        )
 
     def finish(self) -> None:
         """End what is open, and give everything time to arrive."""
@@ -1188,23 +1222,29 @@ class World:
                     for message in of_group[group_address(self.prefix, group)]:
                         at = message.committed
                         is_due = any(
-                            removed < each.returned < at and self._is_last(process, (group, channel), each)
+                            removed < each.returned < at
+                            and self._is_last(process, (group, channel), each)
                             for each in wanted
                         )
                         is_possible = any(
-                            each.began < at and (not each.ended or at < each.ended) for each in wanted
+                            each.began < at and (not each.ended or at < each.ended)
+                            for each in wanted
                         )
                         if message.serial in received:
                             assert is_possible, (
                                 f"{channel} received {message.serial} of group {group}, and was no member."
                             )
                         elif not message.is_excused:
-                            assert not is_due, f"{channel} missed message {message.serial} of group {group}."
+                            assert not is_due, (
+                                f"{channel} missed message {message.serial} of group {group}."
+                            )
 
     def _is_last(self, process: Process, pair: Pair, membership: Membership) -> bool:
         """Whether all discards had taken effect before it was asked for: the owner orders the others."""
         settled = [
-            discard.settled if discard.key is None else process.queue.dispatched_at.get(discard.key, 0)
+            discard.settled
+            if discard.key is None
+            else process.queue.dispatched_at.get(discard.key, 0)
             for discard in self.discards.get((process.number, pair), ())
         ]
         return all(0 < moment < membership.began for moment in settled)
@@ -1218,11 +1258,15 @@ class World:
             )
         for group in GROUPS:
             in_memory = {
-                member.channel for process in self.processes for member in process.memberships.members(group)
+                member.channel
+                for process in self.processes
+                for member in process.memberships.members(group)
             }
             in_table = {
                 channel
-                for (channel,) in self.sql(f"SELECT pg_layer_group_channels('{self.prefix}', '{group}')")
+                for (channel,) in self.sql(
+                    f"SELECT pg_layer_group_channels('{self.prefix}', '{group}')"
+                )
             }
             assert in_table == in_memory, f"Group {group}: {in_table ^ in_memory} differ."
 
@@ -1240,6 +1284,8 @@ class World:
         self.loop.close()
         _processes.clear()
         logging.getLogger("pg_layer").removeHandler(self.errors)
-        self.sql("TRUNCATE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock")
+        self.sql(
+            "TRUNCATE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock"
+        )
         self.database.give_back(self.admin)
         self.database.give_back(self.writer_wire)

@@ -9,7 +9,9 @@ from pg_layer._messages.addresses import channel_address, group_address, notific
 from tests.conftest import Observer
 
 NAME = st.from_regex(r"[A-Za-z0-9._\-]{1,100}", fullmatch=True)
-ON_ONE_DATABASE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ON_ONE_DATABASE = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def value(observer: Observer, query: str, *parameters: str) -> str:
@@ -20,7 +22,9 @@ def value(observer: Observer, query: str, *parameters: str) -> str:
 
 @ON_ONE_DATABASE
 @given(prefix=NAME, group=NAME)
-def test_notification_channel_of_a_group_is_that_of_sql(observer: Observer, prefix: str, group: str) -> None:
+def test_notification_channel_of_a_group_is_that_of_sql(
+    observer: Observer, prefix: str, group: str
+) -> None:
     address = group_address(prefix, group)
     assert value(observer, "SELECT pg_layer_group_address(%s, %s)", prefix, group) == address
     found = value(observer, "SELECT pg_layer_notification_channel(%s)", address)

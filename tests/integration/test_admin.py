@@ -301,7 +301,9 @@ print(json.dumps(found))
     ],
     ids=["empty", "zero", "cut short", "cut JSON", "a lie", "deep", "noise"],
 )
-def test_a_damaged_payload_breaks_nothing(migrated_dsn: str, observer: Observer, payload: bytes) -> None:
+def test_a_damaged_payload_breaks_nothing(
+    migrated_dsn: str, observer: Observer, payload: bytes
+) -> None:
     id = add_message(observer, payload)
     assert content(migrated_dsn, id).startswith("A stored message is ")
 
@@ -347,17 +349,24 @@ def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> 
     )
     plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for id in (encrypted, plain):
-        assert content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, as messages are encrypted."
+        assert (
+            content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, as messages are encrypted."
+        )
     assert content(migrated_dsn, encrypted) == (
         "A stored message is encrypted, but symmetric_encryption_keys is not set here."
     )
 
 
-def test_with_keys_of_another_layer_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
+def test_with_keys_of_another_layer_nothing_is_decoded(
+    migrated_dsn: str, observer: Observer
+) -> None:
     id = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for config in ({"prefix": "other", **KEYS}, {"prefix": "other", "misspelt": 5}):
         entries = {"default": {"BACKEND": BACKEND}, "other": {"BACKEND": BACKEND, "CONFIG": config}}
-        assert content(migrated_dsn, id, CHANNEL_LAYERS=entries) == "Not shown, as messages are encrypted."
+        assert (
+            content(migrated_dsn, id, CHANNEL_LAYERS=entries)
+            == "Not shown, as messages are encrypted."
+        )
 
 
 # ---------------------------------------------------------------------- nobody changes anything
@@ -406,7 +415,11 @@ browser.logout()
 print(answers())
 """,
     )
-    assert output.splitlines() == ["[403, 403, 403] False", "[403, 200, 403] True", "[302, 302, 302]"]
+    assert output.splitlines() == [
+        "[403, 403, 403] False",
+        "[403, 200, 403] True",
+        "[302, 302, 302]",
+    ]
 
 
 # ---------------------------------------------------------------------- which database
@@ -434,7 +447,9 @@ print("hello there" in detail("message", {id}))
     ],
     ids=["none", "another", "out of reach"],
 )
-def test_without_a_database_to_show_there_are_no_pages(migrated_dsn: str, entries: dict[str, Any]) -> None:
+def test_without_a_database_to_show_there_are_no_pages(
+    migrated_dsn: str, entries: dict[str, Any]
+) -> None:
     output = ask(
         migrated_dsn,
         """
@@ -446,7 +461,11 @@ print("PostgreSQL channel layer" in browser.get("/admin/").content.decode())
     assert output.splitlines() == ["[403, 403, 403]", "False"]
 
 
-def test_the_first_layer_is_shown_where_none_is_the_default(migrated_dsn: str, observer: Observer) -> None:
+def test_the_first_layer_is_shown_where_none_is_the_default(
+    migrated_dsn: str, observer: Observer
+) -> None:
     fill(observer)
-    output = ask(migrated_dsn, 'print(len(shown("client")))', CHANNEL_LAYERS={"mine": {"BACKEND": BACKEND}})
+    output = ask(
+        migrated_dsn, 'print(len(shown("client")))', CHANNEL_LAYERS={"mine": {"BACKEND": BACKEND}}
+    )
     assert output == "4"

@@ -171,7 +171,9 @@ async def test_transactions_that_send_commit_at_once(server: PostgresServer, dat
         try:
             with commits_held_up(server, observer):
                 commits += [asyncio.create_task(in_thread(partial(commit, n))) for n in range(4)]
-                await until(lambda: len(waiting(observer, "SyncRep") + waiting(observer, "object")) == 4)
+                await until(
+                    lambda: len(waiting(observer, "SyncRep") + waiting(observer, "object")) == 4
+                )
                 assert waiting(observer, "object") == []
                 assert observer.execute(CLUSTER_LOCKS).fetchall() == []
                 await other.group_send(GROUP, number("meanwhile"))
@@ -364,7 +366,9 @@ async def test_messages_of_one_transaction_are_announced_in_one_other_transactio
     """A transaction sends 20 times. One transaction after it announces all, and none within."""
     observer.execute(NOTED_NOTIFY.encode())
     database = observer.info.dbname
-    observer.execute(f'ALTER DATABASE "{database}" SET search_path = noting, pg_catalog, public'.encode())
+    observer.execute(
+        f'ALTER DATABASE "{database}" SET search_path = noting, pg_catalog, public'.encode()
+    )
     reader = make_layer()
     channel = await member(reader)
     observer.execute("TRUNCATE noting.noted")

@@ -61,7 +61,9 @@ async def test_cancelled_calls_leave_the_pool_whole(make_layer: MakeLayer) -> No
     await asyncio.gather(*(caller(index) for index in range(len(calls))))
     # As many statements at once as there are connections, several times.
     for _ in range(5):
-        await asyncio.gather(layer.send("a", {}), layer.group_send("b", {}), layer.group_add("c", channel))
+        await asyncio.gather(
+            layer.send("a", {}), layer.group_send("b", {}), layer.group_add("c", channel)
+        )
     receiving.cancel()
 
 
@@ -76,7 +78,9 @@ async def test_a_job_that_is_handed_over_while_the_layer_closes_is_not_put_back(
 
     def put_as_it_closes(self: ChannelQueue, message: QueuedMessage) -> None:
         if self.channel == "jobs" and not closing:
-            closing.append(asyncio.ensure_future(worker.close()))  # runs before the receiver that is woken
+            closing.append(
+                asyncio.ensure_future(worker.close())
+            )  # runs before the receiver that is woken
         put(self, message)
 
     monkeypatch.setattr(ChannelQueue, "put", put_as_it_closes)
@@ -101,11 +105,15 @@ async def test_tables_that_were_emptied_are_written_again_and_messages_arrive(
         await layer.flush()
     await layer.group_add("room", channel)
     with psycopg.connect(migrated_dsn) as conn:
-        conn.execute("TRUNCATE pg_layer_message, pg_layer_membership, pg_layer_client RESTART IDENTITY")
+        conn.execute(
+            "TRUNCATE pg_layer_message, pg_layer_membership, pg_layer_client RESTART IDENTITY"
+        )
     async with await psycopg.AsyncConnection.connect(migrated_dsn, autocommit=True) as observer:
         found = None
         while found != (1, ""):  # until a heartbeat has put the membership back
-            cursor = await observer.execute("SELECT count(*), pg_sleep(0.02)::text FROM pg_layer_membership")
+            cursor = await observer.execute(
+                "SELECT count(*), pg_sleep(0.02)::text FROM pg_layer_membership"
+            )
             found = await cursor.fetchone()
     for number in range(10):
         await sender.group_send("room", {"n": number})
@@ -135,7 +143,9 @@ async def test_job_whose_claim_was_not_answered_goes_to_another_process(
     assert await numbers(other, "jobs", 1) == [1]
 
 
-async def test_a_receive_that_waits_while_the_layer_closes_goes_on_or_says_so(make_layer: MakeLayer) -> None:
+async def test_a_receive_that_waits_while_the_layer_closes_goes_on_or_says_so(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer()
     own = await listening(layer)
     at_work = asyncio.create_task(layer.receive("jobs"))
@@ -159,12 +169,20 @@ async def test_each_call_has_its_own_timeout(make_layer: MakeLayer) -> None:
 
 
 @pytest.mark.parametrize("how", ["database", "role"])
-async def test_any_encoding_of_the_client_will_do(migrated_dsn: str, make_layer: MakeLayer, how: str) -> None:
+async def test_any_encoding_of_the_client_will_do(
+    migrated_dsn: str, make_layer: MakeLayer, how: str
+) -> None:
     name = sql.Identifier(str(conninfo_to_dict(migrated_dsn)["dbname"]))
     with psycopg.connect(migrated_dsn) as conn:
         if how == "database":
-            conn.execute(sql.SQL("ALTER DATABASE {} SET client_encoding = 'SQL_ASCII'").format(name))
-        dsn = make_conninfo(migrated_dsn, client_encoding="SQL_ASCII") if how == "role" else migrated_dsn
+            conn.execute(
+                sql.SQL("ALTER DATABASE {} SET client_encoding = 'SQL_ASCII'").format(name)
+            )
+        dsn = (
+            make_conninfo(migrated_dsn, client_encoding="SQL_ASCII")
+            if how == "role"
+            else migrated_dsn
+        )
     layer = make_layer(dsn=dsn)
     channel = await listening(layer)
     await layer.send(channel, {"n": 1, "text": "grüße"})
@@ -207,13 +225,17 @@ async def test_a_later_row_with_the_ids_of_one_that_a_crash_lost_is_not_deleted(
     channel = await layer.new_channel()
     await sender.send(channel, {"n": 0})
     with psycopg.connect(migrated_dsn, autocommit=True) as conn:
-        rows = conn.execute("SELECT address, boot, xid::text::bigint, id FROM pg_layer_message").fetchall()
+        rows = conn.execute(
+            "SELECT address, boot, xid::text::bigint, id FROM pg_layer_message"
+        ).fetchall()
         [(address, boot, xid, id)] = rows
         delete = "SELECT pg_layer_delete(%s, ARRAY[%s], ARRAY[%s], ARRAY[%s])"
         conn.execute(delete, (address, boot - 1, xid, id))
         assert await numbers(layer, channel, 1) == [0]
         await sender.send(channel, {"n": 1})
-        rows = conn.execute("SELECT address, boot, xid::text::bigint, id FROM pg_layer_message").fetchall()
+        rows = conn.execute(
+            "SELECT address, boot, xid::text::bigint, id FROM pg_layer_message"
+        ).fetchall()
         for row in rows:
             conn.execute(delete, row)
         assert conn.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)

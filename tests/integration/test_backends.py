@@ -41,7 +41,9 @@ def geventpool(dsn: str) -> Settings:
     engine = "django_db_geventpool.backends.postgresql_psycopg3"
     require_module(f"{engine}.base", component="geventpool")
     options = {"MAX_CONNS": 4, "REUSE_CONNS": 2}
-    return databases(default={**postgres(dsn), "ENGINE": engine, "CONN_MAX_AGE": 0, "OPTIONS": options})
+    return databases(
+        default={**postgres(dsn), "ENGINE": engine, "CONN_MAX_AGE": 0, "OPTIONS": options}
+    )
 
 
 def works_everywhere(dsn: str, settings: Settings, code: str) -> None:
@@ -51,7 +53,9 @@ def works_everywhere(dsn: str, settings: Settings, code: str) -> None:
     assert django(dsn, code, settings=settings) == "[1, 2]"
     assert sorted(left_behind(dsn)) == ["left.behind", "sync"]
     succeeded(manage(dsn, "pg_layer_sweep", "--once", settings=settings))
-    assert "no issues" in succeeded(manage(dsn, "check", "--database", "default", settings=settings))
+    assert "no issues" in succeeded(
+        manage(dsn, "check", "--database", "default", settings=settings)
+    )
     assert succeeded(manage(dsn, "pg_layer_status", settings=settings)).startswith("ok\n")
 
 
@@ -62,7 +66,9 @@ def test_backend_with_own_options_works_everywhere(fresh_database: str) -> None:
 
 @pytest.mark.geventpool
 def test_geventpool_works_everywhere(fresh_database: str) -> None:
-    works_everywhere(fresh_database, geventpool(fresh_database), f"{BOTH_WAYS}\nconnection.closeall()")
+    works_everywhere(
+        fresh_database, geventpool(fresh_database), f"{BOTH_WAYS}\nconnection.closeall()"
+    )
 
 
 PREPARED = """

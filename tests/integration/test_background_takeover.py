@@ -24,14 +24,21 @@ def test_receive_on_a_new_loop_of_a_message_that_is_here_already_ends_the_backgr
     async_to_sync(layer.group_add)("room", channel)
     for number in range(2):
         async_to_sync(layer.group_send)("room", {"number": number})
-    eventually(lambda: layer.stats()["queued_messages"] == 2, "the background loop has received the messages")
+    eventually(
+        lambda: layer.stats()["queued_messages"] == 2,
+        "the background loop has received the messages",
+    )
 
     async def take() -> list[int]:
-        return [(await asyncio.wait_for(layer.receive(channel), PATIENCE))["number"] for _ in range(2)]
+        return [
+            (await asyncio.wait_for(layer.receive(channel), PATIENCE))["number"] for _ in range(2)
+        ]
 
     assert asyncio.run(take()) == [0, 1]
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
-    eventually(lambda: observer.execute(query, [NAME]).fetchone() == (0,), "all connections are closed")
+    eventually(
+        lambda: observer.execute(query, [NAME]).fetchone() == (0,), "all connections are closed"
+    )
     eventually(lambda: not background_threads(), "the background loop's thread has ended")
     asyncio.run(layer.close())
 

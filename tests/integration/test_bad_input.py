@@ -186,7 +186,9 @@ async def test_bad_messages_are_refused(
     expect_untouched(observer)
 
 
-async def test_a_message_that_is_too_large_is_refused(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_a_message_that_is_too_large_is_refused(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer(max_message_size=1000)
     for attempt in (
         layer.send("channel", {"a": "x" * 1000}),
@@ -265,7 +267,8 @@ async def test_a_receiver_says_so_once_and_begins_when_the_tables_are_there(
             return [
                 record.getMessage()
                 for record in caplog.records
-                if record.name.startswith("pg_layer") and "manage.py migrate pg_layer" in record.getMessage()
+                if record.name.startswith("pg_layer")
+                and "manage.py migrate pg_layer" in record.getMessage()
             ]
 
         await until(lines)
@@ -354,7 +357,9 @@ async def test_an_unreachable_database_is_unavailable_after_send_timeout(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"password": PASSWORD}, {"dbname": "pg_layer_no_such_database"}], ids=["password", "database"]
+    "wrong",
+    [{"password": PASSWORD}, {"dbname": "pg_layer_no_such_database"}],
+    ids=["password", "database"],
 )
 async def test_a_refused_login_says_why_and_no_password(
     postgres_dsn: str, wrong: dict[str, str], caplog: pytest.LogCaptureFixture

@@ -52,7 +52,9 @@ group_sends = st.lists(
 )
 sends = st.lists(
     channels.flatmap(
-        lambda name: st.tuples(st.just(name), st.binary(max_size=3), expiries, st.just(capacity_of(name)))
+        lambda name: st.tuples(
+            st.just(name), st.binary(max_size=3), expiries, st.just(capacity_of(name))
+        )
     ),
     min_size=1,
     max_size=9,
@@ -126,7 +128,8 @@ def test_group_sends_in_one_batch_write_what_single_ones_write(
         all_missed = []
         for position, op in enumerate(ops, 1):
             ((missed,),) = observer.execute(
-                "SELECT missed_channels FROM pg_layer_group_send_one('asgi', %s, %s, %s, %s, true)", op
+                "SELECT missed_channels FROM pg_layer_group_send_one('asgi', %s, %s, %s, %s, true)",
+                op,
             ).fetchall()
             all_missed += [(position, channel) for channel in missed or ()]
         one_by_one = sorted(all_missed), written(observer, last)

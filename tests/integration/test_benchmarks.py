@@ -33,8 +33,20 @@ pytestmark = pytest.mark.timeout(400)
 def run(dsn: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """What a tiny run wrote as JSON, and its standard output."""
     file = folder / "results.json"
-    command = [sys.executable, "-m", "benchmarks", "--tiny", *arguments, "--dsn", dsn, "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=350, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--tiny",
+        *arguments,
+        "--dsn",
+        dsn,
+        "--json",
+        str(file),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=350, check=False
+    )
     assert done.returncode in (0, 1), done.stderr
     written: dict[str, Any] = json.loads(file.read_text())
     written["stdout"] = done.stdout
@@ -56,7 +68,9 @@ def growth(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("layer", ["pg", "memory", "bare"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_message_arrives_once_and_in_order(results: dict[str, Any], name: str, layer: str) -> None:
+def test_every_message_arrives_once_and_in_order(
+    results: dict[str, Any], name: str, layer: str
+) -> None:
     if SCENARIOS[name].roles(KINDS[layer]) is None:
         assert layer not in results["scenarios"][name]["layers"]
         return
@@ -64,7 +78,10 @@ def test_every_message_arrives_once_and_in_order(results: dict[str, Any], name: 
     assert outcome["error"] is None
     assert outcome["tally"] == {"lost": 0, "twice": 0, "disorder": 0, "stray": 0}
     assert set(outcome["figures"]) == {figure.name for figure in SCENARIOS[name].figures}
-    least = {"cost": -math.inf, "dead": -1.0}  # noise may turn a cost into a gain; vacuum leaves no dead row
+    least = {
+        "cost": -math.inf,
+        "dead": -1.0,
+    }  # noise may turn a cost into a gain; vacuum leaves no dead row
     assert all(value > least.get(figure, 0.0) for figure, value in outcome["figures"].items())
     assert not outcome["notes"].get("processes killed")
 
@@ -82,7 +99,9 @@ def test_growth_loses_nothing_and_fills_each_curve(growth: dict[str, Any], point
 
 
 @pytest.mark.parametrize("members", [10, 100])
-def test_group_message_is_one_row_however_many_members(growth: dict[str, Any], members: int) -> None:
+def test_group_message_is_one_row_however_many_members(
+    growth: dict[str, Any], members: int
+) -> None:
     (outcome,) = growth["scenarios"][f"growth-members/{members}"]["layers"]["pg"]["rounds"]
     assert outcome["figures"]["rows"] == 1
     assert outcome["figures"]["in database"] > 0
@@ -157,7 +176,9 @@ def test_pgbench_shows_what_the_server_can_do(results: dict[str, Any]) -> None:
         assert results["ceilings"] == []
         return
     found = [(ceiling["title"], ceiling["clients"]) for ceiling in results["ceilings"]]
-    assert found == [(script.title, clients) for script in SCRIPTS for clients in PLANS["tiny"].clients]
+    assert found == [
+        (script.title, clients) for script in SCRIPTS for clients in PLANS["tiny"].clients
+    ]
     for ceiling, script in zip(results["ceilings"], SCRIPTS, strict=True):
         assert ceiling["error"] is None
         assert ceiling["transactions_per_second"] > 0
@@ -189,11 +210,24 @@ def test_says_what_it_ran_on(results: dict[str, Any]) -> None:
     assert all(name in results["stdout"] for name in SCENARIOS)
 
 
-def test_measures_beside_the_transactions_of_an_application(postgres_dsn: str, tmp_path: Path) -> None:
+def test_measures_beside_the_transactions_of_an_application(
+    postgres_dsn: str, tmp_path: Path
+) -> None:
     file = tmp_path / "results.json"
-    command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg", "--scenarios", "latency"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--tiny",
+        "--layers",
+        "pg",
+        "--scenarios",
+        "latency",
+    ]
     command += ["--big", "--big-scale", "1", "--dsn", postgres_dsn, "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())
     assert written["options"]["big"] == {"rows": 100_000, "transactions/s": 200, "clients": 2}
@@ -211,11 +245,23 @@ def test_failure_of_what_runs_beside_is_the_outcome(migrated_dsn: str) -> None:
     assert "pgbench_branches" in outcome.error
 
 
-@pytest.mark.parametrize("chosen", [["--scenarios", "neighbours"], ["--scenarios", "latency", "--big"]])
+@pytest.mark.parametrize(
+    "chosen", [["--scenarios", "neighbours"], ["--scenarios", "latency", "--big"]]
+)
 def test_says_how_to_get_pgbench(postgres_dsn: str, tmp_path: Path, chosen: list[str]) -> None:
     for program in ("postgres", "initdb"):
         (tmp_path / program).touch(mode=0o755)
-    command = [sys.executable, "-m", "benchmarks", "--tiny", "--layers", "pg", "--dsn", postgres_dsn, *chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--tiny",
+        "--layers",
+        "pg",
+        "--dsn",
+        postgres_dsn,
+        *chosen,
+    ]
     environment = {**os.environ, BINARIES_VARIABLE: str(tmp_path), "PATH": str(tmp_path)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -227,6 +273,8 @@ def test_says_how_to_get_pgbench(postgres_dsn: str, tmp_path: Path, chosen: list
 
 def test_refuses_unknown_names() -> None:
     command = [sys.executable, "-m", "benchmarks", "--scenarios", "sleep"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "unknown: 'sleep'; choose from latency" in done.stderr

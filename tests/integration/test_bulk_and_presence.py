@@ -73,7 +73,9 @@ async def test_many_group_messages(make_layer: MakeLayer) -> None:
     messages = [(group, {"number": n}) for n in range(4) for group in ("room", "attic", "nobody")]
     accepted = await sender.group_send_many(messages, exclude=channels[2])
     # Of the four in the attic two found the workers' channel full.
-    assert accepted == [group != "attic" or n < 2 for n in range(4) for group in ("room", "attic", "nobody")]
+    assert accepted == [
+        group != "attic" or n < 2 for n in range(4) for group in ("room", "attic", "nobody")
+    ]
     assert await numbers(layer, channels[0], 8) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert await numbers(layer, channels[1], 4) == [0, 1, 2, 3]
     assert await numbers(layer, "jobs", 2) == [0, 1]
@@ -168,7 +170,9 @@ async def test_many_of_none(make_layer: MakeLayer, observer: Observer) -> None:
     assert await layer.group_send_many([("room", {"number": 1})]) == [True]
 
 
-async def test_of_many_all_are_checked_before_any_is_sent(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_of_many_all_are_checked_before_any_is_sent(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer(max_message_size=300 * 1024 * 1024)
     good = ("jobs", {"number": 1})
     with pytest.raises(TypeError, match="Channel name"):
@@ -184,7 +188,9 @@ async def test_of_many_all_are_checked_before_any_is_sent(make_layer: MakeLayer,
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
-async def test_what_is_wrong_with_one_of_many_names_it(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_what_is_wrong_with_one_of_many_names_it(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer(max_message_size=1000)
 
     def many(name: str, message: Any) -> list[tuple[str, Any]]:
@@ -222,7 +228,9 @@ async def test_an_expiry_of_its_own(make_layer: MakeLayer, observer: Observer) -
     await sender.group_send_many([("room", {"number": 6})], expiry=0.01)
     await until(
         lambda: (
-            observer.execute("SELECT FROM pg_layer_message WHERE expires_at > clock_timestamp()").rowcount
+            observer.execute(
+                "SELECT FROM pg_layer_message WHERE expires_at > clock_timestamp()"
+            ).rowcount
             == 0
         )
     )
@@ -284,7 +292,9 @@ async def test_everyone_but_me(
 # ---------------------------------------------------------------------- presence
 
 
-async def test_who_is_in_a_group(migrated_dsn: str, make_layer: MakeLayer, processes: Processes) -> None:
+async def test_who_is_in_a_group(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes
+) -> None:
     layer, sender = make_layer(), make_layer()
     assert await sender.group_channels("room") == []
     assert await sender.group_count("room") == 0
@@ -305,7 +315,9 @@ async def test_who_is_in_a_group(migrated_dsn: str, make_layer: MakeLayer, proce
         await sender.group_channels("")
 
 
-async def test_layers_with_other_prefixes_do_not_see_each_others_members(make_layer: MakeLayer) -> None:
+async def test_layers_with_other_prefixes_do_not_see_each_others_members(
+    make_layer: MakeLayer,
+) -> None:
     for prefix in ("a", "aa", "a-b"):
         layer = make_layer(prefix=prefix)
         await layer.group_add("room", await layer.new_channel())
@@ -324,11 +336,15 @@ async def test_members_of_a_client_whose_lease_is_over_are_not_counted(
     assert await layer.group_count("room") == 2
     killed.kill()
     # Its lease expires: here the times in the tables are moved.
-    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() WHERE pid = %s", [killed.pid])
+    observer.execute(
+        "UPDATE pg_layer_client SET expires_at = clock_timestamp() WHERE pid = %s", [killed.pid]
+    )
     # It may have expired because the database was away.
     assert await layer.group_count("room") == 2
     # It is over when the others have renewed theirs all the time.
-    observer.execute("UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'")
+    observer.execute(
+        "UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'"
+    )
     assert await layer.group_channels("room") == [mine]
     assert await layer.group_count("room") == 1
     observer.execute("UPDATE pg_layer_membership SET expires_at = clock_timestamp()")

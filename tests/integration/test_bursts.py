@@ -59,7 +59,9 @@ async def member(layer: PostgresChannelLayer) -> str:
     return channel
 
 
-async def read_directly(layer: PostgresChannelLayer, channel: str, seconds: float = 0.0) -> list[int]:
+async def read_directly(
+    layer: PostgresChannelLayer, channel: str, seconds: float = 0.0
+) -> list[int]:
     """The numbers of a channel's messages up to the last, received one after the other.
 
     ``seconds``: how long the reader is busy with each.
@@ -238,7 +240,9 @@ async def test_group_burst_member_that_hangs_costs_many_neighbours_no_more_than_
     reading = asyncio.gather(*map(read, channels))
     await sender.group_send_many(("room", {"number": number}) for number in range(count))
     assert await reading == [list(range(count))] * neighbours
-    assert [(await receive(layer, idle))["number"] for _ in range(capacity)] == list(range(capacity))
+    assert [(await receive(layer, idle))["number"] for _ in range(capacity)] == list(
+        range(capacity)
+    )
 
 
 async def hold(link: Link, dsn: str) -> tuple[int, int, int]:

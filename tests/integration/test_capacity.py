@@ -43,7 +43,9 @@ async def expect_nothing(layer: PostgresChannelLayer, *channels: str) -> None:
 # ---------------------------------------------------------------------- send
 
 
-async def receive_on_demand(link: Link, dsn: str, channel: str | None, starts: str, capacity: int) -> None:
+async def receive_on_demand(
+    link: Link, dsn: str, channel: str | None, starts: str, capacity: int
+) -> None:
     """Receive as many messages as the test says, until it says None."""
     async with open_layer(dsn, capacity=capacity) as layer:
         channel = channel or await layer.new_channel()
@@ -118,7 +120,9 @@ async def test_writers_in_turn_share_one_capacity(
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_of_sends_at_once_the_first_find_room(make_layer: MakeLayer, name: str | None) -> None:
+async def test_of_sends_at_once_the_first_find_room(
+    make_layer: MakeLayer, name: str | None
+) -> None:
     layer, sender = make_layer(capacity=7), make_layer(capacity=7)
     await listen(layer)
     await listen(sender)
@@ -133,7 +137,9 @@ async def test_of_sends_at_once_the_first_find_room(make_layer: MakeLayer, name:
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_batches_of_one_sender_fill_a_channel_exactly(make_layer: MakeLayer, name: str | None) -> None:
+async def test_batches_of_one_sender_fill_a_channel_exactly(
+    make_layer: MakeLayer, name: str | None
+) -> None:
     capacity, size = 500, 7  # some batches are sent on the strength of what an earlier one saw
     layer, sender = make_layer(capacity=capacity), make_layer(capacity=capacity)
     await listen(sender)
@@ -176,7 +182,9 @@ async def test_channel_capacity_by_glob_and_by_pattern(make_layer: MakeLayer) ->
     outcomes = await asyncio.gather(
         *(layer.send(channel, {"number": 0}) for channel in mixed), return_exceptions=True
     )
-    accepted = [channel for channel, outcome in zip(mixed, outcomes, strict=True) if outcome is None]
+    accepted = [
+        channel for channel, outcome in zip(mixed, outcomes, strict=True) if outcome is None
+    ]
     assert {channel: accepted.count(channel) for channel in expected} == expected
 
 
@@ -248,7 +256,9 @@ async def test_a_full_member_keeps_what_waits_and_misses_what_is_new(
             received += await receive_numbers(layer, reading, 1)
     else:
         task = asyncio.create_task(receive_numbers(layer, reading, 3))
-        await asyncio.gather(*(sender.group_send("room", {"number": number}) for number in range(10)))
+        await asyncio.gather(
+            *(sender.group_send("room", {"number": number}) for number in range(10))
+        )
         received = await task
     assert received == list(range(len(received)))
     assert await receive_numbers(layer, full, 3) == [0, 1, 2]
@@ -267,7 +277,9 @@ async def test_a_full_normal_channel_misses_what_is_new(
     await sender.group_add("room", "jobs")
     for number in range(5):
         await sender.group_send("room", {"number": number})
-    await asyncio.gather(*(sender.group_send("room", {"number": 5 + number}) for number in range(5)))
+    await asyncio.gather(
+        *(sender.group_send("room", {"number": 5 + number}) for number in range(5))
+    )
     with pytest.raises(ChannelFull):
         await sender.send("jobs", {"number": -1})
     [line] = lines_about_full(caplog)
@@ -277,14 +289,18 @@ async def test_a_full_normal_channel_misses_what_is_new(
     await expect_nothing(worker, "jobs")
 
 
-async def test_channel_capacity_counts_for_a_normal_channel_in_a_group(make_layer: MakeLayer) -> None:
+async def test_channel_capacity_counts_for_a_normal_channel_in_a_group(
+    make_layer: MakeLayer,
+) -> None:
     sender, worker = make_layer(capacity=3, channel_capacity={"few": 1, "many": 5}), make_layer()
     await sender.group_add("room", "few")
     await sender.group_add("room", "many")
     await sender.group_add("room", "other")
     for number in range(4):
         await sender.group_send("room", {"number": number})
-    await asyncio.gather(*(sender.group_send("room", {"number": 4 + number}) for number in range(4)))
+    await asyncio.gather(
+        *(sender.group_send("room", {"number": 4 + number}) for number in range(4))
+    )
     assert await receive_numbers(worker, "many", 5) == [0, 1, 2, 3, 4]
     assert await receive_numbers(worker, "other", 3) == [0, 1, 2]
     assert await receive_numbers(worker, "few", 1) == [0]

@@ -135,7 +135,11 @@ def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_al
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("connections", [1, 2])
 async def test_catch_up_beside_announced_rows_that_are_not_read_yet_makes_progress(
-    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer, connections: int
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    pool_proxy: Proxy,
+    observer: Observer,
+    connections: int,
 ) -> None:
     """30 large messages are announced, and wait for a read. A catch-up that brings 100 more comes between.
 
@@ -222,7 +226,9 @@ async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two
 
     Another process has added the channel to the second group, and this one could not listen to it yet.
     """
-    layer = make_layer(dsn=pool_proxy.dsn(connect_timeout=2), listen_dsn=migrated_dsn, send_timeout=60)
+    layer = make_layer(
+        dsn=pool_proxy.dsn(connect_timeout=2), listen_dsn=migrated_dsn, send_timeout=60
+    )
     sender = make_layer()
     channel = await layer.new_channel()
     await layer.group_add("first", channel)

@@ -77,7 +77,10 @@ async def test_every_type_arrives_as_it_was_sent(
     channel = await reader.hear()
     await layer.send(channel, message)
     await layer.send(channel, {"tuple": (1, ("two",))})
-    assert list(map(exactly, await reader.result())) == [exactly(message), exactly({"tuple": [1, ["two"]]})]
+    assert list(map(exactly, await reader.result())) == [
+        exactly(message),
+        exactly({"tuple": [1, ["two"]]}),
+    ]
 
 
 async def read_digests(link: Link, dsn: str, count: int) -> list[tuple[int, int, str]]:
@@ -135,7 +138,9 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
     layer = make_layer(capacity=1000)
     prefix, group = ("c", "g") if names == "short" else ("c" * MAX_PREFIX, "g" * 99)
     sizes = [*range(5550, 5650), *range(5850, 5970), *range(7980, 8020)]
-    reader = processes.start(read_until_the_end, migrated_dsn, prefix, group if way == "group_send" else None)
+    reader = processes.start(
+        read_until_the_end, migrated_dsn, prefix, group if way == "group_send" else None
+    )
     channel = await reader.hear()
     observer.execute(
         """
@@ -147,7 +152,9 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
     messages: list[Message] = []
     for number, size in enumerate(sizes):
         message: Message = {"number": number, "blob": b""}
-        overhead = len(b"\x82\xa6number\xa4blob\xc5..") + (1 if number < 128 else 2 if number < 256 else 3)
+        overhead = len(b"\x82\xa6number\xa4blob\xc5..") + (
+            1 if number < 128 else 2 if number < 256 else 3
+        )
         message["blob"] = random.randbytes(size - overhead)
         messages.append(message)
     for message in [*messages, {"number": -1}]:
@@ -173,7 +180,9 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
 def mixed(count: int, writer: int = 0) -> list[Message]:
     """Messages of all sizes, so that some are in the notification and some are read."""
     sizes = (10, 10, 10, 100, 5000, 6000, 20_000, 300_000)
-    return [{"writer": writer, "number": n, "blob": bytes(random.choice(sizes))} for n in range(count)]
+    return [
+        {"writer": writer, "number": n, "blob": bytes(random.choice(sizes))} for n in range(count)
+    ]
 
 
 async def read_numbers(link: Link, dsn: str, count: int, capacity: int) -> list[tuple[int, int]]:
@@ -229,7 +238,8 @@ async def test_the_messages_of_each_of_two_writers_keep_their_order(
     reader = processes.start(read_numbers, migrated_dsn, 500, 1000)
     channel = await reader.hear()
     writers = [
-        processes.start(write, migrated_dsn, channel, mixed(250, writer), capacity=1000) for writer in (1, 2)
+        processes.start(write, migrated_dsn, channel, mixed(250, writer), capacity=1000)
+        for writer in (1, 2)
     ]
     for process in writers:
         await process.result()
@@ -255,7 +265,9 @@ async def test_thousands_of_messages_of_three_writers_arrive_once(
 ) -> None:
     reader = processes.start(read_numbers, migrated_dsn, 3000, 10_000)
     channel = await reader.hear()
-    writers = [processes.start(write_at_once, migrated_dsn, channel, writer, 1000) for writer in range(3)]
+    writers = [
+        processes.start(write_at_once, migrated_dsn, channel, writer, 1000) for writer in range(3)
+    ]
     for process in writers:
         await process.result()
     found = Counter(await reader.result())
@@ -279,7 +291,9 @@ async def test_names_as_long_as_possible(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
-    reader = processes.start(read_from_long_names, migrated_dsn, "p" * MAX_PREFIX, "n" * 99, "g" * 99)
+    reader = processes.start(
+        read_from_long_names, migrated_dsn, "p" * MAX_PREFIX, "n" * 99, "g" * 99
+    )
     channel = await reader.hear()
     assert channel.startswith("p" * MAX_PREFIX)
     await layer.send(channel, {"to": "specific"})
@@ -288,7 +302,9 @@ async def test_names_as_long_as_possible(
     assert await reader.result() == [{"to": "specific"}, {"to": "normal"}, {"to": "group"}]
 
 
-async def read_from_long_names(link: Link, dsn: str, prefix: str, normal: str, group: str) -> list[Message]:
+async def read_from_long_names(
+    link: Link, dsn: str, prefix: str, normal: str, group: str
+) -> list[Message]:
     async with open_layer(dsn) as layer:
         channel = await layer.new_channel(prefix)
         await layer.group_add(group, channel)
@@ -325,11 +341,15 @@ async def test_new_channel_asks_nobody() -> None:
         with pytest.raises(BlockingIOError):
             server.accept()
     assert len(names) == 1000
-    assert all(layer.require_valid_channel_name(name) and name.startswith("specific.") for name in names)
+    assert all(
+        layer.require_valid_channel_name(name) and name.startswith("specific.") for name in names
+    )
     assert prefixed.startswith("chat.")
 
 
-async def test_new_channels_of_two_processes_differ(migrated_dsn: str, processes: Processes) -> None:
+async def test_new_channels_of_two_processes_differ(
+    migrated_dsn: str, processes: Processes
+) -> None:
     first, second = (processes.start(read, migrated_dsn, 0) for _ in range(2))
     assert await first.hear() != await second.hear()
 
@@ -353,7 +373,9 @@ async def receive_and_cancel(
         with suppress(asyncio.CancelledError):
             found.append((await task)["number"])
         if pauses and moments.random() < 0.05:
-            await asyncio.sleep(moments.random() * 0.1)  # so long that claimed messages are released
+            await asyncio.sleep(
+                moments.random() * 0.1
+            )  # so long that claimed messages are released
     return found
 
 
@@ -385,10 +407,16 @@ async def read_with_cancellations(
     ids=["specific", "normal", "normal with pauses"],
 )
 async def test_a_cancelled_receive_takes_no_message(
-    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, channel: str | None, pauses: bool
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    channel: str | None,
+    pauses: bool,
 ) -> None:
     layer = make_layer(capacity=100_000)
-    reader = processes.start(read_with_cancellations, migrated_dsn, channel, random.getrandbits(32), pauses)
+    reader = processes.start(
+        read_with_cancellations, migrated_dsn, channel, random.getrandbits(32), pauses
+    )
     name = await reader.hear()
     enough = asyncio.create_task(reader.hear())
     sent = 0

@@ -24,7 +24,9 @@ DATABASE = ("--database", "default")
 def layers(**configs: object) -> Settings:
     """CHANNEL_LAYERS with these entries, each with its CONFIG."""
     return {
-        "CHANNEL_LAYERS": {alias: {"BACKEND": BACKEND, "CONFIG": config} for alias, config in configs.items()}
+        "CHANNEL_LAYERS": {
+            alias: {"BACKEND": BACKEND, "CONFIG": config} for alias, config in configs.items()
+        }
     }
 
 
@@ -52,7 +54,11 @@ def nowhere(dsn: str) -> str:
     [
         {},
         {"CHANNEL_LAYERS": {"default": {"BACKEND": BACKEND}}},
-        {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.layer.PostgresChannelLayer", "CONFIG": {}}}},
+        {
+            "CHANNEL_LAYERS": {
+                "default": {"BACKEND": "pg_layer.layer.PostgresChannelLayer", "CONFIG": {}}
+            }
+        },
         layers(default={}, other={"prefix": "other"}),
         # Not ours: Channels has its own words for them.
         {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}},
@@ -90,7 +96,10 @@ def test_a_config_that_is_wrong(migrated_dsn: str, config: object, complaint: st
 
 @pytest.mark.parametrize(
     ("using", "complaint"),
-    [("nowhere", "must be an alias in DATABASES, not 'nowhere'"), ("lite", "'lite' has the ENGINE")],
+    [
+        ("nowhere", "must be an alias in DATABASES, not 'nowhere'"),
+        ("lite", "'lite' has the ENGINE"),
+    ],
     ids=["missing", "SQLite"],
 )
 def test_a_database_that_cannot_be_used(migrated_dsn: str, using: str, complaint: str) -> None:
@@ -155,10 +164,14 @@ TENANT_TYPES = {
     ("where", "settings"),
     [
         ("TENANT_APPS", {"TENANT_APPS": ["channels", "pg_layer"]}),
-        ("TENANT_APPS", {"TENANT_APPS": ["pg_layer.apps.PgLayerConfig"], "SHARED_APPS": ["pg_layer"]}),
+        (
+            "TENANT_APPS",
+            {"TENANT_APPS": ["pg_layer.apps.PgLayerConfig"], "SHARED_APPS": ["pg_layer"]},
+        ),
         (
             "TENANT_TYPES['shop']['APPS']",
-            TENANT_TYPES | {"TENANT_TYPES": {"shared": {"APPS": []}, "shop": {"APPS": ["pg_layer"]}}},
+            TENANT_TYPES
+            | {"TENANT_TYPES": {"shared": {"APPS": []}, "shop": {"APPS": ["pg_layer"]}}},
         ),
     ],
     ids=["alone", "beside SHARED_APPS", "types"],
@@ -211,7 +224,9 @@ except NotMigrated as error:
 def test_who_must_migrate_is_told_how(fresh_database: str) -> None:
     other = make_conninfo(fresh_database, dbname="template1")
     third = make_conninfo(fresh_database, dbname="postgres")
-    settings = layers(default={}, events={"using": "events"}, dsn={"dsn": other}, nowhere={"dsn": third})
+    settings = layers(
+        default={}, events={"using": "events"}, dsn={"dsn": other}, nowhere={"dsn": third}
+    )
     settings["DATABASES"] = {"default": postgres(fresh_database), "events": postgres(other)}
     migrate = "run `python manage.py migrate pg_layer"
     add_alias = "add an alias to DATABASES for the database of CONFIG['dsn']"
@@ -263,7 +278,9 @@ def test_the_first_migrate_is_not_warned(fresh_database: str) -> None:
 
 
 def test_only_databases_that_are_named_are_checked(migrated_dsn: str, fresh_database: str) -> None:
-    databases = {"DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}}
+    databases = {
+        "DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}
+    }
     settings = databases | layers(default={}, events={"using": "events"})
     assert check(migrated_dsn, *DATABASE, settings=settings) == []
     message, hint = check(migrated_dsn, "--database", "events", settings=settings)
@@ -273,15 +290,23 @@ def test_only_databases_that_are_named_are_checked(migrated_dsn: str, fresh_data
     assert both == [message, hint]
 
 
-def test_a_dsn_is_checked_where_an_alias_leads_there(migrated_dsn: str, fresh_database: str) -> None:
-    databases = {"DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}}
+def test_a_dsn_is_checked_where_an_alias_leads_there(
+    migrated_dsn: str, fresh_database: str
+) -> None:
+    databases = {
+        "DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}
+    }
     settings = databases | layers(default={"dsn": fresh_database})
     assert check(migrated_dsn, *DATABASE, settings=settings) == []
     assert "(pg_layer.W001)" in check(migrated_dsn, "--database", "events", settings=settings)[0]
-    alone = {"DATABASES": {"default": postgres(migrated_dsn)}} | layers(default={"dsn": fresh_database})
+    alone = {"DATABASES": {"default": postgres(migrated_dsn)}} | layers(
+        default={"dsn": fresh_database}
+    )
     assert check(migrated_dsn, settings=alone) == []
     message, hint = check(migrated_dsn, *DATABASE, settings=alone)
-    assert message.startswith("CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to ")
+    assert message.startswith(
+        "CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to "
+    )
     assert message.endswith("The aliases are default.")
     assert hint.startswith("HINT: Add one")
 
@@ -289,7 +314,10 @@ def test_a_dsn_is_checked_where_an_alias_leads_there(migrated_dsn: str, fresh_da
 @pytest.mark.parametrize("command", ["check", "migrate"])
 def test_a_database_that_is_away(migrated_dsn: str, command: str) -> None:
     result = manage(nowhere(migrated_dsn), command, *DATABASE)
-    assert "(pg_layer.W004) The tables of pg_layer could not be checked. The database could" in result.stderr
+    assert (
+        "(pg_layer.W004) The tables of pg_layer could not be checked. The database could"
+        in result.stderr
+    )
     if command == "check":
         assert result.returncode == 0
         assert "Traceback" not in result.stderr
@@ -319,7 +347,9 @@ def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> N
     observer.execute(set_sweep, ("asgi", "25 hours"))
     observer.execute(set_sweep, ("other", "1 second"))
     message, hint = check(migrated_dsn, *DATABASE)
-    assert message.endswith("(pg_layer.W002) Nobody has swept the tables of pg_layer for a day: they grow.")
+    assert message.endswith(
+        "(pg_layer.W002) Nobody has swept the tables of pg_layer for a day: they grow."
+    )
     assert "manage.py pg_layer_sweep" in hint
     succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once"))
     assert not is_warned_of_sweeping(migrated_dsn)

@@ -14,7 +14,9 @@ from tests.components import require, require_executable, require_module, requir
 
 def test_a_fresh_database_is_empty_and_our_own(fresh_database: str, postgres_dsn: str) -> None:
     with psycopg.connect(fresh_database) as connection:
-        row = connection.execute("SELECT current_database(), count(*) FROM pg_stat_user_tables").fetchone()
+        row = connection.execute(
+            "SELECT current_database(), count(*) FROM pg_stat_user_tables"
+        ).fetchone()
     assert row is not None
     name, tables = row
     assert name.startswith("pg_layer_test_")
@@ -63,7 +65,9 @@ def test_redis_answers(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 async def test_the_browser_runs_scripts() -> None:
-    program = require_executable("chromium", "chromium-browser", "google-chrome", component="browser")
+    program = require_executable(
+        "chromium", "chromium-browser", "google-chrome", component="browser"
+    )
     require_module("playwright.async_api", component="browser")
     from playwright.async_api import async_playwright
 

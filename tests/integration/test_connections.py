@@ -68,7 +68,9 @@ async def test_a_thousand_consumers_need_three_connections(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer()
-    reader = processes.start(serve_many, make_conninfo(migrated_dsn, application_name="server"), 1000)
+    reader = processes.start(
+        serve_many, make_conninfo(migrated_dsn, application_name="server"), 1000
+    )
     peak = Peak(observer, "server")
     watching = asyncio.create_task(peak.watch())
     channels = await reader.hear()
@@ -174,7 +176,8 @@ async def test_pool_max_size_and_listen_dsn(
     await listen(layer)
     for _ in range(10):
         await asyncio.gather(
-            *(layer.send(channel, {}) for _ in range(5)), *(receive(layer, channel) for _ in range(5))
+            *(layer.send(channel, {}) for _ in range(5)),
+            *(receive(layer, channel) for _ in range(5)),
         )
     watching.cancel()
     assert peak.most == 1
@@ -249,7 +252,10 @@ async def test_an_idle_layer_sends_one_statement_each_heartbeat_and_one_for_a_no
         await until(lambda: "pg_layer_claim" in "".join(log.statements("beating")))
         log.forget()
         await until(
-            lambda: len([entry for entry in log.statements("beating") if "pg_layer_renew" in entry]) >= 4
+            lambda: (
+                len([entry for entry in log.statements("beating") if "pg_layer_renew" in entry])
+                >= 4
+            )
         )
         assert log.statements("quiet") == []
         beats = log.statements("beating")
@@ -262,14 +268,20 @@ async def test_an_idle_layer_sends_one_statement_each_heartbeat_and_one_for_a_no
     assert len(claims) <= len(renewals) + 1
 
 
-async def test_without_listen_everything_arrives_all_the_same(logging_server: PostgresServer) -> None:
+async def test_without_listen_everything_arrives_all_the_same(
+    logging_server: PostgresServer,
+) -> None:
     log = Log(logging_server)
     log.forget()
     async with (
         open_layer(
-            logging_server.dsn("logged", application_name="polling"), poll_interval=0.05, prefix="poll"
+            logging_server.dsn("logged", application_name="polling"),
+            poll_interval=0.05,
+            prefix="poll",
         ) as layer,
-        open_layer(logging_server.dsn("logged", application_name="sending"), prefix="poll") as sender,
+        open_layer(
+            logging_server.dsn("logged", application_name="sending"), prefix="poll"
+        ) as sender,
     ):
         own, added = [await layer.new_channel() for _ in range(2)]
         await layer.group_add("room", own)

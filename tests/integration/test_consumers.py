@@ -72,7 +72,11 @@ async def test_who_disconnects_leaves_the_group(
 
 
 async def test_consumers_of_all_kinds_in_one_group(layer: PostgresChannelLayer) -> None:
-    async with connected("async/") as first, connected("sync/") as second, connected("declared/") as third:
+    async with (
+        connected("async/") as first,
+        connected("sync/") as second,
+        connected("declared/") as third,
+    ):
         sockets = (first, second, third)
         for n, speaker in enumerate(sockets):
             await speaker.send_to(f"message {n}")
@@ -87,7 +91,9 @@ async def test_json_consumers(layer: PostgresChannelLayer, observer: Observer) -
         ]
         assert alices != bobs
         # To one of them by the channel's name, to all by the group's.
-        await alice.send_json_to({"say": {"text": "psst", "numbers": [1, 2.5, None, True]}, "to": bobs})
+        await alice.send_json_to(
+            {"say": {"text": "psst", "numbers": [1, 2.5, None, True]}, "to": bobs}
+        )
         await alice.send_json_to({"say": "hello"})
         assert await bob.receive_json_from(timeout=PATIENCE) == {
             "said": {"text": "psst", "numbers": [1, 2.5, None, True]}
@@ -105,7 +111,9 @@ async def test_an_http_consumer_speaks_in_the_chat(layer: PostgresChannelLayer) 
         assert await heard(socket) == ["hello from HTTP"]
 
 
-async def test_many_consumers_need_few_connections(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_many_consumers_need_few_connections(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     with configured(layer):
         sockets = [WebsocketCommunicator(application, CHATS[n % 2]) for n in range(60)]
@@ -148,7 +156,11 @@ async def chat_elsewhere(link: Link, /, dsn: str, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["async/", "sync/"])
 async def test_chat_across_two_processes(
-    layer: PostgresChannelLayer, migrated_dsn: str, processes: Processes, observer: Observer, path: str
+    layer: PostgresChannelLayer,
+    migrated_dsn: str,
+    processes: Processes,
+    observer: Observer,
+    path: str,
 ) -> None:
     other = processes.start(chat_elsewhere, migrated_dsn, path)
     assert await other.hear() == "connected"
@@ -194,12 +206,16 @@ async def test_a_job_for_a_worker(layer: PostgresChannelLayer) -> None:
 
     async def worker() -> dict[str, Any]:
         job = await asyncio.wait_for(layer.receive("thumbnails"), PATIENCE)
-        await layer.send(job["reply_to"], {"type": "chat.message", "content": f"made {job['number']}"})
+        await layer.send(
+            job["reply_to"], {"type": "chat.message", "content": f"made {job['number']}"}
+        )
         return job
 
     async with connected("json/") as socket:
         channel = (await socket.receive_json_from(timeout=PATIENCE))["channel"]
         working = asyncio.create_task(worker())
-        await layer.send("thumbnails", {"type": "thumbnails.make", "number": 7, "reply_to": channel})
+        await layer.send(
+            "thumbnails", {"type": "thumbnails.make", "number": 7, "reply_to": channel}
+        )
         assert await socket.receive_json_from(timeout=PATIENCE) == {"said": "made 7"}
         await working

@@ -29,7 +29,12 @@ MANY = 20_000  # rows that a statement must not read
 FEW = 1000  # entries that it may read
 PART = 5000  # rows that a statement deletes at most
 STATISTICS = ("never", "before", "after")
-LAYER_TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client", "pg_layer_lease_clock")
+LAYER_TABLES = (
+    "pg_layer_message",
+    "pg_layer_membership",
+    "pg_layer_client",
+    "pg_layer_lease_clock",
+)
 
 
 async def read_so_far(observer: Observer, table: str) -> int:
@@ -64,7 +69,9 @@ async def cost(dsn: str, query: str, *tables: str, runs: int = 1) -> int:
     and a session that is idle may report that a second late.
     """
     read = 0
-    async with await psycopg.AsyncConnection.connect(dsn, application_name="measured") as connection:
+    async with await psycopg.AsyncConnection.connect(
+        dsn, application_name="measured"
+    ) as connection:
         for _ in range(runs):
             before = await read_in_transaction(connection, tables or LAYER_TABLES)
             await connection.execute(query.encode())
@@ -111,7 +118,12 @@ def old_snapshot(dsn: str) -> Iterator[None]:
 
 
 def leave_dead_rows(
-    observer: Observer, address: str, *, count: int = MANY, end: str = "1 hour", marked: bool = False
+    observer: Observer,
+    address: str,
+    *,
+    count: int = MANY,
+    end: str = "1 hour",
+    marked: bool = False,
 ) -> None:
     """Write messages at an address, and delete them."""
     observer.execute(
@@ -164,7 +176,9 @@ async def test_memberships_written_again_cost_the_same_for_each_whatever_the_sta
     )
     if statistics == "before":  # they know many clients, and not this one
         observer.execute("ANALYZE")
-    layer = make_layer(dsn=make_conninfo(migrated_dsn, application_name="measured"), lease=60, heartbeat=0.5)
+    layer = make_layer(
+        dsn=make_conninfo(migrated_dsn, application_name="measured"), lease=60, heartbeat=0.5
+    )
     sender = make_layer()
     channels = [await layer.new_channel() for _ in range(members)]
     for start in range(0, members, 20):
@@ -179,7 +193,9 @@ async def test_memberships_written_again_cost_the_same_for_each_whatever_the_sta
         observer.execute("ANALYZE")
     address = channel_address("asgi", channels[0])
     last = (f"group-{groups - 1}", channels[-1])
-    is_written = "SELECT FROM pg_layer_membership WHERE group_name = %s AND channel = %s AND address = %s"
+    is_written = (
+        "SELECT FROM pg_layer_membership WHERE group_name = %s AND channel = %s AND address = %s"
+    )
     assert observer.execute(is_written, (*last, address)).fetchone() is not None
     observer.execute("DELETE FROM pg_layer_membership WHERE address = %s", [address])
     observer.execute("DELETE FROM pg_layer_boot")
@@ -199,7 +215,9 @@ async def test_memberships_written_again_cost_the_same_for_each_whatever_the_sta
     assert await read_so_far(observer, "pg_layer_membership") < 20 * groups * members
 
 
-def test_groups_are_counted_with_one_look_at_each_client(migrated_dsn: str, observer: Observer) -> None:
+def test_groups_are_counted_with_one_look_at_each_client(
+    migrated_dsn: str, observer: Observer
+) -> None:
     """Many memberships of few clients, whose leases have expired while nobody renewed any."""
     observer.execute(
         "INSERT INTO pg_layer_lease_clock VALUES ('asgi', 1, 60, clock_timestamp(), clock_timestamp());"
@@ -317,7 +335,10 @@ async def test_a_sweep_does_not_walk_the_clients_of_before_whatever_the_statisti
 
 @pytest.mark.parametrize(
     "look",
-    ["SELECT * FROM pg_layer_sweep('asgi', 1000, false, 0)", "SELECT * FROM pg_layer_sweepable('asgi')"],
+    [
+        "SELECT * FROM pg_layer_sweep('asgi', 1000, false, 0)",
+        "SELECT * FROM pg_layer_sweepable('asgi')",
+    ],
     ids=["sweep", "sweepable"],
 )
 async def test_claims_of_one_channel_are_read_a_few_times_each_whatever_the_statistics(
@@ -392,7 +413,9 @@ async def test_a_channel_that_is_full_is_full_wherever_the_count_begins(
     async with working(layer, "jobs"):
         for _ in range(5):
             observer.execute(send)
-        await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+        await until(
+            lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+        )
     for _ in range(20):
         assert observer.execute(send).fetchone() == (True,)
     assert observer.execute(send).fetchone() == (False,)
@@ -439,7 +462,9 @@ async def renewed(observer: Observer, times: int = 1) -> None:
         await until(lambda before=before: observer.execute(query).fetchone() != before)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("is_analyzed", [False, True], ids=["no statistics", "statistics of empty tables"])
+@pytest.mark.parametrize(
+    "is_analyzed", [False, True], ids=["no statistics", "statistics of empty tables"]
+)
 async def test_heartbeats_and_sweeps_do_not_walk_what_others_have_deleted(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, is_analyzed: bool
 ) -> None:
@@ -505,7 +530,9 @@ class Deletions:
 
     def most(self) -> int:
         """The most rows that a statement has deleted."""
-        [(most,)] = self._observer.execute("SELECT coalesce(max(deleted), 0) FROM deletion").fetchall()
+        [(most,)] = self._observer.execute(
+            "SELECT coalesce(max(deleted), 0) FROM deletion"
+        ).fetchall()
         return int(most)
 
     def all(self, table: str) -> int:
@@ -516,7 +543,9 @@ class Deletions:
         return int(count)
 
 
-def fill(observer: Observer, address: str, channel: str, *, messages: int, memberships: int) -> None:
+def fill(
+    observer: Observer, address: str, channel: str, *, messages: int, memberships: int
+) -> None:
     """Write messages and memberships of a client."""
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
@@ -537,7 +566,9 @@ def is_empty(observer: Observer, *tables: str) -> bool:
         "pg_layer_message": "SELECT count(*) FROM pg_layer_message WHERE kind = 'message'",
         "pg_layer_membership": "SELECT count(*) FROM pg_layer_membership",
     }
-    return all(observer.execute(queries[table].encode()).fetchone() == (0,) for table in tables or queries)
+    return all(
+        observer.execute(queries[table].encode()).fetchone() == (0,) for table in tables or queries
+    )
 
 
 async def flush(layer: PostgresChannelLayer, observer: Observer, channel: str) -> None:
@@ -600,12 +631,14 @@ async def test_a_close_that_was_cut_short_leaves_the_rest_to_the_sweeper(
     assert left == 1500
     # They do not count any more, and the next sweep removes them.
     assert observer.execute("SELECT * FROM pg_layer_group").fetchall() == []
-    assert succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once", "--batch-size", "1000")).startswith(
-        "Removed 0 messages, 1500 memberships"
-    )
+    assert succeeded(
+        manage(migrated_dsn, "pg_layer_sweep", "--once", "--batch-size", "1000")
+    ).startswith("Removed 0 messages, 1500 memberships")
 
 
-async def test_expired_messages_are_deleted_in_parts(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_expired_messages_are_deleted_in_parts(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer(lease=60, heartbeat=0.1)
     await listen(layer)
     deletions = Deletions(observer)
@@ -618,7 +651,9 @@ async def test_expired_messages_are_deleted_in_parts(make_layer: MakeLayer, obse
     assert deletions.most() <= 1000
 
 
-async def test_received_messages_are_deleted_in_parts(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_received_messages_are_deleted_in_parts(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     """The database takes no deletions while many messages are received; then it does."""
     count = 5000
     layer, sender = make_layer(capacity=2 * count), make_layer(capacity=2 * count)
@@ -645,7 +680,9 @@ async def test_what_a_crash_brings_back_is_deleted_in_parts(
     await listen(layer)
     await layer.send(channel, {"n": "held"})
     await until(lambda: layer.stats()["queued_messages"] == 1)
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
+    )
     deletions = Deletions(observer)
     fill(observer, channel_address("asgi", channel), channel, messages=MANY, memberships=0)
     observer.execute("DELETE FROM pg_layer_boot")
@@ -654,7 +691,9 @@ async def test_what_a_crash_brings_back_is_deleted_in_parts(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name LIKE 'pg_layer %' AND query LIKE '%pg_layer_listen%'"
     )
-    await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,))
+    await until(
+        lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
+    )
     assert deletions.most() <= 1000
     assert await receive(layer, channel) == {"n": "held"}
 
@@ -682,7 +721,10 @@ async def test_an_idle_process_runs_one_statement_for_each_heartbeat_and_one_for
     async with working(layer, "jobs"):
         await until(lambda: "pg_layer_claim" in "".join(log.statements("idle")))
         await until(
-            lambda: logging_server.execute("SELECT count(*) FROM pg_layer_message", dbname="logged") == [(0,)]
+            lambda: (
+                logging_server.execute("SELECT count(*) FROM pg_layer_message", dbname="logged")
+                == [(0,)]
+            )
         )
         log.forget()
         begun_at = time.monotonic()

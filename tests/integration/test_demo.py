@@ -46,7 +46,9 @@ class RunningDemo:
 
     def child(self, *words: str) -> psutil.Process:
         """The one process among the demo's own whose command line has all of `words`."""
-        [found] = (process for process in self.descendants() if set(words) <= set(command_line(process)))
+        [found] = (
+            process for process in self.descendants() if set(words) <= set(command_line(process))
+        )
         return found
 
     def postgres_folder(self) -> Path:
@@ -308,7 +310,9 @@ def test_strangers_are_turned_away(demo: RunningDemo) -> None:
     assert get(address, Host="evil.example")[0] == 400
     with (
         pytest.raises(InvalidStatus, match="403"),
-        connect(f"{address.replace('http', 'ws', 1)}/ws/lobby/", origin=Origin("http://evil.example")),
+        connect(
+            f"{address.replace('http', 'ws', 1)}/ws/lobby/", origin=Origin("http://evil.example")
+        ),
     ):
         pass
 
@@ -395,7 +399,10 @@ def test_when_a_process_dies_the_demo_says_so_and_ends() -> None:
         status, output = demo.wait()
         assert status == 1
         assert "server B ended by SIGKILL. The last it said:" in output
-        assert f"Uvicorn running on {demo.addresses['server B']}" in output.partition("The last it said:")[2]
+        assert (
+            f"Uvicorn running on {demo.addresses['server B']}"
+            in output.partition("The last it said:")[2]
+        )
         assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
 
 
@@ -403,7 +410,9 @@ def test_when_postgresql_dies_the_demo_says_so_and_ends() -> None:
     with running_demo() as demo:
         left = demo.descendants()
         [postmaster] = (
-            process for process in psutil.Process(demo.process.pid).children() if process.name() == "postgres"
+            process
+            for process in psutil.Process(demo.process.pid).children()
+            if process.name() == "postgres"
         )
         postmaster.kill()
         status, output = demo.wait()
@@ -423,7 +432,9 @@ def test_a_database_of_ones_own_and_ports_in_use() -> None:
             assert port < ports[0] < ports[1]
             assert demo.end(signal.SIGINT)[0] == 0
         tables = "SELECT to_regclass('pg_layer_message'), to_regclass('example_announcement')"
-        assert server.execute(tables, dbname="mine") == [("pg_layer_message", "example_announcement")]
+        assert server.execute(tables, dbname="mine") == [
+            ("pg_layer_message", "example_announcement")
+        ]
 
 
 def test_the_chat_goes_on_after_postgresql_was_restarted() -> None:

@@ -81,7 +81,12 @@ def left_behind(dsn: str) -> list[str]:
         {"default": {"BACKEND": BACKEND}},
         {"default": {"BACKEND": BACKEND, "CONFIG": {}}},
         {"default": {"BACKEND": BACKEND, "CONFIG": {"using": "default"}}},
-        {"default": {"BACKEND": "pg_layer.layer.PostgresChannelLayer", "CONFIG": {"prefix": "mine"}}},
+        {
+            "default": {
+                "BACKEND": "pg_layer.layer.PostgresChannelLayer",
+                "CONFIG": {"prefix": "mine"},
+            }
+        },
     ],
     ids=["no CONFIG", "an empty CONFIG", "using", "the module's path"],
 )
@@ -92,7 +97,9 @@ def test_the_default_database(migrated_dsn: str, layers: Settings) -> None:
 
 
 def test_another_alias(migrated_dsn: str) -> None:
-    settings = databases(default=SQLITE, events=postgres(migrated_dsn)) | channel_layers(using="events")
+    settings = databases(default=SQLITE, events=postgres(migrated_dsn)) | channel_layers(
+        using="events"
+    )
     code = f"{TALK}\nprint(asyncio.run(talk(get_channel_layer())))"
     assert django(migrated_dsn, code, settings=settings) == "[1, 2]"
     assert left_behind(migrated_dsn) == ["left.behind"]
@@ -107,7 +114,10 @@ def test_a_dsn(migrated_dsn: str, other: Settings) -> None:
 
 
 def test_options_of_the_database_are_honoured(migrated_dsn: str) -> None:
-    database = {**postgres(migrated_dsn), "OPTIONS": {"application_name": "mine", "isolation_level": 4}}
+    database = {
+        **postgres(migrated_dsn),
+        "OPTIONS": {"application_name": "mine", "isolation_level": 4},
+    }
     code = f"""{TALK}
 from django.db import connection
 
@@ -188,10 +198,15 @@ def test_a_bad_config_is_named(migrated_dsn: str, config: Settings, complaint: s
 
 @pytest.mark.parametrize(
     ("using", "complaint"),
-    [("nowhere", "must be an alias in DATABASES, not 'nowhere'"), ("lite", "'lite' has the ENGINE")],
+    [
+        ("nowhere", "must be an alias in DATABASES, not 'nowhere'"),
+        ("lite", "'lite' has the ENGINE"),
+    ],
     ids=["missing", "SQLite"],
 )
-def test_a_wrong_alias_is_named_at_the_first_use(migrated_dsn: str, using: str, complaint: str) -> None:
+def test_a_wrong_alias_is_named_at_the_first_use(
+    migrated_dsn: str, using: str, complaint: str
+) -> None:
     # Not before, as Django's databases may still change then.
     databases_ = databases(default=postgres(migrated_dsn), lite=SQLITE)
     settings = databases_ | channel_layers(using=using, send_timeout=1)
@@ -253,7 +268,9 @@ def test_migrations_can_be_written_as_sql(migrated_dsn: str) -> None:
 @pytest.mark.parametrize("field", ["AutoField", "BigAutoField", "SmallAutoField"])
 def test_models_and_migrations_agree(migrated_dsn: str, field: str) -> None:
     settings = {"DEFAULT_AUTO_FIELD": f"django.db.models.{field}"}
-    output = succeeded(manage(migrated_dsn, "makemigrations", "--check", "--dry-run", settings=settings))
+    output = succeeded(
+        manage(migrated_dsn, "makemigrations", "--check", "--dry-run", settings=settings)
+    )
     assert output == "No changes detected"
 
 
@@ -284,7 +301,9 @@ for model in apps.get_app_config("pg_layer").get_models():
 
 
 def test_the_system_check_has_nothing_to_say(migrated_dsn: str) -> None:
-    output = succeeded(manage(migrated_dsn, "check", "--database", "default", "--fail-level", "WARNING"))
+    output = succeeded(
+        manage(migrated_dsn, "check", "--database", "default", "--fail-level", "WARNING")
+    )
     assert output == "System check identified no issues (0 silenced)."
 
 
@@ -318,7 +337,9 @@ print(connections["lite"].introspection.table_names())
 # ---------------------------------------------------------------------- test databases
 
 
-def test_a_database_that_is_renamed_before_the_first_use(fresh_database: str, migrated_dsn: str) -> None:
+def test_a_database_that_is_renamed_before_the_first_use(
+    fresh_database: str, migrated_dsn: str
+) -> None:
     # As test runners do it, when the layer exists already.
     name = conninfo_to_dict(migrated_dsn)["dbname"]
     code = f"""{TALK}
@@ -332,7 +353,9 @@ print(asyncio.run(talk(layer)))
     assert left_behind(migrated_dsn) == ["left.behind"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--parallel", "2"]], ids=["in one process", "in parallel"])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--parallel", "2"]], ids=["in one process", "in parallel"]
+)
 def test_djangos_test_runner(migrated_dsn: str, arguments: list[str]) -> None:
     result = manage(migrated_dsn, "test", "tests.project.suite", "--noinput", *arguments)
     assert result.returncode == 0, result.stderr
@@ -391,7 +414,11 @@ def test_the_wheel_works_in_a_clean_environment(fresh_database: str, tmp_path: P
                 [python, "-X", "dev", *arguments],
                 cwd=tmp_path,
                 env={
-                    **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+                    **{
+                        name: value
+                        for name, value in os.environ.items()
+                        if not name.startswith("PYTHON")
+                    },
                     "DJANGO_SETTINGS_MODULE": "project",
                     "PG_LAYER_TEST_PROJECT_DSN": fresh_database,
                 },
@@ -416,5 +443,7 @@ def pip(python: str, *arguments: str) -> None:
         text=True,
     )
     if "No matching distribution found" in result.stderr or "Could not fetch URL" in result.stderr:
-        missing("package-index", f"pip cannot reach a package index: {result.stderr.strip()[-300:]}")
+        missing(
+            "package-index", f"pip cannot reach a package index: {result.stderr.strip()[-300:]}"
+        )
     assert result.returncode == 0, result.stderr

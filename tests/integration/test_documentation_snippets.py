@@ -28,7 +28,9 @@ from tests.project.configured import configured
 
 async def execute(snippet: str, **names: Any) -> dict[str, Any]:
     """Run a snippet in which these names are known, also if it awaits; returns all names it knows then."""
-    code = compile(textwrap.dedent(snippet), "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(
+        textwrap.dedent(snippet), "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    )
     result = eval(code, names)
     if inspect.iscoroutine(result):
         await result
@@ -272,12 +274,18 @@ async def test_using_outside_of_consumers(layer: PostgresChannelLayer) -> None:
     channel_layer = (await execute(FROM_OUTSIDE))["channel_layer"]
     assert channel_layer is layer
     await execute(
-        ANNOUNCE, channel_layer=channel_layer, chats=["chat", "nobody-there"], announcement_text="Lunch!"
+        ANNOUNCE,
+        channel_layer=channel_layer,
+        chats=["chat", "nobody-there"],
+        announcement_text="Lunch!",
     )
     await asyncio.to_thread(in_a_thread, FORCE_DISCONNECT, channel_layer=channel_layer)
     for socket in sockets:
         assert await socket.receive_from(timeout=PATIENCE) == "* Lunch!"
-        assert await socket.receive_output(timeout=PATIENCE) == {"type": "websocket.close", "code": 4000}
+        assert await socket.receive_output(timeout=PATIENCE) == {
+            "type": "websocket.close",
+            "code": 4000,
+        }
         await socket.disconnect(timeout=PATIENCE)
 
 

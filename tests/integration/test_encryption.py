@@ -45,14 +45,20 @@ async def test_an_encrypted_message_arrives_and_is_nowhere_in_clear(
         """,
         (channel,),
     )
-    messages: list[Message] = [{"text": SECRET, "blob": bytes(size)} for size in (0, 1000, 10_000, 1_000_000)]
+    messages: list[Message] = [
+        {"text": SECRET, "blob": bytes(size)} for size in (0, 1000, 10_000, 1_000_000)
+    ]
     for message in messages:
         await layer.send(channel, message)
         await layer.group_send("room", message)
     rows = observer.execute("SELECT payload FROM pg_layer_message").fetchall()
     assert len(rows) == 3 * len(messages)
-    said = [notify.payload for notify in observer.notifies(timeout=10, stop_after=2 * len(messages))]
-    assert not [payload for (payload,) in rows if SECRET.encode() in payload or b"\x00" * 8 in payload]
+    said = [
+        notify.payload for notify in observer.notifies(timeout=10, stop_after=2 * len(messages))
+    ]
+    assert not [
+        payload for (payload,) in rows if SECRET.encode() in payload or b"\x00" * 8 in payload
+    ]
     assert len(said) == 2 * len(messages)
     reader = processes.start(read_both, migrated_dsn, len(messages))
     await layer.send("jobs", {"text": "the end"})
@@ -158,7 +164,8 @@ async def test_encrypted_notification_repeated_for_another_address_is_refused(
             entry = name if "!" in name else f"@{name}"
             repeated = " ".join((letter, boot, xid, entry, str(number), *rest))
             observer.execute(
-                f"SELECT pg_notify(pg_layer_notification_channel({address}), %s)".encode(), (repeated,)
+                f"SELECT pg_notify(pg_layer_notification_channel({address}), %s)".encode(),
+                (repeated,),
             )
     for name in (channel, other):
         await sender.send(name, {"text": "the end"})
@@ -196,7 +203,9 @@ async def test_encrypted_row_copied_to_another_address_is_refused(
     await until(lambda: layer.stats()["dropped_undecodable"] == 4)
     assert late.stats()["dropped_undecodable"] == 2
     assert SECRET not in caplog.text
-    assert any("encrypted for another channel or group" in complaint for complaint in complaints(caplog))
+    assert any(
+        "encrypted for another channel or group" in complaint for complaint in complaints(caplog)
+    )
 
 
 async def test_encrypted_group_message_reaches_normal_channels_of_the_group(
@@ -230,7 +239,10 @@ def send_from_sql(observer: Observer, channel: str) -> None:
 async def test_messages_from_sql_are_refused_where_there_are_keys(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
-    layer, friend = make_layer(symmetric_encryption_keys=[OLD]), make_layer(symmetric_encryption_keys=[OLD])
+    layer, friend = (
+        make_layer(symmetric_encryption_keys=[OLD]),
+        make_layer(symmetric_encryption_keys=[OLD]),
+    )
     channel = name or await layer.new_channel()
     await layer.group_add("room", channel)
     await listen(layer)
@@ -304,7 +316,9 @@ async def test_a_damaged_row_is_skipped_and_logged_once(
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
-async def test_a_row_of_an_unknown_kind_is_passed_over(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_a_row_of_an_unknown_kind_is_passed_over(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await sender.send(channel, {"text": "of the future"})
@@ -373,7 +387,9 @@ async def test_a_foreign_notification_does_no_harm_and_is_logged_once(
         for size in (10, 10_000):
             await sender.send(channel, {"number": number, "blob": bytes(size)})
             assert (await receive(layer, channel))["number"] == number
-    foreign = [complaint for complaint in complaints(caplog) if "Ignored a notification" in complaint]
+    foreign = [
+        complaint for complaint in complaints(caplog) if "Ignored a notification" in complaint
+    ]
     assert len(foreign) == 1
     assert layer.stats()["foreign_notifications"] >= 20
     # Received messages are still deleted.

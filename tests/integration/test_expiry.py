@@ -27,7 +27,9 @@ def count(observer: Observer, table: str) -> int:
     return int(row[0])
 
 
-async def read_when_told(link: Link, dsn: str, name: str | None, starts: str, error: float) -> Message:
+async def read_when_told(
+    link: Link, dsn: str, name: str | None, starts: str, error: float
+) -> Message:
     """The first message that is received once the test says so, by a process whose clock may be wrong."""
     real = time.time
     time.time = lambda: real() + error
@@ -85,7 +87,9 @@ async def test_what_is_received_in_time_is_delivered(make_layer: MakeLayer) -> N
         assert [await receive(layer, channel) for _ in range(2)] == [{"number": number}] * 2
 
 
-async def test_each_message_has_the_expiry_of_its_sender(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_each_message_has_the_expiry_of_its_sender(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     for expiry in (7, 0.5, 1000):
         await make_layer(expiry=expiry).send("jobs", {})
     left = observer.execute(
@@ -142,7 +146,9 @@ async def test_expired_messages_without_a_sweeper_are_deleted_by_a_heartbeat(
     await until(lambda: count(observer, "message") == 3)
 
 
-async def test_sweep_removes_expired_rows_and_nothing_else(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_sweep_removes_expired_rows_and_nothing_else(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     brief, lasting = make_layer(expiry=EXPIRY, group_expiry=EXPIRY), make_layer()
     elsewhere = make_layer(expiry=EXPIRY, group_expiry=EXPIRY, prefix="elsewhere")
     for layer in (brief, lasting, elsewhere):
@@ -165,7 +171,9 @@ async def test_sweep_removes_expired_rows_and_nothing_else(make_layer: MakeLayer
     assert count(observer, "membership") == 5
 
 
-async def test_a_process_that_receives_sweeps_by_itself(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_a_process_that_receives_sweeps_by_itself(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     brief = make_layer(expiry=EXPIRY, group_expiry=EXPIRY)
     await brief.send("jobs", {})
     await brief.group_add("room", "jobs")

@@ -135,14 +135,19 @@ async def test_a_task_queues_workers_send_in_transactions(
         assert await server.hear() == "ready"
     settings = {
         "DATABASES": {
-            "default": {**postgres(migrated_dsn), "OPTIONS": {"application_name": "pg_layer_test_parent"}}
+            "default": {
+                **postgres(migrated_dsn),
+                "OPTIONS": {"application_name": "pg_layer_test_parent"},
+            }
         },
         "CHANNEL_LAYERS": {
             "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"capacity": 100_000}}
         },
     }
     arguments = ("-m", "tests.project.forks", "tasks_in_transactions")
-    output = await asyncio.to_thread(lambda: succeeded(run(migrated_dsn, *arguments, settings=settings)))
+    output = await asyncio.to_thread(
+        lambda: succeeded(run(migrated_dsn, *arguments, settings=settings))
+    )
     assert json.loads(output)["connections"] <= 4  # Django's own, one a process
 
     tasks = [n for first in range(1000, 5000, 1000) for n in range(first, first + 400, 2)]

@@ -83,7 +83,11 @@ async def test_async_to_sync_under_greenlets_works_one_call_at_a_time(
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)
-    assert (await run_patched(library, migrated_dsn, ONE_AT_A_TIME, channel)).split() == ["0", "1", "2"]
+    assert (await run_patched(library, migrated_dsn, ONE_AT_A_TIME, channel)).split() == [
+        "0",
+        "1",
+        "2",
+    ]
     assert [(await receive(layer, channel))["number"] for _ in range(7)] == list(range(7))
 
 

@@ -84,7 +84,9 @@ async def test_group_members_in_three_processes_see_one_order(
     assert len(first) == writers * count
     for number, other in enumerate(seen[1:], start=1):
         places = [
-            place for place in range(len(first)) if other[place : place + 1] != first[place : place + 1]
+            place
+            for place in range(len(first))
+            if other[place : place + 1] != first[place : place + 1]
         ]
         assert not places, f"member {number} sees {len(places)} messages in other places"
         assert len(other) == len(first)

@@ -81,7 +81,9 @@ async def test_members_in_three_processes_get_every_message_once_and_in_order(
         await reader.hear()
     await listen(layer)
     sizes = (10, 10, 10, 100, 5000, 6000, 20_000, 200_000)
-    messages: list[Message] = [{"number": n, "blob": bytes(random.choice(sizes))} for n in range(150)]
+    messages: list[Message] = [
+        {"number": n, "blob": bytes(random.choice(sizes))} for n in range(150)
+    ]
     if pace == "one by one":
         for message in messages:
             await layer.group_send("room", message)
@@ -240,7 +242,9 @@ async def test_a_channel_added_before_its_process_listens_gets_every_message(
     await layer.group_add("room", others)
     for number in range(5):
         await layer.group_send("room", {"number": number})
-    assert await receive_all(reader, own, 4) == await receive_all(reader, others, 4) == [0, 1, 2, 3, 4]
+    assert (
+        await receive_all(reader, own, 4) == await receive_all(reader, others, 4) == [0, 1, 2, 3, 4]
+    )
 
 
 @pytest.mark.parametrize("by", ["its process", "another process"])
@@ -379,7 +383,9 @@ async def test_group_send_to_a_group_whose_members_have_expired_writes_no_row(
     be_steady(observer)
     await until(
         lambda: (
-            observer.execute("SELECT FROM pg_layer_membership WHERE expires_at <= clock_timestamp()").rowcount
+            observer.execute(
+                "SELECT FROM pg_layer_membership WHERE expires_at <= clock_timestamp()"
+            ).rowcount
         )
     )
     await sender.group_send("room", {"number": 0})
@@ -456,7 +462,9 @@ async def test_a_group_message_is_one_row_however_many_members_and_processes(
             await layer.group_add("room", await layer.new_channel())
     for number in range(2):
         await sender.group_send("room", {"number": number})
-    await asyncio.gather(*(sender.group_send("room", {"number": number}) for number in range(2, 10)))
+    await asyncio.gather(
+        *(sender.group_send("room", {"number": number}) for number in range(2, 10))
+    )
     assert rows(observer) == [("asgi!@room", 10)]
 
 

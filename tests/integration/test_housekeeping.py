@@ -15,7 +15,9 @@ from tests.project.commands import PATIENCE, eventually
 @contextmanager
 def broken_renewal(observer: Observer) -> Iterator[None]:
     """The function that renews a lease returns no snapshot, but something else."""
-    [(definition,)] = observer.execute("SELECT pg_get_functiondef('pg_layer_renew'::regproc)").fetchall()
+    [(definition,)] = observer.execute(
+        "SELECT pg_get_functiondef('pg_layer_renew'::regproc)"
+    ).fetchall()
     broken = definition.replace("snapshot := pg_current_snapshot()::text;", "snapshot := 'broken';")
     assert broken != definition
     observer.execute(broken)

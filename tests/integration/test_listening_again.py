@@ -42,7 +42,9 @@ async def test_receive_right_after_the_channel_was_given_up_hears_jobs(
     for number in range(3):
         await sender.send("jobs", {"number": number})
         assert (await receive(layer, "jobs"))["number"] == number
-        await until(lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,))
+        await until(
+            lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
+        )
         jobs.forget_idle()
         jobs.forget_idle()
         assert not jobs.addresses()

@@ -44,7 +44,9 @@ def held_up(dsn: str) -> Iterator[Callable[[], None]]:
     """Have statements about clients and memberships wait. Yields a function that returns when one waits."""
     with psycopg.connect(dsn) as conn:
         conn.execute("LOCK TABLE pg_layer_client, pg_layer_membership")
-        yield lambda: eventually(lambda: bool(waiting_backends(dsn)), "a statement waits for the lock")
+        yield lambda: eventually(
+            lambda: bool(waiting_backends(dsn)), "a statement waits for the lock"
+        )
         conn.rollback()
 
 
@@ -118,7 +120,9 @@ class LoopThread:
     def __init__(self, make_loop: MakeLoop = asyncio.new_event_loop) -> None:
         self._make_loop = make_loop
         self._is_halted = False
-        self._ready: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         self.loop, self._stop = self._ready.get()
@@ -437,7 +441,8 @@ def test_a_loop_that_was_the_owner_and_runs_again(
         record
         for record in caplog.records
         # asyncio's development mode says so of every slow step, on a busy machine of any.
-        if record.levelname in ("ERROR", "WARNING") and not record.getMessage().startswith("Executing ")
+        if record.levelname in ("ERROR", "WARNING")
+        and not record.getMessage().startswith("Executing ")
     ]
 
 
@@ -452,7 +457,8 @@ def test_two_loops_receive_at_once_on_their_own_channels(
     for thread, channel in zip(threads, channels, strict=True):
         thread.do(layer.group_add("room", channel))
     futures = [
-        thread.start(received(layer, channel, 60)) for thread, channel in zip(threads, channels, strict=True)
+        thread.start(received(layer, channel, 60))
+        for thread, channel in zip(threads, channels, strict=True)
     ]
 
     async def from_elsewhere() -> None:
@@ -490,7 +496,9 @@ def test_no_receiver_idles_beside_waiting_jobs(
         threads[0].do(layer.close())
 
 
-@pytest.mark.parametrize("is_own", [True, False], ids=["sent by the same process", "sent by another"])
+@pytest.mark.parametrize(
+    "is_own", [True, False], ids=["sent by the same process", "sent by another"]
+)
 def test_two_loops_compete_on_one_normal_channel(
     layer: PostgresChannelLayer,
     other: PostgresChannelLayer,
@@ -528,7 +536,9 @@ def test_a_loop_sends_while_the_owner_runs_in_another_thread(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     name = "pg_layer_test_loops"
-    with connected_layer(make_conninfo(migrated_dsn, application_name=name), capacity=1000) as layer:
+    with connected_layer(
+        make_conninfo(migrated_dsn, application_name=name), capacity=1000
+    ) as layer:
         owner = loop_thread()
         channel = owner.do(layer.new_channel())
         owner.do(layer.group_add("room", channel))
@@ -562,7 +572,9 @@ def test_a_loop_that_receives_takes_over_from_one_that_sends(
         for n in range(10):
             sender.do(layer.send("jobs", number(n)))
         assert sorted(waiting.result(PATIENCE)) == list(range(10))
-        eventually(lambda: len(backends(migrated_dsn, name)) <= 3, "one listens, two are in the pool")
+        eventually(
+            lambda: len(backends(migrated_dsn, name)) <= 3, "one listens, two are in the pool"
+        )
         receiver.do(layer.close())
 
 
@@ -608,7 +620,9 @@ def test_what_a_loop_took_as_it_ended_comes_before_the_rest(
                 asyncio.run(other.send("jobs", number(n)))
                 if n == 1:
                     # As if the answer had been lost with the loop that asked.
-                    conn.execute("SELECT pg_layer_claim('asgi', 'jobs', %s, %s, 0, 1)", (address, fence))
+                    conn.execute(
+                        "SELECT pg_layer_claim('asgi', 'jobs', %s, %s, 0, 1)", (address, fence)
+                    )
         assert asyncio.run(received(layer, "jobs", 3)) == [1, 2, 3]
 
 
@@ -827,9 +841,9 @@ def test_close_from_another_loop(
     assert not backends(migrated_dsn, name)
     with psycopg.connect(migrated_dsn) as conn:
         assert conn.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
-        assert conn.execute("SELECT count(*) FROM pg_layer_client WHERE expires_at > now()").fetchone() == (
-            0,
-        )
+        assert conn.execute(
+            "SELECT count(*) FROM pg_layer_client WHERE expires_at > now()"
+        ).fetchone() == (0,)
     # It begins anew, on whatever loop.
     channel = asyncio.run(layer.new_channel())
     asyncio.run(layer.group_add("room", channel))
@@ -846,7 +860,10 @@ async def cancelled(task: asyncio.Task[None]) -> None:
 
 @pytest.mark.parametrize("steps", range(12))
 def test_a_close_that_is_cancelled_goes_on(
-    layer: PostgresChannelLayer, migrated_dsn: str, loop_thread: Callable[..., LoopThread], steps: int
+    layer: PostgresChannelLayer,
+    migrated_dsn: str,
+    loop_thread: Callable[..., LoopThread],
+    steps: int,
 ) -> None:
     """Whatever step it has come to; another close waits for it. A receiver does not wait any more."""
     guest = loop_thread()
@@ -877,12 +894,16 @@ def test_a_close_that_is_cancelled_before_the_database_answers_goes_on(
             closing = asyncio.create_task(layer.close())
             await asyncio.to_thread(until_one_waits)
             await cancelled(closing)
-        await asyncio.to_thread(eventually, lambda: left_behind(migrated_dsn) == (0, 0), "it has closed")
+        await asyncio.to_thread(
+            eventually, lambda: left_behind(migrated_dsn) == (0, 0), "it has closed"
+        )
 
     asyncio.run(use())
 
 
-def test_a_close_whose_loop_ends_is_done_by_the_next(layer: PostgresChannelLayer, migrated_dsn: str) -> None:
+def test_a_close_whose_loop_ends_is_done_by_the_next(
+    layer: PostgresChannelLayer, migrated_dsn: str
+) -> None:
     async def use() -> None:
         await joins(layer, await layer.new_channel())
         until_one_waits = held.enter_context(held_up(migrated_dsn))
@@ -995,7 +1016,9 @@ def test_uvloop(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> Non
         run_on(uvloop.new_event_loop, lambda: conversation(layer, other))
 
 
-def test_uvloop_ends_without_close(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> None:
+def test_uvloop_ends_without_close(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer
+) -> None:
     uvloop = pytest.importorskip("uvloop")
 
     async def start() -> str:

@@ -177,7 +177,9 @@ async def test_state_of_receiving_is_touched_on_the_owner_loop_alone(migrated_ds
         owner = home.owner
         assert owner is not None
         receiver = owner.receiver
-        changes = OwnChanges(layer._loops.client, owner._writer, receiver, owner.lease.wait, lambda: False)
+        changes = OwnChanges(
+            layer._loops.client, owner._writer, receiver, owner.lease.wait, lambda: False
+        )
         entries = [
             receiver.look_for_marked(),
             owner.lease.renew_on(NO_SESSION, None),

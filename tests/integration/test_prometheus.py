@@ -110,7 +110,11 @@ async def test_the_samples_are_the_stats(used: PostgresChannelLayer) -> None:
     assert value(values, "pg_layer_batches_total") == stats["batches"] == 12
     assert value(values, "pg_layer_messages_received_total") == stats["received"] == 7
     assert value(values, "pg_layer_messages_delivered_total") == stats["delivered"] == 7
-    assert value(values, "pg_layer_messages_dropped_total", reason="full") == stats["dropped_full"] == 2
+    assert (
+        value(values, "pg_layer_messages_dropped_total", reason="full")
+        == stats["dropped_full"]
+        == 2
+    )
     assert value(values, "pg_layer_messages_dropped_total", reason="expired") == 0
     assert value(values, "pg_layer_messages_dropped_total", reason="undecodable") == 0
     assert value(values, "pg_layer_inline_messages_total") == stats["inline_messages"] > 0
@@ -132,7 +136,9 @@ async def test_every_counter_is_exposed(used: PostgresChannelLayer) -> None:
         else:
             counters.add(name, 1)
         after = scrape(registry)
-        moved = {key[0] for key in before if key[0].endswith("_total") and before[key] != after[key]}
+        moved = {
+            key[0] for key in before if key[0].endswith("_total") and before[key] != after[key]
+        }
         assert len(moved) == 1, name
 
 
@@ -272,7 +278,9 @@ def test_register_without_a_layer(migrated_dsn: str) -> None:
     settings = {"default": SETTINGS["memory"]}
     with (
         configured(new_layer(migrated_dsn), CHANNEL_LAYERS=settings),
-        pytest.raises(ImproperlyConfigured, match=r"CHANNEL_LAYERS.*pg_layer\.PostgresChannelLayer"),
+        pytest.raises(
+            ImproperlyConfigured, match=r"CHANNEL_LAYERS.*pg_layer\.PostgresChannelLayer"
+        ),
     ):
         register(CollectorRegistry())
 
@@ -355,12 +363,18 @@ def test_multiprocess_mode_is_as_documented(migrated_dsn: str) -> None:
 def snippets(language: str) -> list[str]:
     """The code blocks of a language, without the indentation of their list."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", DOCUMENT, re.DOTALL | re.MULTILINE)
-    return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
+    return [
+        "\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found
+    ]
 
 
 async def test_the_table_of_metrics(used: PostgresChannelLayer) -> None:
-    rows = re.findall(r"^\| `(pg_layer_\w+)` \| (\w+) \| (.*?) ?\| (.*) \|$", DOCUMENT, re.MULTILINE)
-    documented = {name: (type, re.findall(r"`(\w+)`", label), help) for name, type, label, help in rows}
+    rows = re.findall(
+        r"^\| `(pg_layer_\w+)` \| (\w+) \| (.*?) ?\| (.*) \|$", DOCUMENT, re.MULTILINE
+    )
+    documented = {
+        name: (type, re.findall(r"`(\w+)`", label), help) for name, type, label, help in rows
+    }
     exposed: dict[str, tuple[str, list[str], str]] = {}
     for family in registry_of(used).collect():
         further = [
@@ -387,7 +401,9 @@ def test_python_snippets_run(migrated_dsn: str) -> None:
         run(
             migrated_dsn,
             "-c",
-            "\n".join(["import django; django.setup()", *code, "print(metrics(None).content.decode())"]),
+            "\n".join(
+                ["import django; django.setup()", *code, "print(metrics(None).content.decode())"]
+            ),
         )
     )
     assert 'pg_layer_messages_sent_total{alias="default",to="group"} 0.0' in told
@@ -419,7 +435,9 @@ async def test_the_query_for_all_processes(migrated_dsn: str, make_layer: MakeLa
     with psycopg.connect(migrated_dsn, autocommit=True) as connection:
 
         def counters() -> dict[str, int]:
-            return {name: value for *_, name, value in connection.execute(query.encode()).fetchall()}
+            return {
+                name: value for *_, name, value in connection.execute(query.encode()).fetchall()
+            }
 
         await until(lambda: counters().get("delivered"))
         assert set(counters()) == {*COUNTED, "failing_tasks"}

@@ -122,7 +122,8 @@ class Protocols(RuleBasedStateMachine):
     ) -> None:
         transaction = self._transaction(writer, is_inside)
         channels = [
-            self.world.processes[self._process(number)].channels[channel] for number, channel, _ in messages
+            self.world.processes[self._process(number)].channels[channel]
+            for number, channel, _ in messages
         ]
         self.world.write(
             transaction.writer if transaction else self._writer(writer),
@@ -173,13 +174,17 @@ class Protocols(RuleBasedStateMachine):
     @precondition(lambda self: any(t.is_quiet and not t.prepared for t in self.world.transactions))
     @rule()
     def prepare(self) -> None:
-        self.world.prepare(next(t for t in self.world.transactions if t.is_quiet and not t.prepared))
+        self.world.prepare(
+            next(t for t in self.world.transactions if t.is_quiet and not t.prepared)
+        )
 
     # ------------------------------------------------------------------ memberships
 
     @rule(
         number=small,
-        changes=st.lists(st.tuples(groups, st.integers(0, 1), st.booleans()), min_size=1, max_size=3),
+        changes=st.lists(
+            st.tuples(groups, st.integers(0, 1), st.booleans()), min_size=1, max_size=3
+        ),
     )
     def change(self, number: int, changes: list[tuple[str, int, bool]]) -> None:
         process = self.world.processes[self._process(number)]
@@ -194,7 +199,9 @@ class Protocols(RuleBasedStateMachine):
         added=st.booleans(),
         is_inside=st.booleans(),
     )
-    def ask(self, writer: int, number: int, group: str, channel: int, added: bool, is_inside: bool) -> None:
+    def ask(
+        self, writer: int, number: int, group: str, channel: int, added: bool, is_inside: bool
+    ) -> None:
         transaction = self._transaction(writer, is_inside)
         self.world.ask(
             transaction.writer if transaction else self._writer(writer),
@@ -252,7 +259,9 @@ class Protocols(RuleBasedStateMachine):
     ) -> None:
         process = self.world.processes[self._process(number)]
         if process.calls:
-            process.lose_call(call, is_executed=is_executed, is_late=is_late, comes_later=comes_later)
+            process.lose_call(
+                call, is_executed=is_executed, is_late=is_late, comes_later=comes_later
+            )
             self.world.settle()
 
     @rule(number=small, call=index)
@@ -344,7 +353,9 @@ def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world:
     world.check_end()
 
 
-def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked_for(world: World) -> None:
+def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked_for(
+    world: World,
+) -> None:
     """The owner hears of it later than it has added the channel itself. A message was sent in between."""
     process, writer = world.processes[0], world.writers[0]
     world.ask(writer, process, "a", 1, True, None)
@@ -395,7 +406,9 @@ def test_catch_up_marked_row_that_s_has_passed_is_received(world: World) -> None
 
 
 @pytest.mark.parametrize("is_refused", [False, True], ids=["announced", "marked"])
-def test_membership_message_sent_before_it_began_is_not_received(world: World, is_refused: bool) -> None:
+def test_membership_message_sent_before_it_began_is_not_received(
+    world: World, is_refused: bool
+) -> None:
     """A catch-up after the first group_add brings the group's rows, and a marked one is announced late."""
     process, writer = world.processes[0], world.writers[0]
     world.write(writer, [("a", None)], [10], None, is_refused=is_refused)
@@ -502,7 +515,9 @@ def test_claim_passing_over_a_locked_job_gets_it_at_the_next_heartbeat(world: Wo
     world.check_end()
 
 
-def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_raise_s(world: World) -> None:
+def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_raise_s(
+    world: World,
+) -> None:
     """The claim's connection is lost and a renewal's ping is heard in one turn of the loop, before the
     catch-up begins. The renewal's snapshot sees the claimed job, which only the catch-up brings.
     """

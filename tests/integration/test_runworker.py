@@ -39,7 +39,10 @@ def start_worker(migrated_dsn: str) -> Iterator[Callable[[], Process]]:
                 started(
                     migrated_dsn,
                     # Said of Channels' own way to run a SyncConsumer in a worker.
-                    *("-W", "ignore:async_to_sync was passed a non-async-marked callable:UserWarning"),
+                    *(
+                        "-W",
+                        "ignore:async_to_sync was passed a non-async-marked callable:UserWarning",
+                    ),
                     *("-m", "tests.project.manage", "runworker", "thumbnails"),
                 )
             )
@@ -55,7 +58,10 @@ def leases(observer: Observer) -> set[int]:
 
 async def send_jobs(layer: PostgresChannelLayer, numbers: range) -> None:
     await asyncio.gather(
-        *(layer.send("thumbnails", {"type": "thumbnails.make", "number": number}) for number in numbers)
+        *(
+            layer.send("thumbnails", {"type": "thumbnails.make", "number": number})
+            for number in numbers
+        )
     )
 
 

@@ -64,7 +64,8 @@ async def waiting(session: Session) -> asyncio.Task[Any]:
         await conn.set_autocommit(True)
         while True:
             cursor = await conn.execute(
-                "SELECT 1 FROM pg_locks WHERE pid = %s AND locktype = 'advisory' AND NOT granted", (pid,)
+                "SELECT 1 FROM pg_locks WHERE pid = %s AND locktype = 'advisory' AND NOT granted",
+                (pid,),
             )
             if await cursor.fetchone():
                 return task
@@ -104,7 +105,9 @@ async def test_too_few_values_say_so_and_send_nothing(session: Session) -> None:
     assert await session.execute(NUMBER, 1) == [(1,)]
 
 
-async def test_a_cancelled_statement_ends_by_itself(session: Session, lock: psycopg.Connection[Any]) -> None:
+async def test_a_cancelled_statement_ends_by_itself(
+    session: Session, lock: psycopg.Connection[Any]
+) -> None:
     task = await waiting(session)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

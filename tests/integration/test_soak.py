@@ -62,7 +62,9 @@ def of(temporary: Path) -> list[psutil.Process]:
 async def nothing_left(temporary: Path) -> None:
     await until(lambda: not of(temporary))
     # But for PostgreSQL's programs, where they had to be copied for the server's user.
-    assert [name for name in os.listdir(temporary) if not name.startswith("pg-layer-postgres-")] == []
+    assert [
+        name for name in os.listdir(temporary) if not name.startswith("pg-layer-postgres-")
+    ] == []
 
 
 async def test_a_short_one_keeps_all_promises(temporary: Path) -> None:
@@ -106,9 +108,13 @@ async def test_a_kind_of_fault_that_does_not_exist_is_refused(temporary: Path) -
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_one_leaves_nothing_behind(temporary: Path, signum: signal.Signals) -> None:
+async def test_an_interrupted_one_leaves_nothing_behind(
+    temporary: Path, signum: signal.Signals
+) -> None:
     soak = start(temporary, "--seconds", "600")
-    await until(lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book")))
+    await until(
+        lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book"))
+    )
     assert len(of(temporary)) > 10
     os.killpg(soak.pid, signum)  # as a terminal does, which asks all of them
     said, _ = soak.communicate(timeout=100)

@@ -53,7 +53,9 @@ def group_send(caller: Caller, group: str, message: str, **options: object) -> N
     call(caller, "pg_layer_group_send", group, message, **options)
 
 
-def call(caller: Caller, function: str, *values: object, **options: object) -> list[tuple[Any, ...]]:
+def call(
+    caller: Caller, function: str, *values: object, **options: object
+) -> list[tuple[Any, ...]]:
     names = sql.SQL(", ").join(
         [sql.Placeholder()] * len(values)
         + [sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder()) for name in options]
@@ -101,7 +103,10 @@ CONTENTS: list[Message] = [
     {"type": "test", "numbers": [0, -1, 2**63 - 1, -(2**63), 0.1, -2.5e-300, 1e-7, 3.0]},
     {"type": "test", "text": "\\ \" ' ; -- $$ $1 %s M 1 2 3 {}\t\r\n"},
     {"type": "test", "nested": {"__asgi_channel__": "only at the top these are reserved"}},
-    *({"type": "test", "pad": "é" * size} for size in (2700, 2785, 2790, 2795, 2800, 2805, 4000, 40_000)),
+    *(
+        {"type": "test", "pad": "é" * size}
+        for size in (2700, 2785, 2790, 2795, 2800, 2805, 4000, 40_000)
+    ),
     {"type": "test", "pad": "x" * 5_000_000},
 ]
 
@@ -155,7 +160,11 @@ def psql(dsn: str, commands: str) -> str:
     """What the program says to these commands."""
     arguments = [dsn, "-X", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"]
     result = subprocess.run(
-        [find_binaries() / "psql", *arguments], input=commands, capture_output=True, text=True, check=False
+        [find_binaries() / "psql", *arguments],
+        input=commands,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
@@ -194,7 +203,9 @@ async def test_messages_leave_at_the_commit(make_layer: MakeLayer, caller: Calle
 
 
 @pytest.mark.parametrize("size", [0, 10_000])
-async def test_what_is_rolled_back_never_leaves(make_layer: MakeLayer, caller: Caller, size: int) -> None:
+async def test_what_is_rolled_back_never_leaves(
+    make_layer: MakeLayer, caller: Caller, size: int
+) -> None:
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -259,7 +270,9 @@ async def test_order_within_a_transaction_and_among_the_layers_own(
         assert await numbers(layer, channel, last) == list(range(last))
 
 
-async def test_beside_an_open_transaction_all_goes_on(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_beside_an_open_transaction_all_goes_on(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -288,7 +301,9 @@ async def test_a_transaction_that_takes_longer_than_a_lease(
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
     await listen(layer)
-    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 second'")
+    observer.execute(
+        "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 second'"
+    )
     caller.execute(f"BEGIN ISOLATION LEVEL {isolation}".encode())
     caller.execute("SELECT expires_at FROM pg_layer_client")
     observer.execute("UPDATE pg_layer_client SET expires_at = 'infinity'")
@@ -316,7 +331,9 @@ async def test_many_callers_at_once(make_layer: MakeLayer, migrated_dsn: str) ->
                         group_send(caller, "room", message)
 
     with ThreadPoolExecutor(6) as pool:
-        sending = asyncio.gather(*(asyncio.to_thread(pool.submit(work, n).result) for n in range(6)))
+        sending = asyncio.gather(
+            *(asyncio.to_thread(pool.submit(work, n).result) for n in range(6))
+        )
         for channel in (own, member):
             received = [number.split() for number in await numbers(layer, channel, 300)]
             for n in range(6):
@@ -396,7 +413,9 @@ async def test_a_full_channel_takes_no_more(make_layer: MakeLayer, caller: Calle
     assert await numbers(layer, "default", 100) == list(range(100))
 
 
-async def test_a_groups_full_channel_misses_the_message(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_a_groups_full_channel_misses_the_message(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer = make_layer(capacity=2)
     member = await layer.new_channel()
     for channel in (member, "jobs"):
@@ -446,7 +465,10 @@ MESSAGES: dict[str | None, str] = {
     json.dumps({"type": "a", "pad": "x" * 2**23}): "bytes long; at most 8388608 are taken",
 }
 OPTIONS: list[tuple[str, object, str]] = [
-    *(("prefix", value, "no valid prefix") for value in ("", "a b", "a!", "a" * 51, "asgi\n", None)),
+    *(
+        ("prefix", value, "no valid prefix")
+        for value in ("", "a b", "a!", "a" * 51, "asgi\n", None)
+    ),
     *(
         ("expiry", value, "expiry must be a number of seconds above 0")
         for value in (0, -1, 1_000_000_001, float("nan"), float("inf"), float("-inf"), None)
@@ -482,7 +504,10 @@ async def _members(make_layer: MakeLayer) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "a!b!c", "!a"], ids=repr)
 def test_bad_names(caller: Caller, name: str | None) -> None:
     shown = "NULL" if name is None else f"'{name.replace(chr(39), 2 * chr(39))}'"
-    assert refusal(caller, "pg_layer_send", name, GOOD) == f"pg_layer: {shown} is no valid name of a channel."
+    assert (
+        refusal(caller, "pg_layer_send", name, GOOD)
+        == f"pg_layer: {shown} is no valid name of a channel."
+    )
     assert refusal(caller, "pg_layer_group_send", name, GOOD) == (
         f"pg_layer: {shown} is no valid name of a group."
     )
@@ -494,7 +519,9 @@ def test_bad_names(caller: Caller, name: str | None) -> None:
 
 @pytest.mark.usefixtures("_members")
 def test_a_specific_channel_is_no_group(caller: Caller) -> None:
-    assert "no valid name of a group" in refusal(caller, "pg_layer_group_send", "specific.a!1", GOOD)
+    assert "no valid name of a group" in refusal(
+        caller, "pg_layer_group_send", "specific.a!1", GOOD
+    )
 
 
 @pytest.mark.parametrize("name", ["a", "A.b-c_9", "a" * 99, "specific.a!" + "b" * 88, "a!"])
@@ -527,7 +554,10 @@ async def test_the_deepest_and_the_longest_arrive(make_layer: MakeLayer, caller:
     layer = make_layer()
     channel = await layer.new_channel()
     overhead = len('{"pad": "", "type": "test"}')
-    for message in (NESTED.replace("[]", "1"), text("", 2**23 - overhead).replace('"number": "", ', "")):
+    for message in (
+        NESTED.replace("[]", "1"),
+        text("", 2**23 - overhead).replace('"number": "", ', ""),
+    ):
         assert send(caller, channel, message)
         received = await receive(layer, channel)
         assert received == json.loads(message)
@@ -536,7 +566,9 @@ async def test_the_deepest_and_the_longest_arrive(make_layer: MakeLayer, caller:
         assert await receive(layer, channel) == received
 
 
-@pytest.mark.parametrize("bad", ["{", "{'type': 'a'}", r'{"type": "\ud800"}', r'{"type": "\u0000"}'])
+@pytest.mark.parametrize(
+    "bad", ["{", "{'type': 'a'}", r'{"type": "\ud800"}', r'{"type": "\u0000"}']
+)
 def test_what_is_no_json_postgresql_itself_refuses(caller: Caller, bad: str) -> None:
     with pytest.raises(psycopg.DataError):
         send(caller, "jobs", bad)
@@ -611,7 +643,9 @@ async def test_whatever_the_search_path(make_layer: MakeLayer, caller: Caller, p
     caller.execute("CREATE SCHEMA decoy")
     for place in ("decoy", "pg_temp"):
         for table in ("message", "membership", "client", "lease_clock", "boot"):
-            caller.execute(f"CREATE TABLE {place}.pg_layer_{table} (LIKE public.pg_layer_{table})".encode())
+            caller.execute(
+                f"CREATE TABLE {place}.pg_layer_{table} (LIKE public.pg_layer_{table})".encode()
+            )
     caller.execute(
         b"CREATE FUNCTION decoy.pg_layer_payload(text, jsonb, float8) RETURNS bytea LANGUAGE sql AS"
         b" 'SELECT NULL::bytea'"
@@ -657,7 +691,9 @@ async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller
     caller.execute(sql.SQL("CREATE ROLE {0}; GRANT INSERT ON news TO {0}").format(role))
     try:
         caller.execute(
-            sql.SQL("GRANT TEMPORARY ON DATABASE {} TO {}").format(sql.Identifier(caller.info.dbname), role)
+            sql.SQL("GRANT TEMPORARY ON DATABASE {} TO {}").format(
+                sql.Identifier(caller.info.dbname), role
+            )
         )
         caller.execute(sql.SQL("SET ROLE {}").format(role))
         caller.execute(
@@ -680,7 +716,9 @@ async def test_names_from_columns_of_any_collation(make_layer: MakeLayer, caller
     layer = make_layer()
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
-    caller.execute('CREATE TABLE names (a text COLLATE "POSIX", b text COLLATE "ucs_basic", c varchar(50))')
+    caller.execute(
+        'CREATE TABLE names (a text COLLATE "POSIX", b text COLLATE "ucs_basic", c varchar(50))'
+    )
     caller.execute("INSERT INTO names VALUES (%s, 'room', 'asgi')", (channel,))
     for number in range(3):
         for query in (
@@ -731,7 +769,9 @@ async def test_a_full_queue_does_not_fail_the_callers_transaction(queue_dsn: str
                 for channel, count in ((own, 4), ("jobs", 3), (member, 3)):
                     assert await numbers(layer, channel, count) == list(range(count))
             assert caller.execute("SELECT count(*) FROM work").fetchone() == (3,)
-            assert caller.execute("SELECT current_setting('pg_layer.silent', true)").fetchone() != ("on",)
+            assert caller.execute("SELECT current_setting('pg_layer.silent', true)").fetchone() != (
+                "on",
+            )
             send(caller, own, text(4))
             assert await numbers(layer, own, 1) == [4]
 
@@ -799,7 +839,9 @@ def news_dsn(fresh_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }.items():
         file.write_text(content, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert "Applying news.0002_announce... OK" in succeeded(manage(fresh_database, "migrate", settings=NEWS))
+    assert "Applying news.0002_announce... OK" in succeeded(
+        manage(fresh_database, "migrate", settings=NEWS)
+    )
     return fresh_database
 
 
@@ -886,9 +928,9 @@ def test_the_documented_signatures(caller: Caller) -> None:
         FROM pg_proc WHERE proname IN ('pg_layer_send', 'pg_layer_group_send') ORDER BY proname DESC
         """
     ).fetchall()
-    assert [line.replace("::text", "").replace("double precision", "float8") for (line,) in found] == (
-        SIGNATURES.splitlines()
-    )
+    assert [
+        line.replace("::text", "").replace("double precision", "float8") for (line,) in found
+    ] == (SIGNATURES.splitlines())
 
 
 def test_links_lead_somewhere() -> None:
@@ -896,8 +938,12 @@ def test_links_lead_somewhere() -> None:
     for page in ("sql.md", "permissions.md"):
         content = (docs / page).read_text(encoding="utf-8")
         for target, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", content):
-            headings = re.findall(r"^#+ (.*)$", (docs / target).read_text(encoding="utf-8"), re.MULTILINE)
-            assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+            headings = re.findall(
+                r"^#+ (.*)$", (docs / target).read_text(encoding="utf-8"), re.MULTILINE
+            )
+            assert not anchor or anchor in [
+                heading.lower().replace(" ", "-") for heading in headings
+            ]
 
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
@@ -908,10 +954,14 @@ async def test_a_transaction_that_is_longer_than_a_lease(
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
     await listen(layer)
-    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '0.5 seconds'")
+    observer.execute(
+        "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '0.5 seconds'"
+    )
     caller.execute(f"BEGIN ISOLATION LEVEL {isolation}".encode())
     caller.execute("SELECT count(*) FROM pg_layer_client")  # its snapshot
-    observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 hour'")
+    observer.execute(
+        "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 hour'"
+    )
     caller.execute("SELECT pg_sleep(0.6)")
     send(caller, own, text(1))
     group_send(caller, "room", text(1))

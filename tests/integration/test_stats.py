@@ -267,7 +267,9 @@ async def test_inline_messages_and_reads(
     assert moved.all() == {"received": 2, "delivered": 2, "inline_messages": 1, "reads": 1}
 
 
-async def test_a_groups_message_is_received_once_and_delivered_to_each(make_layer: MakeLayer) -> None:
+async def test_a_groups_message_is_received_once_and_delivered_to_each(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer()
     channels = [await layer.new_channel() for _ in range(3)]
     for channel in channels:
@@ -309,7 +311,9 @@ async def test_a_full_member_misses_a_groups_message(make_layer: MakeLayer) -> N
     assert layer.stats()["queued_messages"] == 4
 
 
-async def test_messages_that_expire_in_their_queue(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_messages_that_expire_in_their_queue(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)
@@ -345,7 +349,9 @@ async def test_messages_that_cannot_be_read(
     }
 
 
-async def test_what_is_not_handed_over_is_not_delivered(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_what_is_not_handed_over_is_not_delivered(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     """So full that `receive()` waits for the row's end, and is cancelled there."""
     layer = make_layer(capacity=2)
     channel = await layer.new_channel()
@@ -611,7 +617,9 @@ def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Obser
         in_threads(work)
         stats = layer.stats()
         assert (stats["sent"], stats["group_sent"]) == (THREADS * each,) * 2
-        rows = observer.execute("SELECT address, count(*) FROM pg_layer_message GROUP BY 1").fetchall()
+        rows = observer.execute(
+            "SELECT address, count(*) FROM pg_layer_message GROUP BY 1"
+        ).fetchall()
         found: dict[str, int] = dict(rows)
         # The group's own messages: left out where it is known that no client has a member.
         found.pop("asgi!@room", None)
@@ -623,7 +631,8 @@ def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Obser
 
 def counters_of(observer: Observer, channel: str) -> dict[str, int]:
     row = observer.execute(
-        "SELECT counters FROM pg_layer_client WHERE address = pg_layer_address('asgi', %s)", (channel,)
+        "SELECT counters FROM pg_layer_client WHERE address = pg_layer_address('asgi', %s)",
+        (channel,),
     ).fetchone()
     assert row is not None
     counters: dict[str, int] = row[0]

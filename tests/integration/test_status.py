@@ -130,7 +130,10 @@ async def test_a_layer_at_work(
     }
     channels = shown["channels"]
     assert (channels["count"], channels["waiting"]) == (2, 5)
-    assert [(each["name"], each["waiting"]) for each in channels["list"]] == [("jobs", 4), ("letters", 1)]
+    assert [(each["name"], each["waiting"]) for each in channels["list"]] == [
+        ("jobs", 4),
+        ("letters", 1),
+    ]
     assert channels["list"][0]["oldest"] >= channels["list"][1]["oldest"] > 0
     assert shown["drops"] == {
         "dropped_full": 0,
@@ -204,7 +207,9 @@ def test_what_is_over_does_not_count(migrated_dsn: str, observer: Observer) -> N
 def test_drops_of_live_clients_are_added_up(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute", dropped_full=3, dropped_expired=1, sent=100)
-    add_client(observer, "two", "1 minute", dropped_full=4, refused_full=2**40, dropped_undecodable=5)
+    add_client(
+        observer, "two", "1 minute", dropped_full=4, refused_full=2**40, dropped_undecodable=5
+    )
     add_client(observer, "gone", "-1 minute", "1 minute", dropped_full=1000)
     assert look(migrated_dsn)["drops"] == {
         "dropped_full": 7,
@@ -242,13 +247,17 @@ def test_a_lease_that_never_runs_out(migrated_dsn: str, observer: Observer) -> N
 
 def test_dead_rows(migrated_dsn: str, observer: Observer) -> None:
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
-    observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}') FROM generate_series(1, 50)")
+    observer.execute(
+        "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}') FROM generate_series(1, 50)"
+    )
     observer.execute("DELETE FROM pg_layer_message WHERE id % 5 > 0")
     observer.execute("SELECT pg_stat_force_next_flush()")
     observer.execute("SELECT 1")
 
     def rows() -> tuple[int, int]:
-        [table] = [each for each in look(migrated_dsn)["tables"] if each["name"] == "pg_layer_message"]
+        [table] = [
+            each for each in look(migrated_dsn)["tables"] if each["name"] == "pg_layer_message"
+        ]
         return table["rows"], table["dead_rows"]
 
     eventually(lambda: rows() == (10, 40), "counted")
@@ -300,7 +309,11 @@ def test_connections_that_have_a_name_of_the_users(
     add_client(observer, "one", "1 minute")
     named = make_conninfo(migrated_dsn, application_name="mine")
     config = {"dsn": migrated_dsn, option: named}
-    settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}}
+    settings = {
+        "CHANNEL_LAYERS": {
+            "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}
+        }
+    }
     role: Any = "pool" if option == "dsn" else "listen"
     assert connection_kwargs(load(config), role, "one")["application_name"] == "mine"
     [client] = look(migrated_dsn, settings=settings)["clients"]["list"]
@@ -410,7 +423,9 @@ def migrate(dsn: str) -> None:
                 connection.execute(file.read_bytes())
 
 
-def test_who_calls_it_from_python_is_told_by_an_error(migrated_dsn: str, observer: Observer) -> None:
+def test_who_calls_it_from_python_is_told_by_an_error(
+    migrated_dsn: str, observer: Observer
+) -> None:
     layer = PostgresChannelLayer()
     with configured(layer, DATABASES={"default": postgres(migrated_dsn)}):
         apps.populate([])
@@ -424,7 +439,9 @@ def test_who_calls_it_from_python_is_told_by_an_error(migrated_dsn: str, observe
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "JSON"])
-def test_the_database_cannot_be_asked(migrated_dsn: str, fresh_database: str, arguments: list[str]) -> None:
+def test_the_database_cannot_be_asked(
+    migrated_dsn: str, fresh_database: str, arguments: list[str]
+) -> None:
     gone = make_conninfo(migrated_dsn, dbname="not_there")
     for dsn, complaint in ((gone, "not_there"), (fresh_database, "migrate pg_layer")):
         result = manage(dsn, COMMAND[2], *arguments)
@@ -447,7 +464,9 @@ def test_the_database_cannot_be_asked(migrated_dsn: str, fresh_database: str, ar
         (["--layer", "jobs"], "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."),
     ],
 )
-def test_what_is_asked_for_makes_no_sense(migrated_dsn: str, arguments: list[str], complaint: str) -> None:
+def test_what_is_asked_for_makes_no_sense(
+    migrated_dsn: str, arguments: list[str], complaint: str
+) -> None:
     result = manage(migrated_dsn, COMMAND[2], *arguments)
     assert result.returncode != 0
     assert result.stdout == ""
@@ -461,7 +480,9 @@ def test_what_is_asked_for_makes_no_sense(migrated_dsn: str, arguments: list[str
 def fill(observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute", dropped_full=3)
-    observer.execute("UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE address = 'asgi!one'")
+    observer.execute(
+        "UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE address = 'asgi!one'"
+    )
     observer.execute(
         "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!one', 'a.one!1', 0, true, 'infinity')"
     )
@@ -485,7 +506,9 @@ PARTS = [
 
 
 @pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "without rich"])
-def test_both_kinds_of_text_say_the_same(migrated_dsn: str, observer: Observer, has_rich: bool) -> None:
+def test_both_kinds_of_text_say_the_same(
+    migrated_dsn: str, observer: Observer, has_rich: bool
+) -> None:
     fill(observer)
     start = COMMAND if has_rich else ("-c", WITHOUT_RICH)
     result = subprocess.run(
@@ -532,7 +555,9 @@ def test_times_in_words(seconds: float, words: str) -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [status_text._in_bytes(size) for size in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**41)] == [
+    assert [
+        status_text._in_bytes(size) for size in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**41)
+    ] == [
         "0 B",
         "1023 B",
         "1 KiB",
@@ -556,7 +581,11 @@ def keys(shown: Any, path: str = "") -> Iterator[str]:
 
 def test_the_keys_are_documented(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
-    told = [key for key in keys(look(migrated_dsn)) if key not in ("clients", "groups", "channels", "drops")]
+    told = [
+        key
+        for key in keys(look(migrated_dsn))
+        if key not in ("clients", "groups", "channels", "drops")
+    ]
     documented = re.findall(r"^\| `([\w.\[\]]+)` \|", OPERATIONS.split("### JSON")[1], re.MULTILINE)
     assert sorted(documented) == sorted(told)
 
@@ -685,7 +714,9 @@ def on_a_terminal(dsn: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[
 
 
 @pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "without rich"])
-def test_on_a_terminal_it_repaints_what_fits(migrated_dsn: str, observer: Observer, has_rich: bool) -> None:
+def test_on_a_terminal_it_repaints_what_fits(
+    migrated_dsn: str, observer: Observer, has_rich: bool
+) -> None:
     fill(observer)
     start = COMMAND if has_rich else ("-c", WITHOUT_RICH)
     with on_a_terminal(migrated_dsn, *start, "--watch", "0.05") as (popen, terminal):

@@ -48,7 +48,11 @@ def refusal(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -
 
 
 def add_messages(
-    observer: Observer, count: int, expires_at: str, address: str = "asgi!:old", kind: str = "message"
+    observer: Observer,
+    count: int,
+    expires_at: str,
+    address: str = "asgi!:old",
+    kind: str = "message",
 ) -> None:
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, kind, channel, payload, expires_at)"
@@ -116,7 +120,14 @@ def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer:
     add_client(observer, "closed", PAST, ended_at=NOW)
     add_client(observer, "closed-before", day, ended_at=day)
     add_client(observer, "swept-before", day, swept_at=day)
-    for address in ("asgi!:old", "asgi!living", "asgi!overdue", "asgi!@old", "other!:old", "asgi.!:old"):
+    for address in (
+        "asgi!:old",
+        "asgi!living",
+        "asgi!overdue",
+        "asgi!@old",
+        "other!:old",
+        "asgi.!:old",
+    ):
         add_messages(observer, 2, PAST, address)
         add_messages(observer, 3, FUTURE, address)
     for address in ("asgi!:old", "other!:old", "asgi.!:old"):
@@ -168,12 +179,16 @@ def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer:
     ]
 
 
-def test_a_lease_that_expired_in_an_outage_is_not_over(migrated_dsn: str, observer: Observer) -> None:
+def test_a_lease_that_expired_in_an_outage_is_not_over(
+    migrated_dsn: str, observer: Observer
+) -> None:
     """A lease is measured in time in which others have renewed theirs, in this run of the server."""
     add_client(observer, "late", PAST)
     add_messages(observer, 5, FUTURE, "asgi!late")
     add_memberships(observer, 5, "'infinity'", "asgi!late", id=0)
-    nothing, all_of_it = (f"Removed 0 messages, {count} memberships, 0 clients." for count in (0, 5))
+    nothing, all_of_it = (
+        f"Removed 0 messages, {count} memberships, 0 clients." for count in (0, 5)
+    )
     assert sweep(migrated_dsn, "--once") == nothing  # no renewal is known
     steady(observer, since="50 seconds")  # shorter than its lease
     assert sweep(migrated_dsn, "--once") == nothing
@@ -190,7 +205,9 @@ def test_a_lease_that_expired_in_an_outage_is_not_over(migrated_dsn: str, observ
     assert sweep(migrated_dsn, "--once") == all_of_it
 
 
-def test_claims_that_a_later_one_overrules_are_removed(migrated_dsn: str, observer: Observer) -> None:
+def test_claims_that_a_later_one_overrules_are_removed(
+    migrated_dsn: str, observer: Observer
+) -> None:
     """At no moment does a claim count that was overruled."""
     claims = [
         *(("joined", id, True) for id in (1, 2, 3)),
@@ -205,14 +222,20 @@ def test_claims_that_a_later_one_overrules_are_removed(migrated_dsn: str, observ
         )
 
     def members() -> list[tuple[Any, ...]]:
-        return observer.execute("SELECT group_name, members FROM pg_layer_group ORDER BY 1").fetchall()
+        return observer.execute(
+            "SELECT group_name, members FROM pg_layer_group ORDER BY 1"
+        ).fetchall()
 
     assert members() == [("back", 1), ("joined", 1)]
     while observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() != (0, 0, 0):
-        [(removed,)] = observer.execute("SELECT memberships FROM pg_layer_sweep('asgi', 100, false, 0)")
+        [(removed,)] = observer.execute(
+            "SELECT memberships FROM pg_layer_sweep('asgi', 100, false, 0)"
+        )
         assert removed > 0
         assert members() == [("back", 1), ("joined", 1)]
-    assert observer.execute("SELECT group_name, id FROM pg_layer_membership ORDER BY 1").fetchall() == [
+    assert observer.execute(
+        "SELECT group_name, id FROM pg_layer_membership ORDER BY 1"
+    ).fetchall() == [
         ("back", 3),
         ("joined", 3),
     ]
@@ -226,13 +249,17 @@ def test_a_client_with_much_is_swept_in_parts(migrated_dsn: str, observer: Obser
     assert sweep(migrated_dsn, "--once", "--batch-size", "10") == (
         "Removed 0 messages, 75 memberships, 0 clients."
     )
-    assert observer.execute("SELECT count(*) FROM pg_layer_client WHERE swept_at IS NULL").fetchone() == (0,)
+    assert observer.execute(
+        "SELECT count(*) FROM pg_layer_client WHERE swept_at IS NULL"
+    ).fetchone() == (0,)
 
 
 def test_aged_rows_go_in_batches(migrated_dsn: str, observer: Observer) -> None:
     add_messages(observer, 20_000, FUTURE)
     add_messages(observer, 10, FUTURE, "asgi!:kept")
-    observer.execute(f"UPDATE pg_layer_message SET expires_at = {PAST} WHERE address = 'asgi!:old'".encode())
+    observer.execute(
+        f"UPDATE pg_layer_message SET expires_at = {PAST} WHERE address = 'asgi!:old'".encode()
+    )
     observer.execute("CREATE TABLE batch (size bigint)")
     observer.execute(
         "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
@@ -424,7 +451,9 @@ def test_a_full_pass_is_made_again_and_again(
 ) -> None:
     monkeypatch.setattr(sweeping, "FULL_PASS", 0.1)
     add_messages(observer, 3, NOW)
-    with Sweeper(load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None) as sweeper:
+    with Sweeper(
+        load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None
+    ) as sweeper:
         running = threading.Thread(target=sweeper.run, args=(0.05,))
         running.start()
         try:
@@ -463,7 +492,9 @@ def test_a_signal_ends_a_wait_that_is_about_to_begin(number: signal.Signals) -> 
 
 
 def test_a_signal_that_comes_late(migrated_dsn: str) -> None:
-    with Sweeper(load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None) as sweeper:
+    with Sweeper(
+        load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None
+    ) as sweeper:
         sweeper.stop()
         sweeper.stop()
         sweeper.run(3600)
@@ -540,11 +571,15 @@ async def test_two_sweepers_do_no_harm_while_traffic_flows(
     assert [(await receive(receiver, channel))["n"] for _ in range(count)] == list(range(count))
     assert [(await receive(receiver, "jobs"))["n"] for _ in range(count)] == list(range(count))
     await sending
-    await until(lambda: observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (0, 0, 0))
+    await until(
+        lambda: observer.execute("SELECT * FROM pg_layer_sweepable('asgi')").fetchone() == (0, 0, 0)
+    )
     for sweeper in sweepers:
         assert await asyncio.to_thread(sweeper.end, signal.SIGTERM) == 0
         assert sweeper.errors == []
-    removed = [line for sweeper in sweepers for line in sweeper.output if line.startswith("Removed")]
+    removed = [
+        line for sweeper in sweepers for line in sweeper.output if line.startswith("Removed")
+    ]
     assert sum(int(line.split()[1]) for line in removed) == count // 20 * 100
     assert sum(int(line.split()[3]) for line in removed) == count // 20 * 3
     assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(channel,)]
@@ -553,7 +588,9 @@ async def test_two_sweepers_do_no_harm_while_traffic_flows(
 # ---------------------------------------------------------------------- serving processes
 
 
-async def test_serving_processes_sweep_one_at_a_time(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_serving_processes_sweep_one_at_a_time(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     observer.execute("CREATE TABLE deletion (sweep xid8, began timestamptz, ended timestamptz)")
     observer.execute(
         "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$"
@@ -598,7 +635,9 @@ def test_a_sweep_by_a_serving_process_leaves_it_to_one_that_sweeps(
     assert swept == (0, 0, 0)
 
 
-async def test_serving_processes_do_not_sweep_if_told_so(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_serving_processes_do_not_sweep_if_told_so(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     add_memberships(observer, 3, PAST)
     # Busy with its own heartbeat: ten of them pass.
     await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0))
@@ -609,7 +648,9 @@ async def test_serving_processes_do_not_sweep_if_told_so(make_layer: MakeLayer, 
     assert counts(observer)[1] == 3
 
 
-async def test_heartbeats_delete_expired_messages(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_heartbeats_delete_expired_messages(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     """Also those of others, and of other prefixes, so that a group's messages do not pile up."""
     await listen(make_layer(lease=60, heartbeat=0.1, sweep_interval=0))
     for count in (1, 5_000):

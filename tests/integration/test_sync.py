@@ -109,7 +109,9 @@ def joined(layer: PostgresChannelLayer, group: str) -> str:
 
 def waiting(observer: Observer) -> int:
     """How many messages others can see."""
-    row = observer.execute("SELECT count(*) FROM pg_layer_message WHERE kind = 'message'").fetchone()
+    row = observer.execute(
+        "SELECT count(*) FROM pg_layer_message WHERE kind = 'message'"
+    ).fetchone()
     assert row is not None
     return int(row[0])
 
@@ -161,13 +163,18 @@ def test_a_full_channel(layer: PostgresChannelLayer, reader: PostgresChannelLaye
         layer.sync.send("jobs", number(n))
     with pytest.raises(ChannelFull, match="jobs"):
         layer.sync.send("jobs", number(-1))
-    assert layer.sync.send_many([("jobs", number(-2)), ("other", number(0)), ("jobs", number(-3))]) == [
+    assert layer.sync.send_many(
+        [("jobs", number(-2)), ("other", number(0)), ("jobs", number(-3))]
+    ) == [
         False,
         True,
         False,
     ]
     layer.sync.group_add("room", "jobs")
-    assert layer.sync.group_send_many([("room", number(-4)), ("nobody", number(-5))]) == [False, True]
+    assert layer.sync.group_send_many([("room", number(-4)), ("nobody", number(-5))]) == [
+        False,
+        True,
+    ]
     assert received(reader, "jobs", 1000) == list(range(1000))
     layer.sync.send("jobs", number(7))
     assert received(reader, "jobs", 1) == [7]
@@ -270,7 +277,9 @@ def test_a_strict_transaction_counts_those_that_it_sends_to(
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         assert layer.sync.group_count("room") == 1
-        observer.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 hour'")
+        observer.execute(
+            "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '1 hour'"
+        )
         observer.execute("SELECT pg_sleep_until(%s)", ends)
         assert layer.sync.group_count("room") == 1
         assert layer.sync.group_channels("room") == [member]
@@ -322,7 +331,9 @@ def test_a_full_channel_leaves_the_transaction_as_it_is(
         assert received(reader, "other", 1) == [3]
 
 
-def test_a_transaction_that_is_broken_says_so(layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_a_transaction_that_is_broken_says_so(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
     with transaction.atomic():
         layer.sync.send("jobs", number(0))
         with pytest.raises(Error), connection.cursor() as cursor:
@@ -404,7 +415,9 @@ def test_the_users_transaction_is_as_durable_as_he_wants_it(layer: PostgresChann
     assert shown("synchronous_commit") == "on"
 
 
-def test_there_is_no_second_connection_and_no_thread(layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_there_is_no_second_connection_and_no_thread(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
     def backends() -> list[Any]:
         return observer.execute(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database() ORDER BY pid"
@@ -476,7 +489,10 @@ def test_send_in_a_transaction_costs_one_round_trip_and_the_announcement_one_mor
     one = partial(layer.sync.send, "jobs", number(1))
     assert round_trips(one) == without + 2
     assert round_trips(partial(layer.sync.group_send, "room", number(1))) == without + 2
-    assert round_trips(partial(layer.sync.send_many, [("jobs", number(n)) for n in range(9)])) == without + 2
+    assert (
+        round_trips(partial(layer.sync.send_many, [("jobs", number(n)) for n in range(9)]))
+        == without + 2
+    )
     # One announcement for the whole transaction.
     assert round_trips(one, one, one) == without + 4
 
@@ -596,7 +612,9 @@ def test_a_cursor_class_of_the_users_sees_what_runs(migrated_dsn: str, observer:
             return super().execute(query, *args, **kwargs)
 
     layer = PostgresChannelLayer()
-    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": {"cursor_factory": Seeing}}):
+    with on_django(
+        layer, default={**postgres(migrated_dsn), "OPTIONS": {"cursor_factory": Seeing}}
+    ):
         connection.ensure_connection()
         seen.clear()
         for n in range(3):
@@ -629,7 +647,9 @@ def test_atomic_requests(migrated_dsn: str, reader: PostgresChannelLayer) -> Non
         client = Client(raise_request_exception=False, headers={"host": "localhost"})
         assert client.get("/", {"dsn": migrated_dsn, "fail": "1"}).status_code == 500
         assert received(reader, "jobs", 0) == []
-        assert client.get("/", {"dsn": migrated_dsn}).content == b"0"  # not before the request has ended
+        assert (
+            client.get("/", {"dsn": migrated_dsn}).content == b"0"
+        )  # not before the request has ended
         assert received(reader, "jobs", 1) == [1]
 
 
@@ -647,9 +667,13 @@ def test_djangos_pool_connects_as_django_would(migrated_dsn: str) -> None:
         wrapper.close_pool()
 
 
-def test_a_dsn_finds_its_alias(migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer) -> None:
+def test_a_dsn_finds_its_alias(
+    migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer
+) -> None:
     layer = new_layer(migrated_dsn)
-    with on_django(layer, default=postgres(fresh_database), lite=SQLITE, events=postgres(migrated_dsn)):
+    with on_django(
+        layer, default=postgres(fresh_database), lite=SQLITE, events=postgres(migrated_dsn)
+    ):
         with transaction.atomic(using="events"), transaction.atomic():
             layer.sync.send("jobs", number(1))
             transaction.set_rollback(True)  # of the default one, which has nothing to do with it
@@ -727,8 +751,13 @@ def test_an_alias_that_is_broken_by_itself_is_passed_over(
     migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer
 ) -> None:
     layer = new_layer(migrated_dsn)
-    broken = {"broken": {"ENGINE": "no.such.engine"}, "nameless": {**postgres(fresh_database), "NAME": ""}}
-    with on_django(layer, default=postgres(fresh_database), **broken, events=postgres(migrated_dsn)):
+    broken = {
+        "broken": {"ENGINE": "no.such.engine"},
+        "nameless": {**postgres(fresh_database), "NAME": ""},
+    }
+    with on_django(
+        layer, default=postgres(fresh_database), **broken, events=postgres(migrated_dsn)
+    ):
         layer.sync.send("jobs", number(1))
         assert received(reader, "jobs", 1) == [1]
 
@@ -767,7 +796,9 @@ def begin_a_boot(observer: Observer) -> None:
 
 
 @pytest.mark.usefixtures("looking")
-def test_room_in_a_later_boot_is_counted_anew(layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_room_in_a_later_boot_is_counted_anew(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
     observer.execute("SELECT setval('pg_layer_message_id_seq', 1000000)")
     for n in range(5):
         layer.sync.send("jobs", number(n))
@@ -809,7 +840,9 @@ def test_room_that_was_seen_outlives_connections(layer: PostgresChannelLayer) ->
         assert layer.sync._rooms["default"] is before
 
 
-def test_a_role_that_django_assumes_is_the_layers_own_too(migrated_dsn: str, observer: Observer) -> None:
+def test_a_role_that_django_assumes_is_the_layers_own_too(
+    migrated_dsn: str, observer: Observer
+) -> None:
     name = f"the owner of {observer.info.dbname}"
     role = sql.Identifier(name)
     layer = PostgresChannelLayer()
@@ -821,7 +854,9 @@ def test_a_role_that_django_assumes_is_the_layers_own_too(migrated_dsn: str, obs
             with pytest.raises(LayerUnavailable, match="permission denied"):
                 asyncio.run(layer.send("jobs", number(1)))
             for kind in (sql.SQL("TABLES"), sql.SQL("SEQUENCES")):
-                observer.execute(sql.SQL("GRANT ALL ON ALL {} IN SCHEMA public TO {}").format(kind, role))
+                observer.execute(
+                    sql.SQL("GRANT ALL ON ALL {} IN SCHEMA public TO {}").format(kind, role)
+                )
             layer.sync.send("jobs", number(1))
             asyncio.run(layer.send("jobs", number(2)))
             assert received(layer, "jobs", 2) == [1, 2]
@@ -856,7 +891,9 @@ def test_threads_send_at_once_each_in_its_order(
         list(pool.map(send, range(8)))
     numbers = received(reader, "jobs", 800)
     for thread in range(8):
-        assert [n for n in numbers if n // 1000 == thread] == [1000 * thread + n for n in range(100)]
+        assert [n for n in numbers if n // 1000 == thread] == [
+            1000 * thread + n for n in range(100)
+        ]
 
 
 def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
@@ -867,7 +904,9 @@ def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
 
     def send() -> None:
         connections["default"] = wrapper
-        with pytest.raises(DatabaseError, match="created in a thread can only be used in that same thread"):
+        with pytest.raises(
+            DatabaseError, match="created in a thread can only be used in that same thread"
+        ):
             layer.sync.send("jobs", number(2))
 
     with ThreadPoolExecutor(1) as pool:
@@ -875,7 +914,9 @@ def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
     assert waiting(observer) == 1
 
 
-def test_who_was_forked_while_others_sent_sends(layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_who_was_forked_while_others_sent_sends(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
     layer.sync.send("jobs", number(1))
     connections.close_all()
     (room,) = layer.sync._rooms.values()

@@ -123,7 +123,9 @@ def test_tenants_with_the_layer_shared_send_and_receive(
     succeeded(manage(fresh_database, "makemigrations", "customers", "-v0", settings=settings))
     succeeded(manage(fresh_database, "migrate_schemas", "-v0", settings=settings))
     assert django(fresh_database, ADD_CUSTOMER, settings=settings) == ""
-    assert django(fresh_database, TALK_AS_TENANT, settings=settings) == "not migrated\n[3, 4, 5, 6, 6]"
+    assert (
+        django(fresh_database, TALK_AS_TENANT, settings=settings) == "not migrated\n[3, 4, 5, 6, 6]"
+    )
     succeeded(manage(fresh_database, "pg_layer_sweep", "--once", settings=settings))
     assert check(fresh_database, "--database", "default", settings=settings) == []
     assert schemas_with_tables(fresh_database) == [public]
@@ -144,4 +146,6 @@ def test_tenants_with_tables_of_their_own_can_drop_them(fresh_database: str, pro
     assert schemas_with_tables(fresh_database) == ["public"]
     succeeded(manage(fresh_database, "migrate_schemas", "-v0", settings=settings))
     assert schemas_with_tables(fresh_database) == ["public"]
-    assert django(fresh_database, TALK_AS_TENANT, settings=settings) == "not migrated\n[3, 4, 5, 6, 6]"
+    assert (
+        django(fresh_database, TALK_AS_TENANT, settings=settings) == "not migrated\n[3, 4, 5, 6, 6]"
+    )

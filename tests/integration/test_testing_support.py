@@ -86,7 +86,9 @@ def run_suite(
         arguments = ["-m", "tests.project.manage", "test", "--noinput", str(folder)]
     else:
         (folder / "pytest.ini").write_text(PYTEST_INI)
-        (folder / "conftest.py").write_text('pytest_plugins = ["pg_layer.testing"]' if plugin else "")
+        (folder / "conftest.py").write_text(
+            'pytest_plugins = ["pg_layer.testing"]' if plugin else ""
+        )
         options = ["-p", "no:randomly", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini")]
         arguments = ["-m", "pytest", *options, str(folder)]
     return run(folder, dsn, *arguments, settings=settings)
@@ -94,7 +96,9 @@ def run_suite(
 
 def test_databases(observer: Observer) -> list[str]:
     """The test databases made from the observer's that are still there."""
-    query = "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_' || current_database() || '%'"
+    query = (
+        "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_' || current_database() || '%'"
+    )
     return [name for (name,) in observer.execute(query)]
 
 
@@ -108,7 +112,10 @@ test_databases.__test__ = False  # type: ignore[attr-defined]
     ("arguments", "count"),
     [
         (["-m", "example.manage", "test", "example", "--noinput", "--shuffle"], "Ran 5 tests"),
-        (["-m", "example.manage", "test", "example", "--noinput", "--parallel", "2"], "Ran 5 tests"),
+        (
+            ["-m", "example.manage", "test", "example", "--noinput", "--parallel", "2"],
+            "Ran 5 tests",
+        ),
         (["-m", "pytest", "-p", "no:cacheprovider", "example"], "7 passed"),
     ],
     ids=["Django", "Django in parallel", "pytest"],
@@ -128,7 +135,9 @@ def test_the_demos_tests(
 def test_the_documentation_shows_the_demos_tests(snippet: str) -> None:
     # Each has the imports that it needs, and not those of the rest of its module.
     _, _, code = snippet.rpartition("\n\n\n")
-    assert any(code in path.read_text(encoding="utf-8") for path in (ROOT / "example/tests").glob("*.py"))
+    assert any(
+        code in path.read_text(encoding="utf-8") for path in (ROOT / "example/tests").glob("*.py")
+    )
 
 
 def test_each_example_runs_by_itself(tmp_path: Path, migrated_dsn: str) -> None:
@@ -156,7 +165,9 @@ def captured(dsn: str, code: str, **config: Any) -> None:
     """Run code in a process of the test project; it must complain of nothing."""
     layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}
     layers["memory"] = {"BACKEND": "channels.layers.InMemoryChannelLayer"}
-    prepared = f"{IMPORTS}\nlayer = get_channel_layer()\n{textwrap.dedent(code)}\nconnection.close()"
+    prepared = (
+        f"{IMPORTS}\nlayer = get_channel_layer()\n{textwrap.dedent(code)}\nconnection.close()"
+    )
     assert django(dsn, prepared, settings={"CHANNEL_LAYERS": layers}) == ""
 
 
@@ -303,7 +314,9 @@ def test_short_leases_and_expiries_do_not_matter(migrated_dsn: str) -> None:
     )
 
 
-def test_where_transactions_commit_it_tells_what_was_committed(migrated_dsn: str, observer: Observer) -> None:
+def test_where_transactions_commit_it_tells_what_was_committed(
+    migrated_dsn: str, observer: Observer
+) -> None:
     captured(
         migrated_dsn,
         """
@@ -326,7 +339,9 @@ def test_where_transactions_commit_it_tells_what_was_committed(migrated_dsn: str
     assert observer.execute("SELECT FROM pg_layer_client").fetchall() == []
 
 
-def test_an_error_in_the_block_is_the_one_that_is_raised(migrated_dsn: str, observer: Observer) -> None:
+def test_an_error_in_the_block_is_the_one_that_is_raised(
+    migrated_dsn: str, observer: Observer
+) -> None:
     captured(
         migrated_dsn,
         """
@@ -479,7 +494,9 @@ def test_test_cases_begin_with_clean_layers(
 @pytest.mark.parametrize(
     "mark", ["django_db", "django_db(transaction=True)", "usefixtures('transactional_db')"]
 )
-def test_the_plugin_cleans_layers(tmp_path: Path, migrated_dsn: str, observer: Observer, mark: str) -> None:
+def test_the_plugin_cleans_layers(
+    tmp_path: Path, migrated_dsn: str, observer: Observer, mark: str
+) -> None:
     output = run_suite(
         "pytest",
         tmp_path,
@@ -579,7 +596,9 @@ def test_without_the_plugin_there_is_something_to_clean(
 def test_a_layer_by_dsn_is_closed_and_keeps_its_messages(
     tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str
 ) -> None:
-    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"dsn": migrated_dsn}}}
+    layers = {
+        "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"dsn": migrated_dsn}}
+    }
     output = run_suite(
         runner,
         tmp_path,
@@ -625,11 +644,16 @@ def test_a_test_case_that_has_not_asked_for_the_layers_database_is_told(
         alias: {
             "ENGINE": "django.db.backends.postgresql",
             "NAME": conninfo_to_dict(dsn)["dbname"],
-            **{name.upper(): parameters.get(name, "") for name in ("user", "password", "host", "port")},
+            **{
+                name.upper(): parameters.get(name, "")
+                for name in ("user", "password", "host", "port")
+            },
         }
         for alias, dsn in (("default", fresh_database), ("events", migrated_dsn))
     }
-    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"using": "events"}}}
+    layers = {
+        "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"using": "events"}}
+    }
     suite = """
         class EventTests(ResetLayersMixin, TransactionTestCase):
             databases = {names}
@@ -637,11 +661,15 @@ def test_a_test_case_that_has_not_asked_for_the_layers_database_is_told(
                 async_to_sync(get_channel_layer().send)("jobs", say(1))
     """
     settings = {"CHANNEL_LAYERS": layers, "DATABASES": databases}
-    output = run_suite("django", tmp_path, fresh_database, suite.replace("{names}", '"__all__"'), settings)
+    output = run_suite(
+        "django", tmp_path, fresh_database, suite.replace("{names}", '"__all__"'), settings
+    )
     assert output.endswith("status 0"), output
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == []
 
-    output = run_suite("django", tmp_path, fresh_database, suite.replace("{names}", '["default"]'), settings)
+    output = run_suite(
+        "django", tmp_path, fresh_database, suite.replace("{names}", '["default"]'), settings
+    )
     assert output.endswith("status 1"), output
     assert "no test database: events. Name it in `databases` of the test case" in output
     # It was the real one indeed.
@@ -671,13 +699,20 @@ def test_the_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: 
     (tmp_path / "pytest.ini").write_text(PYTEST_INI)
     environments: list[dict[str, str]] = [{}, {"DJANGO_SETTINGS_MODULE": ""}]
     for environ in environments:
-        options = ["-p", "pg_layer.testing", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
-        output = run(tmp_path, migrated_dsn, "-m", "pytest", *options, str(tmp_path), environ=environ)
+        options = [
+            "-p",
+            "pg_layer.testing",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(tmp_path / "pytest.ini"),
+        ]
+        output = run(
+            tmp_path, migrated_dsn, "-m", "pytest", *options, str(tmp_path), environ=environ
+        )
         assert "1 passed" in output, output
 
 
 def test_it_needs_no_pytest() -> None:
-    code = (
-        "import sys; sys.modules['pytest'] = None; import pg_layer.testing; pg_layer.testing.reset_layers()"
-    )
+    code = "import sys; sys.modules['pytest'] = None; import pg_layer.testing; pg_layer.testing.reset_layers()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -127,9 +127,9 @@ def test_group_adds_from_threads(sync_layer: PostgresChannelLayer, observer: Obs
     with watched_connections(observer) as seen:
         in_threads(lambda n: async_to_sync(sync_layer.group_add)(f"room-{n}", channel))
     assert len(frozenset.union(*seen)) <= 3
-    assert observer.execute("SELECT count(DISTINCT group_name) FROM pg_layer_membership").fetchone() == (
-        CALLS,
-    )
+    assert observer.execute(
+        "SELECT count(DISTINCT group_name) FROM pg_layer_membership"
+    ).fetchone() == (CALLS,)
     in_threads(lambda n: async_to_sync(sync_layer.group_send)(f"room-{n}", number(n)))
     assert sorted(asyncio.run(received(sync_layer, channel, CALLS))) == list(range(CALLS))
     in_threads(lambda n: async_to_sync(sync_layer.group_discard)(f"room-{n}", channel))
@@ -198,7 +198,9 @@ def test_exceptions_reach_the_calling_thread(migrated_dsn: str) -> None:
     async_to_sync(layer.close)()
 
 
-def test_process_that_used_the_background_loop_ends_in_order(migrated_dsn: str, observer: Observer) -> None:
+def test_process_that_used_the_background_loop_ends_in_order(
+    migrated_dsn: str, observer: Observer
+) -> None:
     code = """
 from asgiref.sync import async_to_sync
 from channels.layers import get_channel_layer
@@ -249,9 +251,13 @@ async def test_a_process_that_sent_before_it_serves_keeps_within_its_connections
 ) -> None:
     layer = make_layer(dsn=named_dsn, capacity=10_000)
     with watched_connections(observer) as seen:
-        await asyncio.to_thread(in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 50)
+        await asyncio.to_thread(
+            in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 50
+        )
         readers = [asyncio.create_task(received(layer, "jobs", 100)) for _ in range(4)]
-        await asyncio.to_thread(in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 350)
+        await asyncio.to_thread(
+            in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 350
+        )
         numbers = [n for task in readers for n in await task]
     assert Counter(numbers) == Counter(range(50)) + Counter(range(350))
     # The background loop may still be closing its connection when the owner loop opens its last one.

@@ -33,7 +33,9 @@ from tests.processes import (
 
 
 def count(observer: Observer, table: str, condition: str = "true") -> int:
-    row = observer.execute(f"SELECT count(*) FROM pg_layer_{table} WHERE {condition}".encode()).fetchone()
+    row = observer.execute(
+        f"SELECT count(*) FROM pg_layer_{table} WHERE {condition}".encode()
+    ).fetchone()
     assert row is not None
     return int(row[0])
 
@@ -168,7 +170,9 @@ async def test_jobs_that_a_cancelled_worker_has_claimed_go_to_another(
     assert Counter(found) == Counter(range(400))
 
 
-async def test_jobs_that_are_claimed_and_released_many_times_keep_their_order(make_layer: MakeLayer) -> None:
+async def test_jobs_that_are_claimed_and_released_many_times_keep_their_order(
+    make_layer: MakeLayer,
+) -> None:
     # All moments around a release: many channels at once, each with a single reader.
     layer, sender = make_layer(), make_layer()
     await listen(layer)
@@ -399,7 +403,9 @@ async def test_jobs_that_a_killed_worker_has_not_claimed_go_to_another(
 ) -> None:
     killed, survivor = (processes.start(work, migrated_dsn, 1, 0.0) for _ in range(2))
     await ready([killed, survivor])
-    [[own]] = observer.execute("SELECT address FROM pg_layer_client WHERE pid = %s", (killed.pid,)).fetchall()
+    [[own]] = observer.execute(
+        "SELECT address FROM pg_layer_client WHERE pid = %s", (killed.pid,)
+    ).fetchall()
     writer = processes.start(write, migrated_dsn, "jobs", jobs(range(500)), capacity=1000)
     found: list[int] = []
     while len(found) < 50:
@@ -484,12 +490,18 @@ async def test_a_client_whose_lease_was_over_writes_its_memberships_again(
     await layer.group_add("room", channel)
     await listen(layer)
     with psycopg.connect(migrated_dsn) as connection:  # one transaction: no heartbeat comes between
-        connection.execute("UPDATE pg_layer_client SET expires_at = clock_timestamp() - interval '1 second'")
-        connection.execute("UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'")
+        connection.execute(
+            "UPDATE pg_layer_client SET expires_at = clock_timestamp() - interval '1 second'"
+        )
+        connection.execute(
+            "UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'"
+        )
         connection.execute("SELECT pg_layer_sweep('asgi', 1000, false, 0)")
         assert connection.execute("SELECT FROM pg_layer_membership").rowcount == 0
     await sender.group_send("room", {"number": 0})
-    await until(lambda: count(observer, "client", "expires_at > clock_timestamp() AND swept_at IS NULL"))
+    await until(
+        lambda: count(observer, "client", "expires_at > clock_timestamp() AND swept_at IS NULL")
+    )
     await until(lambda: count(observer, "membership") == 1)
     assert layer.stats()["gaps"] == 1
     await sender.group_send("room", {"number": 1})

@@ -151,7 +151,9 @@ class Process:
 
 
 @contextmanager
-def started(dsn: str, *arguments: str, settings: Mapping[str, Any] | None = None) -> Iterator[Process]:
+def started(
+    dsn: str, *arguments: str, settings: Mapping[str, Any] | None = None
+) -> Iterator[Process]:
     """`python` with these arguments, in development mode, until the block ends."""
     process = Process(
         subprocess.Popen(

@@ -8,7 +8,11 @@ from typing import Any
 from asgiref.sync import async_to_sync
 from channels.consumer import SyncConsumer
 from channels.generic.http import AsyncHttpConsumer
-from channels.generic.websocket import AsyncJsonWebsocketConsumer, AsyncWebsocketConsumer, WebsocketConsumer
+from channels.generic.websocket import (
+    AsyncJsonWebsocketConsumer,
+    AsyncWebsocketConsumer,
+    WebsocketConsumer,
+)
 from django.db import connection
 
 GROUP = "chat"
@@ -42,7 +46,9 @@ class SyncChat(WebsocketConsumer):
         async_to_sync(self.channel_layer.group_discard)(GROUP, self.channel_name)
 
     def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
-        async_to_sync(self.channel_layer.group_send)(GROUP, {"type": "chat.message", "text": text_data})
+        async_to_sync(self.channel_layer.group_send)(
+            GROUP, {"type": "chat.message", "text": text_data}
+        )
 
     def chat_message(self, event: dict[str, Any]) -> None:
         self.send(text_data=event["text"])
@@ -54,7 +60,9 @@ class DeclaredGroups(WebsocketConsumer):
     groups = [GROUP]  # noqa: RUF012  # as Channels declares it
 
     def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
-        async_to_sync(self.channel_layer.group_send)(GROUP, {"type": "chat.message", "text": text_data})
+        async_to_sync(self.channel_layer.group_send)(
+            GROUP, {"type": "chat.message", "text": text_data}
+        )
 
     def chat_message(self, event: dict[str, Any]) -> None:
         self.send(text_data=event["text"])
@@ -110,4 +118,6 @@ class Thumbnails(SyncConsumer):
 
     def thumbnails_make(self, message: dict[str, Any]) -> None:
         with connection.cursor() as cursor:
-            cursor.execute("INSERT INTO job (number, pid) VALUES (%s, %s)", [message["number"], os.getpid()])
+            cursor.execute(
+                "INSERT INTO job (number, pid) VALUES (%s, %s)", [message["number"], os.getpid()]
+            )

@@ -73,7 +73,9 @@ def connections() -> list[int]:
 class Child:
     """A forked child: runs a function and says what it returned."""
 
-    def __init__(self, function: Callable[[], object], leave: Callable[[int], NoReturn] = os._exit) -> None:
+    def __init__(
+        self, function: Callable[[], object], leave: Callable[[int], NoReturn] = os._exit
+    ) -> None:
         here, there = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -233,7 +235,8 @@ def tasks_in_transactions() -> Result:
                     task(n)
                 if n % 100 == 0:
                     row = observer.execute(
-                        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", (PARENT,)
+                        "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s",
+                        (PARENT,),
                     ).fetchone()
                     most = max(most, row[0] if row else 0)
         databases.close_all()
@@ -406,7 +409,9 @@ def multiprocessing_ends() -> Result:
         "clients": clients,
         "statuses": [child.exitcode for child in children],
         "left": [
-            target.__name__ for target, child in zip(targets, children, strict=True) if child.pid in living
+            target.__name__
+            for target, child in zip(targets, children, strict=True)
+            if child.pid in living
         ],
         "parent": os.getpid() in living,
     }

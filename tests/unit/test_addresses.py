@@ -29,7 +29,9 @@ from pg_layer._messages.addresses import (
         ("a.b", "asgi!:a.b"),
     ],
 )
-def test_channel_address_is_that_of_its_client_or_of_its_readers(channel: str, address: str) -> None:
+def test_channel_address_is_that_of_its_client_or_of_its_readers(
+    channel: str, address: str
+) -> None:
     assert channel_address("asgi", channel) == address
 
 
@@ -55,7 +57,9 @@ def test_notification_channel_is_a_short_identifier(group: str) -> None:
 def test_notification_channel_groups_share_buckets_of_their_prefix() -> None:
     names = {notification_channel(group_address("p", f"group {n}")) for n in range(20_000)}
     assert BUCKETS * 0.99 < len(names) <= BUCKETS
-    assert names.isdisjoint(notification_channel(group_address("q", f"group {n}")) for n in range(1_000))
+    assert names.isdisjoint(
+        notification_channel(group_address("q", f"group {n}")) for n in range(1_000)
+    )
 
 
 def test_notification_channel_other_addresses_have_their_own() -> None:

@@ -32,7 +32,9 @@ def heard(*rows: Row) -> Messages:
     return Messages(list(rows))
 
 
-def to_read(first: int, last: int, xid: int = 100, *, marked: bool = False, address: str = GROUP) -> ToRead:
+def to_read(
+    first: int, last: int, xid: int = 100, *, marked: bool = False, address: str = GROUP
+) -> ToRead:
     return ToRead(Span(address, 1, xid, marked, first, last))
 
 
@@ -158,7 +160,9 @@ def test_read_rows_that_are_gone_lets_the_next_entry_go_on(queue: AnnouncementQu
     assert dispatch(queue) == [7]
 
 
-def test_read_rows_that_s_has_passed_meanwhile_are_kept(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_read_rows_that_s_has_passed_meanwhile_are_kept(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     """S moves on when a ping is heard; the entry was announced before it."""
     queue.hear(to_read(5, 6))
     cursor.adopt(at(110))
@@ -175,7 +179,9 @@ def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue
     assert dispatch(queue) == [6, 5]
 
 
-def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(queue: AnnouncementQueue) -> None:
+def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(
+    queue: AnnouncementQueue,
+) -> None:
     """Both are asked all the time. To look at each entry each time would take minutes."""
     count = announcement_queue.MAX_ROWS
     for n in range(count):
@@ -186,7 +192,9 @@ def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(queue: An
     assert queue.rows == count
 
 
-def test_to_read_entries_that_are_read_in_any_order_leave_the_others(queue: AnnouncementQueue) -> None:
+def test_to_read_entries_that_are_read_in_any_order_leave_the_others(
+    queue: AnnouncementQueue,
+) -> None:
     for xid in (101, 102, 103):
         queue.hear(to_read(2 * xid, 2 * xid + 1, xid))
     first, second, third = queue.to_read(10)
@@ -236,7 +244,9 @@ def test_holds_jobs_until_the_last_of_the_channel_is_dispatched(
 # --- Catching up
 
 
-def test_hear_during_a_catch_up_is_judged_when_it_has_ended(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_hear_during_a_catch_up_is_judged_when_it_has_ended(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     queue.begin_catch_up()
     queue.hear(heard(row(9, 103)))
     queue.hear(heard(row(6, 101)))
@@ -256,7 +266,9 @@ def test_lose_during_a_catch_up_needs_another(cursor: Cursor, queue: Announcemen
     assert cursor.is_deaf
 
 
-def test_fail_catch_up_leaves_what_was_heard_to_the_next(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_fail_catch_up_leaves_what_was_heard_to_the_next(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     queue.begin_catch_up()
     queue.hear(heard(row(9, 103)))
     queue.append([row(5, 101)])
@@ -285,7 +297,9 @@ def test_missing_leaves_out_what_is_done_and_what_an_entry_brings(queue: Announc
     assert queue.missing(keys) == [key_at(8), key_at(6, address=OWN)]
 
 
-def test_append_marked_row_that_s_has_passed_is_brought(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_append_marked_row_that_s_has_passed_is_brought(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     """The connection was lost while a marked row waited for its announcement."""
     cursor.adopt(at(200))
     assert queue.missing([key_at(5, marked=True)]) == [key_at(5, marked=True)]
@@ -349,7 +363,9 @@ def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue)
     assert queue.rows == 0
 
 
-def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(queue: AnnouncementQueue) -> None:
+def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(
+    queue: AnnouncementQueue,
+) -> None:
     """A transaction may have drawn the id of its message before that of the add, and be committed later."""
     queue.hear(heard(row(8, 102), row(9, 102)))
     head = queue.head()
@@ -373,22 +389,34 @@ def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: Announc
 
 def test_merge_rows_of_boot_0_are_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
     """A transaction after a crash or a failover may write before anybody has begun a boot."""
-    queue.append([row(4, 101), row(5, 102, marked=True)._replace(boot=0), row(7, 50)._replace(boot=2)])
+    queue.append(
+        [row(4, 101), row(5, 102, marked=True)._replace(boot=0), row(7, 50)._replace(boot=2)]
+    )
     queue.append([row(12, 50)._replace(boot=3)])
     queue.merge(
-        [row(6, 49)._replace(boot=2), row(8, 51, marked=True)._replace(boot=0), row(9, 52)._replace(boot=2)]
+        [
+            row(6, 49)._replace(boot=2),
+            row(8, 51, marked=True)._replace(boot=0),
+            row(9, 52)._replace(boot=2),
+        ]
     )
     assert dispatch(queue) == [4, 5, 6, 7, 8, 9, 12]
 
 
-def test_merge_rows_come_behind_what_their_transaction_has_sent_before(queue: AnnouncementQueue) -> None:
+def test_merge_rows_come_behind_what_their_transaction_has_sent_before(
+    queue: AnnouncementQueue,
+) -> None:
     """It drew its ids before another statement, and was announced after it."""
     queue.hear(heard(row(8, 102)))
     queue.hear(heard(row(5, 101, marked=True)))
     queue.hear(to_read(12, 13, 103, marked=True))
     queue.hear(heard(row(11, 104)))
-    queue.merge([row(6, 101, marked=True), row(7, 101, marked=True), row(14, 103, marked=True), row(4, 100)])
-    queue.read(queue.to_read(1)[0], [row(12, 103, marked=True), row(13, 103, marked=True)], is_all=True)
+    queue.merge(
+        [row(6, 101, marked=True), row(7, 101, marked=True), row(14, 103, marked=True), row(4, 100)]
+    )
+    queue.read(
+        queue.to_read(1)[0], [row(12, 103, marked=True), row(13, 103, marked=True)], is_all=True
+    )
     assert dispatch(queue) == [4, 8, 5, 6, 7, 12, 13, 14, 11]
 
 
@@ -422,7 +450,9 @@ def test_withdraw_takes_what_came_late_of_the_same_transactions(
     assert dispatch(queue) == [6, 7, 9]
 
 
-def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(queue: AnnouncementQueue) -> None:
+def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(
+    queue: AnnouncementQueue,
+) -> None:
     """A look brings its row for a group that is being joined, and one for another channel."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
@@ -440,14 +470,18 @@ def test_append_late_rows_are_not_what_others_come_behind(queue: AnnouncementQue
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
-def test_hear_of_a_server_that_has_gone_appends_nothing(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_hear_of_a_server_that_has_gone_appends_nothing(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     """Its marked rows are at its successor, where the catch-up has found them, or lost."""
     cursor.adopt(at(50, boot=2))
     queue.hear(heard(row(5, 105, marked=True)))
     queue.hear(to_read(6, 7, 105, marked=True))
     assert queue.rows == 0
     queue.hear(heard(row(5, 60, marked=True)._replace(boot=2)))
-    queue.hear(heard(row(6, 61, marked=True)._replace(boot=0)))  # of a boot that its writer did not know
+    queue.hear(
+        heard(row(6, 61, marked=True)._replace(boot=0))
+    )  # of a boot that its writer did not know
     assert queue.rows == 2
 
 

@@ -23,7 +23,9 @@ def ledger(board: Board) -> Ledger:
     return Ledger(board, clients=8, room=4)
 
 
-async def test_a_message_is_heard_when_the_whole_room_has_heard_it(ledger: Ledger, board: Board) -> None:
+async def test_a_message_is_heard_when_the_whole_room_has_heard_it(
+    ledger: Ledger, board: Board
+) -> None:
     said = ledger.say(1, 100)
     for client in (0, 1, 2):
         ledger.hear(client, said.text, 150)
@@ -32,7 +34,12 @@ async def test_a_message_is_heard_when_the_whole_room_has_heard_it(ledger: Ledge
     ledger.hear(3, said.text, 160)
     assert said.heard.done()
     ledger.hear(0, said.text, 170)
-    assert list(ledger.ages) == [50, 50, 50, 60]  # second copies are faults, but neither speed nor latency
+    assert list(ledger.ages) == [
+        50,
+        50,
+        50,
+        60,
+    ]  # second copies are faults, but neither speed nor latency
     assert ledger.latest_ns == 160
     assert (board.delivered(0), board.delivered(1)) == (2, 2)
     assert ledger.tally() == Tally(twice=2)

@@ -45,7 +45,9 @@ def test_where_the_results_go_must_be_writable(
     assert "cannot write there: " in complaint(capsys, option, str(tmp_path / "file" / "below"))
 
 
-def test_a_folder_is_no_file_for_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_no_file_for_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "cannot write there: " in complaint(capsys, "--json", str(tmp_path))
 
 
@@ -86,5 +88,7 @@ def test_an_interrupted_run_says_so(
     monkeypatch.setattr(cli, "available", start)
     assert cli.main(["--tiny"]) == 130
     assert capsys.readouterr().out.strip() == "Interrupted before anything was measured."
-    assert cli.extent(Results([], [], round=2, interrupted=True), 3).startswith("INTERRUPTED in round 2 of 3")
+    assert cli.extent(Results([], [], round=2, interrupted=True), 3).startswith(
+        "INTERRUPTED in round 2 of 3"
+    )
     assert cli.extent(Results([], [], round=3), 3) == "Medians of 3 round(s)"

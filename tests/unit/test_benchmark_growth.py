@@ -85,14 +85,19 @@ def test_names_stand_for_scenarios_curves_and_points() -> None:
         choose(["growth-nothing"], "full")
 
 
-@pytest.mark.parametrize(("count", "shares"), [(10, [3, 3, 2, 2]), (100, [25] * 4), (3, [1, 1, 1, 0])])
+@pytest.mark.parametrize(
+    ("count", "shares"), [(10, [3, 3, 2, 2]), (100, [25] * 4), (3, [1, 1, 1, 0])]
+)
 def test_members_are_spread_over_the_processes(count: int, shares: list[int]) -> None:
     sizes = Sizes(seconds=1, processes=4, spread=count)
     assert [sizes.channels(process) for process in range(4)] == shares
 
 
 def test_without_a_spread_each_process_has_as_many() -> None:
-    assert [Sizes(seconds=1, processes=2, members=7).channels(process) for process in range(2)] == [7, 7]
+    assert [Sizes(seconds=1, processes=2, members=7).channels(process) for process in range(2)] == [
+        7,
+        7,
+    ]
 
 
 async def test_many_are_done_a_few_at_once() -> None:
@@ -172,7 +177,9 @@ async def test_a_full_channel_is_no_place_to_wait() -> None:
         await growth_load._fill(stage(Batching(99), Sizes(seconds=1, waiting=100)))
 
 
-async def test_who_keeps_no_messages_is_not_measured_with_some(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_keeps_no_messages_is_not_measured_with_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(growth_load, "_LOOK_LIMIT", 0.05)
     given = stage(InMemory(), Sizes(seconds=1, waiting=100))
     with pytest.raises(RuntimeError, match="no message waited"):

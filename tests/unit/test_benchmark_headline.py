@@ -13,7 +13,10 @@ DURABILITY = {"pg": "lazily", "core": "no persistence", "pubsub": "no persistenc
 
 def known(start: float | None) -> dict[str, Any]:
     found = context(
-        {}, {"postgres": {"server_version": "18"}}, DURABILITY, None if start is None else [start] * 3
+        {},
+        {"postgres": {"server_version": "18"}},
+        DURABILITY,
+        None if start is None else [start] * 3,
     )
     found["machine"]["cores"] = 4
     found["load average"]["end"] = [3.0, 2.0, 1.0]
@@ -29,7 +32,9 @@ def test_it_says_how_safe_the_writes_are() -> None:
 @pytest.mark.parametrize(("load", "busy"), [(2.0, False), (2.01, True)])
 def test_it_warns_of_a_machine_that_was_busy(load: float, busy: bool) -> None:
     words = headline(known(load))
-    assert f"load average (1 minute): {load:.2f} at the start, 3.00 at the end" in words.splitlines()
+    assert (
+        f"load average (1 minute): {load:.2f} at the start, 3.00 at the end" in words.splitlines()
+    )
     assert ("WARNING: the machine was busy" in words) == busy
 
 

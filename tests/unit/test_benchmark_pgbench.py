@@ -58,7 +58,10 @@ def test_report() -> None:
         ("", "it said nothing"),
         ("starting vacuum...\npgbench: error: no such table\n", "no such table"),
         (REPORT.replace("tps = ", "tps: "), "tps: 203"),
-        (REPORT + "pgbench: error: Run was aborted; the above results are incomplete.\n", "aborted"),
+        (
+            REPORT + "pgbench: error: Run was aborted; the above results are incomplete.\n",
+            "aborted",
+        ),
     ],
 )
 def test_report_that_is_none(text: str, reason: str) -> None:

@@ -32,12 +32,16 @@ def written(results: Results, folder: Path) -> Path:
 
 def sample_results() -> Results:
     """Some of everything: distributions, bars, a curve, failures, faults, figures of zero and none at all."""
-    latency, throughput, connections = (SCENARIOS[name] for name in ("latency", "throughput", "connections"))
+    latency, throughput, connections = (
+        SCENARIOS[name] for name in ("latency", "throughput", "connections")
+    )
     results = Results(["pg", "core", "pubsub"], [latency, throughput, connections, *MEMBERS])
     for times, layer in enumerate(results.layers, 1):
         ages = [times * (1 + index / 100) for index in range(500)]
         results.add(latency, layer, Outcome({"p50": 1.0, "p99": 2.0}, samples=quantiles(ages)))
-        results.add(connections, layer, Outcome({"held": 3.0 * times, "peak": 4.0, "all joined": 0.0}))
+        results.add(
+            connections, layer, Outcome({"held": 3.0 * times, "peak": 4.0, "all joined": 0.0})
+        )
     results.add(throughput, "pg", Outcome({"msg/s": 30_000.0}))
     results.add(throughput, "core", Outcome({"msg/s": 10_000.0}, Tally(lost=4)))
     results.add(throughput, "pubsub", Outcome(error="it broke"))
@@ -54,7 +58,9 @@ def texts(file: Path) -> str:
     """All that a drawing says; fails if it is no SVG."""
     root = ElementTree.parse(file).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    return "\n".join("".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text"))
+    return "\n".join(
+        "".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")
+    )
 
 
 @pytest.fixture
@@ -65,7 +71,9 @@ def drawn(tmp_path: Path) -> dict[str, str]:
     return {file.name: texts(file) for file in folder.iterdir()}
 
 
-def test_each_drawing_names_the_layers_what_is_better_and_what_it_ran_on(drawn: dict[str, str]) -> None:
+def test_each_drawing_names_the_layers_what_is_better_and_what_it_ran_on(
+    drawn: dict[str, str],
+) -> None:
     assert set(drawn) == {"latency.svg", "throughput.svg", "costs.svg", "growth-members.svg"}
     for said in drawn.values():
         assert all(title in said for title in TITLES)
@@ -82,7 +90,9 @@ def test_bars_tell_ratios_faults_and_failures(drawn: dict[str, str]) -> None:
 
 
 def test_distributions_are_not_drawn_twice(drawn: dict[str, str]) -> None:
-    title = SCENARIOS["latency"].title.split(",")[0]  # of a long one, each line is a text of its own
+    title = SCENARIOS["latency"].title.split(",")[
+        0
+    ]  # of a long one, each line is a text of its own
     assert title in drawn["latency.svg"]
     assert title not in drawn["costs.svg"]
 
@@ -139,7 +149,11 @@ def test_a_point_that_could_not_be_filled_says_so(tmp_path: Path) -> None:
     for layer in results.layers:
         results.add(points[0], layer, Outcome({"msg/s": 9.0, "p50": 1.0, "p99": 1.0}))
     results.add(points[1], "pg", Outcome({"msg/s": 9.0, "p50": 1.0, "p99": 1.0}))
-    results.add(points[1], "core", Outcome(error="send: TimeoutError: could not be filled: messages: only 3"))
+    results.add(
+        points[1],
+        "core",
+        Outcome(error="send: TimeoutError: could not be filled: messages: only 3"),
+    )
     said = drawing(results, tmp_path, "growth-waiting.svg")
     assert "redis core, 1k: could not be filled" in said
     assert "pg_layer, 1k" not in said
@@ -168,7 +182,12 @@ def test_layers_keep_their_colour(tmp_path: Path) -> None:
     results = Results(["core"], [SCENARIOS["throughput"]])
     results.add(SCENARIOS["throughput"], "core", Outcome({"msg/s": 1.0}))
     (alone,) = plots.draw(json.loads(written(results, tmp_path).read_text()), tmp_path / "alone")
-    together = plots.draw(json.loads(written(sample_results(), tmp_path).read_text()), tmp_path / "all")
-    assert len({colour_of(layer) for layer in ("pg", "core", "pubsub", "postgres", "memory", "bare")}) == 6
+    together = plots.draw(
+        json.loads(written(sample_results(), tmp_path).read_text()), tmp_path / "all"
+    )
+    assert (
+        len({colour_of(layer) for layer in ("pg", "core", "pubsub", "postgres", "memory", "bare")})
+        == 6
+    )
     for file in (alone, *together):
         assert colour_of("core").lower() in file.read_text().lower()

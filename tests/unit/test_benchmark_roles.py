@@ -90,7 +90,9 @@ async def test_a_receiver_that_fails_ends_the_process() -> None:
     async def broken(stage: Stage) -> None:
         raise RuntimeError("no such channel")
 
-    part = worker.Part("all", 0, "latency", LayerSpec("memory", ""), SCENARIOS["latency"].scales["tiny"])
+    part = worker.Part(
+        "all", 0, "latency", LayerSpec("memory", ""), SCENARIOS["latency"].scales["tiny"]
+    )
     stage = Stage(part.spec, KINDS["memory"].create(""), part.sizes, Board(1))
     roles = replace(part.roles, receive=broken)
     _, theirs = Pipe()
@@ -111,7 +113,9 @@ def test_a_process_ends_when_nobody_is_there_to_stop_it() -> None:
 
 
 def _stage(members: int) -> Stage:
-    return Stage(LayerSpec("bare", ""), KINDS["bare"].create(""), Sizes(1, members=members), Board(1))
+    return Stage(
+        LayerSpec("bare", ""), KINDS["bare"].create(""), Sizes(1, members=members), Board(1)
+    )
 
 
 def test_a_bare_row_for_all_counts_for_each_member() -> None:
@@ -122,7 +126,9 @@ def test_a_bare_row_for_all_counts_for_each_member() -> None:
     for number in (0, 2, 2):
         record.take(message(0, number, 0))
     assert stage.board.deliveries == 6
-    assert [streams[0].tally(3) for streams in record.receipt.streams] == [Tally(lost=1, twice=1)] * 3
+    assert [streams[0].tally(3) for streams in record.receipt.streams] == [
+        Tally(lost=1, twice=1)
+    ] * 3
 
 
 def test_a_bare_row_for_one_channel_counts_there() -> None:
@@ -136,7 +142,9 @@ def test_a_bare_row_for_one_channel_counts_there() -> None:
     assert len(record.receipt.ages) == 1
 
 
-def test_a_server_that_cannot_be_emptied_is_the_outcome_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_be_emptied_is_the_outcome_of_its_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(servers, "_PATIENCE", 0.0)
     outcome = cli.emptied(LayerSpec("pg", "host=127.0.0.1 port=1"))
     assert outcome is not None
@@ -151,7 +159,9 @@ def test_only_the_first_few_records_of_a_logger_are_shown() -> None:
     assert [shown.filter(record) for record in records] == [True] * 3 + [False] * 2 + [True]
 
 
-def test_a_database_that_is_gone_is_an_error_of_the_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_gone_is_an_error_of_the_ceilings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(ceiling, "find_pgbench", lambda: "pgbench")
     found = ceiling.measure("host=127.0.0.1 port=1", ceiling.Plan(1, [1, 2]))
     assert [(one.title, one.clients) for one in found] == [

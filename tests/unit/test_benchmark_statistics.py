@@ -80,7 +80,9 @@ def test_median_ignores_rounds_without_a_figure() -> None:
         ([], False),
     ],
 )
-def test_a_layer_is_behind_when_messages_get_older_and_older(ages: list[float], behind: bool) -> None:
+def test_a_layer_is_behind_when_messages_get_older_and_older(
+    ages: list[float], behind: bool
+) -> None:
     assert fell_behind(ages) is behind
 
 
@@ -117,12 +119,16 @@ def test_stream_balances_like_counting_everything(sent: int, arrived: list[int])
     assert tally.twice == sum(count - 1 for count in counts.values())
     assert tally.stray == sum(1 for number in counts if number >= sent)
     assert tally.disorder == sum(
-        1 for index, number in enumerate(firsts) if any(earlier > number for earlier in firsts[:index])
+        1
+        for index, number in enumerate(firsts)
+        if any(earlier > number for earlier in firsts[:index])
     )
 
 
 @given(st.integers(0, 50), st.randoms(use_true_random=False))
-def test_stream_loses_nothing_when_everything_comes_in_any_order(count: int, shuffler: random.Random) -> None:
+def test_stream_loses_nothing_when_everything_comes_in_any_order(
+    count: int, shuffler: random.Random
+) -> None:
     numbers = list(range(count))
     shuffler.shuffle(numbers)
     stream = Stream()
@@ -172,7 +178,10 @@ def test_summary_takes_medians_of_rounds_and_adds_faults() -> None:
 
 def test_faults_in_words() -> None:
     assert faults(Summary({"msg/s": 1.0}, Tally(), {}, [])) == "none"
-    assert faults(Summary({"msg/s": 1.0}, Tally(lost=1200, disorder=3), {}, [])) == "1,200 lost, 3 disorder"
+    assert (
+        faults(Summary({"msg/s": 1.0}, Tally(lost=1200, disorder=3), {}, []))
+        == "1,200 lost, 3 disorder"
+    )
     assert faults(Summary({"msg/s": math.nan}, Tally(), {}, ["broken"])) == "1 failed"
     assert faults(Summary({"msg/s": math.nan}, Tally(), {}, [])) == "not run"
 
@@ -201,7 +210,9 @@ def test_results_put_layers_side_by_side() -> None:
     assert written["layers"] == {"pg": "pg_layer", "core": "redis core"}
     assert written["scenarios"]["latency"]["ratios"] == {"p50": {"core": 2.0}, "p99": {"core": 1.0}}
     assert written["scenarios"]["latency"]["layers"]["core"]["median"]["tally"]["lost"] == 4
-    assert written["scenarios"]["throughput"]["layers"]["core"]["median"]["figures"] == {"msg/s": None}
+    assert written["scenarios"]["throughput"]["layers"]["core"]["median"]["figures"] == {
+        "msg/s": None
+    }
     assert written["scenarios"]["throughput"]["layers"]["core"]["rounds"][0]["error"] == "it broke"
 
 
@@ -234,7 +245,9 @@ def test_results_show_how_far_the_rounds_lie_apart() -> None:
     results.add(throughput, "core", Outcome({"msg/s": 100.0}))
     results.add(throughput, "core", Outcome(error="it broke"))
     lines = results.as_ranges().splitlines()
-    assert [line.split() for line in lines[2:]] == [["throughput", "msg/s", "16k", "…", "1.25M", "-"]]
+    assert [line.split() for line in lines[2:]] == [
+        ["throughput", "msg/s", "16k", "…", "1.25M", "-"]
+    ]
 
 
 def test_what_cannot_be_compared_has_no_row_among_the_ratios() -> None:
@@ -277,7 +290,9 @@ def test_all_layers_at_their_worst_fit_into_160_columns() -> None:
         for layer in KINDS:
             figures = {figure.name: 12_345_678.0 for figure in scenario.figures}
             faults = Tally(1_234_567, 1_234_567, 1_234_567, 1_234_567)
-            results.add(scenario, layer, Outcome(figures, faults, {"written off": 1_234_567, "full": 1e6}))
+            results.add(
+                scenario, layer, Outcome(figures, faults, {"written off": 1_234_567, "full": 1e6})
+            )
             results.add(scenario, layer, Outcome(figures))
     for table in (results.as_table(), results.as_ratios(), results.as_ranges()):
         assert max(len(line) for line in table.splitlines()) <= 160
@@ -286,7 +301,9 @@ def test_all_layers_at_their_worst_fit_into_160_columns() -> None:
         assert text.count(words) == len(SCENARIOS) * len(KINDS)
 
 
-@pytest.mark.parametrize("outcome", [Outcome({"msg/s": 1.0}, Tally(twice=1)), Outcome(error="it broke")])
+@pytest.mark.parametrize(
+    "outcome", [Outcome({"msg/s": 1.0}, Tally(twice=1)), Outcome(error="it broke")]
+)
 def test_results_fail_when_pg_layer_does(outcome: Outcome) -> None:
     results = Results(["pg"], [SCENARIOS["throughput"]])
     results.add(SCENARIOS["throughput"], "pg", outcome)

@@ -118,14 +118,18 @@ def test_put_full_queue_appends_what_the_sender_counted() -> None:
     assert ids(queue.put_if_room([queued(5)])) == [5]
 
 
-@pytest.mark.parametrize(("undeleted", "is_pressed"), [(0, False), (16, False), (17, True), (100, True)])
+@pytest.mark.parametrize(
+    ("undeleted", "is_pressed"), [(0, False), (16, False), (17, True), (100, True)]
+)
 def test_is_pressed_quarter_of_capacity_undeleted_is_true(undeleted: int, is_pressed: bool) -> None:
     queue = ChannelQueue("channel", 100)
     queue.undeleted = undeleted
     assert queue.is_pressed is is_pressed
 
 
-@pytest.mark.parametrize(("undeleted", "is_filling"), [(0, False), (1, False), (2, True), (16, True)])
+@pytest.mark.parametrize(
+    ("undeleted", "is_filling"), [(0, False), (1, False), (2, True), (16, True)]
+)
 def test_is_filling_eighth_of_capacity_undeleted_is_true(undeleted: int, is_filling: bool) -> None:
     queue = ChannelQueue("channel", 16)
     queue.undeleted = undeleted
@@ -194,7 +198,10 @@ async def test_wait_timeout_returns_without_a_message() -> None:
 async def test_wait_several_receivers_counts_each_once() -> None:
     queue = filled()
     counts: list[int] = []
-    tasks = [asyncio.create_task(queue.wait(on_wait=lambda: counts.append(queue.waiting))) for _ in range(3)]
+    tasks = [
+        asyncio.create_task(queue.wait(on_wait=lambda: counts.append(queue.waiting)))
+        for _ in range(3)
+    ]
     await asyncio.sleep(0)
     assert counts == [1, 2, 3]
     assert queue.waiting == 3
@@ -366,7 +373,9 @@ async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message_to_t
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["receive", "receive", "put", "put", "put_if_room", "cancel", "give back", "go on"]),
+        st.sampled_from(
+            ["receive", "receive", "put", "put", "put_if_room", "cancel", "give back", "go on"]
+        ),
         st.integers(0, 7),
     ),
     max_size=40,

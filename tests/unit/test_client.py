@@ -300,7 +300,9 @@ def test_undecodable_different_faults_are_logged_apart(
     assert client.counters["dropped_undecodable"] == 3
 
 
-def test_count_dropped_counts_each_and_logs_once(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_count_dropped_counts_each_and_logs_once(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
     client.count_dropped("g", "c", 3)
     client.count_dropped("g", "c")
     assert client.counters["dropped_full"] == 4

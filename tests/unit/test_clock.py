@@ -108,7 +108,9 @@ def test_ticks_count_the_time_in_which_the_machine_slept(monkeypatch: pytest.Mon
         return real(clock) + (slept if clock == time.CLOCK_BOOTTIME else 0.0)
 
     monkeypatch.setattr(time, "clock_gettime", clock_gettime)
-    clock = runpy.run_path(module.__file__)["DatabaseClock"]()  # the module chooses its clock when imported
+    clock = runpy.run_path(module.__file__)[
+        "DatabaseClock"
+    ]()  # the module chooses its clock when imported
     clock.observe(clock.ticks(), 5000.0)
     slept = 3600.0
     assert clock.now() >= 8600.0

@@ -45,7 +45,9 @@ def messages(*, as_json: bool) -> st.SearchStrategy[dict[str, Any]]:
     else:
         leaves |= st.floats() | st.binary()
     values = st.recursive(leaves, lambda v: st.lists(v) | st.dictionaries(TEXTS, v), max_leaves=12)
-    return st.dictionaries(TEXTS.filter(lambda key: not key.startswith("__asgi_")), values, max_size=5)
+    return st.dictionaries(
+        TEXTS.filter(lambda key: not key.startswith("__asgi_")), values, max_size=5
+    )
 
 
 def same(left: object, right: object) -> bool:
@@ -57,7 +59,9 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, float) and isinstance(right, float):
-        return math.copysign(1, left) == math.copysign(1, right) and (left == right or left != left != right)
+        return math.copysign(1, left) == math.copysign(1, right) and (
+            left == right or left != left != right
+        )
     return left == right
 
 
@@ -174,7 +178,12 @@ def test_all_kinds_of_bytes_arrive_as_bytes() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [{"text": "a", "n": 1}, {}, {"list": [1, {"a": [2]}]}, {"b": b"x", "f": 1.5, "t": True, "0": None}],
+    [
+        {"text": "a", "n": 1},
+        {},
+        {"list": [1, {"a": [2]}]},
+        {"b": b"x", "f": 1.5, "t": True, "0": None},
+    ],
 )
 @pytest.mark.parametrize("codec", [MSGPACK, JSON])
 def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str, Any]) -> None:
@@ -272,7 +281,9 @@ REFUSED: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
 @pytest.mark.parametrize(("message", "says"), REFUSED, ids=[says for _, says in REFUSED])
-def test_what_cannot_be_carried_is_named_with_its_path(codec: Codec, message: Any, says: str) -> None:
+def test_what_cannot_be_carried_is_named_with_its_path(
+    codec: Codec, message: Any, says: str
+) -> None:
     with pytest.raises(InvalidMessage, match=says) as caught:
         codec.encode(message, NAME)
     # Nothing of the serialisers' errors, which quote the value, is left behind.
@@ -286,9 +297,13 @@ def test_a_bad_message_is_a_mistake_of_the_caller() -> None:
     assert not issubclass(InvalidMessage, PgLayerError)
 
 
-@pytest.mark.parametrize("value", [b"x", bytearray(b"x"), memoryview(b"x")], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [b"x", bytearray(b"x"), memoryview(b"x")], ids=lambda v: type(v).__name__
+)
 def test_json_refuses_bytes(value: object) -> None:
-    with pytest.raises(InvalidMessage, match=rf'^message\["a"\]\[0\] is {type(value).__name__},.*msgpack'):
+    with pytest.raises(
+        InvalidMessage, match=rf'^message\["a"\]\[0\] is {type(value).__name__},.*msgpack'
+    ):
         JSON.encode({"a": [value]}, NAME)
 
 
@@ -300,12 +315,17 @@ def test_json_refuses_what_is_no_number(value: float) -> None:
 
 
 def test_scattered_memory_is_refused() -> None:
-    with pytest.raises(InvalidMessage, match=r'^message\["a"\] is a memoryview of scattered memory'):
+    with pytest.raises(
+        InvalidMessage, match=r'^message\["a"\] is a memoryview of scattered memory'
+    ):
         MSGPACK.encode({"a": memoryview(b"abcdef")[::2]}, NAME)
 
 
 def test_only_top_level_keys_are_reserved() -> None:
-    assert there_and_back(MSGPACK, {"a": {"__asgi_x": 1}, "_asgi_": 2}) == {"a": {"__asgi_x": 1}, "_asgi_": 2}
+    assert there_and_back(MSGPACK, {"a": {"__asgi_x": 1}, "_asgi_": 2}) == {
+        "a": {"__asgi_x": 1},
+        "_asgi_": 2,
+    }
 
 
 def nested(levels: int, *, in_lists: bool) -> dict[str, Any]:
@@ -332,7 +352,8 @@ def test_a_message_in_itself_is_named_not_followed(codec: Codec) -> None:
     message: dict[str, Any] = {"a": {"b": []}}
     message["a"]["b"].append(message["a"])
     with pytest.raises(
-        InvalidMessage, match=r'^message\["a"\]\["b"\]\[0\] contains itself: it is message\["a"\] again'
+        InvalidMessage,
+        match=r'^message\["a"\]\["b"\]\[0\] contains itself: it is message\["a"\] again',
     ):
         codec.encode(message, NAME)
 
@@ -371,7 +392,9 @@ def test_the_size_limit_is_exact_and_counts_serialised_bytes() -> None:
             overhead = len(Codec(serializer_format, limit).encode({"t": "x" * 300}, NAME)) - 300
             fits = {"t": "x" * (limit - overhead)}
             assert there_and_back(codec, fits) == fits
-            with pytest.raises(MessageTooLarge, match=r"1001 bytes.*max_message_size is 1000 bytes"):
+            with pytest.raises(
+                MessageTooLarge, match=r"1001 bytes.*max_message_size is 1000 bytes"
+            ):
                 codec.encode({"t": "x" * (limit - overhead + 1)}, NAME)
     with pytest.raises(MessageTooLarge):
         Codec("json", limit).encode({"t": "é" * 600}, NAME)
@@ -399,14 +422,27 @@ def test_keys_are_stretched_as_channels_redis_does() -> None:
     assert fernet.decrypt(codec.encode({"a": 1}, NAME)) == inside
 
 
-NAMES = [NAME, "specific.a!11", "specific.a!", "specific.b!1", "jobs", "jobs2", "@room", "@room2", "@jobs"]
+NAMES = [
+    NAME,
+    "specific.a!11",
+    "specific.a!",
+    "specific.b!1",
+    "jobs",
+    "jobs2",
+    "@room",
+    "@room2",
+    "@jobs",
+]
 
 
 @pytest.mark.parametrize("sent_to", NAMES)
 def test_open_encrypted_for_another_name_is_undecodable(sent_to: str) -> None:
     """A normal channel takes what is for a group: its reader does not know which groups it is in."""
     keys = ["first key"]
-    writer, reader = Codec("json", LIMIT, keys, prefix="asgi"), Codec("msgpack", LIMIT, keys, prefix="asgi")
+    writer, reader = (
+        Codec("json", LIMIT, keys, prefix="asgi"),
+        Codec("msgpack", LIMIT, keys, prefix="asgi"),
+    )
     payload = writer.encode({"a": 1}, sent_to)
     for found_at in NAMES:
         if found_at == sent_to or (sent_to[0] == "@" and found_at in ("jobs", "jobs2")):
@@ -416,7 +452,9 @@ def test_open_encrypted_for_another_name_is_undecodable(sent_to: str) -> None:
                 reader.open(payload, found_at)
 
 
-@pytest.mark.parametrize(("sent_to", "found_at"), [(NAME, NAME), ("@room", "@room"), ("@room", "jobs")])
+@pytest.mark.parametrize(
+    ("sent_to", "found_at"), [(NAME, NAME), ("@room", "@room"), ("@room", "jobs")]
+)
 def test_open_encrypted_with_another_prefix_is_undecodable(sent_to: str, found_at: str) -> None:
     payload = Codec("json", LIMIT, ["first key"], prefix="shop").encode({"a": 1}, sent_to)
     for prefix in ("asgi", "sho", "shop2", ""):
@@ -441,7 +479,8 @@ def test_nothing_of_an_encrypted_message_can_be_read() -> None:
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
 def test_plain_messages_are_refused_where_keys_are_set(writer: Codec) -> None:
     with pytest.raises(
-        UndecodableMessage, match=r"not encrypted, but symmetric_encryption_keys is set.*allow_unencrypted"
+        UndecodableMessage,
+        match=r"not encrypted, but symmetric_encryption_keys is set.*allow_unencrypted",
     ):
         SECRET.open(writer.encode({"a": 1}, NAME), NAME)
 
@@ -468,7 +507,9 @@ def test_it_makes_no_difference_without_keys() -> None:
 
 
 def test_encrypted_messages_without_keys_say_so() -> None:
-    with pytest.raises(UndecodableMessage, match="encrypted, but symmetric_encryption_keys is not set"):
+    with pytest.raises(
+        UndecodableMessage, match="encrypted, but symmetric_encryption_keys is not set"
+    ):
         MSGPACK.open(SECRET.encode({"a": 1}, NAME), NAME)
 
 
@@ -552,7 +593,9 @@ def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
     assert "Geheim" not in told
 
 
-@given(st.binary(max_size=300), st.sampled_from([b"", b"{", b"\x82", b"\xde\x00\x02", b"g", b"gAAAAA"]))
+@given(
+    st.binary(max_size=300), st.sampled_from([b"", b"{", b"\x82", b"\xde\x00\x02", b"g", b"gAAAAA"])
+)
 def test_arbitrary_bytes_are_undecodable_or_a_dict(rest: bytes, first: bytes) -> None:
     for codec in (MSGPACK, SECRET):
         for read in (codec.decode, lambda payload: codec.decode(codec.open(payload, NAME))):  # noqa: B023

@@ -45,7 +45,9 @@ def test_its_commands_are_the_demos(services: dict[str, dict[str, Any]]) -> None
         "web1": commands.serve("0.0.0.0", 8001),
         "web2": commands.serve("0.0.0.0", 8002),
     }
-    assert {name: service["command"] for name, service in services.items() if "build" in service} == expected
+    assert {
+        name: service["command"] for name, service in services.items() if "build" in service
+    } == expected
 
 
 def test_its_images_are_pinned(services: dict[str, dict[str, Any]]) -> None:
@@ -73,12 +75,18 @@ def test_it_starts_in_order(services: dict[str, dict[str, Any]]) -> None:
 
 
 def test_what_is_optional_has_a_profile(services: dict[str, dict[str, Any]]) -> None:
-    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    profiles = {
+        name: service["profiles"] for name, service in services.items() if "profiles" in service
+    }
     assert profiles == {"redis": ["bench"], "pgbouncer": ["pgbouncer"]}
 
 
 def test_what_the_image_copies_is_not_ignored() -> None:
     copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    allowed = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     assert {name for names in copied for name in names.split()} == allowed
     assert [name for name in allowed if not (ROOT / name).exists()] == []

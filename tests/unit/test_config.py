@@ -130,7 +130,18 @@ def test_an_unknown_option_is_named_with_its_nearest(wrong: str, right: str | No
 
 # --- Values that are not allowed
 
-NOT_SECONDS: list[Any] = [0, -1, True, False, "60", float("nan"), float("inf"), 10**400, Decimal(1), [1]]
+NOT_SECONDS: list[Any] = [
+    0,
+    -1,
+    True,
+    False,
+    "60",
+    float("nan"),
+    float("inf"),
+    10**400,
+    Decimal(1),
+    [1],
+]
 NOT_COUNTS: list[Any] = [0, -1, True, "1", 1.0, 2**31, float("nan"), None]
 
 
@@ -167,7 +178,9 @@ def test_counts_are_integers_of_at_least_1(name: str, value: Any) -> None:
     text = refusal(**{name: value})
     kind = "a number of bytes, an integer" if name == "max_message_size" else "an integer"
     assert f"CONFIG[{name!r}] must be {kind} from 1 to" in text
-    assert text.endswith(f"from 1 to {2**29 if name == 'max_message_size' else 2**31 - 1}, not {value!r}.")
+    assert text.endswith(
+        f"from 1 to {2**29 if name == 'max_message_size' else 2**31 - 1}, not {value!r}."
+    )
 
 
 def test_max_message_size_has_a_limit() -> None:
@@ -184,8 +197,9 @@ def test_the_heartbeat_leaves_room_for_a_late_one() -> None:
 
 @pytest.mark.parametrize("value", ["", "a" * 51, "a b", "a!", "é", "a\n", b"a", None, 1])
 def test_prefix_is_a_short_name(value: Any) -> None:
-    assert f"CONFIG['prefix'] must be 1 to 50 letters, digits, '-', '_' or '.', not {value!r}." in refusal(
-        prefix=value
+    assert (
+        f"CONFIG['prefix'] must be 1 to 50 letters, digits, '-', '_' or '.', not {value!r}."
+        in refusal(prefix=value)
     )
 
 
@@ -196,7 +210,10 @@ def test_prefix_may_be_50_long() -> None:
 @pytest.mark.parametrize("value", [None, 0, 1, "yes", "False"])
 @pytest.mark.parametrize("name", ["allow_unencrypted", "handle_sigterm"])
 def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
-    assert refusal(**{name: value}) == f"pg_layer: CONFIG[{name!r}] must be True or False, not {value!r}."
+    assert (
+        refusal(**{name: value})
+        == f"pg_layer: CONFIG[{name!r}] must be True or False, not {value!r}."
+    )
 
 
 @pytest.mark.parametrize("value", ["pickle", "JSON", "", None, 1, ["json"]])
@@ -210,7 +227,9 @@ def test_dsn_and_using_exclude_each_other() -> None:
     assert "pw" not in text
 
 
-@pytest.mark.parametrize("value", ["", 1, b"default", "postgresql://u:Sup3r@h/d", "host=h password=Sup3r"])
+@pytest.mark.parametrize(
+    "value", ["", 1, b"default", "postgresql://u:Sup3r@h/d", "host=h password=Sup3r"]
+)
 def test_using_is_an_alias(value: Any) -> None:
     text = refusal(using=value)
     assert "CONFIG['using'] must be an alias in DATABASES" in text
@@ -240,7 +259,12 @@ def test_the_first_pattern_that_matches_counts() -> None:
     config = load(
         {
             "capacity": 7,
-            "channel_capacity": {"ws.a*": 1, re.compile(r"ws\.[ab]"): 2, "jobs": 3, "specific.*!*": 4},
+            "channel_capacity": {
+                "ws.a*": 1,
+                re.compile(r"ws\.[ab]"): 2,
+                "jobs": 3,
+                "specific.*!*": 4,
+            },
         }
     )
     for _ in range(2):  # computed, then remembered
@@ -275,7 +299,10 @@ def test_few_capacities_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({3: 5}, "not 3."),
         ({re.compile(b"a"): 5}, "not re.compile(b'a')."),
-        ({"a*": 0}, "CONFIG['channel_capacity']['a*'] must be an integer from 1 to 2147483647, not 0."),
+        (
+            {"a*": 0},
+            "CONFIG['channel_capacity']['a*'] must be an integer from 1 to 2147483647, not 0.",
+        ),
         ({"a*": True}, "not True."),
         ({"a*": "5"}, "not '5'."),
         ({"a*": None}, "not None."),
@@ -383,7 +410,10 @@ def test_wrong_connection_strings_are_refused_and_not_shown(name: str, dsn: Any,
             "postgresql://h/d?conect_timeout=3",
             "unknown option 'conect_timeout' (did you mean 'connect_timeout'?)",
         ),
-        ("host=h colour=red", "it has an unknown option, not shown here as it may be a part of a password"),
+        (
+            "host=h colour=red",
+            "it has an unknown option, not shown here as it may be a part of a password",
+        ),
         ("host=h password=my passwort=1", "it has an unknown option, not shown here"),
     ],
 )
@@ -575,11 +605,15 @@ def test_the_role_that_django_assumes_is_the_layers_too(connections: Connections
     connections["default"] = SimpleNamespace(
         vendor="postgresql",
         settings_dict={"OPTIONS": options},
-        get_connection_params=lambda: {name: options[name] for name in options if name != "assume_role"},
+        get_connection_params=lambda: {
+            name: options[name] for name in options if name != "assume_role"
+        },
     )
     assert load({}).connect_kwargs("pool")["options"] == r"-c role=the\ owner"
     options["options"] = "-c statement_timeout=0"
-    assert load({}).connect_kwargs("listen")["options"] == r"-c statement_timeout=0 -c role=the\ owner"
+    assert (
+        load({}).connect_kwargs("listen")["options"] == r"-c statement_timeout=0 -c role=the\ owner"
+    )
 
 
 def test_an_alias_must_exist_by_the_time_of_connecting(connections: Connections) -> None:
@@ -593,7 +627,9 @@ def test_an_alias_must_be_postgresql(connections: Connections) -> None:
     connections["files"] = SimpleNamespace(
         vendor="sqlite", settings_dict={"ENGINE": "django.db.backends.sqlite3"}
     )
-    with pytest.raises(ImproperlyConfigured, match=r"'files' has the ENGINE 'django\.db\.backends\.sqlite3'"):
+    with pytest.raises(
+        ImproperlyConfigured, match=r"'files' has the ENGINE 'django\.db\.backends\.sqlite3'"
+    ):
         load({"using": "files"}).connect_kwargs("pool")
 
 

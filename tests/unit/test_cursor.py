@@ -321,13 +321,17 @@ def test_missed_often_keeps_no_snapshots(cursor: Cursor) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["begin", "commit", "hear", "renew", "ping", "lose", "catch up", "crash"]),
+            st.sampled_from(
+                ["begin", "commit", "hear", "renew", "ping", "lose", "catch up", "crash"]
+            ),
             st.integers(0, 5),
         ),
         max_size=60,
     )
 )
-def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(steps: list[tuple[str, int]]) -> None:
+def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
+    steps: list[tuple[str, int]],
+) -> None:
     """A server of committed transactions with one row each, a socket in commit order, one client."""
     cursor = Cursor()
     boot, next_xid, last_id = 1, 10, 0

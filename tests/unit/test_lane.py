@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pg_layer._process.tasks import Work
-from pg_layer._send.batcher import MAX_BYTES, MAX_OPS, Lane, Outcome
+from pg_layer._send.batcher import MAX_BYTES, MAX_OPS, Batcher, Outcome
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 Task = asyncio.Task[None]
@@ -25,7 +25,7 @@ class Refused(Exception):
 
 
 class Writes:
-    """The other end of a lane: notes batches, and ends each when it is told to."""
+    """The other end of a batcher: notes batches, and ends each when it is told to."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -35,15 +35,15 @@ class Writes:
         self._ends: list[asyncio.Future[None]] = []
         self._is_open = False
 
-    async def write(self, ops: list[Any], timeout: float) -> Sequence[Outcome]:
-        self.batches.append(list(ops))
+    async def write(self, operations: list[Any], timeout: float) -> Sequence[Outcome]:
+        self.batches.append(list(operations))
         self.timeouts.append(timeout)
         self.by.append(asyncio.current_task())
         if not self._is_open:
             end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._ends.append(end)
             await end
-        return [self.outcomes.get(op) for op in ops]
+        return [self.outcomes.get(operation) for operation in operations]
 
     @property
     def in_flight(self) -> int:
@@ -66,26 +66,28 @@ class Writes:
 
     @property
     def written(self) -> list[Any]:
-        return [op for batch in self.batches for op in batch]
+        return [operation for batch in self.batches for operation in batch]
 
 
 class Bench:
-    """A lane on the running loop."""
+    """A batcher on the running loop."""
 
-    def __init__(self, weigh: Callable[[Any], int] = lambda op: 1, timeout: float = 30.0) -> None:
+    def __init__(
+        self, weigh: Callable[[Any], int] = lambda operation: 1, timeout: float = 30.0
+    ) -> None:
         self.writes = Writes()
         self.tasks: list[Task] = []
         loop = asyncio.get_running_loop()
-        self.lane: Lane[Any] = Lane(loop, self.writes.write, self._spawn, weigh, timeout)
+        self.batcher: Batcher[Any] = Batcher(loop, self.writes.write, self._spawn, weigh, timeout)
 
     def _spawn(self, what: str, work: Work) -> None:
         self.tasks.append(asyncio.create_task(work()))
 
-    def submit(self, op: object, may_write: bool = False) -> Task:
-        return asyncio.create_task(self.lane.submit(op, may_write=may_write))
+    def submit(self, operation: object, may_write: bool = False) -> Task:
+        return asyncio.create_task(self.batcher.submit(operation, may_write=may_write))
 
-    async def submit_all(self, ops: Sequence[object], may_write: bool = False) -> list[Task]:
-        tasks = [self.submit(op, may_write) for op in ops]
+    async def submit_all(self, operations: Sequence[object], may_write: bool = False) -> list[Task]:
+        tasks = [self.submit(operation, may_write) for operation in operations]
         await turns()
         return tasks
 
@@ -106,8 +108,8 @@ async def outcomes(tasks: Sequence[Task]) -> list[object]:
 
 async def test_on_an_idle_lane_an_operation_goes_at_once_in_its_callers_task() -> None:
     bench = Bench()
-    for op in "ab":
-        task = bench.submit(op)
+    for operation in "ab":
+        task = bench.submit(operation)
         await asyncio.sleep(0)
         assert bench.writes.by[-1] is task
         bench.writes.end()
@@ -135,7 +137,7 @@ async def test_who_sends_again_and_again_goes_together_too() -> None:
 
     async def sender(name: str) -> None:
         for number in range(5):
-            await bench.lane.submit(f"{name}{number}")
+            await bench.batcher.submit(f"{name}{number}")
 
     tasks = [asyncio.create_task(sender(name)) for name in "abcd"]
     for _ in range(100):
@@ -167,12 +169,12 @@ async def test_a_batch_has_a_most_of_operations() -> None:
     ],
 )
 async def test_a_batch_has_a_most_of_bytes(weights: list[int], batches: list[int]) -> None:
-    bench = Bench(weigh=lambda op: op[1])
+    bench = Bench(weigh=lambda operation: operation[1])
     tasks = await bench.submit_all([(-1, 1), *enumerate(weights)])
     bench.writes.open()
     await outcomes(tasks)
     assert [len(batch) for batch in bench.writes.batches[1:]] == batches
-    assert [op for op, _ in bench.writes.written] == list(range(-1, len(weights)))
+    assert [operation for operation, _ in bench.writes.written] == list(range(-1, len(weights)))
 
 
 # --- Outcomes
@@ -180,7 +182,7 @@ async def test_a_batch_has_a_most_of_bytes(weights: list[int], batches: list[int
 
 async def test_each_caller_gets_its_own_outcome() -> None:
     bench = Bench()
-    refused = {op: Refused(op) for op in "ab"}
+    refused = {operation: Refused(operation) for operation in "ab"}
     bench.writes.outcomes.update(refused)
     tasks = await bench.submit_all("abcd")
     bench.writes.open()
@@ -269,7 +271,8 @@ async def test_the_first_caller_cancelled_in_its_own_write_does_not_take_others_
 
 SCHEDULES = st.lists(
     st.tuples(
-        st.sampled_from(["submit", "submit", "submit", "cancel", "end", "fail", "turn"]), st.integers(0, 9)
+        st.sampled_from(["submit", "submit", "submit", "cancel", "end", "fail", "turn"]),
+        st.integers(0, 9),
     ),
     max_size=40,
 )
@@ -297,7 +300,9 @@ def test_whatever_comes_in_is_written_once_in_its_order(schedule: list[tuple[str
         await outcomes(tasks)
         written = bench.writes.written
         assert written == sorted(set(written))
-        assert {op for op, task in enumerate(tasks) if not task.cancelled()} <= set(written)
+        assert {operation for operation, task in enumerate(tasks) if not task.cancelled()} <= set(
+            written
+        )
         later = bench.submit("later")
         await outcomes([later])
         assert bench.writes.batches[-1] == ["later"]
@@ -312,7 +317,7 @@ async def test_closing_fails_who_waits_and_lets_the_write_in_flight_end() -> Non
     bench = Bench()
     bench.writes.outcomes["a"] = Refused("a")
     tasks = await bench.submit_all("abc")
-    bench.lane.close()
+    bench.batcher.close()
     await turns()
     assert not tasks[0].done()
     bench.writes.end()
@@ -328,7 +333,7 @@ async def test_closing_in_the_middle_of_a_batch() -> None:
     bench.writes.end()
     await turns()
     tasks += await bench.submit_all("c")
-    bench.lane.close()
+    bench.batcher.close()
     bench.writes.end()
     results = await outcomes(tasks)
     assert results[:2] == [None, None]
@@ -337,11 +342,11 @@ async def test_closing_in_the_middle_of_a_batch() -> None:
 
 async def test_a_closed_lane_takes_nothing() -> None:
     bench = Bench()
-    bench.lane.close()
+    bench.batcher.close()
     with pytest.raises(NotBegun):
-        await bench.lane.submit("a")
+        await bench.batcher.submit("a")
     with pytest.raises(NotBegun):
-        await asyncio.to_thread(asyncio.run, bench.lane.submit("b"))
+        await asyncio.to_thread(asyncio.run, bench.batcher.submit("b"))
     assert bench.writes.batches == []
 
 
@@ -350,7 +355,7 @@ async def test_when_the_writing_task_is_cancelled_its_callers_are_told() -> None
     tasks = await bench.submit_all("abc")
     bench.writes.end()
     await turns()
-    bench.lane.close()
+    bench.batcher.close()
     (work,) = bench.tasks
     work.cancel()
     results = await outcomes(tasks)
@@ -364,7 +369,7 @@ async def test_finishing_waits_for_the_write_in_flight_and_fails_who_waits() -> 
     bench.writes.end()
     await turns()
     tasks += await bench.submit_all("c")
-    finished = asyncio.create_task(bench.lane.finish())
+    finished = asyncio.create_task(bench.batcher.finish())
     await turns()
     assert not finished.done()
     assert tasks[2].done()
@@ -374,14 +379,14 @@ async def test_finishing_waits_for_the_write_in_flight_and_fails_who_waits() -> 
     assert results[:2] == [None, None]
     assert isinstance(results[2], NotBegun)
     with pytest.raises(NotBegun):
-        await bench.lane.submit("d")
+        await bench.batcher.submit("d")
     assert bench.writes.written == ["a", "b"]
 
 
 async def test_finishing_waits_for_the_first_callers_own_write() -> None:
     bench = Bench()
     tasks = await bench.submit_all("a")
-    finished = asyncio.create_task(bench.lane.finish())
+    finished = asyncio.create_task(bench.batcher.finish())
     await turns()
     assert not finished.done()
     tasks[0].cancel()
@@ -390,7 +395,7 @@ async def test_finishing_waits_for_the_first_callers_own_write() -> None:
 
 async def test_an_idle_lane_is_finished_at_once() -> None:
     bench = Bench()
-    await asyncio.wait_for(bench.lane.finish(), 10)
+    await asyncio.wait_for(bench.batcher.finish(), 10)
     tasks = await bench.submit_all("a")
     assert isinstance((await outcomes(tasks))[0], NotBegun)
 
@@ -449,7 +454,10 @@ async def test_who_has_waited_too_long_is_told_so_and_not_written(clock: Clock) 
 async def test_callers_on_other_loops_are_written_and_told_their_outcomes() -> None:
     bench = Bench()
     bench.writes.outcomes["b"] = Refused("b")
-    threads = [asyncio.create_task(asyncio.to_thread(asyncio.run, bench.lane.submit(op))) for op in "abc"]
+    threads = [
+        asyncio.create_task(asyncio.to_thread(asyncio.run, bench.batcher.submit(operation)))
+        for operation in "abc"
+    ]
     bench.writes.open()
     assert await outcomes(threads) == [None, bench.writes.outcomes["b"], None]
     assert sorted(bench.writes.written) == ["a", "b", "c"]
@@ -460,16 +468,16 @@ async def test_callers_on_other_loops_join_the_batch() -> None:
     mine = await bench.submit_all("a")
     begun = threading.Semaphore(0)
 
-    def caller(op: str) -> None:
+    def caller(operation: str) -> None:
         async def main() -> None:
-            task = asyncio.create_task(bench.lane.submit(op))
+            task = asyncio.create_task(bench.batcher.submit(operation))
             await asyncio.sleep(0)
             begun.release()
             await task
 
         asyncio.run(main())
 
-    others = [asyncio.create_task(asyncio.to_thread(caller, op)) for op in "bcd"]
+    others = [asyncio.create_task(asyncio.to_thread(caller, operation)) for operation in "bcd"]
     for _ in others:
         await asyncio.to_thread(begun.acquire)
     mine += await bench.submit_all("e")
@@ -484,7 +492,7 @@ async def test_a_caller_on_another_loop_cancelled_while_it_waits_is_not_written(
 
     def caller() -> bool:
         async def main() -> bool:
-            task = asyncio.create_task(bench.lane.submit("b"))
+            task = asyncio.create_task(bench.batcher.submit("b"))
             await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
@@ -503,7 +511,7 @@ async def test_a_caller_whose_loop_is_gone_costs_the_others_nothing() -> None:
     bench = Bench()
     mine = await bench.submit_all("a")
     loop = asyncio.new_event_loop()
-    gone = bench.lane.submit("b")
+    gone = bench.batcher.submit("b")
 
     async def first_step() -> None:
         gone.send(None)
@@ -536,11 +544,13 @@ async def make_bench(timeout: float) -> Bench:
     return Bench(timeout=timeout)
 
 
-async def test_a_lane_whose_loop_was_closed_says_so_at_once(still_loop: asyncio.AbstractEventLoop) -> None:
+async def test_a_lane_whose_loop_was_closed_says_so_at_once(
+    still_loop: asyncio.AbstractEventLoop,
+) -> None:
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=60))
     still_loop.close()
     with pytest.raises(NotBegun):
-        await asyncio.wait_for(bench.lane.submit("a"), 10)
+        await asyncio.wait_for(bench.batcher.submit("a"), 10)
 
 
 async def test_a_lane_whose_loop_has_stopped_says_so_after_its_timeout(
@@ -548,7 +558,7 @@ async def test_a_lane_whose_loop_has_stopped_says_so_after_its_timeout(
 ) -> None:
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.02))
     with pytest.raises(LayerUnavailable) as caught:
-        await asyncio.wait_for(bench.lane.submit("a"), 10)
+        await asyncio.wait_for(bench.batcher.submit("a"), 10)
     assert type(caught.value) is LayerUnavailable
     # Its caller was told that it failed: it must not be written when the loop runs again.
     bench.writes.open()
@@ -561,7 +571,7 @@ async def test_a_lane_whose_loop_stops_in_a_write_says_that_the_outcome_is_unkno
 ) -> None:
     """What is written may be committed, also if nobody is there to hear of it."""
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.3))
-    task = asyncio.create_task(bench.lane.submit("a"))
+    task = asyncio.create_task(bench.batcher.submit("a"))
     await turns()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
     assert bench.writes.batches == [["a"]]
@@ -597,8 +607,8 @@ async def test_a_guest_writes_in_its_own_task_while_the_lanes_loop_stands_still(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
-    for op in "ab":
-        task = bench.submit(op, may_write=True)
+    for operation in "ab":
+        task = bench.submit(operation, may_write=True)
         await turns()
         assert bench.writes.by[-1] is task
         bench.writes.end()
@@ -667,7 +677,7 @@ async def test_a_guest_waits_while_the_lanes_own_loop_writes(
     assert bench.writes.batches == [["a"], ["b", "c"]]
     await on(still_loop, end())
     assert await on(still_loop, outcomes(mine)) + await outcomes([guest]) == [None] * 3
-    # All is done, and the lane is free for guests again.
+    # All is done, and the batcher is free for guests again.
     later = bench.submit("d", may_write=True)
     await turns()
     assert bench.writes.by[-1] is later
@@ -708,7 +718,9 @@ async def test_a_guest_that_cannot_write_is_written_on_the_lanes_loop(
     ids=["written", "away", "closed"],
 )
 async def test_a_guest_whose_first_attempt_may_have_taken_effect_is_not_told_that_nothing_has(
-    still_loop: asyncio.AbstractEventLoop, second: LayerUnavailable | str | None, expected: type | None
+    still_loop: asyncio.AbstractEventLoop,
+    second: LayerUnavailable | str | None,
+    expected: type | None,
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
     guest = bench.submit("a", may_write=True)
@@ -716,7 +728,7 @@ async def test_a_guest_whose_first_attempt_may_have_taken_effect_is_not_told_tha
     bench.writes.end(NotBegun(may_have_begun=True))
     await turns()
     if second == "closed":
-        bench.lane.close()
+        bench.batcher.close()
         await on(still_loop, turns())
     else:
         await on(still_loop, turns())
@@ -785,7 +797,7 @@ async def test_finishing_waits_for_a_guests_write(
 
     async def begin_to_finish() -> tuple[list[Task], Task]:
         waiting = await bench.submit_all("b")
-        finished = asyncio.create_task(bench.lane.finish())
+        finished = asyncio.create_task(bench.batcher.finish())
         await turns()
         assert not finished.done()
         return waiting, finished
@@ -807,7 +819,7 @@ async def test_a_closed_lane_takes_nothing_of_a_guest(
     still_loop: asyncio.AbstractEventLoop, may_write: bool
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
-    bench.lane.close()
+    bench.batcher.close()
     guest = bench.submit("a", may_write=may_write)
     await turns()
     await on(still_loop, turns())
@@ -841,7 +853,7 @@ async def test_a_guest_whose_write_the_lanes_loop_does_not_outlive(
     bench = await on(still_loop, make_bench(timeout=60))
     guest = bench.submit("a", may_write=True)
     await turns()
-    bench.lane.close()
+    bench.batcher.close()
     still_loop.close()
     bench.writes.end()
     assert await outcomes([guest]) == [None]
@@ -854,19 +866,24 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
     guard = threading.Lock()
     written: list[tuple[str, int, int]] = []
     names = ["first", "second", "third", "modest", "here"]
-    every = [(name, number, turn) for name in names for number in range(callers) for turn in range(rounds)]
-    refused = {op: Refused(op) for op in every if op[2] % 5 == 4}
+    every = [
+        (name, number, turn)
+        for name in names
+        for number in range(callers)
+        for turn in range(rounds)
+    ]
+    refused = {operation: Refused(operation) for operation in every if operation[2] % 5 == 4}
     here = asyncio.get_running_loop()
 
-    async def write(ops: list[tuple[str, int, int]], _: float) -> Sequence[Outcome]:
+    async def write(operations: list[tuple[str, int, int]], _: float) -> Sequence[Outcome]:
         assert guard.acquire(blocking=False), "two at a time"
         try:
             for _ in range(len(written) % 3):
                 await asyncio.sleep(0)
-            if asyncio.get_running_loop() is not here and ops[0][2] % 4 == 3:
+            if asyncio.get_running_loop() is not here and operations[0][2] % 4 == 3:
                 raise NotBegun
-            written.extend(ops)
-            return [refused.get(op) for op in ops]
+            written.extend(operations)
+            return [refused.get(operation) for operation in operations]
         finally:
             guard.release()
 
@@ -875,21 +892,23 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
     def spawn(what: str, work: Work) -> None:
         spawned.append(asyncio.create_task(work()))
 
-    lane: Lane[Any] = Lane(here, write, spawn, lambda op: 1, 30)
+    batcher: Batcher[Any] = Batcher(here, write, spawn, lambda operation: 1, 30)
 
     async def caller(name: str, number: int) -> None:
         for turn in range(rounds):
-            op = (name, number, turn)
+            operation = (name, number, turn)
             outcome: object
             (outcome,) = await asyncio.gather(
-                lane.submit(op, may_write=name != "modest"), return_exceptions=True
+                batcher.submit(operation, may_write=name != "modest"), return_exceptions=True
             )
-            assert outcome is refused.get(op)
-            if (number + turn) % 3 == 0:  # others, too, are to find the lane idle
+            assert outcome is refused.get(operation)
+            if (number + turn) % 3 == 0:  # others, too, are to find the batcher idle
                 await asyncio.sleep(0)
 
     async def all_of(name: str) -> None:
-        await asyncio.wait_for(asyncio.gather(*(caller(name, number) for number in range(callers))), 20)
+        await asyncio.wait_for(
+            asyncio.gather(*(caller(name, number) for number in range(callers))), 20
+        )
 
     def thread(name: str) -> None:
         asyncio.run(all_of(name))
@@ -897,8 +916,10 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        await asyncio.gather(*(asyncio.to_thread(thread, name) for name in names[:-1]), all_of("here"))
-        await asyncio.wait_for(lane.finish(), 10)
+        await asyncio.gather(
+            *(asyncio.to_thread(thread, name) for name in names[:-1]), all_of("here")
+        )
+        await asyncio.wait_for(batcher.finish(), 10)
     finally:
         sys.setswitchinterval(interval)
     await outcomes(spawned)

@@ -44,7 +44,9 @@ def test_admit_same_thing_is_logged_once_in_a_period(clock: Clock, limit: LogLim
     assert limit.admit("full", "a") == ""
 
 
-def test_admit_many_things_are_bounded_in_any_period_and_counted(clock: Clock, limit: LogLimit) -> None:
+def test_admit_many_things_are_bounded_in_any_period_and_counted(
+    clock: Clock, limit: LogLimit
+) -> None:
     """Each at a moment of its own: no period, wherever it begins, has more lines."""
     logged = []
     left_out = told = 0

@@ -121,7 +121,9 @@ def test_flush_removes_what_began_before_it(memberships: Memberships) -> None:
         )
     )
 )
-def test_memberships_any_changes_agree_with_a_plain_set(changes: list[tuple[str, str, str, int]]) -> None:
+def test_memberships_any_changes_agree_with_a_plain_set(
+    changes: list[tuple[str, str, str, int]],
+) -> None:
     memberships = Memberships()
     expected: dict[tuple[str, str], float] = {}
     began: dict[tuple[str, str], int | None] = {}
@@ -150,7 +152,9 @@ def test_memberships_any_changes_agree_with_a_plain_set(changes: list[tuple[str,
                 del expected[each]
         assert sorted(memberships.pairs()) == sorted(expected)
         assert len(memberships) == len(expected)
-        assert {channel for _, channel in expected} == {name for name in "xyz" if memberships.is_member(name)}
+        assert {channel for _, channel in expected} == {
+            name for name in "xyz" if memberships.is_member(name)
+        }
         for each in expected:
             member = memberships.get(*each)
             assert member is not None
@@ -160,7 +164,9 @@ def test_memberships_any_changes_agree_with_a_plain_set(changes: list[tuple[str,
 # ---------------------------------------------------------------------- requests that the owner has overruled
 
 
-def test_discard_before_an_own_add_ends_the_membership_until_that_add(memberships: Memberships) -> None:
+def test_discard_before_an_own_add_ends_the_membership_until_that_add(
+    memberships: Memberships,
+) -> None:
     """A transaction 5 has asked for the discard; the owner adds the channel at 10 and again at 20."""
     memberships.add("g", QUEUES["x"], math.inf, None)
     first, second = at(10), at(20)
@@ -201,7 +207,9 @@ def test_is_given_up_an_earlier_number_of_the_same_client_is() -> None:
     pair = ("room", "specific.1!1")
     assert not memberships.is_given_up(pair, "client", 5, 100)
     assert not memberships.is_given_up(pair, "client", 5, 100)  # the same control message once more
-    assert memberships.is_given_up(pair, "client", 5, 101)  # the statement was repeated, and both arrived
+    assert memberships.is_given_up(
+        pair, "client", 5, 101
+    )  # the statement was repeated, and both arrived
     assert memberships.is_given_up(pair, "client", 4, 102)
     assert not memberships.is_given_up(pair, "other", 4, 103)
     assert not memberships.is_given_up(("hall", "specific.1!1"), "client", 4, 104)

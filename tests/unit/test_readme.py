@@ -14,7 +14,9 @@ from pg_layer.management.commands.pg_layer_sweep import Command
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTED = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", README.split("## Options")[1], re.MULTILINE))
+DOCUMENTED = dict(
+    re.findall(r"^\| `(\w+)` \| (\S+) \|", README.split("## Options")[1], re.MULTILINE)
+)
 
 
 def test_every_option_is_documented_and_no_other() -> None:

@@ -82,7 +82,10 @@ def test_moment_taken_later_sees_all_that_an_earlier_one_sees(
         for xid in range(5, before.snapshot.xmax + 1):
             assert after.sees(after.boot, xid) or not before.sees(before.boot, xid)
     if after.is_later(before) and before.is_later(after):
-        assert (before.snapshot.xmin, before.snapshot.xmax) == (after.snapshot.xmin, after.snapshot.xmax)
+        assert (before.snapshot.xmin, before.snapshot.xmax) == (
+            after.snapshot.xmin,
+            after.snapshot.xmax,
+        )
     if after.covers(before):
         for xid in range(5, before.snapshot.xmax + 1):
             assert after.sees(before.boot, xid) or not before.sees(before.boot, xid)

@@ -108,7 +108,9 @@ def test_what_does_not_come_is_lost() -> None:
 @pytest.mark.parametrize("kind", ["specific", "normal"])
 def test_what_comes_twice_is_seen(kind: Kind) -> None:
     stream = CHANNEL if kind == "specific" else "jobs"
-    found = ledger(sent(1, kind, stream), [*OPENED, *got(1, channel=stream)], other=[Got(5, stream, "w", 1)])
+    found = ledger(
+        sent(1, kind, stream), [*OPENED, *got(1, channel=stream)], other=[Got(5, stream, "w", 1)]
+    )
     assert not found.is_clean
     assert tally(found, kind).twice == 1
 
@@ -301,7 +303,9 @@ def test_a_discard_by_another_process_takes_its_place_behind_what_was_sent_befor
     assert unannounced(2.2 + FOUND_MOST) == {UNEXPLAINED: 1}
 
 
-def join(channel: str, group: str = "g", at: float = 0.0, in_transaction: bool = False) -> list[Record]:
+def join(
+    channel: str, group: str = "g", at: float = 0.0, in_transaction: bool = False
+) -> list[Record]:
     return [Joining(at, group, channel, in_transaction), Joined(at + 0.2, group, channel)]
 
 
@@ -324,7 +328,9 @@ def test_a_joining_by_another_process_may_be_lost_before_its_owner_has_heard_of_
     assert causes(ledger(sends, OPENED, [fault], other=joins), "group") == expected
     # What the owner knows, or has itself joined, does not depend on the database.
     sends = [*sent(2, "group", "g"), *sends]
-    assert causes(ledger(sends, [*OPENED, *got(2)], [fault], other=joins), "group") == {UNEXPLAINED: 1}
+    assert causes(ledger(sends, [*OPENED, *got(2)], [fault], other=joins), "group") == {
+        UNEXPLAINED: 1
+    }
     # A message of an earlier stay that is received late shows nothing of this one.
     earlier = [*sent(1, "group", "g", at=0.5), *sent(12, "group", "g")]
     late: list[Record] = [*OPENED, Got(11.0, CHANNEL, "w", 1)]
@@ -340,7 +346,10 @@ def test_a_leaving_by_another_process_may_be_lost_before_its_owner_has_heard_of_
     found = ledger(sent(8, "group", "g"), [*OPENED, *got(8)], [promotion], other=leaves)
     assert (tally(found, "group").stayed, tally(found, "group").uninvited) == (1, 0)
     assert found.is_clean
-    assert tally(ledger(sent(8, "group", "g"), [*OPENED, *got(8)], other=leaves), "group").uninvited == 1
+    assert (
+        tally(ledger(sent(8, "group", "g"), [*OPENED, *got(8)], other=leaves), "group").uninvited
+        == 1
+    )
     own = ledger(sent(8, "group", "g"), [*OPENED, *leaves, *got(8)], [promotion])
     assert tally(own, "group").uninvited == 1
 
@@ -396,7 +405,10 @@ def test_members_in_two_processes_see_one_order() -> None:
     assert in_order(A_AND_B, A_FIRST, B_FIRST) == (1, 0, False)
     found = settle({"sends": A_AND_B, "one": A_FIRST, "two": B_FIRST})
     assert len(found.offences) == 1
-    assert f"came before a.0#1 to {OTHER} of two, and after it to {CHANNEL} of one" in found.offences[0]
+    assert (
+        f"came before a.0#1 to {OTHER} of two, and after it to {CHANNEL} of one"
+        in found.offences[0]
+    )
     assert "PROMISES BROKEN." in describe(found)
 
 
@@ -604,7 +616,9 @@ LONG = Away(10.0, 10.0 + LEASE, "reader", True)
         (LONG._replace(ended=10.0 + LEASE / 2), 12.0, UNEXPLAINED),
     ],
 )
-def test_a_group_of_which_no_member_has_a_lease_may_be_skipped(away: Away, at: float, cause: str) -> None:
+def test_a_group_of_which_no_member_has_a_lease_may_be_skipped(
+    away: Away, at: float, cause: str
+) -> None:
     sends = [*sent(1, "group", "g", at=at), *sent(60, "group", "g")]
     found = ledger(sends, [*OPENED, *join(CHANNEL), *got(60)], [away])
     assert causes(found, "group") == {cause: 1}

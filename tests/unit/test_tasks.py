@@ -33,7 +33,11 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "pg_layer"]
+    return [
+        (record.levelno, record.getMessage())
+        for record in caplog.records
+        if record.name == "pg_layer"
+    ]
 
 
 async def ended(tasks: Tasks) -> None:
@@ -116,7 +120,9 @@ async def test_failures_that_come_within_a_minute_and_stay_are_logged_after_it(
     assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING, logging.ERROR]
 
 
-async def test_failures_that_come_and_go_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failures_that_come_and_go_are_logged_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     failures = Failures()
     for task in range(3):
         failures.begin(task, "Counting", ValueError("No."))
@@ -124,7 +130,9 @@ async def test_failures_that_come_and_go_are_logged_once_a_minute(caplog: pytest
     assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING]
 
 
-async def test_tasks_cancelled_while_they_fail_do_not_fail_any_more(caplog: pytest.LogCaptureFixture) -> None:
+async def test_tasks_cancelled_while_they_fail_do_not_fail_any_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     failures, work = Failures(), Counting()
     tasks = Tasks(failures)
     tasks.spawn("Counting", work)

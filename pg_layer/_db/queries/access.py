@@ -88,7 +88,9 @@ KINDS = {
     ),
     "send": (
         _privileges("SELECT", MESSAGE, "address id xid boot marked kind channel expires_at")
-        | _privileges("INSERT", MESSAGE, "address xid boot marked channel excluded payload expires_at")
+        | _privileges(
+            "INSERT", MESSAGE, "address xid boot marked channel excluded payload expires_at"
+        )
         | _privileges("SELECT", "pg_layer_membership pg_layer_lease_clock pg_layer_low_id")
         | _privileges("SELECT INSERT", "pg_layer_boot")
         | _FUNCTIONS
@@ -96,7 +98,9 @@ KINDS = {
     "receive": (
         _privileges("SELECT DELETE", MESSAGE)
         | _privileges("UPDATE", MESSAGE, "address xid boot marked")
-        | _privileges("SELECT INSERT UPDATE DELETE", "pg_layer_membership pg_layer_client pg_layer_low_id")
+        | _privileges(
+            "SELECT INSERT UPDATE DELETE", "pg_layer_membership pg_layer_client pg_layer_low_id"
+        )
         | _privileges("SELECT INSERT UPDATE", "pg_layer_lease_clock pg_layer_last_sweep")
         | _privileges("SELECT INSERT DELETE", "pg_layer_boot")
         | _SEQUENCE

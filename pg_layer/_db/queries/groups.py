@@ -22,7 +22,9 @@ from pg_layer._db.statement import (
 from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
 
-CLAIM_SECONDS = 10.0  # for which a change by another process is counted before its owner has applied it
+CLAIM_SECONDS = (
+    10.0  # for which a change by another process is counted before its owner has applied it
+)
 
 WRITE = Statement(
     LAZY + "f.* FROM pg_layer_write_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS f",

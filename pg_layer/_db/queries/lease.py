@@ -22,7 +22,8 @@ PART = 5000  # messages or memberships in a statement
 DELETE_PART = 1000  # received rows in a statement
 
 RENEW = Statement(
-    LAZY + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11, $12, $13) AS f",
+    LAZY
+    + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11, $12, $13) AS f",
     *(TEXT, TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT, INT8, FLOAT8, INT8, TEXTS, INT8),
 )
 CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4)", TEXT, TEXT, INT4, BOOL)
@@ -65,7 +66,18 @@ async def renew(
 
     ``addresses``: of which the server keeps where what waits begins; ``low_id``: the cursor's.
     """
-    _, clock, is_new, was_over, boot, last_id, next_xid, snapshot, has_expired, has_marked = await one(
+    (
+        _,
+        clock,
+        is_new,
+        was_over,
+        boot,
+        last_id,
+        next_xid,
+        snapshot,
+        has_expired,
+        has_marked,
+    ) = await one(
         session,
         RENEW,
         prefix,
@@ -83,7 +95,9 @@ async def renew(
         low_id,
     )
     moment = Moment(boot, Snapshot(snapshot))
-    return Renewal(clock, is_new, was_over, moment, Position(last_id, next_xid), has_expired, has_marked)
+    return Renewal(
+        clock, is_new, was_over, moment, Position(last_id, next_xid), has_expired, has_marked
+    )
 
 
 class Closing(NamedTuple):
@@ -138,7 +152,9 @@ async def flush_part(
     Return whether it was the last one, the key of the control message to this client, and the control
     messages that must be announced.
     """
-    _, is_done, boot, xid, id, ids, addresses = await one(session, FLUSH, prefix, address, PART, quiet)
+    _, is_done, boot, xid, id, ids, addresses = await one(
+        session, FLUSH, prefix, address, PART, quiet
+    )
     rows = [
         Unannounced(boot, xid, each, to, None, "flush", None, b"")
         for each, to in zip(ids or (), addresses or (), strict=True)

@@ -14,7 +14,15 @@ from pg_layer._db.queries.common import LAZY, Executor, one
 from pg_layer._db.queries.receive import BEGIN_SNAPSHOT, COMMIT, QUEUE_USAGE
 from pg_layer._db.session import Session
 from pg_layer._db.statement import BOOL, FLOAT8, INT4, TEXT, TEXTS, Statement
-from pg_layer._state.status import DROPS, ChannelStatus, ClientStatus, Fault, GroupStatus, Status, TableStatus
+from pg_layer._state.status import (
+    DROPS,
+    ChannelStatus,
+    ClientStatus,
+    Fault,
+    GroupStatus,
+    Status,
+    TableStatus,
+)
 
 SWEEP_PATIENCE = 60.0  # seconds for one part
 LOOK_PATIENCE = 10.0  # seconds for each statement that only looks
@@ -131,7 +139,9 @@ class Swept(NamedTuple):
         return any(self)
 
 
-async def sweep(session: Executor, prefix: str, limit: int, after: float) -> tuple[Swept, float] | None:
+async def sweep(
+    session: Executor, prefix: str, limit: int, after: float
+) -> tuple[Swept, float] | None:
     """Sweep one part, unless another session sweeps right now: then None.
 
     ``after``: messages that expired before it (seconds since 1970) are left alone. Returns as well where
@@ -177,7 +187,9 @@ def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
 # ---------------------------------------------------------------------- looking
 
 
-def status(conn: Connection[Any], prefix: str, top: int, *, are_named: bool, faults: list[Fault]) -> Status:
+def status(
+    conn: Connection[Any], prefix: str, top: int, *, are_named: bool, faults: list[Fault]
+) -> Status:
     """Return the status of a prefix at one moment, with the first ``top`` of clients, groups and channels.
 
     ``are_named``: the names of connections tell which client they belong to. ``faults``: of the role's

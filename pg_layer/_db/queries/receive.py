@@ -98,9 +98,18 @@ DELETE_RECEIVED = Statement(
     LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3, $4, $5)",
     *(TEXT, TEXT, INT8S, INT8, INT4),
 )
-CLAIM = Statement("SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4)
+CLAIM = Statement(
+    "SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4
+)
 RELEASE = Statement(
-    "SELECT pg_layer_release($1, $2, $3, $4, $5, $6, $7)", TEXT, TEXT, INT8, INT8S, INT8S, INT8S, BOOL
+    "SELECT pg_layer_release($1, $2, $3, $4, $5, $6, $7)",
+    TEXT,
+    TEXT,
+    INT8,
+    INT8S,
+    INT8S,
+    INT8S,
+    BOOL,
 )
 RAISE_FENCE = Statement(LAZY + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
 
@@ -247,7 +256,9 @@ async def new_in_group(
     return list(map(row_from_columns, columns))
 
 
-async def marked_keys(session: Session, addresses: Sequence[str], low_id: int, moment: Moment) -> list[KeyAt]:
+async def marked_keys(
+    session: Session, addresses: Sequence[str], low_id: int, moment: Moment
+) -> list[KeyAt]:
     """Return the keys of marked rows that were visible at a moment, with larger ids."""
     found = await session.execute(MARKED_KEYS, addresses, low_id, moment.snapshot.text)
     return list(map(KeyAt._make, found))
@@ -261,11 +272,15 @@ async def delete(session: Session, address: str, keys: Sequence[Key]) -> None:
     await session.execute(DELETE, address, *columns_of(keys))
 
 
-async def delete_received(session: Session, address: str, moment: Moment, held: Sequence[Key]) -> None:
+async def delete_received(
+    session: Session, address: str, moment: Moment, held: Sequence[Key]
+) -> None:
     """Delete what a moment sees at an address, but for the rows that are held; in parts."""
     ids, after = sorted(key.id for key in held), 0
     while after is not None:
-        _, after = await one(session, DELETE_RECEIVED, address, moment.snapshot.text, ids, after, DELETE_PART)
+        _, after = await one(
+            session, DELETE_RECEIVED, address, moment.snapshot.text, ids, after, DELETE_PART
+        )
 
 
 # ---------------------------------------------------------------------- jobs
@@ -280,7 +295,13 @@ async def claim(
 
 
 async def release(
-    session: Session, prefix: str, address: str, fence: int, keys: Sequence[Key], *, quiet: bool = False
+    session: Session,
+    prefix: str,
+    address: str,
+    fence: int,
+    keys: Sequence[Key],
+    *,
+    quiet: bool = False,
 ) -> None:
     """Give claimed jobs back to their channels. If ``quiet``, do not announce them."""
     await session.execute(RELEASE, prefix, address, fence, *columns_of(keys), quiet)

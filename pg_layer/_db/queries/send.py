@@ -103,7 +103,9 @@ async def send_one(
     quiet: bool,
 ) -> Sent:
     """Send a message to a channel. ``low_id``: None, to send without a look at what waits."""
-    _, row = await one(session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet)
+    _, row = await one(
+        session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet
+    )
     if row is None:
         return Sent({0}, (), None, None, None, None)
     id, xid, boot, waiting, low = row
@@ -177,7 +179,8 @@ async def group_send_batch(
         session, GROUP_SEND_BATCH, prefix, groups, payloads, expiries, excluded, own, quiet
     )
     missed = [
-        (position - 1, channel) for position, channel in zip(positions or (), missing or (), strict=True)
+        (position - 1, channel)
+        for position, channel in zip(positions or (), missing or (), strict=True)
     ]
     indexes = [position - 1 for position in sent or ()]
     return GroupSent(missed, ids or (), addresses or (), channels or (), indexes, xid, boot)

@@ -34,7 +34,9 @@ class LayerCommand(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument(
-            "--layer", default=DEFAULT_CHANNEL_LAYER, help="The alias in CHANNEL_LAYERS (default: default)."
+            "--layer",
+            default=DEFAULT_CHANNEL_LAYER,
+            help="The alias in CHANNEL_LAYERS (default: default).",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:

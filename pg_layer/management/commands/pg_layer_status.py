@@ -80,7 +80,9 @@ class Command(LayerCommand):
                 self.stdout.flush()
                 is_over = bool(select.select([bell], [], [], options["watch"])[0])
 
-    def _look(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> list[str]:
+    def _look(
+        self, config: Config, options: dict[str, Any], show: Callable[..., None]
+    ) -> list[str]:
         """Look, and show it; returns what is wrong."""
         sweep_age = options["sweep_age"]
         faults: list[Fault] = []
@@ -99,14 +101,18 @@ class Command(LayerCommand):
         show(status, problems, options)
         return problems
 
-    def _show_json(self, status: Status | None, problems: list[str], options: dict[str, Any]) -> None:
+    def _show_json(
+        self, status: Status | None, problems: list[str], options: dict[str, Any]
+    ) -> None:
         # Where the database could not be asked, there is nothing else to tell.
         shown: dict[str, Any] = {"ok": False, "problems": problems}
         if status is not None:
             shown = status.as_dict(options["sweep_age"])
         self.stdout.write(json.dumps(shown))
 
-    def _show_text(self, status: Status | None, problems: list[str], options: dict[str, Any]) -> None:
+    def _show_text(
+        self, status: Status | None, problems: list[str], options: dict[str, Any]
+    ) -> None:
         page = _status_text.page(problems, status)
         is_terminal = self.stdout.isatty()
         size = shutil.get_terminal_size()

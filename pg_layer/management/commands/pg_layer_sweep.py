@@ -20,7 +20,10 @@ class Command(LayerCommand):
         super().add_arguments(parser)
         parser.add_argument("--once", action="store_true", help="Sweep once, and end.")
         parser.add_argument(
-            "--interval", type=seconds, default=15.0, help="Seconds between two sweeps (default: 15)."
+            "--interval",
+            type=seconds,
+            default=15.0,
+            help="Seconds between two sweeps (default: 15).",
         )
         parser.add_argument(
             "--batch-size",
@@ -28,7 +31,9 @@ class Command(LayerCommand):
             default=1000,
             help="About how many rows one statement removes (default: 1000).",
         )
-        parser.add_argument("--dry-run", action="store_true", help="Say what would be removed, and end.")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="Say what would be removed, and end."
+        )
 
     def begin(self, config: Config, options: dict[str, Any]) -> None:
         self._verbosity = options["verbosity"]
