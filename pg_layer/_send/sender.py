@@ -19,7 +19,7 @@ from pg_layer._send.announcer import Announcer
 from pg_layer._send.batcher import Batcher, Outcome
 from pg_layer._send.operations import Change, GroupSend, Many, Operation, Send
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
-from pg_layer._state.capacity import Room
+from pg_layer._state.capacity import KnownCapacity
 from pg_layer._state.client import Client
 from pg_layer.exceptions import ChannelFull, LayerUnavailable, OutcomeUnknown, PgLayerError
 
@@ -54,7 +54,7 @@ class Sender:
         self._spawn = spawn
         self._announcer = announcer
         self._is_retrying = False
-        self._room = Room()
+        self._known_capacity = KnownCapacity()
         loop = self._loop = asyncio.get_running_loop()
         timeout = client.config.send_timeout
         self._sends = Batcher[Send | Many](loop, self._send, spawn, _payload_size, timeout)
@@ -101,11 +101,11 @@ class Sender:
 
     async def _send(self, operations: list[Send | Many], timeout: float) -> Sequence[Outcome]:
         sends: list[Send] = _flat(operations)
-        room = self._room
+        known = self._known_capacity
 
         async def write(session: Session, *, quiet: bool) -> tuple[Sent, list[Unannounced]]:
             prefix = self.client.config.prefix
-            return await write_sends(session, prefix, sends, room, own=True, quiet=quiet)
+            return await write_sends(session, prefix, sends, known, own=True, quiet=quiet)
 
         sent = await self._write(write, timeout)
         count_sent(self.client, len(sends), sent)

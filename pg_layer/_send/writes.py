@@ -14,27 +14,33 @@ from pg_layer._db.queries.common import Executor
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
 from pg_layer._messages.addresses import channel_address
 from pg_layer._send.operations import Change, GroupSend, Send
-from pg_layer._state.capacity import Room
+from pg_layer._state.capacity import KnownCapacity
 
 
 async def write_sends(
-    session: Executor, prefix: str, sends: Sequence[Send], room: Room, *, own: bool, quiet: bool
+    session: Executor,
+    prefix: str,
+    sends: Sequence[Send],
+    known: KnownCapacity,
+    *,
+    own: bool,
+    quiet: bool,
 ) -> tuple[Sent, list[Unannounced]]:
     """Send messages to channels."""
     channels, payloads, expiries, capacities = zip(*sends, strict=True)
     if len(sends) == 1:
         address = channel_address(prefix, channels[0])
-        low_id = room.low_id(address, channels[0])
+        low_id = known.low_id(address, channels[0])
         sent = await queries.send_one(
             session, prefix, *sends[0], address, low_id, own=own, quiet=quiet
         )
     else:
-        low_ids = room.low_ids(channels)
+        low_ids = known.low_ids(channels)
         sent = await queries.send_batch(
             session, prefix, channels, payloads, expiries, capacities, low_ids, own=own, quiet=quiet
         )
     if sent.low_ids is not None and sent.boot is not None:
-        room.learn(channels, capacities, sent.waiting, sent.low_ids, sent.boot)
+        known.observe(channels, capacities, sent.waiting, sent.low_ids, sent.boot)
     if not quiet or sent.boot is None or sent.xid is None:
         return sent, []
     accepted = [send for index, send in enumerate(sends) if index not in sent.full]

@@ -1,4 +1,7 @@
-"""What is known of the room in channels, so that most sends need not look at what waits. No I/O."""
+"""What a sender knows about the free capacity of channels. No I/O.
+
+With this knowledge most sends do not count the rows that wait in the channel.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,36 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LOW_IDS_MOST = 64
-CREDIT_PART = 16
-CREDIT_AGE = 0.1  # seconds
-LOW_ID_AGE = 0.1  # seconds: a low id is used when it is at least so old, as ids commit out of order
+MAX_LOW_IDS = 64
+CREDIT_PART = 16  # a credit is this part of the free capacity
+CREDIT_AGE = 0.1  # seconds after which all credits end
+LOW_ID_AGE = 0.1  # seconds after which a low-water id may be used
 
 
 class LowIds(NamedTuple):
-    """Per address, the id below which nothing was seen waiting: where a count of what waits may begin."""
+    """Low-water ids: for each address, the id at which a count of waiting rows may begin."""
 
     addresses: Sequence[str]
     ids: Sequence[int]
 
 
-class LowIdBook:
-    """Remembers per address where counts of what waits may begin.
+class LowWaterIds:
+    """The low-water ids that earlier sends have observed, by address.
 
-    A low id is used only when it is a moment old: a message with a smaller id may still be about to commit.
+    A low-water id may be used only `LOW_ID_AGE` seconds after it was observed. Ids are drawn
+    before the commit: a row with a smaller id may have been invisible when the count was made.
     """
 
     def __init__(self) -> None:
         self._usable: dict[str, int] = {}
-        self._aging: dict[
-            str, int
-        ] = {}  # of the time before: one more keeps all used ones old enough
+        # New ids pass through one more generation. So every id that becomes usable has been known
+        # for a whole LOW_ID_AGE, also if it was observed just before the generations changed.
+        self._aging: dict[str, int] = {}
         self._new: dict[str, int] = {}
         self._since = time.monotonic()
 
-    def learn(self, low_ids: LowIds) -> None:
-        """Take the low ids that a statement returned."""
+    def observe(self, low_ids: LowIds) -> None:
+        """Remember the low-water ids that a statement returned."""
         now = time.monotonic()
         if now - self._since >= LOW_ID_AGE:
             self._usable, self._aging = self._aging, self._new
@@ -43,22 +47,23 @@ class LowIdBook:
         for address, id in zip(low_ids.addresses, low_ids.ids, strict=True):
             self._new.setdefault(address, id)
 
-    def tell(self) -> LowIds:
-        """The low ids to count from."""
-        if len(self._usable) > LOW_IDS_MOST:
-            self._usable = dict(list(self._usable.items())[-LOW_IDS_MOST:])
+    def usable(self) -> LowIds:
+        """Return the low-water ids that a statement may count from, at most `MAX_LOW_IDS`."""
+        if len(self._usable) > MAX_LOW_IDS:
+            self._usable = dict(list(self._usable.items())[-MAX_LOW_IDS:])
         return LowIds(list(self._usable), list(self._usable.values()))
 
-    def of(self, address: str) -> int:
-        """The low id of one address."""
+    def usable_of(self, address: str) -> int:
+        """Return the usable low-water id of one address, or 0 if none is known."""
         return self._usable.get(address, 0)
 
 
 class Credits:
-    """How many messages may go to a channel before it is looked at again whether it is full.
+    """The number of messages that may be sent to each channel without a count.
 
-    A small part of the room that was seen, for a moment: one sender alone never sends too many, and several
-    at once hardly more than they would by looking at the same time. Near the limit every message looks.
+    A credit is a sixteenth of the free capacity that a count found, and lasts `CREDIT_AGE`
+    seconds. So one sender never exceeds the capacity. Several senders exceed it by little more
+    than senders that count at the same moment. If a channel is nearly full, every send counts.
     """
 
     def __init__(self) -> None:
@@ -68,13 +73,20 @@ class Credits:
     def grant(
         self, channels: Sequence[str], capacities: Sequence[int], waiting: int | None
     ) -> None:
-        """So many messages were seen to wait in each of these channels; None: do not trust that."""
+        """Grant a credit for each channel.
+
+        ``waiting``: the number of messages that waited in each of these channels. None: the
+        count must not be relied on, and no credit is granted.
+        """
         if waiting is not None:
             for channel, capacity in zip(channels, capacities, strict=True):
                 self._left[channel] = (capacity - waiting) // CREDIT_PART
 
     def spend(self, channels: Sequence[str]) -> bool:
-        """Whether the next messages, one for each of these channels, may go without a look."""
+        """Return whether one message for each of these channels may be sent without a count.
+
+        Each channel spends one message of its credit, also if a later channel has none left.
+        """
         now = time.monotonic()
         if now - self._since > CREDIT_AGE:
             self._left.clear()
@@ -88,29 +100,36 @@ class Credits:
         return True
 
 
-class Room:
-    """Both, of the channels of one database, for callers on any thread.
+class KnownCapacity:
+    """Low-water ids and credits for the channels of one database. Thread-safe.
 
-    ``boot``: ids of another one say nothing, because a crash or a failover may hand them out again.
+    Both are forgotten when a statement reports another boot: a crash or a failover may hand out
+    the same ids again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._low_ids = LowIdBook()
+        self._low_ids = LowWaterIds()
         self._credits = Credits()
         self._boot: int | None = None
 
     def low_id(self, address: str, channel: str) -> int | None:
-        """Where the next message to a channel counts from; None: it may be sent without a look."""
+        """Return the id at which the count for one message begins. None: send without a count.
+
+        ``address``: the address of ``channel``.
+        """
         with self._lock:
-            return None if self._credits.spend((channel,)) else self._low_ids.of(address)
+            return None if self._credits.spend((channel,)) else self._low_ids.usable_of(address)
 
     def low_ids(self, channels: Sequence[str]) -> LowIds | None:
-        """The same for many messages, one for each of these channels."""
-        with self._lock:
-            return None if self._credits.spend(channels) else self._low_ids.tell()
+        """Return the ids at which the counts for a batch begin. None: send without a count.
 
-    def learn(
+        ``channels``: the channel of each message.
+        """
+        with self._lock:
+            return None if self._credits.spend(channels) else self._low_ids.usable()
+
+    def observe(
         self,
         channels: Sequence[str],
         capacities: Sequence[int],
@@ -118,9 +137,13 @@ class Room:
         low_ids: LowIds,
         boot: int,
     ) -> None:
-        """Take note of what was seen: so many messages wait in each channel, and these low_ids."""
+        """Remember the result of a statement that has counted.
+
+        ``waiting``: the number of messages that wait in each channel, or None. ``boot``: the boot
+        in which the statement ran.
+        """
         with self._lock:
             if boot != self._boot:
-                self._boot, self._low_ids, self._credits = boot, LowIdBook(), Credits()
-            self._low_ids.learn(low_ids)
+                self._boot, self._low_ids, self._credits = boot, LowWaterIds(), Credits()
+            self._low_ids.observe(low_ids)
             self._credits.grant(channels, capacities, waiting)

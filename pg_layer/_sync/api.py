@@ -29,7 +29,7 @@ from pg_layer._send.announcer import PART
 from pg_layer._send.operations import Change, OperationBuilder
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
-from pg_layer._state.capacity import Room
+from pg_layer._state.capacity import KnownCapacity
 from pg_layer._sync.django_session import DjangoSession, finish
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
 
@@ -81,8 +81,8 @@ class Sync:
         self.forget()
 
     def forget(self) -> None:
-        """What was seen of ids and of room says nothing any more."""
-        self._rooms: dict[str, Room] = {}  # by alias
+        """Forget what is known about capacities and ids."""
+        self._known_capacities: dict[str, KnownCapacity] = {}  # by alias
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r})"
@@ -167,9 +167,9 @@ class Sync:
         async def write(
             session: DjangoSession, *, own: bool, quiet: bool
         ) -> tuple[Sent, list[Unannounced]]:
-            room = self._rooms.setdefault(session.alias, Room())
+            known = self._known_capacities.setdefault(session.alias, KnownCapacity())
             return await write_sends(
-                session, self._config.prefix, sends, room, own=own, quiet=quiet
+                session, self._config.prefix, sends, known, own=own, quiet=quiet
             )
 
         sent = self._write(using, write)

@@ -833,11 +833,11 @@ def test_full_channel_in_a_later_boot_is_noticed_by_the_second_message(
 @pytest.mark.usefixtures("looking")
 def test_room_that_was_seen_outlives_connections(layer: PostgresChannelLayer) -> None:
     layer.sync.send("jobs", number(0))
-    before = layer.sync._rooms["default"]
+    before = layer.sync._known_capacities["default"]
     for n in range(3):
         connections.close_all()
         layer.sync.send("jobs", number(n))
-        assert layer.sync._rooms["default"] is before
+        assert layer.sync._known_capacities["default"] is before
 
 
 def test_a_role_that_django_assumes_is_the_layers_own_too(
@@ -919,8 +919,8 @@ def test_who_was_forked_while_others_sent_sends(
 ) -> None:
     layer.sync.send("jobs", number(1))
     connections.close_all()
-    (room,) = layer.sync._rooms.values()
-    with room._lock:  # as a thread has that is about to send
+    (known,) = layer.sync._known_capacities.values()
+    with known._lock:  # as a thread has that is about to send
         child = os.fork()
         if not child:
             signal.alarm(10)
