@@ -42,7 +42,7 @@ CREATE TABLE pg_layer_membership (
     PRIMARY KEY (group_name, address, channel, id)
 );
 CREATE INDEX pg_layer_membership_address ON pg_layer_membership (address);
-CREATE INDEX pg_layer_membership_claims ON pg_layer_membership (expires_at) WHERE id <> 0;
+CREATE INDEX pg_layer_membership_requests ON pg_layer_membership (expires_at) WHERE id <> 0;
 ALTER TABLE pg_layer_membership SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 20000);
 
 CREATE TABLE pg_layer_client (

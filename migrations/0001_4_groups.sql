@@ -87,11 +87,11 @@ $$;
 
 -- An owner writes its own rows: these memberships are present, those are not. No (group, channel) may stand twice.
 --   _ttls: seconds each has left, or null for as long as the client's lease
---   _claim_groups, _claim_channels, _claim_ids: claims up to these ids have been applied, and go
+--   _request_groups, _request_channels, _request_ids: claims up to these ids have been applied, and go
 --   returns: the boot and the snapshot, which are the moment in which new memberships begin
 CREATE FUNCTION pg_layer_write_memberships(
     _address text, _fence bigint, _groups text[], _channels text[], _ttls float8[], _gone_groups text[], _gone_channels text[],
-    _claim_groups text[], _claim_channels text[], _claim_ids bigint[],
+    _request_groups text[], _request_channels text[], _request_ids bigint[],
     OUT boot bigint, OUT snapshot text
 )
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off
@@ -100,9 +100,9 @@ DECLARE
     _now timestamptz := clock_timestamp();
 BEGIN
     PERFORM pg_layer_check_fence(_address, _fence);
-    IF cardinality(_claim_groups) > 0 THEN
+    IF cardinality(_request_groups) > 0 THEN
         DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(
-            SELECT m.ctid FROM unnest(_claim_groups, _claim_channels, _claim_ids) AS c (group_name, channel, id)
+            SELECT m.ctid FROM unnest(_request_groups, _request_channels, _request_ids) AS c (group_name, channel, id)
             CROSS JOIN LATERAL (
                 SELECT m.ctid FROM pg_layer_membership AS m
                 WHERE m.group_name = c.group_name AND m.address = _address AND m.channel = c.channel AND m.id BETWEEN 1 AND c.id
@@ -134,12 +134,12 @@ $$;
 -- is counted until the owner has written its own row. Normal channels have no owner: their claim lasts.
 --   _adds: for each whether it is added
 --   _expiry: seconds that a membership lasts, or null for as long as the lease
---   _claim_seconds: how long a claim on an owned channel is counted
---   _asker, _number: of a client's statements, which are numbered in order, the owner ignores one that comes after a later one
+--   _request_seconds: how long a claim on an owned channel is counted
+--   _requester, _number: of a client's statements, which are numbered in order, the owner ignores one that comes after a later one
 --   returns: the rows of control messages, for whoever announces quiet ones
-CREATE FUNCTION pg_layer_ask(
-    _prefix text, _groups text[], _channels text[], _adds boolean[], _expiry float8, _capacities integer[], _claim_seconds float8,
-    _own boolean, _quiet boolean, _asker text DEFAULT NULL, _number bigint DEFAULT NULL,
+CREATE FUNCTION pg_layer_request_memberships(
+    _prefix text, _groups text[], _channels text[], _adds boolean[], _expiry float8, _capacities integer[], _request_seconds float8,
+    _own boolean, _quiet boolean, _requester text DEFAULT NULL, _number bigint DEFAULT NULL,
     OUT ids bigint[], OUT addresses text[], OUT channels text[], OUT kinds text[], OUT payloads bytea[],
     OUT xid bigint, OUT boot bigint
 )
@@ -150,24 +150,24 @@ DECLARE
     _expires_at timestamptz := CASE WHEN _expiry IS NULL THEN 'infinity' ELSE _now + make_interval(secs => _expiry) END;
     _control_end timestamptz := _now + interval '1 day';
     _xid xid8;
-    _claims bigint[];
+    _requests bigint[];
 BEGIN
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(_own) AS w;
     xid := _xid::text::bigint;
-    SELECT array_agg(nextval('pg_layer_message_id_seq')) INTO _claims FROM generate_series(1, cardinality(_groups));
+    SELECT array_agg(nextval('pg_layer_message_id_seq')) INTO _requests FROM generate_series(1, cardinality(_groups));
     INSERT INTO pg_layer_membership (group_name, address, channel, id, present, expires_at, capacity)
-    SELECT a.group_name, pg_layer_address(_prefix, a.channel), a.channel, a.claim, a.adds,
-        CASE WHEN position('!' IN a.channel) > 0 THEN least(_expires_at, _now + make_interval(secs => _claim_seconds))
+    SELECT a.group_name, pg_layer_address(_prefix, a.channel), a.channel, a.request, a.adds,
+        CASE WHEN position('!' IN a.channel) > 0 THEN least(_expires_at, _now + make_interval(secs => _request_seconds))
             ELSE _expires_at END,
         CASE WHEN position('!' IN a.channel) = 0 THEN a.capacity END
-    FROM unnest(_groups, _channels, _adds, _capacities, _claims) AS a (group_name, channel, adds, capacity, claim);
+    FROM unnest(_groups, _channels, _adds, _capacities, _requests) AS a (group_name, channel, adds, capacity, request);
     -- Older claims on normal channels count no more. What another transaction has locked, the sweeper removes.
     DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(
-        SELECT m.ctid FROM unnest(_groups, _channels, _claims) AS a (group_name, channel, claim)
+        SELECT m.ctid FROM unnest(_groups, _channels, _requests) AS a (group_name, channel, request)
         CROSS JOIN LATERAL (
             SELECT m.ctid FROM pg_layer_membership AS m
             WHERE m.group_name = a.group_name AND m.address = pg_layer_address(_prefix, a.channel)
-                AND m.channel = a.channel AND m.id < a.claim
+                AND m.channel = a.channel AND m.id < a.request
             FOR UPDATE SKIP LOCKED
         ) AS m
         WHERE position('!' IN a.channel) = 0));
@@ -178,14 +178,14 @@ BEGIN
     END IF;
     WITH written AS (
         INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, channel, payload, expires_at)
-        SELECT pg_layer_address(_prefix, a.channel), _xid, pg_layer_ask.boot, _quiet OR pg_layer_ask.boot = 0,
+        SELECT pg_layer_address(_prefix, a.channel), _xid, pg_layer_request_memberships.boot, _quiet OR pg_layer_request_memberships.boot = 0,
             CASE WHEN a.adds THEN 'add' ELSE 'discard' END, a.channel,
             convert_to(json_build_object(
-                'group', a.group_name, 'claim', a.claim, 'snapshot', pg_current_snapshot()::text,
+                'group', a.group_name, 'request', a.request, 'snapshot', pg_current_snapshot()::text,
                 'expires_at', CASE WHEN _expiry IS NOT NULL THEN extract(epoch FROM _expires_at) END,
-                'asker', _asker, 'number', _number)::text, 'UTF8'),
+                'requester', _requester, 'number', _number)::text, 'UTF8'),
             _control_end
-        FROM unnest(_groups, _channels, _adds, _claims) WITH ORDINALITY AS a (group_name, channel, adds, claim, position)
+        FROM unnest(_groups, _channels, _adds, _requests) WITH ORDINALITY AS a (group_name, channel, adds, request, position)
         WHERE position('!' IN a.channel) > 0
         ORDER BY a.position
         RETURNING m.id, m.address, m.channel, m.kind, m.payload

@@ -55,7 +55,7 @@ class Message(models.Model):
 
 
 class Membership(models.Model):
-    """A claim about a channel in a group. Of several claims the one with the largest id counts."""
+    """A row about a channel in a group: the owner's row (id 0) or a request. The largest id counts."""
 
     pk = models.CompositePrimaryKey("group_name", "address", "channel", "id")
     group_name: models.TextField[str, str] = models.TextField(db_collation="C")

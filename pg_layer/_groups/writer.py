@@ -51,10 +51,10 @@ class MembershipWriter:
         """How many memberships must be written."""
         return len(self._due)
 
-    def write_soon(self, group: str, channel: str, claim: int = 0) -> None:
+    def write_soon(self, group: str, channel: str, request: int = 0) -> None:
         """The row of a membership may differ from memory: write it in the background."""
         pair = (group, channel)
-        self._due[pair] = max(self._due.get(pair, 0), claim)
+        self._due[pair] = max(self._due.get(pair, 0), request)
         self._start()
 
     def write_all_soon(self, *, may_have_old_rows: bool) -> None:
@@ -147,8 +147,8 @@ class MembershipWriter:
                     self._rows(part), time.monotonic() + self._client.config.send_timeout
                 )
             except BaseException:
-                for pair, claim in part.items():
-                    self._due[pair] = max(self._due.get(pair, 0), claim)
+                for pair, request in part.items():
+                    self._due[pair] = max(self._due.get(pair, 0), request)
                 raise
 
     async def _find_old(self) -> None:
@@ -184,5 +184,5 @@ class MembershipWriter:
             else:
                 left = None if member.expires_at == math.inf else member.expires_at - now
                 present.append((group, channel, left))
-        claims = [(*pair, claim) for pair, claim in part.items() if claim]
-        return queries.OwnRows(present, gone, claims)
+        requests = [(*pair, request) for pair, request in part.items() if request]
+        return queries.OwnRows(present, gone, requests)

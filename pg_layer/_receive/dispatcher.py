@@ -201,18 +201,20 @@ class Dispatcher:
                 if pair in self._changing:
                     self._block(partial(self.until_changed, pair))
                     return False
-                if (asker := change.get("asker")) is not None and client.memberships.is_given_up(
-                    pair, asker, change["number"], row.id
+                if (
+                    requester := change.get("requester")
+                ) is not None and client.memberships.is_given_up(
+                    pair, requester, change["number"], row.id
                 ):
-                    self._writer.write_soon(*pair, change["claim"])
+                    self._writer.write_soon(*pair, change["request"])
                     return True
                 if row.kind == "add":
                     return self._apply_add(row, change)
                 if client.memberships.overrule(*pair, client.cursor.boot_of(row), row.xid, None):
-                    self._writer.write_soon(*pair, change["claim"])
+                    self._writer.write_soon(*pair, change["request"])
                 else:
                     client.memberships.discard(*pair)
-                    self._writer.write_soon(*pair, change["claim"])
+                    self._writer.write_soon(*pair, change["request"])
             else:
                 error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
                 client.undecodable(row.channel, error)
@@ -253,20 +255,20 @@ class Dispatcher:
         asked = Moment(boot, Snapshot(change["snapshot"]))
         since = client.memberships.begins((group, channel), boot, row.xid, asked)
         if not client.owns(channel) or expires_at <= client.clock.now():
-            self._writer.write_soon(group, channel, change["claim"])
+            self._writer.write_soon(group, channel, change["request"])
             return True
         # The owner itself may have added the first member meanwhile, and has not listened before that.
         opened = client.memberships.opened_after(group, boot, row.xid)
         if group not in client.memberships.groups or opened is not None:
             self._block(
                 partial(
-                    self._receiver.join, row, group, channel, expires_at, since, change["claim"]
+                    self._receiver.join, row, group, channel, expires_at, since, change["request"]
                 )
             )
             return False
         if not client.memberships.overrule(group, channel, boot, row.xid, since):
             client.memberships.add(group, client.queue(channel), expires_at, since)
-        self._writer.write_soon(group, channel, change["claim"])
+        self._writer.write_soon(group, channel, change["request"])
         return True
 
     @contextmanager

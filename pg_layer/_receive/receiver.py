@@ -445,7 +445,7 @@ class Receiver:
     # ------------------------------------------------------------------ the first member of a group
 
     async def join(
-        self, row: Row, group: str, channel: str, expires_at: float, since: Moment, claim: int
+        self, row: Row, group: str, channel: str, expires_at: float, since: Moment, request: int
     ) -> None:
         """Add the first member of a group for another process: it may have missed messages already.
 
@@ -493,7 +493,7 @@ class Receiver:
         if not client.memberships.overrule(group, channel, boot, row.xid, since):
             # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
             client.memberships.add(group, client.queue(channel), expires_at, since)
-        self._writer.write_soon(group, channel, claim)
+        self._writer.write_soon(group, channel, request)
         client.announcements.bring(address, missed)
 
     async def _hear_what_was_sent(self) -> bool:

@@ -61,11 +61,11 @@ class Sender:
         self._group_sends = Batcher[GroupSend | Many](
             loop, self._group_send, spawn, _payload_size, timeout
         )
-        self._asks = Batcher[Change](loop, self._ask, spawn, lambda _: CHANGE_SIZE, timeout)
+        self._requests = Batcher[Change](loop, self._request, spawn, lambda _: CHANGE_SIZE, timeout)
         self._batcher_of: dict[type, Batcher[Any]] = {
             Send: self._sends,
             GroupSend: self._group_sends,
-            Change: self._asks,
+            Change: self._requests,
         }
         self.announce_soon()
 
@@ -124,7 +124,7 @@ class Sender:
         count_group_sent(self.client, sends, sent)
         return _outcomes(operations, {index for index, _ in sent.missed}, lambda send: None)
 
-    async def _ask(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
+    async def _request(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
         numbered = self.client.next_number()
 
         async def write(session: Session, *, quiet: bool) -> tuple[None, list[Unannounced]]:

@@ -103,7 +103,7 @@ async def write_changes(
 ) -> list[Unannounced]:
     """Ask the owners of channels for changes of memberships. The last one of a pair counts."""
     last = {(change.group, change.channel): change for change in changes}
-    rows = await group_queries.ask(
+    rows = await group_queries.request(
         session, prefix, list(last.values()), expiry, own=own, quiet=quiet, numbered=numbered
     )
     return rows if quiet else []

@@ -122,7 +122,7 @@ async def flowing(layer: PostgresChannelLayer, alone: str) -> AsyncIterator[Traf
 
 ELSEWHERE = "specific.0123456789abcdef!1"
 OWN = "a channel of the reader's"
-CONTROL = b'{"group": "room", "claim": 1, "snapshot": "1:1:", "expires_at": null}'
+CONTROL = b'{"group": "room", "request": 1, "snapshot": "1:1:", "expires_at": null}'
 # Kind, channel and payload of rows at the reader's address.
 ROWS: dict[str, tuple[str, str | None, bytes]] = {
     "rubbish": ("message", OWN, b"\x00\xff\x00\xff"),
@@ -132,11 +132,11 @@ ROWS: dict[str, tuple[str, str | None, bytes]] = {
     "message for no channel": ("message", None, b"\x80"),
     "add of no channel": ("add", None, CONTROL),
     "add without JSON": ("add", OWN, b"\xff"),
-    "add without a group": ("add", OWN, b'{"claim": 1, "snapshot": "1:1:"}'),
+    "add without a group": ("add", OWN, b'{"request": 1, "snapshot": "1:1:"}'),
     "add of another type": ("add", OWN, b"[1]"),
     "add with values of other types": (
         *("add", OWN),
-        b'{"group": 5, "claim": "x", "snapshot": "y", "expires_at": [1]}',
+        b'{"group": 5, "request": "x", "snapshot": "y", "expires_at": [1]}',
     ),
     "discard without a group": ("discard", OWN, b"{}"),
     "discard of no channel": ("discard", None, CONTROL),

@@ -17,7 +17,7 @@ from pg_layer._db.queries import groups
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, receive, until
 
-ASK = "SELECT pg_layer_ask('asgi', %s, %s, %s, 86400, %s, 10, false, false)"
+REQUEST = "SELECT pg_layer_request_memberships('asgi', %s, %s, %s, 86400, %s, 10, false, false)"
 
 Transaction = psycopg.Connection[tuple[Any, ...]]
 
@@ -31,11 +31,11 @@ def open_transaction(migrated_dsn: str) -> Iterator[Transaction]:
 
 def add(transaction: Transaction, group: str, channel: str) -> None:
     """Add a channel, as ``layer.sync.group_add`` does in a transaction that Django does not manage."""
-    transaction.execute(ASK, [[group], [channel], [True], [100]])
+    transaction.execute(REQUEST, [[group], [channel], [True], [100]])
 
 
 def discard(transaction: Transaction, group: str, channel: str) -> None:
-    transaction.execute(ASK, [[group], [channel], [False], [100]])
+    transaction.execute(REQUEST, [[group], [channel], [False], [100]])
 
 
 def rows(observer: Observer) -> list[tuple[Any, ...]]:
@@ -250,7 +250,7 @@ async def test_client_that_begins_later_is_a_member_for_as_long_as_was_asked(
 async def test_client_that_never_begins_is_counted_only_for_a_while(
     make_layer: MakeLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "CLAIM_SECONDS", 0.2)
+    monkeypatch.setattr(groups, "REQUEST_SECONDS", 0.2)
     layer = make_layer(group_expiry=None)
     await layer.group_add("room", "specific.nobody!1")
     query = "SELECT bool_and(expires_at <= clock_timestamp()) FROM pg_layer_membership"

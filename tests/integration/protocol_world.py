@@ -936,7 +936,7 @@ class World:
         session = Immediate(self.writer_wire if transaction is None else transaction.wire)
         # Always quiet here, to learn the row; announced below as the layer would.
         rows = run_now(
-            group_queries.ask(
+            group_queries.request(
                 session,
                 self.prefix,
                 [(*pair, added, CAPACITY)],

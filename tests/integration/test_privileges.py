@@ -176,7 +176,7 @@ with transaction.atomic():
 
 ME = "specific.0123456789abcdef!1"
 MY_ADDRESS = "asgi!0123456789abcdef"
-ASK = "SELECT pg_layer_ask('asgi', '{room}', '{%s}', '{%s}', 60, '{1}', 10, false, false)"
+REQUEST = "SELECT pg_layer_request_memberships('asgi', '{room}', '{%s}', '{%s}', 60, '{1}', 10, false, false)"
 NOT_FOR_SENDERS = [
     "SELECT payload FROM pg_layer_message",
     "SELECT excluded FROM pg_layer_message",
@@ -207,9 +207,9 @@ NOT_FOR_SENDERS = [
     f"SELECT pg_layer_release('asgi', '{MY_ADDRESS}', NULL, '{{1}}', '{{1}}', '{{1}}')",
     f"SELECT pg_layer_delete('{MY_ADDRESS}', '{{1}}', '{{1}}', '{{1}}')",
     f"SELECT pg_layer_delete_received('{MY_ADDRESS}', pg_current_snapshot(), '{{}}')",
-    ASK % (ME, "true"),
-    ASK % (ME, "false"),
-    ASK % ("jobs", "true"),
+    REQUEST % (ME, "true"),
+    REQUEST % (ME, "false"),
+    REQUEST % ("jobs", "true"),
     f"SELECT pg_layer_write_memberships('{MY_ADDRESS}', 0, '{{room}}', '{{{ME}}}', '{{NULL}}', '{{}}',"
     " '{}', '{}', '{}', '{}')",
     f"SELECT pg_layer_close('asgi', '{MY_ADDRESS}')",
@@ -233,8 +233,8 @@ NOT_FOR_RECEIVERS = [
     "SELECT pg_layer_send_batch('asgi', '{jobs}', '{\"{}\"}', '{60}', '{100}', NULL, NULL, true, false)",
     "SELECT pg_layer_group_send_one('asgi', 'room', '{}', 60, NULL, true)",
     "SELECT pg_layer_group_send_batch('asgi', '{room}', '{\"{}\"}', '{60}', '{NULL}', true, false)",
-    ASK % (ME, "true"),
-    ASK % (ME, "false"),
+    REQUEST % (ME, "true"),
+    REQUEST % (ME, "false"),
     f"SELECT pg_layer_flush('asgi', '{MY_ADDRESS}')",
     "ALTER TABLE pg_layer_message DISABLE TRIGGER ALL",
 ]
@@ -505,8 +505,8 @@ RECEIVING: list[Operation] = [
         9,
         groups.OwnRows([("room", "a.live!1", None)], [("b", "a.live!1")], [("c", "a.live!1", 9)]),
     ),
-    lambda s: groups.ask(s, PREFIX, [("room", "jobs", True, 1)], 60, own=True, quiet=False),
-    lambda s: groups.ask(s, PREFIX, [("room", "jobs", False, 1)], 60, own=False, quiet=True),
+    lambda s: groups.request(s, PREFIX, [("room", "jobs", True, 1)], 60, own=True, quiet=False),
+    lambda s: groups.request(s, PREFIX, [("room", "jobs", False, 1)], 60, own=False, quiet=True),
     lambda s: groups.group_channels(s, PREFIX, "room"),
     lambda s: lease.close(s, lease.Closing(PREFIX, LIVE, [KEY])),
     lambda s: maintenance.sweep(s, PREFIX, 9, maintenance.START),

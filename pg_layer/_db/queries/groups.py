@@ -22,7 +22,7 @@ from pg_layer._db.statement import (
 from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
 
-CLAIM_SECONDS = (
+REQUEST_SECONDS = (
     10.0  # for which a change by another process is counted before its owner has applied it
 )
 
@@ -30,8 +30,9 @@ WRITE = Statement(
     LAZY + "f.* FROM pg_layer_write_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS f",
     *(TEXT, INT8, TEXTS, TEXTS, FLOAT8S_OR_NULL, TEXTS, TEXTS, TEXTS, TEXTS, INT8S),
 )
-ASK = Statement(
-    lazily("$8") + "f.* FROM pg_layer_ask($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) AS f",
+REQUEST = Statement(
+    lazily("$8")
+    + "f.* FROM pg_layer_request_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) AS f",
     *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL, TEXT, INT8),
 )
 BEGIN = Statement("BEGIN READ ONLY")
@@ -55,7 +56,7 @@ class OwnRows(NamedTuple):
 
     present: Sequence[tuple[str, str, float | None]]
     gone: Sequence[tuple[str, str]]
-    claims: Sequence[tuple[str, str, int]]
+    requests: Sequence[tuple[str, str, int]]
 
 
 async def write(session: Executor, address: str, fence: int, rows: OwnRows) -> Moment:
@@ -67,7 +68,7 @@ async def write(session: Executor, address: str, fence: int, rows: OwnRows) -> M
         fence,
         *_columns(rows.present, 3),
         *_columns(rows.gone, 2),
-        *_columns(rows.claims, 3),
+        *_columns(rows.requests, 3),
     )
     return Moment(boot, Snapshot(snapshot))
 
@@ -81,7 +82,7 @@ async def own_rows(session: Executor, address: str) -> AsyncIterator[list[Pair]]
     await session.execute(COMMIT)
 
 
-async def ask(
+async def request(
     session: Executor,
     prefix: str,
     changes: Sequence[tuple[str, str, bool, int]],
@@ -100,14 +101,14 @@ async def ask(
     groups, channels, adds, capacities = zip(*changes, strict=True)
     _, ids, addresses, names, kinds, payloads, xid, boot = await one(
         session,
-        ASK,
+        REQUEST,
         prefix,
         groups,
         channels,
         adds,
         expiry,
         capacities,
-        CLAIM_SECONDS,
+        REQUEST_SECONDS,
         own,
         quiet,
         *(numbered or (None, None)),
