@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from pg_layer._db.errors import reason_of, was_refused
+from pg_layer._db.errors import outage_reason, was_refused
 from pg_layer._state.client import Client
 
 logger = logging.getLogger("pg_layer")
@@ -29,7 +29,7 @@ class Outage:
         if self.why is not None or self._is_over():
             return
         what = self._what(error)
-        self.why, self.since = reason_of(error), time.monotonic()
+        self.why, self.since = outage_reason(error), time.monotonic()
         logger.warning("%s: %s", what, self.why)
         self._client.announce_locally(self._client.config.on_disconnect)
 

@@ -17,7 +17,7 @@ from psycopg import AsyncConnection, Connection, errors
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from pg_layer._config.options import Config
-from pg_layer._db.errors import READ_ONLY, REFUSALS, Attempts, is_hopeless, translated
+from pg_layer._db.errors import NOTIFY_REFUSED, READ_ONLY, Attempts, is_permanent, translated
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
 from pg_layer._process import shutdown as termination
@@ -206,13 +206,13 @@ class Connections:
             left = deadline - time.monotonic()
             if left <= 0:  # nothing was sent: that is better known than cut short
                 self._give_back(session)
-                raise attempts.unavailable(self._reason) from self._reason
+                raise attempts.final_error(self._reason) from self._reason
             session.patience = min(patience or left, HURRY if self.gives_up else math.inf)
             is_refused = False
             try:
                 return await work(session)
             except psycopg.Error as error:
-                is_refused = error.sqlstate in REFUSALS and quietly is not None
+                is_refused = error.sqlstate in NOTIFY_REFUSED and quietly is not None
                 if is_refused or error.sqlstate == READ_ONLY:
                     self._on_refused(error)
                 if is_refused and quietly is not None:
@@ -223,7 +223,7 @@ class Connections:
                     # An attempt that is cut short would leave it unknown what became of it.
                     now = time.monotonic()
                     is_late = now + RETRY + (now - begun_at) >= deadline or self.gives_up
-                    attempts.failed(error, is_late=is_late)
+                    attempts.check_retry(error, is_late=is_late)
             finally:
                 self._give_back(session)
             if not is_refused:
@@ -269,17 +269,17 @@ class Connections:
                 if self.gives_up:
                     lost = psycopg.OperationalError("The connections to it were lost.")
                     reason: Exception | None = self._reason or lost
-                    raise attempts.unavailable(reason) from reason
+                    raise attempts.final_error(reason) from reason
                 wait = min(_WAIT, deadline - time.monotonic())
                 try:
                     session = (await self._pool.getconn(timeout=max(wait, 0.001))).session
                     break
                 except PoolTimeout as error:
                     reason = self._reason
-                    if reason is not None and is_hopeless(reason):
-                        raise attempts.unavailable(reason) from reason
+                    if reason is not None and is_permanent(reason):
+                        raise attempts.final_error(reason) from reason
                     if time.monotonic() >= deadline:
-                        raise attempts.unavailable(reason) from (reason or error)
+                        raise attempts.final_error(reason) from (reason or error)
                 except PoolClosed as error:
                     if attempts.is_outcome_unknown:
                         raise OutcomeUnknown from error
