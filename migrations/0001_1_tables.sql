@@ -1,19 +1,44 @@
--- The tables. docs/protocols.md states the rules; docs/architecture.md the way of a message.
+-- The tables. docs/protocols.md states the rules, docs/architecture.md shows the path of a message.
 --
--- Names compare bytewise (COLLATE "C"), so that all addresses of a prefix lie in one range of an index.
--- Time is the database's. clock_timestamp() and not now(): a message that is sent late in a long transaction must not be expired
--- when it is written.
+-- Words that all files use:
+--   boot    An uninterrupted run of the server's transaction ids. A crash of the server or the
+--           promotion of a standby ends it, and ids may be handed out again after that. A number,
+--           in pg_layer_boot. 0 in a message: the writer could not know the boot.
+--   marked  A message is marked if the statement that wrote it did not announce it by NOTIFY.
+--           It is announced after the commit, or receivers find it by the mark within two
+--           heartbeats.
+--
+-- Names of columns have COLLATE "C" (bytewise comparison): all addresses of a prefix then lie in
+-- one range of an index.
+--
+-- All times are the database's, from clock_timestamp(). now() is the start of the transaction: a
+-- message that is sent late in a long transaction would be expired when it is written.
 
+-- In this migration objects are created and found in one schema only. The functions below store
+-- this path (SET search_path FROM CURRENT). A caller then reaches the layer's tables with any
+-- search_path, and a temporary table of the same name is never used instead. The last file restores
+-- the path for the rest of the transaction.
+SELECT set_config('pg_layer.search_path', current_setting('search_path'), true),
+    set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
+-- Messages, one row each. The sender writes a row once. Only a claim or release of a job updates
+-- it.
 CREATE TABLE pg_layer_message (
-    address    text COLLATE "C" NOT NULL,                   -- a client, a normal channel or a group: see 0001_2_addresses.sql
-    -- The transaction that wrote the row, or claimed the job. Before the id, because its value must be drawn first.
+    -- A client, a normal channel or a group: see 0001_2_addresses.sql.
+    address    text COLLATE "C" NOT NULL,
+    -- The transaction that wrote the row or claimed the job. This column comes before the id:
+    -- defaults are evaluated in this order, and the transaction id must be drawn first.
     xid        xid8 NOT NULL,
-    id         bigint GENERATED ALWAYS AS IDENTITY,         -- order within an address
-    boot       bigint NOT NULL,                             -- which run of transaction ids xid belongs to; 0: unknown
-    marked     boolean NOT NULL DEFAULT false,              -- not announced in the transaction that wrote it
-    kind       text COLLATE "C" NOT NULL DEFAULT 'message', -- message, or a control message: add, discard, flush
-    channel    text COLLATE "C",                            -- null for a group message
-    excluded   text COLLATE "C",                            -- the member that does not receive a group message
+    -- The order within an address.
+    id         bigint GENERATED ALWAYS AS IDENTITY,
+    boot       bigint NOT NULL,
+    marked     boolean NOT NULL DEFAULT false,
+    -- 'message', or a control message to a client: 'add', 'discard', 'flush'.
+    kind       text COLLATE "C" NOT NULL DEFAULT 'message',
+    -- Null for a group message.
+    channel    text COLLATE "C",
+    -- The member that does not receive a group message.
+    excluded   text COLLATE "C",
     payload    bytea NOT NULL DEFAULT '',
     sent_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     expires_at timestamptz NOT NULL,
@@ -21,7 +46,8 @@ CREATE TABLE pg_layer_message (
 );
 CREATE INDEX pg_layer_message_expires_at ON pg_layer_message (expires_at);
 CREATE INDEX pg_layer_message_marked ON pg_layer_message (id) WHERE marked;
--- Messages live for seconds: compression costs more than it saves, and dead rows must go before they pile up.
+-- Messages live for seconds. Compression would cost more than it saves, and dead rows must be
+-- vacuumed before there are many.
 ALTER TABLE pg_layer_message ALTER COLUMN payload SET STORAGE EXTERNAL;
 ALTER TABLE pg_layer_message SET (
     autovacuum_vacuum_scale_factor = 0.0, autovacuum_vacuum_threshold = 20000,
@@ -29,65 +55,90 @@ ALTER TABLE pg_layer_message SET (
     autovacuum_vacuum_cost_delay = 0
 );
 
--- Claims about memberships. The owner of a channel writes the row with id 0. All others insert rows with ids of their own, so that
--- nobody waits for a row that an open transaction has locked. Of several claims about one membership the largest id counts.
+-- Memberships and membership requests. The owner of a channel writes the row with the id 0. Any
+-- other process writes a request: a row with a new id, above 0, that asks the owner for a change
+-- and counts until the owner has written its row. So no statement waits for a row that an open
+-- transaction has locked. Of several rows about one membership the one with the largest id counts.
+-- A normal channel has no owner: its memberships are requests that stay.
 CREATE TABLE pg_layer_membership (
     group_name text COLLATE "C" NOT NULL,
-    address    text COLLATE "C" NOT NULL,                   -- of the channel: a client or a normal channel
+    -- The address of the channel: a client or a normal channel.
+    address    text COLLATE "C" NOT NULL,
     channel    text COLLATE "C" NOT NULL,
     id         bigint NOT NULL DEFAULT 0,
-    present    boolean NOT NULL DEFAULT true,               -- false: the channel is not in the group
-    expires_at timestamptz NOT NULL,                        -- infinity: as long as the lease of its client
-    capacity   integer,                                     -- of a normal channel
+    -- False: the channel is not in the group.
+    present    boolean NOT NULL DEFAULT true,
+    -- Infinity: the row counts as long as the lease of its client lasts.
+    expires_at timestamptz NOT NULL,
+    -- The capacity of a normal channel. Null for other channels.
+    capacity   integer,
     PRIMARY KEY (group_name, address, channel, id)
 );
 CREATE INDEX pg_layer_membership_address ON pg_layer_membership (address);
 CREATE INDEX pg_layer_membership_requests ON pg_layer_membership (expires_at) WHERE id <> 0;
-ALTER TABLE pg_layer_membership SET (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 20000);
+ALTER TABLE pg_layer_membership SET (
+    autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 20000
+);
 
+-- Clients and their leases.
 CREATE TABLE pg_layer_client (
     address    text COLLATE "C" PRIMARY KEY,
     host       text NOT NULL DEFAULT '',
     pid        integer NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    expires_at timestamptz NOT NULL,                        -- the lease
-    lease      float8 NOT NULL,                             -- its length in seconds
-    fence      bigint NOT NULL DEFAULT 0,                   -- statements of the client with a smaller number are refused
-    ended_at   timestamptz,                                 -- the client has closed
-    swept_at   timestamptz,                                 -- closed or over, and all memberships are removed
-    counters   jsonb NOT NULL DEFAULT '{}'                  -- the client's counters at its last renewal
+    -- The end of the lease.
+    expires_at timestamptz NOT NULL,
+    -- The length of the lease in seconds.
+    lease      float8 NOT NULL,
+    -- Statements of the client that carry a smaller number are refused.
+    fence      bigint NOT NULL DEFAULT 0,
+    -- When the client has closed.
+    ended_at   timestamptz,
+    -- When all memberships of the client were removed, because it has closed or its lease was over.
+    swept_at   timestamptz,
+    -- The client's counters at its last renewal.
+    counters   jsonb NOT NULL DEFAULT '{}'
 ) WITH (fillfactor = 50);
--- Renewals change neither column, so that they stay HOT. The first index has the clients that may have memberships.
+-- A renewal changes no column of these indexes, so that it stays a HOT update. The first index has
+-- the clients that may have memberships.
 CREATE INDEX pg_layer_client_open ON pg_layer_client (address) WHERE swept_at IS NULL;
 CREATE INDEX pg_layer_client_gone ON pg_layer_client (coalesce(ended_at, swept_at))
     WHERE ended_at IS NOT NULL OR swept_at IS NOT NULL;
 
--- Measures leases in time in which the database was there: since when renewals have come without a gap.
+-- The lease clock of each prefix: since when leases have been renewed without a gap. A lease is
+-- measured in time in which the database was available.
 CREATE TABLE pg_layer_lease_clock (
     prefix       text COLLATE "C" PRIMARY KEY,
     boot         bigint NOT NULL,
-    lease        float8 NOT NULL,                           -- the longest that was renewed, in seconds
+    -- The longest lease that was renewed, in seconds.
+    lease        float8 NOT NULL,
     renewed_at   timestamptz NOT NULL,
     steady_since timestamptz NOT NULL
 ) WITH (fillfactor = 50);
 
--- Names an uninterrupted run of transaction ids. Unlogged: a clean restart keeps the row, a crash or the promotion of a standby
--- empties the table, and ids may then be handed out again. A dump copies the row into another cluster: hence the identifier.
+-- The current boot, in at most one row. The table is unlogged: a clean restart keeps the row, and a
+-- crash or the promotion of a standby empties the table. A dump copies the row into another
+-- cluster, which the system identifier shows.
 CREATE UNLOGGED TABLE pg_layer_boot (
     is_only           boolean PRIMARY KEY DEFAULT true CHECK (is_only),
-    boot              bigint NOT NULL,                      -- milliseconds since 1970 when the run was first seen
+    -- Milliseconds from 1970 to when the boot was first seen.
+    boot              bigint NOT NULL,
     system_identifier bigint NOT NULL
 );
 
--- Where a look at what waits may begin: nothing that waits at the address has a smaller id. Without a row that is unknown. Kept by
--- heartbeats, so that nobody walks the rows that have gone, which stay in the index as long as an old snapshot does.
+-- Low-water ids: no message that waits at the address has a smaller id. Without a row, no low-water
+-- id is known. Counts begin there, and do not walk the index entries of deleted rows, which stay as
+-- long as any old snapshot does. Heartbeats keep the table up to date.
 CREATE TABLE pg_layer_low_id (
-    address    text COLLATE "C" PRIMARY KEY,                -- a client or a normal channel
+    -- A client or a normal channel.
+    address    text COLLATE "C" PRIMARY KEY,
     low_id     bigint NOT NULL,
-    kept_on    date NOT NULL                                -- a day and not a moment, so that most updates stay HOT
+    -- A date, not a time: most updates then change no indexed column and stay HOT.
+    kept_on    date NOT NULL
 ) WITH (fillfactor = 50);
 CREATE INDEX pg_layer_low_id_kept_on ON pg_layer_low_id (kept_on);
 
+-- When the last sweep of each prefix that left nothing has ended.
 CREATE TABLE pg_layer_last_sweep (
     prefix     text COLLATE "C" PRIMARY KEY,
     swept_at   timestamptz NOT NULL

@@ -1,58 +1,93 @@
--- Clients and their leases: see docs/protocols.md, section 5.
+-- Clients: the heartbeat, the end of a client, and flush. See docs/protocols.md, sections 5 and 7.
 
--- Renew a client's lease, or begin it. With a token, ring a ping: a listener that does not hear it is deaf.
+-- ------------------------------------------------------------------------- the heartbeat
+
+-- Renew the lease of a client, or begin it. A heartbeat is one call of this function. It also
+-- reports the client's counters, takes the snapshot that may become the cursor's, keeps low-water
+-- ids, and sends the ping: a listener that does not receive the ping is deaf.
+--
+--   _lease: its length in seconds
+--   _fence: the client's; a smaller one in the table is raised
+--   _token: of the ping; null: send no ping
 --   _known_boot: the boot of the client's cursor, or 0
---   _swept_to: messages that expired before this (seconds since 1970) have been deleted
+--   _swept_to: messages that expired before this time (seconds since 1970) have been deleted
 --   _marked_from: the id after which marked rows are of interest
---   _addresses, _low_id: addresses whose low id is kept, and the cursor's: see pg_layer_keep_low_ids
---   returns: the database's clock (seconds since 1970); whether the lease begins, or had been over, so that rows of memberships may be
---       missing; whether it had been over; boot, largest id and next transaction as of pg_layer_position, then the snapshot; whether there is something to delete, and
---       whether there are marked rows
+--   _addresses, _low_id: addresses whose low-water ids this client keeps, and the low-water id of
+--       its cursor: see pg_layer_keep_low_ids()
+--   Returns:
+--   clock: the time of the database, seconds since 1970
+--   is_new: membership rows may be missing, because the lease begins or had been over
+--   was_over: the lease had been over
+--   boot, last_id, next_xid: as pg_layer_position(), from before the snapshot
+--   snapshot: to become the cursor's when the ping is received
+--   has_expired: there are expired messages to delete
+--   has_marked: there are marked rows
+--   Raises SQLSTATE 25006 on a standby.
+--   Called by clients (_db/queries/lease.py).
 CREATE FUNCTION pg_layer_renew(
-    _prefix text, _address text, _host text, _pid integer, _lease float8, _fence bigint, _counters jsonb, _token text,
-    _known_boot bigint, _swept_to float8, _marked_from bigint, _addresses text[] DEFAULT '{}', _low_id bigint DEFAULT 0,
-    OUT clock float8, OUT is_new boolean, OUT was_over boolean, OUT boot bigint, OUT last_id bigint, OUT next_xid bigint, OUT snapshot text,
-    OUT has_expired boolean, OUT has_marked boolean
+    _prefix text, _address text, _host text, _pid integer, _lease float8, _fence bigint,
+    _counters jsonb, _token text, _known_boot bigint, _swept_to float8, _marked_from bigint,
+    _addresses text[] DEFAULT '{}', _low_id bigint DEFAULT 0,
+    OUT clock float8, OUT is_new boolean, OUT was_over boolean, OUT boot bigint,
+    OUT last_id bigint, OUT next_xid bigint, OUT snapshot text, OUT has_expired boolean,
+    OUT has_marked boolean
 )
-LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET jit = off
+AS $$
 DECLARE
     _now timestamptz := clock_timestamp();
     _client pg_layer_client;
 BEGIN
-    SELECT p.boot, p.last_id, p.next_xid INTO boot, last_id, next_xid FROM pg_layer_position(_known_boot) AS p;
+    SELECT p.boot, p.last_id, p.next_xid INTO boot, last_id, next_xid
+    FROM pg_layer_position(_known_boot) AS p;
     snapshot := pg_current_snapshot()::text;
-    -- Locked, so that no sweep clears this client between the look and the renewal.
+    -- Lock the row: otherwise a sweep could remove the memberships of this client between the check
+    -- and the renewal.
     SELECT * INTO _client FROM pg_layer_client AS c WHERE c.address = _address FOR UPDATE;
     is_new := _client.address IS NULL;
-    was_over := NOT is_new AND (_client.swept_at IS NOT NULL OR pg_layer_is_over(_prefix, _client.expires_at, _client.lease));
+    was_over := NOT is_new AND (_client.swept_at IS NOT NULL
+        OR pg_layer_is_over(_prefix, _client.expires_at, _client.lease));
     is_new := is_new OR was_over;
-    -- A client that has closed has a new address when it is used again: a renewal that comes late does not revive it.
+    -- A late renewal does not revive a client that has closed. When the layer is used again, it
+    -- begins a client with a new address.
     IF _client.ended_at IS NULL THEN
         INSERT INTO pg_layer_client AS c (address, host, pid, expires_at, lease, fence, counters)
-        VALUES (_address, _host, _pid, _now + make_interval(secs => _lease), _lease, _fence, _counters)
-        ON CONFLICT (address) DO UPDATE SET expires_at = excluded.expires_at, lease = excluded.lease,
-            fence = greatest(c.fence, excluded.fence), counters = excluded.counters;
+        VALUES (_address, _host, _pid, _now + make_interval(secs => _lease), _lease, _fence,
+            _counters)
+        ON CONFLICT (address) DO UPDATE SET expires_at = excluded.expires_at,
+            lease = excluded.lease, fence = greatest(c.fence, excluded.fence),
+            counters = excluded.counters;
         IF _client.swept_at IS NOT NULL THEN
             UPDATE pg_layer_client AS c SET swept_at = NULL WHERE c.address = _address;
         END IF;
         INSERT INTO pg_layer_lease_clock AS l (prefix, boot, lease, renewed_at, steady_since)
         VALUES (_prefix, pg_layer_renew.boot, _lease, _now, _now)
         ON CONFLICT (prefix) DO UPDATE SET renewed_at = excluded.renewed_at, boot = excluded.boot,
-            -- A gap of half a lease: heartbeats come more often, and a lease that ends in an outage needs a longer one.
-            steady_since = CASE WHEN l.boot = excluded.boot
-                    AND l.renewed_at > excluded.renewed_at - make_interval(secs => greatest(l.lease, excluded.lease) / 2)
-                THEN l.steady_since ELSE excluded.steady_since END,
-            lease = CASE WHEN l.boot = excluded.boot
-                    AND l.renewed_at > excluded.renewed_at - make_interval(secs => greatest(l.lease, excluded.lease) / 2)
-                THEN greatest(l.lease, excluded.lease) ELSE excluded.lease END
-        -- Not at each renewal of each client: versions of this row stay for as long as somebody's old snapshot.
+            -- A gap is half a lease without renewals. Heartbeats come more often, and a lease that
+            -- expires in an outage needs a longer gap.
+            steady_since = CASE
+                WHEN l.boot = excluded.boot AND l.renewed_at > excluded.renewed_at
+                    - make_interval(secs => greatest(l.lease, excluded.lease) / 2)
+                THEN l.steady_since ELSE excluded.steady_since
+            END,
+            lease = CASE
+                WHEN l.boot = excluded.boot AND l.renewed_at > excluded.renewed_at
+                    - make_interval(secs => greatest(l.lease, excluded.lease) / 2)
+                THEN greatest(l.lease, excluded.lease) ELSE excluded.lease
+            END
+        -- Not at each renewal: the versions of this row stay as long as any old snapshot does.
         WHERE l.boot <> excluded.boot OR l.lease < excluded.lease
             OR l.renewed_at < excluded.renewed_at - make_interval(secs => l.lease / 10);
     END IF;
-    has_expired := EXISTS (SELECT FROM pg_layer_message AS m
-                           WHERE m.expires_at > to_timestamp(_swept_to) AND m.expires_at <= _now);
+    has_expired := EXISTS (
+        SELECT FROM pg_layer_message AS m
+        WHERE m.expires_at > to_timestamp(_swept_to) AND m.expires_at <= _now);
     has_marked := EXISTS (SELECT FROM pg_layer_message AS m WHERE m.marked AND m.id > _marked_from);
-    -- Of an earlier boot the cursor's id says nothing: ids may have been drawn again.
+    -- The cursor's id is of its boot. In another boot ids may have been drawn again.
     IF _low_id > 0 AND boot = _known_boot THEN
         PERFORM pg_layer_keep_low_ids(_addresses, _low_id);
     END IF;
@@ -63,21 +98,72 @@ BEGIN
 END
 $$;
 
--- A client gives up statements that it sent with a smaller number and has no answer to. A network may deliver them late: then they are
--- refused.
-CREATE FUNCTION pg_layer_raise_fence(_address text, _fence bigint) RETURNS void
-LANGUAGE sql AS $$
-    UPDATE pg_layer_client AS c SET fence = greatest(c.fence, _fence) WHERE c.address = _address
+-- Raise the low-water ids of addresses: each to the first message that waits there or to _low_id,
+-- whichever is smaller.
+--
+--   _low_id: a row that is not visible now has a larger id, unless it is a released job
+--   Called by pg_layer_renew().
+CREATE FUNCTION pg_layer_keep_low_ids(_addresses text[], _low_id bigint) RETURNS void
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET jit = off
+AS $$
+DECLARE
+    _address text;
+    _kept pg_layer_low_id;
+    _first bigint;
+BEGIN
+    -- In the order of the addresses, as pg_layer_release() locks these rows.
+    FOR _address IN
+        SELECT a.address FROM unnest(_addresses) AS a (address) ORDER BY a.address COLLATE "C"
+    LOOP
+        -- Lock the row before the SELECT below. pg_layer_release() locks it as well: released jobs
+        -- are then either visible to the SELECT, or lower the id later.
+        SELECT l.* INTO _kept
+        FROM pg_layer_low_id AS l WHERE l.address = _address FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN
+            INSERT INTO pg_layer_low_id AS l (address, low_id, kept_on)
+            VALUES (_address, 0, current_date)
+            ON CONFLICT DO NOTHING RETURNING l.* INTO _kept;
+            CONTINUE WHEN NOT FOUND;
+        END IF;
+        -- Not at each heartbeat: the versions of the row stay as long as any old snapshot does.
+        CONTINUE WHEN _low_id < _kept.low_id + 1000 AND _kept.kept_on = current_date;
+        SELECT m.id INTO _first FROM pg_layer_message AS m
+        WHERE m.address = _address AND m.id >= _kept.low_id AND m.expires_at > clock_timestamp()
+            AND m.kind = 'message'
+        ORDER BY m.id LIMIT 1;
+        UPDATE pg_layer_low_id AS l SET kept_on = current_date,
+            low_id = greatest(_kept.low_id, least(coalesce(_first, _low_id), _low_id))
+        WHERE l.address = _address;
+    END LOOP;
+END
 $$;
 
--- A client's end: its jobs go back to their channels, and all else of it goes, up to _limit messages and memberships. What the caller leaves expires, or the sweeper removes it.
---   _quiet: do not announce the jobs
---   returns: whether nothing is left
+-- ------------------------------------------------------------------------- the end of a client
+
+-- Close a client: release its jobs, and delete its memberships and other messages. What is left
+-- over after the caller's last call expires, or the sweeper removes it.
+--
+--   _limit: the number of messages, and of memberships, that one call handles
+--   _quiet: do not announce the released jobs
+--   Returns whether nothing is left.
+--   Called by clients (_db/queries/lease.py), until nothing is left or the time is over.
 CREATE FUNCTION pg_layer_close(
     _prefix text, _address text, _limit integer DEFAULT 5000, _quiet boolean DEFAULT false
 ) RETURNS boolean
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
-    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET jit = off
+AS $$
 DECLARE
     _boots bigint[];
     _xids bigint[];
@@ -85,17 +171,23 @@ DECLARE
     _messages bigint;
     _memberships bigint;
 BEGIN
-    -- Kept for a day, so that statements of the client that come late are refused.
-    INSERT INTO pg_layer_client AS c (address, expires_at, lease, ended_at) VALUES (_address, clock_timestamp(), 0, clock_timestamp())
-    ON CONFLICT (address) DO UPDATE SET expires_at = excluded.expires_at, ended_at = excluded.ended_at;
+    -- The row stays for a day, so that late statements of the client are refused.
+    INSERT INTO pg_layer_client AS c (address, expires_at, lease, ended_at)
+    VALUES (_address, clock_timestamp(), 0, clock_timestamp())
+    ON CONFLICT (address) DO UPDATE SET expires_at = excluded.expires_at,
+        ended_at = excluded.ended_at;
     WITH part AS MATERIALIZED (
-        SELECT m.boot, m.xid, m.id, m.kind = 'message' AND position('!' IN m.channel) = 0 AS is_job FROM pg_layer_message AS m
+        SELECT m.boot, m.xid, m.id,
+            m.kind = 'message' AND position('!' IN m.channel) = 0 AS is_job
+        FROM pg_layer_message AS m
         WHERE m.address = _address ORDER BY m.id LIMIT _limit
     ), gone AS (
         DELETE FROM pg_layer_message AS m
-        WHERE m.address = _address AND m.id = ANY (ARRAY(SELECT p.id FROM part AS p WHERE NOT p.is_job))
+        WHERE m.address = _address
+            AND m.id = ANY (ARRAY(SELECT p.id FROM part AS p WHERE NOT p.is_job))
     )
-    SELECT count(*), array_agg(p.boot) FILTER (WHERE p.is_job), array_agg(p.xid::text::bigint) FILTER (WHERE p.is_job),
+    SELECT count(*), array_agg(p.boot) FILTER (WHERE p.is_job),
+        array_agg(p.xid::text::bigint) FILTER (WHERE p.is_job),
         array_agg(p.id) FILTER (WHERE p.is_job)
     INTO _messages, _boots, _xids, _ids FROM part AS p;
     IF _ids IS NOT NULL THEN
@@ -104,43 +196,75 @@ BEGIN
     _memberships := pg_layer_delete_memberships(_address, _limit);
     IF _memberships < _limit THEN
         UPDATE pg_layer_client AS c SET swept_at = c.ended_at
-        WHERE c.address = _address AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address);
+        WHERE c.address = _address
+            AND NOT EXISTS (SELECT FROM pg_layer_membership AS m WHERE m.address = _address);
     END IF;
     DELETE FROM pg_layer_low_id AS l WHERE l.address = _address;
     RETURN _messages < _limit AND _memberships < _limit;
 END
 $$;
 
--- Delete up to _limit memberships of a client. Rows that others have locked are left for the next time.
+-- Delete up to _limit memberships of a client. Rows that another transaction has locked stay.
+--
+--   Returns the number of deleted rows.
+--   Called by pg_layer_close() and pg_layer_sweep().
 CREATE FUNCTION pg_layer_delete_memberships(_address text, _limit integer) RETURNS bigint
-LANGUAGE sql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+LANGUAGE sql
+SET search_path FROM CURRENT
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET jit = off
+AS $$
     WITH part AS MATERIALIZED (
-        SELECT m.ctid FROM pg_layer_membership AS m WHERE m.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
+        SELECT m.ctid FROM pg_layer_membership AS m
+        WHERE m.address = _address LIMIT _limit FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p)) RETURNING 1
+        DELETE FROM pg_layer_membership AS m
+        WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p)) RETURNING 1
     )
     SELECT count(*) FROM gone
 $$;
 
--- Remove up to _limit messages and memberships of a prefix each; when nothing is left, tell every client so in its one order.
---   returns: whether nothing is left; then the boot and transaction, and the id of the control message to _address, if it is among
---       the clients; all control messages, for whoever announces quiet ones
+-- ------------------------------------------------------------------------- flush
+
+-- Delete messages and memberships of a prefix. When nothing is left, write a control message to
+-- each client.
+--
+--   _address: the calling client
+--   _limit: the number of messages, and of memberships, that one call deletes
+--   _quiet: see 0001_3_sending.sql
+--   Returns in is_done whether nothing is left; boot and xid; in id the id of the control message
+--   to the calling client, null if it is not among the clients; in ids and addresses all control
+--   messages. If _quiet, the caller must announce them.
+--   Raises SQLSTATE 25006 on a standby.
+--   Called by clients (_db/queries/lease.py), until is_done.
 CREATE FUNCTION pg_layer_flush(
     _prefix text, _address text, _limit integer DEFAULT 5000, _quiet boolean DEFAULT false,
-    OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT id bigint, OUT ids bigint[], OUT addresses text[]
+    OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT id bigint, OUT ids bigint[],
+    OUT addresses text[]
 )
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
-    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+LANGUAGE plpgsql
+SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET jit = off
+AS $$
 DECLARE
     _xid xid8;
 BEGIN
-    -- Under the lock nobody sends what the last part would leave. Rows that others have locked are left, as all who send wait for this
-    -- one: those of open transactions, and jobs that are claimed or released just now.
+    -- The lock keeps statements from sending messages that the last call would not see. All senders
+    -- wait for this transaction, so it must not wait for locked rows: those of open transactions,
+    -- and jobs that are being claimed or released. They stay.
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;
     xid := _xid::text::bigint;
     WITH part AS MATERIALIZED (
         SELECT m.ctid FROM pg_layer_message AS m
-        WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address, m.id LIMIT _limit
+        WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"'
+        ORDER BY m.address, m.id LIMIT _limit
         FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM pg_layer_message AS m WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p))
@@ -148,10 +272,12 @@ BEGIN
     SELECT count(*) < _limit INTO is_done FROM part;
     WITH part AS MATERIALIZED (
         SELECT m.ctid FROM pg_layer_membership AS m
-        WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"' ORDER BY m.address LIMIT _limit
+        WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"'
+        ORDER BY m.address LIMIT _limit
         FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM pg_layer_membership AS m WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p))
+        DELETE FROM pg_layer_membership AS m
+        WHERE m.ctid = ANY (ARRAY(SELECT p.ctid FROM part AS p))
     )
     SELECT is_done AND count(*) < _limit INTO is_done FROM part;
     IF NOT is_done THEN
@@ -159,15 +285,19 @@ BEGIN
     END IF;
     WITH written AS (
         INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, expires_at)
-        SELECT c.address, _xid, pg_layer_flush.boot, _quiet, 'flush', clock_timestamp() + interval '1 day' FROM pg_layer_client AS c
+        SELECT c.address, _xid, pg_layer_flush.boot, _quiet, 'flush',
+            clock_timestamp() + interval '1 day'
+        FROM pg_layer_client AS c
         WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL
         RETURNING m.id, m.address
     )
-    SELECT array_agg(w.id), array_agg(w.address), max(w.id) FILTER (WHERE w.address = _address) INTO ids, addresses, id
+    SELECT array_agg(w.id), array_agg(w.address), max(w.id) FILTER (WHERE w.address = _address)
+    INTO ids, addresses, id
     FROM (SELECT * FROM written AS w ORDER BY w.id) AS w;
     IF ids IS NOT NULL AND NOT _quiet THEN
-        PERFORM pg_layer_announce(false, array_fill(boot, ARRAY[cardinality(ids)]), array_fill(_xid::text, ARRAY[cardinality(ids)]),
-            ids, addresses, NULL, array_fill('flush'::text, ARRAY[cardinality(ids)]), NULL, NULL, NULL);
+        PERFORM pg_layer_announce(false, array_fill(boot, ARRAY[cardinality(ids)]),
+            array_fill(_xid::text, ARRAY[cardinality(ids)]), ids, addresses, NULL,
+            array_fill('flush'::text, ARRAY[cardinality(ids)]), NULL, NULL, NULL);
     END IF;
 END
 $$;

@@ -1,3 +1,4 @@
+-- Drop the view, the functions and the tables of the layer, in the schema of its message table.
 DROP VIEW pg_layer_group;
 DO $$
 DECLARE
@@ -12,5 +13,5 @@ BEGIN
     END LOOP;
 END
 $$;
-DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock, pg_layer_boot, pg_layer_low_id,
-    pg_layer_last_sweep;
+DROP TABLE pg_layer_message, pg_layer_membership, pg_layer_client, pg_layer_lease_clock,
+    pg_layer_boot, pg_layer_low_id, pg_layer_last_sweep;
