@@ -1,12 +1,18 @@
-"""The statements of the layer, each with its parameters and results, by concern.
+"""The SQL statements of the layer by concern, each with its parameters and its typed function.
 
-The functions that they call are defined, and explained, in ``migrations``.
+The functions that the statements call are defined, and documented, in ``migrations``.
 
-The layer's own writes commit with ``synchronous_commit = off``: a crash of the server may undo the last
-moments, and no transaction that notifies waits for the disk. The setting is made within the statement's
-transaction, so that it works through a pooler and leaves the session as it was. Claiming jobs is the
-exception: undone, it would hand them out twice. A statement in an application's transaction (``own`` is
-false) leaves the durability of its commit alone.
+The layer's own writes commit with ``synchronous_commit = off``: a crash of the server may undo the
+last moments, and no transaction that notifies waits for the disk. The statement makes the setting
+for its transaction, so that it works through a pooler and does not change the session. Claims and
+releases of jobs are the exception: a claim that a crash undid would hand out the jobs twice. A
+statement in a transaction of the application (``own`` is false) does not change how that
+transaction commits.
+
+Arguments that several modules use:
+
+``own``: the statement is the layer's own, alone in its transaction.
+``quiet``: the statement marks its rows and does not announce them; the caller must.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from pg_layer._db.statement import Statement
 
 
 def all_statements() -> list[Statement]:
-    """Each statement of these modules."""
+    """Return every statement of these modules."""
     from pg_layer._db.queries import access, groups, lease, maintenance, receive, send
 
     return [

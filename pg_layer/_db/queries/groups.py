@@ -1,4 +1,4 @@
-"""Memberships, and who is in a group."""
+"""Memberships and membership requests: ``migrations/0001_4_groups.sql``."""
 
 from __future__ import annotations
 
@@ -22,36 +22,19 @@ from pg_layer._db.statement import (
 from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment, Snapshot
 
-REQUEST_SECONDS = (
-    10.0  # for which a change by another process is counted before its owner has applied it
-)
+# Seconds for which a request counts if the owner of the channel does not apply it.
+REQUEST_SECONDS = 10.0
 
-WRITE = Statement(
-    LAZY + "f.* FROM pg_layer_write_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS f",
-    *(TEXT, INT8, TEXTS, TEXTS, FLOAT8S_OR_NULL, TEXTS, TEXTS, TEXTS, TEXTS, INT8S),
-)
-REQUEST = Statement(
-    lazily("$8")
-    + "f.* FROM pg_layer_request_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) AS f",
-    *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL, TEXT, INT8),
-)
-BEGIN = Statement("BEGIN READ ONLY")
-OPEN_OWN = Statement(
-    "DECLARE pg_layer_own CURSOR FOR"
-    " SELECT m.group_name, m.channel FROM pg_layer_membership AS m WHERE m.address = $1 AND m.id = 0",
-    TEXT,
-)
-FETCH_OWN = Statement("FETCH 2000 FROM pg_layer_own")
-COMMIT = Statement("COMMIT")
-GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
-GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)
+# ---------------------------------------------------------------------- rows of an owner
 
 
 class OwnRows(NamedTuple):
-    """What an owner writes about its memberships: pairs of group and channel, none twice.
+    """What an owner writes about its memberships. A pair of group and channel occurs only once.
 
-    ``present``: with the seconds each has left, or None for the life of the lease. ``gone``. ``claims``:
-    claims on a pair up to an id that have been applied.
+    ``present``: group, channel, and the seconds until the membership ends, None for the life of the
+    lease.
+    ``gone``: the pairs of memberships that have ended.
+    ``requests``: group, channel, and the largest id of the requests that have been applied.
     """
 
     present: Sequence[tuple[str, str, float | None]]
@@ -59,8 +42,14 @@ class OwnRows(NamedTuple):
     requests: Sequence[tuple[str, str, int]]
 
 
+WRITE = Statement(
+    LAZY + "f.* FROM pg_layer_write_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) AS f",
+    *(TEXT, INT8, TEXTS, TEXTS, FLOAT8S_OR_NULL, TEXTS, TEXTS, TEXTS, TEXTS, INT8S),
+)
+
+
 async def write(session: Executor, address: str, fence: int, rows: OwnRows) -> Moment:
-    """Write rows of an owner. Return the moment in which new memberships begin."""
+    """Write rows of the owner at ``address``. Return the moment in which new memberships begin."""
     _, boot, snapshot = await one(
         session,
         WRITE,
@@ -73,13 +62,36 @@ async def write(session: Executor, address: str, fence: int, rows: OwnRows) -> M
     return Moment(boot, Snapshot(snapshot))
 
 
+def _columns(rows: Sequence[tuple[object, ...]], width: int) -> list[Sequence[object]]:
+    return list(zip(*rows, strict=True)) if rows else [()] * width
+
+
+BEGIN = Statement("BEGIN READ ONLY")
+OPEN_OWN = Statement(
+    "DECLARE pg_layer_own CURSOR FOR SELECT m.group_name, m.channel"
+    " FROM pg_layer_membership AS m WHERE m.address = $1 AND m.id = 0",
+    TEXT,
+)
+FETCH_OWN = Statement("FETCH 2000 FROM pg_layer_own")
+COMMIT = Statement("COMMIT")
+
+
 async def own_rows(session: Executor, address: str) -> AsyncIterator[list[Pair]]:
-    """Read the rows of an owner, in parts."""
+    """Read the pairs of group and channel in the rows of an owner, in parts of 2,000."""
     await session.execute(BEGIN)
     await session.execute(OPEN_OWN, address)
     while rows := await session.execute(FETCH_OWN):
         yield [(group, channel) for group, channel in rows]
     await session.execute(COMMIT)
+
+
+# ---------------------------------------------------------------------- requests
+
+REQUEST = Statement(
+    lazily("$8")
+    + "f.* FROM pg_layer_request_memberships($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) AS f",
+    *(TEXT, TEXTS, TEXTS, BOOLS, FLOAT8, INT4S, FLOAT8, BOOL, BOOL, TEXT, INT8),
+)
 
 
 async def request(
@@ -92,11 +104,16 @@ async def request(
     quiet: bool,
     numbered: tuple[str, int] | None = None,
 ) -> list[Unannounced]:
-    """Ask the owners of channels for changes: group, channel, whether it is added, capacity.
+    """Request changes of memberships from the owners of the channels.
 
-    Normal channels change at once. ``numbered``: the id of the client that asks, and a number larger than
-    those of its earlier statements; owners ignore a statement that comes after a later one. Returns the
-    control messages, to be announced if they are quiet.
+    Memberships of normal channels, which have no owner, change at once.
+
+    ``changes``: group, channel, whether it is added, capacity; no pair of group and channel twice.
+    ``expiry``: seconds that a membership lasts, None for the life of the lease.
+    ``numbered``: the id of the requesting client, and a larger number than those of its earlier
+    statements. Owners ignore a statement that arrives after one with a larger number.
+
+    Return the control messages. If ``quiet``, the caller must announce them.
     """
     groups, channels, adds, capacities = zip(*changes, strict=True)
     _, ids, addresses, names, kinds, payloads, xid, boot = await one(
@@ -121,16 +138,20 @@ async def request(
     ]
 
 
+# ---------------------------------------------------------------------- members
+
+GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
+
+
 async def group_channels(session: Executor, prefix: str, group: str) -> list[str]:
-    """Return the channels in a group, without those of clients that are gone."""
+    """Return the channels in a group, except those of clients whose lease is over."""
     return [channel for (channel,) in await session.execute(GROUP_CHANNELS, prefix, group)]
 
 
+GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)
+
+
 async def group_count(session: Executor, prefix: str, group: str) -> int:
-    """Return how many they are."""
+    """Return the number of channels that `group_channels` returns."""
     (count,) = await one(session, GROUP_COUNT, prefix, group)
     return int(count)
-
-
-def _columns(rows: Sequence[tuple[object, ...]], width: int) -> list[Sequence[object]]:
-    return list(zip(*rows, strict=True)) if rows else [()] * width

@@ -1,4 +1,4 @@
-"""Sending messages, and announcing marked rows."""
+"""Sending messages, and announcing marked rows: ``migrations/0001_3_sending.sql``."""
 
 from __future__ import annotations
 
@@ -22,47 +22,17 @@ from pg_layer._db.statement import (
 )
 from pg_layer._state.capacity import LowIds
 
-SEND_ONE = Statement(
-    lazily("$7") + "pg_layer_send_one($1, $2, $3, $4, $5, $6, $7, $8)",
-    *(TEXT, TEXT, BYTEA, FLOAT8, INT4, INT8, BOOL, BOOL),
-)
-SEND_BATCH = Statement(
-    lazily("$8") + "f.* FROM pg_layer_send_batch($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
-    *(TEXT, TEXTS, BYTEAS, FLOAT8S, INT4S, TEXTS, INT8S, BOOL, BOOL),
-)
-GROUP_SEND_ONE = Statement(
-    lazily("$6") + "f.* FROM pg_layer_group_send_one($1, $2, $3, $4, $5, $6, $7) AS f",
-    *(TEXT, TEXT, BYTEA, FLOAT8, TEXT, BOOL, BOOL),
-)
-GROUP_SEND_BATCH = Statement(
-    lazily("$6") + "f.* FROM pg_layer_group_send_batch($1, $2, $3, $4, $5, $6, $7) AS f",
-    *(TEXT, TEXTS, BYTEAS, FLOAT8S, TEXTS, BOOL, BOOL),
-)
-ANNOUNCE = Statement(
-    lazily("true") + "pg_layer_announce_marked($1, $2, $3, $4, $5, $6, $7, $8)",
-    *(INT8S, INT8S, INT8S, TEXTS, TEXTS, TEXTS, TEXTS, BYTEAS),
-)
-
-
-class Unannounced(NamedTuple):
-    """A marked row that its sender must announce."""
-
-    boot: int
-    xid: int
-    id: int
-    address: str
-    channel: str | None
-    kind: str
-    excluded: str | None
-    payload: bytes
+# ---------------------------------------------------------------------- to channels
 
 
 class Sent(NamedTuple):
-    """What a statement wrote to channels.
+    """The result of a statement that writes to channels.
 
-    ``full``: the indexes of messages that were refused. ``ids``: of the rows, in the order of the others.
-    ``waiting``: how many messages wait, at most, at each address; ``low_ids``: for the next call. Both
-    None if the statement did not look.
+    ``full``: the indexes of messages that were refused because their channel is full.
+    ``ids``: the ids of the rows, in the order of the other messages.
+    ``waiting``: the number of messages that now wait at the fullest address. None: the statement
+    did not count.
+    ``low_ids``: for the next call. None: the statement did not count.
     """
 
     full: set[int]
@@ -73,20 +43,10 @@ class Sent(NamedTuple):
     low_ids: LowIds | None
 
 
-class GroupSent(NamedTuple):
-    """What a statement wrote to groups.
-
-    ``missed``: the index of each message that a full normal channel in its group missed, with the channel.
-    The others describe the rows: id, address, channel (None: the group's own row), index of the message.
-    """
-
-    missed: list[tuple[int, str]]
-    ids: Sequence[int]
-    addresses: Sequence[str]
-    channels: Sequence[str | None]
-    indexes: Sequence[int]
-    xid: int | None
-    boot: int | None
+SEND_ONE = Statement(
+    lazily("$7") + "pg_layer_send_one($1, $2, $3, $4, $5, $6, $7, $8)",
+    *(TEXT, TEXT, BYTEA, FLOAT8, INT4, INT8, BOOL, BOOL),
+)
 
 
 async def send_one(
@@ -102,15 +62,25 @@ async def send_one(
     own: bool,
     quiet: bool,
 ) -> Sent:
-    """Send a message to a channel. ``low_id``: None, to send without a look at what waits."""
+    """Send a message to a channel.
+
+    ``expiry``: seconds. ``address``: of the channel. ``low_id``: the low-water id of the address, 0
+    if it is unknown, None to send without a count.
+    """
     _, row = await one(
         session, SEND_ONE, prefix, channel, payload, expiry, capacity, low_id, own, quiet
     )
     if row is None:
         return Sent({0}, (), None, None, None, None)
     id, xid, boot, waiting, low = row
-    seen = None if low_id is None else LowIds((address,), (low,))
-    return Sent(set(), (id,), xid, boot, waiting, seen)
+    next_low_ids = None if low_id is None else LowIds((address,), (low,))
+    return Sent(set(), (id,), xid, boot, waiting, next_low_ids)
+
+
+SEND_BATCH = Statement(
+    lazily("$8") + "f.* FROM pg_layer_send_batch($1, $2, $3, $4, $5, $6, $7, $8, $9) AS f",
+    *(TEXT, TEXTS, BYTEAS, FLOAT8S, INT4S, TEXTS, INT8S, BOOL, BOOL),
+)
 
 
 async def send_batch(
@@ -125,8 +95,12 @@ async def send_batch(
     own: bool,
     quiet: bool,
 ) -> Sent:
-    """Send messages to channels, in their order. ``low_ids``: None, to send without a look."""
-    addresses, ids_at = (None, None) if low_ids is None else low_ids
+    """Send messages to channels, in their order.
+
+    The sequences have one element per message; ``expiries`` in seconds. ``low_ids``: the low-water
+    ids that are known, None to send without a count.
+    """
+    addresses, address_low_ids = (None, None) if low_ids is None else low_ids
     _, full, low_addresses, lows, waiting, ids, xid, boot = await one(
         session,
         SEND_BATCH,
@@ -136,12 +110,40 @@ async def send_batch(
         expiries,
         capacities,
         addresses,
-        ids_at,
+        address_low_ids,
         own,
         quiet,
     )
-    seen = None if low_ids is None else LowIds(low_addresses, lows)
-    return Sent({position - 1 for position in full or ()}, ids or (), xid, boot, waiting, seen)
+    next_low_ids = None if low_ids is None else LowIds(low_addresses, lows)
+    full_indexes = {position - 1 for position in full or ()}
+    return Sent(full_indexes, ids or (), xid, boot, waiting, next_low_ids)
+
+
+# ---------------------------------------------------------------------- to groups
+
+
+class GroupSent(NamedTuple):
+    """The result of a statement that writes to groups.
+
+    ``missed``: the index of each message that a full normal channel in its group missed, and the
+    channel.
+    ``ids``, ``addresses``, ``channels``, ``indexes``: one element per row; the channel is None for
+    the row of the group, the index is that of the message.
+    """
+
+    missed: list[tuple[int, str]]
+    ids: Sequence[int]
+    addresses: Sequence[str]
+    channels: Sequence[str | None]
+    indexes: Sequence[int]
+    xid: int | None
+    boot: int | None
+
+
+GROUP_SEND_ONE = Statement(
+    lazily("$6") + "f.* FROM pg_layer_group_send_one($1, $2, $3, $4, $5, $6, $7) AS f",
+    *(TEXT, TEXT, BYTEA, FLOAT8, TEXT, BOOL, BOOL),
+)
 
 
 async def group_send_one(
@@ -155,12 +157,22 @@ async def group_send_one(
     own: bool,
     quiet: bool,
 ) -> GroupSent:
-    """Send a message to a group. Its rows are returned if they are ``quiet``."""
+    """Send a message to a group. The result has the rows only if ``quiet``.
+
+    ``expiry``: seconds. ``excluded``: a member that does not receive the message.
+    """
     _, missed, ids, addresses, channels, xid, boot = await one(
         session, GROUP_SEND_ONE, prefix, group, payload, expiry, excluded, own, quiet
     )
-    missing, ids = [(0, channel) for channel in missed or ()], ids or ()
-    return GroupSent(missing, ids, addresses or (), channels or (), [0] * len(ids), xid, boot)
+    missed_channels, ids = [(0, channel) for channel in missed or ()], ids or ()
+    indexes = [0] * len(ids)
+    return GroupSent(missed_channels, ids, addresses or (), channels or (), indexes, xid, boot)
+
+
+GROUP_SEND_BATCH = Statement(
+    lazily("$6") + "f.* FROM pg_layer_group_send_batch($1, $2, $3, $4, $5, $6, $7) AS f",
+    *(TEXT, TEXTS, BYTEAS, FLOAT8S, TEXTS, BOOL, BOOL),
+)
 
 
 async def group_send_batch(
@@ -174,7 +186,10 @@ async def group_send_batch(
     own: bool,
     quiet: bool,
 ) -> GroupSent:
-    """Send messages to groups, in their order."""
+    """Send messages to groups, in their order.
+
+    The sequences have one element per message; ``expiries`` in seconds.
+    """
     _, positions, missing, ids, addresses, channels, sent, xid, boot = await one(
         session, GROUP_SEND_BATCH, prefix, groups, payloads, expiries, excluded, own, quiet
     )
@@ -186,6 +201,28 @@ async def group_send_batch(
     return GroupSent(missed, ids or (), addresses or (), channels or (), indexes, xid, boot)
 
 
+# ---------------------------------------------------------------------- announcements
+
+
+class Unannounced(NamedTuple):
+    """A marked row that its sender must announce."""
+
+    boot: int
+    xid: int
+    id: int
+    address: str
+    channel: str | None
+    kind: str
+    excluded: str | None
+    payload: bytes
+
+
+ANNOUNCE = Statement(
+    lazily("true") + "pg_layer_announce_marked($1, $2, $3, $4, $5, $6, $7, $8)",
+    *(INT8S, INT8S, INT8S, TEXTS, TEXTS, TEXTS, TEXTS, BYTEAS),
+)
+
+
 async def announce(session: Executor, rows: Sequence[Unannounced]) -> None:
-    """Announce marked rows that exist. In the order in which they stand."""
+    """Announce marked rows in the order of ``rows``. Rows that do not exist are left out."""
     await session.execute(ANNOUNCE, *zip(*rows, strict=True))
