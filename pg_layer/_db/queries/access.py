@@ -1,4 +1,4 @@
-"""What keeps a role from the layer's rows: privileges that it lacks, and row-level security."""
+"""What keeps a role from the rows of the layer: missing privileges, row-level security."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from pg_layer._db.statement import TEXTS, Statement
 from pg_layer._state.status import Problem
 
 MESSAGE = "pg_layer_message"
-FUNCTIONS = "pg_layer_*"  # all of them count as one
+FUNCTIONS = "pg_layer_*"  # the privilege to execute all functions counts as one
 _WRITES = ("INSERT", "UPDATE", "DELETE", "USAGE")
 
 ROLE = Statement("SELECT quote_ident(current_user)")
-# Names in a schema that a role may not use are as if they were not there.
+# Schemas in search_path with the tables that the role may not use. PostgreSQL does not find names
+# in them, as if there were no such tables.
 HIDDEN = Statement(
     """
-    SELECT quote_ident(n.nspname) FROM pg_namespace AS n JOIN pg_class AS c ON c.relnamespace = n.oid
+    SELECT quote_ident(n.nspname)
+    FROM pg_namespace AS n JOIN pg_class AS c ON c.relnamespace = n.oid
     WHERE c.relname = 'pg_layer_message' AND NOT has_schema_privilege(n.oid, 'USAGE')
         AND to_regclass('pg_layer_message') IS NULL
         AND n.nspname IN (
@@ -30,13 +32,16 @@ HIDDEN = Statement(
         )
     """
 )
-# It is not active for superusers, for roles with BYPASSRLS, and for the owner unless it is forced.
+# Row-level security is not active for superusers, for roles with BYPASSRLS, and, unless it is
+# forced, for the owner.
 ROW_SECURITY = Statement(
-    "SELECT t.name FROM unnest($1) WITH ORDINALITY AS t (name, place) WHERE row_security_active(t.name)"
-    " ORDER BY place",
+    """
+    SELECT t.name FROM unnest($1) WITH ORDINALITY AS t (name, place)
+    WHERE row_security_active(t.name) ORDER BY place
+    """,
     TEXTS,
 )
-HELD = Statement(
+GRANTED = Statement(
     """
     SELECT CASE
         WHEN c.relkind = 'S' THEN has_sequence_privilege(c.oid, p.name)
@@ -53,14 +58,15 @@ NOT_EXECUTABLE = Statement(
     """
     SELECT p.oid::regprocedure::text FROM pg_proc AS p
     WHERE p.proname LIKE 'pg\\_layer\\_%' AND NOT has_function_privilege(p.oid, 'EXECUTE')
-        AND p.pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'pg_layer_message'::regclass)
+        AND p.pronamespace = (
+            SELECT relnamespace FROM pg_class WHERE oid = 'pg_layer_message'::regclass)
     ORDER BY 1
     """
 )
 
 
 class Privilege(NamedTuple):
-    """A privilege on a relation, or on a column of it."""
+    """A privilege on a relation, or on one of its columns."""
 
     name: str
     relation: str
@@ -78,7 +84,7 @@ def _privileges(names: str, relations: str, columns: str = "") -> frozenset[Priv
 
 _SEQUENCE = _privileges("SELECT USAGE", "pg_layer_message_id_seq")
 _FUNCTIONS = _privileges("EXECUTE", FUNCTIONS)
-# What docs/permissions.md grants, by what the role does.
+# The kinds of roles in docs/permissions.md, each with the privileges that the page grants.
 KINDS = {
     "do all that the layer can do": (
         _privileges("SELECT INSERT UPDATE DELETE", " ".join(TABLES))
@@ -112,54 +118,62 @@ KINDS = {
 def prove_usage(conn: Connection[Any]) -> None:
     """Raise psycopg's error if the tables are in a schema that the role may not use.
 
-    A statement would say that there are no such tables, and have them migrated.
+    Without this check a statement would report missing tables, and the advice would be to migrate.
     """
     for (schema,) in Session(conn).execute_now(HIDDEN, timeout=LOOK_TIMEOUT):
         raise errors.InsufficientPrivilege(f"permission denied for schema {schema}")
 
 
 def role_problems(conn: Connection[Any]) -> list[Problem]:
-    """Return all that keeps the role from rows. Raise psycopg's error if there are no tables for it."""
+    """Return all problems that keep the role from rows.
+
+    Raises psycopg's error if the tables are missing, or in a schema that the role may not use.
+    """
     prove_usage(conn)
-    return [fault for fault in (row_security(conn), privileges(conn)) if fault is not None]
+    return [problem for problem in (row_security(conn), privileges(conn)) if problem is not None]
 
 
 def row_security(conn: Connection[Any]) -> Problem | None:
-    """Whether row-level security applies to the role. Needs no privilege."""
+    """Return a problem if row-level security applies to the role. Needs no privilege."""
     run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     tables = [table for (table,) in run(ROW_SECURITY, TABLES)]
     if not tables:
         return None
     ((role,),) = run(ROLE)
+    commands = [f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY" for table in tables]
     return Problem(
         f"Row-level security applies to the role {role} on {', '.join(tables)}:"
         " rows that it needs are hidden from it, or refused.",
-        f"As the owner: {'; '.join(f'ALTER TABLE {table} DISABLE ROW LEVEL SECURITY' for table in tables)}.",
+        f"As the owner: {'; '.join(commands)}.",
     )
 
 
 def privileges(conn: Connection[Any]) -> Problem | None:
-    """Whether the role lacks a part of what it needs for what it does. Needs no privilege.
+    """Return a problem if the role lacks privileges for what it does. Needs no privilege.
 
-    What it does is told by what it may write: each such privilege has to be one of a kind of role that is
-    complete. A role that may write nothing is taken for one that only looks.
+    What a role does follows from what it may write. Each privilege to write must belong to a kind
+    of role (`KINDS`) whose privileges are complete. A role that may write nothing only reads, and has
+    no problem.
     """
     run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
-    asked = sorted(frozenset().union(*KINDS.values()) - _FUNCTIONS)
-    answers = run(HELD, *(list(part) for part in zip(*asked, strict=True)))
-    held = {privilege for privilege, (is_held,) in zip(asked, answers, strict=True) if is_held}
-    functions = [function for (function,) in run(NOT_EXECUTABLE)]
-    if not functions:
-        held |= _FUNCTIONS
-    lacks = {kind: needed - held for kind, needed in KINDS.items()}
-    explained = {_place(p) for kind, needed in KINDS.items() if not lacks[kind] for p in needed}
-    begun = {_place(p) for p in held if p.name in _WRITES} - explained
-    if not begun:
+    known = sorted(frozenset().union(*KINDS.values()) - _FUNCTIONS)
+    answers = run(GRANTED, *(list(part) for part in zip(*known, strict=True)))
+    granted = {
+        privilege for privilege, (is_granted,) in zip(known, answers, strict=True) if is_granted
+    }
+    not_executable = [function for (function,) in run(NOT_EXECUTABLE)]
+    if not not_executable:
+        granted |= _FUNCTIONS
+    missing = {kind: needed - granted for kind, needed in KINDS.items()}
+    complete = {_place(p) for kind, needed in KINDS.items() if not missing[kind] for p in needed}
+    incomplete = {_place(p) for p in granted if p.name in _WRITES} - complete
+    if not incomplete:
         return None
-    kinds = [kind for kind, needed in KINDS.items() if begun & {_place(p) for p in needed}]
-    kind = min(kinds, key=lambda kind: len(lacks[kind]))
+    # The kind with the fewest missing privileges, of those with a privilege that the role has.
+    kinds = [kind for kind, needed in KINDS.items() if incomplete & {_place(p) for p in needed}]
+    kind = min(kinds, key=lambda kind: len(missing[kind]))
     ((role,),) = run(ROLE)
-    grants = _grants(lacks[kind], functions)
+    grants = _grants(missing[kind], not_executable)
     return Problem(
         f"The role {role} lacks privileges to {kind}: {'; '.join(grants)}.",
         f"As the owner: {'; '.join(f'GRANT {grant} TO {role}' for grant in grants)}."
@@ -171,16 +185,16 @@ def _place(privilege: Privilege) -> tuple[str, str]:
     return privilege.name, privilege.relation
 
 
-def _grants(lacking: frozenset[Privilege], functions: list[str]) -> list[str]:
-    """The privileges as GRANT takes them."""
+def _grants(missing: frozenset[Privilege], not_executable: list[str]) -> list[str]:
+    """Return the missing privileges in the syntax of GRANT, columns of a relation together."""
     columns: dict[tuple[str, str], list[str]] = {}
-    for privilege in sorted(lacking):
+    for privilege in sorted(missing):
         columns.setdefault(_place(privilege), []).append(privilege.column)
     grants = []
     for (name, relation), of in columns.items():
         if relation == FUNCTIONS:
-            more = f" and {len(functions) - 2} more" if functions[2:] else ""
-            grants.append(f"EXECUTE ON FUNCTION {', '.join(functions[:2])}{more}")
+            more = f" and {len(not_executable) - 2} more" if not_executable[2:] else ""
+            grants.append(f"EXECUTE ON FUNCTION {', '.join(not_executable[:2])}{more}")
         else:
             listed = f" ({', '.join(of)})" if any(of) else ""
             kind = "SEQUENCE " if relation.endswith("_seq") else ""

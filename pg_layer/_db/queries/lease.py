@@ -1,4 +1,4 @@
-"""Clients: renewing the lease, closing, flushing."""
+"""The heartbeat and the end of a client, and flush: ``migrations/0001_6_leases.sql``."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from pg_layer._messages.rows import Key, columns_of
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 
 CLOSE_TIMEOUT = 2.0  # seconds
-PART = 5000  # messages or memberships in a statement
-DELETE_PART = 1000  # received rows in a statement
+PART = 5000  # messages, and memberships, that one statement removes
+DELETE_PART = 1000  # received rows that one statement deletes
+
+# ---------------------------------------------------------------------- the heartbeat
 
 RENEW = Statement(
     LAZY
     + "f.* FROM pg_layer_renew($1, $2, $3, $4, $5, $6, $7::jsonb, $8, $9, $10, $11, $12, $13) AS f",
     *(TEXT, TEXT, TEXT, INT4, FLOAT8, INT8, TEXT, TEXT, INT8, FLOAT8, INT8, TEXTS, INT8),
 )
-CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4)", TEXT, TEXT, INT4, BOOL)
-FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3, $4) AS f", TEXT, TEXT, INT4, BOOL)
 
 
 class Renewal(NamedTuple):
-    """What a renewal tells.
+    """The result of a renewal.
 
-    ``clock``: the database's, seconds since 1970. ``is_new``: rows of memberships may be missing, because
-    the lease begins or had been over. ``was_over``: it had been over. ``position``: from before ``moment``.
+    ``clock``: the time of the database, seconds since 1970.
+    ``is_new``: membership rows may be missing, because the lease begins or had been over.
+    ``was_over``: the lease had been over.
+    ``position``: read before ``moment``.
+    ``has_expired``, ``has_marked``: there are expired messages to delete, or marked rows.
     """
 
     clock: float
@@ -62,9 +65,15 @@ async def renew(
     addresses: Sequence[str],
     low_id: int,
 ) -> Renewal:
-    """Renew the lease, report counters, and ring a ping if there is a token.
+    """Renew the lease of a client, or begin it; report its counters, and send a ping.
 
-    ``addresses``: of which the server keeps where what waits begins; ``low_id``: the cursor's.
+    ``lease``: its length in seconds.
+    ``token``: of the ping; None: send none.
+    ``known_boot``: the boot of the cursor, or 0.
+    ``swept_to``: messages that expired before this time (seconds since 1970) have been deleted.
+    ``marked_from``: marked rows up to this id are of no interest.
+    ``addresses``: the addresses whose low-water ids this client keeps.
+    ``low_id``: the low-water id of the cursor.
     """
     (
         _,
@@ -100,23 +109,37 @@ async def renew(
     )
 
 
+# ---------------------------------------------------------------------- the end of a client
+
+
 class Closing(NamedTuple):
-    """A client's end: ``done`` was received, jobs first, its other jobs are released, all else goes."""
+    """The end of a client.
+
+    ``done``: the keys of received rows, which are deleted first, jobs before others. Other jobs
+    are released. All other messages and memberships are deleted.
+    """
 
     prefix: str
     address: str
     done: Sequence[Key]
 
     def parts(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """The keys of ``done``, for as many statements as it takes."""
+        """Return the keys of ``done`` as columns, in parts of `DELETE_PART`."""
         return [
             columns_of(self.done[start : start + DELETE_PART])
             for start in range(0, len(self.done), DELETE_PART)
         ]
 
 
+CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4)", TEXT, TEXT, INT4, BOOL)
+
+
 async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> None:
-    """End a client. What cannot be removed in time expires, or the sweeper removes it."""
+    """Close a client.
+
+    What is left after `CLOSE_TIMEOUT` expires, or the sweeper removes it. ``quiet``: do not
+    announce the released jobs.
+    """
     deadline = time.monotonic() + CLOSE_TIMEOUT
     for part in closing.parts():
         await session.execute(DELETE, closing.address, *part)
@@ -129,7 +152,7 @@ async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> 
 
 
 def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -> None:
-    """End a client, where no event loop runs any more."""
+    """Close a client on a synchronous connection, when no event loop runs any longer."""
     session = Session(conn)
     deadline = time.monotonic() + CLOSE_TIMEOUT
     for part in closing.parts():
@@ -144,13 +167,20 @@ def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -
             return
 
 
+# ---------------------------------------------------------------------- flush
+
+FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3, $4) AS f", TEXT, TEXT, INT4, BOOL)
+
+
 async def flush_part(
     session: Executor, prefix: str, address: str, *, quiet: bool = False
 ) -> tuple[bool, Key | None, list[Unannounced]]:
-    """Remove a part of a prefix. The last one tells its clients.
+    """Remove a part of the messages and memberships of a prefix.
 
-    Return whether it was the last one, the key of the control message to this client, and the control
-    messages that must be announced.
+    The call that removes the last part also writes a control message to each client.
+
+    ``address``: the calling client. Return whether it was the last part, the key of the control
+    message to the calling client, and the control messages that the caller must announce.
     """
     _, is_done, boot, xid, id, ids, addresses = await one(
         session, FLUSH, prefix, address, PART, quiet

@@ -1,4 +1,4 @@
-"""Sweeping, the status of a layer, and whether the tables are there."""
+"""Sweeping (``migrations/0001_8_sweeping.sql``), the status of a layer, and missing tables."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pg_layer._state.status import (
 )
 
 SWEEP_TIMEOUT = 60.0  # seconds for one part
-LOOK_TIMEOUT = 10.0  # seconds for each statement that only looks
-START = 0.0  # where a full pass begins
+LOOK_TIMEOUT = 10.0  # seconds for each statement that only reads
+START = 0.0  # the ``after`` of the first part of a full pass
 TABLES = (
     "pg_layer_message",
     "pg_layer_membership",
@@ -37,17 +37,113 @@ TABLES = (
     "pg_layer_last_sweep",
 )
 
+# ---------------------------------------------------------------------- sweeping
+
+
+class Swept(NamedTuple):
+    """The number of rows of each kind that a sweep has removed."""
+
+    messages: int
+    memberships: int
+    clients: int
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+
 SWEEP = Statement(LAZY + "f.* FROM pg_layer_sweep($1, $2, $3, $4) AS f", TEXT, INT4, BOOL, FLOAT8)
+
+
+async def sweep(
+    session: Executor, prefix: str, limit: int, after: float
+) -> tuple[Swept, float] | None:
+    """Sweep one part. Return None if another session sweeps the prefix right now.
+
+    ``limit``: the largest number of rows of each kind. ``after``: messages that expired before this
+    time (seconds since 1970) stay. Return also the ``after`` of the next part.
+    """
+    _, *counts, last = await one(session, SWEEP, prefix, limit, True, after)
+    return None if None in counts else (Swept(*counts), after if last is None else last)
+
+
+def sweep_now(
+    conn: Connection[Any], prefix: str, limit: int, after: float, interrupt: socket.socket
+) -> tuple[Swept, float]:
+    """Sweep one part on a synchronous connection, whether or not another session sweeps.
+
+    The arguments are those of `sweep`. When ``interrupt`` can be read, the call does not wait much
+    longer for the server.
+    """
+    ((_, *counts, last),) = Session(conn).execute_now(
+        SWEEP, prefix, limit, False, after, timeout=SWEEP_TIMEOUT, interrupt=interrupt
+    )
+    return Swept(*counts), after if last is None else last
+
+
 DELETE_EXPIRED = Statement(LAZY + "f.* FROM pg_layer_delete_expired($1, $2) AS f", FLOAT8, INT4)
+
+
+async def delete_expired(session: Executor, after: float, limit: int) -> tuple[int, float | None]:
+    """Delete expired messages of all prefixes, at most ``limit``.
+
+    ``after``: as in `sweep`. Return the number of deleted messages and the ``after`` of the next
+    part.
+    """
+    _, count, last = await one(session, DELETE_EXPIRED, after, limit)
+    return count, last
+
+
 SWEEPABLE = Statement("SELECT * FROM pg_layer_sweepable($1)", TEXT)
-# Clients that have neither closed nor been swept. An overdue one has not renewed its lease in time; whether
-# the lease is over depends on the others, too.
+
+
+def sweepable(conn: Connection[Any], prefix: str) -> Swept:
+    """Return the number of rows of each kind that a sweep would remove."""
+    (counts,) = Session(conn).execute_now(SWEEPABLE, prefix)
+    return Swept(*counts)
+
+
+LAST_SWEEP = Statement(
+    """
+    SELECT extract(epoch FROM clock_timestamp() - swept_at)::float8
+    FROM pg_layer_last_sweep WHERE prefix = $1
+    """,
+    TEXT,
+)
+FIRST_USE = Statement(
+    """
+    SELECT extract(epoch FROM clock_timestamp() - least(
+        (SELECT min(started_at) FROM pg_layer_client
+         WHERE address > $1 || '!' AND address < $1 || '"'),
+        (SELECT min(sent_at) FROM pg_layer_message
+         WHERE address > $1 || '!' AND address < $1 || '"')
+    ))::float8
+    """,
+    TEXT,
+)
+
+
+def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
+    """Return the seconds since a sweep has ended, or since the first use of the layer.
+
+    None: the layer has not been used.
+    """
+    run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
+    sweeps = run(LAST_SWEEP, prefix)
+    ((since,),) = sweeps or run(FIRST_USE, prefix)
+    return None if since is None else float(since)
+
+
+# ---------------------------------------------------------------------- status
+
+# Clients that have neither closed nor been swept, those with expired leases first. Whether a lease
+# that has expired is over depends also on the renewals of other clients.
 CLIENTS = Statement(
     """
     SELECT split_part(address, '!', 2), host, pid, lease,
         (extract(epoch FROM expires_at) - extract(epoch FROM clock_timestamp()))::float8,
         (SELECT count(*) FROM pg_stat_activity
-         WHERE datname = current_database() AND application_name = 'pg_layer ' || split_part(address, '!', 2))
+         WHERE datname = current_database()
+            AND application_name = 'pg_layer ' || split_part(address, '!', 2))
     FROM pg_layer_client
     WHERE address > $1 || '!' AND address < $1 || '"' AND ended_at IS NULL AND swept_at IS NULL
     ORDER BY expires_at > clock_timestamp(), host, pid, address LIMIT $2
@@ -66,7 +162,7 @@ CLIENT_COUNTS = Statement(
     """,
     TEXT,
 )
-# A role that may write the counters may have written what is no number.
+# A role that may write the counters may have written values that are not numbers. They are ignored.
 COUNTED = Statement(
     """
     SELECT d.name, coalesce(sum(
@@ -105,95 +201,18 @@ TABLE_SIZES = Statement(
     """,
     TEXTS,
 )
-# Only functions read it. It is here so that `prove_tables` reports it if it is missing.
+# No function of this module runs it. It makes `prove_tables` report pg_layer_boot if it is missing.
 BOOT = Statement("SELECT boot FROM pg_layer_boot")
-LAST_SWEEP = Statement(
-    """
-    SELECT extract(epoch FROM clock_timestamp() - swept_at)::float8
-    FROM pg_layer_last_sweep WHERE prefix = $1
-    """,
-    TEXT,
-)
-FIRST_USE = Statement(
-    """
-    SELECT extract(epoch FROM clock_timestamp() - least(
-        (SELECT min(started_at) FROM pg_layer_client WHERE address > $1 || '!' AND address < $1 || '"'),
-        (SELECT min(sent_at) FROM pg_layer_message WHERE address > $1 || '!' AND address < $1 || '"')
-    ))::float8
-    """,
-    TEXT,
-)
-
-
-# ---------------------------------------------------------------------- sweeping
-
-
-class Swept(NamedTuple):
-    """What a sweep removed."""
-
-    messages: int
-    memberships: int
-    clients: int
-
-    def __bool__(self) -> bool:
-        return any(self)
-
-
-async def sweep(
-    session: Executor, prefix: str, limit: int, after: float
-) -> tuple[Swept, float] | None:
-    """Sweep one part, unless another session sweeps right now: then None.
-
-    ``after``: messages that expired before it (seconds since 1970) are left alone. Returns as well where
-    this part of the messages ended: the next part goes on from there.
-    """
-    _, *counts, last = await one(session, SWEEP, prefix, limit, True, after)
-    return None if None in counts else (Swept(*counts), after if last is None else last)
-
-
-def sweep_now(
-    conn: Connection[Any], prefix: str, limit: int, after: float, interrupt: socket.socket
-) -> tuple[Swept, float]:
-    """Sweep one part, whether or not others sweep.
-
-    Does not wait much longer for the server once ``interrupt`` can be read.
-    """
-    ((_, *counts, last),) = Session(conn).execute_now(
-        SWEEP, prefix, limit, False, after, timeout=SWEEP_TIMEOUT, interrupt=interrupt
-    )
-    return Swept(*counts), after if last is None else last
-
-
-async def delete_expired(session: Executor, after: float, limit: int) -> tuple[int, float | None]:
-    """Delete messages of all prefixes that expired since then. Return how many, and the last one's end."""
-    _, count, last = await one(session, DELETE_EXPIRED, after, limit)
-    return count, last
-
-
-def sweepable(conn: Connection[Any], prefix: str) -> Swept:
-    """Return what sweeping would remove."""
-    (counts,) = Session(conn).execute_now(SWEEPABLE, prefix)
-    return Swept(*counts)
-
-
-def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
-    """Return for how many seconds no sweep has ended; None if the layer has not been used yet."""
-    run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
-    sweeps = run(LAST_SWEEP, prefix)
-    ((since,),) = sweeps or run(FIRST_USE, prefix)
-    return None if since is None else float(since)
-
-
-# ---------------------------------------------------------------------- looking
 
 
 def status(
     conn: Connection[Any], prefix: str, top: int, *, are_named: bool, role_problems: list[Problem]
 ) -> Status:
-    """Return the status of a prefix at one moment, with the first ``top`` of clients, groups and channels.
+    """Return the status of a prefix at one moment.
 
-    ``are_named``: the names of connections tell which client they belong to. ``role_problems``: of the role's
-    access.
+    ``top``: the largest number of clients, of groups and of channels to list. ``are_named``: the
+    names of connections show the client that they belong to. ``role_problems``: what
+    `access.role_problems` has returned.
     """
     run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     run(BEGIN_SNAPSHOT)
@@ -238,7 +257,10 @@ def status(
 
 
 def prove_tables(conn: Connection[Any]) -> None:
-    """Raise psycopg's error if a table or function is missing that a statement needs. Runs none of them."""
+    """Raise psycopg's error if a statement needs a table or function that is missing.
+
+    The statements are prepared, but not run.
+    """
     for statement in all_statements():
         result = conn.pgconn.prepare(b"", statement.sql, statement.oids)
         if result.status != pq.ExecStatus.COMMAND_OK:

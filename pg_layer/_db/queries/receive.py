@@ -1,4 +1,7 @@
-"""Listening, reading, catching up, jobs and deletions."""
+"""Sessions, listening, reading, received rows and jobs.
+
+See ``migrations/0001_5_receiving.sql`` and ``migrations/0001_7_jobs.sql``.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,26 @@ from pg_layer._db.statement import BOOL, INT4, INT8, INT8S, TEXT, TEXTS, Stateme
 from pg_layer._messages.rows import Key, KeyAt, Row, Span, columns_of, row_from_columns
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 
-READ_ROWS = 1000
-READ_BYTES = 4 * 1024 * 1024
-DELETE_PART = 1000  # rows
+READ_ROWS = 1000  # the most rows of one read
+READ_BYTES = 4 * 1024 * 1024  # of payloads; a read ends with the row that exceeds it
+DELETE_PART = 1000  # rows that one statement deletes
 
-LISTEN = Statement("SELECT pg_layer_listen($1)", TEXTS)
-NOTIFY = Statement(LAZY + "pg_notify($1, $2)", TEXT, TEXT)
-UNLISTEN = Statement("SELECT pg_layer_unlisten($1)", TEXTS)
+# ---------------------------------------------------------------------- sessions
+
 BACKEND_PID = Statement("SELECT pg_backend_pid()")
-# What a role or a database may set otherwise. Not default_transaction_read_only: it also tells that another
-# server takes over.
+
+
+async def is_direct(session: Session) -> bool:
+    """Return whether the session is connected to the server itself, without a pooler.
+
+    A pooler invents the process id that it reports when the connection begins.
+    """
+    (pid,) = await one(session, BACKEND_PID)
+    return bool(pid == session.conn.info.backend_pid)
+
+
+# Settings that a role or a database may have changed. default_transaction_read_only is not among
+# them: it also shows that another server has become the primary.
 _STEADY = {"idle_session_timeout": "0", "default_transaction_isolation": "read committed"}
 _NO_SCANS = {"enable_seqscan": "off", "enable_bitmapscan": "off", "jit": "off"}
 
@@ -31,10 +44,74 @@ def _settings(values: Mapping[str, str]) -> Statement:
 
 
 POOL_SETTINGS = _settings(_STEADY | _NO_SCANS)
+
+
+async def set_up_pooled(session: Session) -> None:
+    """Set up a session of the pool: plans use indexes, and the server keeps an idle session.
+
+    A plan stays when the tables have grown or are full of dead rows. So it must not scan a table
+    that was small when it was made. A plan that has no index to use then counts as so expensive
+    that PostgreSQL would compile it at each call: jit is off.
+    """
+    await session.execute(POOL_SETTINGS)
+
+
 LISTENER_SETTINGS = _settings(_STEADY | {"statement_timeout": "0"})
+
+
+async def set_up_listener(session: Session) -> None:
+    """Set up the listening session: the server does not end it or its statements for their time."""
+    await session.execute(LISTENER_SETTINGS)
+
+
 PROBE = Statement("SELECT pg_layer_address('', '')")
+
+
+async def probe(session: Session) -> None:
+    """Check that the database answers and has the layer's functions."""
+    await session.execute(PROBE)
+
+
+# ---------------------------------------------------------------------- notifications
+
+LISTEN = Statement("SELECT pg_layer_listen($1)", TEXTS)
+
+
+async def listen(session: Session, channels: Sequence[str]) -> None:
+    """Listen to NOTIFY channels."""
+    await session.execute(LISTEN, channels)
+
+
+UNLISTEN = Statement("SELECT pg_layer_unlisten($1)", TEXTS)
+
+
+async def unlisten(session: Session, channels: Sequence[str]) -> None:
+    """Stop listening to NOTIFY channels."""
+    await session.execute(UNLISTEN, channels)
+
+
+NOTIFY = Statement(LAZY + "pg_notify($1, $2)", TEXT, TEXT)
+
+
+async def notify(session: Session, channel: str, payload: str) -> None:
+    """Send a notification."""
+    await session.execute(NOTIFY, channel, payload)
+
+
 QUEUE_USAGE = Statement("SELECT pg_notification_queue_usage()")
-# A limit on rows and bytes cuts the result; the first row always comes.
+
+
+async def look_at_queue(session: Session) -> None:
+    """Make the server free the part of NOTIFY's queue that all sessions have read.
+
+    After the queue was full, nothing else moves its end.
+    """
+    await session.execute(QUEUE_USAGE)
+
+
+# ---------------------------------------------------------------------- reading
+
+# The inner LIMIT and the sum cut the result by rows and by bytes. The first row is always returned.
 READ = Statement(
     """
     SELECT m.span, m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
@@ -43,8 +120,10 @@ READ = Statement(
         SELECT m.*, sum(m.size) OVER (ORDER BY m.span, m.id) - m.size AS before
         FROM (
             SELECT s.span, m.*, octet_length(m.payload) AS size
-            FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY AS s (address, boot, xid, first, last, span)
-            -- Span by span (OFFSET 0): with statistics of an empty table the planner walks all rows.
+            FROM unnest($1, $2, $3, $4, $5)
+                WITH ORDINALITY AS s (address, boot, xid, first, last, span)
+            -- OFFSET 0: span by span. With the statistics of an empty table the planner would read
+            -- all rows.
             CROSS JOIN LATERAL (
                 SELECT * FROM pg_layer_message AS m
                 WHERE m.address = s.address AND m.id BETWEEN s.first AND s.last OFFSET 0
@@ -58,122 +137,20 @@ READ = Statement(
     """,
     *(TEXTS, INT8S, INT8S, INT8S, INT8S, INT4, INT8),
 )
-READ_KEYS = Statement(
-    """
-    SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
-        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
-    FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS k (address, boot, xid, id, position)
-    CROSS JOIN LATERAL (
-        SELECT * FROM pg_layer_message AS m WHERE m.address = k.address AND m.id = k.id OFFSET 0
-    ) AS m
-    WHERE m.xid = k.xid::text::xid8 AND m.boot = k.boot AND m.expires_at > clock_timestamp()
-    ORDER BY k.position
-    """,
-    *(TEXTS, INT8S, INT8S, INT8S),
-)
-POSITION = Statement(LAZY + "f.* FROM pg_layer_position($1) AS f", INT8)
-BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-SNAPSHOT = Statement("SELECT pg_current_snapshot()::text")
-COMMIT = Statement("COMMIT")
-NEW_KEYS = Statement(
-    "SELECT * FROM pg_layer_new_keys($1, $2, $3, $4::text::pg_snapshot)", TEXTS, INT8S, INT8, TEXT
-)
-NEW_IN_GROUP = Statement(
-    """
-    SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
-        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
-    FROM pg_layer_message AS m
-    WHERE m.address = $1 AND m.id > $2 AND m.expires_at > clock_timestamp()
-        AND (m.boot > $3 OR (m.boot = 0 AND $3 < $5)
-            OR (m.boot IN (0, $3) AND NOT pg_visible_in_snapshot(m.xid, $4::text::pg_snapshot)))
-    ORDER BY m.id LIMIT $6
-    """,
-    *(TEXT, INT8, INT8, TEXT, INT8, INT4),
-)
-MARKED_KEYS = Statement(
-    "SELECT * FROM pg_layer_marked_keys($1, $2, $3::text::pg_snapshot)", TEXTS, INT8, TEXT
-)
-DELETE = Statement(LAZY + "pg_layer_delete($1, $2, $3, $4)", TEXT, INT8S, INT8S, INT8S)
-DELETE_RECEIVED = Statement(
-    LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3, $4, $5)",
-    *(TEXT, TEXT, INT8S, INT8, INT4),
-)
-CLAIM = Statement(
-    "SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4
-)
-RELEASE = Statement(
-    "SELECT pg_layer_release($1, $2, $3, $4, $5, $6, $7)",
-    TEXT,
-    TEXT,
-    INT8,
-    INT8S,
-    INT8S,
-    INT8S,
-    BOOL,
-)
-RAISE_FENCE = Statement(LAZY + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
-
-
-# ---------------------------------------------------------------------- sessions
-
-
-async def is_direct(session: Session) -> bool:
-    """Whether one server process answers for good: a pooler makes up the id that it tells at first."""
-    (pid,) = await one(session, BACKEND_PID)
-    return bool(pid == session.conn.info.backend_pid)
-
-
-async def set_up_pooled(session: Session) -> None:
-    """Have the server keep an idle session, and use indexes for what is prepared from now on.
-
-    Plans stay when the tables have grown, or are full of dead rows, however small they were before. A plan
-    that has no index to use counts as so expensive then that PostgreSQL would compile it at each call.
-    """
-    await session.execute(POOL_SETTINGS)
-
-
-async def set_up_listener(session: Session) -> None:
-    """Have the server keep an idle session, and end no statement because it takes long."""
-    await session.execute(LISTENER_SETTINGS)
-
-
-async def probe(session: Session) -> None:
-    """Check that the database answers, and has the layer's functions."""
-    await session.execute(PROBE)
-
-
-async def look_at_queue(session: Session) -> None:
-    """Have the server notice that NOTIFY's queue is empty: nothing else moves its end when it was full."""
-    await session.execute(QUEUE_USAGE)
-
-
-async def listen(session: Session, channels: Sequence[str]) -> None:
-    """LISTEN to NOTIFY channels."""
-    await session.execute(LISTEN, channels)
-
-
-async def notify(session: Session, channel: str, payload: str) -> None:
-    """NOTIFY a channel."""
-    await session.execute(NOTIFY, channel, payload)
-
-
-async def unlisten(session: Session, channels: Sequence[str]) -> None:
-    """Stop listening to NOTIFY channels."""
-    await session.execute(UNLISTEN, channels)
-
-
-# ---------------------------------------------------------------------- reading
 
 
 class ReadSpan(NamedTuple):
-    """The rows of a span, as many as the limits allow. ``is_all``: there are no more."""
+    """The rows of a span that one read has returned. ``is_all``: the span has no more rows."""
 
     rows: list[Row]
     is_all: bool
 
 
 async def read(session: Session, spans: Sequence[Span]) -> list[ReadSpan]:
-    """Read the rows of spans, in their order, until a limit; spans beyond it have no result."""
+    """Read the rows of spans, in their order, at most `READ_ROWS` and about `READ_BYTES`.
+
+    The result ends with the span in which the limit was reached.
+    """
     columns = await session.execute(
         READ,
         [span.address for span in spans],
@@ -193,8 +170,23 @@ async def read(session: Session, spans: Sequence[Span]) -> list[ReadSpan]:
     return [ReadSpan(found, number < last) for number, found in enumerate(rows[:last], 1)]
 
 
+READ_KEYS = Statement(
+    """
+    SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
+        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
+    FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS k (address, boot, xid, id, position)
+    CROSS JOIN LATERAL (
+        SELECT * FROM pg_layer_message AS m WHERE m.address = k.address AND m.id = k.id OFFSET 0
+    ) AS m
+    WHERE m.xid = k.xid::text::xid8 AND m.boot = k.boot AND m.expires_at > clock_timestamp()
+    ORDER BY k.position
+    """,
+    *(TEXTS, INT8S, INT8S, INT8S),
+)
+
+
 async def read_keys(session: Session, keys: Sequence[KeyAt]) -> list[Row]:
-    """Read rows by their keys, in this order; those that are gone or expired are left out."""
+    """Read rows by their keys, in this order. Rows that are deleted or expired are left out."""
     columns = await session.execute(
         READ_KEYS, [at.address for at in keys], *columns_of([at.key for at in keys])
     )
@@ -202,7 +194,10 @@ async def read_keys(session: Session, keys: Sequence[KeyAt]) -> list[Row]:
 
 
 def parts(keys: Sequence[KeyAt]) -> list[Sequence[KeyAt]]:
-    """Split keys so that each part is within the limits of a read, or is a single row."""
+    """Split keys into parts for `read_keys`.
+
+    Each part is within `READ_ROWS` and `READ_BYTES`, or is a single row.
+    """
     found: list[Sequence[KeyAt]] = []
     start = size = 0
     for index, at in enumerate(keys):
@@ -215,17 +210,35 @@ def parts(keys: Sequence[KeyAt]) -> list[Sequence[KeyAt]]:
     return found
 
 
+# ---------------------------------------------------------------------- catch-ups
+
+POSITION = Statement(LAZY + "f.* FROM pg_layer_position($1) AS f", INT8)
+
+
 async def position(session: Session, known_boot: int) -> tuple[int, Position]:
-    """Return the boot, and the largest id drawn so far. Begins a boot where there is none."""
+    """Return the boot, and the position at which a later catch-up may begin.
+
+    Begin a boot if there is none. ``known_boot``: that of the cursor, or 0.
+    """
     _, boot, last_id, next_xid = await one(session, POSITION, known_boot)
     return boot, Position(last_id, next_xid)
 
 
+BEGIN_SNAPSHOT = Statement("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+SNAPSHOT = Statement("SELECT pg_current_snapshot()::text")
+
+
 async def begin_snapshot(session: Session, boot: int) -> Moment:
-    """Begin a transaction that sees one snapshot, to be ended by `commit`."""
+    """Begin a transaction with one snapshot, and return the snapshot. `commit` ends it.
+
+    ``boot``: the current boot.
+    """
     await session.execute(BEGIN_SNAPSHOT)
     (text,) = await one(session, SNAPSHOT)
     return Moment(boot, Snapshot(text))
+
+
+COMMIT = Statement("COMMIT")
 
 
 async def commit(session: Session) -> None:
@@ -233,38 +246,66 @@ async def commit(session: Session) -> None:
     await session.execute(COMMIT)
 
 
+NEW_KEYS = Statement(
+    "SELECT * FROM pg_layer_new_keys($1, $2, $3, $4::text::pg_snapshot)", TEXTS, INT8S, INT8, TEXT
+)
+
+
 async def new_keys(
     session: Session, addresses: Sequence[str], low_ids: Sequence[int], after: Moment | None
 ) -> list[KeyAt]:
-    """Return the keys of rows that are new after a moment, and of marked rows; in the order of ids.
+    """Return the keys of marked rows and of rows that were not visible at a moment, by id.
 
-    ``low_ids``: by address, an id that all of them exceed.
+    ``low_ids``: for each address an id that all new rows exceed. ``after``: the moment, None for
+    all rows.
     """
     before = (-1, None) if after is None else (after.boot, after.snapshot.text)
     return list(map(KeyAt._make, await session.execute(NEW_KEYS, addresses, low_ids, *before)))
 
 
+NEW_IN_GROUP = Statement(
+    """
+    SELECT m.address, m.id, m.xid::text::bigint, m.boot, m.marked, m.kind, m.channel,
+        m.excluded, m.payload, extract(epoch FROM m.expires_at)::float8
+    FROM pg_layer_message AS m
+    WHERE m.address = $1 AND m.id > $2 AND m.expires_at > clock_timestamp()
+        AND (m.boot > $3 OR (m.boot = 0 AND $3 < $5)
+            OR (m.boot IN (0, $3) AND NOT pg_visible_in_snapshot(m.xid, $4::text::pg_snapshot)))
+    ORDER BY m.id LIMIT $6
+    """,
+    *(TEXT, INT8, INT8, TEXT, INT8, INT4),
+)
+
+
 async def new_in_group(
     session: Session, address: str, low_id: int, after: Moment, boot: int, limit: int
 ) -> list[Row]:
-    """Return the first rows of a group that were not visible at a moment, with larger ids.
+    """Return the first rows of a group that were not visible at a moment, by id.
 
-    ``boot``: the latest boot that is known; rows of boot 0 count as its own.
+    ``address``: of the group. ``low_id``: rows up to this id are left out. ``boot``: the latest
+    boot that is known; rows with boot 0 count as rows of that boot.
     """
     before = (after.boot, after.snapshot.text)
     columns = await session.execute(NEW_IN_GROUP, address, low_id, *before, boot, limit)
     return list(map(row_from_columns, columns))
 
 
+MARKED_KEYS = Statement(
+    "SELECT * FROM pg_layer_marked_keys($1, $2, $3::text::pg_snapshot)", TEXTS, INT8, TEXT
+)
+
+
 async def marked_keys(
     session: Session, addresses: Sequence[str], low_id: int, moment: Moment
 ) -> list[KeyAt]:
-    """Return the keys of marked rows that were visible at a moment, with larger ids."""
+    """Return the keys of marked rows that were visible at a moment, with ids above ``low_id``."""
     found = await session.execute(MARKED_KEYS, addresses, low_id, moment.snapshot.text)
     return list(map(KeyAt._make, found))
 
 
-# ---------------------------------------------------------------------- what was received
+# ---------------------------------------------------------------------- received rows
+
+DELETE = Statement(LAZY + "pg_layer_delete($1, $2, $3, $4)", TEXT, INT8S, INT8S, INT8S)
 
 
 async def delete(session: Session, address: str, keys: Sequence[Key]) -> None:
@@ -272,11 +313,17 @@ async def delete(session: Session, address: str, keys: Sequence[Key]) -> None:
     await session.execute(DELETE, address, *columns_of(keys))
 
 
+DELETE_RECEIVED = Statement(
+    LAZY + "pg_layer_delete_received($1, $2::text::pg_snapshot, $3, $4, $5)",
+    *(TEXT, TEXT, INT8S, INT8, INT4),
+)
+
+
 async def delete_received(
-    session: Session, address: str, moment: Moment, held: Sequence[Key]
+    session: Session, address: str, moment: Moment, kept: Sequence[Key]
 ) -> None:
-    """Delete what a moment sees at an address, but for the rows that are held; in parts."""
-    ids, after = sorted(key.id for key in held), 0
+    """Delete the rows at an address that were visible at a moment, except ``kept``; in parts."""
+    ids, after = sorted(key.id for key in kept), 0
     while after is not None:
         _, after = await one(
             session, DELETE_RECEIVED, address, moment.snapshot.text, ids, after, DELETE_PART
@@ -285,13 +332,26 @@ async def delete_received(
 
 # ---------------------------------------------------------------------- jobs
 
+CLAIM = Statement(
+    "SELECT * FROM pg_layer_claim($1, $2, $3, $4, $5, $6)", TEXT, TEXT, TEXT, INT8, INT8, INT4
+)
+
 
 async def claim(
     session: Session, prefix: str, channel: str, address: str, fence: int, low_id: int, limit: int
 ) -> list[Row]:
-    """Claim the oldest jobs of a normal channel, in the order of ids."""
+    """Claim the oldest jobs of a normal channel, at most ``limit``. Return them by id.
+
+    ``low_id``: the low-water id of the channel, 0 if it is unknown.
+    """
     columns = await session.execute(CLAIM, prefix, channel, address, fence, low_id, limit)
     return sorted(map(row_from_columns, columns), key=lambda row: row.id)
+
+
+RELEASE = Statement(
+    "SELECT pg_layer_release($1, $2, $3, $4, $5, $6, $7)",
+    *(TEXT, TEXT, INT8, INT8S, INT8S, INT8S, BOOL),
+)
 
 
 async def release(
@@ -303,10 +363,13 @@ async def release(
     *,
     quiet: bool = False,
 ) -> None:
-    """Give claimed jobs back to their channels. If ``quiet``, do not announce them."""
+    """Release claimed jobs: move them back to their channels. ``quiet``: do not announce them."""
     await session.execute(RELEASE, prefix, address, fence, *columns_of(keys), quiet)
 
 
+RAISE_FENCE = Statement(LAZY + "pg_layer_raise_fence($1, $2)", TEXT, INT8)
+
+
 async def raise_fence(session: Session, address: str, fence: int) -> None:
-    """Have the server refuse statements of the client that carry a smaller number."""
+    """Make the server refuse statements of the client that carry a smaller fence."""
     await session.execute(RAISE_FENCE, address, fence)
