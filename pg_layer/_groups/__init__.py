@@ -1,1 +1,1 @@
-"""Memberships: changes and the rows of the table. Bound to the owner loop."""
+"""Memberships of the client: changes, and the rows of the table. Bound to the owner loop."""

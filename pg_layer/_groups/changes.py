@@ -1,4 +1,7 @@
-"""Changes of memberships of own channels. Those of other channels are asked for by `Sender`."""
+"""Changes of memberships of the client's own channels.
+
+`Sender` requests those of other channels from their owners.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,15 @@ from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
 
-DISCARDED = "Discarded channels receive nothing more, but the table is not known to be changed yet."
+DISCARDED = "The channel receives nothing more from the group, but the table may not show that yet."
 
 
 class OwnChanges:
-    """Adds and discards the client's own channels. Bound to the owner loop."""
+    """Adds the client's own channels to groups, and discards them. Bound to the owner loop.
+
+    ``lease`` waits for the first renewal of the lease, at most a number of seconds. ``gives_up``
+    returns whether calls no longer wait for the database.
+    """
 
     def __init__(
         self,
@@ -32,7 +39,6 @@ class OwnChanges:
         lease: Callable[[float], Awaitable[None]],
         gives_up: Callable[[], bool],
     ) -> None:
-        # lease: waits for the first renewal. gives_up: whether nothing waits for the database any more.
         self._client = client
         self._writer = writer
         self._receiver = receiver
@@ -40,7 +46,10 @@ class OwnChanges:
         self._gives_up = gives_up
 
     async def write(self, changes: list[Change], timeout: float) -> Sequence[Outcome]:
-        """Make these changes, of which the last one of a pair counts. Return an outcome for each."""
+        """Make changes within ``timeout`` seconds. Return an outcome for each.
+
+        Of several changes of one pair of group and channel, the last one counts.
+        """
         assert self._client.is_owned_here()
         deadline = time.monotonic() + timeout
         last = {(change.group, change.channel): change.added for change in changes}
@@ -51,7 +60,7 @@ class OwnChanges:
                 self._client.memberships.discard(*pair)
             try:
                 if self._gives_up() and not present:
-                    for pair in gone:  # the end of the client or of its lease removes the rows
+                    for pair in gone:  # close() or a sweep removes the rows
                         self._writer.write_soon(*pair)
                 else:
                     await self._write(present, gone, deadline)
@@ -64,18 +73,18 @@ class OwnChanges:
         await self._lease(deadline - time.monotonic())
         prefix = client.config.prefix
         buckets = {notification_channel(group_address(prefix, group)) for group, _ in present}
-        # Before the rows are written: what is sent after that is heard. Without a connection the next one
-        # listens to what is expected, and catches up.
+        # Listen before the rows are written, so that messages that are sent after that are heard.
+        # Without a connection, the next one listens to the expected buckets and catches up.
         with self._receiver.expecting(buckets):
             await self._receiver.listen(buckets)
             while True:
                 last_flush = client.memberships.last_flush
                 since = await self._writer.write(present, gone, deadline - time.monotonic())
-                # A flush that was applied during the statement came first in the owner's order, but may have
-                # removed the new rows. Then write them again.
+                # A flush that was applied during the statement came first in the owner's order, but
+                # may have removed the new rows. Then write them again.
                 if client.memberships.last_flush == last_flush:
                     break
-            # No await from here on: as soon as the writer's lock is free, the next statement of the owner
+            # No await from here on: the writer's lock is free, and the next statement of the owner
             # takes its rows from memory.
             expiry = client.config.group_expiry
             expires_at = math.inf if expiry is None else client.clock.now() + expiry
@@ -89,7 +98,7 @@ class OwnChanges:
             client.memberships.changed((*present, *gone), since)
 
     def _discarded(self, error: LayerUnavailable) -> Outcome:
-        """The outcome of a discard that the owner has applied in memory, and could not write."""
+        """Return the outcome of a discard that is applied in memory and could not be written."""
         if self._gives_up():
             return None
         if isinstance(error, OutcomeUnknown):

@@ -1,4 +1,4 @@
-"""Writes the client's own rows of memberships: the table follows the memory of the owner.
+"""Writes the membership rows of the owner: the table follows the owner's memory.
 
 Bound to the owner loop. See ``docs/protocols.md``, section 4.
 """
@@ -22,13 +22,13 @@ from pg_layer._state.memberships import Pair
 from pg_layer._state.snapshot import Moment
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
 
-PART = 2000  # memberships in a statement
-RETRY = 0.5  # seconds
-READ_TIMEOUT = 60.0  # seconds
+PART = 2000  # memberships that one statement writes
+RETRY = 0.5  # seconds between attempts
+READ_TIMEOUT = 60.0  # seconds to read all rows of the client
 
 
 class MembershipWriter:
-    """Writes rows one statement after the other, in the background and for callers."""
+    """Writes rows, one statement at a time, in the background and for callers."""
 
     def __init__(
         self,
@@ -39,28 +39,32 @@ class MembershipWriter:
         self._client = client
         self._connections = connections
         self._spawn = spawn
-        self._lock = asyncio.Lock()  # one statement at a time: they take effect in this order
-        self._due: dict[
-            Pair, int
-        ] = {}  # pairs whose row may differ, with the claim that was applied
+        self._lock = asyncio.Lock()  # one statement at a time, so that they take effect in order
+        # The pairs whose row may differ from memory, with the largest id of the requests that have
+        # been applied and can be deleted.
+        self._due: dict[Pair, int] = {}
         self._may_have_old_rows = False
         self._is_writing = False
 
     @property
     def due(self) -> int:
-        """How many memberships must be written."""
+        """Return the number of memberships whose row must be written."""
         return len(self._due)
 
     def write_soon(self, group: str, channel: str, request: int = 0) -> None:
-        """The row of a membership may differ from memory: write it in the background."""
+        """Write the row of a membership in the background.
+
+        ``request``: the id of a request that has been applied, or is ignored. It is deleted.
+        """
         pair = (group, channel)
         self._due[pair] = max(self._due.get(pair, 0), request)
         self._start()
 
     def write_all_soon(self, *, may_have_old_rows: bool) -> None:
-        """The table may have lost rows: write all memberships again in the background.
+        """Write all memberships again in the background: the table may have lost rows.
 
-        ``may_have_old_rows``: it may also have rows of memberships that have ended. A crash undoes deletions.
+        ``may_have_old_rows``: the table may also have rows of memberships that have ended, because
+        a crash of the server undoes deletions. They are deleted.
         """
         for pair in self._client.memberships.pairs():
             self._due.setdefault(pair, 0)
@@ -68,9 +72,12 @@ class MembershipWriter:
         self._start()
 
     async def write(self, present: Sequence[Pair], gone: Sequence[Pair], timeout: float) -> Moment:
-        """Write that these memberships are about to begin, and that those have ended.
+        """Write memberships that are about to begin (``present``) and that have ended (``gone``).
 
-        Returns the moment in which the new ones begin. If it raises, the rows follow memory later.
+        Return the moment in which the new ones begin. If the call raises, the rows are written
+        later, from memory.
+
+        Raises `OutcomeUnknown` or another `LayerUnavailable` after ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
         expiry = self._client.config.group_expiry
@@ -84,7 +91,10 @@ class MembershipWriter:
             raise
 
     async def _write(self, rows: queries.OwnRows, deadline: float) -> Moment:
-        """Write rows; again with a higher fence if the outcome is unknown, so that none comes late."""
+        """Write rows. If the outcome is unknown, raise the fence and write them again.
+
+        With the fence raised, the server refuses the first statement if it arrives late.
+        """
         client, fence = self._client, 0
 
         async def work(session: Session) -> Moment:
@@ -94,7 +104,7 @@ class MembershipWriter:
                 client.raised_fence = fence
             return await queries.write(session, client.address, fence, rows)
 
-        unknown: OutcomeUnknown | None = None  # of an attempt before
+        unknown: OutcomeUnknown | None = None  # the outcome of an earlier attempt
         while True:
             fence = client.fence
             left = deadline - time.monotonic()
@@ -108,7 +118,8 @@ class MembershipWriter:
                 if time.monotonic() >= deadline:
                     raise
             except LayerUnavailable as error:
-                # Refused: another statement was given up meanwhile, and has raised the fence.
+                # The fence is larger: another statement was given up meanwhile, and this one was
+                # refused. Write again with the larger fence.
                 if client.fence == fence:
                     if unknown is not None:
                         raise unknown from error
@@ -129,7 +140,7 @@ class MembershipWriter:
             except PgLayerError:
                 pause = RETRY
             else:
-                pause = 0.0  # callers come first
+                pause = 0.0  # let callers of write() take the lock
             await asyncio.sleep(pause)
         self._is_writing = False
 
@@ -140,7 +151,7 @@ class MembershipWriter:
 
     async def _write_part(self) -> None:
         async with self._lock:
-            # A change during the statement makes a pair due again.
+            # Take the pairs out before the statement: a change during it makes a pair due again.
             part = {pair: self._due.pop(pair) for pair in list(islice(self._due, PART))}
             try:
                 await self._write(
@@ -152,7 +163,11 @@ class MembershipWriter:
                 raise
 
     async def _find_old(self) -> None:
-        """Find rows of memberships that have ended. Those that are just beginning are written once more."""
+        """Find the rows of memberships that have ended, and make them due.
+
+        Memberships that are about to begin are not in memory yet. They are also made due, and are
+        written once more.
+        """
         memberships = self._client.memberships
 
         async def work(session: Session) -> None:

@@ -1,1 +1,1 @@
-"""Sending: operations to statements, in batches."""
+"""Sending: operations, their batches and the statements that write them."""

@@ -1,4 +1,4 @@
-"""Marked rows that must be announced: see ``docs/protocols.md``, section 3."""
+"""Marked rows that this process must announce: see ``docs/protocols.md``, section 3."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 
 from pg_layer._db.queries.send import Unannounced
 
-MOST_ROWS = 10_000  # receivers find older ones within two heartbeats
+MOST_ROWS = 10_000  # receivers find the marked rows beyond it within two heartbeats
 MOST_BYTES = 64 * 1024 * 1024
-PART = 500  # rows in a statement
+PART = 500  # rows that one statement announces
 
 
 class Announcer:
     """Remembers marked rows until they are announced. Thread-safe.
 
-    One for a layer in a process, so that whatever it writes next announces them first.
+    A layer has one announcer in a process: each of its writes announces these rows first.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Announcer:
         return bool(self._rows)
 
     def add(self, rows: Iterable[Unannounced]) -> None:
-        """Remember rows."""
+        """Remember rows. Beyond `MOST_ROWS` or `MOST_BYTES`, forget the oldest rows."""
         with self._lock:
             for row in rows:
                 self._rows.append(row)
@@ -40,12 +40,12 @@ class Announcer:
         self._bytes -= len(self._rows.popleft().payload)
 
     def first(self) -> list[Unannounced]:
-        """The oldest rows, as many as a statement announces."""
+        """Return the oldest rows, at most `PART`."""
         with self._lock:
             return [row for row, _ in zip(self._rows, range(PART), strict=False)]
 
     def announced(self, rows: Sequence[Unannounced]) -> None:
-        """Forget rows."""
+        """Forget rows that were announced."""
         ids = {(row.boot, row.xid, row.id) for row in rows}
         with self._lock:
             while self._rows and self._rows[0][:3] in ids:

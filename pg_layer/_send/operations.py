@@ -1,4 +1,4 @@
-"""What callers ask for, checked and made ready to be written. No I/O."""
+"""Operations: the calls of the application, checked and encoded for a write. No I/O."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pg_layer._messages.addresses import group_name
 from pg_layer._messages.codec import Codec
 from pg_layer.exceptions import InvalidMessage, MessageTooLarge
 
-MANY_MOST = 100_000  # messages in a call, which is one statement
-MANY_BYTES = 256 * 1024 * 1024
-_FAULTS = (InvalidMessage, MessageTooLarge, TypeError)  # of a single message
+MAX_MANY = 100_000  # messages of one call, which one statement writes
+MAX_MANY_BYTES = 256 * 1024 * 1024
+_INVALID = (InvalidMessage, MessageTooLarge, TypeError)  # errors about a single message
 
 
 class Send(NamedTuple):
-    """A message for a channel."""
+    """A message for a channel. ``expiry``: seconds. ``capacity``: of the channel."""
 
     channel: str
     payload: bytes
@@ -25,7 +25,7 @@ class Send(NamedTuple):
 
 
 class GroupSend(NamedTuple):
-    """A message for a group, but for the member ``excluded``."""
+    """A message for a group. ``expiry``: seconds. The member ``excluded`` does not receive it."""
 
     group: str
     payload: bytes
@@ -34,13 +34,13 @@ class GroupSend(NamedTuple):
 
 
 class Many(NamedTuple):
-    """Several messages for one statement, all for channels or all for groups."""
+    """Messages for one statement, all for channels or all for groups."""
 
     operations: Sequence[Send] | Sequence[GroupSend]
 
 
 class Change(NamedTuple):
-    """A channel that is added to a group, or discarded. ``capacity``: of the channel."""
+    """A channel that is added to a group, or discarded from it. ``capacity``: of the channel."""
 
     group: str
     channel: str
@@ -52,7 +52,12 @@ Operation = Send | GroupSend | Many | Change
 
 
 class OperationBuilder:
-    """Makes operations of what callers give. Raises what is wrong with it, before anything is sent."""
+    """Makes operations from the arguments of calls.
+
+    Every method checks its arguments before anything is sent. It raises `TypeError` for an invalid
+    name, `InvalidMessage` or `MessageTooLarge` for a message, `TypeError` or `ValueError` for an
+    expiry or a list of messages.
+    """
 
     def __init__(
         self,
@@ -67,7 +72,10 @@ class OperationBuilder:
         self._check_group = check_group
 
     def send(self, channel: str, message: dict[str, Any], expiry: float | None) -> Send:
-        """A message for a channel, which expires when the options say so, or after ``expiry`` seconds."""
+        """Return an operation that sends a message to a channel.
+
+        ``expiry``: seconds; None: the option ``expiry``.
+        """
         self._check_channel(channel)
         config = self._config
         seconds = config.expiry if expiry is None else _seconds(expiry)
@@ -76,7 +84,11 @@ class OperationBuilder:
     def group_send(
         self, group: str, message: dict[str, Any], expiry: float | None, exclude: str | None
     ) -> GroupSend:
-        """The same for a group."""
+        """Return an operation that sends a message to a group.
+
+        ``expiry``: seconds; None: the option ``expiry``. ``exclude``: a member that must not
+        receive the message.
+        """
         self._check_group(group)
         if exclude is not None:
             self._check_channel(exclude)
@@ -86,7 +98,10 @@ class OperationBuilder:
     def send_many(
         self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None
     ) -> Many:
-        """Messages for channels; what is wrong with one of them names its index."""
+        """Return an operation that sends pairs of channel and message.
+
+        ``expiry``: as for `send`. An error about one of the messages names its index.
+        """
         sends: list[Send] = []
         pairs = _pairs(messages)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
@@ -99,7 +114,7 @@ class OperationBuilder:
             for channel, message in pairs:
                 check_channel(channel)
                 sends.append(Send(channel, encode(message, channel), seconds, capacity_of(channel)))
-        except _FAULTS as error:
+        except _INVALID as error:
             raise _of_item(len(sends), error) from error
         return _many(sends)
 
@@ -109,7 +124,11 @@ class OperationBuilder:
         expiry: float | None,
         exclude: str | None,
     ) -> Many:
-        """The same for groups."""
+        """Return an operation that sends pairs of group and message.
+
+        ``expiry``, ``exclude``: as for `group_send`, for all messages. An error about one of the
+        messages names its index.
+        """
         sends: list[GroupSend] = []
         pairs = _pairs(messages)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
@@ -120,18 +139,18 @@ class OperationBuilder:
             for group, message in pairs:
                 check_group(group)
                 sends.append(GroupSend(group, encode(message, group_name(group)), seconds, exclude))
-        except _FAULTS as error:
+        except _INVALID as error:
             raise _of_item(len(sends), error) from error
         return _many(sends)
 
     def change(self, group: str, channel: str, *, added: bool) -> Change:
-        """A channel that is added to a group, or discarded."""
+        """Return an operation that adds a channel to a group, or discards it."""
         self._check_group(group)
         self._check_channel(channel)
         return Change(group, channel, added, self._config.capacity_of(channel))
 
     def group(self, group: str) -> str:
-        """A group's name."""
+        """Check the name of a group, and return it."""
         self._check_group(group)
         return group
 
@@ -155,20 +174,21 @@ def _pairs(messages: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, di
     for index, pair in enumerate(pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"Item {index} of the messages must be a (name, message) pair.")
-    if len(pairs) > MANY_MOST:
-        raise ValueError(f"{len(pairs)} messages are too many for one call: at most {MANY_MOST}.")
+    if len(pairs) > MAX_MANY:
+        raise ValueError(f"{len(pairs)} messages are too many for one call: at most {MAX_MANY}.")
     return pairs
 
 
 def _of_item(index: int, error: Exception) -> Exception:
-    kind = next(kind for kind in _FAULTS if isinstance(error, kind))
+    kind = next(kind for kind in _INVALID if isinstance(error, kind))
     return kind(f"Item {index}: {error}")
 
 
 def _many(operations: Sequence[Send] | Sequence[GroupSend]) -> Many:
     size = sum(len(operation.payload) for operation in operations)
-    if size > MANY_BYTES:
+    if size > MAX_MANY_BYTES:
         raise MessageTooLarge(
-            f"The messages of a call may be {MANY_BYTES} bytes long together, not {size}: make several calls."
+            f"The messages of a call may be {MAX_MANY_BYTES} bytes long together, not {size}:"
+            " make several calls."
         )
     return Many(operations)

@@ -1,4 +1,7 @@
-"""The sending side of a client on one loop: a batcher each for sends, group sends and questions to owners."""
+"""The sending side of a client on one event loop.
+
+It has a batcher each for sends, group sends and membership requests.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,24 @@ from pg_layer.exceptions import ChannelFull, LayerUnavailable, OutcomeUnknown, P
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-CHANGE_SIZE = 100  # bytes of a membership change, as a batcher counts them
+CHANGE_SIZE = 100  # bytes that a membership change counts in a batch
 ANNOUNCE_TIMEOUT = 5.0  # seconds
-RETRY = 1.0  # seconds before what could not be announced is announced again
+RETRY = 1.0  # seconds between attempts to announce
 
 
 class Write(Protocol[T_co]):
-    """A statement that writes, and returns rows to announce if it is quiet."""
+    """A statement that writes. If it is quiet, it also returns the rows to announce."""
 
     async def __call__(self, session: Session, *, quiet: bool) -> tuple[T_co, list[Unannounced]]:
-        """Run it."""
+        """Run the statement on a session."""
         ...
 
 
 class Sender:
-    """Writes in batches. Bound to a loop; its coroutines may be called on any."""
+    """Writes operations in batches.
+
+    Bound to the event loop on which it is created. Its coroutines may be called on any loop.
+    """
 
     def __init__(
         self,
@@ -70,21 +76,24 @@ class Sender:
         self.announce_soon()
 
     def close(self) -> None:
-        """Take no more."""
+        """Accept no more operations. Those that wait fail with `NotBegun`."""
         for batcher in self._batcher_of.values():
             batcher.close()
 
     @property
     def waiting(self) -> int:
-        """How many operations wait for a write in flight to end. From any thread."""
+        """Return the number of operations that wait for a write in flight. Thread-safe."""
         return sum(batcher.waiting for batcher in self._batcher_of.values())
 
     async def finish(self) -> None:
-        """Take no more. Return when the writes in flight have ended."""
+        """Accept no more operations. Return when the writes in flight have ended."""
         await asyncio.gather(*(batcher.finish() for batcher in self._batcher_of.values()))
 
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
-        """Write it, from any loop. Return when it is committed: of `Many`, whether each was accepted.
+        """Write an operation. Return when it is committed.
+
+        May be called on any loop. For `Many` the result tells for each message whether it was
+        accepted.
 
         Raises `ChannelFull`, and what `Batcher.submit` raises.
         """
@@ -135,18 +144,23 @@ class Sender:
                 numbered=numbered,
             )
 
-        # Adding or discarding twice changes nothing.
+        # Idempotent: a second add or discard changes nothing.
         await self._write(write, timeout, is_idempotent=True)
         return [None] * len(changes)
 
     async def _write(self, write: Write[T], timeout: float, *, is_idempotent: bool = False) -> T:
-        """Write, behind what this process could not announce before; remember what it cannot announce now."""
+        """Run a statement that writes, on a connection of the pool.
+
+        First announce the rows that this process could not announce before: nothing may overtake
+        them. If that fails, or the server refuses NOTIFY, the statement is quiet, and its rows are
+        announced later.
+        """
         is_quiet = bool(self._announcer) and not await self._announce(
             min(timeout / 2, ANNOUNCE_TIMEOUT)
         )
-        loud, quietly = partial(write, quiet=False), partial(write, quiet=True)
+        announcing, quietly = partial(write, quiet=False), partial(write, quiet=True)
         result, rows = await self.connections.run(
-            quietly if is_quiet else loud,
+            quietly if is_quiet else announcing,
             quietly=quietly,
             timeout=timeout,
             is_idempotent=is_idempotent,
@@ -155,7 +169,12 @@ class Sender:
         return result
 
     async def flush(self) -> Key | None:
-        """Remove all of the prefix. Return the key of the control message to this client, if there is one."""
+        """Remove all messages and memberships of the prefix, in parts.
+
+        Return the key of the control message to this client, if there is one.
+
+        Raises `LayerUnavailable` if nothing was removed, `OutcomeUnknown` otherwise.
+        """
         client = self.client
         part = partial(lease.flush_part, prefix=client.config.prefix, address=client.address)
         is_begun = is_done = False
@@ -180,13 +199,13 @@ class Sender:
     # ------------------------------------------------------------------ announcing later
 
     def announce_later(self, rows: Sequence[Unannounced]) -> None:
-        """Announce these rows before whatever is written next. From any thread."""
+        """Announce rows before the next write, or when the server takes NOTIFY. Thread-safe."""
         if rows:
             self._announcer.add(rows)
             self._loop.call_soon_threadsafe(self.announce_soon)
 
     async def _announce(self, timeout: float) -> bool:
-        """Announce what was written quietly. Return whether all is announced."""
+        """Announce the rows of quiet statements. Return whether all are announced."""
         while rows := self._announcer.first():
             try:
                 await self.connections.run(
@@ -198,7 +217,7 @@ class Sender:
         return True
 
     def announce_soon(self) -> None:
-        """Announce what was written quietly, as soon as the server takes it. On this loop."""
+        """Begin to announce the rows of quiet statements. Must be called on this loop."""
         if self._announcer and not self._is_retrying:
             self._is_retrying = True
             self._spawn("Announcing", self._keep_announcing)
@@ -211,19 +230,19 @@ class Sender:
                     look_at_queue, timeout=ANNOUNCE_TIMEOUT, is_idempotent=True
                 )
         except PgLayerError:
-            pass  # what is written next tries again
+            pass  # the next write tries again
         self._is_retrying = False
 
 
 def count_sent(client: Client, messages: int, sent: Sent) -> None:
-    """Count messages to channels."""
+    """Count messages to channels in the counters of the client."""
     client.counters.add("batches")
     client.counters.add("sent", messages - len(sent.full))
     client.counters.add("refused_full", len(sent.full))
 
 
 def count_group_sent(client: Client, sends: Sequence[GroupSend], sent: GroupSent) -> None:
-    """Count messages to groups."""
+    """Count messages to groups in the counters of the client."""
     client.counters.add("batches")
     client.counters.add("group_sent", len(sends))
     for index, channel in sent.missed:
@@ -231,7 +250,7 @@ def count_group_sent(client: Client, sends: Sequence[GroupSend], sent: GroupSent
 
 
 def channel_full(send: Send) -> ChannelFull:
-    """The error for a message that was refused."""
+    """Return the error for a message that was refused."""
     return ChannelFull(f"Channel {send.channel} is full: {send.capacity} messages wait.")
 
 
@@ -248,7 +267,11 @@ def _flat(operations: list[Any]) -> list[Any]:
 def _outcomes(
     operations: list[Any], refused: set[int], refusal: Callable[[Any], Outcome]
 ) -> list[Outcome]:
-    """``refused``: indexes into the flat list of messages."""
+    """Return the outcome of each operation.
+
+    ``refused``: the indexes of refused messages in the flat list of all messages. ``refusal``
+    returns the outcome of a refused message that was sent alone.
+    """
     if not refused and Many not in map(type, operations):
         return [None] * len(operations)
     outcomes: list[Outcome] = []

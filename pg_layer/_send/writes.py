@@ -1,7 +1,12 @@
-"""The statements that write operations: the same for batches, and for `layer.sync`.
+"""Write operations with one statement. Shared by the batchers and by `layer.sync`.
 
-``own``: the statement is alone in its transaction. ``quiet``: it does not announce its rows, and returns
-them for an announcement later.
+Arguments of all functions:
+
+``own``: the statement is the layer's own, alone in its transaction.
+``quiet``: the statement marks its rows and does not announce them. The function returns the rows,
+and the caller must announce them. If false, the list of rows is empty.
+
+On Django's connection no function awaits anything, so that `layer.sync` runs each in one step.
 """
 
 from __future__ import annotations
@@ -26,7 +31,10 @@ async def write_sends(
     own: bool,
     quiet: bool,
 ) -> tuple[Sent, list[Unannounced]]:
-    """Send messages to channels."""
+    """Send messages to channels.
+
+    ``known``: what is known about the capacity of the channels; it is updated.
+    """
     channels, payloads, expiries, capacities = zip(*sends, strict=True)
     if len(sends) == 1:
         address = channel_address(prefix, channels[0])
@@ -101,7 +109,13 @@ async def write_changes(
     quiet: bool,
     numbered: tuple[str, int] | None,
 ) -> list[Unannounced]:
-    """Ask the owners of channels for changes of memberships. The last one of a pair counts."""
+    """Request changes of memberships from the owners of the channels.
+
+    Of several changes of one pair of group and channel, only the last one is written.
+    ``expiry``: seconds that a membership lasts, None for the life of the lease.
+    ``numbered``: the client and the number of the request, None in a transaction of the
+    application.
+    """
     last = {(change.group, change.channel): change for change in changes}
     rows = await group_queries.request(
         session, prefix, list(last.values()), expiry, own=own, quiet=quiet, numbered=numbered

@@ -152,8 +152,8 @@ def privileges(conn: Connection[Any]) -> Problem | None:
     """Return a problem if the role lacks privileges for what it does. Needs no privilege.
 
     What a role does follows from what it may write. Each privilege to write must belong to a kind
-    of role (`KINDS`) whose privileges are complete. A role that may write nothing only reads, and has
-    no problem.
+    of role (`KINDS`) whose privileges are complete. A role that may write nothing only reads: it
+    has no problem.
     """
     run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     known = sorted(frozenset().union(*KINDS.values()) - _FUNCTIONS)
