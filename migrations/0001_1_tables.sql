@@ -15,9 +15,9 @@
 -- message that is sent late in a long transaction would be expired when it is written.
 
 -- In this migration objects are created and found in one schema only. The functions below store
--- this path (SET search_path FROM CURRENT). A caller then reaches the layer's tables with any
--- search_path, and a temporary table of the same name is never used instead. The last file restores
--- the path for the rest of the transaction.
+-- this path (SET search_path FROM CURRENT), except where it costs too much. A caller then reaches
+-- the layer's tables with any search_path, and a temporary table of the same name is never used
+-- instead. The last file restores the path for the rest of the transaction.
 SELECT set_config('pg_layer.search_path', current_setting('search_path'), true),
     set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
 

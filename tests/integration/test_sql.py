@@ -18,6 +18,7 @@ from psycopg import sql
 
 from devtools.postgres import PostgresServer, find_binaries
 from pg_layer import PostgresChannelLayer
+from pg_layer._db.queries import all_statements
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.conftest import migrate
 from tests.faults.test_notify_refused import full_queue
@@ -670,6 +671,33 @@ async def test_tables_in_another_schema(fresh_database: str) -> None:
             channel = await layer.new_channel()
             caller.execute('SELECT "the Layer".pg_layer_send(%s, %s)', (channel, text(1)))
             assert await numbers(layer, channel, 1) == [1]
+
+
+def test_functions_that_clients_call_set_search_path(caller: Caller) -> None:
+    """Except those that use no tables, and those that run once per message: a setting costs time."""
+    called = {
+        name
+        for statement in all_statements()
+        for name in re.findall(r"pg_layer_\w+(?=\()", statement.sql.decode())
+    }
+    unset = caller.execute(
+        """
+        SELECT array_agg(proname::text ORDER BY proname) FROM pg_proc
+        WHERE proname = ANY (%s) AND array_to_string(proconfig, ' ') NOT LIKE '%%search_path=%%'
+            OR proname = ANY (%s) AND proconfig IS NULL
+        """,
+        (list(called), list(called)),
+    ).fetchone()
+    assert unset == (
+        [
+            "pg_layer_address",
+            "pg_layer_announce_marked",
+            "pg_layer_group_send_one",
+            "pg_layer_listen",
+            "pg_layer_send_one",
+            "pg_layer_unlisten",
+        ],
+    )
 
 
 async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller: Caller) -> None:
