@@ -1,4 +1,4 @@
-"""A sweeper that was away for a day: it catches up in batches, and nobody who sends and receives notices."""
+"""A sweeper after a day without one: it catches up in batches, and does not disturb the traffic."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ OPTIONS: dict[str, object] = {"capacity": 100_000, "sweep_interval": 0, "expiry"
 
 
 def age(observer: Observer, address: str) -> None:
-    """What a day without a sweeper leaves: of clients that are gone, of a living one, and of groups."""
+    """Write the rows of a day without a sweeper: of ended clients, a live one, and groups."""
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
     observer.execute(
         "INSERT INTO pg_layer_client (address, expires_at, lease, ended_at)"
         " SELECT 'asgi!' || name || n, clock_timestamp() - interval '25 hours', 60,"
         " CASE name WHEN 'closed' THEN clock_timestamp() - interval '25 hours' END"
-        f" FROM unnest(ARRAY['dead', 'closed']) AS name, generate_series(1, {CLIENTS}) AS n".encode()
+        " FROM unnest(ARRAY['dead', 'closed']) AS name,"
+        f" generate_series(1, {CLIENTS}) AS n".encode()
     )
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
@@ -43,11 +44,12 @@ def age(observer: Observer, address: str) -> None:
         " FROM generate_series(1, %s) AS n",
         (CLIENTS, address, MESSAGES),
     )
-    # Rows of owners that are dead; claims about channels of the living one, and about normal channels.
+    # Rows of ended owners; requests about channels of the live one and about normal channels.
     observer.execute(
         "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
         " SELECT CASE n %% 2 WHEN 0 THEN 'room' ELSE 'room' || n END,"
-        "  CASE n %% 3 WHEN 0 THEN %s WHEN 1 THEN 'asgi!:old.jobs' || n ELSE 'asgi!dead' || n %% %s + 1 END,"
+        "  CASE n %% 3 WHEN 0 THEN %s WHEN 1 THEN 'asgi!:old.jobs' || n ELSE 'asgi!dead' ||"
+        " n %% %s + 1 END,"
         "  CASE n %% 3 WHEN 1 THEN 'old.jobs' ELSE 'old.dead!' END || n,"
         "  CASE n %% 3 WHEN 2 THEN 0 ELSE n END,"
         "  CASE n %% 3 WHEN 2 THEN 'infinity' ELSE clock_timestamp() - interval '1 day' END"
@@ -129,7 +131,7 @@ async def blocked(dsn: str, is_over: asyncio.Event) -> int:
 
 
 @pytest.mark.parametrize("old_snapshot", [False, True], ids=["", "beside an old snapshot"])
-async def test_a_day_without_a_sweeper_is_caught_up_with_under_traffic(
+async def test_sweeper_after_a_day_beside_traffic_removes_old_rows(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -172,7 +174,7 @@ async def test_a_day_without_a_sweeper_is_caught_up_with_under_traffic(
     assert observer.execute(dead).fetchone() == (CLIENTS, CLIENTS)
 
 
-async def test_nothing_of_it_is_delivered_before_the_sweeper_comes(
+async def test_old_rows_before_a_sweep_are_not_delivered(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(**OPTIONS)
@@ -185,7 +187,8 @@ async def test_nothing_of_it_is_delivered_before_the_sweeper_comes(
     observer.execute(
         "SELECT pg_notify(pg_layer_notification_channel(address), CASE address"
         " WHEN 'asgi!:jobs' THEN 'J ' || min(id)"
-        " ELSE concat_ws(' ', 'R', boot, xid, CASE address WHEN 'asgi!@room' THEN '@room' ELSE '.' END,"
+        " ELSE concat_ws(' ', 'R', boot, xid,"
+        " CASE address WHEN 'asgi!@room' THEN '@room' ELSE '.' END,"
         "  min(id), max(id)) END)"
         " FROM pg_layer_message WHERE address IN ('asgi!:jobs', 'asgi!@room', %s)"
         " GROUP BY address, boot, xid",
@@ -199,8 +202,10 @@ async def test_nothing_of_it_is_delivered_before_the_sweeper_comes(
     assert own == jobs == list(range(traffic.sent))
 
 
-def test_each_batch_goes_on_where_the_last_one_ended(migrated_dsn: str, observer: Observer) -> None:
-    """Beside an old snapshot deleted rows stay in the table: no batch may walk those of all before it."""
+def test_sweep_batch_continues_where_the_last_one_ended(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """Under an old snapshot deleted rows stay. A batch must not read those of earlier batches."""
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
 
     def pages(messages: int) -> int:

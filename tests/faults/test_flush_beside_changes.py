@@ -1,7 +1,7 @@
-"""Memberships that their owner changes while somebody flushes: the table and the owner agree afterwards.
+"""Memberships that their owner changes during a flush: table and owner agree afterwards.
 
-A statement of the owner is held at the server, and then its answer in the network, so that the flush takes
-effect between the statement and what the owner concludes from it.
+A statement of the owner waits at the server, and then its answer in the network. So the flush takes
+effect between the statement and the answer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ async def proxied(migrated_dsn: str, proxy: Proxy) -> AsyncIterator[PostgresChan
 
 
 async def until_locked_out(observer: Observer, statement: str, count: int = 1) -> list[int]:
-    """Wait until so many statements with this text wait for a lock. Return the ports of their clients."""
+    """Wait until several statements with a text wait for a lock. Return their clients' ports."""
     query = (
         "SELECT client_port FROM pg_stat_activity WHERE datname = current_database() AND"
         " pid <> pg_backend_pid() AND wait_event_type = 'Lock' AND strpos(query, %s) > 0"
@@ -61,7 +61,7 @@ async def until_locked_out(observer: Observer, statement: str, count: int = 1) -
 async def answer_held(
     dsn: str, observer: Observer, proxy: Proxy, layer: PostgresChannelLayer
 ) -> AsyncIterator[None]:
-    """Hold the answer to the statement with which the layer writes memberships now. It has been committed."""
+    """Hold back the answer to the layer's present write of memberships, which is committed."""
     address = layer._loops.client.address
     query = "SELECT FROM pg_stat_activity WHERE client_port = %s AND state <> 'idle'"
     with psycopg.connect(dsn) as blocker:
@@ -93,7 +93,7 @@ async def start_elsewhere(processes: Processes, dsn: str) -> Process[None]:
 
 
 @pytest.mark.parametrize("was_member", [False, True], ids=["new", "member"])
-async def test_group_add_whose_answer_comes_after_a_flush_is_applied_is_kept_and_listed(
+async def test_group_add_answered_after_a_flush_is_kept_and_listed(
     migrated_dsn: str,
     make_layer: MakeLayer,
     observer: Observer,
@@ -101,10 +101,10 @@ async def test_group_add_whose_answer_comes_after_a_flush_is_applied_is_kept_and
     proxied: PostgresChannelLayer,
     was_member: bool,
 ) -> None:
-    """The owner writes the row. A flush removes it, and the owner applies the flush. Then the answer comes.
+    """The owner writes a row. A flush removes it and is applied. Then the answer arrives.
 
-    In the owner's order the flush came first. So the channel is a member when `group_add` returns, and
-    another process that looks whether the group is empty finds it.
+    In the owner's order the flush came first. So the channel is a member when `group_add` returns,
+    and another process does not find the group empty.
     """
     other = make_layer()
     [channel, marker] = await new_channels(proxied, 2)
@@ -135,10 +135,10 @@ async def test_memberships_changed_beside_flushes_agree_with_the_table(
     proxied: PostgresChannelLayer,
     flushes_elsewhere: bool,
 ) -> None:
-    """In each round the owner and another process change memberships of the same channels, beside flushes.
+    """In each round two processes change memberships of the same channels, beside flushes.
 
-    One statement of the owner is answered late. After each round each channel is listed if and only if a
-    message reaches it.
+    The answer to one statement of the owner is late. After each round a channel is listed if and
+    only if a message reaches it.
     """
     channels = await new_channels(proxied, CHANNELS)
     agreement = Agreement(proxied, make_layer())
@@ -167,14 +167,14 @@ async def test_memberships_changed_beside_flushes_agree_with_the_table(
         await agreement.reached_by_all(pairs)
 
 
-async def test_flush_whose_control_message_a_later_flush_has_removed_returns(
+async def test_flush_whose_control_message_another_flush_removed_returns(
     make_layer: MakeLayer,
     observer: Observer,
     proxy: Proxy,
     proxied: PostgresChannelLayer,
     migrated_dsn: str,
 ) -> None:
-    """A process cannot read for a moment after its flush. A flush of another process removes the row."""
+    """After its flush a process cannot read for a while. Another flush removes the row."""
     other = make_layer()
     await listen(proxied)
     with psycopg.connect(migrated_dsn) as blocker:

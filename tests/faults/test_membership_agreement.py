@@ -147,7 +147,7 @@ async def new_channels(layer: PostgresChannelLayer, count: int) -> list[str]:
 
 @pytest.mark.parametrize("commits", [True, False], ids=["commit", "rollback"])
 @pytest.mark.parametrize("was_member", [False, True])
-async def test_membership_added_in_a_transaction_and_discarded_by_its_owner_agrees_with_the_table(
+async def test_membership_added_in_transaction_discarded_by_owner_agrees_with_table(
     make_layer: MakeLayer, sync_layer: PostgresChannelLayer, commits: bool, was_member: bool
 ) -> None:
     """A transaction adds the channel and stays open. The owner discards it. The transaction ends.
@@ -171,7 +171,7 @@ async def test_membership_added_in_a_transaction_and_discarded_by_its_owner_agre
 
 @pytest.mark.parametrize("commits", [True, False], ids=["commit", "rollback"])
 @pytest.mark.parametrize("was_member", [False, True])
-async def test_membership_discarded_in_a_transaction_and_added_by_its_owner_agrees_with_the_table(
+async def test_membership_discarded_in_transaction_added_by_owner_agrees_with_table(
     make_layer: MakeLayer, sync_layer: PostgresChannelLayer, commits: bool, was_member: bool
 ) -> None:
     """A transaction discards the channel and stays open. The owner adds it. Then it ends."""
@@ -245,7 +245,7 @@ async def change_elsewhere(link: Link, dsn: str) -> None:
 @pytest.mark.parametrize(
     ("own_change", "other_change"), [("group_add", "group_discard"), ("group_discard", "group_add")]
 )
-async def test_memberships_changed_by_owner_and_another_process_at_once_agree_with_the_table(
+async def test_memberships_changed_by_two_processes_at_once_agree_with_table(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -273,7 +273,7 @@ async def test_memberships_changed_by_owner_and_another_process_at_once_agree_wi
 
 
 @pytest.mark.parametrize("owner_adds", [False, True], ids=["alone", "and by the owner"])
-async def test_messages_after_a_channel_was_added_by_another_process_arrive_once_and_in_order(
+async def test_messages_after_add_by_another_process_arrive_once_in_order(
     make_layer: MakeLayer, owner_adds: bool
 ) -> None:
     """Another process adds the channel, the first one of its group there, and sends to the group.
@@ -308,7 +308,10 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 def backends(observer: Observer) -> set[Any]:
     """Of the connections that lead through the proxy."""
-    query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'proxied'"
+    query = (
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'proxied'"
+    )
     return {pid for (pid,) in observer.execute(query)}
 
 
@@ -325,7 +328,7 @@ async def returned(call: Callable[[], Awaitable[None]]) -> None:
 
 @pytest.mark.parametrize("by", ["owner", "another process"])
 @pytest.mark.parametrize("late", ["group_discard", "group_add"])
-async def test_membership_change_that_was_given_up_changes_nothing_when_it_comes_late(
+async def test_membership_change_given_up_and_late_changes_nothing(
     migrated_dsn: str, proxy: Proxy, make_layer: MakeLayer, observer: Observer, late: str, by: str
 ) -> None:
     """A change hangs in the network and raises. The opposite one returns. Then the first comes.
@@ -359,6 +362,6 @@ async def test_membership_change_that_was_given_up_changes_nothing_when_it_comes
     pairs = [(GROUP, channel)]
     agreement = Agreement(owner, make_layer())
     expected = set(pairs) if later == "group_add" else set()
-    if by == "owner":  # a late claim of another process is counted until the owner has ignored it
+    if by == "owner":  # a late request counts until the owner has ignored it
         assert await agreement.look(pairs) == (expected, expected)
     assert await agreement.reached_by_all(pairs) == expected

@@ -25,7 +25,7 @@ BEATING: dict[str, object] = {"heartbeat": 1, "lease": 60, "capacity": 1000}
 
 @pytest.fixture(scope="module")
 def small_queue() -> Iterator[PostgresServer]:
-    """A server with the smallest queue there is; before version 17 it cannot be set, and is 8 GB."""
+    """Start a server with the smallest queue. Before version 17 it cannot be set, and has 8 GB."""
     settings = {"max_notify_queue_pages": 64}
     with PostgresServer(fsync=False, version="18", settings=settings) as server:
         yield server
@@ -33,7 +33,10 @@ def small_queue() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def dsn(small_queue: PostgresServer) -> Iterator[str]:
-    """A migrated database of that server. Asking how full its queue is has PostgreSQL tidy that up."""
+    """Return the DSN of a migrated database of that server, with an empty queue.
+
+    Reading the queue's usage makes PostgreSQL free it.
+    """
     small_queue.execute("SELECT pg_notification_queue_usage()")
     dsn = small_queue.create_database("layer")
     migrate(dsn)
@@ -42,7 +45,10 @@ def dsn(small_queue: PostgresServer) -> Iterator[str]:
 
 
 def fill(connection: psycopg.Connection) -> None:
-    """Notify until the queue is full; in parts, as what one transaction says must fit into what is left."""
+    """Notify until the queue is full.
+
+    In parts, because the notifications of one transaction must fit into the free part.
+    """
     said = "n || repeat('x', 7900)"
     while True:
         try:
@@ -82,7 +88,7 @@ async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list
 
 
 async def exchange(layer: PostgresChannelLayer, sender: PostgresChannelLayer, count: int) -> None:
-    """Messages, groups and jobs of the sender reach the layer once and in order, singly and in batches."""
+    """Check that messages, group messages and jobs arrive once and in order, single and batched."""
     own, member, added = [await layer.new_channel() for _ in range(3)]
     await layer.group_add("room", member)
     await sender.group_add("room", added)
@@ -128,7 +134,7 @@ async def hears_again(layer: PostgresChannelLayer) -> None:
 # ---------------------------------------------------------------------- a queue that is full
 
 
-async def test_while_the_queue_is_full_messages_are_found_and_afterwards_heard(
+async def test_messages_while_the_queue_is_full_are_received(
     dsn: str, caplog: pytest.LogCaptureFixture, recovery: Recovery
 ) -> None:
     async with open_layer(dsn, **BEATING) as layer, open_layer(dsn, **BEATING) as sender:
@@ -151,7 +157,7 @@ async def test_while_the_queue_is_full_messages_are_found_and_afterwards_heard(
     assert len(warnings(caplog)) <= 3
 
 
-async def test_with_a_full_queue_a_layer_closes_in_order(dsn: str) -> None:
+async def test_close_with_full_queue_releases_jobs(dsn: str) -> None:
     async with open_layer(dsn, **BEATING) as other:
         async with open_layer(dsn, **BEATING) as worker:
             await listen(worker)
@@ -164,7 +170,7 @@ async def test_with_a_full_queue_a_layer_closes_in_order(dsn: str) -> None:
         assert done == list(range(50))
 
 
-async def test_flush_works_with_a_full_queue(dsn: str) -> None:
+async def test_flush_with_full_queue_removes_everything(dsn: str) -> None:
     async with open_layer(dsn, **BEATING) as layer, open_layer(dsn, **BEATING) as sender:
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
@@ -179,7 +185,7 @@ async def test_flush_works_with_a_full_queue(dsn: str) -> None:
             assert await numbers(layer, channel, 1) == [4]
 
 
-async def test_a_layer_that_begins_while_the_queue_is_full(
+async def test_layer_that_begins_with_full_queue_receives(
     dsn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with full_queue(dsn):
@@ -214,7 +220,7 @@ NOTHING_HEARD = """
         pytest.param(NOTHING_HEARD, id="silently"),
     ],
 )
-async def test_a_server_without_notifications_is_polled_until_it_has_them(
+async def test_server_without_notify_is_polled_until_it_has_it(
     migrated_dsn: str,
     observer: Observer,
     refuses: str,

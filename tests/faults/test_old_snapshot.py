@@ -1,6 +1,6 @@
-"""A transaction that is held open elsewhere: dead rows stay as long as it does, and nobody walks them.
+"""An old snapshot of another transaction: dead rows stay as long, and no statement reads them.
 
-What it costs in time is measured by `python -m benchmarks.old_snapshot`.
+`python -m benchmarks.old_snapshot` measures the cost in time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from tests.processes import listen, receive, until
 MESSAGES = 3000
 BEATS = 3
 ROUNDS = 6
-# Index entries that all heartbeats and catch-ups together may read: some find out where to begin next time.
+# The index entries that all heartbeats and catch-ups together may read. Some determine where the
+# next ones begin.
 FEW = 3 * MESSAGES
 
 
 @contextmanager
 def old_snapshot(dsn: str) -> Iterator[None]:
-    """A transaction elsewhere needs all rows that are there when the block begins, and all that come."""
+    """Hold a snapshot that needs all rows that exist, and all that are written in the block."""
     with psycopg.connect(dsn) as old:
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT 1 FROM pg_layer_client")
@@ -70,7 +71,7 @@ async def vacuumed(observer: Observer) -> None:
     observer.execute("VACUUM pg_layer_message")
 
 
-async def test_dead_rows_pile_up_for_as_long_as_an_old_snapshot_and_no_longer(
+async def test_dead_rows_stay_only_as_long_as_an_old_snapshot(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
@@ -81,7 +82,7 @@ async def test_dead_rows_pile_up_for_as_long_as_an_old_snapshot_and_no_longer(
         await vacuumed(observer)  # to no avail
         held = pages(observer)
         await talk(layer, sender, channel)
-        # The bound is what is sent while the snapshot lasts: a row each, and its place in the index.
+        # The bound is one row, and its index entry, for each message sent during the snapshot.
         most = pages(observer)
         assert held < most <= 2 * held + 10
     # It is over: the space is used again, and more than that is not needed, however much is sent.
@@ -106,12 +107,14 @@ class Reconnected:
         """
         reconnects = self._layer.stats()["reconnects"]
         self._observer.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = %s",
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE application_name = %s",
             (self._name,),
         )
         self._observer.execute("SELECT pg_stat_clear_snapshot()")
         [(read,)] = self._observer.execute(
-            "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'pg_layer_message'"
+            "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes"
+            " WHERE relname = 'pg_layer_message'"
         ).fetchall()
         await until(lambda: self._layer.stats()["reconnects"] > reconnects)
         # The first heartbeat may come before the catch-up has ended; this message comes after it.
@@ -122,10 +125,10 @@ class Reconnected:
 @pytest.mark.parametrize(
     "is_analyzed", [False, True], ids=["no statistics", "statistics of empty tables"]
 )
-async def test_heartbeats_and_catch_ups_do_not_walk_dead_rows(
+async def test_heartbeats_and_catch_ups_read_no_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, is_analyzed: bool
 ) -> None:
-    """Messages were received and deleted. The process loses its connections and catches up, several times."""
+    """Messages were received and deleted. The process reconnects and catches up several times."""
     named = make_conninfo(migrated_dsn, application_name="layer")
     options: dict[str, object] = {"capacity": 1000, "lease": 60, "heartbeat": 0.3}
     layer = make_layer(dsn=named, **options)
@@ -152,7 +155,7 @@ async def test_heartbeats_and_catch_ups_do_not_walk_dead_rows(
         assert after - before < FEW
 
 
-async def test_heartbeats_and_catch_ups_do_not_walk_group_messages_that_were_received(
+async def test_heartbeats_and_catch_ups_read_no_received_group_messages(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     """Group messages stay until they expire: those from before are not read again."""

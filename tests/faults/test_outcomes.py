@@ -1,4 +1,4 @@
-"""What a caller is told: `OutcomeUnknown` if the call may have taken effect, else that it has not."""
+"""The errors of calls: `OutcomeUnknown` if and only if the call may have taken effect."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ async def test_send_whose_timeout_passes_in_its_statement_raises_outcome_unknown
     await until(sent)
 
 
-async def test_send_of_another_loop_that_is_in_flight_when_the_loop_is_held_up_raises_outcome_unknown(
+async def test_send_of_foreign_loop_in_flight_when_loop_blocks_raises_outcome_unknown(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop that has the connections blocks in the middle of the batch, and the message is committed."""
+    """The loop with the connections blocks during the batch, and the message is committed."""
     monkeypatch.setattr("pg_layer._send.batcher.GRACE", 0.0)
     layer = make_layer(send_timeout=2)
     await layer.send("others", MESSAGE)
@@ -115,10 +115,10 @@ CHANGES: dict[str, tuple[str, Call]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-async def test_call_whose_first_attempt_was_lost_raises_outcome_unknown_if_no_other_can_be_made(
+async def test_call_whose_only_attempt_was_lost_raises_outcome_unknown(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, proxy: Proxy, what: str
 ) -> None:
-    """What does no harm if it is done twice is tried again; what became of the first attempt is unknown."""
+    """An idempotent call is tried again. The outcome of the first attempt is unknown."""
     layer = make_layer(dsn=proxy.dsn(connect_timeout=2), send_timeout=4)
     await layer.send("jobs", MESSAGE)
     table, call = CHANGES[what]
@@ -164,7 +164,7 @@ async def test_own_group_discard_while_the_database_is_away_raises_outcome_unkno
     )
 
 
-async def test_calls_while_the_database_is_away_say_that_nothing_was_done(
+async def test_calls_while_the_database_is_away_raise_layer_unavailable(
     make_layer: MakeLayer, proxy: Proxy
 ) -> None:
     layer = make_layer(dsn=proxy.dsn(connect_timeout=2), send_timeout=2)
@@ -182,7 +182,7 @@ async def test_calls_while_the_database_is_away_say_that_nothing_was_done(
     proxy.let_go()
 
 
-async def test_reading_whose_connection_was_lost_does_not_speak_of_an_outcome(
+async def test_read_whose_connection_was_lost_raises_no_outcome_unknown(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, proxy: Proxy
 ) -> None:
     layer = make_layer(dsn=proxy.dsn(connect_timeout=2), send_timeout=4)
@@ -216,7 +216,8 @@ async def test_flush_that_fails_after_its_first_part_raises_outcome_unknown(
         """
     )
     observer.execute(
-        "CREATE TRIGGER refuse BEFORE DELETE ON pg_layer_message FOR EACH ROW EXECUTE FUNCTION refuse()"
+        "CREATE TRIGGER refuse BEFORE DELETE ON pg_layer_message FOR EACH ROW"
+        " EXECUTE FUNCTION refuse()"
     )
     with pytest.raises(OutcomeUnknown) as caught:
         await layer.flush()

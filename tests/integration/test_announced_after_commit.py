@@ -477,7 +477,7 @@ async def test_messages_of_a_process_killed_after_its_commit_arrive_within_two_h
 async def test_messages_of_a_prepared_transaction_are_received_once_when_it_is_committed(
     database: str,
 ) -> None:
-    """Nothing announces them. Two heartbeats bound how long they wait, and the test waits for those."""
+    """Nothing announces the messages. They wait for at most two heartbeats."""
     reader, other = new_layer(database, **{**UNHURRIED, "heartbeat": 0.5}), new_layer(database)
     with on_django(database) as layer, psycopg.connect(database, autocommit=True) as observer:
         channel = await member(reader)

@@ -24,14 +24,14 @@ def capacity_of(channel: str) -> int:
 
 
 class Membership(NamedTuple):
-    """A claim: whether the channel is in the group, and until when."""
+    """A membership row: whether the channel is in the group, and until when."""
 
     present: bool
     end: str
 
 
 class State(NamedTuple):
-    """Whether the rows of memberships can be trusted, the memberships, and what waits with its end."""
+    """Whether membership rows are known to be complete, the memberships, and waiting messages."""
 
     is_steady: bool
     members: dict[tuple[str, str], list[Membership]]
@@ -112,7 +112,7 @@ def written(observer: Observer, after: int) -> list[tuple[Any, ...]]:
 
 @examples
 @given(states, group_sends)
-def test_group_sends_in_one_batch_write_what_single_ones_write(
+def test_group_send_batch_writes_the_rows_of_single_group_sends(
     observer: Observer, state: State, ops: list[tuple[Any, ...]]
 ) -> None:
     with observer.transaction(force_rollback=True):
@@ -138,7 +138,7 @@ def test_group_sends_in_one_batch_write_what_single_ones_write(
 
 @examples
 @given(states, sends, st.booleans())
-def test_sends_in_one_batch_write_what_single_ones_write(
+def test_send_batch_writes_the_rows_of_single_sends(
     observer: Observer, state: State, ops: list[tuple[Any, ...]], are_counted: bool
 ) -> None:
     low_ids: list[list[object] | None] = [[], []] if are_counted else [None, None]
@@ -146,7 +146,8 @@ def test_sends_in_one_batch_write_what_single_ones_write(
         last = arrange(observer, state)
         [(full, ids)] = observer.execute(
             "SELECT full_positions, ids FROM pg_layer_send_batch("
-            "'asgi', %s::text[], %s::bytea[], %s::float8[], %s::integer[], %s::text[], %s::bigint[],"
+            "'asgi', %s::text[], %s::bytea[], %s::float8[], %s::integer[], %s::text[],"
+            " %s::bigint[],"
             " true, false)",
             [
                 *[list(values) for values in zip(*ops, strict=True)],

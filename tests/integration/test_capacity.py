@@ -14,7 +14,7 @@ from tests.processes import Link, Processes, listen, open_layer, receive, until
 
 
 async def fill(layer: PostgresChannelLayer, channel: str, capacity: int) -> None:
-    """Send to an empty channel until it is full, which must be after exactly ``capacity`` messages."""
+    """Check that an empty channel accepts exactly ``capacity`` messages."""
     for number in range(capacity):
         await layer.send(channel, {"number": number})
     await expect_full(layer, channel)
@@ -58,7 +58,7 @@ async def receive_on_demand(
 
 @pytest.mark.parametrize("starts", ["listening", "later"])
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_a_channel_holds_exactly_its_capacity_and_each_receive_frees_one_place(
+async def test_channel_holds_its_capacity_and_each_receive_frees_one_place(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, name: str | None, starts: str
 ) -> None:
     layer = make_layer(capacity=5)
@@ -78,7 +78,7 @@ async def test_a_channel_holds_exactly_its_capacity_and_each_receive_frees_one_p
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_what_was_received_takes_no_room(
+async def test_received_messages_do_not_count(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, name: str | None
 ) -> None:
     layer = make_layer(capacity=8)
@@ -91,7 +91,7 @@ async def test_what_was_received_takes_no_room(
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_capacity_holds_within_one_process(make_layer: MakeLayer, name: str | None) -> None:
+async def test_capacity_within_one_process_holds(make_layer: MakeLayer, name: str | None) -> None:
     layer = make_layer(capacity=5)
     await listen(layer)
     channel = name or await layer.new_channel()
@@ -106,7 +106,7 @@ async def test_capacity_holds_within_one_process(make_layer: MakeLayer, name: st
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
 @pytest.mark.parametrize("capacity", [5, 100])
-async def test_writers_in_turn_share_one_capacity(
+async def test_capacity_is_shared_by_writers_in_turn(
     make_layer: MakeLayer, name: str | None, capacity: int
 ) -> None:
     layer, *writers = (make_layer(capacity=capacity) for _ in range(3))
@@ -120,7 +120,7 @@ async def test_writers_in_turn_share_one_capacity(
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_of_sends_at_once_the_first_find_room(
+async def test_sends_at_once_beyond_the_capacity_only_the_last_are_refused(
     make_layer: MakeLayer, name: str | None
 ) -> None:
     layer, sender = make_layer(capacity=7), make_layer(capacity=7)
@@ -152,7 +152,7 @@ async def test_batches_of_one_sender_fill_a_channel_exactly(
     await expect_nothing(layer, channel)
 
 
-async def test_channel_capacity_by_glob_and_by_pattern(make_layer: MakeLayer) -> None:
+async def test_channel_capacity_by_glob_and_pattern_applies(make_layer: MakeLayer) -> None:
     layer = make_layer(
         capacity=6,
         channel_capacity={
@@ -188,7 +188,7 @@ async def test_channel_capacity_by_glob_and_by_pattern(make_layer: MakeLayer) ->
     assert {channel: accepted.count(channel) for channel in expected} == expected
 
 
-async def test_channels_of_one_process_share_nothing(make_layer: MakeLayer) -> None:
+async def test_channels_of_one_process_have_capacities_of_their_own(make_layer: MakeLayer) -> None:
     layer, sender = make_layer(capacity=5), make_layer(capacity=5)
     await listen(layer)
     channels = [await layer.new_channel() for _ in range(10)]
@@ -212,7 +212,7 @@ async def serve_beside_a_stuck_consumer(link: Link, dsn: str, count: int) -> lis
         return found
 
 
-async def test_a_stuck_consumer_does_not_hurt_its_neighbour(
+async def test_full_channel_of_a_consumer_does_not_affect_another(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer(capacity=10)
@@ -240,7 +240,7 @@ def lines_about_full(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("pace", ["one by one", "at once"])
-async def test_a_full_member_keeps_what_waits_and_misses_what_is_new(
+async def test_full_member_keeps_waiting_messages_and_misses_new_ones(
     make_layer: MakeLayer, caplog: pytest.LogCaptureFixture, pace: str
 ) -> None:
     layer, sender = make_layer(capacity=3), make_layer()
@@ -270,7 +270,7 @@ async def test_a_full_member_keeps_what_waits_and_misses_what_is_new(
         assert await receive_numbers(layer, full, 1) == [10]
 
 
-async def test_a_full_normal_channel_misses_what_is_new(
+async def test_full_normal_channel_in_group_misses_new_messages(
     make_layer: MakeLayer, caplog: pytest.LogCaptureFixture
 ) -> None:
     sender, worker = make_layer(capacity=3), make_layer()
@@ -289,7 +289,7 @@ async def test_a_full_normal_channel_misses_what_is_new(
     await expect_nothing(worker, "jobs")
 
 
-async def test_channel_capacity_counts_for_a_normal_channel_in_a_group(
+async def test_normal_channel_in_group_has_its_channel_capacity(
     make_layer: MakeLayer,
 ) -> None:
     sender, worker = make_layer(capacity=3, channel_capacity={"few": 1, "many": 5}), make_layer()
@@ -310,7 +310,7 @@ async def test_channel_capacity_counts_for_a_normal_channel_in_a_group(
 # ---------------------------------------------------------------------- what else makes room
 
 
-async def test_flush_makes_room_and_leaves_nothing_behind(make_layer: MakeLayer) -> None:
+async def test_flush_frees_the_capacity_and_removes_everything(make_layer: MakeLayer) -> None:
     layer, sender = make_layer(capacity=4), make_layer(capacity=4)
     await listen(layer)
     channel = await layer.new_channel()
@@ -328,7 +328,7 @@ async def test_flush_makes_room_and_leaves_nothing_behind(make_layer: MakeLayer)
     await asyncio.wait_for(talk(), 60)
 
 
-async def test_expired_messages_take_no_room(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_expired_messages_do_not_count(make_layer: MakeLayer, observer: Observer) -> None:
     layer, sender = make_layer(capacity=4), make_layer(capacity=4, expiry=0.2)
     await listen(layer)
     channel = await layer.new_channel()
@@ -336,7 +336,8 @@ async def test_expired_messages_take_no_room(make_layer: MakeLayer, observer: Ob
         await fill(sender, name, 4)
     await until(
         lambda: observer.execute(
-            "SELECT 1 WHERE NOT EXISTS (SELECT FROM pg_layer_message WHERE expires_at > clock_timestamp())"
+            "SELECT 1 WHERE NOT EXISTS (SELECT FROM pg_layer_message"
+            " WHERE expires_at > clock_timestamp())"
         ).fetchone()
     )
     for name in (channel, "jobs"):

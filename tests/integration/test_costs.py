@@ -1,6 +1,7 @@
-"""What the layer's statements cost: rows that a statement reads or deletes, and statements that run.
+"""The cost of statements: the rows that a statement reads or deletes, and how many statements run.
 
-Costs are counted, not timed: the server counts the index entries and rows that a connection has read.
+Costs are counted, not timed. The server counts the index entries and rows that a connection has
+read.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LAYER_TABLES = (
 
 
 async def read_so_far(observer: Observer, table: str) -> int:
-    """Index entries and rows that ended connections have read in a table."""
+    """Return the index entries and rows that ended connections have read in a table."""
     # A connection reports its statistics when it ends.
     await until(
         lambda: (
@@ -63,10 +64,10 @@ async def read_so_far(observer: Observer, table: str) -> int:
 
 
 async def cost(dsn: str, query: str, *tables: str, runs: int = 1) -> int:
-    """Index entries and rows that a statement of a new connection reads, in the last of some runs.
+    """Return the index entries and rows that the last of several runs of a statement reads.
 
-    The connection asks for its own counters. Those of the whole server also contain what others have read,
-    and a session that is idle may report that a second late.
+    The statement runs on a new connection, which reads its own counters. Those of the whole server
+    also contain reads of other sessions, which an idle session may report a second late.
     """
     read = 0
     async with await psycopg.AsyncConnection.connect(
@@ -80,7 +81,7 @@ async def cost(dsn: str, query: str, *tables: str, runs: int = 1) -> int:
 
 
 async def read_in_transaction(connection: psycopg.AsyncConnection, tables: Sequence[str]) -> int:
-    """Index entries and rows that the open transaction of this connection has read in these tables."""
+    """Return the index entries and rows of tables that the open transaction has read."""
     result = await connection.execute(
         """
         SELECT sum(pg_stat_get_xact_tuples_returned(t.relid) + (
@@ -95,13 +96,16 @@ async def read_in_transaction(connection: psycopg.AsyncConnection, tables: Seque
     return int(read)
 
 
-async def test_the_cost_of_a_statement_is_all_that_it_reads_and_not_what_others_read(
+async def test_cost_of_a_statement_excludes_reads_of_other_sessions(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """Another session has read a table. It ends while the statement runs, and only then reports its reads."""
+    """Another session has read a table. It ends, and reports that, while the statement runs."""
     fill(observer, "asgi!other", "specific.other!1", messages=MANY, memberships=0)
     count = "SELECT count(*) FROM pg_layer_message"
-    end = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'other'"
+    end = (
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+        " WHERE application_name = 'other'"
+    )
     with closing(psycopg.connect(migrated_dsn, application_name="other")) as other:
         other.execute(count.encode())
         assert await cost(migrated_dsn, end) == 0
@@ -110,7 +114,7 @@ async def test_the_cost_of_a_statement_is_all_that_it_reads_and_not_what_others_
 
 @contextmanager
 def old_snapshot(dsn: str) -> Iterator[None]:
-    """While it lasts, no row that is deleted meanwhile can be removed, and no index entry be marked dead."""
+    """Hold a snapshot: deleted rows cannot be removed, nor their index entries marked dead."""
     with psycopg.connect(dsn) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         connection.execute("SELECT FROM pg_layer_client")
@@ -155,23 +159,24 @@ async def working(layer: PostgresChannelLayer, channel: str) -> AsyncIterator[No
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
-async def test_memberships_written_again_cost_the_same_for_each_whatever_the_statistics(
+async def test_memberships_written_again_any_statistics_cost_is_linear(
     make_layer: MakeLayer,
     migrated_dsn: str,
     observer: Observer,
     caplog: pytest.LogCaptureFixture,
     statistics: str,
 ) -> None:
-    """A crash of the server has emptied the table of memberships, and nobody has counted it since.
+    """A crash has emptied the table of memberships, and its statistics are old.
 
-    The process writes its rows again, in parts. Messages of others are received meanwhile, it makes no
-    further connection, and it does not think that the database is away.
+    The process writes its rows again, in parts. Meanwhile it receives messages, opens no further
+    connection, and does not report the database as away.
     """
     caplog.set_level(logging.WARNING, "pg_layer")
     groups, members = 100, 200
     observer.execute(
         "INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)"
-        " SELECT 'group-' || n % 100, 'asgi!other-' || n % 50, 'specific.other-' || n % 50 || '!' || n,"
+        " SELECT 'group-' || n % 100, 'asgi!other-' || n % 50,"
+        " 'specific.other-' || n % 50 || '!' || n,"
         " 'infinity' FROM generate_series(1, 20000) AS n"
     )
     if statistics == "before":  # they know many clients, and not this one
@@ -211,16 +216,15 @@ async def test_memberships_written_again_cost_the_same_for_each_whatever_the_sta
     mine = "SELECT count(*) FROM pg_layer_membership WHERE address = %s"
     assert observer.execute(mine, [address]).fetchone() == (groups * members,)
     await layer.close()
-    # Added, written again, looked through for old rows and deleted in the end: a few entries for each.
+    # Each row is added, written again, read to find old rows, and deleted: a few entries each.
     assert await read_so_far(observer, "pg_layer_membership") < 20 * groups * members
 
 
-def test_groups_are_counted_with_one_look_at_each_client(
-    migrated_dsn: str, observer: Observer
-) -> None:
+def test_groups_counted_read_each_client_once(migrated_dsn: str, observer: Observer) -> None:
     """Many memberships of few clients, whose leases have expired while nobody renewed any."""
     observer.execute(
-        "INSERT INTO pg_layer_lease_clock VALUES ('asgi', 1, 60, clock_timestamp(), clock_timestamp());"
+        "INSERT INTO pg_layer_lease_clock"
+        " VALUES ('asgi', 1, 60, clock_timestamp(), clock_timestamp());"
         "INSERT INTO pg_layer_client (address, expires_at, lease)"
         " SELECT 'asgi!' || n, clock_timestamp(), 60 FROM generate_series(0, 2) AS n;"
         "INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)"
@@ -252,10 +256,10 @@ def test_groups_are_counted_with_one_look_at_each_client(
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
-async def test_a_sweep_reads_what_it_removes_and_not_who_has_ended_within_a_day(
+async def test_sweep_reads_no_clients_that_ended_within_a_day(
     migrated_dsn: str, observer: Observer, statistics: str
 ) -> None:
-    """10,000 clients have closed or been swept today, and others have many memberships and messages."""
+    """10,000 clients ended today. Other clients have many memberships and messages."""
     if statistics == "before":
         observer.execute("ANALYZE")
     observer.execute(
@@ -269,13 +273,16 @@ async def test_a_sweep_reads_what_it_removes_and_not_who_has_ended_within_a_day(
         SELECT 'asgi!swept-' || n, clock_timestamp(), 60, clock_timestamp()
         FROM generate_series(1, 5000) AS n;
         INSERT INTO pg_layer_client (address, expires_at, lease)
-        SELECT 'asgi!live-' || n, clock_timestamp() + interval '1 hour', 60 FROM generate_series(1, 20) AS n;
+        SELECT 'asgi!live-' || n, clock_timestamp() + interval '1 hour', 60
+            FROM generate_series(1, 20) AS n;
         INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
-        SELECT 'group-' || n % 1000, 'asgi!live-' || n % 20 + 1, 'specific.live-' || n % 20 + 1 || '!' || n,
+        SELECT 'group-' || n % 1000, 'asgi!live-' || n % 20 + 1,
+            'specific.live-' || n % 20 + 1 || '!' || n,
             'infinity'
         FROM generate_series(1, 20000) AS n;
         INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)
-        SELECT 'asgi!live-' || n % 20 + 1, pg_current_xact_id(), 1, 'specific.live-' || n % 20 + 1 || '!1',
+        SELECT 'asgi!live-' || n % 20 + 1, pg_current_xact_id(), 1,
+            'specific.live-' || n % 20 + 1 || '!1',
             clock_timestamp() + interval '1 hour'
         FROM generate_series(1, 20000) AS n;
         """
@@ -287,7 +294,8 @@ async def test_a_sweep_reads_what_it_removes_and_not_who_has_ended_within_a_day(
     assert await cost(migrated_dsn, sweep) < FEW
     observer.execute(
         """
-        INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!over', '2020-01-01', 60);
+        INSERT INTO pg_layer_client (address, expires_at, lease)
+            VALUES ('asgi!over', '2020-01-01', 60);
         INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
         SELECT 'group-' || n, 'asgi!over', 'specific.over!' || n, 'infinity'
         FROM generate_series(1, 100) AS n;
@@ -305,7 +313,7 @@ async def test_a_sweep_reads_what_it_removes_and_not_who_has_ended_within_a_day(
     assert observer.execute(left).fetchone() == (0, 0, 0)
 
 
-async def test_a_sweep_does_not_walk_the_clients_of_before_whatever_the_statistics(
+async def test_sweep_any_statistics_reads_no_swept_clients(
     migrated_dsn: str, observer: Observer
 ) -> None:
     """The statistics know a few living clients. Since then many more have come and gone.
@@ -316,7 +324,8 @@ async def test_a_sweep_does_not_walk_the_clients_of_before_whatever_the_statisti
         """
         ALTER TABLE pg_layer_client SET (autovacuum_enabled = off);
         INSERT INTO pg_layer_client (address, expires_at, lease)
-        SELECT 'asgi!live-' || n, clock_timestamp() + interval '1 hour', 60 FROM generate_series(1, 20) AS n;
+        SELECT 'asgi!live-' || n, clock_timestamp() + interval '1 hour', 60
+            FROM generate_series(1, 20) AS n;
         ANALYZE pg_layer_client
         """
     )
@@ -341,15 +350,16 @@ async def test_a_sweep_does_not_walk_the_clients_of_before_whatever_the_statisti
     ],
     ids=["sweep", "sweepable"],
 )
-async def test_claims_of_one_channel_are_read_a_few_times_each_whatever_the_statistics(
+async def test_sweep_any_statistics_reads_each_request_a_few_times(
     migrated_dsn: str, observer: Observer, look: str
 ) -> None:
-    """The statistics know one group for each normal channel. Then one channel was added to many groups."""
+    """The statistics have one group for each normal channel. One channel is then in many groups."""
     count = 2000
     claim = (
         "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
         " SELECT 'group-' || n, 'asgi!:' || c, c, n, clock_timestamp() + interval '1 hour'"
-        f" FROM generate_series(1, {count}) AS n, LATERAL (SELECT 'worker-' || n %% %s) AS channel (c)"
+        f" FROM generate_series(1, {count}) AS n,"
+        " LATERAL (SELECT 'worker-' || n %% %s) AS channel (c)"
     )
     observer.execute("ALTER TABLE pg_layer_membership SET (autovacuum_enabled = off)")
     observer.execute(claim.encode(), (count,))
@@ -370,10 +380,10 @@ async def test_claims_of_one_channel_are_read_a_few_times_each_whatever_the_stat
         "SELECT pg_layer_group_send('workers', '{\"type\": \"test\"}')",
     ],
 )
-async def test_sends_from_sql_to_a_normal_channel_do_not_walk_dead_rows(
+async def test_sql_send_to_normal_channel_reads_no_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, send: str
 ) -> None:
-    """A session of an application knows no ids. Workers have taken many jobs under an old snapshot."""
+    """The session knows no low-water id. Workers have taken many jobs under an old snapshot."""
     layer = make_layer(lease=60, heartbeat=0.1)
     await layer.group_add("workers", "jobs")
     await listen(layer)
@@ -386,7 +396,7 @@ async def test_sends_from_sql_to_a_normal_channel_do_not_walk_dead_rows(
     assert sorted(costs)[5] < FEW
 
 
-async def test_sends_from_sql_to_a_consumer_do_not_walk_dead_rows(
+async def test_sql_send_to_consumer_reads_no_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     """The same for a channel of a process: the process keeps the smallest id for senders."""
@@ -402,7 +412,7 @@ async def test_sends_from_sql_to_a_consumer_do_not_walk_dead_rows(
     assert sorted(costs)[5] < FEW
 
 
-async def test_a_channel_that_is_full_is_full_wherever_the_count_begins(
+async def test_send_to_full_channel_any_low_id_is_refused(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     """The kept id never passes what waits: jobs, and jobs that a worker gave back."""
@@ -429,12 +439,13 @@ async def test_a_channel_that_is_full_is_full_wherever_the_count_begins(
         assert await receive(layer, "jobs") == {"type": "test"}
 
 
-async def test_a_job_that_is_given_back_is_found_without_an_announcement(
+async def test_released_job_without_announcement_is_claimed(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """A worker has held a job for long. Meanwhile another one kept where the channel's jobs begin."""
+    """A worker keeps a claimed job while another one raises the channel's low-water id."""
     observer.execute(
-        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!slow', 'infinity', 1)"
+        "INSERT INTO pg_layer_client (address, expires_at, lease)"
+        " VALUES ('asgi!slow', 'infinity', 1)"
     )
     observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
     claimed = observer.execute(
@@ -459,18 +470,20 @@ async def renewed(observer: Observer, times: int = 1) -> None:
     query = "SELECT max(expires_at) FROM pg_layer_client WHERE lease = 60"
     for _ in range(times):
         before = observer.execute(query).fetchone()
-        await until(lambda before=before: observer.execute(query).fetchone() != before)  # type: ignore[misc]
+        await until(
+            lambda before=before: observer.execute(query).fetchone() != before  # type: ignore[misc]
+        )
 
 
 @pytest.mark.parametrize(
     "is_analyzed", [False, True], ids=["no statistics", "statistics of empty tables"]
 )
-async def test_heartbeats_and_sweeps_do_not_walk_what_others_have_deleted(
+async def test_heartbeats_and_sweeps_read_no_rows_that_others_deleted(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, is_analyzed: bool
 ) -> None:
-    """Under an old snapshot other processes deleted what had expired, and marked messages were received.
+    """Under an old snapshot others deleted expired messages, and marked messages were received.
 
-    A process that has nothing to do renews its lease and sweeps. It reads few index entries each time.
+    An idle process renews its lease and sweeps. Each time it reads few index entries.
     """
     layer = make_layer(
         dsn=make_conninfo(migrated_dsn, application_name="measured"),
@@ -499,11 +512,13 @@ async def read_so_far_by_living(observer: Observer, layer: PostgresChannelLayer)
     """What the connections of a layer have read: they are ended, and it makes new ones."""
     reconnects = layer.stats()["reconnects"]
     observer.execute(
-        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'measured'"
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+        " WHERE application_name = 'measured'"
     )
     observer.execute("SELECT pg_stat_clear_snapshot()")
     [(read,)] = observer.execute(
-        "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'pg_layer_message'"
+        "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes"
+        " WHERE relname = 'pg_layer_message'"
     ).fetchall()
     await until(lambda: layer.stats()["reconnects"] > reconnects)
     return int(read)
@@ -524,7 +539,8 @@ class Deletions:
         )
         for table in ("pg_layer_message", "pg_layer_membership"):
             observer.execute(
-                f"CREATE TRIGGER note_deletion AFTER DELETE ON {table} REFERENCING OLD TABLE AS gone"
+                f"CREATE TRIGGER note_deletion AFTER DELETE ON {table}"
+                " REFERENCING OLD TABLE AS gone"
                 " FOR EACH STATEMENT EXECUTE FUNCTION note_deletion()".encode()
             )
 
@@ -582,7 +598,7 @@ async def close(layer: PostgresChannelLayer, observer: Observer, channel: str) -
 
 
 @pytest.mark.parametrize("end", [flush, close])
-async def test_a_flush_and_a_close_delete_in_parts(
+async def test_flush_and_close_delete_in_parts(
     make_layer: MakeLayer,
     observer: Observer,
     end: Callable[[PostgresChannelLayer, Observer, str], Awaitable[None]],
@@ -598,10 +614,10 @@ async def test_a_flush_and_a_close_delete_in_parts(
     assert deletions.all("pg_layer_membership") >= 11_000
 
 
-async def test_what_was_sent_before_a_flush_in_parts_does_not_arrive_after_it(
+async def test_flush_in_parts_earlier_messages_do_not_arrive(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """Another process holds messages and memberships. All of them end with the flush, and nothing later."""
+    """Another process has messages and memberships. The flush ends them, but nothing later."""
     layer, other = make_layer(), make_layer()
     channel = await other.new_channel()
     await other.group_add("room", channel)
@@ -611,7 +627,7 @@ async def test_what_was_sent_before_a_flush_in_parts_does_not_arrive_after_it(
         await layer.group_send("room", {"before": n})
     fill(observer, "asgi!elsewhere", "specific.elsewhere!1", messages=12_000, memberships=11_000)
     await layer.flush()
-    # The control message has its place in the order: what is sent afterwards is received, and nothing else.
+    # The control message has its place in the order: only messages that are sent later arrive.
     await layer.send(channel, {"after": 1})
     await until(lambda: other.stats()["queued_messages"] <= 1)
     assert await receive(other, channel) == {"after": 1}
@@ -620,7 +636,7 @@ async def test_what_was_sent_before_a_flush_in_parts_does_not_arrive_after_it(
     assert await receive(other, channel) == {"after": 3}
 
 
-async def test_a_close_that_was_cut_short_leaves_the_rest_to_the_sweeper(
+async def test_close_that_runs_out_of_time_leaves_rest_to_the_sweeper(
     migrated_dsn: str, observer: Observer
 ) -> None:
     """A client with many memberships closes, and its process ends after the first part."""
@@ -644,7 +660,8 @@ async def test_expired_messages_are_deleted_in_parts(
     deletions = Deletions(observer)
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, expires_at)"
-        f" SELECT 'asgi!@room', pg_current_xact_id(), 1, clock_timestamp() FROM generate_series(1, {MANY})"
+        " SELECT 'asgi!@room', pg_current_xact_id(), 1, clock_timestamp()"
+        f" FROM generate_series(1, {MANY})"
     )
     await until(lambda: is_empty(observer, "pg_layer_message"))
     assert deletions.all("pg_layer_message") >= MANY
@@ -671,10 +688,10 @@ async def test_received_messages_are_deleted_in_parts(
     assert deletions.most() <= 1000
 
 
-async def test_what_a_crash_brings_back_is_deleted_in_parts(
+async def test_rows_restored_by_a_crash_are_deleted_in_parts(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """A crash undid deletions of many messages. The receiver deletes them again, and keeps what it holds."""
+    """A crash undid deletions. The receiver repeats them, and keeps what it has not delivered."""
     layer = make_layer(lease=60, heartbeat=0.1)
     channel = await layer.new_channel()
     await listen(layer)
@@ -701,7 +718,7 @@ async def test_what_a_crash_brings_back_is_deleted_in_parts(
 # ---------------------------------------------------------------------- statements
 
 
-async def test_an_idle_process_runs_one_statement_for_each_heartbeat_and_one_for_a_normal_channel(
+async def test_idle_process_runs_one_statement_per_heartbeat_and_normal_channel(
     logging_server: PostgresServer, make_layer: MakeLayer
 ) -> None:
     """Consumers are in groups, and a worker waits. Nothing is sent."""

@@ -1,4 +1,4 @@
-"""Groups: who is in one gets every message, once and in order, whoever added it and wherever it lives."""
+"""Groups: every member receives every message once and in order, in any process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def read_group(link: Link, dsn: str, group: str, members: int) -> list[lis
 
 
 @pytest.mark.parametrize("pace", ["one by one", "at once"])
-async def test_members_in_three_processes_get_every_message_once_and_in_order(
+async def test_members_in_three_processes_receive_each_message_once_in_order(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, pace: str
 ) -> None:
     layer = make_layer()
@@ -94,7 +94,7 @@ async def test_members_in_three_processes_get_every_message_once_and_in_order(
         assert await reader.result() == [[*range(150), -1]] * 5
 
 
-async def test_one_writers_messages_to_channel_and_group_keep_their_order(
+async def test_messages_of_one_writer_to_channel_and_group_keep_their_order(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -111,7 +111,7 @@ async def test_one_writers_messages_to_channel_and_group_keep_their_order(
     assert await ask(reader, "receive_all", channel, -1) == [*range(100), -1]
 
 
-async def test_a_channel_added_twice_gets_one_message(make_layer: MakeLayer) -> None:
+async def test_group_add_twice_channel_receives_one_message(make_layer: MakeLayer) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     for _ in range(2):
@@ -125,7 +125,8 @@ async def test_a_channel_added_twice_gets_one_message(make_layer: MakeLayer) -> 
 def rows(observer: Observer) -> list[tuple[str, int]]:
     """How many messages wait at each address of a group, or of a normal channel."""
     return observer.execute(
-        "SELECT address, count(*) FROM pg_layer_message WHERE address ~ '!(@|:)' GROUP BY address ORDER BY 1"
+        "SELECT address, count(*) FROM pg_layer_message WHERE address ~ '!(@|:)'"
+        " GROUP BY address ORDER BY 1"
     ).fetchall()
 
 
@@ -172,7 +173,7 @@ async def test_group_send_to_an_empty_group_after_a_gap_in_renewals_writes_a_row
 # ---------------------------------------------------------------------- joining
 
 
-async def test_after_adding_its_own_channel_a_process_gets_what_others_send(
+async def test_group_add_of_own_channel_receives_later_messages(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -184,7 +185,7 @@ async def test_after_adding_its_own_channel_a_process_gets_what_others_send(
         assert await ask(reader, "receive", channel) == {"number": n}
 
 
-async def test_after_adding_another_processes_channel_it_gets_every_message(
+async def test_group_add_of_channel_of_another_process_receives_later_messages(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -197,13 +198,13 @@ async def test_after_adding_another_processes_channel_it_gets_every_message(
         assert await ask(reader, "receive_all", channel, 1) == [0, 1]
 
 
-async def test_messages_of_the_process_that_added_a_channel_keep_their_order_when_notifications_are_late(
+async def test_group_add_by_sender_with_late_notifications_keeps_the_order(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The first member of a group is added by another process, and its own process reads what it missed.
+    """Another process adds the first member of a group; the owner reads the missed messages.
 
-    That read brings a group message. A message to the channel that was sent before is announced, but its
-    notification is late: it must come first nevertheless.
+    The read returns a group message. The notification of an earlier message to the channel is late.
+    The earlier message must arrive first.
     """
     [[group]] = observer.execute(
         """
@@ -237,7 +238,7 @@ async def test_messages_of_the_process_that_added_a_channel_keep_their_order_whe
         await reader.close()
 
 
-async def test_a_channel_added_before_its_process_listens_gets_every_message(
+async def test_group_add_before_its_process_listens_receives_later_messages(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer, reader = make_layer(), make_layer()
@@ -252,7 +253,7 @@ async def test_a_channel_added_before_its_process_listens_gets_every_message(
 
 
 @pytest.mark.parametrize("by", ["its process", "another process"])
-async def test_what_was_sent_before_joining_does_not_arrive(
+async def test_group_add_earlier_messages_do_not_arrive(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, by: str
 ) -> None:
     layer = make_layer()
@@ -276,7 +277,7 @@ async def test_what_was_sent_before_joining_does_not_arrive(
 
 
 @pytest.mark.parametrize("by", ["its process", "another process"])
-async def test_after_leaving_nothing_arrives(
+async def test_group_discard_later_messages_do_not_arrive(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, by: str
 ) -> None:
     layer = make_layer()
@@ -299,7 +300,7 @@ async def test_after_leaving_nothing_arrives(
         assert await ask(reader, "receive_all", leaving, -1) == [*before, -1]
 
 
-async def test_the_last_change_of_a_membership_counts_whoever_made_the_others(
+async def test_membership_changed_by_several_processes_last_change_counts(
     make_layer: MakeLayer,
 ) -> None:
     # A process that polls hears of others' changes after it has made its own.
@@ -322,7 +323,7 @@ async def test_the_last_change_of_a_membership_counts_whoever_made_the_others(
     assert await receive_all(owner, joined, -1) == [0, -1]
 
 
-async def test_after_many_adds_and_discards_the_last_one_counts(
+async def test_membership_changed_many_times_last_change_counts(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -348,7 +349,7 @@ async def test_after_many_adds_and_discards_the_last_one_counts(
 # ---------------------------------------------------------------------- expiry
 
 
-async def test_a_membership_ends_group_expiry_after_the_last_group_add(
+async def test_membership_ends_group_expiry_after_the_last_group_add(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(group_expiry=1)
@@ -361,7 +362,8 @@ async def test_a_membership_ends_group_expiry_after_the_last_group_add(
     def ending_has_ended() -> bool:
         return bool(
             observer.execute(
-                "SELECT expires_at <= clock_timestamp() FROM pg_layer_membership WHERE channel = %s",
+                "SELECT expires_at <= clock_timestamp() FROM pg_layer_membership"
+                " WHERE channel = %s",
                 (ending,),
             ).fetchall()[0][0]
         )
@@ -396,7 +398,7 @@ async def test_group_send_to_a_group_whose_members_have_expired_writes_no_row(
     assert rows(observer) == []
 
 
-async def test_without_group_expiry_a_membership_lasts_as_long_as_its_process(
+async def test_membership_without_group_expiry_lasts_as_long_as_its_process(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer()
@@ -420,7 +422,7 @@ async def add_with_a_wrong_clock(link: Link, dsn: str, error: float) -> None:
 
 
 @pytest.mark.parametrize("error", [86400.0, -86400.0], ids=["fast", "slow"])
-async def test_only_the_clock_of_the_database_counts(
+async def test_group_expiry_is_measured_by_the_clock_of_the_database(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, error: float
 ) -> None:
     layer = make_layer()
@@ -439,7 +441,7 @@ async def test_only_the_clock_of_the_database_counts(
 # ---------------------------------------------------------------------- normal channels, and rows
 
 
-async def test_a_normal_channel_can_be_a_member(
+async def test_group_send_normal_channel_as_member_receives(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -457,7 +459,7 @@ async def test_a_normal_channel_can_be_a_member(
     assert await ask(worker, "receive_all", "jobs", -1) == [-1]
 
 
-async def test_a_group_message_is_one_row_however_many_members_and_processes(
+async def test_group_send_many_members_and_processes_writes_one_row(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     sender, *layers = (make_layer() for _ in range(4))
@@ -475,7 +477,7 @@ async def test_a_group_message_is_one_row_however_many_members_and_processes(
 # ---------------------------------------------------------------------- flush
 
 
-async def test_flush_from_another_process_empties_everything(
+async def test_flush_by_another_process_removes_everything(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer()
@@ -501,7 +503,7 @@ async def test_flush_from_another_process_empties_everything(
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
 
 
-async def test_what_is_done_after_a_flush_lasts(make_layer: MakeLayer) -> None:
+async def test_flush_later_changes_and_messages_last(make_layer: MakeLayer) -> None:
     owner, other = make_layer(), make_layer()
     await listen(owner)
     for n in range(30):

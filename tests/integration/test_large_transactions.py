@@ -22,7 +22,7 @@ PART = 1_000
 async def test_more_messages_of_a_transaction_than_are_remembered_are_announced_in_order(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
-    """No heartbeat comes, so that nothing but the announcement brings them. A later message comes last."""
+    """Without a heartbeat only announcements bring the messages. A later message arrives last."""
     reader = make_layer(capacity=2 * COUNT)
     channel = await member(reader)
 

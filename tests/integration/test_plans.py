@@ -27,7 +27,8 @@ FILL = """
     SELECT 'asgi!' || md5(n::text), 'infinity', 60 FROM generate_series(1, 5000) AS n;
 
     INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)
-    SELECT 'asgi!' || md5(c::text), pg_current_xact_id(), 1, 'specific.' || md5(c::text) || '!1', '\\x80',
+    SELECT 'asgi!' || md5(c::text), pg_current_xact_id(), 1, 'specific.' || md5(c::text) || '!1',
+        '\\x80',
         'infinity'
     FROM generate_series(1, 80000) AS n, LATERAL (SELECT n % 5000) AS client (c);
 
@@ -41,7 +42,8 @@ FILL = """
     FROM generate_series(1, 20000) AS n, LATERAL (SELECT 'jobs-' || n % 10) AS job (name);
 
     INSERT INTO pg_layer_membership (group_name, address, channel, expires_at)
-    SELECT 'group-' || n % 1000, 'asgi!' || md5(c::text), 'specific.' || md5(c::text) || '!' || n, 'infinity'
+    SELECT 'group-' || n % 1000, 'asgi!' || md5(c::text),
+        'specific.' || md5(c::text) || '!' || n, 'infinity'
     FROM generate_series(1, 50000) AS n, LATERAL (SELECT n % 5000) AS client (c);
 
     INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)
@@ -174,7 +176,7 @@ WORKS: list[Callable[[PostgresChannelLayer, PostgresChannelLayer], Awaitable[int
 
 
 @pytest.mark.parametrize("analyzed", ["never", "while empty", "when full"])
-async def test_no_operation_walks_the_rows_of_others_whatever_the_statistics(
+async def test_operations_any_statistics_read_no_rows_of_other_addresses(
     make_layer: MakeLayer, observer: Observer, analyzed: str
 ) -> None:
     """Tables are full of messages and memberships of others. Each operation reads a few rows."""
@@ -194,12 +196,13 @@ async def test_no_operation_walks_the_rows_of_others_whatever_the_statistics(
             scans = after[table][0] - before[table][0]
             fetched = after[table][1] - before[table][1]
             assert (work.__name__, table, scans) == (work.__name__, table, 0)
-            # What waits at the address is counted and read a few times; what waits elsewhere is 140,000 rows.
+            # The rows at the address are counted and read a few times. 140,000 rows are at other
+            # addresses.
             assert fetched <= 50 * messages + 200, (work.__name__, table)
         before = after
 
 
-async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are_full(
+async def test_plans_made_for_empty_tables_do_not_scan_full_ones(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     """Sessions keep the plans of prepared statements. They must stay good when the tables grow."""
@@ -225,7 +228,7 @@ async def test_plans_made_while_the_tables_were_empty_walk_nothing_when_they_are
 
 @contextmanager
 def old_snapshot(dsn: str) -> Iterator[None]:
-    """While it lasts, no row that is deleted meanwhile can be removed, and no index entry be marked dead."""
+    """Hold a snapshot: deleted rows cannot be removed, nor their index entries marked dead."""
     with psycopg.connect(dsn, application_name="old") as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         connection.execute("SELECT FROM pg_layer_client")
@@ -243,13 +246,13 @@ async def many_dead(observer: Observer, address: str, channel: str | None) -> No
     observer.execute("DELETE FROM pg_layer_message WHERE address = %s", (address,))
 
 
-async def test_no_operation_walks_dead_rows_under_an_old_snapshot(
+async def test_operations_under_old_snapshot_read_no_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    """Many messages went through a channel, a group and a normal channel, and cannot be vacuumed.
+    """Messages went through a channel, a group and a normal channel, and cannot be vacuumed.
 
-    Processes that have been there for a moment send, receive and renew their leases, and one comes back
-    from a lost connection: none of that reads the index entries of the dead rows again.
+    Processes send, receive and renew their leases, and one reconnects. After the first statements,
+    none of that reads the index entries of the dead rows again.
     """
     named = make_conninfo(migrated_dsn, application_name="layer")
     layer, sender = make_layer(dsn=named, lease=60, heartbeat=0.1), make_layer()
@@ -268,7 +271,8 @@ async def test_no_operation_walks_dead_rows_under_an_old_snapshot(
         """Connections report their statistics when they end."""
         reconnects = layer.stats()["reconnects"]
         observer.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'layer'"
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE application_name = 'layer'"
         )
         await until(lambda: layer.stats()["reconnects"] > reconnects)
 
@@ -296,7 +300,8 @@ async def test_no_operation_walks_dead_rows_under_an_old_snapshot(
             await renewed(observer)
         await end_connections()
         quiet = await read_by(observer) - before
-        # The first looks of a sender, and the first claims after a lost connection, begin with the first row.
+        # The first count of a sender, and the first claim after a lost connection, begin with the
+        # first row.
         assert quiet < 5 * MANY
         for more in range(20):
             await talk(number + 2 + more)
@@ -318,7 +323,8 @@ async def read_by(observer: Observer) -> int:
     """Index entries of messages that were read by connections that have ended."""
     observer.execute("SELECT pg_stat_clear_snapshot()")
     [[read]] = observer.execute(
-        "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'pg_layer_message'"
+        "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes"
+        " WHERE relname = 'pg_layer_message'"
     ).fetchall()
     return int(read)
 
@@ -341,12 +347,13 @@ SPECIFIC = st.builds(
     names=st.lists(NORMAL | SPECIFIC, min_size=1, max_size=20),
     groups=st.lists(NORMAL),
 )
-def test_addresses_and_notification_channels_are_the_same_in_python_and_sql(
+def test_addresses_and_notification_channels_in_python_equal_those_in_sql(
     observer: Observer, prefix: str, names: list[str], groups: list[str]
 ) -> None:
     addresses = observer.execute(
         "SELECT pg_layer_address(%(prefix)s, n) FROM unnest(%(names)s::text[]) AS n"
-        " UNION ALL SELECT pg_layer_group_address(%(prefix)s, g) FROM unnest(%(groups)s::text[]) AS g",
+        " UNION ALL SELECT pg_layer_group_address(%(prefix)s, g)"
+        " FROM unnest(%(groups)s::text[]) AS g",
         {"prefix": prefix, "names": names, "groups": groups},
     ).fetchall()
     expected = [channel_address(prefix, name) for name in names]
@@ -358,7 +365,7 @@ def test_addresses_and_notification_channels_are_the_same_in_python_and_sql(
     assert [channel for (channel,) in found] == list(map(notification_channel, expected))
 
 
-def test_a_notification_channel_is_a_short_name_of_its_address(observer: Observer) -> None:
+def test_notification_channel_name_fits_into_63_bytes(observer: Observer) -> None:
     addresses = [f"asgi!{'x' * n}" for n in range(150)]
     rows = observer.execute(
         "SELECT pg_layer_notification_channel(a) FROM unnest(%s::text[]) AS a", (addresses,)
@@ -369,21 +376,23 @@ def test_a_notification_channel_is_a_short_name_of_its_address(observer: Observe
     assert max(len(channel) for (channel,) in rows) < 63
 
 
-def test_the_groups_of_a_prefix_share_1024_notification_channels(observer: Observer) -> None:
+def test_groups_of_a_prefix_share_1024_notification_channels(observer: Observer) -> None:
     [[buckets]] = observer.execute(
-        "SELECT count(DISTINCT pg_layer_notification_channel(pg_layer_group_address('asgi', 'group-' || n)))"
+        "SELECT count(DISTINCT pg_layer_notification_channel(pg_layer_group_address('asgi',"
+        " 'group-' || n)))"
         " FROM generate_series(1, 20000) AS n"
     ).fetchall()
     assert buckets == 1024
 
 
-def test_messages_to_very_many_empty_groups_are_skipped_in_few_steps(observer: Observer) -> None:
+def test_group_send_batch_many_empty_groups_is_not_quadratic(observer: Observer) -> None:
     """Each group compared with each would take minutes. With steady leases they are skipped."""
     observer.execute("SELECT pg_layer_current_boot()")
     observer.execute(
         """
         INSERT INTO pg_layer_lease_clock (prefix, boot, lease, renewed_at, steady_since)
-        SELECT 'asgi', boot, 3600, clock_timestamp(), clock_timestamp() - interval '1 day' FROM pg_layer_boot
+        SELECT 'asgi', boot, 3600, clock_timestamp(), clock_timestamp() - interval '1 day'
+            FROM pg_layer_boot
         """
     )
     observer.execute(f"SET statement_timeout = '{PATIENCE}s'")
@@ -395,19 +404,21 @@ def test_messages_to_very_many_empty_groups_are_skipped_in_few_steps(observer: O
                 array_agg(60::float8), array_agg(NULL::text)
             FROM generate_series(1, 200000) AS n
         ) AS s (groups, payloads, expiries, excluded),
-            pg_layer_group_send_batch('asgi', groups, payloads, expiries, excluded, true, false) AS sent
+            pg_layer_group_send_batch('asgi', groups, payloads, expiries, excluded, true,
+                false) AS sent
         """
     ).fetchall()
     assert ids is None
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
-def test_functions_that_avoid_scans_are_not_compiled(observer: Observer) -> None:
-    """A scan that cannot be avoided counts as so expensive that PostgreSQL compiles its plan at each call."""
+def test_functions_with_enable_seqscan_off_have_jit_off(observer: Observer) -> None:
+    """A scan without an index counts as so expensive that PostgreSQL compiles it at each call."""
     [(names,)] = observer.execute(
         """
         SELECT coalesce(array_agg(proname ORDER BY proname), '{}') FROM pg_proc
-        WHERE proname LIKE 'pg\\_layer\\_%' AND array_to_string(proconfig, ' ') LIKE '%enable\\_seqscan=off%'
+        WHERE proname LIKE 'pg\\_layer\\_%'
+            AND array_to_string(proconfig, ' ') LIKE '%enable\\_seqscan=off%'
             AND array_to_string(proconfig, ' ') NOT LIKE '%jit=off%'
         """
     ).fetchall()

@@ -1,4 +1,4 @@
-"""Roles that may only send, or only receive: what they can do, and cannot; no privilege is one too many."""
+"""Roles that only send, receive or look: what they can do, and that no privilege is superfluous."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Operation = Callable[[Session], Awaitable[object]]
 
 
 def grants_of(name: str) -> list[str]:
-    """The documentation's statements about a role."""
+    """Return the statements of the documentation about a role."""
     blocks = re.findall(r"```sql\n(.*?)```", PERMISSIONS, re.DOTALL)
     [block] = [block for block in blocks if name in block]
     return [statement for statement in block.split(";") if statement.strip()]
@@ -44,7 +44,10 @@ def grants_of(name: str) -> list[str]:
 
 @pytest.fixture
 def make_role(migrated_dsn: str, observer: Observer) -> Iterator[MakeRole]:
-    """Makes a role of the documentation, or one with no privileges; returns its connection string."""
+    """Return a function that makes a role of the documentation, or one without privileges.
+
+    The function returns the connection string of the role.
+    """
     made = []
 
     def make(name: str) -> str:
@@ -90,7 +93,7 @@ def number(n: int, size: int = 0) -> dict[str, Any]:
 # ---------------------------------------------------------------------- who may only send
 
 
-async def test_who_may_only_send_sends_in_every_way(make_layer: MakeLayer, sender_dsn: str) -> None:
+async def test_sender_role_sends_in_every_way(make_layer: MakeLayer, sender_dsn: str) -> None:
     layer, sender = make_layer(), make_layer(dsn=sender_dsn)
     own, member = await layer.new_channel(), await layer.new_channel()
     for channel in (member, "members"):
@@ -116,7 +119,7 @@ async def test_who_may_only_send_sends_in_every_way(make_layer: MakeLayer, sende
     assert (await sender.health())["problems"] == []
 
 
-async def test_who_may_only_send_is_told_of_full_channels(
+async def test_sender_role_full_channel_raises_channel_full(
     make_layer: MakeLayer, sender_dsn: str
 ) -> None:
     sender = make_layer(dsn=sender_dsn, capacity=2)
@@ -125,7 +128,7 @@ async def test_who_may_only_send_is_told_of_full_channels(
         await sender.send("jobs", number(3))
 
 
-async def test_who_may_only_send_does_so_from_sql(
+async def test_sender_role_sends_from_sql(
     make_layer: MakeLayer, make_role: MakeRole, sender_dsn: str
 ) -> None:
     layer = make_layer()
@@ -147,7 +150,7 @@ async def test_who_may_only_send_does_so_from_sql(
         nobody.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
 
 
-async def test_who_may_only_send_does_so_in_djangos_transactions(
+async def test_sender_role_sends_in_transactions_of_django(
     make_layer: MakeLayer, sender_dsn: str
 ) -> None:
     layer = make_layer()
@@ -176,7 +179,10 @@ with transaction.atomic():
 
 ME = "specific.0123456789abcdef!1"
 MY_ADDRESS = "asgi!0123456789abcdef"
-REQUEST = "SELECT pg_layer_request_memberships('asgi', '{room}', '{%s}', '{%s}', 60, '{1}', 10, false, false)"
+REQUEST = (
+    "SELECT pg_layer_request_memberships("
+    "'asgi', '{room}', '{%s}', '{%s}', 60, '{1}', 10, false, false)"
+)
 NOT_FOR_SENDERS = [
     "SELECT payload FROM pg_layer_message",
     "SELECT excluded FROM pg_layer_message",
@@ -210,7 +216,8 @@ NOT_FOR_SENDERS = [
     REQUEST % (ME, "true"),
     REQUEST % (ME, "false"),
     REQUEST % ("jobs", "true"),
-    f"SELECT pg_layer_write_memberships('{MY_ADDRESS}', 0, '{{room}}', '{{{ME}}}', '{{NULL}}', '{{}}',"
+    f"SELECT pg_layer_write_memberships('{MY_ADDRESS}', 0, '{{room}}', '{{{ME}}}',"
+    f" '{{NULL}}', '{{}}',"
     " '{}', '{}', '{}', '{}')",
     f"SELECT pg_layer_close('asgi', '{MY_ADDRESS}')",
     f"SELECT pg_layer_flush('asgi', '{MY_ADDRESS}')",
@@ -230,7 +237,8 @@ NOT_FOR_RECEIVERS = [
     "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')",
     "SELECT pg_layer_group_send('room', '{\"type\": \"test\"}')",
     "SELECT pg_layer_send_one('asgi', 'jobs', '{}', 60, 100, 0, true, false)",
-    "SELECT pg_layer_send_batch('asgi', '{jobs}', '{\"{}\"}', '{60}', '{100}', NULL, NULL, true, false)",
+    "SELECT pg_layer_send_batch('asgi', '{jobs}', '{\"{}\"}', '{60}', '{100}', NULL, NULL,"
+    " true, false)",
     "SELECT pg_layer_group_send_one('asgi', 'room', '{}', 60, NULL, true)",
     "SELECT pg_layer_group_send_batch('asgi', '{room}', '{\"{}\"}', '{60}', '{NULL}', true, false)",
     REQUEST % (ME, "true"),
@@ -245,14 +253,17 @@ NOT_FOR_RECEIVERS = [
     [("layer_sender", NOT_FOR_SENDERS), ("layer_receiver", NOT_FOR_RECEIVERS)],
     ids=["sender", "receiver"],
 )
-async def test_what_is_not_permitted(
+async def test_role_statement_without_privilege_is_denied(
     make_layer: MakeLayer, make_role: MakeRole, observer: Observer, name: str, attempts: list[str]
 ) -> None:
     layer = make_layer()
     await layer.group_add("room", await layer.new_channel())
     await layer.group_add("room", "jobs")
     await layer.group_send("room", number(1))
-    everything = b"SELECT m.*, (SELECT count(*) FROM pg_layer_membership) FROM pg_layer_message AS m ORDER BY id"
+    everything = (
+        b"SELECT m.*, (SELECT count(*) FROM pg_layer_membership)"
+        b" FROM pg_layer_message AS m ORDER BY id"
+    )
     before = observer.execute(everything).fetchall()
     assert len(before) == 2
     with psycopg.connect(make_role(name), autocommit=True) as conn:
@@ -269,7 +280,7 @@ def is_refused(conn: psycopg.Connection[Any], attempt: str) -> bool:
     return False
 
 
-async def test_calls_that_are_not_permitted_say_so(
+async def test_role_call_without_privilege_raises_layer_unavailable(
     make_layer: MakeLayer, sender_dsn: str, receiver_dsn: str
 ) -> None:
     layer, sender, receiver = make_layer(), make_layer(dsn=sender_dsn), make_layer(dsn=receiver_dsn)
@@ -294,7 +305,7 @@ async def test_calls_that_are_not_permitted_say_so(
 # ---------------------------------------------------------------------- who may only receive
 
 
-async def test_who_may_only_receive_receives(
+async def test_receiver_role_receives(
     make_layer: MakeLayer, observer: Observer, receiver_dsn: str
 ) -> None:
     sender, receiver = make_layer(), make_layer(dsn=receiver_dsn)
@@ -316,7 +327,7 @@ async def test_who_may_only_receive_receives(
     assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [("jobs",)]
 
 
-async def test_workers_that_may_only_receive_share_jobs_and_give_them_back(
+async def test_receiver_role_workers_claim_and_release_jobs(
     make_layer: MakeLayer, receiver_dsn: str
 ) -> None:
     sender = make_layer(capacity=1000)
@@ -329,12 +340,14 @@ async def test_workers_that_may_only_receive_share_jobs_and_give_them_back(
     assert done == list(range(100))
 
 
-def test_who_may_only_receive_runs_the_sweeper(observer: Observer, receiver_dsn: str) -> None:
+def test_receiver_role_runs_the_sweeper(observer: Observer, receiver_dsn: str) -> None:
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, expires_at)"
         " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, '-infinity');"
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity');"
-        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!gone', '-infinity', 60)"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity');"
+        "INSERT INTO pg_layer_client (address, expires_at, lease)"
+        " VALUES ('asgi!gone', '-infinity', 60)"
     )
     steady(observer)
     for option in ("--dry-run", "--once"):
@@ -345,7 +358,7 @@ def test_who_may_only_receive_runs_the_sweeper(observer: Observer, receiver_dsn:
         )
 
 
-async def test_a_role_that_may_do_everything(
+async def test_user_role_calls_everything(
     make_layer: MakeLayer, make_role: MakeRole, observer: Observer
 ) -> None:
     dsn = make_role("layer_user")
@@ -391,7 +404,7 @@ def all_is_shown(dsn: str) -> None:
     assert "no issues" in succeeded(manage(dsn, "check", "--database", "default"))
 
 
-def test_who_may_only_look_sees_the_status(observer: Observer, make_role: MakeRole) -> None:
+def test_watcher_role_sees_the_status(observer: Observer, make_role: MakeRole) -> None:
     dsn = make_role("layer_watcher")
     observer.execute("INSERT INTO pg_layer_last_sweep VALUES ('asgi', clock_timestamp())")
     all_is_shown(dsn)
@@ -405,7 +418,9 @@ def test_who_may_only_look_sees_the_status(observer: Observer, make_role: MakeRo
     assert len(django(dsn, ADMIN_LISTS, settings={"INSTALLED_APPS": ADMIN_APPS}).split()) == 3
 
 
-def test_commands_that_are_not_permitted_say_so(observer: Observer, make_role: MakeRole) -> None:
+def test_commands_without_privileges_report_the_denial(
+    observer: Observer, make_role: MakeRole
+) -> None:
     dsn = make_role("nobody")
     refused = "The database refused the call: permission denied for table pg_layer_"
     results = [
@@ -423,7 +438,7 @@ def test_commands_that_are_not_permitted_say_so(observer: Observer, make_role: M
     assert "HINT: Grant the role what docs/permissions.md names" in results[-1].stderr
 
 
-async def test_a_receiver_that_is_not_permitted_says_so_and_waits(
+async def test_receive_without_privileges_logs_and_waits(
     make_layer: MakeLayer, make_role: MakeRole, caplog: pytest.LogCaptureFixture
 ) -> None:
     layer = make_layer(dsn=make_role("nobody"))
@@ -513,7 +528,9 @@ RECEIVING: list[Operation] = [
     lambda s: maintenance.delete_expired(s, maintenance.START, 9),
 ]
 LOOKING: list[Operation] = [
-    lambda s, statement=statement, values=values: s.execute(statement, *values)  # type: ignore[misc]
+    lambda s, statement=statement, values=values: s.execute(  # type: ignore[misc]
+        statement, *values
+    )
     for statement, values in (
         (maintenance.CLIENTS, (PREFIX, 9)),
         (maintenance.CLIENT_COUNTS, (PREFIX,)),
@@ -549,13 +566,15 @@ async def refused(session: Session, operations: list[Operation]) -> int:
     ],
     ids=["sender", "receiver", "watcher"],
 )
-async def test_no_privilege_can_be_spared(
+async def test_role_without_any_one_privilege_is_denied_something(
     make_role: MakeRole, observer: Observer, name: str, operations: list[Operation], count: int
 ) -> None:
     observer.execute(
         "DELETE FROM pg_layer_boot;"  # as after a crash
-        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!live', 'infinity', 60);"
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity', NULL),"
+        "INSERT INTO pg_layer_client (address, expires_at, lease)"
+        " VALUES ('asgi!live', 'infinity', 60);"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity', NULL),"
         " ('room', 'asgi!:jobs', 'jobs', 1, true, 'infinity', 100);"
         "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
         " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, 'jobs', 'infinity')"
@@ -585,7 +604,7 @@ async def test_no_privilege_can_be_spared(
             observer.execute(f"GRANT {privilege} TO {role}".encode())
 
 
-# ---------------------------------------------------------------------- what a role lacks is reported
+# ------------------------------------------------------------ what a role lacks is reported
 
 GRANTED = """
     SELECT a.privilege_type, a.of, CASE a.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE '' END || a.relname
@@ -649,7 +668,7 @@ def test_roles_that_do_less_or_combine_kinds_are_not_reported(
     assert "to receive: DELETE ON pg_layer_boot." in lacking(watcher)
 
 
-def test_functions_that_may_not_be_called_are_reported(
+def test_functions_without_execute_privilege_are_reported(
     make_role: MakeRole, observer: Observer
 ) -> None:
     dsn, watcher = make_role("layer_user"), make_role("layer_watcher")
@@ -672,8 +691,10 @@ def test_functions_that_may_not_be_called_are_reported(
     assert "Grant the role what docs/permissions.md names." in problem
 
 
-def test_schema_that_may_not_be_used_is_reported(make_role: MakeRole, observer: Observer) -> None:
-    """PostgreSQL says that there are no tables; `migrate` would be of no use."""
+def test_schema_without_usage_privilege_is_reported(
+    make_role: MakeRole, observer: Observer
+) -> None:
+    """PostgreSQL reports that there are no tables. `migrate` would not help."""
     dsn = make_role("layer_user")
     observer.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
     refused = "The database refused the call: permission denied for schema public"
@@ -720,7 +741,7 @@ def test_row_level_security_that_applies_to_the_role_is_reported(
 
 
 @pytest.mark.parametrize("keys", [None, ["a key"]], ids=["plain", "encrypted"])
-async def test_whoever_may_connect_hears_and_rings(
+async def test_role_that_may_only_connect_listens_and_notifies(
     make_layer: MakeLayer, make_role: MakeRole, keys: list[str] | None
 ) -> None:
     layer = make_layer(symmetric_encryption_keys=keys)

@@ -79,7 +79,7 @@ async def next_is(layer: PostgresChannelLayer, channel: str, number: int) -> Non
 
 
 @pytest.mark.parametrize("starts", ["listening", "later"])
-async def test_messages_arrive(make_layer: MakeLayer, caller: Caller, starts: str) -> None:
+async def test_sql_send_message_arrives(make_layer: MakeLayer, caller: Caller, starts: str) -> None:
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -113,7 +113,7 @@ CONTENTS: list[Message] = [
 
 
 @pytest.mark.parametrize("serializer_format", ["msgpack", "json"])
-async def test_content_arrives_as_it_is(
+async def test_sql_send_json_content_arrives_unchanged(
     make_layer: MakeLayer, caller: Caller, serializer_format: str
 ) -> None:
     layer = make_layer(serializer_format=serializer_format)
@@ -131,14 +131,16 @@ async def test_content_arrives_as_it_is(
             assert json.dumps(received, sort_keys=True) == json.dumps(content, sort_keys=True)
 
 
-async def test_jsonb_writes_exponents_out(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_number_with_exponent_arrives_as_integer(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer = make_layer()
     send(caller, "jobs", '{"type": "test", "number": 1.5e18}')
     [number] = await numbers(layer, "jobs", 1)
     assert (number, type(number)) == (1_500_000_000_000_000_000, int)
 
 
-async def test_a_database_that_is_not_in_utf8(postgres_dsn: str) -> None:
+async def test_sql_send_in_database_of_another_encoding_arrives(postgres_dsn: str) -> None:
     with psycopg.connect(postgres_dsn, autocommit=True) as server:
         server.execute("DROP DATABASE IF EXISTS pg_layer_latin WITH (FORCE)")
         server.execute(
@@ -171,7 +173,7 @@ def psql(dsn: str, commands: str) -> str:
     return result.stdout
 
 
-async def test_psql_itself(make_layer: MakeLayer, migrated_dsn: str) -> None:
+async def test_sql_send_in_psql_arrives(make_layer: MakeLayer, migrated_dsn: str) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     command = f"""SELECT pg_layer_send('{channel}', '{{"type": "test", "text": "it''s me"}}')"""
@@ -182,13 +184,15 @@ async def test_psql_itself(make_layer: MakeLayer, migrated_dsn: str) -> None:
 # ---------------------------------------------------------------------- transactions
 
 
-def test_first_message_of_a_new_database_knows_its_boot(caller: Caller) -> None:
+def test_sql_send_first_message_of_a_database_has_its_boot(caller: Caller) -> None:
     """Else it would come once more, after a failover, to members that joined since."""
     assert send(caller, "jobs", text(1))
     assert caller.execute("SELECT boot > 0 FROM pg_layer_message").fetchall() == [(True,)]
 
 
-async def test_messages_leave_at_the_commit(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_in_transaction_arrives_after_the_commit(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -204,7 +208,7 @@ async def test_messages_leave_at_the_commit(make_layer: MakeLayer, caller: Calle
 
 
 @pytest.mark.parametrize("size", [0, 10_000])
-async def test_what_is_rolled_back_never_leaves(
+async def test_sql_send_rolled_back_never_arrives(
     make_layer: MakeLayer, caller: Caller, size: int
 ) -> None:
     layer = make_layer()
@@ -238,7 +242,7 @@ async def test_what_is_rolled_back_never_leaves(
         await next_is(layer, channel, 3)
 
 
-async def test_order_within_a_transaction_and_among_the_layers_own(
+async def test_sql_send_messages_of_transaction_arrive_in_order(
     make_layer: MakeLayer, caller: Caller
 ) -> None:
     layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
@@ -271,7 +275,7 @@ async def test_order_within_a_transaction_and_among_the_layers_own(
         assert await numbers(layer, channel, last) == list(range(last))
 
 
-async def test_beside_an_open_transaction_all_goes_on(
+async def test_open_transaction_that_has_sent_blocks_no_other_call(
     make_layer: MakeLayer, caller: Caller
 ) -> None:
     layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
@@ -294,7 +298,7 @@ async def test_beside_an_open_transaction_all_goes_on(
 
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
-async def test_a_transaction_that_takes_longer_than_a_lease(
+async def test_sql_send_transaction_longer_than_lease_arrives(
     make_layer: MakeLayer, caller: Caller, observer: Observer, isolation: str
 ) -> None:
     """It sees the client as it was at its beginning, and not that its lease was renewed."""
@@ -316,7 +320,9 @@ async def test_a_transaction_that_takes_longer_than_a_lease(
         assert await numbers(layer, channel, 1) == [1]
 
 
-async def test_many_callers_at_once(make_layer: MakeLayer, migrated_dsn: str) -> None:
+async def test_sql_send_many_callers_at_once_arrive_in_order(
+    make_layer: MakeLayer, migrated_dsn: str
+) -> None:
     layer = make_layer(capacity=10_000)
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -345,7 +351,7 @@ async def test_many_callers_at_once(make_layer: MakeLayer, migrated_dsn: str) ->
 # ---------------------------------------------------------------------- options
 
 
-async def test_prefixes_are_apart(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_other_prefix_is_not_received(make_layer: MakeLayer, caller: Caller) -> None:
     layer, other = make_layer(), make_layer(prefix="other-1.0_x")
     for each in (layer, other):
         await each.group_add("room", "members")
@@ -361,7 +367,9 @@ async def test_prefixes_are_apart(make_layer: MakeLayer, caller: Caller) -> None
 
 
 @pytest.mark.parametrize("size", [0, 10_000])
-async def test_a_member_is_excluded(make_layer: MakeLayer, caller: Caller, size: int) -> None:
+async def test_sql_group_send_excluded_member_receives_nothing(
+    make_layer: MakeLayer, caller: Caller, size: int
+) -> None:
     layer = make_layer()
     one, other = await layer.new_channel(), await layer.new_channel()
     for channel in (one, other, "jobs"):
@@ -378,7 +386,7 @@ async def test_a_member_is_excluded(make_layer: MakeLayer, caller: Caller, size:
         await next_is(layer, channel, 5)
 
 
-async def test_expiry_counts_from_the_call(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_expiry_counts_from_the_call(make_layer: MakeLayer, caller: Caller) -> None:
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -395,12 +403,15 @@ async def test_expiry_counts_from_the_call(make_layer: MakeLayer, caller: Caller
         await next_is(layer, channel, 0)
 
 
-async def test_a_full_channel_takes_no_more(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_to_full_channel_returns_false(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer = make_layer()
     own = await layer.new_channel()
     for channel in (own, "jobs"):
         taken = caller.execute(
-            "SELECT pg_layer_send(%s, jsonb_build_object('type', 'test', 'number', n), capacity => 3)"
+            "SELECT pg_layer_send(%s, jsonb_build_object('type', 'test', 'number', n),"
+            " capacity => 3)"
             " FROM generate_series(0, 4) AS n",
             (channel,),
         ).fetchall()
@@ -414,7 +425,7 @@ async def test_a_full_channel_takes_no_more(make_layer: MakeLayer, caller: Calle
     assert await numbers(layer, "default", 100) == list(range(100))
 
 
-async def test_a_groups_full_channel_misses_the_message(
+async def test_sql_group_send_full_normal_channel_misses_message(
     make_layer: MakeLayer, caller: Caller
 ) -> None:
     layer = make_layer(capacity=2)
@@ -503,7 +514,7 @@ async def _members(make_layer: MakeLayer) -> None:
 
 @pytest.mark.usefixtures("_members")
 @pytest.mark.parametrize("name", [*NAMES, "a!b!c", "!a"], ids=repr)
-def test_bad_names(caller: Caller, name: str | None) -> None:
+def test_sql_send_invalid_name_raises(caller: Caller, name: str | None) -> None:
     shown = "NULL" if name is None else f"'{name.replace(chr(39), 2 * chr(39))}'"
     assert (
         refusal(caller, "pg_layer_send", name, GOOD)
@@ -519,39 +530,43 @@ def test_bad_names(caller: Caller, name: str | None) -> None:
 
 
 @pytest.mark.usefixtures("_members")
-def test_a_specific_channel_is_no_group(caller: Caller) -> None:
+def test_sql_group_send_name_of_a_specific_channel_raises(caller: Caller) -> None:
     assert "no valid name of a group" in refusal(
         caller, "pg_layer_group_send", "specific.a!1", GOOD
     )
 
 
 @pytest.mark.parametrize("name", ["a", "A.b-c_9", "a" * 99, "specific.a!" + "b" * 88, "a!"])
-def test_good_names(caller: Caller, name: str) -> None:
+def test_sql_send_valid_name_is_accepted(caller: Caller, name: str) -> None:
     assert send(caller, name, GOOD)
     group_send(caller, name.replace("!", "."), GOOD, exclude=name)
 
 
 @pytest.mark.usefixtures("_members")
 @pytest.mark.parametrize(("message", "says"), MESSAGES.items(), ids=MESSAGES.values())
-def test_bad_messages(caller: Caller, message: str | None, says: str) -> None:
+def test_sql_send_invalid_message_raises(caller: Caller, message: str | None, says: str) -> None:
     for function, name in (("pg_layer_send", "jobs"), ("pg_layer_group_send", "room")):
         assert says in refusal(caller, function, name, message)
 
 
 @pytest.mark.usefixtures("_members")
 @pytest.mark.parametrize(("option", "value", "says"), OPTIONS, ids=repr)
-def test_bad_options(caller: Caller, option: str, value: object, says: str) -> None:
+def test_sql_send_invalid_option_raises(
+    caller: Caller, option: str, value: object, says: str
+) -> None:
     for function, name in (("pg_layer_send", "jobs"), ("pg_layer_group_send", "room")):
         assert says in refusal(caller, function, name, GOOD, **{option: value})
 
 
 @pytest.mark.parametrize("value", [0, -1, None])
-def test_bad_capacities(caller: Caller, value: int | None) -> None:
+def test_sql_send_invalid_capacity_raises(caller: Caller, value: int | None) -> None:
     says = "capacity must be at least 1, not " + ("NULL" if value is None else str(value))
     assert refusal(caller, "pg_layer_send", "jobs", GOOD, capacity=value) == f"pg_layer: {says}."
 
 
-async def test_the_deepest_and_the_longest_arrive(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_deepest_and_longest_message_arrive(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     overhead = len('{"pad": "", "type": "test"}')
@@ -570,7 +585,7 @@ async def test_the_deepest_and_the_longest_arrive(make_layer: MakeLayer, caller:
 @pytest.mark.parametrize(
     "bad", ["{", "{'type': 'a'}", r'{"type": "\ud800"}', r'{"type": "\u0000"}']
 )
-def test_what_is_no_json_postgresql_itself_refuses(caller: Caller, bad: str) -> None:
+def test_sql_send_invalid_json_is_refused_by_postgresql(caller: Caller, bad: str) -> None:
     with pytest.raises(psycopg.DataError):
         send(caller, "jobs", bad)
 
@@ -578,7 +593,7 @@ def test_what_is_no_json_postgresql_itself_refuses(caller: Caller, bad: str) -> 
 # ---------------------------------------------------------------------- where it is called from
 
 
-async def test_from_wherever_sql_runs(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_in_any_statement_arrives(make_layer: MakeLayer, caller: Caller) -> None:
     layer = make_layer(capacity=1000)
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
@@ -599,7 +614,8 @@ async def test_from_wherever_sql_runs(make_layer: MakeLayer, caller: Caller) -> 
         DO $$
         BEGIN
             FOR n IN 10 .. 14 LOOP
-                PERFORM pg_layer_group_send('room', jsonb_build_object('type', 'test', 'number', n));
+                PERFORM pg_layer_group_send(
+                    'room', jsonb_build_object('type', 'test', 'number', n));
             END LOOP;
             BEGIN
                 PERFORM pg_layer_send('{channel}', '{text(-1)}');
@@ -622,19 +638,22 @@ async def test_from_wherever_sql_runs(make_layer: MakeLayer, caller: Caller) -> 
     caller.execute("CREATE TABLE log AS SELECT n FROM generate_series(38, 40) AS n")
     caller.execute(
         b"WITH gone AS (DELETE FROM log RETURNING n), sorted AS (SELECT n FROM gone ORDER BY n)"
-        b" SELECT pg_layer_group_send('room', jsonb_build_object('type', 'test', 'number', n)) FROM sorted"
+        b" SELECT pg_layer_group_send("
+        b"'room', jsonb_build_object('type', 'test', 'number', n)) FROM sorted"
     )
     await arrives(3)
 
 
-def test_a_read_only_transaction_refuses(caller: Caller) -> None:
+def test_sql_send_in_read_only_transaction_raises(caller: Caller) -> None:
     caller.execute("BEGIN READ ONLY")
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
         send(caller, "jobs", GOOD)
 
 
 @pytest.mark.parametrize("path", ["''", "elsewhere", "decoy, public", "pg_temp, decoy, public"])
-async def test_whatever_the_search_path(make_layer: MakeLayer, caller: Caller, path: str) -> None:
+async def test_sql_send_any_search_path_finds_the_tables(
+    make_layer: MakeLayer, caller: Caller, path: str
+) -> None:
     """Also where others of the same names would be found first."""
     layer = make_layer()
     channel = await layer.new_channel()
@@ -658,7 +677,7 @@ async def test_whatever_the_search_path(make_layer: MakeLayer, caller: Caller, p
     assert caller.execute("SHOW search_path").fetchone() == (path.replace("''", '""'),)
 
 
-async def test_tables_in_another_schema(fresh_database: str) -> None:
+async def test_sql_send_tables_in_another_schema_are_found(fresh_database: str) -> None:
     with psycopg.connect(fresh_database, autocommit=True) as caller:
         caller.execute('CREATE SCHEMA "the Layer"')
         caller.execute('SET search_path = "the Layer"')
@@ -674,7 +693,7 @@ async def test_tables_in_another_schema(fresh_database: str) -> None:
 
 
 def test_functions_that_clients_call_set_search_path(caller: Caller) -> None:
-    """Except those that use no tables, and those that run once per message: a setting costs time."""
+    """Functions that use no tables, or that run once per message, do not set it."""
     called = {
         name
         for statement in all_statements()
@@ -700,7 +719,9 @@ def test_functions_that_clients_call_set_search_path(caller: Caller) -> None:
     )
 
 
-async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_objects_of_the_caller_are_not_used(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     """Who makes a trigger's owner send cannot have something else run with the owner's rights."""
     layer = make_layer()
     await layer.group_add("room", "jobs")
@@ -710,7 +731,8 @@ async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller
         CREATE TABLE news (id integer);
         CREATE FUNCTION announce() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
         BEGIN
-            PERFORM pg_layer_group_send('room', jsonb_build_object('type', 'test', 'number', NEW.id));
+            PERFORM pg_layer_group_send(
+                'room', jsonb_build_object('type', 'test', 'number', NEW.id));
             RETURN NULL;
         END $$;
         CREATE TRIGGER announce AFTER INSERT ON news FOR EACH ROW EXECUTE FUNCTION announce();
@@ -729,8 +751,10 @@ async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller
             CREATE TEMPORARY TABLE pg_layer_membership (
                 group_name text, address text, channel text, id bigint, present boolean,
                 expires_at timestamptz, capacity integer);
-            CREATE TEMPORARY TABLE pg_layer_message AS SELECT 'nothing'::text AS caught WITH NO DATA;
-            CREATE FUNCTION pg_temp.pg_layer_payload(text, jsonb, float8) RETURNS bytea LANGUAGE sql AS
+            CREATE TEMPORARY TABLE pg_layer_message AS
+                SELECT 'nothing'::text AS caught WITH NO DATA;
+            CREATE FUNCTION pg_temp.pg_layer_payload(text, jsonb, float8) RETURNS bytea
+                LANGUAGE sql AS
                 'SELECT NULL::bytea';
             INSERT INTO news VALUES (7);
             """
@@ -740,7 +764,9 @@ async def test_a_callers_tables_do_not_get_between(make_layer: MakeLayer, caller
         caller.execute(sql.SQL("RESET ROLE; DROP OWNED BY {0} CASCADE; DROP ROLE {0}").format(role))
 
 
-async def test_names_from_columns_of_any_collation(make_layer: MakeLayer, caller: Caller) -> None:
+async def test_sql_send_names_of_any_collation_are_compared_bytewise(
+    make_layer: MakeLayer, caller: Caller
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
@@ -759,7 +785,7 @@ async def test_names_from_columns_of_any_collation(make_layer: MakeLayer, caller
     assert await numbers(layer, channel, 12) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
-# ---------------------------------------------------------------------- a server that takes no NOTIFY
+# ------------------------------------------------------------ a server that takes no NOTIFY
 
 
 @pytest.fixture(scope="module")
@@ -779,7 +805,7 @@ def queue_dsn(small_queue: PostgresServer) -> Iterator[str]:
     small_queue.execute("DROP DATABASE layer WITH (FORCE)")
 
 
-async def test_a_full_queue_does_not_fail_the_callers_transaction(queue_dsn: str) -> None:
+async def test_sql_send_full_notify_queue_transaction_commits(queue_dsn: str) -> None:
     async with open_layer(queue_dsn, heartbeat=1, lease=60) as layer:
         own, member = await layer.new_channel(), await layer.new_channel()
         await layer.group_add("room", member)
@@ -804,7 +830,7 @@ async def test_a_full_queue_does_not_fail_the_callers_transaction(queue_dsn: str
             assert await numbers(layer, own, 1) == [4]
 
 
-async def test_two_phase_commit_needs_silence(queue_dsn: str) -> None:
+async def test_sql_send_silent_transaction_can_be_prepared(queue_dsn: str) -> None:
     async with open_layer(queue_dsn, heartbeat=1, lease=60) as layer:
         own = await layer.new_channel()
         await listen(layer)
@@ -891,7 +917,7 @@ async def seen(sockets: list[WebsocketCommunicator]) -> list[str]:
     return [(await socket.receive_json_from(timeout=PATIENCE))["title"] for socket in sockets]
 
 
-async def test_the_documented_trigger_reaches_browsers(news_dsn: str) -> None:
+async def test_documented_trigger_message_reaches_browsers(news_dsn: str) -> None:
     insert = """
 from django.db import transaction
 from news.models import Article
@@ -919,7 +945,7 @@ with transaction.atomic():
         importer.execute("INSERT INTO news_article (title) VALUES ('in silence')")
 
 
-async def test_the_documented_trigger_is_fired_by_who_may_not_send(news_dsn: str) -> None:
+async def test_documented_trigger_role_without_privileges_fires_it(news_dsn: str) -> None:
     with psycopg.connect(news_dsn, autocommit=True) as owner:
         role = sql.Identifier(f"importer_{owner.info.dbname}")
         owner.execute(sql.SQL("CREATE ROLE {0}; GRANT INSERT ON news_article TO {0}").format(role))
@@ -939,7 +965,7 @@ async def test_the_documented_trigger_is_fired_by_who_may_not_send(news_dsn: str
             owner.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
 
 
-async def test_the_documented_calls(make_layer: MakeLayer, migrated_dsn: str) -> None:
+async def test_documented_calls_send_messages(make_layer: MakeLayer, migrated_dsn: str) -> None:
     layer = make_layer()
     await layer.group_add("articles", "watched")
     await asyncio.to_thread(psql, migrated_dsn, IN_PSQL)
@@ -949,10 +975,11 @@ async def test_the_documented_calls(make_layer: MakeLayer, migrated_dsn: str) ->
     assert await receive(layer, "watched") == ARTICLE
 
 
-def test_the_documented_signatures(caller: Caller) -> None:
+def test_documented_signatures_are_those_of_the_functions(caller: Caller) -> None:
     found = caller.execute(
         """
-        SELECT format('%s(%s) RETURNS %s', proname, pg_get_function_arguments(oid), prorettype::regtype)
+        SELECT format('%s(%s) RETURNS %s', proname, pg_get_function_arguments(oid),
+            prorettype::regtype)
         FROM pg_proc WHERE proname IN ('pg_layer_send', 'pg_layer_group_send') ORDER BY proname DESC
         """
     ).fetchall()
@@ -961,7 +988,7 @@ def test_the_documented_signatures(caller: Caller) -> None:
     ] == (SIGNATURES.splitlines())
 
 
-def test_links_lead_somewhere() -> None:
+def test_documentation_links_have_targets() -> None:
     docs = Path(__file__).parents[2] / "docs"
     for page in ("sql.md", "permissions.md"):
         content = (docs / page).read_text(encoding="utf-8")
@@ -975,7 +1002,7 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
-async def test_a_transaction_that_is_longer_than_a_lease(
+async def test_send_in_snapshot_older_than_a_lease_is_written(
     make_layer: MakeLayer, caller: Caller, observer: Observer, isolation: str
 ) -> None:
     layer = make_layer()
@@ -994,7 +1021,8 @@ async def test_a_transaction_that_is_longer_than_a_lease(
     send(caller, own, text(1))
     group_send(caller, "room", text(1))
     caller.execute(
-        "SELECT pg_layer_send_batch('asgi', %s::text[], '{\"{}\", \"{}\"}', '{60,60}', '{9,9}', '{}', '{}',"
+        "SELECT pg_layer_send_batch('asgi', %s::text[], '{\"{}\", \"{}\"}', '{60,60}',"
+        " '{9,9}', '{}', '{}',"
         " false, false)",
         ([own, own],),
     )

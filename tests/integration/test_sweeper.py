@@ -64,7 +64,7 @@ def add_messages(
 def add_memberships(
     observer: Observer, count: int, expires_at: str, address: str = "asgi!:old", id: int = 1
 ) -> None:
-    """Claims; with the id 0 rows of the owner."""
+    """Rows of memberships: with the id 0 of the owner, otherwise requests."""
     observer.execute(
         "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
         f" SELECT 'group-' || n, '{address}', 'old', {id}, {expires_at}"
@@ -90,7 +90,8 @@ def steady(observer: Observer, prefix: str = "asgi", since: str = "1 hour") -> N
     """Leases of a prefix have been renewed without a gap for so long, until now."""
     observer.execute(
         "INSERT INTO pg_layer_lease_clock AS l (prefix, boot, lease, renewed_at, steady_since)"
-        " SELECT %s, pg_layer_current_boot(), 3600, clock_timestamp(), clock_timestamp() - %s::interval"
+        " SELECT %s, pg_layer_current_boot(), 3600, clock_timestamp(),"
+        " clock_timestamp() - %s::interval"
         " ON CONFLICT (prefix) DO UPDATE SET (boot, lease, renewed_at, steady_since)"
         " = (excluded.boot, excluded.lease, excluded.renewed_at, excluded.steady_since)",
         (prefix, since),
@@ -100,7 +101,8 @@ def steady(observer: Observer, prefix: str = "asgi", since: str = "1 hour") -> N
 def counts(observer: Observer) -> tuple[int, int, int]:
     """How many messages, memberships and clients there are."""
     row = observer.execute(
-        "SELECT (SELECT count(*) FROM pg_layer_message), (SELECT count(*) FROM pg_layer_membership),"
+        "SELECT (SELECT count(*) FROM pg_layer_message), (SELECT count(*)"
+        " FROM pg_layer_membership),"
         " (SELECT count(*) FROM pg_layer_client)"
     ).fetchone()
     assert row is not None
@@ -110,7 +112,9 @@ def counts(observer: Observer) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------- what is swept
 
 
-def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer: Observer) -> None:
+def test_sweeper_removes_what_is_over_and_keeps_the_rest(
+    migrated_dsn: str, observer: Observer
+) -> None:
     steady(observer)
     day = "clock_timestamp() - interval '25 hours'"
     add_client(observer, "living", FUTURE)
@@ -133,7 +137,7 @@ def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer:
     for address in ("asgi!:old", "other!:old", "asgi.!:old"):
         add_memberships(observer, 3, PAST, address)
         add_memberships(observer, 2, FUTURE, address, id=2)
-    # Owners delete their own rows, and claims on their channels; one may be late by a day.
+    # Owners delete their rows, and requests about their channels. An owner may be a day late.
     add_memberships(observer, 2, PAST, "asgi!living", id=0)
     add_memberships(observer, 2, PAST, "asgi!living", id=1)
     add_memberships(observer, 2, FUTURE, "asgi!living", id=2)
@@ -147,7 +151,7 @@ def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer:
         add_memberships(observer, 5, "'infinity'", address, id=0)
     add_memberships(observer, 7, "'infinity'", "asgi!living-too", id=0)
     before = counts(observer)
-    # Expired messages of all prefixes; claims of its own.
+    # Expired messages of all prefixes; requests of the own prefix.
     assert sweep(migrated_dsn, "--once", "--dry-run") == (
         "Would remove 12 messages, 18 memberships, 2 clients."
     )
@@ -179,10 +183,10 @@ def test_it_removes_what_is_over_and_keeps_the_rest(migrated_dsn: str, observer:
     ]
 
 
-def test_a_lease_that_expired_in_an_outage_is_not_over(
+def test_sweeper_lease_that_expired_in_an_outage_is_kept(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """A lease is measured in time in which others have renewed theirs, in this run of the server."""
+    """A lease is measured in time in which other clients have renewed theirs, in this boot."""
     add_client(observer, "late", PAST)
     add_messages(observer, 5, FUTURE, "asgi!late")
     add_memberships(observer, 5, "'infinity'", "asgi!late", id=0)
@@ -205,19 +209,20 @@ def test_a_lease_that_expired_in_an_outage_is_not_over(
     assert sweep(migrated_dsn, "--once") == all_of_it
 
 
-def test_claims_that_a_later_one_overrules_are_removed(
+def test_sweeper_requests_that_a_later_one_replaces_are_removed(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """At no moment does a claim count that was overruled."""
-    claims = [
+    """At no moment does a request count that a later one has replaced."""
+    requests = [
         *(("joined", id, True) for id in (1, 2, 3)),
         *(("left", id, id < 3) for id in (1, 2, 3)),
         *(("back", id, id != 2) for id in (1, 2, 3)),
         ("never", 1, False),
     ]
-    for group, id, present in claims:
+    for group, id, present in requests:
         observer.execute(
-            "INSERT INTO pg_layer_membership VALUES (%s, 'asgi!:jobs', 'jobs', %s, %s, 'infinity', 100)",
+            "INSERT INTO pg_layer_membership"
+            " VALUES (%s, 'asgi!:jobs', 'jobs', %s, %s, 'infinity', 100)",
             (group, id, present),
         )
 
@@ -241,7 +246,9 @@ def test_claims_that_a_later_one_overrules_are_removed(
     ]
 
 
-def test_a_client_with_much_is_swept_in_parts(migrated_dsn: str, observer: Observer) -> None:
+def test_sweeper_client_with_many_rows_is_swept_in_parts(
+    migrated_dsn: str, observer: Observer
+) -> None:
     steady(observer)
     for client in range(3):
         add_client(observer, f"over-{client}", PAST)
@@ -254,7 +261,7 @@ def test_a_client_with_much_is_swept_in_parts(migrated_dsn: str, observer: Obser
     ).fetchone() == (0,)
 
 
-def test_aged_rows_go_in_batches(migrated_dsn: str, observer: Observer) -> None:
+def test_sweeper_old_rows_are_removed_in_batches(migrated_dsn: str, observer: Observer) -> None:
     add_messages(observer, 20_000, FUTURE)
     add_messages(observer, 10, FUTURE, "asgi!:kept")
     observer.execute(
@@ -277,7 +284,7 @@ def test_aged_rows_go_in_batches(migrated_dsn: str, observer: Observer) -> None:
     assert sizes == [1500] * 13 + [500]
 
 
-def test_only_the_named_layer_is_swept(migrated_dsn: str, observer: Observer) -> None:
+def test_sweeper_other_layers_are_not_swept(migrated_dsn: str, observer: Observer) -> None:
     settings = {
         "CHANNEL_LAYERS": {
             "default": {"BACKEND": "pg_layer.PostgresChannelLayer"},
@@ -295,7 +302,7 @@ def test_only_the_named_layer_is_swept(migrated_dsn: str, observer: Observer) ->
     assert output == "Removed 0 messages, 3 memberships, 0 clients."
 
 
-def test_verbosity(migrated_dsn: str, observer: Observer) -> None:
+def test_sweeper_verbosity_controls_the_output(migrated_dsn: str, observer: Observer) -> None:
     add_messages(observer, 3, PAST)
     assert sweep(migrated_dsn, "--once", "-v", "0") == ""
     assert counts(observer)[0] == 0
@@ -319,7 +326,7 @@ def test_verbosity(migrated_dsn: str, observer: Observer) -> None:
         (["--batch-size", "99999999999"], "'99999999999' is not a number from 1"),
     ],
 )
-def test_invalid_values(arguments: list[str], complaint: str) -> None:
+def test_sweeper_invalid_value_raises(arguments: list[str], complaint: str) -> None:
     # In this process: what the parser says does not depend on the project.
     from django.core.management.base import CommandError
 
@@ -332,20 +339,20 @@ def test_invalid_values(arguments: list[str], complaint: str) -> None:
     assert f"argument {arguments[0]}: " in str(caught.value)
 
 
-def test_invalid_values_on_the_command_line(migrated_dsn: str) -> None:
+def test_sweeper_invalid_value_on_the_command_line_fails(migrated_dsn: str) -> None:
     said = refusal(migrated_dsn, "--interval", "0")
     assert said.startswith("usage: manage.py pg_layer_sweep")
     assert said.endswith("argument --interval: '0' is not a number of seconds above 0")
     assert "--invterval" in refusal(migrated_dsn, "--invterval", "5")
 
 
-def test_a_layer_that_does_not_exist(migrated_dsn: str) -> None:
+def test_sweeper_unknown_layer_fails(migrated_dsn: str) -> None:
     assert refusal(migrated_dsn, "--once", "--layer", "jobs") == (
         "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."
     )
 
 
-def test_a_layer_that_is_another(migrated_dsn: str) -> None:
+def test_sweeper_layer_of_another_backend_fails(migrated_dsn: str) -> None:
     settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}}
     assert refusal(migrated_dsn, "--once", settings=settings) == (
         "CommandError: The channel layer 'default' is no pg_layer.PostgresChannelLayer."
@@ -353,7 +360,7 @@ def test_a_layer_that_is_another(migrated_dsn: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--once", "--dry-run", "--interval=0.1"])
-def test_a_bad_config(migrated_dsn: str, option: str) -> None:
+def test_sweeper_invalid_config_fails(migrated_dsn: str, option: str) -> None:
     settings = {
         "CHANNEL_LAYERS": {
             "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"using": "nowhere"}}
@@ -365,14 +372,14 @@ def test_a_bad_config(migrated_dsn: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--once", "--dry-run"])
-def test_tables_that_are_missing(fresh_database: str, option: str) -> None:
+def test_sweeper_missing_tables_fails(fresh_database: str, option: str) -> None:
     said = refusal(fresh_database, option)
     assert said.startswith("CommandError: ")
     assert "manage.py migrate pg_layer" in said
 
 
 @pytest.mark.parametrize("option", ["--once", "--dry-run"])
-def test_a_database_that_is_away(migrated_dsn: str, option: str) -> None:
+def test_sweeper_database_away_fails(migrated_dsn: str, option: str) -> None:
     gone = psycopg.conninfo.make_conninfo(migrated_dsn, dbname="not_there")
     said = refusal(gone, option)
     assert said.startswith("CommandError: ")
@@ -397,7 +404,7 @@ def start(stack: ExitStack, dsn: str, *arguments: str) -> Process:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("interval", ["0.05", "3600"])
-def test_signals_end_it(
+def test_sweeper_signal_ends_it(
     migrated_dsn: str,
     observer: Observer,
     processes_to_end: ExitStack,
@@ -416,7 +423,7 @@ def test_signals_end_it(
     ]
 
 
-def test_it_sweeps_again_and_again(
+def test_sweeper_with_interval_sweeps_repeatedly(
     migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
 ) -> None:
     process = start(processes_to_end, migrated_dsn, "--interval", "0.1")
@@ -431,10 +438,10 @@ def test_it_sweeps_again_and_again(
     assert process.end(signal.SIGTERM) == 0
 
 
-def test_a_pass_goes_on_where_the_last_one_ended(
+def test_sweeper_pass_continues_where_the_last_one_ended(
     migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
 ) -> None:
-    """It does not walk again what it deleted; what was written with an end before that, a full pass finds."""
+    """A part does not read deleted rows again. A full pass finds rows with ends in the past."""
     process = start(processes_to_end, migrated_dsn, "--interval", "0.1")
     add_messages(observer, 1, NOW)
     assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
@@ -446,7 +453,7 @@ def test_a_pass_goes_on_where_the_last_one_ended(
     assert sweep(migrated_dsn, "--once") == "Removed 2 messages, 0 memberships, 0 clients."
 
 
-def test_a_full_pass_is_made_again_and_again(
+def test_sweeper_full_pass_is_repeated(
     migrated_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeping, "FULL_PASS", 0.1)
@@ -465,7 +472,9 @@ def test_a_full_pass_is_made_again_and_again(
             running.join()
 
 
-def test_silence(migrated_dsn: str, observer: Observer, processes_to_end: ExitStack) -> None:
+def test_sweeper_verbosity_zero_prints_nothing(
+    migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
+) -> None:
     add_messages(observer, 3, PAST)
     process = processes_to_end.enter_context(
         started(migrated_dsn, *COMMAND, "--interval", "0.1", "--verbosity", "0")
@@ -477,7 +486,7 @@ def test_silence(migrated_dsn: str, observer: Observer, processes_to_end: ExitSt
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_ends_a_wait_that_is_about_to_begin(number: signal.Signals) -> None:
+def test_sweeper_signal_before_a_wait_ends_it(number: signal.Signals) -> None:
     """That it has come is known without a step of Python, which takes none while it waits."""
     before = signal.getsignal(number)
     calls: list[None] = []
@@ -491,7 +500,7 @@ def test_a_signal_ends_a_wait_that_is_about_to_begin(number: signal.Signals) -> 
         assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_signal_that_comes_late(migrated_dsn: str) -> None:
+def test_sweeper_stopped_before_it_runs_returns(migrated_dsn: str) -> None:
     with Sweeper(
         load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None
     ) as sweeper:
@@ -501,7 +510,9 @@ def test_a_signal_that_comes_late(migrated_dsn: str) -> None:
     sweeper.stop()
 
 
-def test_tables_that_come_later(fresh_database: str, processes_to_end: ExitStack) -> None:
+def test_sweeper_tables_created_later_are_swept(
+    fresh_database: str, processes_to_end: ExitStack
+) -> None:
     process = start(processes_to_end, fresh_database, "--interval", "0.1")
     eventually(lambda: bool(process.errors), "complained")
     assert "migrate pg_layer" in process.errors[0]
@@ -517,7 +528,7 @@ def migrations() -> list[Path]:
     return [file for file in sorted(MIGRATIONS.glob("*.sql")) if not file.stem.endswith("_reverse")]
 
 
-def test_it_outlives_a_restart_of_the_database(processes_to_end: ExitStack) -> None:
+def test_sweeper_continues_after_a_restart_of_the_database(processes_to_end: ExitStack) -> None:
     with PostgresServer(fsync=False) as server:
         for file in migrations():
             server.execute(file.read_text())
@@ -543,7 +554,7 @@ def test_it_outlives_a_restart_of_the_database(processes_to_end: ExitStack) -> N
         assert line.startswith("Could not sweep, trying again: ")
 
 
-async def test_two_sweepers_do_no_harm_while_traffic_flows(
+async def test_two_sweepers_beside_traffic_lose_no_message(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, processes_to_end: ExitStack
 ) -> None:
     sweepers = [
@@ -616,7 +627,7 @@ async def test_serving_processes_sweep_one_at_a_time(
     assert [(ended, began) for (_, ended), (began, _) in pairwise(spans) if began < ended] == []
 
 
-def test_a_sweep_by_a_serving_process_leaves_it_to_one_that_sweeps(
+def test_serving_process_beside_another_sweep_does_not_sweep(
     migrated_dsn: str, observer: Observer
 ) -> None:
     add_memberships(observer, 3, PAST)
@@ -635,7 +646,7 @@ def test_a_sweep_by_a_serving_process_leaves_it_to_one_that_sweeps(
     assert swept == (0, 0, 0)
 
 
-async def test_serving_processes_do_not_sweep_if_told_so(
+async def test_serving_process_with_sweep_off_does_not_sweep(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     add_memberships(observer, 3, PAST)
@@ -644,7 +655,11 @@ async def test_serving_processes_do_not_sweep_if_told_so(
     lease = "SELECT max(expires_at) FROM pg_layer_client"
     for _ in range(10):
         before = observer.execute(lease.encode()).fetchone()
-        await until(lambda before=before: observer.execute(lease.encode()).fetchone() != before)  # type: ignore[misc]
+        await until(
+            lambda before=before: (  # type: ignore[misc]
+                observer.execute(lease.encode()).fetchone() != before
+            )
+        )
     assert counts(observer)[1] == 3
 
 

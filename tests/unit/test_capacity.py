@@ -29,20 +29,20 @@ def grant(credits: Credits, channel: str, room: int) -> None:
     credits.grant([channel], [1000], 1000 - room)
 
 
-def test_a_channel_that_was_not_looked_at_has_none(clock: Clock) -> None:
+def test_credits_uncounted_channel_has_none(clock: Clock) -> None:
     credits = Credits()
     assert not credits.spend(["jobs"])
     grant(credits, "jobs", 10 * CREDIT_PART)
     assert not credits.spend(["other"])
 
 
-def test_a_part_of_the_room_that_was_seen_is_spent_message_by_message(clock: Clock) -> None:
+def test_credits_part_of_the_free_capacity_is_spent_by_message(clock: Clock) -> None:
     credits = Credits()
     grant(credits, "jobs", 4 * CREDIT_PART + CREDIT_PART - 1)
     assert [credits.spend(["jobs"]) for _ in range(6)] == [True] * 4 + [False] * 2
 
 
-def test_near_the_limit_every_message_looks(clock: Clock) -> None:
+def test_credits_nearly_full_channel_has_none(clock: Clock) -> None:
     credits = Credits()
     for room in (CREDIT_PART - 1, 1, 0, -3):
         grant(credits, "jobs", 10 * CREDIT_PART)
@@ -50,7 +50,7 @@ def test_near_the_limit_every_message_looks(clock: Clock) -> None:
         assert not credits.spend(["jobs"])
 
 
-def test_a_batch_goes_without_a_look_if_each_of_its_channels_may(clock: Clock) -> None:
+def test_credits_batch_needs_a_credit_for_each_channel(clock: Clock) -> None:
     credits = Credits()
     for channel in ("a", "b"):
         grant(credits, channel, 3 * CREDIT_PART)
@@ -62,7 +62,7 @@ def test_a_batch_goes_without_a_look_if_each_of_its_channels_may(clock: Clock) -
     assert not credits.spend(["a", "a"])
 
 
-def test_after_a_moment_it_is_looked_again(clock: Clock) -> None:
+def test_credits_after_credit_age_end(clock: Clock) -> None:
     credits = Credits()
     clock.now += CREDIT_AGE / 2
     grant(credits, "jobs", 100 * CREDIT_PART)
@@ -72,7 +72,7 @@ def test_after_a_moment_it_is_looked_again(clock: Clock) -> None:
     assert not credits.spend(["jobs"])
 
 
-def test_what_is_not_to_be_trusted_grants_nothing(clock: Clock) -> None:
+def test_credits_without_a_count_are_not_granted(clock: Clock) -> None:
     credits = Credits()
     credits.grant(["jobs"], [1000], None)
     assert not credits.spend(["jobs"])
