@@ -118,7 +118,7 @@ class RedisObserver:
         return len(self._client.client_list()) - 1
 
     def keys(self) -> int:
-        return self._client.dbsize()
+        return int(self._client.dbsize())
 
     def reset(self) -> None:
         self._client.flushdb()

@@ -183,9 +183,9 @@ def say(page: Page, text: str) -> None:
 
 
 def hear(page: Page, author: str, text: str) -> str:
-    """Wait for a message; by which way it came, as the page tells it."""
+    """Wait for a message and return the path that the page shows for it."""
     message = page.locator(f".message[data-author={author!r}]").filter(has_text=text)
-    return message.locator(".path").inner_text()
+    return str(message.locator(".path").inner_text())
 
 
 def test_two_pages_on_two_processes_talk(
