@@ -238,7 +238,7 @@ async def until(check: Callable[[], T], patience: float = PATIENCE) -> T:
     return found
 
 
-# ---------------------------------------------------------------------- functions that many tests run
+# ------------------------------------------------------------------ shared functions
 
 
 async def receive(layer: PostgresChannelLayer, channel: str) -> Message:

@@ -343,7 +343,7 @@ class PostgresServer:
                 break
             log = self.log_path.read_bytes()[log_start:].decode(errors="replace")
             self._forget_process()
-            # Another process took the port after free_port(), or a killed server's children still run.
+            # Another process took the port after free_port(), or children of a killed server run.
             fleeting = "pre-existing shared memory" in log or (
                 fixed_port is None and "could not bind" in log
             )
@@ -384,7 +384,7 @@ class PostgresServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C must only reach this process, which stops the server
+                start_new_session=True,  # Ctrl-C must not reach the server; this process stops it
             )
         signum = STOP_SIGNALS["fast" if self._keep_data else "immediate"]
         if self._guard is not None:
