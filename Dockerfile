@@ -1,10 +1,10 @@
-# The demo's image. The commands that run in it are those of example/commands.py.
+# The image of the demo. docker-compose.yml has the commands that run in it.
 FROM python:3.13.7-slim-bookworm
 
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# Built in a folder of its own: where the demo runs, the source of pg_layer would hide the installed package, which
-# has its migrations in another place.
+# Build in another folder than the demo runs in: there the source of pg_layer would hide the installed
+# package, whose migrations are in another place.
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY pg_layer pg_layer

@@ -1,61 +1,84 @@
-# What a developer runs. Needs Python 3.10 or newer and make; everything else goes into $(VENV).
+# What a developer runs. Needs make and Python 3.10 or newer. Everything else is installed in $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 SECONDS ?= 120
-# Tests wait more than they compute: more of them at once than there are cores.
-JOBS ?= 3
+# The tests wait more than they compute: run more of them at once than there are cores.
+JOBS ?= 4
 
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check --quiet
+pytest = -m pytest -n $(JOBS) --dist loadscope
+locked = requirements/dev.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test lint types demo bench soak clean
+.PHONY: help venv test coverage lint format types hooks lock demo bench soak clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "ARGS are handed on (make test ARGS='-k codec'); PYTHON and VENV choose the interpreter and the folder."
-	@echo "JOBS is how many tests run at once, 0 for one after the other in this process."
-	@echo "SECONDS is for how long soak makes faults."
-	@echo "PG_LAYER_TEST_DSN is the server that the tests use, instead of one of their own."
+	@echo "ARGS is passed on (make test ARGS='-k codec'). PYTHON and VENV choose the interpreter and the folder."
+	@echo "JOBS is the number of tests that run at once; 0 runs one after the other in one process."
+	@echo "SECONDS is how long soak makes faults."
+	@echo "PG_LAYER_TEST_DSN names a server for the tests; without it they start one."
 
-venv: $(VENV)/.installed-dev ## install the project and what its development needs
+venv: $(VENV)/.installed-dev ## install the project and the tools for its development
 
-test: $(VENV)/.installed-dev ## run the tests against a PostgreSQL server of their own
-	PYTHONDEVMODE=1 $(python) -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+test: $(VENV)/.installed-dev ## run the tests, except the slow ones, on a PostgreSQL server of their own
+	PYTHONDEVMODE=1 $(python) $(pytest) -m "not slow" $(ARGS)
 
-lint: $(VENV)/.installed-dev ## check style and formatting
-	$(python) -m ruff check .
-	$(python) -m ruff format --check .
+coverage: $(VENV)/.installed-dev ## run all tests and print the branch coverage
+	rm -rf .coverage
+	PYTHONDEVMODE=1 $(python) -m coverage run $(pytest) $(ARGS)
+	$(python) -m coverage combine --quiet
+	$(python) -m coverage report
+
+lint: $(VENV)/.installed-dev ## check style, formatting, spelling and imports
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports
 
-types: $(VENV)/.installed-dev $(VENV)/.installed-bench $(VENV)/.installed-browser ## check the types
-	$(python) -m mypy
+format: $(VENV)/.installed-dev ## format the code and repair what ruff can repair
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
-demo: $(VENV)/.installed-demo ## run the chat in two processes, with a PostgreSQL server of its own
+types: $(VENV)/.installed-dev $(VENV)/.installed-bench $(VENV)/.installed-browser ## check the types
+	$(VENV)/bin/mypy
+
+hooks: $(VENV)/.installed-dev ## run these checks before each commit
+	$(VENV)/bin/pre-commit install
+
+# Keeps the versions that still fit. ARGS=--upgrade takes the newest of all.
+lock: $(VENV)/.installed-lock ## write the versions that development uses to requirements/dev.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile pyproject.toml --quiet --universal \
+	  --python-version 3.10 --all-extras --no-annotate --no-emit-package pg-layer \
+	  --output-file $(locked) $(ARGS)
+
+demo: $(VENV)/.installed-demo ## run the chat in two processes, on a PostgreSQL server of its own
 	$(python) -m example.demo $(ARGS)
 
-bench: $(VENV)/.installed-bench ## measure the layer against its peers
+bench: $(VENV)/.installed-bench ## compare the layer with others
 	$(python) -m benchmarks $(ARGS)
 
-soak: $(VENV)/.installed-dev ## make faults for a while, and account for every message
+soak: $(VENV)/.installed-dev ## make faults for a while and account for every message
 	$(python) -m soak --seconds $(SECONDS) $(ARGS)
 
-clean: ## remove the virtual environment and whatever was built
-	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .demo .bench
+clean: ## remove the virtual environment and everything that was built
+	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp for each set of extras. They share one environment, so that the sets may come in any order.
-$(VENV)/.installed-%: pyproject.toml $(VENV)/.created
-	$(pip) install --editable ".[$*]"
+# One stamp for each set of extras, or for several with commas between them. All sets share one
+# environment, and the locked versions keep it the same in whatever order they are installed.
+$(VENV)/.installed-%: pyproject.toml $(locked) $(VENV)/.created
+	$(pip) install --constraint $(locked) --editable ".[$*]"
 	@touch "$@"
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "Python 3.10 or newer is needed; $(PYTHON) is not. Name another one: make PYTHON=python3.13 ..." >&2; \
+	  echo "Python 3.10 or newer is needed; $(PYTHON) is older. Name another one: make PYTHON=python3.13 ..." >&2; \
 	  exit 1; }
 	@$(PYTHON) -m venv "$(VENV)" || { \
 	  echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; \

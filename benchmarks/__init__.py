@@ -1,1 +1,1 @@
-"""pg_layer beside channels_redis, in one run, taking turns: ``python -m benchmarks --help``."""
+"""pg_layer compared with other layers in one run: ``python -m benchmarks --help``."""

@@ -1,6 +1,6 @@
-"""What the processes of one measurement tell each other while it runs: a few shared integers, no messages.
+"""Shared integers by which the processes of a measurement coordinate.
 
-Each slot has a single writer, so no lock is needed, and reading it costs the reader's event loop nothing.
+Each slot has a single writer, so no lock is needed. A read costs the reader's event loop nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from types import TracebackType
 _STOP = 0
 _START = 1
 _HEAD = 2
-#: After the warm-up: a moment without messages.
+#: A pause without messages after the warm-up.
 _SETTLE = 0.2
 
 
 class Board:
-    """Shared by the runner, the sender and ``readers`` receiving processes, which get it at their start."""
+    """Shared integers of the runner, the sender and ``readers`` receiving processes."""
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
@@ -30,7 +30,7 @@ class Board:
         self._latest = _HEAD + 2 * readers
 
     def stop(self) -> None:
-        """Tell the readers that the measurement is over."""
+        """Notify the readers that the measurement is over."""
         self._slots[_STOP] = 1
 
     @property
@@ -38,7 +38,7 @@ class Board:
         return bool(self._slots[_STOP])
 
     def start(self) -> int:
-        """Mark the start of the measurement, in nanoseconds of the monotonic clock, which all share."""
+        """Mark the start of the measurement, in nanoseconds of the shared monotonic clock."""
         now = time.monotonic_ns()
         self._slots[_START] = now
         return now
@@ -48,14 +48,14 @@ class Board:
         return int(self._slots[_START])
 
     def warm(self, reader: int) -> None:
-        """A channel of this reader has heard its first warm-up message."""
+        """Note that a channel of this reader has received its first warm-up message."""
         self._slots[self._warmed + reader] += 1
 
     def warmed(self, reader: int) -> int:
         return int(self._slots[self._warmed + reader])
 
     def deliver(self, reader: int, now: int, count: int = 1) -> None:
-        """This reader was handed a message at ``now``, or ``count`` of them at once; not for another copy."""
+        """Note that this reader received ``count`` messages at ``now``. Copies do not count."""
         self._slots[self._delivered + reader] += count
         self._slots[self._latest + reader] = now
 
@@ -68,7 +68,7 @@ class Board:
 
     @property
     def latest_ns(self) -> int:
-        """When the last delivery was, 0 before the first."""
+        """Return when the last delivery was, 0 before the first."""
         return max(
             (int(self._slots[self._latest + reader]) for reader in range(self.readers)), default=0
         )
@@ -81,16 +81,17 @@ async def warm_up(
     *,
     time_limit: float = 20.0,
 ) -> None:
-    """Wait until ``wanted[i]`` channels of each reader ``i`` have heard a warm-up message.
+    """Wait until ``wanted[i]`` channels of each reader ``i`` have received a warm-up message.
 
-    ``send`` is repeated, because a layer may lose what is sent before its subscription is live. What it has
-    sent beside the first of each channel has a moment to arrive: it is no part of what follows.
+    ``send`` is repeated, because a layer may lose messages that are sent before its subscription is
+    active. Its surplus messages have a moment to arrive, so that they are not part of the
+    measurement.
     """
     end = time.monotonic() + time_limit
     while True:
         await send()
-        patience = min(time.monotonic() + 0.25, end)
-        while time.monotonic() < patience:
+        next_try = min(time.monotonic() + 0.25, end)
+        while time.monotonic() < next_try:
             if all(board.warmed(reader) >= count for reader, count in enumerate(wanted)):
                 await asyncio.sleep(_SETTLE)
                 return
@@ -103,17 +104,18 @@ async def warm_up(
 
 
 class Window:
-    """Keeps at most ``size`` messages between the sender's tasks and the readers.
+    """A limit of ``size`` messages in flight between the sender's tasks and the readers.
 
-    ``arrived`` says how many messages have arrived for good. When nothing arrives for ``patience`` seconds,
-    what is on its way counts as lost and makes room: a layer that loses messages does not stall its sender.
+    ``arrived`` returns how many messages have certainly arrived. If nothing arrives for ``timeout``
+    seconds, the messages in flight count as lost and free their capacity, so that a layer that
+    loses messages does not block its sender.
     """
 
-    def __init__(self, size: int, arrived: Callable[[], int], *, patience: float = 2.0) -> None:
+    def __init__(self, size: int, arrived: Callable[[], int], *, timeout: float = 2.0) -> None:
         self.written_off = 0
         self._size = size
         self._arrived = arrived
-        self._patience = patience
+        self._timeout = timeout
         self._sent = 0
         self._seen = 0
         self._progress = 0.0
@@ -137,7 +139,7 @@ class Window:
                 await self._watch
 
     async def take(self) -> None:
-        """Wait for room for one more message."""
+        """Wait until one more message may be in flight."""
         while self._sent - self.written_off - self._seen >= self._size:
             self._room.clear()
             await self._room.wait()
@@ -151,7 +153,7 @@ class Window:
             if arrived > self._seen:
                 self._seen, self._progress = arrived, now
                 self._room.set()
-            elif now - self._progress > self._patience:
+            elif now - self._progress > self._timeout:
                 self.written_off = max(self._sent - self._seen, 0)
                 self._progress = now
                 self._room.set()

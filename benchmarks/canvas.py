@@ -1,4 +1,4 @@
-"""What the benchmarks' drawings have in common: colours, headline, legend, footnote, and how numbers look."""
+"""Shared parts of the drawings: colours, headline, legend, footnote and number formats."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-#: What ``--json`` writes, or a part of it.
+#: The content that ``--json`` writes, or a part of it.
 Results = Mapping[str, Any]
 
-#: Okabe and Ito's palette, which the colour-blind can tell apart; a layer has the same colour everywhere.
+#: The palette of Okabe and Ito, which colour-blind readers can distinguish. A layer has the same
+#: colour in all drawings.
 _COLOURS = {
     "pg": "#0072B2",
     "core": "#D55E00",
@@ -30,7 +31,7 @@ _MARKERS = {"pg": "o", "core": "s", "pubsub": "^", "postgres": "D", "memory": "v
 _WIDTH = 8.0  # inches; 800 pixels wide at 100 dots an inch
 _FOOT = 0.75
 _HEAD = 0.95
-#: For matplotlib.
+#: Settings of matplotlib.
 STYLE: Any = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -49,8 +50,8 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "xtick.color": "#333333",
     "ytick.color": "#333333",
-    "svg.fonttype": "none",  # text stays text: small files that can be searched
-    "svg.hashsalt": "pg_layer",  # the same results make the same file
+    "svg.fonttype": "none",  # text stays text, so that the files are small and can be searched
+    "svg.hashsalt": "pg_layer",  # the same results produce the same file
 }
 
 
@@ -65,7 +66,7 @@ def page(
     columns: int,
     height: float,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with panels, a headline, a legend of these layers, and below what it was measured on."""
+    """A figure with panels, a headline, a legend of the layers and a footnote."""
     hint = wrapped(hint, 105)
     head = _HEAD + 0.16 * hint.count("\n")
     total = rows * height + head + _FOOT
@@ -100,7 +101,7 @@ def page(
 
 
 def _footnote(results: Results) -> str:
-    """Machine, versions and settings: figures mean nothing without."""
+    """Return machine, versions and settings, without which figures mean nothing."""
     machine, options = results["machine"], results["options"]
     packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     servers = "; ".join(

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.ceiling``: what the server itself can do, as pgbench finds it.
+"""``python -m benchmarks.ceiling``: the capacity of the server itself, measured by pgbench.
 
-The statements that a layer lives on, in the tables of the bare measurements, from several connections at once
-and without Python: single inserts that notify, batches that notify once, deletes by key. Nobody listens.
+It runs the statements that a layer depends on, in the tables of the bare measurements, on several
+connections and without Python: single inserts that notify, batches that notify once, and deletes by
+key. No session listens.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from benchmarks.servers import Unavailable, database_for, postgres_server
 
 BATCH = 100
 _OVERHEAD_LIMIT = 60.0
-#: What the deletes need, for each second the others run: pgbench ends when all of it is gone.
+#: Rows that the deletes need for each second of the other scripts. pgbench stops when all rows are
+#: deleted.
 _ROWS_A_SECOND = 100_000
 
-# Of the size of the scenarios' messages. The planner makes a constant of it.
+# The size of the scenarios' messages. The planner makes a constant of it.
 _PAYLOAD = "decode(repeat('78', 140), 'hex')"
 _EXPIRES_AT = "clock_timestamp() + interval '60 s'"
 
@@ -60,7 +62,10 @@ FROM generate_series(0, %s - 1) AS client, generate_series(1, %s) AS id
 
 @dataclass(frozen=True)
 class Script:
-    """One kind of transaction. ``consumes``: it takes rows that must be there before, each client its own."""
+    """One kind of transaction.
+
+    ``consumes``: it deletes rows that must exist before, and each client its own.
+    """
 
     title: str
     text: str
@@ -77,7 +82,7 @@ SCRIPTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each script runs, and with how many clients, one after the other."""
+    """How long each script runs, and with which numbers of clients."""
 
     seconds: int
     clients: Sequence[int]
@@ -92,7 +97,7 @@ PLANS: Mapping[Scale, Plan] = {
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What one script reached; ``error`` says why there is nothing."""
+    """The result of one script. ``error`` says why there is none."""
 
     title: str
     clients: int
@@ -104,7 +109,10 @@ class Ceiling:
 def measure(
     dsn: str, plan: Plan, on_result: Callable[[Ceiling], None] = lambda ceiling: None
 ) -> list[Ceiling]:
-    """Run every script in the bare database at ``dsn``. Raises `Unavailable` if there is no pgbench."""
+    """Run every script in the bare database at ``dsn``.
+
+    Raises `Unavailable` without pgbench.
+    """
     program = find_pgbench()
     found = []
     for script in SCRIPTS:
@@ -123,7 +131,7 @@ def _measure(program: str, dsn: str, script: Script, clients: int, seconds: int)
 
 
 def _speed(program: str, dsn: str, script: Script, clients: int, seconds: int) -> float:
-    transactions = max(seconds * _ROWS_A_SECOND // script.rows // clients, 1)  # of each client
+    transactions = max(seconds * _ROWS_A_SECOND // script.rows // clients, 1)  # for each client
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("TRUNCATE bare_message")
         if script.consumes:
@@ -139,8 +147,8 @@ def _speed(program: str, dsn: str, script: Script, clients: int, seconds: int) -
 
 def _run(command: Sequence[str], dsn: str, seconds: int) -> str:
     parameters: dict[str, Any] = dict(conninfo_to_dict(dsn))
-    options = f"{parameters.pop('options', '')} -c synchronous_commit=off"  # as the layer commits
-    password = parameters.pop("password", None)  # no command line is secret
+    options = f"{parameters.pop('options', '')} -c synchronous_commit=off"  # like the layer
+    password = parameters.pop("password", None)  # the password must not be on a command line
     environment = {**os.environ, "PGOPTIONS": options, "LC_ALL": "C"}
     if password is not None:
         environment["PGPASSWORD"] = str(password)
@@ -159,7 +167,10 @@ def _run(command: Sequence[str], dsn: str, seconds: int) -> str:
 
 
 def transactions_per_second(output: str) -> float:
-    """What pgbench reports, the time to connect left out. Raises ValueError if it reports none."""
+    """Return the rate that pgbench reports, without the time to connect.
+
+    Raises `ValueError` if it reports none.
+    """
     found = re.search(r"^tps = ([0-9.]+)", output, re.MULTILINE)
     if found is None:
         raise ValueError(f"pgbench reported no tps: {output.strip()[-300:]}")
@@ -167,7 +178,10 @@ def transactions_per_second(output: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for each result; exit code 1 if one is missing, 2 if there is no pgbench."""
+    """Print a line for each result.
+
+    Return exit code 1 if a result is missing and 2 without pgbench.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ceiling", description=__doc__)
     parser.add_argument("--seconds", type=int, default=5, help="of each run (default: 5)")
     parser.add_argument(
@@ -187,8 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def line(ceiling: Ceiling) -> str:
-    """One result in words."""
-    what = f"pgbench  {ceiling.title:<32} {ceiling.clients:>3} client{'s' if ceiling.clients > 1 else ' '}"
+    """Return one result as a line of text."""
+    plural = "s" if ceiling.clients > 1 else " "
+    what = f"pgbench  {ceiling.title:<32} {ceiling.clients:>3} client{plural}"
     if ceiling.error is not None:
         return f"{what}  {ceiling.error}"
     speeds = (

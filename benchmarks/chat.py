@@ -1,4 +1,4 @@
-"""The chat that WebSocket clients are served: a consumer as the Channels tutorial has it, and its server."""
+"""The chat server of the WebSocket scenario, with a consumer as in the Channels tutorial."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.resources import raise_file_limit
 from benchmarks.scenarios.base import Receipt, Stage, cancel, until_stopped
 
 _BACKLOG = 1024
-#: Consumers may take so long to leave their rooms at the end.
+#: Seconds that consumers may take to leave their rooms at the end.
 _LEAVE_LIMIT = 5
 
 
@@ -30,7 +30,7 @@ class ServedAt(NamedTuple):
 
 
 class RoomConsumer(AsyncWebsocketConsumer):
-    """One client in one room: what it says, everybody in the room hears, itself included."""
+    """A client in a room. Every client of the room, itself included, receives its messages."""
 
     group: str
 
@@ -50,14 +50,14 @@ class RoomConsumer(AsyncWebsocketConsumer):
 
 
 async def serve(stage: Stage) -> None:
-    """A receiving role: uvicorn on a free loopback port, until the measurement is over."""
+    """A receiving role: uvicorn on a free loopback port until the measurement is over."""
     raise_file_limit()
     channel_layers.set(
         DEFAULT_CHANNEL_LAYER, cast(BaseChannelLayer, stage.layer)
-    )  # where consumers look
+    )  # get_channel_layer() returns this one
     room = path(
         "<int:room>", cast(Any, RoomConsumer.as_asgi())
-    )  # Django's types know no ASGI applications
+    )  # Django's types do not know ASGI applications
     rooms = URLRouter([cast(Any, room)])
     config = uvicorn.Config(
         ProtocolTypeRouter({"websocket": rooms}),
@@ -68,7 +68,7 @@ async def serve(stage: Stage) -> None:
         timeout_graceful_shutdown=_LEAVE_LIMIT,
     )
     server = uvicorn.Server(config)
-    # It listens before the server runs, so that nobody has to wait and see.
+    # The socket listens before the server runs, so that no client has to poll.
     with socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG) as listener:
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         over = asyncio.ensure_future(until_stopped(stage.board))

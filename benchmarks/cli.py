@@ -1,4 +1,4 @@
-"""The command line: which layers and scenarios, how often, and where the results go."""
+"""The command line: selects layers and scenarios, runs them and writes the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from benchmarks.signals import interrupt_when_told_to_end
 from benchmarks.statistics import Outcome
 
 DSN_VARIABLE = "PG_LAYER_DSN"
-#: What a reader in a hurry waits for.
+#: The layers of a quick run.
 QUICK_LAYERS = ("pg", "core", "pubsub", "bare")
 LEFT_OUT_OF_QUICK = ("serial", "websockets-room", "connections", "neighbours")
 LEGEND = (
@@ -46,9 +46,9 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Options:
-    """One run. ``dsn`` and ``redis`` name servers to use instead of those started for the run.
+    """The options of a run. ``dsn`` and ``redis`` name servers to use instead of new ones.
 
-    ``big`` is the scale of the pgbench tables beside which everything is measured, 0 for none.
+    ``big`` is the scale of pgbench's tables in the database of all measurements, 0 without them.
     """
 
     layers: Sequence[str]
@@ -62,13 +62,13 @@ class Options:
 
     @property
     def pgbench_scale(self) -> int:
-        """Of the application's tables, 0 if nothing asks for them."""
+        """Return the scale of the application's tables, 0 if no scenario needs them."""
         return self.big or max(
             scenario.scales[self.scale].pgbench_scale for scenario in chosen(self)
         )
 
     def known(self) -> dict[str, object]:
-        """What the results say of them."""
+        """Return the options as the results contain them."""
         known: dict[str, object] = {"rounds": self.rounds, "scale": self.scale}
         if self.big:
             known["big"] = {"rows": self.big * ROWS, "transactions/s": RATE, "clients": CLIENTS}
@@ -76,9 +76,10 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: measured; 1: pg_layer failed, or lost, doubled or reordered something; 2: nothing ran.
+    """Run the benchmarks. Return the exit code.
 
-    130: interrupted.
+    0: measured; 1: pg_layer failed, or lost, doubled or reordered messages; 2: nothing was
+    measured; 130: interrupted.
     """
     interrupt_when_told_to_end()
     parser = _parser()
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile=parsed.profile,
         big=parsed.big_scale or (100 if parsed.big else 0),
     )
-    try:  # before anything is measured that could not be written
+    try:  # Check before the measurements whether their results can be written.
         if parsed.json:
             check_file(Path(parsed.json))
         for folder in filter(None, (parsed.plots, options.profile)):
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             servers, durable = describe(specs), durability(specs)
             measure(options, specs, results, Progress())
             ceilings = find_ceilings(options, specs)
-    except KeyboardInterrupt:  # what has been measured is still shown
+    except KeyboardInterrupt:  # the results so far are shown
         results.interrupted = True
     if not results.outcomes:
         print(
@@ -151,26 +152,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_file(file: Path) -> None:
-    """Raises OSError if it cannot be written; leaves what is there as it is."""
+    """Raise `OSError` if a file cannot be written. Do not change it."""
     check_folder(file.parent)
     if file.exists():
         file.open("a").close()
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OSError if no file can be made in it."""
+    """Raise `OSError` if no file can be created in a folder."""
     tempfile.TemporaryFile(dir=folder).close()
 
 
 def extent(results: Results, rounds: int) -> str:
-    """In words, of how much the figures are the medians."""
+    """Return in words how many rounds the medians cover."""
     if results.interrupted:
         return f"INTERRUPTED in round {results.round} of {rounds}; medians of what there is"
     return f"Medians of {rounds} round(s)"
 
 
 def scenarios_of(scale: Scale) -> tuple[str, ...]:
-    """Those that run unless others are named."""
+    """Return the scenarios that run by default."""
     return tuple(name for name in SCENARIOS if scale != "quick" or name not in LEFT_OUT_OF_QUICK)
 
 
@@ -179,18 +180,19 @@ def chosen(options: Options) -> list[Scenario]:
 
 
 def traffic(options: Options) -> str:
-    """A line for the headline about what runs beside the measurements, if anything does."""
+    """Return a line for the headline about traffic beside the measurements, or ""."""
     if not options.big:
         return ""
-    return f"\nbeside it {options.big * ROWS:,} rows and {RATE} transactions/s of the application (pgbench)"
+    rows = f"{options.big * ROWS:,} rows"
+    return f"\nbeside it {rows} and {RATE} transactions/s of the application (pgbench)"
 
 
 def measure(
     options: Options, specs: Sequence[LayerSpec], results: Results, progress: Progress
 ) -> None:
-    """Every round visits every scenario, and in it every layer, one right after the other.
+    """Measure in rounds: each visits all scenarios and, in each scenario, all layers in turn.
 
-    Each begins with another layer, so that none is always the first.
+    Each round begins with another layer, so that no layer is always the first.
     """
     scenarios = chosen(options)
     width = max(len(scenario.name) for scenario in scenarios)
@@ -217,9 +219,8 @@ def measure(
                 outcome = emptied(spec)
                 if outcome is not None:
                     pass
-                elif (
-                    options.big and spec.database and not sizes.pgbench_scale
-                ):  # else it has its own traffic
+                # A scenario with a scale of pgbench runs its own traffic.
+                elif options.big and spec.database and not sizes.pgbench_scale:
                     outcome = beside(spec.database, measurement.run)
                 else:
                     outcome = measurement.run()
@@ -228,33 +229,31 @@ def measure(
 
 
 def playable(scenario: Scenario, scale: Scale, specs: Sequence[LayerSpec]) -> Sequence[LayerSpec]:
-    """The layers with which there is something to measure."""
-    alone = not scenario.scales[
-        scale
-    ].pgbench_scale  # else, where there is no database, it has been said why
+    """Return the layers that the scenario can measure."""
+    # `available` has reported a missing database of the application.
+    alone = not scenario.scales[scale].pgbench_scale
     return [spec for spec in specs if scenario.roles(KINDS[spec.name]) and (alone or spec.database)]
 
 
 def rotated(specs: Sequence[LayerSpec], places: int) -> Sequence[LayerSpec]:
-    """From the one that stands so many places on, around to the one before it."""
+    """Return the layers from index ``places`` on, followed by those before it."""
     start = places % len(specs) if specs else 0
     return [*specs[start:], *specs[:start]]
 
 
 def emptied(spec: LayerSpec) -> Outcome | None:
-    """Throw away what the last measurement left on the layer's server; an outcome if that cannot be done."""
+    """Remove the data of the last measurement; return an outcome if that fails."""
     try:
         with observe(spec) as observer:
             observer.reset()
-    except (
-        Exception
-    ) as error:  # whatever the layer has done to its server, the others are still measured
+    # Whatever a layer did to its server, the other layers must still be measured.
+    except Exception as error:
         return Outcome(error=f"the server could not be emptied: {error}")
     return None
 
 
 def find_ceilings(options: Options, specs: Sequence[LayerSpec]) -> list[Ceiling]:
-    """What pgbench reaches in the database of the bare measurements; nothing where either is missing."""
+    """Return pgbench's results in the bare database; nothing without pgbench or that database."""
     addresses = [spec.address for spec in specs if KINDS[spec.name].played == "bare"]
     try:
         return measure_ceilings(addresses[0], PLANS[options.scale]) if addresses else []
@@ -265,7 +264,7 @@ def find_ceilings(options: Options, specs: Sequence[LayerSpec]) -> list[Ceiling]
 
 @contextmanager
 def available(options: Options) -> Iterator[list[LayerSpec]]:
-    """The layers that can run here, with their servers up; says what is missing and how to get it."""
+    """Yield the layers that can run here with running servers; report what is missing."""
     starters: Mapping[str, Callable[[], object]] = {
         "postgres": lambda: stack.enter_context(postgres_server(options.dsn)),
         "redis": lambda: stack.enter_context(redis_server(options.redis)),
@@ -309,9 +308,9 @@ def available(options: Options) -> Iterator[list[LayerSpec]]:
 def _with_application(
     specs: Sequence[LayerSpec], options: Options, dsn: str | None
 ) -> list[LayerSpec]:
-    """The layers with the application's tables beside them; without, where these cannot be had.
+    """Return the layers with the application's tables, or without if these are unavailable.
 
-    No layer at all then, if nothing is to be measured without them.
+    Return no layer if all scenarios need these tables.
     """
     if dsn is not None:
         try:
@@ -333,7 +332,7 @@ def _with_application(
 
 
 def describe(specs: Sequence[LayerSpec]) -> dict[str, dict[str, str]]:
-    """The servers behind the layers."""
+    """Describe the servers of the layers."""
     servers: dict[str, dict[str, str]] = {}
     for spec in specs:
         if server := KINDS[spec.name].server:
@@ -346,7 +345,7 @@ def describe(specs: Sequence[LayerSpec]) -> dict[str, dict[str, str]]:
 
 
 def durability(specs: Sequence[LayerSpec]) -> dict[str, str]:
-    """How safe the writes of each layer are."""
+    """Return how durable the writes of each layer are."""
     found: dict[str, str] = {}
     for spec in specs:
         with observe(spec) as observer:
@@ -405,8 +404,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--big",
         action="store_true",
-        help="measure everything in a database with 10,000,000 rows of an application (pgbench), whose"
-        f" {RATE} transactions a second run beside",
+        help="measure everything in a database with 10,000,000 rows of an application (pgbench),"
+        f" which runs {RATE} transactions a second meanwhile",
     )
     parser.add_argument(
         "--big-scale",
@@ -437,7 +436,7 @@ def _redis_url(text: str) -> str:
 
 
 def _similar(unknown: Sequence[str]) -> Collection[str]:
-    """The scenarios to choose from instead: the points of the curves that were meant, or all but points."""
+    """Return the names to suggest: points of the curves in question, or all but points."""
     curves = {curve for curve in (name.partition("/")[0] for name in unknown) if curve in CURVES}
     return [point.name for curve in CURVES if curve in curves for point in CURVES[curve]] or [
         *SCENARIOS,
@@ -448,7 +447,7 @@ def _similar(unknown: Sequence[str]) -> Collection[str]:
 def _names(
     allowed: Collection[str], *, listed: Callable[[Sequence[str]], Collection[str]] | None = None
 ) -> Callable[[str], tuple[str, ...]]:
-    """A parser of comma-separated names; of unknown ones the error says what is ``listed`` instead."""
+    """Return a parser of comma-separated names. Its error lists the names of ``listed``."""
 
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,12 +1,11 @@
-"""``python -m benchmarks.compare --before PATH``: two source trees of pg_layer in one run.
+"""``python -m benchmarks.compare --before PATH``: compare two source trees of pg_layer.
 
-Each tree has a PostgreSQL server of its own (``fsync`` on), and for each measurement a fresh
-database with the tables of its own migrations. The trees take turns: every round visits every
-measurement, and in it both trees, one right after the other. The table shows medians of the
-rounds, and the lowest and the highest.
+Each tree has its own PostgreSQL server, with ``fsync`` on, and for each measurement a new database
+with the tables of its own migrations. Every round visits all measurements and, in each measurement,
+both trees in turn. The table shows the medians of the rounds, and the lowest and highest values.
 
-Both trees run in this interpreter, with the libraries installed for it, and under this tree's
-harness: only ``pg_layer`` and its migrations differ. They are copied when the run begins.
+Both trees run in this interpreter, with its libraries and the harness of this tree. Only
+``pg_layer`` and its migrations differ. They are copied when the run begins.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ ROOT = Path(__file__).parents[1]
 TREES = ("before", "after")
 #: 64 receiving processes have three connections each.
 _CONNECTIONS = 300
-#: Stands where there is no figure.
+#: Replaces a missing figure.
 _NONE = "-"
-#: How long a measurement may take beside what is sent in it for an endurance run.
-_PATIENCE = 900.0
+#: Seconds that a measurement may take in addition to the sending of an endurance run.
+_TIMEOUT = 900.0
 
-#: (what, unit) -> the values of all rounds.
+#: (what, unit) -> the values of all rounds
 Values = dict[tuple[str, str], list[float]]
 
 
 @dataclass(frozen=True)
 class Tree:
-    """``stage``: a folder in which ``pg_layer`` is the tree's, with its migrations inside."""
+    """A source tree. The folder ``stage`` contains its ``pg_layer`` with the migrations inside."""
 
     name: str
     stage: Path
@@ -58,7 +57,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Failure:
-    """A measurement that yielded nothing, and why."""
+    """A measurement without a result; the message gives the reason."""
 
     point: str
     tree: str
@@ -66,7 +65,7 @@ class Failure:
 
 
 class Comparison:
-    """The results of all rounds: for each point and tree the parsed JSON of each round."""
+    """The results of all rounds, by point and tree: the parsed JSON of each round."""
 
     def __init__(self, points: Sequence[str]) -> None:
         self.results: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -83,7 +82,7 @@ class Comparison:
         return found
 
     def as_markdown(self) -> str:
-        """One line for each figure: medians, ranges of several rounds, the medians' quotient."""
+        """Return a line for each figure: medians, ranges of the rounds and the ratio."""
         lines = ["| | | before | after | after / before |", "|---|---|---|---|---|"]
         for point in self.results:
             before, after = (self.values(point, tree) for tree in TREES)
@@ -122,7 +121,10 @@ class Comparison:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: measured; 1: a measurement failed; 130: interrupted."""
+    """Compare the trees. Return the exit code.
+
+    0: measured; 1: a measurement failed; 130: interrupted.
+    """
     interrupt_when_told_to_end()
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with closing(PostgresObserver(trees[0].server)) as observer:
                 servers["postgres"] = observer.describe()
             _measure(comparison, trees, options)
-    except KeyboardInterrupt:  # what has been measured so far is still shown
+    except KeyboardInterrupt:  # the results so far are shown
         interrupted = True
     names = ("rounds", "seconds", "endurance_seconds")
     known = context({name: getattr(options, name) for name in names}, servers, load_at_start=load)
@@ -181,7 +183,7 @@ def _measure(comparison: Comparison, trees: Sequence[Tree], options: argparse.Na
 def _run(point: str, tree: Tree, seconds: float, endurance: float) -> dict[str, Any]:
     """Measure in a new process that imports the tree's pg_layer and this tree's harness."""
     module = [sys.executable, "-m", "benchmarks.compared"]
-    # The current folder comes first in the path of the new process, and of those that it starts.
+    # The current folder comes first in the path of the new process and of its children.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTHONSAFEPATH", None)
     process = subprocess.Popen(
@@ -191,11 +193,11 @@ def _run(point: str, tree: Tree, seconds: float, endurance: float) -> dict[str, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that all its processes can be killed, and only here
+        start_new_session=True,  # a group of its own, so that all its processes can be killed
     )
     with process:
         try:
-            output, errors = process.communicate(timeout=_PATIENCE + endurance)
+            output, errors = process.communicate(timeout=_TIMEOUT + endurance)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -221,7 +223,7 @@ def _trees(paths: Mapping[str, Path]) -> Iterator[list[Tree]]:
 
 
 def _copy(tree: Path, package: Path) -> None:
-    """Copy the tree's package, and its migrations into it, where imports look for them."""
+    """Copy the package of the tree with its migrations to the place of the package's imports."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(_source(tree), package, ignore=ignore)
     if not (package / "migrations").exists():

@@ -1,4 +1,4 @@
-"""The layers that are compared, each set up as its users run it well."""
+"""The layers of the comparison, each configured as its users run it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from channels.layers import InMemoryChannelLayer
 from django.conf import settings
 from psycopg.conninfo import conninfo_to_dict
 
-#: For all layers the same, and large enough that none drops a message for lack of room.
+#: The same for all layers, and large enough that none drops a message because of it.
 CAPACITY = 10_000
 EXPIRY = 60
 
-#: How pg_layer writes, and what is measured without a layer.
+#: The durability of pg_layer's writes and of the bare measurements.
 LAZY = "synchronous_commit off (taking jobs: on)"
 
 #: redis-py 8 turns "no limit" into 100 connections.
@@ -26,7 +26,7 @@ _UNLIMITED = 10_000
 
 
 class Layer(Protocol):
-    """What Channels asks of a layer."""
+    """The methods of a channel layer that the scenarios call."""
 
     async def send(self, channel: str, message: dict[str, Any]) -> None: ...
     async def receive(self, channel: str) -> dict[str, Any]: ...
@@ -38,9 +38,9 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Which layer, and the address (DSN or URL) of the server behind it.
+    """A layer and the address (DSN or URL) of its server.
 
-    ``database`` is the DSN of the application's own database, if there is one: pgbench's tables are there.
+    ``database`` is the DSN of the application's database with pgbench's tables, if there is one.
     """
 
     name: str
@@ -50,12 +50,13 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """``create`` runs in each process of its own; ``close`` gives the layer's connections back.
+    """A kind of layer. ``create`` runs in each process; ``close`` closes its connections.
 
-    ``server``: what it needs one of, "" for none; ``app``: the Django app whose migrations make its tables;
-    ``schema``: the SQL that makes them where there is no such app. ``played``: by processes of their own, by
-    tasks of one event loop around one layer, or with the scenario's bare roles and no layer at all.
-    ``durability``: how far its writes are safe, "" if that is the server's affair.
+    ``server``: the kind of server that it needs, "" for none. ``app``: the Django app whose
+    migrations create its tables. ``schema``: the SQL that creates them without such an app.
+    ``played``: by separate processes, by tasks of one event loop around one layer, or with the
+    scenario's bare roles and no layer. ``durability``: how durable its writes are, "" if the server
+    decides.
     """
 
     title: str
@@ -79,7 +80,8 @@ def _postgres(dsn: str) -> Layer:
 
 
 def _redis_options(url: str) -> dict[str, Any]:
-    # redis-py 8 gives a read 5 s, which ends the wait of an idle consumer, and a pool 100 connections.
+    # redis-py 8 limits a read to 5 s, which ends the wait of an idle consumer, and a pool to 100
+    # connections.
     host = {"address": url, "socket_timeout": None, "max_connections": _UNLIMITED}
     return {"hosts": [host], "capacity": CAPACITY, "expiry": EXPIRY}
 
@@ -91,14 +93,14 @@ def _redis_core(url: str) -> Layer:
 
 def _redis_pubsub(url: str) -> Layer:
     module = importlib.import_module("channels_redis.pubsub")
-    # It has neither capacity nor expiry and ignores both.
+    # It ignores capacity and expiry.
     return cast(Layer, module.RedisPubSubChannelLayer(**_redis_options(url)))
 
 
 def _channels_postgres(dsn: str) -> Layer:
     module = importlib.import_module("channels_postgres.core")
-    # Its README's CONFIG, pool included, and TIME_ZONE: Django's connection wrapper, which it builds from
-    # this, looks that up where USE_TZ is on. The layer knows no capacity.
+    # The CONFIG of its README with the pool, and TIME_ZONE: Django's connection wrapper, which it
+    # builds from CONFIG, reads that with USE_TZ. The layer has no capacity.
     config = {
         **_database(dsn),
         "TIME_ZONE": None,
@@ -108,7 +110,7 @@ def _channels_postgres(dsn: str) -> Layer:
 
 
 async def _close_channels_postgres(layer: Layer) -> None:
-    # The pool belongs to the module: the layer has nothing to close it with.
+    # The pool belongs to the module; the layer has no method to close it.
     pool = importlib.import_module("channels_postgres.db").connection_pool
     if pool is not None:
         await pool.close()
@@ -119,7 +121,7 @@ def _memory(address: str) -> Layer:
 
 
 def _no_layer(dsn: str) -> Layer:
-    return cast(Layer, object())  # bare roles connect by themselves, and never touch it
+    return cast(Layer, object())  # bare roles connect themselves and do not use it
 
 
 async def _close_nothing(layer: Layer) -> None:
@@ -176,12 +178,12 @@ KINDS: Mapping[str, LayerKind] = {
     ),
 }
 
-#: channels_postgres reads and writes through Django under an alias of its own, beside its pool.
+#: channels_postgres also reads and writes through Django, under its own alias beside its pool.
 _ALIASES = {"pg_layer": ["default"], "channels_postgres": ["default", "channels_postgres"]}
 
 
 def configure_django(dsn: str | None, app: str = "pg_layer") -> None:
-    """Set Django up as a project with this layer would be; without a DSN, as one that has no database."""
+    """Set up Django for a project with this layer; without a DSN, with no database."""
     if settings.configured:
         return
     databases = {} if dsn is None else {alias: _database(dsn) for alias in _ALIASES[app]}

@@ -1,4 +1,4 @@
-"""The books of a chat: who is in which room, what each client said, and what each heard. No I/O."""
+"""The accounts of a chat: the rooms, what each client said and what it heard. No I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.statistics import Stream, Tally, tally_channel
 
 @dataclass(frozen=True)
 class Said:
-    """``text`` goes to the server; ``heard`` is done once each client of the room has heard it."""
+    """A message to the server. ``heard`` is done when each client of the room has received it."""
 
     text: str
     missing: set[int]
@@ -20,10 +20,10 @@ class Said:
 
 
 class Ledger:
-    """``clients`` in rooms of ``room``, each room spread over as many servers as the board has readers.
+    """The account of ``clients`` in rooms of ``room`` clients, spread over all servers.
 
-    Every sender numbers what it says. Deliveries go on the board, to the account of the listener's server;
-    second copies are counted in the `tally` alone.
+    Every sender numbers its messages. Deliveries are noted on the board, in the slot of the
+    listener's server. Only `tally` counts second copies.
     """
 
     def __init__(self, board: Board, clients: int, room: int) -> None:
@@ -39,7 +39,7 @@ class Ledger:
         self.begin()
 
     def begin(self) -> None:
-        """Another phase: count ``deliveries``, and their ``ages`` in nanoseconds, from none."""
+        """Begin a phase: count ``deliveries`` and their ``ages`` in nanoseconds from zero."""
         self.ages: array[int] = array("q")
         self.latest_ns = 0
 
@@ -54,9 +54,10 @@ class Ledger:
         return client % self.servers
 
     def greet(self) -> list[tuple[int, str]]:
-        """Warm-up messages, not numbered: in each room that needs it, from one client at each server.
+        """Return unnumbered warm-up messages, one from each server in each room that needs one.
 
-        None while those of the last time are still arriving: they shall not pile up before a slow layer.
+        Return None while earlier ones still arrive, so that they do not accumulate before a slow
+        layer.
         """
         if not self.calm():
             return []
@@ -68,12 +69,12 @@ class Ledger:
         ]
 
     def calm(self) -> bool:
-        """Has no warm-up message arrived since this, or `greet`, was called last?"""
+        """Return whether no warm-up message arrived since the last call of this or `greet`."""
         arriving, self._arriving = self._arriving, False
         return not arriving
 
     def say(self, sender: int, now: int) -> Said:
-        """The sender's next message, to be sent now."""
+        """Return the next message of the sender, to be sent now."""
         number = self._sent[sender]
         self._sent[sender] = number + 1
         said = Said(
@@ -85,7 +86,7 @@ class Ledger:
         return said
 
     def hear(self, client: int, text: str, now: int) -> None:
-        """This client was handed this text."""
+        """Note that a client received a text."""
         sender, number, sent_ns = map(int, text.split())
         if number < 0:
             self._hear_greeting(client, sender)
@@ -106,7 +107,7 @@ class Ledger:
                     said.heard.set_result(None)
 
     def tally(self) -> Tally:
-        """The balance of all clients, each of which should have heard all that its room said."""
+        """Return the tally of all clients. Each must have received all messages of its room."""
         total = Tally()
         for room in self.rooms:
             sent = {sender: count for sender in room if (count := self._sent[sender])}

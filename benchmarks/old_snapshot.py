@@ -1,8 +1,9 @@
-"""``python -m benchmarks.old_snapshot``: does a transaction held open elsewhere slow the layer down?
+"""``python -m benchmarks.old_snapshot``: the cost of a transaction that is held open.
 
-PostgreSQL cannot remove a dead row that the oldest snapshot may still see. Messages are rows that die young,
-so that one forgotten transaction keeps all of them. Many go through one inbox, free and under such a one,
-taking turns; then paced ones, for their latency; and it is told how large table and index are.
+PostgreSQL cannot remove a dead row that the oldest snapshot may still see. Rows of messages are
+deleted soon, so one forgotten transaction keeps all of them. Many messages go through one inbox,
+without and with such a transaction in turn. Paced messages follow, for the latency. The sizes of
+table and index are printed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SIZES = """
 
 
 def receive(pipe: Connection, dsn: str) -> None:
-    """One inbox: counts what comes for each run, and reports the time of the last and the ages."""
+    """Read one inbox: count the messages of each run, report the last time and the ages."""
     asyncio.run(_receive(pipe, dsn))
 
 
@@ -82,7 +83,7 @@ async def _pace(layer: Any, channels: list[str], messages: int) -> None:
 
 @contextmanager
 def held_snapshot(dsn: str) -> Iterator[None]:
-    """A transaction that has looked at something, and does nothing more."""
+    """A transaction that has taken a snapshot and stays open."""
     with psycopg.connect(dsn) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         connection.execute("SELECT count(*) FROM pg_layer_client")
@@ -92,7 +93,7 @@ def held_snapshot(dsn: str) -> Iterator[None]:
 async def measure(
     dsn: str, pipe: Connection, channels: list[str], messages: int
 ) -> tuple[float, float]:
-    """Messages a second, and the median latency of paced ones in ms."""
+    """Return messages a second, and the median latency of paced messages in ms."""
     from pg_layer import PostgresChannelLayer
 
     layer = PostgresChannelLayer(dsn=dsn, capacity=CAPACITY)
@@ -109,7 +110,7 @@ async def measure(
 
 
 def main() -> None:
-    """Print a line for each run, and the ratios of the medians."""
+    """Print a line for each run and the ratios of the medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.old_snapshot", description=__doc__)
     parser.add_argument(
         "--messages", type=int, default=1_000_000, help="through one inbox in each run"
@@ -147,7 +148,8 @@ def main() -> None:
     speeds = [statistics.median(speed for speed, _ in runs) for runs in (free, held)]
     latencies = [statistics.median(latency for _, latency in runs) for runs in (free, held)]
     print(
-        f"throughput under it: {speeds[1] / speeds[0]:.0%}; latency p50: {latencies[1] / latencies[0]:.2f}x"
+        f"throughput under it: {speeds[1] / speeds[0]:.0%};"
+        f" latency p50: {latencies[1] / latencies[0]:.2f}x"
     )
 
 

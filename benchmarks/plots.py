@@ -1,6 +1,7 @@
-"""Drawings of results: how late messages arrive, how many a second, and what happens as things grow.
+"""Drawings of results: latency, throughput and growth.
 
-``python -m benchmarks.plots results.json FOLDER`` draws what ``--json`` wrote. Nothing is measured here.
+``python -m benchmarks.plots results.json FOLDER`` draws the file of ``--json``. Nothing is
+measured.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from benchmarks.canvas import (
 from benchmarks.statistics import NOT_FILLED, percentile
 
 _MARKED = (50, 99)
-#: No layer: a ceiling that would leave the layers' bars little room, drawn as a line.
+#: The ceiling without a layer. As a bar it would make the bars of the layers short, so it is a
+#: line.
 _CEILING = "bare"
-#: Inches, about: a character of a bar's label, and the narrowest axis that bars have.
+#: Approximate inches: a character of a bar's label, and the narrowest axis of bars.
 _CHARACTER = 0.068
 _BARS_WIDTH = 2.4
 
 
 def draw(results: Results, folder: Path, *, suffix: str = "svg") -> list[Path]:
-    """Draw all that the results have figures for; returns the files. ``suffix``: svg or png."""
+    """Draw everything that the results have figures for; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     scenarios: Results = results["scenarios"]
     plain = {name: scenario for name, scenario in scenarios.items() if not scenario["curve"]}
@@ -67,7 +69,7 @@ def draw(results: Results, folder: Path, *, suffix: str = "svg") -> list[Path]:
 
 
 def _latency(results: Results, scenarios: Results) -> Figure | None:
-    """For each scenario with samples: which share of the messages had arrived after how long."""
+    """Draw for each scenario with samples which share of the messages arrived after which time."""
     panels = []
     for scenario in scenarios.values():
         lines = {
@@ -109,10 +111,10 @@ def _latency(results: Results, scenarios: Results) -> Figure | None:
 
 
 def _bars(results: Results, scenarios: Results, better: str) -> Figure | None:
-    """A panel for each figure of which more, or less, is better; beside the bars how far pg_layer is ahead.
+    """Draw a panel for each figure that has a better direction, with pg_layer's lead.
 
-    A scenario with several has one title and rows of its own. What the distribution of latencies shows is
-    left out.
+    A scenario with several panels has one title and its own rows. Figures that the distribution of
+    latencies shows are left out.
     """
     cells: list[_Cell | None] = []
     for scenario in scenarios.values():
@@ -161,7 +163,7 @@ def _bar_panel(
     values = [_median(scenario, layer, figure) for layer in layers]
     widths = [
         max(value, 0) if math.isfinite(value) else 0 for value in values
-    ]  # below zero is noise
+    ]  # a negative value is noise
     longest = max(widths, default=1) or 1
     axis.set_title(title, fontsize=9)
     axis.barh(
@@ -188,9 +190,9 @@ def _bar_panel(
                 "facecolor": "white",
                 "edgecolor": "none",
                 "pad": 0.5,
-            },  # the dashed line stays behind
+            },  # the dashed line stays behind the bars
         )
-        # Room for the label, which is as wide however long the axis is.
+        # Space for the label, whose width does not depend on the length of the axis.
         limit = max(limit, end / (1 - min(len(label) * _CHARACTER / _BARS_WIDTH + 0.03, 0.7)))
     caption = label_of(figure)
     if _CEILING in measured and _CEILING not in layers:
@@ -226,7 +228,7 @@ def _bar_label(scenario: Results, layer: str, figure: Results, value: float) -> 
 
 
 def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
-    """A panel for each figure, a line for each layer, both axes logarithmic."""
+    """Draw a panel for each figure and a line for each layer, with logarithmic axes."""
     points = sorted(points, key=lambda point: int(point["curve"]["x"]))
     xs = [int(point["curve"]["x"]) for point in points]
     unfilled = {
@@ -271,7 +273,7 @@ def _growth(results: Results, points: Sequence[Results]) -> Figure | None:
 
 
 def _unfilled(points: Sequence[Results], layer: str) -> int | None:
-    """The first x at which what should have waited did not get there in time."""
+    """Return the first x at which the waiting messages were not stored in time."""
     for point in points:
         errors = point["layers"][layer]["median"]["errors"] if layer in point["layers"] else []
         if any(NOT_FILLED in error for error in errors):
@@ -279,7 +281,7 @@ def _unfilled(points: Sequence[Results], layer: str) -> int | None:
     return None
 
 
-#: Of each point that has a figure: x, the figure, and whether messages went astray.
+#: For each point with a figure: x, the figure, and whether messages were lost or doubled.
 Line = Sequence[tuple[int, float, bool]]
 
 
@@ -295,7 +297,7 @@ def _line(points: Sequence[Results], layer: str, figure: Results) -> Line:
 def _growth_panel(
     axis: Axes, figure: Results, lines: Mapping[str, Line], xs: Sequence[int]
 ) -> None:
-    for layer, line in [*lines.items()][::-1]:  # the first one, pg_layer, on top of the others
+    for layer, line in [*lines.items()][::-1]:  # pg_layer, the first one, above the others
         colour = colour_of(layer)
         axis.plot([x for x, _, _ in line], [y for _, y, _ in line], color=colour, linewidth=1.8)
         for x, y, faulty in line:
@@ -310,7 +312,7 @@ def _growth_panel(
     values = [y for line in lines.values() for _, y, _ in line]
     _scale(axis.set_yscale, values)
     low, high = min(values), max(values)
-    # Values that hardly differ would otherwise fill the panel, and look like much.
+    # Otherwise values that hardly differ would fill the panel and look very different.
     top = max(high * 2, low * 5) or 1
     axis.set_ylim(
         low / 2 if low > 0 else -min([value for value in values if value > 0] or [1]) / 3, top
@@ -322,7 +324,7 @@ def _growth_panel(
 
 
 def _scale(choose: Callable[..., None], values: Sequence[float]) -> None:
-    """Logarithmic, with a place for zero if there is one."""
+    """Scale an axis logarithmically, with a place for zero if a value is zero."""
     positive = [value for value in values if value > 0]
     if len(positive) == len(values):
         choose("log")
@@ -331,7 +333,7 @@ def _scale(choose: Callable[..., None], values: Sequence[float]) -> None:
 
 
 def _range(scenario: Results, layer: str, figure: Results) -> tuple[float, float]:
-    """The lowest and the highest figure of the rounds; twice zero if there are none."""
+    """Return the lowest and highest figure of the rounds, or two zeros without figures."""
     found = [
         outcome["figures"].get(figure["name"]) for outcome in scenario["layers"][layer]["rounds"]
     ]

@@ -1,4 +1,4 @@
-"""What the server behind a layer does, by its own counters: what messages alone do not tell."""
+"""The work of a layer's server, from the server's own counters."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _MESSAGE = b"x" * 150
 
 
 class Probe(Protocol):
-    """A connection of the harness's own, which leaves itself out of what it counts.
+    """A separate connection that excludes itself from its counts.
 
-    NaN is what cannot be known of this server or this layer.
+    NaN is the value of what this server or layer does not provide.
     """
 
     def connections(self) -> float:
-        """How many connections others hold to the server."""
+        """Return the number of other connections to the server."""
 
     def commands(self) -> float:
-        """Others' transactions or commands so far; only the difference of two readings means anything."""
+        """Return a counter of other sessions' transactions or commands. Only differences count."""
 
     def rows(self) -> float:
-        """Rows written so far into tables that number their rows; only a difference means anything."""
+        """Return a counter of rows written to tables with sequences. Only differences count."""
 
     def group_send_ms(self, group: str) -> float:
-        """The median time in the server of what pg_layer's `group_send` executes, without its commit.
+        """Return the median server time of pg_layer's `group_send` statement without commit.
 
-        It is executed, measured by the server's clock, and rolled back.
+        The statement is executed, measured with the server's clock, and rolled back.
         """
 
     def close(self) -> None: ...
@@ -50,17 +50,19 @@ class PostgresProbe(PostgresObserver):
         return super().connections()
 
     def commands(self) -> float:
-        # A session hands its counts in only now and then. This one does so now: they can be taken off.
+        # A session reports its counts with a delay. This one reports them now, so that they can be
+        # subtracted.
         self._connection.execute("SELECT pg_stat_force_next_flush()")
         self._own += 1
         committed = self._number(
-            "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+            "SELECT xact_commit + xact_rollback FROM pg_stat_database"
+            " WHERE datname = current_database()"
         )
-        own = self._own - 1  # without the one that has just read
+        own = self._own - 1  # without the transaction of the last reading
         return committed - own
 
     def rows(self) -> float:
-        # Sequences, because they tell at once; the statistics of the tables may come ten seconds late.
+        # Sequences, because they change at once. The statistics of tables may be ten seconds late.
         return self._number("SELECT coalesce(sum(last_value), 0)::float8 FROM pg_sequences")
 
     def group_send_ms(self, group: str) -> float:
@@ -69,12 +71,14 @@ class PostgresProbe(PostgresObserver):
         from pg_layer._db.queries.send import GROUP_SEND_ONE
         from pg_layer._sync.django_session import _for_cursor
 
-        # LATERAL needs the row before it, and OFFSET 0 keeps the planner from merging them: so first comes
-        # the clock, then the function, then the clock again.
+        # LATERAL needs the row before it, and OFFSET 0 keeps the planner from merging the
+        # subqueries. So the clock is read first, then the function is called, then the clock is
+        # read again.
         timed = (
             "SELECT extract(epoch FROM clock_timestamp() - after.since)::float8 * 1000"
             " FROM (SELECT clock_timestamp() AS since OFFSET 0) AS before, LATERAL ("
-            f"SELECT called.*, before.since FROM ({_for_cursor(GROUP_SEND_ONE)}) AS called OFFSET 0) AS after"
+            f"SELECT called.*, before.since FROM ({_for_cursor(GROUP_SEND_ONE)}) AS called OFFSET 0"
+            ") AS after"
         ).encode()
         values = (_PREFIX, group, _MESSAGE, 60.0, None, True, False)
         parameters = {f"p{number}": value for number, value in enumerate(values, 1)}
@@ -114,7 +118,7 @@ class RedisProbe(RedisObserver):
 
 
 class NoProbe:
-    """For a layer without a server that could be asked."""
+    """The probe for a layer without a server."""
 
     def connections(self) -> float:
         return math.nan
@@ -129,7 +133,7 @@ class NoProbe:
 
 
 def probe(spec: LayerSpec) -> AbstractContextManager[Probe, None]:
-    """A probe of the layer's server, closed at the end of the ``with`` block."""
+    """Yield a probe of the layer's server and close it at the end."""
     server = KINDS[spec.name].server
     if server == "postgres":
         return closing(PostgresProbe(spec))

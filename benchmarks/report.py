@@ -1,4 +1,4 @@
-"""The results: a table for the terminal, JSON for everything else, and progress in between."""
+"""The output: a table for the terminal, JSON, and progress meanwhile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = (
     "Django",
 )
 
-#: A load average for each core above which a machine is too busy to be measured.
+#: A machine with a larger load average per core is too busy for measurements.
 _BUSY = 0.5
 
 #: Six layers side by side stay within 160 columns.
@@ -42,7 +42,7 @@ _CELL = 18
 class Results:
     """All outcomes of a run: scenario name -> layer name -> one outcome for each round.
 
-    ``round`` is the number of the one that is under way, or was the last.
+    ``round`` is the number of the current or last round.
     """
 
     layers: Sequence[str]
@@ -59,12 +59,12 @@ class Results:
 
     @property
     def failed(self) -> bool:
-        """Did pg_layer fail, or lose, double or reorder anything?"""
+        """Return whether pg_layer failed or lost, doubled or reordered a message."""
         ours = [outcome for layers in self.outcomes.values() for outcome in layers.get("pg", [])]
         return any(outcome.error is not None or outcome.tally for outcome in ours)
 
     def ratios(self, scenario: Scenario, figure: Figure) -> dict[str, float]:
-        """How many times better pg_layer is than each other layer; empty where none is better."""
+        """Return pg_layer's lead over each other layer, empty for figures without direction."""
         if "pg" not in self.layers or figure.better is None:
             return {}
         ours = self.summary(scenario, "pg").figures[figure.name]
@@ -75,7 +75,7 @@ class Results:
         }
 
     def as_json(self, context: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole run; NaN becomes null."""
+        """Return the whole run for JSON, with null for NaN."""
         scenarios = {}
         for scenario in self.scenarios:
             layers = {
@@ -98,7 +98,7 @@ class Results:
         return {**plain, "interrupted": self.interrupted, "scenarios": _plain(scenarios)}
 
     def as_table(self) -> str:
-        """One line for each figure, with the layers side by side; below it what went wrong."""
+        """Return a line for each figure with all layers, followed by what went wrong."""
         rows = [["scenario", "", *(KINDS[layer].title for layer in self.layers)]]
         for scenario in self._measured:
             summaries = [self.summary(scenario, layer) for layer in self.layers]
@@ -112,7 +112,10 @@ class Results:
         return _align(rows)
 
     def as_ratios(self) -> str:
-        """pg_layer against each other layer, and its share of what PostgreSQL does without; "" if alone."""
+        """Return pg_layer's lead over each other layer, and its share of the bare measurement.
+
+        Return "" if pg_layer is the only layer.
+        """
         others = [layer for layer in self.layers if layer != "pg"] if "pg" in self.layers else []
         if not others:
             return ""
@@ -138,7 +141,7 @@ class Results:
         return _align(rows) if len(rows) > 1 else ""
 
     def as_ranges(self) -> str:
-        """The lowest and the highest of the rounds of each figure; "" if there are not several."""
+        """Return the lowest and highest values of the rounds, or "" without several rounds."""
         rows = [["range", "", *(KINDS[layer].title for layer in self.layers)]]
         for scenario in self._measured:
             measured = self.outcomes[scenario.name]
@@ -155,7 +158,7 @@ class Results:
 
 
 def faults(summary: Summary) -> str:
-    """In words, what must not happen: losses, second copies, disorder, failed rounds."""
+    """Return what must not happen in words: losses, copies, disorder, failed rounds."""
     tally: Tally = summary.tally
     counts = (
         (tally.lost, "lost"),
@@ -171,12 +174,12 @@ def faults(summary: Summary) -> str:
 
 
 def notes_of(result: Summary | Outcome) -> str:
-    """In words, what is worth knowing beside the figures: full channels, messages written off, and so on."""
+    """Return other notes in words: full channels, messages that were given up, and others."""
     return ", ".join(f"{value:,.0f} {name}" for name, value in result.notes.items() if value)
 
 
 def load_average() -> list[float] | None:
-    """Of the last 1, 5 and 15 minutes; None where the system has none."""
+    """Return the load averages of 1, 5 and 15 minutes, or None if the system has none."""
     try:
         return [round(load, 2) for load in os.getloadavg()]
     except OSError:
@@ -189,9 +192,9 @@ def context(
     durability: Mapping[str, str] | None = None,
     load_at_start: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """What a reader must know to judge the figures: machine, versions, settings, options.
+    """Return what is needed to judge the figures: machine, versions, settings, options.
 
-    ``durability``: how safe the writes of each layer are.
+    ``durability``: how durable the writes of each layer are.
     """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -210,7 +213,7 @@ def context(
 
 
 def headline(context: Mapping[str, Any]) -> str:
-    """The context in a few lines above the table."""
+    """Return the context as the lines above the table."""
     machine = context["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in context["packages"].items())
     servers = "; ".join(
@@ -231,7 +234,7 @@ def _durability(context: Mapping[str, Any]) -> str:
 
 
 def _load(context: Mapping[str, Any]) -> list[str]:
-    """How busy the machine was, and a warning if it was so already before the run."""
+    """Return the load of the machine, with a warning if it was high before the run."""
     loads, cores = context["load average"], context["machine"]["cores"] or 1
     if not loads["start"] or not loads["end"]:
         return []
@@ -246,7 +249,7 @@ def _load(context: Mapping[str, Any]) -> list[str]:
 
 
 class Progress:
-    """Says what is running: on a terminal in a line that changes, elsewhere a line for each measurement."""
+    """Progress output: a changing line on a terminal, otherwise a line for each measurement."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -289,7 +292,7 @@ def _number(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    """In three digits."""
+    """Return a figure with three digits."""
     for unit, name in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{float(f'{value / unit:.3g}'):g}{name}"
@@ -303,7 +306,7 @@ def _range(outcomes: Sequence[Outcome], figure: Figure) -> str:
 
 
 def _named(scenario: Scenario, lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Rows under the scenario's name, of those lines that have anything beside their label."""
+    """Return rows below the scenario's name, without rows that are empty but for a label."""
     kept = [line for line in lines if any(cell != "-" for cell in line[1:])]
     return [[scenario.name if index == 0 else "", *line] for index, line in enumerate(kept)]
 
@@ -315,7 +318,7 @@ def _times(value: float, theirs: Tally, *, share: bool = False) -> str:
 
 
 def _wrap(row: Sequence[str]) -> list[list[str]]:
-    """The row, continued below where a cell is wider than a column of many may be."""
+    """Return a row, with cells that are wider than a column continued below."""
     cells = [textwrap.wrap(cell, _CELL) for cell in row]
     return [list(line) for line in zip_longest(*cells, fillvalue="")]
 

@@ -1,4 +1,4 @@
-"""What running processes have cost, with all their descendants; and how many files one may open."""
+"""CPU and memory of running processes with their descendants, and the limit of open files."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ import psycopg
 
 from benchmarks.layers import KINDS, LayerSpec
 
-#: How far apart a process's start may be by the system's account and by its own.
+#: Seconds by which the start of a process may differ between the system's record and its own.
 _SAME_START = 5.0
 
-#: Linux: the exact one among the CPU clocks of a process.
+#: Linux: the exact one of the CPU clocks of a process.
 _CPUCLOCK_SCHED = 2
 
 
 class Processes:
-    """Some processes and their descendants, looked at again with each call. Without any, all is NaN."""
+    """Processes and their descendants, looked up at each call. Without any, figures are NaN."""
 
     def __init__(self, roots: Sequence[psutil.Process]) -> None:
         self._roots = roots
 
     def cpu(self) -> float:
-        """CPU seconds so far, user and system, those of descendants that have ended included."""
+        """Return CPU seconds, user and system, including descendants that have ended."""
         if not self._roots:
             return math.nan
         total = 0.0
         for process in self._all():
             with suppress(
                 psutil.NoSuchProcess
-            ):  # ended meanwhile: its parent has it among its children
+            ):  # it has ended meanwhile; its parent counts it among its children
                 total += _cpu(process)
         return total
 
     def memory(self) -> float:
-        """Bytes of memory in use; a page that several processes share is split among them, where the
-        system tells (Linux), and else counted for each. NaN if the processes are somebody else's.
+        """Return the bytes of memory in use. NaN if the processes belong to another user.
+
+        On Linux a shared page is divided among its processes. Elsewhere each process counts it.
         """
         if not self._roots:
             return math.nan
@@ -57,21 +58,21 @@ class Processes:
         return total
 
     def _all(self) -> Iterator[psutil.Process]:
-        """Descendants first: what ends while we look is then still seen in its parent's account."""
+        """Return descendants first: one that ends meanwhile is then in its parent's account."""
         for root in self._roots:
             yield from reversed(root.children(recursive=True))
             yield root
 
 
 def server_of(spec: LayerSpec) -> Processes:
-    """The processes of the layer's database or Redis; none if they do not run on this machine."""
+    """Return the processes of the layer's server, or none if it runs on another machine."""
     find = {"postgres": _postmaster, "redis": _redis}.get(KINDS[spec.name].server)
     found = find(spec.address) if find else None
     return Processes([found] if found else [])
 
 
 def raise_file_limit(wanted: int = 4096) -> None:
-    """Let this process open so many files, as far as the system's hard limit allows."""
+    """Raise the limit of open files as far as the system's hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
@@ -80,12 +81,12 @@ def raise_file_limit(wanted: int = 4096) -> None:
 
 
 def _cpu(process: psutil.Process) -> float:
-    """What one process has used so far, and its children that have ended."""
+    """Return what a process and its ended children have used."""
     times = process.cpu_times()
     ended = times.children_user + times.children_system
     if sys.platform == "linux":
-        # psutil reads hundredths of a second there, too coarse for the many processes of a server. This is
-        # what clock_getcpuclockid() returns, which Python does not have.
+        # psutil reads hundredths of a second here, which is too coarse for the many processes of a
+        # server. This is the result of clock_getcpuclockid(), which Python does not provide.
         with suppress(OSError):
             return time.clock_gettime(~process.pid << 3 | _CPUCLOCK_SCHED) + ended
     return times.user + times.system + ended
@@ -110,9 +111,9 @@ def _redis(url: str) -> psutil.Process | None:
 
 
 def local_process(pid: int, started: float) -> psutil.Process | None:
-    """The process with this number, which began at this time of the wall clock.
+    """Return the process with this pid that started at this wall clock time.
 
-    None if there is no such process: it runs on another machine, or in a container.
+    Return None if there is none, because it runs on another machine or in a container.
     """
     try:
         process = psutil.Process(pid)

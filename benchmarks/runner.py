@@ -1,4 +1,4 @@
-"""One measurement: starts the processes of a scenario on one layer, and ends them whatever happens."""
+"""One measurement: start the processes of a scenario with one layer, and always end them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from benchmarks.worker import Part, play
 
 _SPAWN = multiprocessing.get_context("spawn")
 
-#: How long all of a measurement but the sending itself may take.
+#: Seconds that a measurement may take in addition to the sending.
 _OVERHEAD_LIMIT = 90.0
-#: After the last expected delivery: wait so long for a second copy.
+#: Seconds after the last expected delivery in which a second copy may arrive.
 _SETTLE = 0.3
-#: Messages are missing and nothing arrives any more: wait so long for them.
+#: Seconds without a delivery after which missing messages count as lost.
 _GRACE = 3.0
-#: Messages keep arriving after the sender's end: read on for so long.
+#: Seconds after the sender's end for which late messages are read.
 _DRAIN_LIMIT = 30.0
 _LEAVE_LIMIT = 10.0
 _TICK = 0.05
 
 
 class Failed(Exception):
-    """The measurement yielded nothing; the message says why."""
+    """The measurement has no result; the message gives the reason."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Player:
         return cls(part, process, ours)
 
     def leave(self) -> bool:
-        """Wait until it has ended; False if it had to be killed."""
+        """Wait for the end of the process. Return False if it had to be killed."""
         self.process.join(_LEAVE_LIMIT)
         left = self.process.exitcode is not None
         if not left:
@@ -64,7 +64,7 @@ class _Player:
 
 
 class Measurement:
-    """A scenario on one layer, once. ``on_progress`` is told the deliveries so far, many times a second."""
+    """A measurement of a scenario with one layer. ``on_progress`` often gets the deliveries."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Measurement:
         self._end = time.monotonic() + sizes.seconds + _OVERHEAD_LIMIT
 
     def run(self) -> Outcome:
-        """Never raises for what the layer does: a failure becomes the outcome's error."""
+        """Return the outcome. An error of the layer becomes the outcome's error."""
         players: list[_Player] = []
         try:
             if KINDS[self._spec.name].played == "in one loop":
@@ -96,7 +96,7 @@ class Measurement:
                 ]
                 sender = self._start("send", 0, players)
                 announced = [self._hear(reader, "ready") for reader in readers]
-                with suppress(OSError):  # it has ended: the next word is why
+                with suppress(OSError):  # it has ended; the next message gives the reason
                     sender.pipe.send(announced)
             sent: Sent = self._hear(sender, "report")
             self._drain(self._scenario.expected(sent, self._sizes))
@@ -148,7 +148,7 @@ class Measurement:
         return value
 
     def _drain(self, expected: int) -> None:
-        """Let the readers go on until everything has come, or until nothing comes any more."""
+        """Let the readers continue until all messages have arrived or none arrives any more."""
         limit = time.monotonic() + _DRAIN_LIMIT
         seen, since = -1, time.monotonic()
         while (now := time.monotonic()) < limit:

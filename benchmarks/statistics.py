@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, without any I/O: what arrived, how late, and how the layers compare."""
+"""The arithmetic of the benchmarks: deliveries, latencies and comparisons. No I/O."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Literal
 
 Better = Literal["higher", "lower"]
 
-#: What the error of a point says, and its drawing, where what should wait did not get there in time.
+#: The error of a point, in words and in its drawing, whose waiting messages were not stored in
+#: time.
 NOT_FILLED = "could not be filled"
 
-#: So many in a tenth, at least; a layer is behind if the last tenth is older than that, and so many times.
+#: The minimum size of a tenth. A layer is behind if its last tenth is older than so many ms, and so
+#: many times older than the first.
 _ENOUGH_TO_TELL = 5
 _BEHIND_MS = 20.0
 _BEHIND_TIMES = 3
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` of the values lie, interpolated; NaN if there are none."""
+    """Return the interpolated percentile of the values, or NaN without values."""
     if not 0 <= percent <= 100:
         raise ValueError(f"percent must be between 0 and 100, got {percent}")
     if not values:
@@ -32,9 +34,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def quantiles(values: Sequence[float], parts: int = 200) -> list[float]:
-    """``parts + 1`` values, from the smallest to the largest, that cut the rest into equal shares.
+    """Return ``parts + 1`` values, smallest to largest, that cut the rest into equal shares.
 
-    Enough to draw their distribution; empty if there are none. Four digits each, for they go into files.
+    They are enough to draw the distribution. They are rounded to four digits, because they are
+    written to files. Without values the result is empty.
     """
     ordered = sorted(values)
     if not ordered:
@@ -44,15 +47,15 @@ def quantiles(values: Sequence[float], parts: int = 200) -> list[float]:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle of the values that are numbers; NaN if there are none."""
+    """Return the median of the values that are numbers, or NaN if there are none."""
     return percentile([value for value in values if not math.isnan(value)], 50)
 
 
 def fell_behind(ages_ms: Sequence[float]) -> bool:
-    """Did messages that were sent at a pace, in the order of their arrival, get older and older?
+    """Return whether messages that were sent at a pace arrive with increasing ages.
 
-    Then their age is the length of a queue. The last tenth is compared to the first; a few messages tell
-    nothing.
+    If so, their age is the length of a queue. The last tenth is compared to the first; a small
+    number of messages proves nothing.
     """
     tenth = len(ages_ms) // 10
     if tenth < _ENOUGH_TO_TELL:
@@ -62,9 +65,9 @@ def fell_behind(ages_ms: Sequence[float]) -> bool:
 
 
 def ratio(ours: float, theirs: float, better: Better) -> float:
-    """How many times better ``ours`` is: above 1 means ahead, below 1 behind. NaN where it has no meaning.
+    """Return how many times better ``ours`` is: above 1 is ahead, below 1 is behind.
 
-    It has none against nothing, nor with a negative figure.
+    Return NaN if the ratio has no meaning: against zero, or with a negative figure.
     """
     above, below = (ours, theirs) if better == "higher" else (theirs, ours)
     if math.isnan(above) or math.isnan(below) or above < 0 or below <= 0:
@@ -73,7 +76,7 @@ def ratio(ours: float, theirs: float, better: Better) -> float:
 
 
 def rate(count: int, start_ns: int, end_ns: int) -> float:
-    """Events per second between two readings of the monotonic clock; 0 if nothing happened."""
+    """Return events per second between two readings of the monotonic clock, 0 without events."""
     if count <= 0 or end_ns <= start_ns:
         return 0.0
     return count * 1e9 / (end_ns - start_ns)
@@ -104,7 +107,8 @@ class Tally:
 class Stream:
     """The numbers 0, 1, 2 … of one sender as they reached one reader.
 
-    Exact, at the cost of a comparison as long as nothing goes wrong: counting must not blur the measurement.
+    The count is exact and costs one comparison as long as nothing goes wrong, so that counting does
+    not distort the measurement.
     """
 
     next: int = 0
@@ -113,7 +117,7 @@ class Stream:
     disorder: int = 0
 
     def see(self, number: int) -> bool:
-        """Count one delivery; False if it is another copy."""
+        """Count one delivery. Return False if it is another copy."""
         if number == self.next:
             self.next = number + 1
         elif number > self.next:
@@ -128,7 +132,7 @@ class Stream:
         return True
 
     def tally(self, sent: int) -> Tally:
-        """The balance against ``sent``, the count of numbers that the sender gave out."""
+        """Return the tally against ``sent``, the count of numbers that the sender used."""
         lost = sum(1 for number in self.missing if number < sent)
         beyond = max(self.next - sent, 0) - (len(self.missing) - lost)
         lost += max(sent - self.next, 0)
@@ -140,7 +144,7 @@ Streams = Mapping[int, Stream]
 
 
 def tally_channel(streams: Streams, sent: Mapping[int, int]) -> Tally:
-    """The balance of one channel, to which each sender sent so many; what others sent is stray."""
+    """Return the tally of a channel with these senders. Messages of other senders are stray."""
     total = Tally()
     for sender in sent.keys() | streams.keys():
         total += streams.get(sender, Stream()).tally(sent.get(sender, 0))
@@ -148,9 +152,9 @@ def tally_channel(streams: Streams, sent: Mapping[int, int]) -> Tally:
 
 
 def tally_competing(readers: Iterable[Sequence[tuple[int, int]]], sent: Mapping[int, int]) -> Tally:
-    """The balance of readers that share a channel: each (sender, number) should reach one of them, once.
+    """Return the tally of readers of one channel. Each message should reach one reader once.
 
-    Order is only counted within a reader: among several there is none.
+    Order is only checked within a reader, because there is none among several.
     """
     seen: set[tuple[int, int]] = set()
     twice = stray = disorder = 0
@@ -170,7 +174,7 @@ def tally_competing(readers: Iterable[Sequence[tuple[int, int]]], sent: Mapping[
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a scenario yields. ``better`` is None where it is no merit of the layer."""
+    """One figure of a scenario. ``better`` is None if it is no merit of the layer."""
 
     name: str
     unit: str
@@ -183,9 +187,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One scenario on one layer in one round. ``error`` says why there are no figures.
+    """One scenario with one layer in one round. ``error`` gives the reason without figures.
 
-    ``samples``: `quantiles` of the messages' ages in milliseconds, where their distribution is of interest.
+    ``samples``: `quantiles` of the messages' ages in milliseconds, if their distribution matters.
     """
 
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -197,7 +201,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """All rounds of one scenario on one layer: the medians, and the sum of what went wrong."""
+    """All rounds of a scenario with one layer: the medians, and the sum of what went wrong."""
 
     figures: Mapping[str, float]
     tally: Tally
@@ -206,7 +210,7 @@ class Summary:
 
 
 def summarise(outcomes: Sequence[Outcome], figures: Iterable[Figure]) -> Summary:
-    """Medians over the rounds that succeeded; faults, notes and errors add up."""
+    """Return medians over the successful rounds; faults, notes and errors add up."""
     good = [outcome for outcome in outcomes if outcome.error is None]
     notes: dict[str, float] = {}
     for outcome in good:

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.sync_calls``: what sending from synchronous code costs.
+"""``python -m benchmarks.sync_calls``: the cost of sending from synchronous code.
 
-Single sends beside one `send_many`, and a transaction that saves a row beside one that also sends. All take
-turns within one run; nobody receives.
+It compares single sends with one `send_many`, and a transaction that saves a row with one that also
+sends. All take turns within one run. No process receives.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _save(*, and_send: Callable[[], object] | None) -> None:
 
 
 def measure(rounds: int, transactions: int) -> dict[str, list[float]]:
-    """Seconds of each kind of work, by round."""
+    """Return the seconds of each kind of work, by round."""
     from pg_layer import PostgresChannelLayer
 
     layer = PostgresChannelLayer(capacity=CAPACITY)
@@ -72,7 +72,7 @@ def measure(rounds: int, transactions: int) -> dict[str, list[float]]:
     for number in range(rounds + 1):
         for name, work in works.items():
             seconds = _seconds(work)
-            if number:  # the first is to warm up
+            if number:  # the first round is the warm-up
                 found[name].append(seconds)
             with connection.cursor() as cursor:
                 cursor.execute("TRUNCATE pg_layer_message, note")
@@ -85,7 +85,7 @@ def _select() -> None:
 
 
 def main() -> None:
-    """Print the medians, and their ratios."""
+    """Print the medians and their ratios."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sync_calls", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transactions", type=int, default=500, help="in each round")
@@ -104,13 +104,13 @@ def main() -> None:
         )
         print(f"{name:26} {1e6 * seconds / count:8.1f} µs each")
     print(f"send_many: {median['1,000 send'] / median['send_many of 1,000']:.1f}x as fast")
-    print(
-        f"sync.send_many: {median['1,000 sync.send'] / median['sync.send_many of 1,000']:.1f}x as fast"
-    )
+    ratio = median["1,000 sync.send"] / median["sync.send_many of 1,000"]
+    print(f"sync.send_many: {ratio:.1f}x as fast")
     more = (median["transactions that send"] - median["transactions"]) / options.transactions
     trip = median["select 1"] / options.transactions
     print(
-        f"sending in a transaction: {1e6 * more:.0f} µs more; a round trip of Django's takes {1e6 * trip:.0f}"
+        f"sending in a transaction: {1e6 * more:.0f} µs more;"
+        f" a round trip of Django takes {1e6 * trip:.0f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""One process of a measurement: builds its own layer, plays its role, reports through a pipe."""
+"""One process of a measurement: creates its layer, plays its role, reports through a pipe."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from benchmarks.layers import KINDS, LayerSpec, configure_django
 from benchmarks.scenarios import EVERY
 from benchmarks.scenarios.base import Receipt, Receive, Roles, Sent, Sizes, Stage
 
-#: What a process says: ("ready", announced), ("report", Receipt or Sent) or ("error", text).
+#: A message to the runner: ("ready", announced), ("report", Receipt or Sent) or ("error", text).
 Word = tuple[Literal["ready", "report", "error"], Any]
 
 _CLOSE_LIMIT = 5.0
-#: So much of what a logger says is shown.
+#: The number of messages of a logger that are shown.
 _RECORDS = 3
 
 
 class FirstFew(logging.Filter):
-    """Keeps a layer that says the same of each message from slowing itself down, and hiding all else."""
+    """A filter that bounds a layer's log, which would slow it down and hide other output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FirstFew(logging.Filter):
 
 @dataclass(frozen=True)
 class Part:
-    """Which role to play in which scenario on which layer. ``profile`` is a folder for cProfile's files.
+    """The scenario, layer and role of a process. ``profile`` is a folder for cProfile's files.
 
     "all": the sender and every receiver, as tasks of one event loop around one layer.
     """
@@ -63,7 +63,7 @@ class Part:
 
     @property
     def roles(self) -> Roles:
-        """Raises ValueError if the scenario has none for this layer."""
+        """Return the roles. Raises ValueError if the scenario has none for this layer."""
         roles = EVERY[self.scenario].roles(KINDS[self.spec.name])
         if roles is None:
             raise ValueError(f"{self.scenario} cannot be played with {self.spec.name}")
@@ -71,7 +71,7 @@ class Part:
 
 
 def play(part: Part, board: Board, pipe: Connection) -> None:
-    """The entry point of a spawned process. The sender first waits for what the receivers announced."""
+    """Run a spawned process: its entry point. The sender waits for the receivers' announcements."""
     logging.basicConfig(
         level=logging.WARNING, format=f"{part.label}: %(levelname)s %(name)s %(message)s"
     )
@@ -111,7 +111,7 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
 
 
 def end_with(pipe: Connection) -> None:
-    """End this process when the other end of the pipe is closed: nobody is there to stop it any more."""
+    """End this process when the other end of the pipe is closed, because the runner has ended."""
     with suppress(OSError, EOFError):
         pipe.recv_bytes()  # nothing more is said here
     os._exit(1)
@@ -145,7 +145,7 @@ async def _send_async(
 
 
 async def play_all(stage: Stage, roles: Roles, pipe: Connection) -> None:
-    """Says what the sender and then, in their order, the receivers would have reported."""
+    """Report in place of the sender and then, in order, of the receivers."""
     loop = asyncio.get_running_loop()
     send = cast("Callable[[Stage], Awaitable[Sent]]", roles.send)
     announced: list[asyncio.Future[Any]] = []
@@ -164,7 +164,7 @@ async def play_all(stage: Stage, roles: Roles, pipe: Connection) -> None:
         for receipt in receipts:
             pipe.send(("report", await receipt))
 
-    await asyncio.gather(sender(), *readers)  # the first that fails ends them all
+    await asyncio.gather(sender(), *readers)  # the first error ends all of them
 
 
 async def _then_close(stage: Stage, role: Awaitable[None]) -> None:

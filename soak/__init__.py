@@ -1,7 +1,9 @@
-"""Many processes, a PostgreSQL server, and faults at random; then a ledger of every message.
+"""Run many processes on a PostgreSQL server, inject random faults and account for every message.
 
-``python -m soak --seconds 120``. Pure: `records` are what the processes write down; `ledger`
-decides what was lost, doubled or disordered, with `absences` (when a process was away) and
-`group_order`. The rest makes it happen: `cluster` are the servers; `process`, `roles` and `clerk`
-the processes; `faults` is what is done to them; `run` is the course of events.
+``python -m soak --seconds 120`` starts a run. These modules do no I/O: `records` defines what the
+processes record; `history` puts the records together; `ledger` finds lost, duplicated and reordered
+messages, with `absences` (when a process was disconnected or stopped) and `group_order`. The others
+perform the run: `cluster` has the servers; `process`, `roles` and `clerk` are the processes, which
+`crew` starts and ends; `faults` injects the faults; `run` directs the run; `report` prints the
+result.
 """

@@ -1,4 +1,4 @@
-"""``python -m soak``."""
+"""The command line ``python -m soak``."""
 
 from __future__ import annotations
 
@@ -16,26 +16,37 @@ from soak.run import soak
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: all promises kept; 1: one was broken; 130: interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__)
-    parser.add_argument(
-        "--seconds", type=float, default=120, help="how long faults are made (default: 120)"
+    """Run a soak and print its ledger.
+
+    Return the exit code: 0 if all promises were kept, 1 if one was broken, 130 if interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m soak",
+        description="Inject random faults for a while and account for every message.",
     )
-    parser.add_argument("--seed", type=int, help="of what happens; random by default, and printed")
     parser.add_argument(
-        "--keep", type=Path, metavar="FOLDER", help="keep what the processes wrote down"
+        "--seconds", type=float, default=120, help="how long to inject faults (default: 120)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of all random choices; random by default, and printed"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="copy the records of the processes to this folder",
     )
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="TEXT",
-        help="make only faults of which the name contains this; may be given more than once",
+        help="inject only faults whose name contains this; may be given more than once",
     )
     options = parser.parse_args(arguments)
     if unknown := [text for text in options.only if not any(text in kind for kind in KINDS)]:
         kinds = "\n  ".join(KINDS)
-        parser.error(f"no fault contains {unknown[0]!r}. There are:\n  {kinds}")
+        parser.error(f"no fault contains {unknown[0]!r}. The faults are:\n  {kinds}")
     seed = secrets.randbits(32) if options.seed is None else options.seed
     signal.signal(signal.SIGTERM, _interrupt)
     _say(f"{options.seconds:g} seconds of faults, --seed {seed}")

@@ -1,4 +1,4 @@
-"""When each process was away from the database, or stopped, and what it caught up on. No I/O."""
+"""When each process was disconnected or stopped, and what it caught up on. No I/O."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from soak.records import EVERY_PROCESS, Away
 
 HEARTBEAT = 2.5  # seconds; the layer's options in a soak
 LEASE = 20.0
-RETURN = (
-    HEARTBEAT + 3
-)  # seconds after an absence in which the lease and the memberships are written again
+# Seconds after an absence until the lease and the memberships are written again.
+RETURN = HEARTBEAT + 3
 
 
 class Spans:
-    """Spans of time; those that overlap are joined, and those less than ``gap`` apart."""
+    """Spans of time. Spans that overlap or are at most ``gap`` seconds apart are joined."""
 
     def __init__(self, spans: Iterable[tuple[float, float]], gap: float = 0.0) -> None:
         self._starts: list[float] = []
@@ -30,12 +29,12 @@ class Spans:
                 self._ends.append(end)
 
     def overlap(self, start: float, end: float) -> bool:
-        """Whether any of the spans has a moment in common with this one."""
+        """Return whether any of the spans overlaps this one."""
         index = bisect_right(self._starts, end) - 1
         return index >= 0 and self._ends[index] >= start
 
     def cut_by(self, gaps: Iterable[tuple[float, float]]) -> Spans:
-        """What is left of the spans outside of some gaps, in pieces."""
+        """Return the parts of the spans that are outside of some gaps."""
         pieces = list(zip(self._starts, self._ends, strict=True))
         for gap_start, gap_end in gaps:
             pieces = [
@@ -47,7 +46,7 @@ class Spans:
         return Spans(dict.fromkeys(pieces))
 
     def longer_than(self, seconds: float) -> list[tuple[float, float]]:
-        """The spans that are."""
+        """Return the spans that are longer than this."""
         spans = zip(self._starts, self._ends, strict=True)
         return [(start, end) for start, end in spans if end - start > seconds]
 
@@ -56,14 +55,14 @@ _NONE = Spans(())
 
 
 class Absences:
-    """Of all processes.
+    """The absences of all processes.
 
-    ``receipts``: by process, when what it received had been sent and was received. ``breaks``: when
-    the server crashed, or was replaced by a standby.
+    ``receipts``: by process, when each received message had been sent and when it was received.
+    ``breaks``: when the server crashed or was replaced by a standby.
 
-    A process that has lost its connections *catches up*: it reads what it missed. It has done so by
-    the time at which it receives anything that was sent after the absence. So a message was *caught
-    up on* if it was received after the absence began, and sent before that time.
+    A process that has lost its connections *catches up*: it reads what it missed. The catch-up is
+    over when the process receives a message that was sent after the absence. So a message was
+    *caught up on* if it was received after the absence began and sent before that time.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Absences:
         for away in aways:
             by_process[away.process].append(away)
         of_all = by_process.pop(EVERY_PROCESS, [])
-        # Leases begin again after a crash, and after an outage that would have ended all of them.
+        # All leases start again after a crash and after an outage longer than a lease.
         self._gaps = [
             (away.at, away.ended)
             for away in of_all
@@ -107,7 +106,7 @@ class Absences:
         self._without_lease[process] = Spans(returns)
 
     def _returned(self, process: str, end: float) -> float:
-        """When a process that was away until ``end`` has surely its lease again."""
+        """Return when a process that was away until ``end`` certainly has its lease again."""
         while True:
             later = end + RETURN
             again = [e for s, e in self._away[process].longer_than(0) if end < e and s <= later]
@@ -116,24 +115,24 @@ class Absences:
             end = max(again)
 
     def was_away(self, process: str, start: float, end: float) -> bool:
-        """Whether a process may have been without its connections, or stopped, in this time."""
+        """Return whether a process may have been disconnected or stopped in this time."""
         return self._away.get(process, self._of_all).overlap(start, end)
 
     def was_alone(self, process: str, start: float, end: float) -> bool:
-        """The same, while the database was there for others."""
+        """Return whether a process may have been away while others reached the database."""
         return self._alone.get(process, _NONE).overlap(start, end)
 
     def is_caught_up(self, process: str, sent: float, received: float) -> bool:
-        """Whether a process may have received a message by catching up."""
+        """Return whether a process may have received a message in a catch-up."""
         return self._catch_up.get(process, _NONE).overlap(sent, received)
 
     def had_no_lease(self, process: str, start: float, end: float) -> bool:
-        """Whether the lease of a process may have been over, while the database was there."""
+        """Return whether the lease of a process may have been over while the database was up."""
         return self._without_lease.get(process, _NONE).overlap(start, end)
 
 
 class Receipts:
-    """When messages had been sent and were received."""
+    """The times at which messages were sent and received."""
 
     def __init__(self, receipts: Iterable[tuple[float, float]]) -> None:
         pairs = sorted(receipts)
@@ -143,5 +142,5 @@ class Receipts:
             self._first[index] = min(pairs[index][1], self._first[index + 1])
 
     def first_sent_after(self, moment: float) -> float:
-        """When the first message was received that had been sent after a moment, or at it."""
+        """Return when the first message that was sent at ``moment`` or later was received."""
         return self._first[bisect_left(self._sent, moment)]

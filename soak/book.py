@@ -1,4 +1,4 @@
-"""Where a process writes down what it does. If it is killed, all but the last line is there."""
+"""The records of a process in a file. If the process is killed, at most the last line is torn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ now = time.monotonic
 
 
 class Book:
-    """A process's own file. Thread-safe: each record is one appending write."""
+    """The file of one process. Thread-safe: each record is one appending write."""
 
     def __init__(self, folder: Path, process: str) -> None:
         path = folder / f"{process}{SUFFIX}"
@@ -28,14 +28,14 @@ class Book:
 
 
 def read_books(folder: Path) -> dict[str, list[Record]]:
-    """All books of a folder, by process."""
+    """Return the records of all books in a folder, by process."""
     return {
         path.stem: list(decode(path.read_bytes())) for path in sorted(folder.glob(f"*{SUFFIX}"))
     }
 
 
 class Counter:
-    """Counts lines of the books as they grow."""
+    """A count of sent and received messages in growing books."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -43,8 +43,8 @@ class Counter:
         self.sent = 0
         self.received = 0
 
-    def look(self) -> int:
-        """Count what has come since; returns how much."""
+    def update(self) -> int:
+        """Count new records and return the number of newly received messages."""
         fresh = 0
         for path in self._folder.glob(f"*{SUFFIX}"):
             with path.open("rb") as book:

@@ -1,4 +1,4 @@
-"""Transactions of an application that send messages and change memberships."""
+"""A process whose transactions send messages and change memberships."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from soak.book import now
 from soak.records import Complaint, Ended, Joined, Joining, Leaving, Left, Outcome, Undone
 from soak.roles import PAUSE, RETRY, Sending
 
-DESKS = 2  # a clerk's threads
-STEPS_MOST = 4  # sends and changes of memberships in one transaction
-OPEN, OPEN_WEIGHTS = ((0.0, 0.3, 3.0, 8.0), (60, 30, 9, 1))  # seconds it stays open, at most
-ROLLED_BACK = 0.15  # how likely a transaction is rolled back, and one of its steps
+DESKS = 2  # threads of a clerk
+STEPS_MOST = 4  # at most so many sends and membership changes in one transaction
+OPEN, OPEN_WEIGHTS = ((0.0, 0.3, 3.0, 8.0), (60, 30, 9, 1))  # seconds it stays open at most
+ROLLED_BACK = 0.15  # probability that a transaction, or one step of it, is rolled back
 
 
 class Clerk(Sending):
-    """Sends and changes memberships in transactions, by layer.sync on Django's connection."""
+    """A process that uses ``layer.sync`` in transactions on Django's connection."""
 
     async def play(self) -> None:
         self.rest = threading.Event()
@@ -43,13 +43,14 @@ class Clerk(Sending):
 
 
 class _RollBack(Exception):
-    """The transaction, or the savepoint, is rolled back on purpose."""
+    """Raised to roll back a transaction or a savepoint on purpose."""
 
 
 class Desk:
-    """A clerk's thread: one transaction after the other.
+    """A thread of a clerk, which runs one transaction after the other.
 
-    It has channels of others in a group of its own. Of some it is unknown whether they are members.
+    It adds channels of other processes to a group of its own. After a transaction with an unknown
+    result it does not know whether these channels are members.
     """
 
     def __init__(self, clerk: Clerk, writer: str, seed: int) -> None:
@@ -57,18 +58,18 @@ class Desk:
         self._book = clerk.book
         self._writer = writer
         self._chance = random.Random(seed)
-        self._group = f"guests-{writer}"
+        self._group = f"own-{writer}"
         self._n = 0
-        self._guests: set[str] = set()
+        self._members: set[str] = set()
         self._doubtful: set[str] = set()
-        # Of the transaction that is open:
+        # What the open transaction has done:
         self._sent: list[int] = []
         self._joins: set[str] = set()
         self._leaves: set[str] = set()
         self._has_committed = False
 
     def work(self) -> None:
-        """Until the clerk is told to be quiet, or to end."""
+        """Run transactions until the clerk must be quiet or end."""
         while not (self._clerk.is_quiet or self._clerk.is_ending):
             connection.close_if_unusable_or_obsolete()
             if not self._doubtful or self._clear_doubts():
@@ -81,7 +82,9 @@ class Desk:
         self._has_committed = is_complete = is_unknown = False
         try:
             with transaction.atomic():
-                transaction.on_commit(self._committed)  # before the layer can announce anything
+                transaction.on_commit(
+                    self._committed
+                )  # before the layer registers its own callback
                 for _ in range(self._chance.randint(1, STEPS_MOST)):
                     self._step()
                 (longest,) = self._chance.choices(OPEN, OPEN_WEIGHTS)
@@ -109,16 +112,16 @@ class Desk:
             self._undo(self._joins | self._leaves)
 
     def _step(self) -> None:
-        """Send something, or change a membership; sometimes in a savepoint that is rolled back."""
+        """Send a message or change a membership, sometimes in a savepoint that is rolled back."""
         layer, action = self._clerk.layer.sync, self._chance.random()
         sent, joins, leaves = len(self._sent), set(self._joins), set(self._leaves)
         try:
             with transaction.atomic():
-                if action < 0.15 and (channel := self._pick(self._clerk.specific, self._guests)):
+                if action < 0.15 and (channel := self._pick(self._clerk.specific, self._members)):
                     self._joins.add(channel)
                     self._book.write(Joining(now(), self._group, channel, True))
                     layer.group_add(self._group, channel, using=DEFAULT_DB_ALIAS)
-                elif action < 0.3 and (channel := self._pick(self._guests, ())):
+                elif action < 0.3 and (channel := self._pick(self._members, ())):
                     self._leaves.add(channel)
                     self._book.write(Leaving(now(), self._group, channel, True))
                     layer.group_discard(self._group, channel, using=DEFAULT_DB_ALIAS)
@@ -147,19 +150,19 @@ class Desk:
             layer.send(stream, message, using=DEFAULT_DB_ALIAS)
 
     def _pick(self, channels: Collection[str], but: Collection[str]) -> str | None:
-        """One of some channels, which this transaction has not to do with yet."""
+        """Return a random channel that this transaction has not used, None without one."""
         free = set(channels) - set(but) - self._joins - self._leaves
         return self._chance.choice(sorted(free)) if free else None
 
     def _committed(self) -> None:
-        """The transaction is committed, and the layer has not announced it."""
+        """Note the commit. Django calls this before the layer announces the messages."""
         self._has_committed = True
         if self._clerk.must_die and self._sent:
             self._end("unannounced")
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _end(self, outcome: Outcome, first: int = 0) -> None:
-        """Write down what became of the messages of this transaction, from one on."""
+        """Record the outcome of the messages of this transaction from number ``first`` on."""
         for n in self._sent[first:]:
             self._book.write(Ended(now(), self._writer, n, outcome))
         del self._sent[first:]
@@ -171,7 +174,7 @@ class Desk:
             self._book.write(Joined(now(), self._group, channel))
         for channel in self._leaves:
             self._book.write(Left(now(), self._group, channel))
-        self._guests = (self._guests | self._joins) - self._leaves
+        self._members = (self._members | self._joins) - self._leaves
 
     def _undo(self, channels: Collection[str]) -> None:
         for channel in channels:
@@ -181,10 +184,10 @@ class Desk:
         for channel in self._joins:
             self._book.write(Leaving(now(), self._group, channel, True))
         self._doubtful = self._joins | self._leaves
-        self._guests -= self._doubtful
+        self._members -= self._doubtful
 
     def _clear_doubts(self) -> bool:
-        """Have those leave of which it is unknown whether they are members."""
+        """Remove the channels whose membership is unknown; return whether that succeeded."""
         try:
             with transaction.atomic():
                 for channel in self._doubtful:

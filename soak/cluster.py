@@ -1,4 +1,4 @@
-"""The servers of a soak, the ways that lead to them, and the folder of the processes' books."""
+"""The servers of a soak, the network paths to them and the folder of the books."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.faults.proxy import Proxy
 DATABASE = "soak"
 HOST = "127.0.0.1"
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-PATIENCE = 60.0
+TIMEOUT = 60.0  # seconds
 
 
 class Cluster:
-    """A server, and now and then a standby that takes its place.
+    """A server and, at times, a standby that replaces it.
 
-    One of two ports is the server's, the other one is the standby's. A DSN names both, and leads to
-    the one that can be written to. One thread at a time may use it.
+    The server has one of two ports and the standby has the other one. A DSN names both ports and
+    connects to the server that accepts writes. Only one thread at a time may use a cluster.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End the servers and remove all that they and the processes left."""
+        """Stop the servers and remove all files of the servers and the processes."""
         if self.standby is not None:
             self.standby.close()
         self.server.close()
@@ -69,7 +69,7 @@ class Cluster:
         self._guard.dismiss()
 
     def dsn_by(self, ports: tuple[int, ...]) -> str:
-        """A DSN that leads to the server by these ports, in the order of `ports`."""
+        """Return a DSN of the server that tries these ports in order."""
         return make_conninfo(
             self.server.dsn(DATABASE),
             host=",".join(HOST for _ in ports),
@@ -78,15 +78,15 @@ class Cluster:
         )
 
     def dsn_of_port(self, port: int) -> str:
-        """A DSN of one port, whatever is there."""
+        """Return a DSN of one port, whichever server has it."""
         return make_conninfo(self.server.dsn(DATABASE), port=port)
 
     def query(self, statement: str) -> list[tuple[object, ...]]:
-        """Run a statement on the server."""
+        """Run a statement on the server and return its rows."""
         return self.server.execute(statement, dbname=DATABASE)
 
     def stop(self, mode: StopMode) -> None:
-        """Stop the server; `start` starts it again."""
+        """Stop the server. `start` starts it again."""
         self.server.stop(mode)
 
     def start(self) -> None:
@@ -102,20 +102,20 @@ class Cluster:
         self.standby.start()
 
     def catch_up(self) -> None:
-        """Return when the standby has all that the server has committed so far."""
-        # It also writes to disk what was committed without waiting for that.
+        """Wait until the standby has all that the server has committed so far."""
+        # Also flushes what was committed with synchronous_commit = off.
         ((lsn,),) = self.query("SELECT pg_logical_emit_message(true, 'soak', 'so far')")
         self._wait_for(f"SELECT pg_last_wal_replay_lsn() >= '{lsn}'")
 
     def cut_off(self) -> None:
-        """From here on the standby hears nothing of the server."""
+        """Stop the replication from the server to the standby."""
         standby = self._standby()
         standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
         standby.execute("SELECT pg_reload_conf()")
         self._wait_for("SELECT count(*) = 0 FROM pg_stat_wal_receiver")
 
     def promote(self) -> None:
-        """Have the standby take the place of the server, which was stopped."""
+        """Promote the standby, which replaces the stopped server."""
         standby = self._standby()
         if standby.execute("SELECT pg_promote()") != [(True,)]:
             raise RuntimeError("The standby was not promoted.")
@@ -133,15 +133,15 @@ class Cluster:
         return self.standby
 
     def _wait_for(self, question: str) -> None:
-        """Ask the standby until it says yes."""
-        deadline = time.monotonic() + PATIENCE
+        """Query the standby until the answer is true. Raises `TimeoutError`."""
+        deadline = time.monotonic() + TIMEOUT
         while self._standby().execute(question) != [(True,)]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"The standby still says no to: {question}")
             time.sleep(0.02)
 
     def _make(self, port: int, primary: PostgresServer | None = None) -> PostgresServer:
-        # It syncs as in production, and what a crash may lose is lost.
+        # With fsync, as in production: a crash loses exactly what it may lose.
         return PostgresServer(
             fsync=True,
             max_connections=200,
@@ -152,7 +152,7 @@ class Cluster:
 
 
 class Network:
-    """A way to both ports of a cluster that can be broken."""
+    """A network path to both ports of a cluster that can be interrupted."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -173,21 +173,21 @@ class Network:
             proxy.__exit__(kind, error, trace)
 
     def dsn(self) -> str:
-        """The cluster's DSN by this way."""
+        """Return the DSN of the cluster through this network."""
         ports = [psycopg.conninfo.conninfo_to_dict(p.dsn())["port"] for p in self._proxies]
         return self._cluster.dsn_by(tuple(int(str(port)) for port in ports))
 
     def cut(self) -> None:
-        """Close all connections, on both sides. New ones work."""
+        """Close all connections on both sides. New connections work."""
         for proxy in self._proxies:
             proxy.cut()
 
     def swallow(self) -> None:
-        """Forward nothing any more and close nothing."""
+        """Stop forwarding without closing connections."""
         for proxy in self._proxies:
             proxy.swallow()
 
     def let_go(self, *, revive: bool) -> None:
-        """Forward again. Not ``revive``: only for connections still to come."""
+        """Forward again. Without ``revive`` only new connections work."""
         for proxy in self._proxies:
             proxy.let_go(revive=revive)

@@ -1,4 +1,4 @@
-"""The processes of a run: started, told of each other, killed, replaced."""
+"""The processes of a run: start, notify, stop, kill and replace them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from soak.process import play
 from soak.records import Away, Complaint, Gone
 from soak.roles import ON_DJANGOS_CONNECTION, SENDING, Part, Role
 
-READY_MOST = 60.0  # seconds; a server may be down meanwhile
-END_MOST = 20.0
-RESUME = 1.0  # seconds after which a process that was stopped has noticed what it lost
+READY_MOST = 60.0  # seconds; the server may be down meanwhile
+END_MOST = 20.0  # seconds
+RESUME = 1.0  # seconds after SIGCONT until a process has noticed its lost connections
 
 
 class Member:
-    """One process."""
+    """One process of the crew."""
 
     def __init__(self, part: Part, process: BaseProcess, pipe: Connection) -> None:
         loop = asyncio.get_running_loop()
@@ -45,17 +45,17 @@ class Member:
         self.ended.set()
 
     def signal(self, signum: signal.Signals) -> None:
-        # Its pid is its own until it is waited for, and that is done here alone.
+        # The pid cannot be reused before the process is waited for, which only _end does.
         if self.process.pid is not None and not self.ended.is_set():
             os.kill(self.process.pid, signum)
 
 
 class Crew:
-    """All processes. Belongs to one event loop; ``book`` is where it writes down which of them go.
+    """All processes of a run. Belongs to one event loop.
 
-    Half of the processes take the first way to the database, which leads there directly, and half
-    the second, which is a network that breaks. Django's connections have no timeout, so the
-    processes that use them all take the first.
+    ``book`` records which processes end. Half of the processes use the first DSN, which connects
+    directly, and half the second, which goes through a network that breaks. Django's connections
+    have no timeout, so all processes that use them have the first DSN.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Crew:
         self.members: list[Member] = []
 
     def of(self, *roles: Role) -> list[Member]:
-        """Those that play one of these roles, that run and are not being ended."""
+        """Return the running members with one of these roles that are not being ended."""
         return [
             m
             for m in self.members
@@ -79,13 +79,13 @@ class Crew:
         ]
 
     def behind_network(self) -> list[str]:
-        """The names of the processes that take the second way to the database."""
+        """Return the names of the processes whose DSN goes through the network."""
         return [member.part.name for member in self.members if member.part.takes_network]
 
     async def start(self, role: Role) -> Member:
-        """Start a process; returns when it is at work."""
+        """Start a process and wait until it works."""
         serial = self._serials[role] = self._serials.get(role, 0) + 1
-        # In turn, so that both ways to the server are taken in every role.
+        # Alternate, so that every role uses both paths to the server.
         takes_network = serial % 2 == 0 and role not in ON_DJANGOS_CONNECTION
         name = f"{role}-{serial}"
         dsn = make_conninfo(self._dsns[takes_network], application_name=name)
@@ -100,11 +100,11 @@ class Crew:
         self.members.append(member)
         asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, member)
         await asyncio.wait_for(member.ready.wait(), READY_MOST)
-        self._tell(member)
+        self._notify(member)
         return member
 
     async def kill(self, member: Member) -> None:
-        """kill -9; returns when it is gone."""
+        """Send SIGKILL and wait until the process has ended."""
         member.is_going = True
         self._book.write(Gone(now(), member.part.name, True))
         member.signal(signal.SIGKILL)
@@ -112,7 +112,7 @@ class Crew:
         self._forget(member)
 
     async def dismiss(self, member: Member) -> None:
-        """SIGTERM; returns when it is gone."""
+        """Send SIGTERM and wait until the process has ended."""
         member.is_going = True
         self._book.write(Gone(now(), member.part.name, False))
         member.signal(signal.SIGTERM)
@@ -128,19 +128,19 @@ class Crew:
         self._forget(member)
 
     async def die(self, member: Member) -> None:
-        """Have it die between a commit and the announcement; returns when it is gone."""
+        """Let a member kill itself between a commit and the announcement; wait for its end."""
         member.is_going = True
         self._send(member, "die")
         try:
             await asyncio.wait_for(member.ended.wait(), END_MOST)
-        except asyncio.TimeoutError:  # it does not come to commit anything
+        except asyncio.TimeoutError:  # it commits no message
             member.signal(signal.SIGKILL)
             await member.ended.wait()
         self._book.write(Gone(now(), member.part.name, True))
         self._forget(member)
 
     async def stop(self, member: Member, until: asyncio.Event, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT after some time, or earlier when an event is set."""
+        """Send SIGSTOP, and SIGCONT after ``seconds`` or when the event is set."""
         began = now()
         member.is_stopped = True
         member.signal(signal.SIGSTOP)
@@ -153,10 +153,10 @@ class Crew:
             self._book.write(Away(began, now() + RESUME, member.part.name, True))
             member.is_stopped = False
         if member.part.role in SENDING:
-            self._tell(member)
+            self._notify(member)
 
     async def hush(self) -> None:
-        """Have all be quiet; returns when nothing is on its way into the database any more."""
+        """Stop all senders. Returns when no send is in progress."""
         senders = self.of(*SENDING)
         for member in self.members:
             self._send(member, "quiet")
@@ -164,13 +164,13 @@ class Crew:
             await asyncio.wait_for(member.quiet.wait(), END_MOST)
 
     async def end(self) -> None:
-        """Dismiss all."""
+        """End all members with SIGTERM."""
         await asyncio.gather(
             *(self.dismiss(member) for member in self.members if not member.is_going)
         )
 
     def close(self) -> None:
-        """Leave nothing behind, wherever the run broke off."""
+        """Kill all processes that still run, even after a failed run."""
         for member in self.members:
             member.process.kill()
         for member in self.members:
@@ -182,7 +182,7 @@ class Crew:
         member.pipe.close()
         self.members.remove(member)
         member.channels.clear()
-        self._tell_senders()
+        self._notify_senders()
 
     def _hear(self, member: Member) -> None:
         try:
@@ -194,27 +194,27 @@ class Crew:
                     member.quiet.set()
                 elif what == "opened":
                     member.channels.add(value)
-                    self._tell_senders()
+                    self._notify_senders()
                 elif what == "closed":
                     member.channels.discard(value)
-                    self._tell_senders()
+                    self._notify_senders()
         except (EOFError, ConnectionResetError):
             asyncio.get_running_loop().remove_reader(member.pipe.fileno())
             if not member.is_going:
                 self._complain(f"{member.part.name} ended by itself")
 
-    def _tell_senders(self) -> None:
+    def _notify_senders(self) -> None:
         for member in self.of(*SENDING):
-            self._tell(member)
+            self._notify(member)
 
-    def _tell(self, member: Member) -> None:
+    def _notify(self, member: Member) -> None:
         self._send(member, "channels", sorted(c for m in self.members for c in m.channels))
 
     def _send(self, member: Member, what: str, value: object = None) -> None:
         try:
             member.pipe.send((what, value))
         except OSError:
-            pass  # it is gone, as will be noticed
+            pass  # the process has ended; its sentinel reports that
 
     def _complain(self, text: str) -> None:
         self._book.write(Complaint(now(), text))

@@ -1,6 +1,6 @@
-"""What is done to servers, network and processes, in a random order.
+"""Faults of servers, network and processes, injected in a random order.
 
-One fault after the other, except that processes are stopped beside the others.
+Faults follow one another. Only stopped processes overlap with other faults.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ T = TypeVar("T")
 Way = Callable[["Faults", str], Awaitable[None]]
 
 REST = (0.5, 3.0)  # seconds between two faults
-DOWN = (0.0, 0.2, 1.0, 3.0)  # seconds for which the server is away
-OUTAGE = (LEASE + 1, LEASE + 6)  # and if it is away for longer than a lease
-SWALLOW = (0.3, 8.0)  # seconds for which the network swallows: less and more than send_timeout
-LAG = (0.0, 15.0)  # seconds that a standby lags by when it is promoted
+DOWN = (0.0, 0.2, 1.0, 3.0)  # seconds for which the server is down
+OUTAGE = (LEASE + 1, LEASE + 6)  # the same for an outage that is longer than a lease
+SWALLOW = (0.3, 8.0)  # seconds without forwarding: shorter and longer than send_timeout
+LAG = (0.0, 15.0)  # seconds by which a standby lags when it is promoted
 STOP = (0.2, 5.0)  # seconds for which a process is stopped
 LONG_STOP = (LEASE + 2, LEASE + 8)
-MEANWHILE = 0.3  # how likely a process is killed while the server is away
-# Seconds until a process has noticed that a connection was closed, or is dead without being closed.
+MEANWHILE = 0.3  # probability that a process is killed while the server is down
+# Seconds until a process notices a closed connection, and one that is dead but not closed.
 CLOSED, DEAD = 1.0, 10.0
 
 KILLABLE: tuple[Role, ...] = ("receiver", "worker", "single", "sender", "threads", "clerk")
@@ -45,11 +45,11 @@ _TERMINATE = """
             AND application_name <> '' AND {}
     ) AS a
 """
-_LISTENERS = "query ILIKE '%listen%'"  # the last thing they said
+_LISTENERS = "query ILIKE '%listen%'"  # their last statement
 
 
 class Faults:
-    """Does harm. What it does to the servers runs in a thread, one thing at a time."""
+    """The injection of faults. Actions on the servers run in one thread, one at a time."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Faults:
         self.count = 0
 
     async def run(self) -> None:
-        """Every kind as often as any other, until cancelled: then the last is over."""
+        """Inject all kinds equally often until cancelled. The last fault is completed."""
         try:
             while True:
                 await asyncio.sleep(self._chance.uniform(*REST))
@@ -92,7 +92,7 @@ class Faults:
             await asyncio.gather(*self._stops)
 
     def close(self) -> None:
-        """Returns when the servers are left alone."""
+        """Wait until no action on the servers is in progress."""
         self._thread.shutdown()
 
     def _shuffled(self) -> list[str]:
@@ -141,7 +141,7 @@ class Faults:
         self._over(kind, began)
 
     async def _fail_over(self, kind: str) -> None:
-        """A standby takes over that heard of the server for the last time some seconds ago."""
+        """Promote a standby whose replication stopped some seconds before the crash."""
         await self._on_server(self._cluster.add_standby)
         at = now()
         await self._on_server(self._cluster.catch_up)
@@ -210,7 +210,7 @@ class Faults:
         self._over(kind, began)
 
     async def _stop(self, kind: str, role: Role, span: tuple[float, float]) -> None:
-        """Stop a process; other faults go on meanwhile."""
+        """Stop a process. Other faults continue meanwhile."""
         seconds = self._chance.uniform(*span)
 
         async def stop(member: Member) -> None:
@@ -223,10 +223,10 @@ class Faults:
             self._stops.add(task)
             task.add_done_callback(self._stops.discard)
 
-    # ------------------------------------------------------------------ what is written down
+    # ------------------------------------------------------------------ records
 
     def _away(self, began: float, notice: float, processes: Iterable[str] | None = None) -> None:
-        """These processes, or all, may have lost their connections."""
+        """Record that these processes, or all, may have lost their connections."""
         ended = now() + notice
         if processes is None:
             self._book.write(Away(began, ended, EVERY_PROCESS, False))

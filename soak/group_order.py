@@ -1,14 +1,14 @@
-"""Whether all members of a group see its messages in one order. No I/O.
+"""Whether all members of a group receive its messages in one order. No I/O.
 
-The rule. Take two members of a group, in whatever processes, and two messages that both members
-received. Both members received the two in the same order. It does not hold where one of the two
+The rule: if two members of a group, in any processes, both received two messages, they received
+the two in the same order. The rule does not apply if one of the two messages
 
 - was received by one of the two members in a catch-up (see `soak.absences`), or
-- was perhaps never announced: its sender died, or lost its connection, between the commit of a
-  transaction and the announcement. Such a message is found later, by each process at a time of its
-  own, and has no place in the order.
+- was possibly never announced, because its sender died or lost its connection between the commit
+  of a transaction and the announcement. Each process finds such a message at a different time, so
+  the message has no place in the order.
 
-All other pairs count, also those of which the other messages were caught up on.
+All other pairs count, including pairs between which other messages were caught up on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Key = tuple[str, int]
 
 
 class Receipt(NamedTuple):
-    """A member received a message of the group."""
+    """The receipt of a group message by one member."""
 
     key: Key
     sent: float
@@ -41,15 +41,15 @@ class Disagreement(NamedTuple):
 
 @dataclass
 class GroupOrder:
-    """What a comparison of the members found."""
+    """The result of a comparison of members."""
 
     compared: int = 0  # places of messages that two members agreed or disagreed on
-    left_out: int = 0  # places that were not compared, by a catch-up
-    excused: set[Key] = field(default_factory=set)  # messages in another order, by a catch-up
+    left_out: int = 0  # places that were not compared because of a catch-up
+    excused: set[Key] = field(default_factory=set)  # messages reordered by a catch-up
     disagreements: dict[Key, Disagreement] = field(default_factory=dict)  # one for each message
 
     def add(self, other: GroupOrder) -> None:
-        """Add what was found for another group."""
+        """Add the result of another group."""
         self.compared += other.compared
         self.left_out += other.left_out
         self.excused |= other.excused
@@ -66,12 +66,12 @@ class _Member:
 
 
 def compare(members: Mapping[str, Sequence[Receipt]]) -> GroupOrder:
-    """Compare what the members of one group received, by channel, in the order of receipt."""
+    """Compare the receipts of the members of one group, by channel, in order of receipt."""
     found = GroupOrder()
     present: list[_Member] = []
     all_members = [_Member(channel, receipts) for channel, receipts in members.items() if receipts]
     for member in sorted(all_members, key=lambda member: member.first_sent):
-        # Members whose messages were all sent earlier have none in common with it or later ones.
+        # A member whose messages were all sent earlier shares none with this or later members.
         present = [other for other in present if other.last_sent >= member.first_sent]
         for other in present:
             one, two = sorted((member, other), key=lambda each: len(each.receipts))
@@ -82,7 +82,7 @@ def compare(members: Mapping[str, Sequence[Receipt]]) -> GroupOrder:
 
 
 def _compare_two(one: _Member, other: _Member, found: GroupOrder) -> None:
-    furthest: Receipt | None = None  # of ``other``, among what counts
+    furthest: Receipt | None = None  # of ``other``, among the compared receipts
     furthest_place = furthest_of_all = -1
     for mine in one.receipts:
         place = other.places.get(mine.key)
@@ -104,5 +104,5 @@ def _compare_two(one: _Member, other: _Member, found: GroupOrder) -> None:
             )
         else:
             furthest, furthest_place = theirs, place
-            if is_behind:  # only of what was caught up on
+            if is_behind:  # only relative to messages that were caught up on
                 found.excused.add(mine.key)

@@ -1,4 +1,4 @@
-"""What became of every message: pure computation over what the processes wrote down. No I/O."""
+"""The outcome of every message, computed from the records of the processes. No I/O."""
 
 from __future__ import annotations
 
@@ -8,101 +8,30 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 from soak.absences import HEARTBEAT, Absences, Receipts
 from soak.group_order import GroupOrder, Key, Receipt, compare
-from soak.records import (
-    KINDS,
-    Away,
-    Begun,
-    Cancelled,
-    Closed,
-    Complaint,
-    Crash,
-    Ended,
-    Fault,
-    Gone,
-    Got,
-    Joined,
-    Joining,
-    Kind,
-    Leaving,
-    Left,
-    Opened,
-    Outcome,
-    Promotion,
-    Record,
-    Undone,
-)
+from soak.history import History, Message, Reading, Stay
+from soak.records import KINDS, Fault, Got, Kind, Record
 
 ORDERED = ("specific", "group", "single")  # several workers on one channel promise no order
 JOBS = ("normal", "single")
 OWED = ("returned", "unannounced")  # outcomes after which a message must arrive
 
-LAZY = 1.0  # seconds before a crash of the server of which commits may be lost
-LONG = 0.3  # seconds: a fault that takes longer keeps messages from coming
-TAKEN_MOST = (
-    35  # jobs that a killed worker may hold: 31 ahead, two waited for, two not yet written down
-)
+LAZY = 1.0  # a crash of the server may lose commits of so many seconds before it
+LONG = 0.3  # seconds: a longer fault delays messages
+# Jobs that a killed worker may hold: 31 prefetched, two waited for, two not yet recorded.
+TAKEN_MOST = 35
 HELD = 3.0  # seconds for which a worker may hold a job before it releases it
-ANNOUNCED = 1.0  # seconds after a transaction within which its messages were surely announced
-DELIVERED_MOST = 3.0  # seconds within which a message arrives if nothing is the matter
+ANNOUNCED = 1.0  # seconds after a transaction within which its messages were announced
+DELIVERED_MOST = 3.0  # seconds within which a message arrives without a fault
 FOUND_MOST = 2 * HEARTBEAT + 2.0  # seconds until a message that was never announced arrives
-BUCKET = 5.0  # seconds: memberships are looked up by pieces of time
-
-
-# ---------------------------------------------------------------------- what is made of it
-
-
-class Message(NamedTuple):
-    """A message that was sent, or was to be."""
-
-    begun: Begun
-    ended: float  # infinity: the sender ended before the call did
-    outcome: Outcome
-
-    @property
-    def key(self) -> Key:
-        """What identifies it."""
-        return (self.begun.writer, self.begun.n)
-
-
-@dataclass
-class Stay:
-    """A channel in a group.
-
-    Surely from ``joined`` to ``leaving``, perhaps from ``joining`` to ``left``.
-    """
-
-    group: str
-    channel: str
-    by: str  # the process that has it join
-    joining: float
-    joined: float = math.inf
-    leaving: float = math.inf
-    left: float = math.inf
-    joins_in_transaction: bool = False
-    leaves_in_transaction: bool = False
-
-
-@dataclass
-class Reading:
-    """A specific channel, and the process that reads it."""
-
-    channel: str
-    process: str
-    until: float = math.inf
-    was_killed: bool = False
-    got: list[Got] = field(default_factory=list)
-    last_of: dict[str, int] = field(
-        default_factory=dict
-    )  # writer -> its last message that was received here
+BUCKET = 5.0  # seconds: memberships are indexed by intervals of this length
 
 
 @dataclass
 class Tally:
-    """What became of one kind of stream. What is lost is counted by its cause, per reader."""
+    """Counts for one kind of stream. Lost messages are counted by cause, once per reader."""
 
     returned: int = 0
     unknown: int = 0
@@ -111,16 +40,17 @@ class Tally:
     delivered: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     twice: int = 0
-    again: int = 0  # jobs of which a promoted standby had not heard that they were taken
+    again: int = 0  # jobs whose claim had not reached a standby before it was promoted
     disordered: int = 0
-    late: int = 0  # never announced, and found later than promised
-    early: int = 0  # sent to a group before joining it, by a catch-up
-    stayed: int = 0  # sent to a group after leaving it, where the leaving itself was lost
-    uninvited: int = 0  # refused, sent to another channel, or to a group after leaving it
+    late: int = 0  # never announced and found later than promised
+    early: int = 0  # sent to a group before the channel joined it
+    stayed: int = 0  # sent to a group after the channel left it, if that change was lost
+    # refused, sent to another channel, or sent to a group after the channel left it
+    uninvited: int = 0
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing happened that must not."""
+        """Return whether no promise was broken."""
         return not (
             self.lost[UNEXPLAINED] or self.twice or self.disordered or self.late or self.uninvited
         )
@@ -128,19 +58,19 @@ class Tally:
 
 CRASH = "crash"
 PROMOTION = "promotion"
-# the only members of a group were away for longer than their leases, and the database was not
+# the processes of all members of a group were away for a lease while the database was up
 NO_LEASE = "no lease"
 UNDONE_JOIN = "undone join"
 KILLED = "kill -9"
 LEFT = "reader left"
-LEFT_GROUP = "left group"  # it was on its way when its member left the group
+LEFT_GROUP = "left group"  # the member left the group before the message arrived
 UNEXPLAINED = "UNEXPLAINED"
 CAUSES = (CRASH, PROMOTION, NO_LEASE, UNDONE_JOIN, KILLED, LEFT, LEFT_GROUP, UNEXPLAINED)
 
 
 @dataclass
 class Ledger:
-    """The result."""
+    """The result of a soak."""
 
     tallies: dict[Kind, Tally]
     group_order: GroupOrder
@@ -148,60 +78,53 @@ class Ledger:
     complaints: list[str]
     cancelled: int
     joins: int
-    offences: list[str]  # what must not have happened, one line each
-    first: dict[str, list[float]]  # by kind of fault: seconds until anything came through
-    all_back: dict[str, list[float]]  # and until every reader had something
+    offences: list[str]  # one line for each broken promise
+    first: dict[str, list[float]]  # by kind of fault: seconds until any message arrived
+    all_back: dict[str, list[float]]  # seconds until every reader received a message
 
     @property
     def is_clean(self) -> bool:
-        """Whether the layer kept its promises."""
+        """Return whether the layer kept its promises."""
         return not (self.complaints or self.group_order.disagreements) and all(
             tally.is_clean for tally in self.tallies.values()
         )
 
 
 def settle(books: Mapping[str, Iterable[Record]]) -> Ledger:
-    """The ledger of these books, by process; faults are in any of them."""
-    return _Settling(books).settle()
+    """Return the ledger of the books, by process. Faults may be in any book."""
+    return _Settling(History(books)).settle()
 
 
 class _Settling:
-    def __init__(self, books: Mapping[str, Iterable[Record]]) -> None:
-        self.messages: dict[Key, Message] = {}
-        self.readings: dict[str, Reading] = {}
-        self.stays: dict[str, list[Stay]] = defaultdict(list)  # by group
-        self.jobs: dict[str, list[tuple[str, Got]]] = defaultdict(
-            list
-        )  # normal channel -> (process, got)
-        self.faults: list[Fault] = []
-        self.aways: list[Away] = []
-        self.crashes: list[Crash] = []
-        self.promotions: list[Promotion] = []
-        self.gone: dict[str, Gone] = {}
+    """The computation of a ledger."""
+
+    def __init__(self, history: History) -> None:
+        self.messages = history.messages
+        self.readings = history.readings
+        self.stays = history.stays
+        self.jobs = history.jobs
+        self.faults = history.faults
+        self.crashes = history.crashes
+        self.promotions = history.promotions
+        self.gone = history.gone
+        self.complaints = history.complaints
+        self.cancelled = history.cancelled
+        self.joins = history.joins
         self.tallies: dict[Kind, Tally] = {kind: Tally() for kind in KINDS}
-        self.complaints: list[str] = []
         self.offences: list[str] = []
-        self.cancelled = self.joins = 0
-        self.streams: dict[Kind, set[str]] = defaultdict(set)
-        for process, records in books.items():
-            self._read(process, records)
-        for reading in self.readings.values():
-            gone = self.gone.get(reading.process)
-            if gone is not None and gone.at < reading.until:
-                reading.until, reading.was_killed = gone.at, gone.was_killed
-        # A crash and a promotion alike end one run of ids, and are over at a time.
-        self.breaks = [(crash.at, crash.ended) for crash in self.crashes]
-        self.breaks += [(promotion.crashed, promotion.ended) for promotion in self.promotions]
-        self.absences = Absences(self.aways, self._receipts(), self.breaks)
+        # A crash ends a boot, and so does a promotion.
+        breaks = [(crash.at, crash.ended) for crash in self.crashes]
+        breaks += [(promotion.crashed, promotion.ended) for promotion in self.promotions]
+        self.absences = Absences(history.aways, self._receipts(), breaks)
         self.heard = self._groups_heard()
         self.progress: dict[str, tuple[list[float], list[float]]] = {}
         self.stays_of = _by_channel(stay for stays in self.stays.values() for stay in stays)
+        self.sure_stays = self._find_sure_stays()
         self.caught_up_until = self._catch_ups_of_groups()
-        self.faults.sort()
         self.start = min((message.begun.at for message in self.messages.values()), default=0.0)
 
     def _receipts(self) -> dict[str, list[tuple[float, float]]]:
-        """By process: when what its specific channels received had been sent, and was received."""
+        """Return by process when messages on specific channels were sent and received."""
         receipts: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for reading in self.readings.values():
             receipts[reading.process] += [
@@ -210,7 +133,7 @@ class _Settling:
         return receipts
 
     def _groups_heard(self) -> dict[tuple[str, str], Receipts]:
-        """By group and channel: when messages of the group had been sent, and were received."""
+        """Return by group and channel when messages of the group were sent and received."""
         heard: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
         for channel, reading in self.readings.items():
             for got in reading.got:
@@ -219,67 +142,8 @@ class _Settling:
                     heard[message.begun.stream, channel].append(self._times(got))
         return {member: Receipts(times) for member, times in heard.items()}
 
-    def _read(self, process: str, records: Iterable[Record]) -> None:
-        open_stays: dict[tuple[str, str], Stay] = {}
-        for record in records:
-            match record:
-                case Begun():
-                    self.messages[record.writer, record.n] = Message(record, math.inf, "unknown")
-                    self.streams[record.kind].add(record.stream)
-                case Ended():
-                    key = (record.writer, record.n)
-                    self.messages[key] = Message(
-                        self.messages[key].begun, record.at, record.outcome
-                    )
-                case Opened():
-                    self.readings[record.channel] = Reading(record.channel, process)
-                case Closed():
-                    self.readings[record.channel].until = record.at
-                case Got():
-                    if record.channel in self.readings:
-                        reading = self.readings[record.channel]
-                        reading.got.append(record)
-                        reading.last_of[record.writer] = max(
-                            record.n, reading.last_of.get(record.writer, 0)
-                        )
-                    else:
-                        self.jobs[record.channel].append((process, record))
-                case Joining():
-                    stay = Stay(record.group, record.channel, process, record.at)
-                    stay.joins_in_transaction = record.in_transaction
-                    open_stays[record.group, record.channel] = stay
-                    self.stays[record.group].append(stay)
-                    self.joins += 1
-                case Joined():
-                    open_stays[record.group, record.channel].joined = record.at
-                case Leaving():
-                    stay = open_stays[record.group, record.channel]
-                    stay.leaving, stay.leaves_in_transaction = record.at, record.in_transaction
-                case Left():
-                    open_stays[record.group, record.channel].left = record.at
-                case Undone():
-                    stay = open_stays[record.group, record.channel]
-                    if stay.leaving < math.inf:
-                        stay.leaving = math.inf
-                    else:
-                        self.stays[record.group].remove(stay)
-                        del open_stays[record.group, record.channel]
-                case Cancelled():
-                    self.cancelled += 1
-                case Complaint():
-                    self.complaints.append(f"{process}: {record.text}")
-                case Fault():
-                    self.faults.append(record)
-                case Away():
-                    self.aways.append(record)
-                case Crash():
-                    self.crashes.append(record)
-                case Promotion():
-                    self.promotions.append(record)
-                case Gone():
-                    self.gone[record.process] = record
-
     def settle(self) -> Ledger:
+        """Check all promises and return the ledger."""
         for message in self.messages.values():
             tally = self.tallies[message.begun.kind]
             setattr(tally, message.outcome, getattr(tally, message.outcome) + 1)
@@ -303,7 +167,7 @@ class _Settling:
     # ------------------------------------------------------------------ what was delivered
 
     def _look_at_channels(self) -> dict[str, set[Key]]:
-        """What specific channels received, whether for themselves or for their groups."""
+        """Check the messages of specific channels; return what each channel received."""
         received: dict[str, set[Key]] = defaultdict(set)
         for channel, reading in self.readings.items():
             last: dict[str, int] = {}
@@ -329,7 +193,7 @@ class _Settling:
         return received
 
     def _look_at_jobs(self) -> dict[str, set[Key]]:
-        """What the readers of normal channels received."""
+        """Check the jobs of normal channels; return what was received on each channel."""
         done: dict[str, set[Key]] = defaultdict(set)
         for channel, gots in self.jobs.items():
             last: dict[str, dict[str, int]] = defaultdict(dict)
@@ -380,7 +244,7 @@ class _Settling:
         )
 
     def _leaving_was_lost(self, message: Message, reading: Reading) -> bool:
-        """Whether a leaving that another process made did not reach the owner, or not yet."""
+        """Return whether a leave by another process was lost or had not reached the owner yet."""
         if message.begun.kind != "group":
             return False
         for stay in self.stays_of[message.begun.stream, reading.channel]:
@@ -388,7 +252,7 @@ class _Settling:
                 continue
             if self._change_was_lost(stay.leaving, stay.left, stay.leaves_in_transaction):
                 return True
-            # It was found without an announcement.
+            # The owner found the change without an announcement.
             if (
                 stay.leaves_in_transaction
                 and message.begun.at <= stay.left + FOUND_MOST
@@ -398,16 +262,17 @@ class _Settling:
         return False
 
     def _change_was_lost(self, began: float, ended: float, in_transaction: bool) -> bool:
-        """Whether a change of a membership by another process may be lost on its way to the owner.
+        """Return whether a membership change by another process may never reach the owner.
 
-        A transaction waits for the disk, unlike the layer's own commits, and survives a crash.
+        An application's transaction waits for the disk, unlike the layer's own, so a crash does
+        not undo it.
         """
         return self._fell_to_promotion(began, ended) or (
             not in_transaction and self._fell_to_crash(began, ended)
         )
 
     def _taking_was_lost(self, message: Message, first: Got, second: Got) -> bool:
-        """Whether a job was taken without the knowledge of the standby that was promoted."""
+        """Return whether the promoted standby may not have had the claim of a job."""
         return message.begun.kind in JOBS and any(
             message.begun.at <= promotion.cut
             and promotion.at <= first.at
@@ -416,7 +281,7 @@ class _Settling:
         )
 
     def _may_be_unannounced(self, message: Message) -> bool:
-        """Whether a message was perhaps never announced, or much later than it was committed."""
+        """Return whether a message was announced late or possibly never."""
         begun = message.begun
         return begun.in_transaction and (
             message.outcome in ("unannounced", "unknown")
@@ -442,7 +307,7 @@ class _Settling:
             )
 
     def _compare_members(self) -> GroupOrder:
-        """What the members of each group received, beside each other."""
+        """Compare the order in which the members of each group received messages."""
         members: dict[str, dict[str, list[Receipt]]] = defaultdict(lambda: defaultdict(list))
         has_place: dict[Key, bool] = {}
         for channel, reading in self.readings.items():
@@ -476,9 +341,10 @@ class _Settling:
         return found
 
     def _is_caught_up(self, message: Message, got: Got, reading: Reading) -> bool:
-        """Whether a member read a message that it had missed.
+        """Return whether a member received a message in a catch-up.
 
-        So does one that another process added: its process may first have to listen for the group.
+        If another process added the member, its own process may first have to listen for the
+        group and then catch up.
         """
         sent = message.begun.at
         if self.absences.is_caught_up(reading.process, sent, got.at):
@@ -489,7 +355,7 @@ class _Settling:
         )
 
     def _catch_ups_of_groups(self) -> dict[tuple[str, str], list[tuple[float, float]]]:
-        """By group and channel: when another process added it, and when it then heard something."""
+        """Return by member when another process added it and when it then received a message."""
         found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
         for (group, channel), stays in self.stays_of.items():
             for stay in stays:
@@ -498,16 +364,17 @@ class _Settling:
         return found
 
     def _first_got(self, stay: Stay) -> float:
-        """When a member received the first message that was sent to its group since it began to join."""
+        """Return when the first message sent to the group after ``joining`` arrived."""
         heard = self.heard.get((stay.group, stay.channel))
         return math.inf if heard is None else heard.first_sent_after(stay.joining)
 
     def _keep_order(self, message: Message, last: dict[str, int], got: Got, process: str) -> None:
-        # What was lost on the way to the server may get there at any later time.
+        # A statement whose answer was lost may reach the server at any later time.
         if message.outcome != "returned":
             return
         if got.n < last.get(got.writer, 0):
-            # A job that is sent in a transaction has its place from the call on: the README's limit.
+            # A job sent in a transaction has its place in the order from the call on, not from
+            # the commit: a limit that the README states.
             begun = message.begun
             if self._may_be_unannounced(message) or (begun.kind in JOBS and begun.in_transaction):
                 return
@@ -516,11 +383,10 @@ class _Settling:
         else:
             last[got.writer] = got.n
 
-    # ------------------------------------------------------------------ what was not
+    # ------------------------------------------------------------------ what was lost
 
     def _find_lost(self, received: Mapping[str, set[Key]], done: Mapping[str, set[Key]]) -> None:
         lost_jobs: dict[str, list[Message]] = defaultdict(list)
-        sure = self._sure_stays()
         for message in self.messages.values():
             if message.outcome not in OWED:
                 continue
@@ -530,7 +396,7 @@ class _Settling:
                 if message.begun.at < reading.until and message.key not in received[stream]:
                     self._lose(message, self._cause(message, reading), f"for {reading.process}")
             elif kind == "group":
-                for stay in sure[stream, int(message.begun.at // BUCKET)]:
+                for stay in self.sure_stays[stream, int(message.begun.at // BUCKET)]:
                     reading = self.readings[stay.channel]
                     if (
                         stay.joined <= message.begun.at
@@ -544,8 +410,8 @@ class _Settling:
         for messages in lost_jobs.values():
             self._find_lost_jobs(messages)
 
-    def _sure_stays(self) -> dict[tuple[str, int], list[Stay]]:
-        """By group and piece of time: the stays in which a channel was surely a member."""
+    def _find_sure_stays(self) -> dict[tuple[str, int], list[Stay]]:
+        """Return, by group and interval, the stays in which a channel was certainly a member."""
         sure: dict[tuple[str, int], list[Stay]] = defaultdict(list)
         last = max((message.begun.at for message in self.messages.values()), default=0.0)
         for group, stays in self.stays.items():
@@ -554,7 +420,6 @@ class _Settling:
                 if stay.joined <= until:
                     for piece in range(int(stay.joined // BUCKET), int(until // BUCKET) + 1):
                         sure[group, piece].append(stay)
-        self.sure_stays = sure
         return sure
 
     def _cause(self, message: Message, reading: Reading, stay: Stay | None = None) -> str:
@@ -574,11 +439,11 @@ class _Settling:
         return UNEXPLAINED
 
     def _left_before(self, message: Message, reading: Reading, stay: Stay) -> bool:
-        """Whether the member left the group before it was due to have received a message.
+        """Return whether the member left the group before the message had to arrive.
 
-        The owner's group_discard ends delivery at once: messages that are on their way then are no
-        longer owed. That of another process takes its place in the order behind the messages that
-        were sent before, except those that may have to be found without an announcement.
+        A ``group_discard`` by the owner ends delivery at once: messages that are in transit then
+        are no longer owed. A ``group_discard`` by another process takes effect after all messages
+        that were sent before it, except messages that are found without an announcement.
         """
         if stay.leaving == math.inf:
             return False
@@ -593,7 +458,7 @@ class _Settling:
         )
 
     def _had_read_on(self, message: Message, reading: Reading, until: float) -> bool:
-        """Whether something that was sent later had been received before a moment."""
+        """Return whether a message that was sent later was received before ``until``."""
         if reading.channel not in self.progress:
             begun = (self.messages[got.writer, got.n].begun.at for got in reading.got)
             self.progress[reading.channel] = (
@@ -605,11 +470,11 @@ class _Settling:
         return place > 0 and latest_sent[place - 1] > message.ended
 
     def _fell_to_server(self, message: Message) -> str | None:
-        """Whether a server took it along: a crash before it was on the disk, or a promotion."""
+        """Return the cause if a crash or a promotion of a server lost the message."""
         begun = message.begun
         if not begun.in_transaction and self._fell_to_crash(begun.at, message.ended):
             return CRASH
-        held = HELD if begun.kind in JOBS else 0.0  # its release may be lost as well
+        held = HELD if begun.kind in JOBS else 0.0  # the release of the job may be lost too
         return PROMOTION if self._fell_to_promotion(begun.at, message.ended + held) else None
 
     def _fell_to_crash(self, began: float, ended: float) -> bool:
@@ -621,9 +486,9 @@ class _Settling:
         )
 
     def _fell_to_lease(self, message: Message, reading: Reading) -> bool:
-        """Whether a group message was not written, as no process with a lease had a member.
+        """Return whether no process with a lease had a member, so the message was not written.
 
-        All other messages are written, and are there when their reader returns.
+        All other messages are written and wait for their readers.
         """
         began, ended = message.begun.at, message.ended
         return self.absences.had_no_lease(reading.process, began, ended) and not any(
@@ -634,16 +499,16 @@ class _Settling:
         )
 
     def _join_was_undone(self, stay: Stay, owner: Reading) -> bool:
-        """Whether the owner had not heard of a joining that another process made, or not yet.
+        """Return whether a join by another process was lost or had not reached the owner yet.
 
-        What the owner knows does not depend on the database.
+        The owner keeps the members that it knows in memory, whatever happens to the database.
         """
         if stay.by == owner.process or self._first_got(stay) < stay.left:
             return False
         return self._change_was_lost(stay.joining, stay.joined, stay.joins_in_transaction)
 
     def _join_was_late(self, message: Message, stay: Stay) -> bool:
-        """Whether the owner found a joining in a transaction without its announcement."""
+        """Return whether the owner found a join in a transaction without its announcement."""
         return (
             stay.joins_in_transaction
             and message.begun.at <= stay.joined + FOUND_MOST
@@ -651,21 +516,23 @@ class _Settling:
         )
 
     def _find_lost_jobs(self, messages: list[Message]) -> None:
-        """Each worker that was killed took some along, sent before."""
+        """Assign lost jobs to workers that were killed later, at most `TAKEN_MOST` to each."""
         readers = {process for process, _ in self.jobs[messages[0].begun.stream]}
         takers = sorted(
             gone.at for gone in self.gone.values() if gone.was_killed and gone.process in readers
         )
-        room = [TAKEN_MOST] * len(takers)
+        capacity = [TAKEN_MOST] * len(takers)
         for message in sorted(messages, key=lambda message: message.begun.at):
             cause = UNEXPLAINED
             if fell := self._fell_to_server(message):
                 cause = fell
             else:
                 first = bisect_right(takers, message.begun.at)
-                taker = next((index for index in range(first, len(takers)) if room[index]), None)
+                taker = next(
+                    (index for index in range(first, len(takers)) if capacity[index]), None
+                )
                 if taker is not None:
-                    room[taker] -= 1
+                    capacity[taker] -= 1
                     cause = KILLED
             self._lose(message, cause, f"on {message.begun.stream}")
 
@@ -696,7 +563,7 @@ class _Settling:
         times: dict[str, list[tuple[float, float]]] = self._receipts()
         for gots in self.jobs.values():
             for process, got in gots:
-                # Of those that compete, some get nothing for a while though they could.
+                # A competing worker may receive nothing for a while without a fault.
                 if self.messages[got.writer, got.n].begun.kind in ORDERED:
                     times.setdefault(process, []).append(self._times(got))
         began = {
@@ -705,12 +572,12 @@ class _Settling:
         receipts = {process: Receipts(of) for process, of in times.items()}
         long = [f.at for f in self.faults if f.ended - f.at > LONG and not f.is_aside]
         for fault in self.faults:
-            # What comes only after the next long fault has waited for that.
+            # A message that arrives only after the next long fault was delayed by that fault.
             until = min((at for at in long if at > fault.at), default=math.inf)
             backs = [
                 back
                 for process, at in began.items()
-                if at < fault.ended  # a later one has nothing to recover from
+                if at < fault.ended  # a process that started later has nothing to recover from
                 and (back := receipts[process].first_sent_after(fault.ended)) < until
                 and not self.absences.was_alone(process, fault.ended, back)
             ]
@@ -724,7 +591,7 @@ class _Settling:
 
 
 def _by_channel(stays: Iterable[Stay]) -> dict[tuple[str, str], list[Stay]]:
-    """Stays by group and channel."""
+    """Return the stays by group and channel."""
     found: dict[tuple[str, str], list[Stay]] = defaultdict(list)
     for stay in stays:
         found[stay.group, stay.channel].append(stay)

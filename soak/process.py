@@ -1,4 +1,4 @@
-"""A process: its entry point, Django's settings in it, and the role that it plays."""
+"""The entry point of a process, its Django settings and its role."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _ROLES: dict[Role, type[Player]] = {
 
 
 def play(part: Part, pipe: Connection) -> None:
-    """The entry point of a process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    """Run the role of a process: its entry point."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     book = Book(part.folder, part.name)
     logger = logging.getLogger()
     logger.handlers[:] = [_Complaints(book)]
@@ -61,7 +61,7 @@ class _Complaints(logging.Handler):
 
 
 def _configure(dsn: str) -> None:
-    """Django with the database of a DSN."""
+    """Set up Django with the database of a DSN."""
     parameters = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
     database = {
         "ENGINE": "django.db.backends.postgresql",
@@ -85,8 +85,8 @@ def _configure(dsn: str) -> None:
 
 
 def _sweep(pipe: Connection) -> None:
-    """``manage.py pg_layer_sweep``, until SIGTERM."""
-    # Until the command has a handler of its own.
+    """Run ``manage.py pg_layer_sweep`` until SIGTERM."""
+    # Applies until the command installs its own handler.
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
     threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
     pipe.send(("ready", None))

@@ -1,6 +1,6 @@
-"""What the processes of a soak write down. No I/O.
+"""The records that the processes of a soak write. No I/O.
 
-Times are those of ``time.monotonic()``, which all processes of one machine share.
+All times are from ``time.monotonic()``, which all processes of one machine share.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ EVERY_PROCESS = ""
 
 
 class Begun(NamedTuple):
-    """A writer is about to send its message ``n``. Writers await each send before the next."""
+    """A writer is about to send its message ``n``. A writer awaits each send before the next."""
 
     at: float
     writer: str
     n: int
     kind: Kind
     stream: str
-    in_transaction: bool = False  # the message is sent by the commit, between ``at`` and ``Ended``
+    in_transaction: bool = False  # the commit, between ``at`` and ``Ended``, sends the message
 
     @property
     def process(self) -> str:
@@ -34,7 +34,7 @@ class Begun(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """That send has ended; in a transaction: the transaction has."""
+    """The send of message ``n``, or its transaction, has ended."""
 
     at: float
     writer: str
@@ -43,21 +43,21 @@ class Ended(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A specific channel is read from now on."""
+    """The process begins to read a specific channel."""
 
     at: float
     channel: str
 
 
 class Closed(NamedTuple):
-    """It is not read any more."""
+    """The process stops reading a specific channel."""
 
     at: float
     channel: str
 
 
 class Got(NamedTuple):
-    """A message was received."""
+    """The process received a message."""
 
     at: float
     channel: str
@@ -66,7 +66,7 @@ class Got(NamedTuple):
 
 
 class Joining(NamedTuple):
-    """group_add is about to be called, until it succeeds."""
+    """The process is about to call ``group_add`` until it succeeds."""
 
     at: float
     group: str
@@ -75,7 +75,7 @@ class Joining(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """It has returned; in a transaction: the commit has."""
+    """``group_add``, or the commit of its transaction, has returned."""
 
     at: float
     group: str
@@ -83,7 +83,7 @@ class Joined(NamedTuple):
 
 
 class Leaving(NamedTuple):
-    """group_discard is about to be called, until it succeeds."""
+    """The process is about to call ``group_discard`` until it succeeds."""
 
     at: float
     group: str
@@ -92,7 +92,7 @@ class Leaving(NamedTuple):
 
 
 class Left(NamedTuple):
-    """It has returned; in a transaction: the commit has."""
+    """``group_discard``, or the commit of its transaction, has returned."""
 
     at: float
     group: str
@@ -100,7 +100,7 @@ class Left(NamedTuple):
 
 
 class Undone(NamedTuple):
-    """The transaction (or savepoint) of the last group_add or group_discard was rolled back."""
+    """The transaction or savepoint of the last membership change was rolled back."""
 
     at: float
     group: str
@@ -108,7 +108,7 @@ class Undone(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """A receive() was cancelled."""
+    """A ``receive()`` was cancelled."""
 
     at: float
 
@@ -121,19 +121,19 @@ class Complaint(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something was done to the system, from ``at`` on, and was over at ``ended``."""
+    """A fault was injected from ``at`` to ``ended``."""
 
     at: float
     kind: str
     ended: float
-    is_aside: bool = False  # other faults went on meanwhile
+    is_aside: bool = False  # it overlapped with other faults
 
 
 class Away(NamedTuple):
     """A process may have lost its connections, or was stopped, between these times.
 
-    ``ended`` is the time by which a lost connection has been noticed. ``is_alone``: the database
-    was there for the other processes.
+    At ``ended`` the process has noticed a lost connection. ``is_alone``: other processes could
+    reach the database.
     """
 
     at: float
@@ -143,17 +143,17 @@ class Away(NamedTuple):
 
 
 class Crash(NamedTuple):
-    """The server crashed, between these times."""
+    """The server crashed between these times."""
 
     at: float
     ended: float
 
 
 class Promotion(NamedTuple):
-    """A lagging standby took the place of the server.
+    """A lagging standby replaced the server.
 
-    It has all that was committed before ``at`` and nothing that was committed after ``cut``. The
-    old server ended by ``crashed``, and the standby was promoted by ``ended``.
+    The standby has all that was committed before ``at`` and nothing that was committed after
+    ``cut``. The old server ended before ``crashed``; the standby was promoted before ``ended``.
     """
 
     at: float
@@ -163,7 +163,7 @@ class Promotion(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """A process was killed, or was asked to end."""
+    """A process was killed or asked to end."""
 
     at: float
     process: str
@@ -200,12 +200,12 @@ _RECORDS: dict[str, Any] = {
 
 
 def encode(record: Record) -> bytes:
-    """A line of a book."""
+    """Return the line of a book for a record."""
     return json.dumps([type(record).__name__, *record], separators=(",", ":")).encode() + b"\n"
 
 
 def decode(book: bytes) -> Iterator[Record]:
-    """The lines of a book. A last one that a killed process did not finish is left out."""
+    """Yield the records of a book, without an unfinished last line of a killed process."""
     for line in book[: book.rfind(b"\n") + 1].splitlines():
         name, *values = json.loads(line)
         yield _RECORDS[name](*values)

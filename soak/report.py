@@ -13,7 +13,7 @@ OFFENCES_MOST = 20
 
 
 def describe(ledger: Ledger) -> str:
-    """Tables of what became of the messages, and of the faults."""
+    """Return tables of the messages and of the faults."""
     head = [
         *("stream", "returned", "unannounced", "unknown", "refused", "delivered"),
         *(f"lost: {cause}" for cause in CAUSES),

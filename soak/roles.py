@@ -1,4 +1,4 @@
-"""The processes: what they do, and what they write down of it."""
+"""The roles of the processes: what they do and record."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ ON_DJANGOS_CONNECTION: tuple[Role, ...] = ("clerk",)
 GROUPS = ("lobby", "hall", "attic", "cellar")
 JOBS, LINE = "jobs", "line"  # normal channels: one with many workers, one with a single reader
 
-# No channel fills and nothing expires that can still be received: whatever does not come was lost.
-# All else is quicker than usual: a short run has many heartbeats, leases and sweeps.
+# No channel fills and no message expires before it can be received, so a missing message was lost.
+# Everything else is faster than usual, so that a short run has many heartbeats, leases and sweeps.
 OPTIONS: dict[str, object] = {
     "expiry": 180,
     "capacity": 100_000,
@@ -54,23 +54,23 @@ OPTIONS: dict[str, object] = {
 }
 SWEEP = 0.5  # seconds between two sweeps of the sweeper
 
-WRITERS = 3  # a sending process
+WRITERS = 3  # of a sending process
 PAUSE = 0.03  # seconds between two messages of a writer, on average
-BURST, BURST_MOST = 0.005, 200  # how likely a writer sends many without a pause, and how many
-# Most fit into a doorbell; some do not, and take the other way.
+BURST, BURST_MOST = 0.005, 200  # probability of a burst without pauses, and its length at most
+# Most messages fit into a notification. The others must be read from the table.
 SIZES, SIZE_WEIGHTS = ((10, 3000, 9000, 300_000), (80, 10, 9, 1))
-STEADY = 2  # channels of a receiving process that stay
-VISITORS = 2  # and those that come and go
+STEADY = 2  # channels that a receiving process keeps
+VISITORS = 2  # channels of a receiving process that are replaced again and again
 RETRY = 0.1  # seconds
-CALM = 0.5  # seconds without a message after which a channel that has left its groups is given up
+CALM = 0.5  # seconds for which a channel that has left its groups is still read
 
-# What LayerUnavailable says of the event loop of another thread: the message may still be sent.
+# The text of LayerUnavailable if the event loop of another thread may still send the message.
 _NO_ANSWER = "does not answer"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process's part. ``takes_network``: its DSN leads through a network that breaks."""
+    """The parameters of a process. ``takes_network``: its DSN goes through a breaking network."""
 
     role: Role
     name: str
@@ -81,22 +81,23 @@ class Part:
 
 
 class Player:
-    """A process with a layer, until it is told to end."""
+    """The base class of a role: a process with a layer that runs until SIGTERM."""
 
     def __init__(self, part: Part, pipe: Connection, book: Book) -> None:
         self.part = part
         self.book = book
         self.random = random.Random(part.seed)
         self.layer = PostgresChannelLayer(dsn=part.dsn, **OPTIONS)
-        self.specific: list[str] = []  # channels that others read
+        self.specific: list[str] = []  # channels that other processes read
         self.groups: tuple[str, ...] = GROUPS
-        self.is_quiet = False  # send nothing more, join nothing more
+        self.is_quiet = False  # send no more messages and join no more groups
         self.is_ending = False
-        self.must_die = False  # between a commit and its announcement
+        self.must_die = False  # kill itself between the next commit and its announcement
         self.end: asyncio.Future[None]
         self._pipe = pipe
 
     async def run(self) -> None:
+        """Play the role until SIGTERM, then close the layer."""
         loop = asyncio.get_running_loop()
         self.end = loop.create_future()
         loop.add_signal_handler(signal.SIGTERM, self._stop)
@@ -108,20 +109,22 @@ class Player:
             await self.layer.close()
 
     async def play(self) -> None:
+        """Do the work of the role until the process is asked to end."""
         raise NotImplementedError
 
     def on_end(self) -> None:
-        """Called once, at the moment when the process is asked to end."""
+        """React to the request to end. Called once."""
 
     def say(self, what: str, value: object = None) -> None:
+        """Notify the parent."""
         self._pipe.send((what, value))
 
     async def pause(self, seconds: float) -> None:
-        """Sleep, but not beyond the end."""
+        """Sleep, at most until the process is asked to end."""
         await asyncio.wait({self.end}, timeout=seconds)
 
     async def join(self, group: str, channel: str) -> None:
-        """group_add, until it succeeds."""
+        """Call ``group_add`` until it succeeds."""
         if self.is_ending:
             return
         self.book.write(Joining(now(), group, channel))
@@ -135,7 +138,7 @@ class Player:
                 return
 
     async def leave(self, group: str, channel: str) -> None:
-        """group_discard, until it succeeds."""
+        """Call ``group_discard`` until it succeeds."""
         if self.is_ending:
             return
         self.book.write(Leaving(now(), group, channel))
@@ -172,10 +175,10 @@ class Player:
 
 
 class Sending(Player):
-    """Writers that send, each one message after the other."""
+    """The base class of roles with writers. A writer sends one message after the other."""
 
     def plan(self, chance: random.Random) -> Iterator[tuple[Kind, str, float]]:
-        """What to send where, and for how long to pause then, for ever."""
+        """Yield without end what to send where, and how long to pause afterwards."""
         while True:
             kind, stream = self.choose(chance)
             if chance.random() < BURST:
@@ -192,13 +195,13 @@ class Sending(Player):
         *,
         in_transaction: bool = False,
     ) -> dict[str, Any]:
-        """Write down that a message is about to be sent; returns the message."""
+        """Record that a message is about to be sent, and return the message."""
         (size,) = chance.choices(SIZES, SIZE_WEIGHTS)
         self.book.write(Begun(now(), writer, n, kind, stream, in_transaction))
         return {"type": "soak", "from": writer, "n": n, "pad": b"." * chance.randrange(size)}
 
     def choose(self, chance: random.Random) -> tuple[Kind, str]:
-        """A kind of stream, and which one."""
+        """Choose a kind of stream and one stream of that kind."""
         kind: Kind = chance.choice(KINDS)
         if kind == "specific" and self.specific:
             return kind, chance.choice(self.specific)
@@ -210,10 +213,10 @@ class Sending(Player):
 
 
 class Sender(Sending):
-    """Sends from tasks of one event loop."""
+    """A process that sends from tasks of one event loop."""
 
     async def play(self) -> None:
-        self.groups = (*GROUPS, f"guests-{self.part.name}")
+        self.groups = (*GROUPS, f"own-{self.part.name}")
         self.say("ready")
         writers = [
             asyncio.ensure_future(
@@ -237,7 +240,7 @@ class Sender(Sending):
                 await self.pause(pause)
 
     async def _host(self) -> None:
-        """Have others' channels in a group that only this process sends to."""
+        """Add channels of other processes to a group that only this process sends to."""
         (group,) = set(self.groups) - set(GROUPS)
         while not (self.is_quiet or self.is_ending):
             await self.pause(self.random.uniform(0.2, 1.0))
@@ -249,7 +252,7 @@ class Sender(Sending):
 
 
 class Threads(Sending):
-    """Sends from threads, by async_to_sync."""
+    """A process that sends from threads with ``async_to_sync``."""
 
     async def play(self) -> None:
         self.say("ready")
@@ -298,18 +301,21 @@ async def _attempt(
 
 
 class Receiving(Player):
-    """Reads channels, and is impatient now and then."""
+    """The base class of roles that read channels and sometimes cancel ``receive()``."""
 
-    async def next(self, channel: str, patience: float | None = None) -> bool:
-        """Receive one message and write it down; False if it was cancelled instead."""
+    async def next(self, channel: str, timeout: float | None = None) -> bool:
+        """Receive and record one message; return False if the receive was cancelled.
+
+        ``timeout``: seconds until it is cancelled, random by default.
+        """
         task: asyncio.Future[Any] = asyncio.ensure_future(self.layer.receive(channel))
-        if patience is None:
-            patience = self.random.choice((0.0, self.random.random() / 100, 0.2, 5.0, 5.0, 5.0))
-        if patience == 0.0:
+        if timeout is None:
+            timeout = self.random.choice((0.0, self.random.random() / 100, 0.2, 5.0, 5.0, 5.0))
+        if timeout == 0.0:
             await asyncio.sleep(0)
         else:
             await asyncio.wait(
-                (task, self.end), timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                (task, self.end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
         if not task.done():
             task.cancel()
@@ -323,7 +329,7 @@ class Receiving(Player):
 
 
 class Receiver(Receiving):
-    """Reads channels of its own, some of which come and go, in groups that they join and leave."""
+    """A process that reads its own channels, which join and leave groups."""
 
     async def play(self) -> None:
         self._open: set[str] = set()
@@ -385,7 +391,7 @@ class Receiver(Receiving):
 
 
 class Worker(Receiving):
-    """One of several that compete for jobs. Sometimes slow: then what it took ahead goes back."""
+    """One of several readers of jobs. It is sometimes slow, so prefetched jobs are released."""
 
     channel = JOBS
     readers = 2
@@ -401,7 +407,7 @@ class Worker(Receiving):
 
 
 class Single(Worker):
-    """The only reader of its channel, and so one that is owed an order."""
+    """The only reader of its channel, which receives the jobs in order."""
 
     channel = LINE
     readers = 1

@@ -1,4 +1,4 @@
-"""The course of a run: all start, faults for a while, all are quiet, what is on its way arrives."""
+"""A run: start the processes, inject faults, stop the senders, drain, account."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CREW: tuple[Role, ...] = (
     *("clerk", "clerk"),
     "sweeper",
 )
-PROGRESS = 10.0  # seconds between two lines
-CALM = 2.0  # seconds in which nothing comes any more: a second copy would have
+PROGRESS = 10.0  # seconds between two progress lines
+CALM = 2.0  # seconds without a message after which a second copy would have arrived
 DRAIN_MOST = 45.0  # seconds without a message
 
 
@@ -38,9 +38,10 @@ def soak(
     keep: Path | None = None,
     only: Collection[str] = (),
 ) -> Ledger:
-    """Run for so long, and settle the ledger.
+    """Inject faults for so many seconds and return the ledger.
 
-    ``keep``: a folder that gets the books. ``only``: parts of the names of the faults to make.
+    ``say`` gets the progress lines. ``keep`` is a folder to which the books are copied. ``only``
+    has parts of names: only matching faults are injected. Raises ``KeyboardInterrupt`` on SIGTERM.
     """
     with Cluster() as cluster, Network(cluster) as network:
         folder = cluster.folder / "books"
@@ -57,7 +58,7 @@ def soak(
 
 
 async def _until_sigterm(run: Coroutine[Any, Any, None]) -> None:
-    """Cancelled by SIGTERM: a handler that raises would do so in any of the tasks."""
+    """Cancel the run on SIGTERM. A handler that raised could do so in any task."""
     task = asyncio.ensure_future(run)
     loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
@@ -91,7 +92,7 @@ async def _run(
         tasks = [harm, report]
         await asyncio.wait({harm}, timeout=seconds)
         if harm.done():
-            await harm  # it failed
+            await harm  # raises its error
         harm.cancel()
         await asyncio.wait({harm})
         if not harm.cancelled():
@@ -109,13 +110,13 @@ async def _run(
 
 
 async def _drain(folder: Path, counter: Counter) -> None:
-    """Until everything that must come has come, and a little longer for what must not."""
-    came_at = calm_since = now()
-    counter.look()
-    while now() - came_at < DRAIN_MOST:
+    """Wait until all messages that must arrive have arrived, and `CALM` seconds more."""
+    progress_at = calm_since = now()
+    counter.update()
+    while now() - progress_at < DRAIN_MOST:
         await asyncio.sleep(0.2)
-        if counter.look():
-            came_at = calm_since = now()
+        if counter.update():
+            progress_at = calm_since = now()
         elif now() - calm_since >= CALM:
             if not any(
                 tally.lost[UNEXPLAINED] for tally in settle(read_books(folder)).tallies.values()
@@ -129,7 +130,7 @@ async def _report(
 ) -> None:
     while True:
         await asyncio.sleep(PROGRESS)
-        counter.look()
+        counter.update()
         say(
             f"{time.monotonic() - start:5.0f} s   {counter.sent} sent   {counter.received} received"
             f"   {faults.count} faults"

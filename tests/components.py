@@ -1,8 +1,8 @@
-"""Components that tests can do without: a browser, a Redis server, granian.
+"""Optional components of tests, such as a browser, a Redis server or granian.
 
-A test that needs one is marked with the component's name and asks for it here. Where the component is missing
-the test is skipped, unless the environment's PG_LAYER_REQUIRE names it ("browser,redis"): then it fails, so
-that continuous integration notices when it tests less than it should.
+A test that needs a component is marked with its name and calls a function of this module. If the
+component is missing, the test is skipped. If the environment's PG_LAYER_REQUIRE names the component
+("browser,redis"), the test fails instead, so that continuous integration does not skip it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ REQUIRE_VARIABLE = "PG_LAYER_REQUIRE"
 
 
 def required_components() -> frozenset[str]:
-    """The components that must not be missing."""
+    """Return the components that must not be missing."""
     names = os.environ.get(REQUIRE_VARIABLE, "").split(",")
     return frozenset(name.strip() for name in names if name.strip())
 
 
 def missing(component: str, reason: str) -> NoReturn:
-    """Skip the test for `reason`, or fail it if `component` must not be missing."""
+    """Skip the test, or fail it if `component` must not be missing."""
     if component in required_components():
         pytest.fail(f"{reason} ({REQUIRE_VARIABLE} asks for {component})")
     pytest.skip(reason)
 
 
 def require(component: str, available: object, reason: str) -> None:
-    """As `missing`, unless `available` is true."""
+    """Skip or fail the test, like `missing`, unless `available` is true."""
     if not available:
         missing(component, reason)
 
 
 def require_executable(*names: str, component: str) -> str:
-    """The path of the first program of `names` that is installed; any of them will do."""
+    """Return the path of the first installed program of `names`."""
     for name in names:
         path = shutil.which(name)
         if path:
@@ -47,7 +47,7 @@ def require_executable(*names: str, component: str) -> str:
 
 
 def require_module(name: str, component: str) -> ModuleType:
-    """The module `name`, imported."""
+    """Import a module and return it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Fixtures for the whole suite: a PostgreSQL server, and databases in it."""
+"""Fixtures for the whole suite: a PostgreSQL server and databases."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ MIGRATIONS = Path(__file__).parents[1] / "migrations"
 Observer = psycopg.Connection[tuple[Any, ...]]
 
 
-# On a busy machine they would stand among the warnings that tests look for.
+# asyncio's debug mode logs slow steps on a busy machine. Tests that expect no warnings must not
+# see them.
 logging.getLogger("asyncio").addFilter(lambda record: not SLOW_STEPS.match(record.getMessage()))
 
 
 class MakeLayer(Protocol):
-    """Makes a layer on the test's database, with these options of CONFIG."""
+    """A function that creates a layer on the test's database with options of CONFIG."""
 
     def __call__(self, **options: object) -> PostgresChannelLayer: ...
 
 
 @pytest.fixture(scope="session")
 def postgres_dsn() -> Iterator[str]:
-    """The DSN of a server that may create databases: PG_LAYER_TEST_DSN, or one started for this run."""
+    """Yield the DSN of a server that may create databases.
+
+    PG_LAYER_TEST_DSN names it. Without that variable a server is started for this run.
+    """
     given = os.environ.get(DSN_VARIABLE)
     if given:
         yield given
@@ -48,13 +52,13 @@ def postgres_dsn() -> Iterator[str]:
 
 @pytest.fixture
 def fresh_database(postgres_dsn: str) -> Iterator[str]:
-    """The DSN of an empty database, dropped afterwards together with whoever is still connected."""
+    """Yield the DSN of an empty database, which is dropped with all its connections."""
     yield from _database(postgres_dsn)
 
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres_dsn: str) -> Iterator[str]:
-    """The name of a database with pg_layer's tables, to make others from."""
+    """Yield the name of a template database with pg_layer's tables."""
     for dsn in _database(postgres_dsn):
         with psycopg.connect(dsn) as connection:
             for file in sorted(MIGRATIONS.glob("*.sql")):
@@ -66,20 +70,20 @@ def migrated_template(postgres_dsn: str) -> Iterator[str]:
 
 @pytest.fixture
 def migrated_dsn(postgres_dsn: str, migrated_template: str) -> Iterator[str]:
-    """The DSN of a database that holds pg_layer's tables and nothing else."""
+    """Yield the DSN of a database that contains only pg_layer's tables."""
     yield from _database(postgres_dsn, migrated_template)
 
 
 @pytest.fixture
 def observer(migrated_dsn: str) -> Iterator[Observer]:
-    """A connection to that database in autocommit, to look behind the scenes."""
+    """Yield a connection to the test's database in autocommit, to read the layer's tables."""
     with psycopg.connect(migrated_dsn, autocommit=True, application_name="observer") as connection:
         yield connection
 
 
 @pytest.fixture
 async def make_layer(migrated_dsn: str) -> AsyncIterator[MakeLayer]:
-    """Makes layers on that database, and closes them in the end."""
+    """Yield a function that creates layers; close them at the end of the test."""
     layers: list[PostgresChannelLayer] = []
 
     def make(**options: object) -> PostgresChannelLayer:
@@ -94,7 +98,7 @@ async def make_layer(migrated_dsn: str) -> AsyncIterator[MakeLayer]:
 
 @pytest.fixture
 async def processes(migrated_dsn: str) -> AsyncIterator[Processes]:
-    """Runs async functions in processes of their own, which end with the test and before its database."""
+    """Yield a runner of async functions in processes, which end before the database does."""
     started = Processes()
     yield started
     started.close()
@@ -106,7 +110,8 @@ def _database(postgres_dsn: str, template: str = "template1") -> Iterator[str]:
         sql.Identifier(name), sql.Identifier(template)
     )
     with psycopg.connect(postgres_dsn, autocommit=True) as connection:
-        # As all did before, and quicker without fsync: not on a server that is given.
+        # Before PostgreSQL 15 this was the only strategy. Without fsync it is faster; a server that
+        # PG_LAYER_TEST_DSN names probably has fsync.
         if connection.info.server_version >= 150000 and DSN_VARIABLE not in os.environ:
             create += sql.SQL(" STRATEGY file_copy")
         connection.execute(create)

@@ -1,12 +1,13 @@
-"""Async functions of the tests, run in processes of their own.
+"""Run async functions of the tests in other processes.
 
     async def double(link: Link, number: int) -> int: ...
 
     process = processes.start(double, 21)
     assert await process.result() == 42
 
-`link` leads to the test: both ends say and hear whatever can be pickled. They are forked from a clean
-process that has the modules loaded already: as separate as freshly started ones, but there at once.
+`link` connects the function with the test: both ends say and hear objects that can be pickled. The
+processes are forked from a clean process that has imported the modules. They are as isolated as new
+processes, but start at once.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ P = ParamSpec("P")
 
 Message = dict[str, Any]
 
-PATIENCE = 30.0  # seconds for what should take an instant, on a machine that has much else to do
+PATIENCE = 30.0  # seconds: a limit for short operations that holds on a busy machine
 
-# Nothing heals by a heartbeat's second look, unless a test is about that.
+# A heartbeat repairs missed notifications. Without heartbeats a test cannot pass because of one.
 UNHURRIED: dict[str, object] = {"lease": 3600, "heartbeat": 1200}
 
 _context = multiprocessing.get_context("forkserver")
@@ -41,7 +42,7 @@ _context.set_forkserver_preload(["hypothesis", "psycopg", "pytest", "tests.proce
 
 
 class ProcessFailed(Exception):
-    """The function in the other process raised, leaked, or the process ended in the middle of it."""
+    """The function in the other process raised or leaked, or its process ended early."""
 
 
 class _Said(NamedTuple):
@@ -57,7 +58,7 @@ class _Failed(NamedTuple):
 
 
 class Link:
-    """One end of the line between a test and its process. Belongs to one event loop."""
+    """One end of the connection between a test and its process. Belongs to one event loop."""
 
     def __init__(self, connection: Connection, on_end: Callable[[], None]) -> None:
         self._connection = connection
@@ -75,18 +76,19 @@ class Link:
             self._on_end()
 
     def say(self, what: object) -> None:
-        """Send to the other end."""
+        """Send an object to the other end."""
         self._connection.send(_Said(what))
 
     async def hear(self) -> Any:
-        """What the other end said next."""
+        """Return the next object that the other end sends with `say`."""
         return (await self.next()).what
 
     async def next(self) -> Any:
+        """Return the next message of any kind. Raises `TimeoutError`."""
         return await asyncio.wait_for(self._heard.get(), PATIENCE)
 
     def pretend(self, last: object) -> None:
-        """As if the other end had sent it."""
+        """Act as if the other end had sent a last message."""
         self._heard.put_nowait(last)
 
     def close(self) -> None:
@@ -95,7 +97,7 @@ class Link:
 
 
 class Process(Generic[T]):
-    """A process that runs ``function(link, *args)``. Made on the test's event loop."""
+    """A process that runs ``function(link, *args)``. Created on the test's event loop."""
 
     def __init__(
         self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any
@@ -115,11 +117,11 @@ class Process(Generic[T]):
         return self._process.pid
 
     def say(self, what: object = None) -> None:
-        """Let the function hear something."""
+        """Send an object to the function."""
         self._link.say(what)
 
     async def hear(self) -> Any:
-        """What the function said next. Raises `ProcessFailed` if it failed or ended instead."""
+        """Return what the function says next. Raises `ProcessFailed` if it ends instead."""
         said = await self._next()
         if isinstance(said, _Returned):
             raise ProcessFailed(
@@ -128,7 +130,10 @@ class Process(Generic[T]):
         return said.what
 
     async def result(self) -> T:
-        """What the function returned. Raises `ProcessFailed` if it failed, or says something instead."""
+        """Return the result of the function.
+
+        Raises `ProcessFailed` if the function fails or says something instead.
+        """
         said = await self._next()
         if not isinstance(said, _Returned):
             raise ProcessFailed(f"The function said {said.what!r} instead of returning.")
@@ -142,7 +147,7 @@ class Process(Generic[T]):
         return said
 
     def kill(self) -> None:
-        """End it as `kill -9` does; returns when it is gone."""
+        """Send SIGKILL and wait until the process has ended."""
         self._process.kill()
         self._process.join()
 
@@ -153,7 +158,7 @@ class Process(Generic[T]):
 
 
 class Processes:
-    """Starts processes, and ends those that still run when it is closed."""
+    """A set of processes; `close` kills those that still run."""
 
     def __init__(self) -> None:
         self._all: list[Process[Any]] = []
@@ -164,7 +169,7 @@ class Processes:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Process[T]:
-        """Run an async function of a test module in a process of its own."""
+        """Run an async function of a test module in a new process."""
         process = Process(function, *args, **kwargs)
         self._all.append(process)
         return process
@@ -187,7 +192,7 @@ def _main(
     )
 
     async def run() -> object:
-        # A test that is gone takes its processes with it.
+        # If the test ends without close(), its processes end too.
         link = Link(connection, on_end=lambda: os._exit(1))
         try:
             return await function(link, *args, **kwargs)
@@ -206,13 +211,13 @@ def _main(
 
 
 def new_layer(dsn: str, **options: object) -> PostgresChannelLayer:
-    """A layer with these options of CONFIG, to be closed by the caller."""
+    """Return a layer with options of CONFIG. The caller must close it."""
     return PostgresChannelLayer(**{"dsn": dsn, **UNHURRIED, **options})
 
 
 @contextlib.asynccontextmanager
 async def open_layer(dsn: str, **options: object) -> AsyncIterator[PostgresChannelLayer]:
-    """A layer that is closed in the end."""
+    """Yield a layer and close it at the end."""
     layer = new_layer(dsn, **options)
     try:
         yield layer
@@ -221,7 +226,10 @@ async def open_layer(dsn: str, **options: object) -> AsyncIterator[PostgresChann
 
 
 async def until(check: Callable[[], T], patience: float = PATIENCE) -> T:
-    """Look until ``check`` returns something true, and return that. For what announces itself nowhere."""
+    """Poll ``check`` until its result is true and return it, if no event reports the change.
+
+    Raises `TimeoutError` after ``patience`` seconds.
+    """
     deadline = time.monotonic() + patience
     while not (found := check()):
         if time.monotonic() > deadline:
@@ -230,25 +238,25 @@ async def until(check: Callable[[], T], patience: float = PATIENCE) -> T:
     return found
 
 
-# ---------------------------------------------------------------------- functions that many tests run
+# ------------------------------------------------------------------ shared functions
 
 
 async def receive(layer: PostgresChannelLayer, channel: str) -> Message:
-    """The next message of a channel; raises `TimeoutError` rather than wait for ever."""
+    """Return the next message of a channel. Raises `TimeoutError` after `PATIENCE` seconds."""
     return await asyncio.wait_for(layer.receive(channel), PATIENCE)
 
 
 async def write(
     link: Link, /, dsn: str, channel: str, messages: Iterable[Message], **options: object
 ) -> None:
-    """Send messages to a channel, one after the other."""
+    """Send messages to a channel one after the other."""
     async with open_layer(dsn, **options) as layer:
         for message in messages:
             await layer.send(channel, message)
 
 
 async def read(link: Link, /, dsn: str, count: int, **options: object) -> list[Message]:
-    """Say the name of a new channel once it is listened to, then receive ``count`` messages on it."""
+    """Say the name of a new channel when the layer listens to it; return ``count`` messages."""
     async with open_layer(dsn, **options) as layer:
         channel = await layer.new_channel()
         await listen(layer)
@@ -257,7 +265,7 @@ async def read(link: Link, /, dsn: str, count: int, **options: object) -> list[M
 
 
 async def listen(layer: PostgresChannelLayer) -> None:
-    """Have the layer listen: afterwards messages come by doorbell."""
+    """Make the layer listen, so that later messages arrive by notification."""
     channel = await layer.new_channel()
     await layer.send(channel, {"type": "hello"})
     await receive(layer, channel)

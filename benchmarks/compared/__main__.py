@@ -1,6 +1,6 @@
-"""``python -m benchmarks.compared POINT DSN SECONDS ENDURANCE``: one result, as JSON.
+"""``python -m benchmarks.compared POINT DSN SECONDS ENDURANCE``: print one result as JSON.
 
-`benchmarks.compare` starts it, in a process that imports one tree's pg_layer.
+`benchmarks.compare` starts it in a process that imports the pg_layer of one tree.
 """
 
 from __future__ import annotations

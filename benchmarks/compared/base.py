@@ -1,4 +1,4 @@
-"""What the measurements have in common: what they are given and yield, how they start and end."""
+"""Shared parts of the measurements: input, output, start and end."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from benchmarks.statistics import percentile
 
 Observer = psycopg.Connection[tuple[Any, ...]]
 
-_PATIENCE = 60.0
+_TIMEOUT = 60.0
 _TICK = 0.05
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a measurement is given.
+    """The input of a measurement.
 
-    ``dsn``: a fresh database with the tree's tables. ``seconds``: how long each part of a
-    measurement sends. ``endurance``: the same for the endurance runs.
+    ``dsn``: a new database with the tree's tables. ``seconds``: how long each part of a measurement
+    sends. ``endurance``: the same for the endurance runs.
     """
 
     dsn: str
@@ -38,7 +38,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Reading:
-    """One figure. ``what`` and ``unit`` together name it within its measurement."""
+    """One figure. ``what`` and ``unit`` together identify it within its measurement."""
 
     what: str
     unit: str
@@ -47,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Result:
-    """The figures, and for the JSON file what was seen over time."""
+    """The figures, and a series over time for the JSON file."""
 
     readings: Sequence[Reading]
     series: Sequence[dict[str, float]] = field(default_factory=list)
@@ -59,7 +59,7 @@ Measure = Callable[[Setting], Result]
 class Room:
     """Receiving processes with members of one group, and a sending process.
 
-    All of them have connected, and each member has received something. ``observer`` is a connection
+    All of them are connected, and each member has received a message. ``observer`` is a connection
     of the measuring process.
     """
 
@@ -86,7 +86,7 @@ class Room:
         observer.execute("CHECKPOINT")
 
     def kill_receivers(self) -> None:
-        """End them as ``kill -9`` does. Return when their sessions have ended."""
+        """Kill the receiving processes and wait until their sessions have ended."""
         before = self._sessions()
         for receiver in self.receivers:
             receiver.kill()
@@ -94,15 +94,15 @@ class Room:
             time.sleep(_TICK)
 
     def sent(self, deliveries: int) -> None:
-        """Note that so many more deliveries are due."""
+        """Note that ``deliveries`` more deliveries must arrive."""
         self._expected += deliveries
 
     def sent_to_group(self, messages: int) -> None:
         self.sent(messages * len(self.channels))
 
-    def missing(self, patience: float = _PATIENCE) -> list[Reading]:
-        """Wait for what is due. A figure if too little or too much was delivered, else none."""
-        end = time.monotonic() + patience
+    def missing(self, timeout: float = _TIMEOUT) -> list[Reading]:
+        """Wait for all deliveries. Return a figure if too few or too many arrived."""
+        end = time.monotonic() + timeout
         while self.board.deliveries < self._expected and time.monotonic() < end:
             time.sleep(_TICK)
         missing = self._expected - self.board.deliveries
@@ -112,7 +112,7 @@ class Room:
         return [Reading("FAULT", "deliveries missing (negative: too many)", missing)]
 
     def ages(self) -> list[float]:
-        """The ages in milliseconds of what was received since this was asked before."""
+        """Return the ages, in milliseconds, of messages received since the last call."""
         found: list[float] = []
         for receiver in self.receivers:
             ages: array[int] = receiver.ask("report")
@@ -120,22 +120,22 @@ class Room:
         return found
 
     def wal(self) -> float:
-        """Bytes of WAL that the server has written so far."""
+        """Return the bytes of WAL that the server has written."""
         return self._number("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
 
     def cpu(self) -> float:
-        """CPU seconds of all processes of the server so far."""
+        """Return the CPU seconds of all processes of the server."""
         return self._server.cpu()
 
     def table_megabytes(self) -> float:
         return self._number("SELECT pg_total_relation_size('pg_layer_message') / 1e6")
 
     def cost(self, meter: Callable[[], float], before: float, start: float, expiry: float) -> float:
-        """What the meter counts from ``before`` until the last message is deleted.
+        """Return what the meter counts from ``before`` until the last message is deleted.
 
-        A layer deletes messages when they have been received, or when they have expired. In the
-        second case, what the server does while the messages only wait is not counted. ``start`` is
-        when the first was sent, on the monotonic clock.
+        A layer deletes messages when they have been received or when they have expired. In the
+        second case the time in which messages only wait does not count. ``start`` is the time of
+        the first send on the monotonic clock.
         """
         end = time.monotonic() + expiry
         rows = -1.0
@@ -147,7 +147,7 @@ class Room:
             _sleep_until(start + expiry)
             before = meter()
             _sleep_until(end + 1)
-            give_up = end + _PATIENCE
+            give_up = end + _TIMEOUT
             while self._rows():
                 if time.monotonic() > give_up:
                     raise TimeoutError("expired messages are not deleted")
@@ -169,7 +169,7 @@ class Room:
 
 @contextmanager
 def open_room(dsn: str, processes: int, members: int = 1, expiry: float = 60) -> Iterator[Room]:
-    """A `Room` whose processes are killed in the end."""
+    """A `Room` whose processes are killed at the end."""
     with Children() as children, psycopg.connect(dsn, autocommit=True) as observer:
         yield Room(children, observer, dsn, processes, members, expiry)
 

@@ -1,4 +1,4 @@
-"""The processes of one measurement: forked, so that many start quickly and share memory."""
+"""The forked processes of a measurement, which start quickly and share memory."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PAYLOAD = "x" * 200
 CAPACITY = 1_000_000
 
 _FORK = multiprocessing.get_context("fork")
-_PATIENCE = 600.0
+_TIMEOUT = 600.0
 
 Role = Callable[..., Any]
 
 
 class Failed(Exception):
-    """A process of the measurement failed; the message says why."""
+    """A process of the measurement failed; the message gives the reason."""
 
 
 class Child:
-    """A forked process that runs a role: a function that is given a pipe to this process."""
+    """A forked process that runs a role: a function with a pipe to this process."""
 
     def __init__(self, role: Role, *args: object) -> None:
         self._pipe, theirs = _FORK.Pipe()
@@ -46,10 +46,10 @@ class Child:
     def tell(self, value: object) -> None:
         self._pipe.send(value)
 
-    def hear(self, patience: float = _PATIENCE) -> Any:
-        """Return what the role sent. Raise ``Failed`` if it failed, or sent nothing in time."""
-        if not self._pipe.poll(patience):
-            raise Failed(f"a process said nothing for {patience:g} s")
+    def hear(self, timeout: float = _TIMEOUT) -> Any:
+        """Return the role's answer. Raise ``Failed`` if it failed or did not answer in time."""
+        if not self._pipe.poll(timeout):
+            raise Failed(f"a process said nothing for {timeout:g} s")
         try:
             value = self._pipe.recv()
         except EOFError:
@@ -58,9 +58,9 @@ class Child:
             raise value
         return value
 
-    def ask(self, value: object, patience: float = _PATIENCE) -> Any:
+    def ask(self, value: object, timeout: float = _TIMEOUT) -> Any:
         self.tell(value)
-        return self.hear(patience)
+        return self.hear(timeout)
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
@@ -69,7 +69,7 @@ class Child:
         self._signal(signal.SIGCONT)
 
     def join(self) -> None:
-        self._process.join(_PATIENCE)
+        self._process.join(_TIMEOUT)
 
     def kill(self) -> None:
         self._process.kill()
@@ -81,7 +81,7 @@ class Child:
 
 
 class Children:
-    """Starts children; they are killed at the end of the ``with`` block, if they still run."""
+    """A set of children, which are killed at the end of the ``with`` block."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
@@ -111,9 +111,9 @@ def paused(children: Sequence[Child]) -> Iterator[None]:
 
 
 def message(number: int, sent_ns: int = 0) -> dict[str, Any]:
-    """A message of 200 characters.
+    """Return a message of 200 characters.
 
-    One with a negative number is a warm-up; of one with the time 0 the age is not measured.
+    A negative number marks a warm-up. The age of a message with the time 0 is not measured.
     """
     return {"type": "bench.message", "n": number, "t": sent_ns, "p": PAYLOAD}
 
@@ -126,7 +126,7 @@ async def receive(pipe: Connection, dsn: str, board: Board, index: int, members:
 
     Answer each "report" with the ages in nanoseconds since the last one. End at anything else.
     """
-    # Memberships of a process that was killed last as long as its lease.
+    # Memberships of a killed process last as long as its lease.
     layer = PostgresChannelLayer(dsn=dsn, capacity=CAPACITY, lease=600)
     ages = array("q")
 
@@ -162,17 +162,17 @@ async def receive(pipe: Connection, dsn: str, board: Board, index: int, members:
 
 
 async def send(pipe: Connection, dsn: str, board: Board, members: int, expiry: float) -> None:
-    """Warm up until all members in all processes have received something. Then send as told.
+    """Warm up until all members in all processes have received a message. Then obey orders.
 
     ``("flood", at_once, count, seconds, window)``: ``at_once`` tasks send to the group, each the
     next message when ``group_send`` has returned. They stop after ``count`` messages or after
     ``seconds``. With a ``window`` other than 0 they are at most so many messages ahead of the
     slowest process.
 
-    ``("pace", channel, seconds, rate)``: ``rate`` messages a second, one after the other, to the
-    channel, or to the group if the channel is "".
+    ``("pace", channel, seconds, rate)``: send ``rate`` messages a second, one after the other, to
+    the channel, or to the group if the channel is "".
 
-    Answer with the number of messages sent, and the seconds that it took. End at None.
+    Answer with the number of messages sent and the seconds that it took. End at None.
     """
     layer = PostgresChannelLayer(dsn=dsn, capacity=CAPACITY, expiry=expiry)
     orders: dict[str, Callable[..., Awaitable[int]]] = {"flood": _flood, "pace": _pace}
@@ -249,7 +249,7 @@ def sweep(pipe: Connection) -> None:
 
 
 def _play(ours: Connection, theirs: Connection, role: Role, args: tuple[object, ...]) -> None:
-    ours.close()  # so that the role sees the end of this process's parent
+    ours.close()  # the role must notice the end of this process
     try:
         if asyncio.iscoroutinefunction(role):
             asyncio.run(role(theirs, *args))

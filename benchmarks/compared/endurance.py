@@ -1,4 +1,4 @@
-"""5,000 messages a second for minutes: does the table grow, and does the latency?"""
+"""5,000 messages a second for minutes: growth of the table and of the latency."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pg_layer import PostgresChannelLayer
 
 RATE = 5_000
 _TICK = 0.01
-#: One message in so many carries the time.
+#: One message of so many contains the time.
 _TIMED = 10
 _INTERVALS = 20
 
 
 def endurance(setting: Setting, *, held: bool) -> Result:
-    """Half of them to a group with a member in each of two processes, half to these two channels.
+    """Send half of the messages to a group with two members and half to two channels.
 
-    ``held``: beside an open transaction, because of which autovacuum can remove nothing.
+    ``held``: beside an open transaction, because of which autovacuum cannot remove rows.
     """
     series: list[dict[str, float]] = []
     intervals: list[list[float]] = []
@@ -69,7 +69,7 @@ def endurance(setting: Setting, *, held: bool) -> Result:
 
 
 async def _send(pipe: Connection, dsn: str, channels: list[str], seconds: float) -> None:
-    """Every 10 ms the messages that are due, all at once; the next when they are sent."""
+    """Send the due messages every 10 ms, all at once; continue when they are sent."""
     layer = PostgresChannelLayer(dsn=dsn, capacity=CAPACITY)
     start = time.monotonic()
     sent = 0
@@ -92,7 +92,7 @@ async def _send(pipe: Connection, dsn: str, channels: list[str], seconds: float)
 
 @contextmanager
 def _snapshot(dsn: str) -> Iterator[None]:
-    """A transaction whose snapshot keeps all rows that are deleted from now on."""
+    """Hold a transaction whose snapshot keeps all rows that are deleted from now on."""
     with psycopg.connect(dsn) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         connection.execute("SELECT 1")

@@ -1,4 +1,4 @@
-"""A scenario of ``python -m benchmarks``, with the tree's layer in place of the installed one."""
+"""A scenario of ``python -m benchmarks`` with the tree's layer instead of the installed one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from benchmarks.compared.base import Reading, Result, Setting
 
-#: Below so many seconds the harness's smallest sizes are used.
+#: In shorter measurements the smallest sizes of the harness are used.
 _TINY = 1.0
 
 
 def existing(setting: Setting, *, scenario: str) -> Result:
-    """One round of it, with the sizes of ``--quick``."""
+    """Run one round with the sizes of ``--quick``."""
     scale = "--tiny" if setting.seconds < _TINY else "--quick"
     with tempfile.TemporaryDirectory(prefix="pg_layer_compare_") as folder:
         file = Path(folder, "results.json")

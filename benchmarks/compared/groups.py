@@ -1,4 +1,4 @@
-"""Group messages: what they cost the database, how many get through, and how late they come."""
+"""Group messages: their cost for the database, their throughput and their latency."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from benchmarks.compared.children import paused
 
 State = Literal["gone", "stopped", "live"]
 
-#: How `processes` sends: how many ``group_send`` at once, and messages for each second of sending.
+#: How `processes` sends: concurrent ``group_send`` calls, and messages for each second.
 _WAYS = {"one at a time": (1, 1_000), "64 at once": (64, 4_000)}
-#: Bounds the deliveries of one part, if there are any: two cores must manage them before the messages expire.
+#: A bound for the deliveries of one part. Two cores must complete them before messages expire.
 _DELIVERIES = 25_600
 _SLOWEST = 5_000
 
 
 def processes(setting: Setting, *, count: int, state: State) -> Result:
-    """One member in each of so many processes: messages/s that the database accepts, and WAL.
+    """One member in each process: messages/s that the database accepts, and WAL.
 
-    The receiving processes are in a ``state`` while the sender sends. "gone": they have joined and
-    were then killed, so that their memberships are there but nobody listens. "stopped": they
-    listen, but do not run (SIGSTOP), so that they do not compete with the database for the cores.
-    "live": they receive. The WAL is read when the rows are deleted, which is after the stopped ones
-    have gone on and received everything.
+    ``state`` is the state of the receiving processes while the sender sends. "gone": they have
+    joined and were killed, so their memberships exist but no process listens. "stopped": SIGSTOP
+    has stopped them while they listen, so they do not compete with the database for the cores.
+    "live": they receive. The WAL is read when the rows are deleted, which is after the stopped
+    processes have continued and received everything.
     """
     readings: list[Reading] = []
     readers = 1 if state == "gone" else count
@@ -57,10 +57,10 @@ def _messages(seconds: float, rate: float, processes: int) -> int:
 
 
 def receivers(setting: Setting, *, count: int) -> Result:
-    """One member in each of so many processes, 64 tasks that send at once: deliveries/s and p50.
+    """One member in each process, 64 concurrent sends: deliveries/s and p50.
 
-    The sender is at most 100 messages ahead of the slowest process, because the latency would be
-    the length of a queue otherwise.
+    The sender is at most 100 messages ahead of the slowest process. Otherwise the latency would be
+    the length of a queue.
     """
     with open_room(setting.dsn, count) as room:
         sent, _ = room.sender.ask(("flood", 64, 10_000_000, setting.seconds, 100))
@@ -73,7 +73,7 @@ def receivers(setting: Setting, *, count: int) -> Result:
 
 
 def cpu(setting: Setting, *, count: int) -> Result:
-    """300 messages a second to one member in each of so many processes: CPU of the database."""
+    """300 messages a second to one member in each process: CPU of the database."""
     expiry = 10 + 2 * setting.seconds
     with open_room(setting.dsn, count, expiry=expiry) as room:
         before, start = room.cpu(), time.monotonic()
@@ -92,7 +92,7 @@ def cpu(setting: Setting, *, count: int) -> Result:
 
 
 def latency(setting: Setting, *, count: int, members: int, rate: float) -> Result:
-    """So many messages a second to members in so many processes: how late they are received."""
+    """``rate`` messages a second to members in several processes: latency."""
     with open_room(setting.dsn, count, members) as room:
         sent, _ = room.sender.ask(("pace", "", 2 * setting.seconds, rate))
         room.sent_to_group(sent)

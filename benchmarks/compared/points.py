@@ -1,4 +1,4 @@
-"""The names of all measurements: a scenario, and where in it."""
+"""The names of all measurements: a scenario and a point of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXISTING = (
     *("workers", "websockets", "websockets-room", "connections"),
 )
 
-#: Those that run only if named.
+#: Measurements that run only if they are named.
 ON_DEMAND = ("processes-stopped", "processes-live", "restore", "endurance", "existing")
 
 POINTS: Mapping[str, Measure] = {
@@ -48,9 +48,9 @@ POINTS: Mapping[str, Measure] = {
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """The points of these scenarios or points; without any, all but those on demand.
+    """Return the points of these scenarios or points; by default all but those on demand.
 
-    Raise ``ValueError`` for a name that is neither.
+    Raise ``ValueError`` for an unknown name.
     """
     scenarios = dict.fromkeys(point.partition("/")[0] for point in POINTS)
     wanted = names or [name for name in scenarios if name not in ON_DEMAND]

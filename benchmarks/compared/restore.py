@@ -1,4 +1,4 @@
-"""A process with many memberships, whose rows the database has lost: until they are written again."""
+"""A process whose many membership rows were lost: the time until they are written again."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ RATE = 50
 _CHANNELS = 1_000
 _HEARTBEAT = 1.0
 _TICK = 0.2
-_PATIENCE = 120.0
+_TIMEOUT = 120.0
 
 
 def restore(setting: Setting, *, memberships: int) -> Result:
-    """Seconds from the first row to the last, and the latency of others; after a failover, as it were.
+    """Seconds from the first row to the last, and the latency of another process meanwhile.
 
-    What the process receives does not depend on the rows.
+    A deletion of the rows stands for a failover. Delivery to the process does not depend on the
+    rows.
     """
     with Children() as children, psycopg.connect(setting.dsn, autocommit=True) as observer:
         room = Room(children, observer, setting.dsn, 1)
         holder = children.start(_hold, setting.dsn, memberships // _CHANNELS)
         holder.hear()
         room.ages()
-        room.sender.tell(("pace", room.channels[0], setting.seconds + _PATIENCE, RATE))
+        room.sender.tell(("pace", room.channels[0], setting.seconds + _TIMEOUT, RATE))
         own = "group_name LIKE 'restored.%'"
         observer.execute(f"DELETE FROM pg_layer_membership WHERE {own}".encode())
         observer.execute("DELETE FROM pg_layer_boot")
         count = f"SELECT count(*) FROM pg_layer_membership WHERE {own}".encode()
         began = ended = None
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while ended is None and time.monotonic() < deadline:
             time.sleep(_TICK)
             row = observer.execute(count).fetchone()

@@ -1,4 +1,4 @@
-"""Transactions of an application that also send, where a commit takes 3 ms."""
+"""Transactions of an application that also send, with commits that take 3 ms."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from benchmarks.compared.children import CAPACITY, GROUP, Child, Children, messa
 from benchmarks.statistics import percentile
 from pg_layer import PostgresChannelLayer
 
-#: Clients are threads of so many processes, because one Python process would be the limit.
+#: Clients are threads of several processes, because one Python process would be the limit.
 PROCESSES = 4
-#: Transactions a second of all clients, and other messages a second, of the paced measurement.
+#: Transactions a second of all clients, and other messages a second, in the paced measurement.
 PACE = 200
 
 NONE = "without a send"
@@ -52,7 +52,7 @@ SENDS: Mapping[str, _Send] = {
 
 @dataclass(frozen=True)
 class Order:
-    """``rate``: transactions a second of each client; 0: as many as it can."""
+    """An order. ``rate``: transactions a second of each client, or 0 without a limit."""
 
     what: str
     seconds: float
@@ -60,7 +60,7 @@ class Order:
 
 
 def unpaced(setting: Setting, *, clients: int) -> Result:
-    """So many clients, each as fast as it can: transactions/s, and how long one takes."""
+    """Clients without a pause: transactions/s, and the duration of a transaction."""
     readings: list[Reading] = []
     with _application(setting.dsn, clients) as (room, processes):
         alone = 0.0
@@ -77,7 +77,7 @@ def unpaced(setting: Setting, *, clients: int) -> Result:
 
 
 def paced(setting: Setting, *, clients: int) -> Result:
-    """200 transactions a second of all clients, and 200 messages a second from another process."""
+    """200 transactions a second of all clients beside 200 messages a second."""
     readings: list[Reading] = []
     seconds = 2 * setting.seconds
     with _application(setting.dsn, clients) as (room, processes):
@@ -97,9 +97,9 @@ def paced(setting: Setting, *, clients: int) -> Result:
 
 @contextmanager
 def _application(dsn: str, clients: int) -> Iterator[tuple[Room, list[Child]]]:
-    """Two receiving processes, and the application's with their threads.
+    """Start two receiving processes, and processes of the application with their threads.
 
-    A commit that waits for the disk takes 3 ms. The layer's own commits do not wait for it.
+    A commit that waits for the disk takes 3 ms. The layer's own commits do not wait for the disk.
     """
     with Children() as children, psycopg.connect(dsn, autocommit=True) as observer:
         observer.execute("CREATE TABLE application (text text)")
@@ -113,7 +113,7 @@ def _application(dsn: str, clients: int) -> Iterator[tuple[Room, list[Child]]]:
 
 
 def _run(room: Room, processes: list[Child], order: Order) -> list[float]:
-    """Have all clients run transactions, and return how long each took, in milliseconds."""
+    """Run transactions in all clients; return their durations in milliseconds."""
     for process in processes:
         process.tell(order)
     for process in processes:
@@ -130,10 +130,10 @@ def _run(room: Room, processes: list[Child], order: Order) -> list[float]:
 
 
 def _clients(pipe: Connection, threads: int) -> None:
-    """Run transactions in so many threads, each with a connection of Django's, as told.
+    """Run transactions in threads that each have a connection of Django, as ordered.
 
-    Told an `Order`, connect and answer "ready". Told "start", run for so long, and answer how many
-    transactions there were, and the milliseconds of each that ended in time.
+    At an `Order`, connect and answer "ready". At "start", run, then answer with the number of
+    transactions and the milliseconds of each that ended in time.
     """
     layer = PostgresChannelLayer(using="default", capacity=CAPACITY)
     while order := pipe.recv():
@@ -141,7 +141,9 @@ def _clients(pipe: Connection, threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
             phases = [index / threads for index in range(threads)]
             clients = [pool.submit(_client, layer, order, phase, gate) for phase in phases]
-            with suppress(threading.BrokenBarrierError):  # a client has failed: its result says why
+            with suppress(
+                threading.BrokenBarrierError
+            ):  # a client has failed; its result gives the reason
                 gate.wait()
                 pipe.send("ready")
                 pipe.recv()

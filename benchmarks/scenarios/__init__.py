@@ -1,4 +1,4 @@
-"""The scenarios, by name, in the order in which they run."""
+"""The scenarios by name, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.scenarios import (
 )
 from benchmarks.scenarios.base import Scale, Scenario
 
-#: What a run visits unless it is told otherwise.
+#: The default scenarios of a run.
 SCENARIOS: Mapping[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
@@ -37,18 +37,18 @@ SCENARIOS: Mapping[str, Scenario] = {
     )
 }
 
-#: These, and each point of each curve.
+#: These and each point of each curve.
 EVERY: Mapping[str, Scenario] = {**SCENARIOS, **growth.POINTS}
 
-#: What stands for several scenarios.
+#: Names that stand for several scenarios.
 SETS = ("all", "growth", *growth.CURVES)
 
 
 def choose(names: Sequence[str], scale: Scale) -> list[Scenario]:
-    """The scenarios of these names, each once; KeyError for an unknown one.
+    """Return the scenarios of these names, each once. Raise KeyError for an unknown name.
 
-    A curve stands for those of its points that a run of this scale visits, "growth" for all curves, "all" for
-    everything.
+    A curve stands for those of its points that a run of this scale includes, "growth" for all
+    curves, and "all" for everything.
     """
     chosen: dict[str, Scenario] = {}
     for name in names:

@@ -1,8 +1,8 @@
-"""The scenarios' inserts, notifications, reads and deletes in plain psycopg: what PostgreSQL can do here.
+"""The scenarios' statements in plain psycopg, to measure what PostgreSQL itself can do.
 
-There is no layer in them: no mailboxes, no capacity, no leases, no second try, one sender whose messages come
-in batches that are full from the start. So each figure is a ceiling, and a layer's share of it says what the
-layer costs. Messages are numbered and counted as everywhere.
+They involve no layer: no inboxes, no capacity, no leases, no retries, and one sender whose batches
+are full from the start. So each figure is a ceiling, and a layer's share of it shows the cost of
+the layer. Messages are numbered and counted as in all scenarios.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Rows = psycopg.AsyncConnection[tuple[Any, ...]]
 
 _JOBS = "bare_jobs"
 _TAKE_AT_MOST = 32
-#: So many notifications, each of one statement, are read at once at most.
+#: At most so many notifications, each of one statement, are read at once.
 _RANGES_AT_MOST = 10
 
 _INSERT_ONE = """
@@ -75,7 +75,7 @@ _LEAVE = """
 
 
 async def _connect(stage: Stage, *, durable: bool = False) -> Rows:
-    """A connection on which every statement commits by itself, after the disk has it only if ``durable``."""
+    """A connection in autocommit. Commits wait for the disk only if ``durable``."""
     connection = await psycopg.AsyncConnection.connect(
         stage.spec.address, autocommit=True, prepare_threshold=0
     )
@@ -85,11 +85,11 @@ async def _connect(stage: Stage, *, durable: bool = False) -> Rows:
 
 
 def _inboxes(stage: Stage) -> list[str]:
-    """One for each receiving process; also the names of their NOTIFY channels."""
+    """Return the inboxes of the receiving processes, which also name their NOTIFY channels."""
     return [f"bare_{process}" for process in range(stage.sizes.processes)]
 
 
-# ------------------------------------------------------------------------------------------------ sending
+# ------------------------------------------------------------------ sending
 
 
 async def _send_paced(stage: Stage) -> Sent:
@@ -105,7 +105,7 @@ async def _send_paced(stage: Stage) -> Sent:
 
 
 async def _send_in_a_row(stage: Stage) -> Sent:
-    """One message at a time, each carried by its notification: nothing is there to be put together."""
+    """Send one message at a time, inside its notification. There is nothing to batch."""
     async with await _connect(stage) as connection:
         inboxes = _inboxes(stage)
 
@@ -122,7 +122,7 @@ async def _send_in_a_row(stage: Stage) -> Sent:
 
 
 async def _send_batches(stage: Stage, inboxes: Sequence[str], arrived: Callable[[], int]) -> Sent:
-    """One message of each task in a statement: the batch that a layer's concurrent senders fill at best."""
+    """Send one message of each task in a statement, the largest batch of a layer's tasks."""
     board, sizes = stage.board, stage.sizes
     async with (
         await _connect(stage) as connection,
@@ -169,7 +169,7 @@ async def _send_jobs(stage: Stage) -> Sent:
 
 @contextmanager
 def sending_in_a_row(stage: Stage) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """A call for a plain thread that inserts a message and notifies, in place of a layer's `group_send`."""
+    """Return a function for a plain thread that inserts a message and notifies."""
     with psycopg.connect(stage.spec.address, autocommit=True, prepare_threshold=0) as connection:
         connection.execute("SET synchronous_commit = off")
         inboxes = _inboxes(stage)
@@ -180,18 +180,18 @@ def sending_in_a_row(stage: Stage) -> Iterator[Callable[[str, dict[str, Any]], N
         yield send
 
 
-# ---------------------------------------------------------------------------------------------- receiving
+# ------------------------------------------------------------------ receiving
 
 
 class Record:
-    """Counts what this process takes: each message is for all its members, or for the one of its sender."""
+    """A count of received messages, for all members or for the member of their sender."""
 
     def __init__(
         self, stage: Stage, *, for_all: bool, ages: bool = False, log: bool = False
     ) -> None:
         members = stage.sizes.members
         everybody: dict[int, Stream] = {}
-        # Where a message is for all, one stream stands for the equal ones of all members.
+        # For a message to all members, one stream represents the equal streams of the members.
         self.receipt = Receipt([everybody] * members if for_all else [{} for _ in range(members)])
         self._stage = stage
         self._for_all = for_all
@@ -201,7 +201,7 @@ class Record:
         self._warm = False
 
     def warm(self) -> None:
-        """Something has been heard."""
+        """Note that a notification arrived."""
         if not self._warm:
             self._warm = True
             self._stage.board.warm(self._stage.index)
@@ -225,7 +225,7 @@ class Record:
 
 
 class _Deleter:
-    """Deletes what has been taken: in each statement as much as has come during the one before."""
+    """Delete received messages, in each statement all that arrived during the previous one."""
 
     def __init__(self, connection: Rows, inbox: str) -> None:
         self._connection = connection
@@ -234,7 +234,7 @@ class _Deleter:
         self._more = asyncio.Event()
 
     def taken(self, last: int) -> None:
-        """Everything up to this id has been."""
+        """Note that everything up to this id has been received."""
         self._taken = last
         self._more.set()
 
@@ -249,7 +249,7 @@ class _Deleter:
 
 
 async def _receive_carried(stage: Stage, *, ages: bool = False) -> None:
-    """Takes the messages from the notifications, which carry them."""
+    """Read the messages from the notifications that contain them."""
     inbox = _inboxes(stage)[stage.index]
     record = Record(stage, for_all=True, ages=ages)
     async with await _connect(stage) as ears, await _connect(stage) as hands:
@@ -267,7 +267,7 @@ async def _receive_carried(stage: Stage, *, ages: bool = False) -> None:
 
 
 async def _receive_ranges(stage: Stage, *, for_all: bool) -> None:
-    """Reads what the notifications name, in order."""
+    """Read the rows that the notifications name, in order."""
     inbox = _inboxes(stage)[stage.index]
     record = Record(stage, for_all=for_all)
     heard: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
@@ -299,7 +299,7 @@ async def _receive_ranges(stage: Stage, *, for_all: bool) -> None:
 
 
 async def _receive_jobs(stage: Stage) -> None:
-    """Takes jobs in competition. Those that it has taken must stay taken: this waits for the disk."""
+    """Take jobs in competition. The commit waits for the disk, so that jobs stay taken."""
     record = Record(stage, for_all=True, log=True)
     more = asyncio.Event()
     async with await _connect(stage) as ears, await _connect(stage, durable=True) as hands:
@@ -325,11 +325,11 @@ async def _receive_jobs(stage: Stage) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- membership
+# ------------------------------------------------------------------ membership
 
 
 async def _churn(stage: Stage) -> Sent:
-    """All join in one statement and leave in another; in the end every second one joins, which is checked."""
+    """Join with one statement and leave with another; check the final members."""
     tasks = stage.sizes.tasks
     groups = [f"bench.room.{task}" for task in range(tasks)]
     channels = [f"bare!{task}" for task in range(tasks)]

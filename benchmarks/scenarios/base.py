@@ -1,4 +1,4 @@
-"""What a scenario is made of: sizes, the roles that its processes play, the reading loop they share."""
+"""The parts of a scenario: sizes, the roles of its processes, and their reading loop."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _FULL_WAIT = 0.005
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; a scenario uses what it needs.
+    """The sizes of a scenario, which uses those that it needs.
 
-    ``seconds``: how long the sender sends; ``processes``: receiving ones; ``members``: channels in each of
-    them; ``tasks``: concurrent ones in the sender; ``rate``: paced sends a second; ``window``: messages in
-    flight at most; ``room``: members of one group, of all processes together; ``group_rate``: paced sends to
-    a group a second; ``clients``: of the application's, all pgbench's; ``pgbench_scale``: of the
-    application's tables, 0 if the scenario does without the application; ``spread``: so many channels over
-    all processes, in place of ``members`` in each; ``payload``: characters in a message; ``groups``: how
-    many; ``waiting``: messages that wait elsewhere; ``settle``: seconds of quiet before a look at what
-    happens at rest.
+    ``seconds``: how long the sender sends; ``processes``: receiving processes; ``members``:
+    channels in each of them; ``tasks``: concurrent tasks in the sender; ``rate``: paced sends a
+    second; ``window``: messages in flight at most; ``room``: members of one group in all processes
+    together; ``group_rate``: paced sends to a group a second; ``clients``: pgbench's clients;
+    ``pgbench_scale``: scale of the application's tables, 0 without an application; ``spread``:
+    channels over all processes, instead of ``members`` in each; ``payload``: characters in a
+    message; ``groups``: number of groups; ``waiting``: messages that wait in other channels;
+    ``settle``: seconds of quiet before idle costs are measured.
     """
 
     seconds: float
@@ -54,7 +54,7 @@ class Sizes:
     settle: float = 0
 
     def channels(self, process: int) -> int:
-        """How many channels this receiving process reads."""
+        """Return how many channels this receiving process reads."""
         if not self.spread:
             return self.members
         return self.spread // self.processes + (process < self.spread % self.processes)
@@ -62,7 +62,7 @@ class Sizes:
 
 @dataclass
 class Sent:
-    """What the sending process reports: messages by sender, and what only it can know."""
+    """The report of the sending process: messages by sender, and what only it knows."""
 
     by_sender: list[int] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
@@ -80,9 +80,10 @@ class Sent:
 
 @dataclass
 class Receipt:
-    """What one receiving process reports: the streams of each channel.
+    """The report of a receiving process: the streams of each channel.
 
-    Where the scenario asks for them: each message's age in nanoseconds, and every (sender, number) in order.
+    If the scenario needs them: the ages of messages in nanoseconds, and every (sender, number) in
+    order.
     """
 
     streams: list[dict[int, Stream]]
@@ -92,7 +93,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that one measurement yielded."""
+    """All reports of one measurement."""
 
     sizes: Sizes
     sent: Sent
@@ -107,14 +108,14 @@ class Run:
 
     @property
     def pace_notes(self) -> dict[str, float]:
-        """The sender's notes, and whether a receiver could not keep their pace; where there is one."""
+        """Return the sender's notes, and a note if a receiver could not keep the pace."""
         behind = any(fell_behind([age / 1e6 for age in receipt.ages]) for receipt in self.receipts)
         return {**self.sent.notes, "fell behind": int(behind)}
 
 
 @dataclass
 class Stage:
-    """What a role is given. ``peers`` is what the receiving processes announced, in order."""
+    """The arguments of a role. ``peers`` has the receiving processes' announcements in order."""
 
     spec: LayerSpec
     layer: Layer
@@ -132,7 +133,7 @@ Receive = Callable[[Stage], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Roles:
-    """Who does what. A ``send`` that is a plain function runs in a thread without event loop."""
+    """The roles. A ``send`` that is a plain function runs in a thread without event loop."""
 
     send: Send
     receive: Receive | None
@@ -140,7 +141,7 @@ class Roles:
 
 @dataclass(frozen=True)
 class Curve:
-    """Where a scenario lies on a curve: the curve's name, what grows along its axis, and how much of it."""
+    """A point of a curve: the curve's name, what grows along its axis, and its value."""
 
     name: str
     axis: str
@@ -151,8 +152,9 @@ class Curve:
 class Scenario:
     """One comparison.
 
-    ``expected`` says how many deliveries a run should see once the sender is done. ``bare``: the roles that
-    do the same without a layer; ``in_one_loop``: sender and receivers may be tasks of one event loop.
+    ``expected`` returns how many deliveries a run should see when the sender is done. ``bare``: the
+    roles that do the same without a layer. ``in_one_loop``: sender and receivers may be tasks of
+    one event loop.
     """
 
     name: str
@@ -168,7 +170,7 @@ class Scenario:
     curve: Curve | None = None
 
     def roles(self, kind: LayerKind) -> Roles | None:
-        """The roles for this kind of layer; None if the scenario cannot be played with it."""
+        """Return the roles for this kind of layer, or None if the scenario excludes it."""
         if kind.played == "bare":
             return self.bare
         if kind.played == "in one loop" and not self.in_one_loop:
@@ -177,9 +179,9 @@ class Scenario:
 
 
 def message(sender: int, number: int, sent_ns: int, payload: str = PAYLOAD) -> dict[str, Any]:
-    """The numbered message that every scenario sends. A negative number is a warm-up and is not counted.
+    """Return the numbered message of all scenarios. A negative number marks a warm-up.
 
-    Of a message with the time 0 nobody asks the age.
+    The age of a message with the time 0 is not measured.
     """
     return {"type": "bench.message", "s": sender, "n": number, "t": sent_ns, "p": payload}
 
@@ -189,7 +191,7 @@ def warm_up_message() -> dict[str, Any]:
 
 
 async def send_retrying(send: Callable[[], Awaitable[None]]) -> int:
-    """Send, again after a short wait while the channel is full; returns how often it was."""
+    """Send, again after a short wait while the channel is full; return the number of waits."""
     full = 0
     while True:
         try:
@@ -209,9 +211,9 @@ async def do_many(
     at_once: int = 200,
     time_limit: float = 60.0,
 ) -> list[T]:
-    """``do(0)``, ``do(1)`` … ``do(count - 1)``, so many at once; their results in no order.
+    """Run ``do(0)`` to ``do(count - 1)``, ``at_once`` concurrently; results are unordered.
 
-    Raises TimeoutError, which says how many were done of ``what``.
+    Raises TimeoutError, whose message contains how many of ``what`` were done.
     """
     results: list[T] = []
     indexes = iter(range(count))
@@ -237,12 +239,12 @@ async def pace(
     *,
     enough: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Call ``send(number, sent_ns)`` ``rate`` times a second for so long, or until there has been ``enough``.
+    """Call ``send(number, sent_ns)`` ``rate`` times a second, for a time or until ``enough``.
 
-    Returns how many were sent.
+    Return how many were sent.
 
-    A message's time is when it was handed to the layer, but when it was due if an earlier send held it up, so
-    that a layer which stalls shows it in its latency.
+    The time of a message is when it was passed to the layer. If an earlier send delayed it, its
+    time is its due time, so that the latency shows a layer that stalls.
     """
     start = time.monotonic_ns()
     count = max(int(seconds * rate), 1)
@@ -266,7 +268,7 @@ async def read_all(
     log: bool = False,
     announce: Any = None,
 ) -> None:
-    """Read each channel in a loop of its own until the runner says stop, and report what came."""
+    """Read each channel in its own loop until the runner stops it; report what arrived."""
     receipt = Receipt(streams=[{} for _ in channels])
     readers = [
         asyncio.ensure_future(_read(stage, channel, streams, receipt, ages=ages, log=log))
@@ -278,7 +280,7 @@ async def read_all(
 async def report_at_end(
     stage: Stage, receipt: Receipt, readers: Sequence[asyncio.Future[None]], announce: Any = None
 ) -> None:
-    """Announce that the readers wait, let them go on until the runner says stop, and report what came."""
+    """Announce that the readers wait, run them until the runner stops them, and report."""
     stopped = asyncio.ensure_future(until_stopped(stage.board))
     await asyncio.sleep(0)
     stage.announce(announce)
@@ -317,7 +319,7 @@ async def _read(
         first = streams[sender].see(number)
         if log:
             receipt.log.append((sender, number))
-        if first:  # second copies are counted as such, and neither as speed nor as latency
+        if first:  # second copies count as copies, but neither in throughput nor in latency
             if ages and (sent_ns := incoming["t"]):
                 receipt.ages.append(now - sent_ns)
             board.deliver(index, now)
@@ -328,19 +330,19 @@ async def until_stopped(board: Board) -> None:
         await asyncio.sleep(_STOP_CHECK)
 
 
-async def cancel(tasks: Iterable[asyncio.Future[Any]], *, patience: float = 5.0) -> None:
-    """Cancel and wait a little; how the layer takes it is not what is measured."""
+async def cancel(tasks: Iterable[asyncio.Future[Any]], *, timeout: float = 5.0) -> None:
+    """Cancel tasks and wait a little. Errors of the layer are not measured here."""
     pending = list(tasks)
     for task in pending:
         task.cancel()
-    done, _ = await asyncio.wait(pending, timeout=patience)
+    done, _ = await asyncio.wait(pending, timeout=timeout)
     for task in done:
         if not task.cancelled():
             task.exception()
 
 
 def tally_receipts(run: Run, sent: Callable[[int, int], Mapping[int, int]]) -> Tally:
-    """The balance over all channels; ``sent(process, channel)`` says how many each sender sent there."""
+    """Return the tally of all channels. ``sent(process, channel)`` has each sender's count."""
     total = run.sent.tally
     for process, receipt in enumerate(run.receipts):
         for channel, streams in enumerate(receipt.streams):

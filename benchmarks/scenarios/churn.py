@@ -1,4 +1,4 @@
-"""Channels that join and leave without a pause; afterwards, who stayed must hear and who left must not."""
+"""Channels that join and leave without a pause. At the end the right members must receive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes, Stage, cancel,
 from benchmarks.statistics import Figure, Outcome, Stream, Tally, rate, tally_channel
 
 _CHECKS = 3
-_PATIENCE = 3.0
+_TIMEOUT = 3.0
 _SETTLE = 0.3
 _LAST = "bench.last"
 _CATCH_UP = 60.0
@@ -37,7 +37,8 @@ async def _churn(stage: Stage) -> Sent:
         return operations
 
     counts = await asyncio.gather(*map(come_and_go, groups, channels))
-    # Some layers return before the server has heard of it: the clock stops when the last joining has effect.
+    # Some layers return before the server has applied the change. The clock stops when the last
+    # join has taken effect.
     await stage.layer.group_add(_LAST, channels[0])
     await stage.layer.group_send(_LAST, message(0, 0, 0))
     await asyncio.wait_for(stage.layer.receive(channels[0]), _CATCH_UP)
@@ -47,7 +48,7 @@ async def _churn(stage: Stage) -> Sent:
 
 
 async def _check(stage: Stage, groups: list[str], channels: list[str]) -> Tally:
-    """Every second channel joins for good; a numbered message to every group must reach exactly those."""
+    """Let every second channel join; a message to every group must reach exactly these."""
     streams = [Stream() for _ in channels]
     arrived = 0
     complete = asyncio.Event()
@@ -68,7 +69,7 @@ async def _check(stage: Stage, groups: list[str], channels: list[str]) -> Tally:
             for group in groups:
                 await stage.layer.group_send(group, message(0, number, 0))
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(complete.wait(), _PATIENCE)
+            await asyncio.wait_for(complete.wait(), _TIMEOUT)
         await asyncio.sleep(_SETTLE)
     finally:
         await cancel(readers)

@@ -1,4 +1,4 @@
-"""A process whose many consumers connect at the same time, each in a group: how many connections it holds."""
+"""A process whose many consumers connect at the same time: the number of its connections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.statistics import Figure, Outcome, Stream, Tally
 
 _MEMBERS_OF_A_GROUP = 10
 _ROUNDS = 3
-_PATIENCE = 20.0
+_TIMEOUT = 20.0
 _SETTLE = 0.5
 _SAMPLE = 0.05
 
@@ -67,8 +67,8 @@ async def _consume(stage: Stage) -> Sent:
 
 
 async def _until(reached: Callable[[], bool], tasks: Sequence[asyncio.Future[None]]) -> None:
-    """Wait for it, but not for ever, and not when a consumer has failed."""
-    end = time.monotonic() + _PATIENCE
+    """Wait for a condition with a limit. Raise the error of a failed consumer."""
+    end = time.monotonic() + _TIMEOUT
     while not reached() and time.monotonic() < end:
         for task in tasks:
             if task.done():

@@ -1,4 +1,4 @@
-"""group_send to the members in two processes: how many deliveries a second, and how late."""
+"""group_send to members in two processes: deliveries a second, and their latency."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ async def warm_up_group(stage: Stage) -> None:
     before = -1
 
     async def send() -> None:
-        # One of each task. Others only where nothing comes any more: a large group would drown in them.
+        # One of each task. Send more only if nothing arrives any more, because a large group would
+        # be overloaded.
         nonlocal before
         heard = sum(board.warmed(process) for process in processes)
         if heard == before or before < 0:
@@ -66,13 +67,13 @@ def to_all_members(sent: Sent, sizes: Sizes) -> int:
 
 
 def group_window(stage: Stage) -> Window:
-    """Its messages have arrived when the slowest process has got them for all its members."""
+    """Return the messages that the slowest process has received for all its members."""
     board, sizes = stage.board, stage.sizes
     channels = [sizes.channels(process) for process in range(sizes.processes)]
     return Window(
         sizes.window,
         lambda: min(board.delivered(process) // count for process, count in enumerate(channels)),
-        patience=2 + sum(channels) / 10_000,  # a message to so many takes seconds
+        timeout=2 + sum(channels) / 10_000,  # a message to so many takes seconds
     )
 
 

@@ -1,4 +1,4 @@
-"""Growth: the same measurement again and again, with one thing ten times larger each time."""
+"""Growth: a series of measurements in which one size is ten times larger each time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks.scenarios import growth_fanout, growth_idle, growth_load
 from benchmarks.scenarios.base import Scale, Scenario
 
-#: The points of each curve, from the smallest on.
+#: The points of each curve, the smallest first.
 CURVES: Mapping[str, Sequence[Scenario]] = {
     points[0].name.partition("/")[0]: points
     for points in (
@@ -27,6 +27,6 @@ POINTS: Mapping[str, Scenario] = {
 
 
 def points_of(curve: str, scale: Scale) -> Sequence[Scenario]:
-    """The points that a run of this scale visits: all; all but the largest; the two smallest."""
+    """Return the points of a run of this scale: all, all but the largest, or the two smallest."""
     points = CURVES[curve]
     return {"full": points, "quick": points[:-1], "tiny": points[:2]}[scale]

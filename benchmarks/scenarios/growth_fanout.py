@@ -1,4 +1,4 @@
-"""What group_send costs as members, processes and groups grow."""
+"""The cost of group_send as members, processes and groups grow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CHANNELS = 100
 
 
 async def _send_one_by_one(stage: Stage) -> Sent:
-    """At a pace, but each only when all members have the one before: not the queue is to be measured."""
+    """Send at a pace, but only after all members have the last message: no queue is measured."""
     layer = stage.layer
     took: list[float] = []
 
@@ -58,7 +58,7 @@ async def _send_one_by_one(stage: Stage) -> Sent:
         stage.board.start()
         async with group_window(stage) as window:
             count = await pace(stage.sizes.seconds, stage.sizes.rate, send)
-            await window.take()  # the last has arrived: nobody else wants the cores
+            await window.take()  # the last message has arrived, so no other process needs the cores
             figures = {
                 "send": median(took),
                 "rows": (server.rows() - before) / count,
@@ -144,7 +144,7 @@ def _group(index: int) -> str:
 
 
 async def _receive_groups(stage: Stage) -> None:
-    """A few channels, in all the groups by turns: each group has one member."""
+    """Join a few channels to all groups in turn, so that each group has one member."""
     layer, sizes = stage.layer, stage.sizes
     channels = [await layer.new_channel() for _ in range(sizes.members)]
 
@@ -156,7 +156,7 @@ async def _receive_groups(stage: Stage) -> None:
 
 
 async def _send_to_groups(stage: Stage) -> Sent:
-    """Each task numbers what it sends by channel: sender ``task * channels + channel``."""
+    """Number each task's messages by channel: sender ``task * channels + channel``."""
     layer, board, sizes = stage.layer, stage.board, stage.sizes
 
     async def warm() -> None:
@@ -220,7 +220,7 @@ def _groups(count: int) -> Scenario:
 
 
 def scales(full: Sizes, *, quick: float = 1) -> dict[Scale, Sizes]:
-    """A point is as large in each scale; what differs is for how many seconds it is sent to."""
+    """Return the sizes of a point, which is as large in each scale but sends for other times."""
     return {"full": full, "quick": replace(full, seconds=quick), "tiny": replace(full, seconds=0.3)}
 
 

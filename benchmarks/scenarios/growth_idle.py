@@ -1,4 +1,4 @@
-"""What consumers cost that wait for messages that do not come: memory, connections, queries."""
+"""The cost of idle consumers: memory, connections, queries."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from benchmarks.statistics import Figure, Outcome, Stream, Tally, fell_behind, p
 
 _RATE = 20
 _WARM_UP_LIMIT = 20.0
-_PATIENCE = 3.0
+_TIMEOUT = 3.0
 
 
 class _Consumers:
-    """Loops in ``receive()``, one for each channel, and what they heard."""
+    """Loops in ``receive()``, one for each channel, and what they received."""
 
     def __init__(self, stage: Stage) -> None:
         self.channels: list[str] = []
@@ -45,7 +45,7 @@ class _Consumers:
         self._sent: list[int] = []
 
     async def add(self, count: int) -> None:
-        """So many more, each of them waiting when this returns."""
+        """Add so many loops. Each of them waits when this returns."""
         new = await do_many(lambda index: self._layer.new_channel(), count, "channels")
         for channel in new:
             stream = Stream()
@@ -71,7 +71,7 @@ class _Consumers:
         await self._layer.send(self.channels[index], message(0, number, sent_ns))
 
     def check(self) -> None:
-        """Raise what a consumer failed with."""
+        """Raise the error of a failed consumer."""
         for task in self.tasks:
             if task.done():
                 task.result()
@@ -89,7 +89,7 @@ class _Consumers:
 
 
 async def _idle(stage: Stage) -> Sent:
-    """One consumer that has heard something, so that the layer is up; the idle ones; then messages to any."""
+    """One consumer that has received a message; idle consumers; then messages to any of them."""
     count, seconds = stage.sizes.members, stage.sizes.seconds
     _allow_many_files()
     consumers = _Consumers(stage)
@@ -139,7 +139,7 @@ async def _warm_up(stage: Stage, consumers: _Consumers) -> None:
 
 
 async def _arrival(consumers: _Consumers) -> None:
-    limit = time.monotonic() + _PATIENCE
+    limit = time.monotonic() + _TIMEOUT
     while consumers.outstanding:
         if time.monotonic() > limit:
             return
@@ -152,7 +152,7 @@ def _memory() -> int:
 
 
 def _allow_many_files() -> None:
-    """A layer may want a connection for each consumer; where so many are forbidden, that is its failure."""
+    """Limit the connections. A layer with one for each consumer fails at this limit."""
     try:
         import resource
     except ImportError:
@@ -171,7 +171,8 @@ def _summarise(run: Run) -> Outcome:
 
 
 def _consumers(count: int) -> Scenario:
-    # PostgreSQL's sessions may count a transaction ten seconds late, so that a shorter quiet counts too many.
+    # PostgreSQL's sessions may count a transaction ten seconds late, so a shorter pause counts too
+    # many.
     sizes = Sizes(seconds=5, processes=0, members=count, settle=11)
     return Scenario(
         name=f"growth-idle/{count}",

@@ -1,4 +1,4 @@
-"""send to one process: by more and more tasks, of larger and larger messages, while more and more wait."""
+"""send to one process: with more tasks, larger messages, and more messages that wait."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ _OF_SIZE = (
 _OF_WAITING = (Figure("msg/s", "msg/s", "higher"), *AGES)
 _TASKS = 10
 _RATE = 25
-#: What may be on its way at once, so that a receiver that falls behind does not fill the memory.
+#: Bytes in flight at most, so that a slow receiver does not fill the memory.
 _BYTES_AHEAD = 32_000_000
-#: In one channel wait at most so many: half of what it holds.
+#: At most so many messages wait in one channel: half of its capacity.
 _WAIT_IN_A_CHANNEL = 5_000
-#: Long enough for a million; short enough that the first has not expired at the end.
+#: Long enough for a million messages; short enough that the first has not expired at the end.
 _FILL_LIMIT = 45.0
 _LOOK_AT = 10
 _LOOK_LIMIT = 5.0
-_PATIENCE = 2.0
+_TIMEOUT = 2.0
 _ARRIVAL_LIMIT = 20.0
 
 
 async def _send(stage: Stage) -> Sent:
-    """First flat out, without ages; when all has arrived, at a pace on one more channel, with ages."""
+    """Send at full speed without ages, then at a pace on one more channel with ages."""
     board, tasks = stage.board, stage.sizes.tasks
     if stage.sizes.waiting:
         await _fill(stage)
@@ -74,13 +74,13 @@ async def _send(stage: Stage) -> Sent:
 
 
 async def _arrival(board: Board, count: int) -> None:
-    """Wait for so many deliveries, but not for what has got lost."""
+    """Wait for so many deliveries, without those that are lost."""
     limit = time.monotonic() + _ARRIVAL_LIMIT
     seen, since = -1, time.monotonic()
     while (deliveries := board.deliveries) < count and (now := time.monotonic()) < limit:
         if deliveries > seen:
             seen, since = deliveries, now
-        elif now - since > _PATIENCE:
+        elif now - since > _TIMEOUT:
             return
         await asyncio.sleep(0.005)
 
@@ -94,7 +94,7 @@ def _waiting_channel(index: int) -> str:
 
 
 async def _fill(stage: Stage) -> None:
-    """Send as many messages as are to wait to channels where nobody receives, the quickest way there is.
+    """Store the messages that wait, on channels without a reader, as fast as possible.
 
     Raises TimeoutError if that takes too long.
     """
@@ -127,9 +127,9 @@ async def _fill(stage: Stage) -> None:
 
 
 async def _look(stage: Stage) -> Tally:
-    """Do they still wait? Take a few from the channel that was filled last.
+    """Verify that the messages still wait: receive a few from the last channel.
 
-    Raises RuntimeError if there is none: whoever keeps none was not measured with any.
+    Raises RuntimeError if there are none, because the measurement then had no waiting messages.
     """
     waiting = stage.sizes.waiting
     last = _full_channels(waiting) - 1
@@ -180,7 +180,8 @@ def _size(count: int, label: str) -> Scenario:
 def _waiting(count: int) -> Scenario:
     return Scenario(
         name=f"growth-waiting/{count}",
-        title=f"growth: send by {_TASKS} tasks, then {_RATE} a second, while {count:,} wait elsewhere",
+        title=f"growth: send by {_TASKS} tasks, then {_RATE} a second,"
+        f" while {count:,} wait elsewhere",
         figures=_OF_WAITING,
         scales=_sizes(waiting=count, window=1_000),
         send=_send,

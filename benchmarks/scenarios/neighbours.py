@@ -1,4 +1,4 @@
-"""The application's own transactions while the layer carries a fixed load: what does it cost them?"""
+"""The effect of a fixed load of the layer on the application's own transactions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from benchmarks.scenarios.base import (
 from benchmarks.statistics import Figure, Outcome, percentile
 
 GROUP = "bench.room"
-#: The sender of messages to the group; the sender to a channel of its own has the channel's index after it.
+#: The sender of messages to the group. The sender to a channel has the channel's index plus one.
 _TO_GROUP = 0
-#: pgbench, which needs time to connect as well, ends the load; it is not waited for longer than this.
-_PATIENCE = 30.0
-#: All tables in the database that are not the application's.
+#: pgbench ends the load. It also needs time to connect, and is waited for at most so long.
+_TIMEOUT = 30.0
+#: All tables in the database except the application's.
 _LEFT_BEHIND = r"""
     SELECT coalesce(sum(n_dead_tup), 0), coalesce(sum(pg_total_relation_size(relid)), 0) / 1e6
     FROM pg_stat_user_tables WHERE relname NOT LIKE 'pgbench\_%'
@@ -56,7 +56,8 @@ async def _send(stage: Stage) -> Sent:
     await _warm_up(stage, channels)
     sent = Sent([0] * (1 + len(channels)))
     enough = asyncio.Event()
-    # Before each half, or the one after a checkpoint would have to log whole pages, and the other not.
+    # Before each half. Otherwise the half after a checkpoint would log whole pages, and the other
+    # one not.
     await asyncio.to_thread(checkpoint, database)
     alone = await _transactions(database, stage.sizes)
     await asyncio.to_thread(checkpoint, database)
@@ -82,7 +83,7 @@ async def _warm_up(stage: Stage, channels: Sequence[str]) -> None:
 
 
 async def _transactions(database: str, sizes: Sizes) -> Report:
-    """The application flat out."""
+    """Run the application at full speed."""
 
     def run() -> Report:
         with Pgbench(database, clients=sizes.clients, seconds=sizes.seconds) as pgbench:
@@ -92,9 +93,9 @@ async def _transactions(database: str, sizes: Sizes) -> Report:
 
 
 async def _carry(stage: Stage, channels: Sequence[str], sent: Sent, enough: asyncio.Event) -> None:
-    """The load: messages to the group, and to each channel, which one of the tasks sees to."""
+    """Send the load: messages to the group, and to each channel by one of the tasks."""
     layer, sizes = stage.layer, stage.sizes
-    paced = partial(pace, sizes.seconds + _PATIENCE, enough=enough.is_set)
+    paced = partial(pace, sizes.seconds + _TIMEOUT, enough=enough.is_set)
 
     async def to_group(number: int, sent_ns: int) -> None:
         await layer.group_send(GROUP, message(_TO_GROUP, number, sent_ns))
@@ -119,7 +120,7 @@ async def _carry(stage: Stage, channels: Sequence[str], sent: Sent, enough: asyn
 
 
 def _carried(stage: Stage) -> float:
-    """How many of a hundred deliveries that are due by now there have been."""
+    """Return the percentage of due deliveries that have arrived."""
     sizes = stage.sizes
     seconds = (time.monotonic_ns() - stage.board.start_ns) / 1e9
     due = (sizes.rate + sizes.group_rate * sizes.processes * sizes.members) * seconds
@@ -137,7 +138,7 @@ def _costs(alone: Report, loaded: Report) -> dict[str, float]:
 
 
 def _left_behind(stage: Stage) -> dict[str, float]:
-    """What the server's statistics say of the layer's tables, if it has any."""
+    """Return the server's statistics of the layer's tables, if it has tables."""
     if KINDS[stage.spec.name].server != "postgres":
         return {"dead": math.nan, "left": math.nan}
     with psycopg.connect(stage.spec.address) as connection:
@@ -175,7 +176,8 @@ _SIZES = Sizes(
 )
 NEIGHBOURS = Scenario(
     name="neighbours",
-    title="neighbours: the application's transactions beside 500 msg/s and 20 group_send/s to 2 x 50 members",
+    title="neighbours: the application's transactions"
+    " beside 500 msg/s and 20 group_send/s to 2 x 50 members",
     figures=(
         Figure("tx/s", "tx/s", "higher"),
         Figure("p50", "ms", "lower"),

@@ -1,4 +1,4 @@
-"""One sender to one channel: how late a message arrives; many senders to many channels: how many arrive."""
+"""Latency from one sender to one channel, and throughput of many senders and channels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ async def _receive(stage: Stage, *, ages: bool) -> None:
 
 async def warm_up_channels(stage: Stage) -> None:
     async def send() -> None:
-        # At once, as the messages that are measured: a pool of connections shall be filled before them.
+        # All at once, like the measured messages, so that a pool of connections is filled before
+        # them.
         await asyncio.gather(
             *(stage.layer.send(channel, warm_up_message()) for channel in stage.peers[0])
         )
@@ -60,7 +61,7 @@ async def _send_paced(stage: Stage) -> Sent:
 
 
 async def pace_channel(stage: Stage, sent: Sent, index: int) -> None:
-    """Paced sends by the sender of that index to the channel of that index, noted in ``sent``."""
+    """Send at a pace from the sender of that index to that channel; note it in ``sent``."""
     layer, channel, body = stage.layer, stage.peers[0][index], "x" * stage.sizes.payload
     full = 0
 
@@ -96,9 +97,9 @@ async def _send_flat_out(stage: Stage) -> Sent:
 
 
 async def flood_channels(stage: Stage, sent: Sent, *, timed: bool = True) -> None:
-    """Each task sends to the channel of its index as fast as it can, noted in ``sent``.
+    """Send from each task to the channel of its index without a pause; note it in ``sent``.
 
-    With a window, no more than that are on their way. Without ``timed``, nobody will ask the messages' ages.
+    With a window, no more than that are in flight. Without ``timed``, ages are not measured.
     """
     layer, sizes, body = stage.layer, stage.sizes, "x" * stage.sizes.payload
     channels: list[str] = stage.peers[0]
@@ -132,7 +133,7 @@ async def flood_channels(stage: Stage, sent: Sent, *, timed: bool = True) -> Non
 
 
 def tally_own_channels(run: Run) -> Tally:
-    """The balance where each sender sends to the channel of its index."""
+    """Return the tally if each sender sends to the channel of its index."""
     return tally_receipts(run, lambda process, channel: {channel: run.sent.by_sender[channel]})
 
 

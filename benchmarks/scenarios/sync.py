@@ -1,6 +1,6 @@
-"""Group sends in a row from a plain thread, as a WSGI view or a Celery task makes them.
+"""Consecutive group sends from a plain thread, like those of a WSGI view or a Celery task.
 
-Through `async_to_sync`, as every layer can be called; and by whatever a layer has of its own for such code.
+They use `async_to_sync`, which works with every layer, and the layer's own synchronous API.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _bridged(stage: Stage) -> GroupSend:
 
 
 def _native(stage: Stage) -> GroupSend:
-    # Not by getattr: the Redis pub/sub layer asks the running loop for whatever it does not know.
+    # Not getattr: the Redis pub/sub layer looks up unknown attributes on the running loop.
     sync = vars(stage.layer).get("sync")
     return _bridged(stage) if sync is None else cast(GroupSend, sync.group_send)
 
@@ -105,6 +105,7 @@ SYNC = Scenario(
 NATIVE_SYNC = replace(
     SYNC,
     name="native-sync",
-    title="native-sync: layer.sync.group_send in a row from a plain thread (other layers: async_to_sync)",
+    title="native-sync: layer.sync.group_send in a row from a plain thread"
+    " (other layers: async_to_sync)",
     send=_send_native,
 )

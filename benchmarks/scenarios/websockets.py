@@ -1,6 +1,7 @@
-"""WebSockets end to end: clients of uvicorn servers, with a Channels consumer each, talk in rooms.
+"""WebSockets end to end: clients of uvicorn servers with Channels consumers talk in rooms.
 
-The servers are the receiving processes. All clients are in the sending one, whose clock times both ends.
+The servers are the receiving processes. All clients are in the sending process, whose clock
+measures both ends.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from benchmarks.scenarios.base import Run, Scenario, Sent, Sizes, Stage, cancel,
 from benchmarks.scenarios.point import AGES
 from benchmarks.statistics import Figure, Outcome, fell_behind, percentile, rate
 
-#: So many clients connect at a time.
+#: At most so many clients connect at once.
 _AT_ONCE = 20
 _CONNECT_LIMIT = 20.0
 _CLOSE_LIMIT = 5.0
-#: What has not come back to its room by then is written off, and the room goes on.
-_PATIENCE = 2.0
-#: Messages keep arriving after the last was sent: listen on for so long.
+#: Seconds after which a message counts as lost and its room continues.
+_TIMEOUT = 2.0
+#: Seconds after the last send for which the clients keep listening to late messages.
 _DRAIN_LIMIT = 15.0
-#: After everything has come: wait so long for a second copy.
+#: Seconds after the last expected message in which a second copy may arrive.
 _SETTLE = 0.3
-#: Flat out, one client says so many in a row: its messages overtake each other, if they can.
+#: Number of consecutive messages of one client without a pause. They could overtake each other.
 _IN_A_ROW = 10
 
 
@@ -52,7 +53,7 @@ async def _send(stage: Stage) -> Sent:
             done, _ = await asyncio.wait(
                 [measuring, *listening], return_when=asyncio.FIRST_COMPLETED
             )
-            for task in done - {measuring}:  # nobody ends listening but by a failure
+            for task in done - {measuring}:  # a listener ends only by a failure
                 task.result()
             return measuring.result()
         finally:
@@ -61,7 +62,7 @@ async def _send(stage: Stage) -> Sent:
 
 @asynccontextmanager
 async def _connected(stage: Stage, ledger: Ledger) -> AsyncIterator[Sequence[ClientConnection]]:
-    """A socket for each client, at its server and in its room."""
+    """Connect a socket for each client to its server and its room."""
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def join(client: int) -> ClientConnection:
@@ -128,7 +129,7 @@ async def _measure(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnect
 
 
 async def _talk_paced(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnection]) -> int:
-    """The rooms take turns, and in each the clients; returns how many messages did not come back in time."""
+    """Let rooms and their clients take turns; return how many messages did not return in time."""
     said: list[Said] = []
 
     async def send(number: int, sent_ns: int) -> None:
@@ -142,7 +143,7 @@ async def _talk_paced(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConn
 
 
 async def _talk_flat_out(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnection]) -> int:
-    """A room says the next when one has come back to all its clients; returns how many did not in time."""
+    """Send the next when all clients of the room have the last; return how many were late."""
     end = time.monotonic_ns() + int(stage.sizes.seconds * 1e9)
     late: list[Said] = []
 
@@ -151,7 +152,7 @@ async def _talk_flat_out(stage: Stage, ledger: Ledger, sockets: Sequence[ClientC
             sender = next(senders)
             said = ledger.say(sender, now)
             await sockets[sender].send(said.text)
-            _, missing = await asyncio.wait([said.heard], timeout=_PATIENCE)
+            _, missing = await asyncio.wait([said.heard], timeout=_TIMEOUT)
             if missing:
                 late.append(said)
 
@@ -165,12 +166,12 @@ async def _talk_flat_out(stage: Stage, ledger: Ledger, sockets: Sequence[ClientC
 
 
 async def _drain(ledger: Ledger, said: Sequence[Said]) -> int:
-    """Wait until each is heard, or until nothing arrives any more; returns how many are not."""
+    """Wait until all are received or none arrives any more; return how many are missing."""
     missing = {each.heard for each in said}
     end = time.monotonic() + _DRAIN_LIMIT
     while missing and time.monotonic() < end:
         seen = ledger.deliveries
-        _, missing = await asyncio.wait(missing, timeout=_PATIENCE)
+        _, missing = await asyncio.wait(missing, timeout=_TIMEOUT)
         if ledger.deliveries == seen:
             break
     return len(missing)
@@ -181,7 +182,7 @@ def in_turn(room: Sequence[int]) -> Iterator[int]:
 
 
 def _per_thousand(seconds: float, deliveries: int) -> float:
-    """CPU milliseconds for a thousand deliveries."""
+    """Return CPU milliseconds for a thousand deliveries."""
     return seconds * 1e6 / deliveries if deliveries else math.nan
 
 

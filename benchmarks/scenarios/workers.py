@@ -1,4 +1,4 @@
-"""Two processes compete for the jobs on one normal channel, each with one receive() loop, as in runworker."""
+"""Two processes compete for the jobs of one normal channel, each with one receive() loop."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def _send(stage: Stage) -> Sent:
         await warm_up(board, [1] * sizes.processes, warm, time_limit=_WARM_UP_LIMIT)
     except TimeoutError:
         if not any(board.warmed(process) for process in range(sizes.processes)):
-            raise  # a layer may leave a worker without work: those that have some are measured
+            raise  # a layer may leave a worker without jobs
     sent = Sent([0] * sizes.tasks)
     full = 0
     end = board.start() + int(sizes.seconds * 1e9)
@@ -75,7 +75,7 @@ def _summarise(run: Run) -> Outcome:
     idle = sum(not receipt.log for receipt in run.receipts)
     return Outcome(
         figures={"msg/s": rate(jobs, run.start_ns, run.latest_ns)},
-        # No layer promises an order among competing readers: worth knowing, but no fault.
+        # No layer promises an order among competing readers, so this is a note and no error.
         tally=replace(tally, disorder=0),
         notes={**run.sent.notes, "out of order": tally.disorder, "without work": idle},
     )

@@ -1,12 +1,13 @@
-"""Throw-away PostgreSQL servers for tests, demo and benchmarks.
+"""Temporary PostgreSQL servers for tests, the demo and benchmarks.
 
     with PostgresServer() as server:
         psycopg.connect(server.dsn())
 
-A server lives in a temporary folder of its own, listens on the loopback address and on a Unix socket, and
-goes with everything it wrote when it is closed, or when the process that started it dies in whatever way.
+A server has its own temporary folder and listens on the loopback address and on a Unix socket. The
+server and its files are removed when it is closed or when the process that started it ends, even by
+SIGKILL.
 
-`python -m devtools.postgres` runs one until it is interrupted.
+`python -m devtools.postgres` runs a server until it is interrupted.
 """
 
 from devtools.postgres.binaries import BinariesNotFound, PostgresServerError, find_binaries

@@ -1,4 +1,4 @@
-"""`python -m devtools.postgres`: a server until Ctrl-C."""
+"""The command line `python -m devtools.postgres`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run a server until SIGINT or SIGTERM. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m devtools.postgres",
-        description="Run a throw-away PostgreSQL server until interrupted.",
+        description="Run a temporary PostgreSQL server until interrupted.",
     )
     parser.add_argument(
-        "--pg-version", metavar="MAJOR", help="PostgreSQL's major version, such as 16"
+        "--pg-version", metavar="MAJOR", help="major version of PostgreSQL, such as 16"
     )
     parser.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
     parser.add_argument(
-        "--data-dir", help="keep data and password in this folder; thrown away by default"
+        "--data-dir", help="keep data and password in this folder; default: a temporary folder"
     )
     parser.add_argument(
-        "--no-fsync", action="store_true", help="faster, and lost if the machine crashes"
+        "--no-fsync", action="store_true", help="faster; the data is lost if the machine crashes"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a line of postgresql.conf"
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(server.dsn(), flush=True)
             print(f"log: {server.log_path}", file=sys.stderr, flush=True)
             os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
-            print(f"The server ended by itself:\n{server.log_tail()}", file=sys.stderr)
+            print(f"The server stopped unexpectedly:\n{server.log_tail()}", file=sys.stderr)
             return 1
     except KeyboardInterrupt:
         return 0

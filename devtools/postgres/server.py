@@ -1,4 +1,4 @@
-"""The server: started as a child of this process, configured, stopped and cleared away."""
+"""A PostgreSQL server that is a child of this process."""
 
 from __future__ import annotations
 
@@ -43,23 +43,26 @@ STOP_SIGNALS: dict[StopMode, signal.Signals] = {
     "fast": signal.SIGINT,
     "immediate": signal.SIGQUIT,
 }
-# Below the range that Linux takes outgoing ports from (32768 and up): while the server is down, a client that
-# keeps trying to reconnect could otherwise be given the server's own port, and connect to itself.
+# Below the range from which Linux takes ports of outgoing connections (32768 and up). Otherwise,
+# while the server is down, a client that reconnects could be given the server's port and connect to
+# itself.
 PORTS = range(20000, 32000)
 
 
 class PostgresServer:
-    """One PostgreSQL server, a child of this process.
+    """A PostgreSQL server that is a child of this process.
 
-    `binaries`, `version`: as for `find_binaries`; found when the server starts first.
-    `max_connections`, `fsync`, `settings`: configuration; `settings` wins, and ALTER SYSTEM over all of them.
-    `data_dir`: where the data lives; created if it is missing, and kept with its password. By default in a
-    temporary folder, which `close` removes.
-    `port`: on 127.0.0.1; by default a free one. It stays the same across restarts.
-    `primary`: start as a hot standby that streams from this running server, from a fresh base backup of it.
-    `timeout`: seconds that starting and stopping may take.
+    `binaries`, `version`: arguments of `find_binaries`, which the first start calls.
+    `max_connections`, `fsync`, `settings`: the configuration. `settings` takes precedence over the
+    other two, and ALTER SYSTEM over all of them.
+    `data_dir`: the folder of the data. It is created if it is missing and kept, with its password.
+    By default the data is in a temporary folder that `close` removes.
+    `port`: the port on 127.0.0.1, by default a free one. It stays the same across restarts.
+    `primary`: a running server. Start as a hot standby of it, from a new base backup.
+    `timeout`: seconds that a start and a stop may take.
 
-    Not thread-safe. In a forked child `stop` and `close` do nothing: the server is the parent's.
+    Not thread-safe. In a forked child `stop` and `close` do nothing, because the server belongs to
+    the parent.
     """
 
     def __init__(
@@ -83,9 +86,8 @@ class PostgresServer:
         )
         self._settings: dict[str, Setting] = {"max_connections": max_connections, "fsync": fsync}
         if not fsync:
-            self._settings["full_page_writes"] = (
-                False  # guards against what fsync=off allows anyway
-            )
+            # It protects against torn pages, and without fsync a crash of the machine loses more.
+            self._settings["full_page_writes"] = False
         self._settings |= dict(settings or {})
         self._data_dir = Path(data_dir).absolute() if data_dir is not None else None
         self._keep_data = data_dir is not None
@@ -110,16 +112,16 @@ class PostgresServer:
     ) -> None:
         self.close()
 
-    # What it is and where
+    # Properties
 
     @property
     def binaries(self) -> Path:
-        """The folder of PostgreSQL's programs, readable by the server's user."""
+        """Return the folder of PostgreSQL's programs, which the server's user can run."""
         return self._known(self._binaries)
 
     @property
     def folder(self) -> Path:
-        """The temporary folder of socket, log and (unless given) data. The server's user may write there."""
+        """Return the temporary folder of socket, log and data, writable for the server's user."""
         return self._known(self._folder)
 
     @property
@@ -140,34 +142,36 @@ class PostgresServer:
 
     @property
     def pid(self) -> int:
-        """The postmaster's. Raises `PostgresServerError` if the server does not run."""
+        """Return the pid of the postmaster. Raises `PostgresServerError` if it does not run."""
         if self._process is None or not self.running:
             raise PostgresServerError("the server is not running")
         return self._process.pid
 
     def dsn(self, dbname: str = "postgres", **params: str | int) -> str:
-        """A URI of the server over TCP, with password; `params` are further parameters of libpq."""
+        """Return a URI over TCP with the password. `params` are more parameters of libpq."""
+        login = f"{SUPERUSER}:{quote(self.password)}"
         query = f"?{urlencode(params)}" if params else ""
-        return f"postgresql://{SUPERUSER}:{quote(self.password)}@{HOST}:{self.port}/{quote(dbname)}{query}"
+        return f"postgresql://{login}@{HOST}:{self.port}/{quote(dbname)}{query}"
 
     def socket_dsn(self, dbname: str = "postgres", **params: str | int) -> str:
-        """A URI of the server over its Unix socket; it asks for no password."""
+        """Return a URI over the Unix socket, which needs no password."""
         query = urlencode({"host": str(self.folder), "port": self.port, **params})
         return f"postgresql://{SUPERUSER}@/{quote(dbname)}?{query}"
 
     def log_tail(self, lines: int = 30) -> str:
-        """The last `lines` lines of the server's log, "" before there is any."""
+        """Return the last lines of the server's log, or "" if there is no log yet."""
         if self._folder is None or not self.log_path.exists():
             return ""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
-    # What can be done with it
+    # Actions
 
     def start(self) -> None:
-        """Start the server and return when it takes connections; its data is made if there is none.
+        """Start the server and wait until it accepts connections. Create missing data.
 
-        Raises `BinariesNotFound`, or `PostgresServerError` with the end of the log. When the first start
-        fails, nothing is left behind.
+        If the first start fails, all its files are removed.
+
+        Raises `BinariesNotFound`, or `PostgresServerError` with the end of the log.
         """
         if self.running:
             raise PostgresServerError("the server is running already")
@@ -184,10 +188,12 @@ class PostgresServer:
             raise
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server, keep its data; does nothing if it does not run.
+        """Stop the server and keep its data. Do nothing if the server does not run.
 
-        "smart" waits for all clients to leave, "fast" disconnects them, "immediate" is a crash, from which
-        the next start recovers. Raises `PostgresServerError` if it still runs after `timeout` seconds.
+        "smart" waits until all clients have disconnected, and "fast" disconnects them. "immediate"
+        is a crash: the next start performs a recovery.
+
+        Raises `PostgresServerError` if the server still runs after `timeout` seconds.
         """
         if self._process is None or self._owner != os.getpid():
             return
@@ -200,12 +206,12 @@ class PostgresServer:
         self._forget_process()
 
     def restart(self, mode: StopMode = "fast") -> None:
-        """`stop(mode)`, then `start()`: the same data at the same port."""
+        """Stop the server and start it with the same data and port."""
         self.stop(mode)
         self.start()
 
     def close(self) -> None:
-        """End the server, whatever it does, and remove what it left. `start` then begins from nothing."""
+        """Stop or kill the server and remove its files. `start` then creates a new server."""
         if self._owner != os.getpid():
             return
         try:
@@ -224,7 +230,7 @@ class PostgresServer:
                 self._guard = None
 
     def execute(self, statement: str, *, dbname: str = "postgres") -> list[tuple[Any, ...]]:
-        """Run one statement in autocommit as superuser, and return its rows, if it has any."""
+        """Run one statement in autocommit as superuser and return its rows."""
         with _connect(self.socket_dsn(dbname)) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
@@ -238,16 +244,16 @@ class PostgresServer:
         return self.dsn(name)
 
     def run(self, program: str, *arguments: str | Path) -> str:
-        """Run a program of the same installation, such as `pg_basebackup`, as the server's user; its output.
+        """Run a program of the installation as the server's user and return its output.
 
-        Raises `PostgresServerError` with the output if it fails.
+        Raises `PostgresServerError` with the output if the program fails.
         """
         result = run_as(self._user, self.binaries / program, *arguments, cwd=self.folder)
         if result.returncode != 0:
             raise PostgresServerError(f"{program} failed:\n{result.stdout.strip()}")
         return result.stdout
 
-    # How it is done
+    # Implementation
 
     def _known(self, value: T | None) -> T:
         if value is None:
@@ -258,7 +264,7 @@ class PostgresServer:
         return PostgresServerError(f"the server {what}; its log ends with:\n{self.log_tail()}")
 
     def _prepare(self) -> None:
-        """Folder, guard and data: everything that outlives a restart."""
+        """Create the folder, the guard and the data, which all outlive a restart."""
         found = find_binaries(*self._binaries_wanted)
         self._binaries = usable_binaries(found, self._user)
         parent = next(temporary_folders(), None)
@@ -314,7 +320,7 @@ class PostgresServer:
             password_file.unlink()
 
     def _recall_password(self) -> None:
-        """Use the password that the data had the last time, so that its DSN stays."""
+        """Use the password that is kept with the data, so that the DSN stays the same."""
         kept = self.data_dir / PASSWORD_FILE
         if self._primary is None and kept.exists():
             self.password = kept.read_text()
@@ -337,7 +343,7 @@ class PostgresServer:
                 break
             log = self.log_path.read_bytes()[log_start:].decode(errors="replace")
             self._forget_process()
-            # Somebody took the port since we looked, or a killed server's last children are not gone yet.
+            # Another process took the port after free_port(), or children of a killed server run.
             fleeting = "pre-existing shared memory" in log or (
                 fixed_port is None and "could not bind" in log
             )
@@ -349,7 +355,7 @@ class PostgresServer:
             self._keep_password()
 
     def _write_config(self) -> None:
-        # A file of its own, rewritten at each start, because a standby's copy comes with its primary's.
+        # A separate file, rewritten at each start: a base backup copies the file of the primary.
         settings = self._settings | {
             "listen_addresses": HOST,
             "port": self.port,
@@ -378,14 +384,14 @@ class PostgresServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a Ctrl-C is for us to act on, not for the server
+                start_new_session=True,  # Ctrl-C must not reach the server; this process stops it
             )
         signum = STOP_SIGNALS["fast" if self._keep_data else "immediate"]
         if self._guard is not None:
             self._guard.watch(self._process.pid, signum)
 
     def _wait_until_ready(self) -> bool:
-        """True when the server takes connections, False if it ended instead."""
+        """Return True when the server accepts connections, False if it ended instead."""
         import psycopg
 
         deadline = time.monotonic() + self.timeout
@@ -395,7 +401,7 @@ class PostgresServer:
             except psycopg.OperationalError as error:
                 if time.monotonic() > deadline:
                     raise self._failed(f"is not ready after {self.timeout:g} s") from error
-                time.sleep(0.02)  # nothing announces a server's readiness
+                time.sleep(0.02)  # the server does not signal that it is ready
             else:
                 return True
         return False
@@ -417,14 +423,17 @@ class PostgresServer:
 
 
 def _connect(dsn: str) -> psycopg.Connection[tuple[Any, ...]]:
-    """In autocommit mode. Psycopg is imported late: the command line explains itself without it."""
+    """Connect in autocommit mode.
+
+    Psycopg is imported here, because the command line prints its help without psycopg.
+    """
     import psycopg
 
     return psycopg.connect(dsn, autocommit=True)
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on at this moment."""
+    """Return a port of the loopback address that is not in use at this moment."""
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -437,7 +446,7 @@ def free_port() -> int:
 
 
 def _quoted(value: Setting) -> str:
-    """`value` as postgresql.conf writes it."""
+    """Return a value in the syntax of postgresql.conf."""
     if isinstance(value, bool):
         return "on" if value else "off"
     text = str(value).replace("\\", "\\\\").replace("'", "''")

@@ -1,4 +1,4 @@
-"""The chat in a real browser: one page on each of two server processes."""
+"""The demo in a real browser, with one page on each of two server processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OpenPage = Callable[..., "Page"]
 
 
 class Server:
-    """One server process of the demo, which can be stopped and started again."""
+    """A server process of the demo that can be stopped and started again."""
 
     def __init__(self, name: str, port: int, other_port: int, dsn: str) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class Server:
         return str(self._process.pid)
 
     def start(self) -> None:
-        """Start the process, and return when it listens."""
+        """Start the process and wait until it listens."""
         self._process = subprocess.Popen(
             [sys.executable, *commands.serve(HOST, self.port)[1:]],
             cwd=ROOT,
@@ -69,7 +69,7 @@ class Server:
         pytest.fail(f"{self.name} did not start:\n{output}")
 
     def kill(self) -> None:
-        """End the process without a word of farewell."""
+        """Kill the process, which cannot close its layer."""
         assert self._process is not None
         with self._process as process:
             process.kill()
@@ -94,7 +94,7 @@ def environment(dsn: str, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def servers(fresh_database: str) -> Iterator[tuple[Server, Server]]:
-    """Server A and server B on a database of their own."""
+    """Yield server A and server B on one new database."""
     subprocess.run(
         [sys.executable, *commands.MIGRATE[1:]],
         cwd=ROOT,
@@ -131,7 +131,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Opens pages, each in a profile of its own, and returns them connected. Their scripts may not fail."""
+    """Yield a function that opens a connected page with a new profile.
+
+    A script error in any page fails the test.
+    """
     errors: list[str] = []
     with ExitStack() as stack:
 
@@ -159,7 +162,7 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
 
 @pytest.fixture
 def screenshots(tmp_path: Path) -> Path:
-    """The folder for screenshots."""
+    """Return the folder for screenshots."""
     folder = Path(os.environ.get("PG_LAYER_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -183,12 +186,12 @@ def say(page: Page, text: str) -> None:
 
 
 def hear(page: Page, author: str, text: str) -> str:
-    """Wait for a message; by which way it came, as the page tells it."""
+    """Wait for a message and return the path that the page shows for it."""
     message = page.locator(f".message[data-author={author!r}]").filter(has_text=text)
-    return message.locator(".path").inner_text()
+    return str(message.locator(".path").inner_text())
 
 
-def test_two_pages_on_two_processes_talk(
+def test_browser_pages_on_two_processes_talk(
     servers: tuple[Server, Server], open_page: OpenPage, screenshots: Path
 ) -> None:
     a, b = servers
@@ -214,7 +217,7 @@ def test_two_pages_on_two_processes_talk(
     assert hear(ann, "Robert", "Call me Robert") == "sent through server B · shown by server A"
 
 
-def test_a_page_comes_back_when_its_server_does(
+def test_browser_page_reconnects_when_its_server_restarts(
     servers: tuple[Server, Server], open_page: OpenPage, screenshots: Path
 ) -> None:
     a, b = servers
@@ -244,7 +247,9 @@ def test_a_page_comes_back_when_its_server_does(
     assert hear(bob, "Ann", "Welcome back") == "sent through server A · shown by server B"
 
 
-def test_what_others_wrote_stays_text(servers: tuple[Server, Server], open_page: OpenPage) -> None:
+def test_browser_text_of_others_is_escaped(
+    servers: tuple[Server, Server], open_page: OpenPage
+) -> None:
     a, b = servers
     markup = '<img src=x onerror="document.title = 1">'
     ann = open_page(a.url("safe/"), "<b>Ann</b>")
@@ -259,7 +264,7 @@ def test_what_others_wrote_stays_text(servers: tuple[Server, Server], open_page:
     assert bob.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_what_is_committed_shows_in_both_windows_and_what_is_rolled_back_in_none(
+def test_browser_committed_announcement_is_shown_and_rolled_back_is_not(
     servers: tuple[Server, Server], open_page: OpenPage, screenshots: Path
 ) -> None:
     a, b = servers
@@ -294,7 +299,7 @@ def test_what_is_committed_shows_in_both_windows_and_what_is_rolled_back_in_none
     ann.screenshot(path=screenshots / "announcements-dark.png")
 
 
-def test_announcing_needs_no_script(
+def test_browser_announcement_works_without_scripts(
     servers: tuple[Server, Server], browser: Browser, open_page: OpenPage, screenshots: Path
 ) -> None:
     a, b = servers
@@ -315,7 +320,7 @@ def test_announcing_needs_no_script(
     context.close()
 
 
-def test_the_count_of_members_follows_who_comes_goes_and_is_killed(
+def test_browser_member_count_follows_joins_leaves_and_kills(
     servers: tuple[Server, Server], open_page: OpenPage
 ) -> None:
     a, b = servers
@@ -341,7 +346,7 @@ def test_the_count_of_members_follows_who_comes_goes_and_is_killed(
         expect_text(page, "#here", "2 here")
 
 
-def test_an_empty_room_leads_to_the_other_server(
+def test_browser_empty_room_links_to_the_other_server(
     servers: tuple[Server, Server], open_page: OpenPage, screenshots: Path
 ) -> None:
     a, b = servers

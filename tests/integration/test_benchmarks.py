@@ -1,4 +1,4 @@
-"""The benchmark harness on pg_layer, in sizes that say nothing about speed but all about delivery."""
+"""The benchmark harness, in sizes that measure no speed but check every delivery."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def run(dsn: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What a tiny run wrote as JSON, and its standard output."""
+    """Return the JSON of a tiny run, and its standard output as "stdout"."""
     file = folder / "results.json"
     command = [
         sys.executable,
@@ -55,20 +55,20 @@ def run(dsn: str, folder: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What everything yields that needs no more than PostgreSQL."""
+    """Return the results of all scenarios that only need PostgreSQL."""
     return run(postgres_dsn, tmp_path_factory.mktemp("benchmarks"), "--layers", "pg,memory,bare")
 
 
 @pytest.fixture(scope="module")
 def growth(postgres_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The two smallest points of each curve."""
+    """Return the results of the two smallest points of each curve."""
     folder = tmp_path_factory.mktemp("growth")
     return run(postgres_dsn, folder, "--layers", "pg", "--scenarios", "growth")
 
 
 @pytest.mark.parametrize("layer", ["pg", "memory", "bare"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_message_arrives_once_and_in_order(
+def test_scenario_every_message_arrives_once_and_in_order(
     results: dict[str, Any], name: str, layer: str
 ) -> None:
     if SCENARIOS[name].roles(KINDS[layer]) is None:
@@ -78,10 +78,8 @@ def test_every_message_arrives_once_and_in_order(
     assert outcome["error"] is None
     assert outcome["tally"] == {"lost": 0, "twice": 0, "disorder": 0, "stray": 0}
     assert set(outcome["figures"]) == {figure.name for figure in SCENARIOS[name].figures}
-    least = {
-        "cost": -math.inf,
-        "dead": -1.0,
-    }  # noise may turn a cost into a gain; vacuum leaves no dead row
+    # Noise may make a cost negative. Vacuum may leave no dead row.
+    least = {"cost": -math.inf, "dead": -1.0}
     assert all(value > least.get(figure, 0.0) for figure, value in outcome["figures"].items())
     assert not outcome["notes"].get("processes killed")
 
@@ -99,7 +97,7 @@ def test_growth_loses_nothing_and_fills_each_curve(growth: dict[str, Any], point
 
 
 @pytest.mark.parametrize("members", [10, 100])
-def test_group_message_is_one_row_however_many_members(
+def test_growth_group_message_is_one_row_for_any_number_of_members(
     growth: dict[str, Any], members: int
 ) -> None:
     (outcome,) = growth["scenarios"][f"growth-members/{members}"]["layers"]["pg"]["rounds"]
@@ -107,7 +105,7 @@ def test_group_message_is_one_row_however_many_members(
     assert outcome["figures"]["in database"] > 0
 
 
-def test_latencies_come_with_their_distribution(results: dict[str, Any]) -> None:
+def test_results_latencies_have_their_distribution(results: dict[str, Any]) -> None:
     (outcome,) = results["scenarios"]["latency"]["layers"]["pg"]["rounds"]
     samples = outcome["samples"]
     assert len(samples) == 201
@@ -115,7 +113,7 @@ def test_latencies_come_with_their_distribution(results: dict[str, Any]) -> None
     assert samples[100] == pytest.approx(outcome["figures"]["p50"], rel=0.2)
 
 
-def test_a_probe_counts_others_and_not_itself(migrated_dsn: str) -> None:
+def test_probe_counts_other_sessions_and_not_itself(migrated_dsn: str) -> None:
     spec = LayerSpec("pg", migrated_dsn)
     with probe(spec) as server:
 
@@ -126,7 +124,7 @@ def test_a_probe_counts_others_and_not_itself(migrated_dsn: str) -> None:
             server.group_send_ms("bench.nobody")
             return server.commands() - before
 
-        # Once of a few times, for the server's own vacuuming is counted as well.
+        # At least one of three readings: the counter includes the server's own vacuuming.
         assert 0 in [own() for _ in range(3)]
         before = server.commands()
         assert server.connections() == 0
@@ -138,7 +136,7 @@ def test_a_probe_counts_others_and_not_itself(migrated_dsn: str) -> None:
         assert server.commands() - before >= 20
 
 
-def test_a_probe_counts_the_rows_of_a_message(migrated_dsn: str) -> None:
+def test_probe_counts_the_rows_of_a_message(migrated_dsn: str) -> None:
     with probe(LayerSpec("pg", migrated_dsn)) as server, psycopg.connect(migrated_dsn) as other:
         before = server.rows()
         other.execute("SELECT pg_layer_send('bench', '{\"type\": \"a\"}')")
@@ -146,7 +144,7 @@ def test_a_probe_counts_the_rows_of_a_message(migrated_dsn: str) -> None:
 
 
 @pytest.mark.redis
-def test_a_probe_of_redis_counts_others_and_not_itself() -> None:
+def test_probe_redis_counts_other_connections_and_not_itself() -> None:
     redis = pytest.importorskip("redis")
     with ExitStack() as stack:
         try:
@@ -164,12 +162,12 @@ def test_a_probe_of_redis_counts_others_and_not_itself() -> None:
         assert server.commands() - before >= 20
 
 
-def test_connections_do_not_grow_with_consumers(results: dict[str, Any]) -> None:
+def test_scenario_connections_do_not_grow_with_consumers(results: dict[str, Any]) -> None:
     (outcome,) = results["scenarios"]["connections"]["layers"]["pg"]["rounds"]
     assert outcome["figures"]["peak"] <= 5
 
 
-def test_pgbench_shows_what_the_server_can_do(results: dict[str, Any]) -> None:
+def test_ceilings_pgbench_results_are_complete(results: dict[str, Any]) -> None:
     try:
         find_pgbench()
     except Unavailable:
@@ -187,7 +185,7 @@ def test_pgbench_shows_what_the_server_can_do(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.redis
-def test_other_layers_are_set_up_so_that_they_work(postgres_dsn: str, tmp_path: Path) -> None:
+def test_scenario_other_layers_work(postgres_dsn: str, tmp_path: Path) -> None:
     require_executable("redis-server", component="redis")
     for module in ("redis", "channels_redis", "channels_postgres"):
         require_module(module, component="redis")
@@ -203,14 +201,14 @@ def test_other_layers_are_set_up_so_that_they_work(postgres_dsn: str, tmp_path: 
     assert results["ceilings"] == []
 
 
-def test_says_what_it_ran_on(results: dict[str, Any]) -> None:
+def test_results_describe_server_and_machine(results: dict[str, Any]) -> None:
     assert results["servers"]["postgres"]["fsync"] in ("on", "off")
     assert results["machine"]["cores"] >= 1
     assert "pg-layer" in results["packages"]
     assert all(name in results["stdout"] for name in SCENARIOS)
 
 
-def test_measures_beside_the_transactions_of_an_application(
+def test_big_measures_beside_transactions_of_an_application(
     postgres_dsn: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
@@ -237,7 +235,7 @@ def test_measures_beside_the_transactions_of_an_application(
     assert outcome["notes"]["transactions beside"] > 0
 
 
-def test_failure_of_what_runs_beside_is_the_outcome(migrated_dsn: str) -> None:
+def test_beside_failed_pgbench_is_the_outcome(migrated_dsn: str) -> None:
     outcome = beside(migrated_dsn, lambda: Outcome({"p50": 1.0}))
     assert outcome.figures == {}
     assert outcome.error is not None
@@ -248,7 +246,9 @@ def test_failure_of_what_runs_beside_is_the_outcome(migrated_dsn: str) -> None:
 @pytest.mark.parametrize(
     "chosen", [["--scenarios", "neighbours"], ["--scenarios", "latency", "--big"]]
 )
-def test_says_how_to_get_pgbench(postgres_dsn: str, tmp_path: Path, chosen: list[str]) -> None:
+def test_command_line_missing_pgbench_says_how_to_get_it(
+    postgres_dsn: str, tmp_path: Path, chosen: list[str]
+) -> None:
     for program in ("postgres", "initdb"):
         (tmp_path / program).touch(mode=0o755)
     command = [
@@ -271,7 +271,7 @@ def test_says_how_to_get_pgbench(postgres_dsn: str, tmp_path: Path, chosen: list
     assert "left out" in done.stderr
 
 
-def test_refuses_unknown_names() -> None:
+def test_command_line_unknown_scenario_is_refused() -> None:
     command = [sys.executable, "-m", "benchmarks", "--scenarios", "sleep"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False

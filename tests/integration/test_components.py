@@ -1,4 +1,4 @@
-"""What the tests stand on works: databases, and the optional components where they are installed."""
+"""The tests' own tools: databases, and the optional components if they are installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from devtools.postgres.server import free_port
 from tests.components import require, require_executable, require_module, required_components
 
 
-def test_a_fresh_database_is_empty_and_our_own(fresh_database: str, postgres_dsn: str) -> None:
+def test_fresh_database_is_empty_and_separate(fresh_database: str, postgres_dsn: str) -> None:
     with psycopg.connect(fresh_database) as connection:
         row = connection.execute(
             "SELECT current_database(), count(*) FROM pg_stat_user_tables"
@@ -24,7 +24,7 @@ def test_a_fresh_database_is_empty_and_our_own(fresh_database: str, postgres_dsn
     assert psycopg.conninfo.conninfo_to_dict(postgres_dsn).get("dbname") != name
 
 
-def test_a_missing_component_skips_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_missing_component_skips_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PG_LAYER_REQUIRE", "")
     assert required_components() == frozenset()
     with pytest.raises(pytest.skip.Exception, match="no-such-program or neither is not installed"):
@@ -42,7 +42,7 @@ def test_a_missing_component_skips_or_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.redis
-def test_redis_answers(tmp_path: Path) -> None:
+def test_redis_server_answers(tmp_path: Path) -> None:
     program = require_executable("redis-server", component="redis")
     require_module("redis", component="redis")
     from redis import Redis
@@ -64,7 +64,7 @@ def test_redis_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-async def test_the_browser_runs_scripts() -> None:
+async def test_browser_runs_scripts() -> None:
     program = require_executable(
         "chromium", "chromium-browser", "google-chrome", component="browser"
     )

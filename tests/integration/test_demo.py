@@ -1,4 +1,4 @@
-"""The demo, run as its users run it: one command, two servers, one chat."""
+"""The demo, started like its users do: one command, two servers, one chat."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PATIENCE = 30.0
 
 @dataclass
 class RunningDemo:
-    """`python -m example.demo`, and what it said until both servers answered."""
+    """A running `python -m example.demo`, and its output until both servers answered."""
 
     process: subprocess.Popen[str]
     addresses: dict[str, str]
@@ -45,14 +45,14 @@ class RunningDemo:
         return found
 
     def child(self, *words: str) -> psutil.Process:
-        """The one process among the demo's own whose command line has all of `words`."""
+        """Return the one process of the demo whose command line contains all `words`."""
         [found] = (
             process for process in self.descendants() if set(words) <= set(command_line(process))
         )
         return found
 
     def postgres_folder(self) -> Path:
-        """The temporary folder of the demo's own PostgreSQL."""
+        """Return the temporary folder of the demo's PostgreSQL server."""
         [postmaster] = (
             process
             for process in psutil.Process(self.process.pid).children()
@@ -62,7 +62,7 @@ class RunningDemo:
         return Path(command[command.index("-D") + 1]).parent
 
     def end(self, signum: signal.Signals) -> tuple[int, str]:
-        """Send a signal; the exit status and the rest of the output."""
+        """Send a signal; return the exit status and the rest of the output."""
         self.process.send_signal(signum)
         return self.wait()
 
@@ -72,7 +72,7 @@ class RunningDemo:
 
     @contextmanager
     def chat(self, server: str, name: str, path: str = "/ws/lobby/") -> Iterator[Chat]:
-        """A connection to the chat, welcomed."""
+        """Yield a connection to the chat that has received its welcome."""
         address = self.addresses[server]
         url = f"{address.replace('http', 'ws', 1)}{path}?{urlencode({'name': name})}"
         with connect(url, origin=Origin(address), open_timeout=PATIENCE) as connection:
@@ -82,7 +82,10 @@ class RunningDemo:
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """A process's command and arguments; none if it has just ended, as PostgreSQL's own come and go."""
+    """Return the command and arguments of a process, or none if it has ended.
+
+    Processes of PostgreSQL end while they are listed.
+    """
     try:
         words: list[str] = process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -91,7 +94,7 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 class Chat:
-    """One side of the chat, as a browser has it."""
+    """A client of the chat, like a browser."""
 
     welcome: dict[str, Any]
 
@@ -102,7 +105,7 @@ class Chat:
         self.connection.send(json.dumps({"type": "say", "text": text}))
 
     def next(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """The next event of that kind with those fields; what comes before it is passed over."""
+        """Return the next event of that kind with those fields; skip earlier events."""
         while True:
             event: dict[str, Any] = json.loads(self.connection.recv(timeout=PATIENCE))
             if event["type"] == kind and fields.items() <= event.items():
@@ -111,7 +114,7 @@ class Chat:
 
 @contextmanager
 def running_demo(*arguments: str, **environment: str) -> Iterator[RunningDemo]:
-    """The demo, both servers answering. Killed in the end if the test has not ended it."""
+    """Yield the demo when both servers answer; kill it if the test has not ended it."""
     inherited = {name: value for name, value in os.environ.items() if name != "PG_LAYER_DSN"}
     with subprocess.Popen(
         [sys.executable, "-m", "example.demo", *(arguments or ("--port", "0"))],
@@ -143,14 +146,14 @@ def _wait_for_addresses(process: subprocess.Popen[str]) -> RunningDemo:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[RunningDemo]:
-    """One demo for all tests that only use it."""
+    """Yield one demo for all tests that do not end it."""
     with running_demo() as running:
         yield running
         running.end(signal.SIGTERM)
 
 
 class Page:
-    """The room's page in a browser that runs no scripts: it keeps cookies, and posts the form as it is."""
+    """The page of a room in a browser without scripts, which keeps cookies and posts the form."""
 
     def __init__(self, address: str, path: str = "/") -> None:
         self.url = f"{address}{path}"
@@ -161,7 +164,7 @@ class Page:
         self._show(Request(self.url))
 
     def announce(self, text: str, **more: str) -> int:
-        """Post the form; the status of the page that comes then."""
+        """Post the form and return the status of the next page."""
         [token] = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', self.text)
         body = urlencode({"csrfmiddlewaretoken": token, "text": text, **more}).encode()
         return self._show(Request(self.url, body))
@@ -177,14 +180,14 @@ class Page:
             return status
 
     def says(self, id: str) -> str:
-        """The text of the element with that id."""
+        """Return the text of the element with that id."""
         [text] = re.findall(rf'id="{id}">([^<]*)<', self.text)
         return html.unescape(text)
 
 
 def get(url: str, **headers: str) -> tuple[int, str]:
-    """Status and text of a page."""
-    opener = build_opener(ProxyHandler({}))  # this machine's servers are never behind a proxy
+    """Return status and text of a page."""
+    opener = build_opener(ProxyHandler({}))  # local servers have no proxy
     try:
         with opener.open(Request(url, headers=headers), timeout=PATIENCE) as response:
             return response.status, response.read().decode()
@@ -193,7 +196,7 @@ def get(url: str, **headers: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def test_what_is_said_at_one_server_is_heard_at_the_other(demo: RunningDemo) -> None:
+def test_demo_message_reaches_clients_of_the_other_server(demo: RunningDemo) -> None:
     with demo.chat("server A", "Ann") as ann, demo.chat("server B", "Bob") as bob:
         assert ann.welcome["by"]["name"] == "server A"
         assert bob.welcome["by"]["name"] == "server B"
@@ -211,7 +214,7 @@ def test_what_is_said_at_one_server_is_heard_at_the_other(demo: RunningDemo) -> 
         assert bob.next("message", name="Bob")["mine"] is True
 
 
-def test_the_messages_of_one_author_arrive_once_and_in_order(demo: RunningDemo) -> None:
+def test_demo_messages_of_one_author_arrive_once_and_in_order(demo: RunningDemo) -> None:
     with (
         demo.chat("server A", "Ann", "/ws/order/") as ann,
         demo.chat("server B", "Bob", "/ws/order/") as bob,
@@ -226,7 +229,7 @@ def test_the_messages_of_one_author_arrive_once_and_in_order(demo: RunningDemo) 
             assert reader.next("message")["text"] == "the end"
 
 
-def test_the_others_notice_who_comes_goes_and_changes_their_name(demo: RunningDemo) -> None:
+def test_demo_joins_leaves_and_renames_are_shown(demo: RunningDemo) -> None:
     with demo.chat("server A", "Ann", "/ws/hall/") as ann:
         with demo.chat("server B", "Bob", "/ws/hall/") as bob:
             assert ann.next("joined", name="Bob")["via"] == bob.welcome["by"]
@@ -235,7 +238,7 @@ def test_the_others_notice_who_comes_goes_and_changes_their_name(demo: RunningDe
         assert ann.next("left")["name"] == "Robert"
 
 
-def test_who_goes_while_events_are_on_their_way_is_seen_to_leave(demo: RunningDemo) -> None:
+def test_demo_client_that_leaves_during_delivery_is_reported(demo: RunningDemo) -> None:
     with demo.chat("server A", "Ann", "/ws/rush/") as ann:
         for number in range(20):
             with demo.chat("server B", f"Bob {number}", "/ws/rush/") as bob:
@@ -244,7 +247,7 @@ def test_who_goes_while_events_are_on_their_way_is_seen_to_leave(demo: RunningDe
             ann.next("left", name=f"Bob {number}")
 
 
-def test_rooms_are_apart(demo: RunningDemo) -> None:
+def test_demo_rooms_are_separate(demo: RunningDemo) -> None:
     with (
         demo.chat("server A", "Ann", "/ws/one/") as one,
         demo.chat("server B", "Bob", "/ws/two/") as two,
@@ -274,7 +277,9 @@ def test_rooms_are_apart(demo: RunningDemo) -> None:
     ],
     ids=lambda frame: repr(frame)[:40],
 )
-def test_nonsense_is_answered_and_does_no_harm(demo: RunningDemo, frame: str | bytes) -> None:
+def test_demo_invalid_frame_is_answered_and_connection_stays(
+    demo: RunningDemo, frame: str | bytes
+) -> None:
     with demo.chat("server A", "Ann", "/ws/nonsense/") as ann:
         ann.connection.send(frame)
         ann.next("error")
@@ -282,7 +287,7 @@ def test_nonsense_is_answered_and_does_no_harm(demo: RunningDemo, frame: str | b
         assert ann.next("message")["text"] == "still here"
 
 
-def test_texts_and_names_are_trimmed_to_what_can_be_sent(demo: RunningDemo) -> None:
+def test_demo_texts_and_names_are_trimmed(demo: RunningDemo) -> None:
     with demo.chat("server B", " ", "/ws/limits/") as nameless:
         assert nameless.welcome["name"] == "somebody"
         nameless.say(" \n ")
@@ -294,7 +299,7 @@ def test_texts_and_names_are_trimmed_to_what_can_be_sent(demo: RunningDemo) -> N
         assert ann.welcome["name"] == "Ann the very very very v"
 
 
-def test_pages_name_their_process_and_their_room(demo: RunningDemo) -> None:
+def test_demo_page_names_its_process_and_room(demo: RunningDemo) -> None:
     for server, other in (("server A", "server B"), ("server B", "server A")):
         status, page = get(f"{demo.addresses[server]}/kitchen/")
         assert status == 200
@@ -305,7 +310,7 @@ def test_pages_name_their_process_and_their_room(demo: RunningDemo) -> None:
     assert get(f"{demo.addresses['server A']}/no.such.page")[0] == 404
 
 
-def test_strangers_are_turned_away(demo: RunningDemo) -> None:
+def test_demo_foreign_origins_are_refused(demo: RunningDemo) -> None:
     address = demo.addresses["server A"]
     assert get(address, Host="evil.example")[0] == 400
     with (
@@ -317,7 +322,7 @@ def test_strangers_are_turned_away(demo: RunningDemo) -> None:
         pass
 
 
-def test_what_is_announced_is_saved_and_heard_in_both_processes(demo: RunningDemo) -> None:
+def test_demo_announcement_is_saved_and_reaches_both_processes(demo: RunningDemo) -> None:
     page = Page(demo.addresses["server A"], "/square/")
     assert page.says("saved") == "0 saved"
     with (
@@ -337,7 +342,7 @@ def test_what_is_announced_is_saved_and_heard_in_both_processes(demo: RunningDem
         assert cid.welcome["saved"] == 1
 
 
-def test_what_is_rolled_back_is_neither_saved_nor_heard(demo: RunningDemo) -> None:
+def test_demo_rolled_back_announcement_is_neither_saved_nor_sent(demo: RunningDemo) -> None:
     page = Page(demo.addresses["server A"], "/tower/")
     with (
         demo.chat("server A", "Ann", "/ws/tower/") as ann,
@@ -352,7 +357,7 @@ def test_what_is_rolled_back_is_neither_saved_nor_heard(demo: RunningDemo) -> No
             assert (heard["text"], heard["saved"]) == ("after it", 1)
 
 
-def test_the_form_asks_for_a_text_and_takes_it_from_its_own_page_only(demo: RunningDemo) -> None:
+def test_demo_form_requires_a_text_and_its_own_page(demo: RunningDemo) -> None:
     page = Page(demo.addresses["server B"], "/gate/")
     for text in ("", "  ", "x" * 201, "\0"):
         assert page.announce(text) == 400
@@ -363,7 +368,7 @@ def test_the_form_asks_for_a_text_and_takes_it_from_its_own_page_only(demo: Runn
     assert page.says("saved") == "0 saved"
 
 
-def test_everybody_sees_how_many_are_here(demo: RunningDemo) -> None:
+def test_demo_member_count_is_shown_to_all(demo: RunningDemo) -> None:
     with demo.chat("server A", "Ann", "/ws/count/") as ann:
         assert ann.next("joined", name="Ann")["here"] == 1
         with demo.chat("server B", "Bob", "/ws/count/") as bob:
@@ -377,7 +382,7 @@ def test_everybody_sees_how_many_are_here(demo: RunningDemo) -> None:
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name
 )
-def test_nothing_is_left_behind(signum: signal.Signals) -> None:
+def test_demo_ended_leaves_nothing_behind(signum: signal.Signals) -> None:
     with running_demo() as demo:
         folder = demo.postgres_folder()
         left = demo.descendants()
@@ -391,7 +396,7 @@ def test_nothing_is_left_behind(signum: signal.Signals) -> None:
         assert not folder.exists()
 
 
-def test_when_a_process_dies_the_demo_says_so_and_ends() -> None:
+def test_demo_server_process_dies_is_reported_and_ends_the_demo() -> None:
     with running_demo() as demo:
         left = demo.descendants()
         port = demo.addresses["server B"].rpartition(":")[2]
@@ -406,7 +411,7 @@ def test_when_a_process_dies_the_demo_says_so_and_ends() -> None:
         assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
 
 
-def test_when_postgresql_dies_the_demo_says_so_and_ends() -> None:
+def test_demo_postgresql_dies_is_reported_and_ends_the_demo() -> None:
     with running_demo() as demo:
         left = demo.descendants()
         [postmaster] = (
@@ -421,7 +426,7 @@ def test_when_postgresql_dies_the_demo_says_so_and_ends() -> None:
         assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
 
 
-def test_a_database_of_ones_own_and_ports_in_use() -> None:
+def test_demo_given_database_and_ports_in_use() -> None:
     with (
         PostgresServer(fsync=False) as server,
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -437,7 +442,7 @@ def test_a_database_of_ones_own_and_ports_in_use() -> None:
         ]
 
 
-def test_the_chat_goes_on_after_postgresql_was_restarted() -> None:
+def test_demo_chat_continues_after_a_restart_of_postgresql() -> None:
     with (
         PostgresServer(fsync=False) as server,
         running_demo(PG_LAYER_DSN=server.create_database("chat")) as demo,
@@ -460,7 +465,7 @@ def test_the_chat_goes_on_after_postgresql_was_restarted() -> None:
         ("no dsn", "PG_LAYER_DSN is no connection string that libpq understands"),
     ],
 )
-def test_settings_say_what_is_wrong_with_the_dsn(dsn: str, complaint: str) -> None:
+def test_demo_settings_invalid_dsn_is_explained(dsn: str, complaint: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "example.manage", "check"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Soaks too short to find much: that they run, find nothing, and leave nothing behind."""
+"""Short soaks: they run, find no broken promise and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def of(temporary: Path) -> list[psutil.Process]:
 
 async def nothing_left(temporary: Path) -> None:
     await until(lambda: not of(temporary))
-    # But for PostgreSQL's programs, where they had to be copied for the server's user.
+    # A copy of PostgreSQL's programs may remain if the server's user cannot run the original.
     assert [
         name for name in os.listdir(temporary) if not name.startswith("pg-layer-postgres-")
     ] == []
 
 
-async def test_a_short_one_keeps_all_promises(temporary: Path) -> None:
+async def test_soak_short_run_keeps_all_promises(temporary: Path) -> None:
     soak = start(temporary, "--seconds", "10", "--seed", "7")
     said, _ = soak.communicate(timeout=200)
     assert soak.returncode == 0, said
     assert "--seed 7" in said
     assert "All promises kept." in said
-    # Something was sent, received and harmed.
+    # Messages were sent and received, and faults were injected.
     tables = {line.split("  ")[0]: line.split() for line in said.splitlines()}
     for kind in ("specific", "group", "normal", "single"):
         assert int(tables[kind][1]) > 0, said
@@ -87,8 +87,8 @@ async def test_a_short_one_keeps_all_promises(temporary: Path) -> None:
     "kind",
     ["clerk dies", "standby promoted", "receiver stopped"],
 )
-async def test_one_kind_of_fault_alone_keeps_all_promises(temporary: Path, kind: str) -> None:
-    """A soak may be narrowed down; it then makes no other faults."""
+async def test_soak_one_kind_of_fault_keeps_all_promises(temporary: Path, kind: str) -> None:
+    """The option --only limits the faults; no other faults are injected."""
     soak = start(temporary, "--seconds", "8", "--seed", "3", "--only", kind)
     said, _ = soak.communicate(timeout=200)
     assert soak.returncode == 0, said
@@ -99,8 +99,8 @@ async def test_one_kind_of_fault_alone_keeps_all_promises(temporary: Path, kind:
     await nothing_left(temporary)
 
 
-async def test_a_kind_of_fault_that_does_not_exist_is_refused(temporary: Path) -> None:
-    """The message names those that do."""
+async def test_soak_unknown_kind_of_fault_is_refused(temporary: Path) -> None:
+    """The error lists the kinds that exist."""
     soak = start(temporary, "--only", "earthquake")
     said, _ = soak.communicate(timeout=60)
     assert soak.returncode == 2, said
@@ -108,7 +108,7 @@ async def test_a_kind_of_fault_that_does_not_exist_is_refused(temporary: Path) -
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_one_leaves_nothing_behind(
+async def test_soak_interrupted_leaves_nothing_behind(
     temporary: Path, signum: signal.Signals
 ) -> None:
     soak = start(temporary, "--seconds", "600")
@@ -116,7 +116,7 @@ async def test_an_interrupted_one_leaves_nothing_behind(
         lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book"))
     )
     assert len(of(temporary)) > 10
-    os.killpg(soak.pid, signum)  # as a terminal does, which asks all of them
+    os.killpg(soak.pid, signum)  # a terminal also signals all processes of the group
     said, _ = soak.communicate(timeout=100)
     assert soak.returncode == 130, said
     assert "interrupted" in said.splitlines()

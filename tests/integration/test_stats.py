@@ -23,7 +23,7 @@ from tests.integration.test_sweeper import steady
 from tests.integration.test_sync import on_django
 from tests.processes import Processes, listen, new_layer, receive, until, write
 from tests.project.commands import run, succeeded
-from tests.project.forks import HomeThread
+from tests.project.forks import LoopThread
 
 THREADS = 8
 TIMES = 1000
@@ -550,9 +550,9 @@ def test_synchronous_calls_are_counted_with_the_others(migrated_dsn: str) -> Non
 
 
 @contextmanager
-def home_thread() -> Iterator[HomeThread]:
+def home_thread() -> Iterator[LoopThread]:
     """A thread whose event loop lasts, for the layer to live on."""
-    home = HomeThread()
+    home = LoopThread()
     try:
         yield home
     finally:

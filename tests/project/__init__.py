@@ -1,4 +1,4 @@
-"""A Django project as users of the layer have one, for tests: run in its own processes, or in the test's.
+"""A Django project that uses the layer, for tests in other processes or in the test's process.
 
-`commands` starts its commands, `configured` gives the test's own process its settings.
+`commands` starts its commands. `configured` applies its settings in the test's process.
 """

@@ -1,4 +1,4 @@
-"""What the test project serves."""
+"""The ASGI application of the test project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from django.urls import path
 
 from tests.project import consumers
 
-# Channels routes applications by Django's `path`, whose types know of views only.
+# Channels routes applications with Django's `path`, whose types only allow views.
 route: Any = path
 
 application = ProtocolTypeRouter(

@@ -1,4 +1,4 @@
-"""The test project's processes: run to their end, or started and talked to."""
+"""Run processes of the test project to their end, or start them and communicate."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# What asyncio complains of in development mode on a busy machine.
+# Warnings of asyncio in development mode on a busy machine.
 SLOW_STEPS = re.compile(r"^Executing .* took \d+\.\d+ seconds(\n|$)", re.MULTILINE)
-PATIENCE = 30.0  # seconds, for whatever happens within a few on an idle machine
+PATIENCE = 30.0  # seconds: a limit for short operations that holds on a busy machine
 
 
 def environment(dsn: str, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The environment of a process of the project."""
+    """Return the environment of a process of the project."""
     return {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "tests.project.settings",
@@ -35,9 +35,9 @@ def environment(dsn: str, settings: Mapping[str, Any] | None = None) -> dict[str
 def run(
     dsn: str, *arguments: str, settings: Mapping[str, Any] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python` with these arguments in development mode, whatever its exit status.
+    """Run `python` with these arguments in development mode, and allow any exit status.
 
-    `SLOW_STEPS` are left out of what it complains of.
+    The result's standard error does not contain `SLOW_STEPS`.
     """
     result = subprocess.run(
         [sys.executable, "-X", "dev", *arguments],
@@ -55,23 +55,23 @@ def run(
 def manage(
     dsn: str, *arguments: str, settings: Mapping[str, Any] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of `manage.py`, whatever its exit status."""
+    """Run a command of `manage.py`, and allow any exit status."""
     return run(dsn, "-m", "tests.project.manage", *arguments, settings=settings)
 
 
 def django(dsn: str, code: str, *, settings: Mapping[str, Any] | None = None) -> str:
-    """What `code` prints in a process with Django set up; it must end well and complain of nothing."""
+    """Return what `code` prints after Django's setup. It must succeed without warnings."""
     return succeeded(run(dsn, "-c", f"import django; django.setup()\n{code}", settings=settings))
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:
-    """The output of a process that ended well and complained of nothing, stripped."""
+    """Return the stripped output of a process that succeeded without errors or warnings."""
     assert (result.returncode, result.stderr) == (0, ""), f"{result.stdout}\n{result.stderr}"
     return result.stdout.strip()
 
 
 class Process:
-    """A process that runs: its lines of output are awaited, lines of input are sent."""
+    """A running process that is sent lines of input and whose output lines are awaited."""
 
     def __init__(self, popen: subprocess.Popen[str]) -> None:
         self._popen = popen
@@ -102,7 +102,7 @@ class Process:
             self.errors.append(line)
 
     def expect(self, part: str) -> str:
-        """The next line of output with `part` in it; fails if the process ends before."""
+        """Return the next line of output that contains `part`. Fail if the process ends."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -123,7 +123,10 @@ class Process:
         self._popen.stdin.flush()
 
     def end(self, number: signal.Signals | None = None) -> int:
-        """Wait for the end of the process, after a signal; returns its exit status, negative for a signal."""
+        """Send a signal, if given, and wait for the end of the process.
+
+        Return its exit status, which is negative for a signal.
+        """
         if number is not None:
             self._popen.send_signal(number)
         status = self._popen.wait(PATIENCE)
@@ -135,11 +138,11 @@ class Process:
         return status
 
     def all_output(self) -> str:
-        """What was read so far, for a failure's message."""
+        """Return the output so far, for the message of a failure."""
         return "\n".join([*self.output, *self.errors])
 
     def close(self) -> None:
-        """End the process in any case."""
+        """Kill the process if it still runs, and close its streams."""
         if self._popen.poll() is None:
             self._popen.kill()
         self._popen.wait(PATIENCE)
@@ -154,7 +157,7 @@ class Process:
 def started(
     dsn: str, *arguments: str, settings: Mapping[str, Any] | None = None
 ) -> Iterator[Process]:
-    """`python` with these arguments, in development mode, until the block ends."""
+    """Run `python` with these arguments in development mode until the block ends."""
     process = Process(
         subprocess.Popen(
             [sys.executable, "-X", "dev", *arguments],
@@ -173,7 +176,7 @@ def started(
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until `condition` holds, where there is no event to wait for."""
+    """Poll `condition` until it holds, if there is no event to wait for."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"still not: {what}"

@@ -1,7 +1,7 @@
-"""Channels' own test communicators.
+"""The test communicators of Channels.
 
-`channels.testing` imports Daphne for its live server, which nobody needs here: where it is not installed, an
-empty stand-in takes its place during the import.
+`channels.testing` imports Daphne for its live server, which these tests do not use. If Daphne is
+not installed, empty modules replace it during the import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Django's settings in the test's own process, for as long as a test needs them."""
+"""Django's settings in the test's process, for the duration of a test."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from django.utils.functional import empty
 
 @contextmanager
 def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
-    """`get_channel_layer()` returns `layer`, and Django has the settings `values`.
+    """Give Django the settings `values`; `get_channel_layer()` returns `layer`.
 
-    Where Django had none before, this thread's connections to these databases are closed in the end.
+    If Django had no settings before, this thread's database connections are closed at the end.
     """
     values = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}, **values}
     if settings.configured:
@@ -30,14 +30,14 @@ def configured(layer: BaseChannelLayer, **values: Any) -> Iterator[None]:
             yield
     finally:
         settings._wrapped = empty
-        # What it read from the settings when it was first used.
+        # It caches the settings at its first use.
         vars(connections).pop("settings", None)
         vars(connections)["_settings"] = None
 
 
 @contextmanager
 def _closing_connections() -> Iterator[None]:
-    """Otherwise whoever asks for that alias next is given a connection to the database of another test."""
+    """Close connections, so that the next test does not get one to this test's database."""
     try:
         yield
     finally:

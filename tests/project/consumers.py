@@ -1,4 +1,4 @@
-"""Consumers as Channels' documentation teaches them, one of each kind."""
+"""Consumers like those of Channels' documentation, one of each kind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AsyncChat(AsyncWebsocketConsumer):
 
 
 class SyncChat(WebsocketConsumer):
-    """The same chat, in threads."""
+    """The chat of `AsyncChat` as a synchronous consumer, which runs in threads."""
 
     def connect(self) -> None:
         async_to_sync(self.channel_layer.group_add)(GROUP, self.channel_name)
@@ -55,7 +55,7 @@ class SyncChat(WebsocketConsumer):
 
 
 class DeclaredGroups(WebsocketConsumer):
-    """The same again, its group joined and left by Channels itself."""
+    """A synchronous chat whose group Channels itself joins and leaves."""
 
     groups = [GROUP]  # noqa: RUF012  # as Channels declares it
 
@@ -69,7 +69,7 @@ class DeclaredGroups(WebsocketConsumer):
 
 
 class Leaving(AsyncChat):
-    """The first chat, where all hear of it when one leaves."""
+    """An `AsyncChat` that notifies all members when a client leaves."""
 
     async def disconnect(self, code: int) -> None:
         await self.channel_layer.group_send(GROUP, {"type": "chat.message", "text": "left"})
@@ -77,7 +77,7 @@ class Leaving(AsyncChat):
 
 
 class SyncLeaving(SyncChat):
-    """The same in threads, on Django's connection."""
+    """A `SyncChat` that does so with `layer.sync`, on Django's connection."""
 
     def disconnect(self, code: int) -> None:
         layer: Any = self.channel_layer
@@ -86,7 +86,7 @@ class SyncLeaving(SyncChat):
 
 
 class JsonChat(AsyncJsonWebsocketConsumer):
-    """A chat of JSON frames, in which everyone says to whom they speak: to a room, or to one channel."""
+    """A chat of JSON frames, each addressed to the group or to one channel."""
 
     groups = [GROUP]  # noqa: RUF012  # as Channels declares it
 
@@ -106,7 +106,7 @@ class JsonChat(AsyncJsonWebsocketConsumer):
 
 
 class Post(AsyncHttpConsumer):
-    """An HTTP request that says something in the chat."""
+    """An HTTP request that sends a message to the chat."""
 
     async def handle(self, body: bytes) -> None:
         await self.channel_layer.group_send(GROUP, {"type": "chat.message", "text": body.decode()})
@@ -114,7 +114,7 @@ class Post(AsyncHttpConsumer):
 
 
 class Thumbnails(SyncConsumer):
-    """A worker: writes down which process did which job."""
+    """A worker that records which process did which job."""
 
     def thumbnails_make(self, message: dict[str, Any]) -> None:
         with connection.cursor() as cursor:

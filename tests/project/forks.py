@@ -1,6 +1,6 @@
-"""Programs that fork: `python -m tests.project.forks <function>` prints what it found, as JSON.
+"""Programs that fork: `python -m tests.project.forks FUNCTION` prints its result as JSON.
 
-Each runs in a process of its own, so that a test run is not forked itself.
+Each program runs in a separate process, so that the test run itself is not forked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ async def received(layer: PostgresChannelLayer, channel: str, count: int = 1) ->
 
 
 async def round_trip(layer: PostgresChannelLayer) -> str:
-    """A bit of everything on a new channel; returns its client."""
+    """Use a new channel for direct and group messages; return its client."""
     channel = await layer.new_channel()
     await layer.group_add(channel.replace("!", "-"), channel)
     await layer.send(channel, number(1))
@@ -62,7 +62,7 @@ def client_of(channel: str) -> str:
 
 
 def connections() -> list[int]:
-    """The server's processes for the layer's connections, and those of forked children."""
+    """Return the pids of the server processes of this layer's and its children's connections."""
     with psycopg.connect(DSN) as conn:
         rows = conn.execute(
             "SELECT pid FROM pg_stat_activity WHERE application_name = %s ORDER BY 1", (PARENT,)
@@ -71,7 +71,7 @@ def connections() -> list[int]:
 
 
 class Child:
-    """A forked child: runs a function and says what it returned."""
+    """A forked child that runs a function and reports its result."""
 
     def __init__(
         self, function: Callable[[], object], leave: Callable[[int], NoReturn] = os._exit
@@ -88,7 +88,7 @@ class Child:
         self._pipe = os.fdopen(here)
 
     def result(self) -> Any:
-        """What the function returned; the child has ended then."""
+        """Wait for the end of the child and return the result of the function."""
         with self._pipe:
             text = self._pipe.read()
         _, status = os.waitpid(self.pid, 0)
@@ -96,8 +96,8 @@ class Child:
         return json.loads(text)
 
 
-class HomeThread:
-    """A thread with an event loop that runs as long as the process."""
+class LoopThread:
+    """A thread with an event loop that runs until `stop`."""
 
     def __init__(self) -> None:
         ready: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
@@ -123,7 +123,7 @@ class HomeThread:
 
 
 def before_use() -> Result:
-    """The layer exists, and nobody has used it."""
+    """Fork when the layer exists but has not been used."""
     layer = new_layer()
     children = [Child(lambda: asyncio.run(used_and_closed(layer))) for _ in range(2)]
     parent = asyncio.run(used_and_closed(layer))
@@ -137,7 +137,7 @@ async def used_and_closed(layer: PostgresChannelLayer) -> str:
 
 
 def after_use() -> Result:
-    """The layer was used on a loop that has ended."""
+    """Fork when the layer was used on a loop that has ended."""
     layer = new_layer()
     clients = [asyncio.run(round_trip(layer))]
     children = [Child(lambda: asyncio.run(used_and_closed(layer))) for _ in range(2)]
@@ -147,7 +147,7 @@ def after_use() -> Result:
 
 
 def while_receiving() -> Result:
-    """The parent forks out of a coroutine, while it receives."""
+    """Fork in a coroutine while the parent receives."""
 
     async def main() -> Result:
         layer = new_layer()
@@ -181,7 +181,7 @@ def while_receiving() -> Result:
 
 
 def after_sync_use() -> Result:
-    """Synchronous code, the background loop is at work; then four children send, and so does the parent."""
+    """Fork four children while the background loop runs; children and parent send."""
     layer = new_layer()
     channel = async_to_sync(layer.new_channel)()
     async_to_sync(layer.group_add)("room", channel)
@@ -207,7 +207,7 @@ def after_sync_use() -> Result:
 
 
 def tasks_in_transactions() -> Result:
-    """As a task queue's workers: forked after Django was used, they do tasks, some of which fail."""
+    """Fork workers after Django was used, like a task queue; some of their tasks fail."""
     import django
     from channels.layers import get_channel_layer
     from django.db import connections as databases
@@ -217,7 +217,7 @@ def tasks_in_transactions() -> Result:
     layer = get_channel_layer()
     assert isinstance(layer, PostgresChannelLayer)
     layer.sync.send("jobs", number(0))
-    databases.close_all()  # as pre-forking servers and task queues do
+    databases.close_all()  # like pre-forking servers and task queues
 
     def task(n: int) -> None:
         layer.sync.group_send("room", number(n))
@@ -247,13 +247,13 @@ def tasks_in_transactions() -> Result:
 
 
 def children_that_leave_in_order() -> Result:
-    """Children that end as Python ends, with all it tidies up; the parent's loops are at work."""
+    """Fork children that end with Python's regular exit, while the parent's loops run."""
     layer, sync_layer = new_layer(), new_layer()
-    home = HomeThread()
-    channel = home.do(layer.new_channel())
-    home.do(layer.group_add("room", channel))
-    home.do(layer.send(channel, number(0)))
-    assert home.do(received(layer, channel)) == [0]
+    loop_thread = LoopThread()
+    channel = loop_thread.do(layer.new_channel())
+    loop_thread.do(layer.group_add("room", channel))
+    loop_thread.do(layer.send(channel, number(0)))
+    assert loop_thread.do(received(layer, channel)) == [0]
     async_to_sync(sync_layer.group_add)("room", async_to_sync(sync_layer.new_channel)())
     before = connections()
 
@@ -264,12 +264,12 @@ def children_that_leave_in_order() -> Result:
 
     idle = [Child(lambda: None, leave=sys.exit).result() for _ in range(2)]
     used = [Child(use, leave=sys.exit).result() for _ in range(2)]
-    home.do(layer.group_send("room", number(1)))
+    loop_thread.do(layer.group_send("room", number(1)))
     async_to_sync(sync_layer.group_send)("room", number(2))
-    numbers = home.do(received(layer, channel, 2))
+    numbers = loop_thread.do(received(layer, channel, 2))
     kept = set(before) <= set(connections())
-    home.do(layer.close())
-    home.stop()
+    loop_thread.do(layer.close())
+    loop_thread.stop()
     async_to_sync(sync_layer.close)()
     return {
         "idle": idle,
@@ -280,7 +280,7 @@ def children_that_leave_in_order() -> Result:
 
 
 def a_childs_close() -> Result:
-    """What a child gives up is its own."""
+    """Fork a child that closes the layer: the parent's memberships remain."""
     layer = new_layer()
     channel = async_to_sync(layer.new_channel)()
     async_to_sync(layer.group_add)("room", channel)
@@ -300,7 +300,7 @@ def a_childs_close() -> Result:
 
 
 def foreign_channels() -> Result:
-    """A child cannot receive on its parent's channels."""
+    """Fork a child that tries to receive on its parent's channel."""
     layer = new_layer()
     channel = async_to_sync(layer.new_channel)()
     async_to_sync(layer.send)(channel, number(1))
@@ -319,7 +319,7 @@ def foreign_channels() -> Result:
 
 
 def grandchildren() -> Result:
-    """A child that forks in its turn."""
+    """Fork a child that forks again."""
     layer = new_layer()
     clients = [asyncio.run(round_trip(layer))]
 
@@ -333,7 +333,7 @@ def grandchildren() -> Result:
 
 
 def with_multiprocessing() -> Result:
-    """The children of `multiprocessing`."""
+    """Use the layer in children of `multiprocessing`."""
     layer = new_layer()
     clients = [asyncio.run(round_trip(layer))]
     context = multiprocessing.get_context("fork")
@@ -353,7 +353,7 @@ def with_multiprocessing() -> Result:
 
 
 def multiprocessing_ends() -> Result:
-    """Children of `multiprocessing` that receive and end without closing the layer."""
+    """Start children of `multiprocessing` that receive and end without closing the layer."""
     layer = new_layer()
     asyncio.run(round_trip(layer))
     context = multiprocessing.get_context("fork")
@@ -373,7 +373,7 @@ def multiprocessing_ends() -> Result:
         sys.exit(3)
 
     def thread() -> None:
-        """It still receives when the main thread has ended. The pool's thread is idle until the exit."""
+        """Receive after the main thread has ended, while the pool's thread is idle."""
         has_begun = threading.Event()
         main_ended: Future[None] = Future()
 
@@ -418,7 +418,7 @@ def multiprocessing_ends() -> Result:
 
 
 def while_threads_send() -> Result:
-    """Forks at any moment, while threads are in the middle of everything."""
+    """Fork at arbitrary moments while threads send and join groups."""
     layer = new_layer()
     channel = async_to_sync(layer.new_channel)()
     is_over = threading.Event()
@@ -448,6 +448,6 @@ def while_threads_send() -> Result:
 
 
 if __name__ == "__main__":
-    # Right for most programs; the layer is made for those that do it all the same.
+    # The warning is right for most programs. These tests fork a process with threads on purpose.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     print(json.dumps(globals()[sys.argv[1]]()))

@@ -1,4 +1,4 @@
-"""`python -m tests.project.manage`: Django's commands for the test project."""
+"""Run Django's commands for the test project: `python -m tests.project.manage`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Settings of the test project.
 
-Environment: ``PG_LAYER_TEST_PROJECT_DSN`` says where its database is; ``PG_LAYER_TEST_PROJECT_SETTINGS`` is a
-JSON object of settings that replace those below.
+The environment variable ``PG_LAYER_TEST_PROJECT_DSN`` is the DSN of its database.
+``PG_LAYER_TEST_PROJECT_SETTINGS`` is a JSON object of settings that replace those below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 
 def database(dsn: str) -> dict[str, Any]:
-    """A ``DATABASES`` entry for a connection string."""
+    """Return a ``DATABASES`` entry for a connection string."""
     parameters = dict(conninfo_to_dict(dsn))
     return {
         "ENGINE": "django.db.backends.postgresql",

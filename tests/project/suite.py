@@ -1,6 +1,6 @@
-"""What a user's own test suite may do with the layer: run by `manage.py test tests.project.suite`.
+"""A user's test suite with the layer, for `manage.py test tests.project.suite`.
 
-Django's runner puts a test database in place before the layer's first use, and removes it in the end.
+Django's runner creates a test database before the layer's first use and removes it at the end.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_a_bare_row_for_one_channel_counts_there() -> None:
 def test_a_server_that_cannot_be_emptied_is_the_outcome_of_its_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(servers, "_PATIENCE", 0.0)
+    monkeypatch.setattr(servers, "_TIMEOUT", 0.0)
     outcome = cli.emptied(LayerSpec("pg", "host=127.0.0.1 port=1"))
     assert outcome is not None
     assert outcome.error is not None

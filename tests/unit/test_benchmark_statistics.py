@@ -360,7 +360,7 @@ async def test_window_waits_for_arrivals() -> None:
 
 
 async def test_window_writes_off_what_never_arrives() -> None:
-    async with Window(2, lambda: 0, patience=0.02) as window:
+    async with Window(2, lambda: 0, timeout=0.02) as window:
         for _ in range(4):
             await asyncio.wait_for(window.take(), 5)
         assert window.written_off >= 2

@@ -1,1 +1,1 @@
-"""A database backend with keys of its own in `OPTIONS`, as those that pool connections have them."""
+"""A database backend with additional keys in `OPTIONS`, like backends with a pool."""

@@ -1,4 +1,4 @@
-"""The backend's `DatabaseWrapper`, where Django looks for it."""
+"""The backend's `DatabaseWrapper`, in the module that Django imports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ OWN_KEYS = ("MAX_CONNS", "recycle_after")
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
-    """Hands its keys on with the connection's parameters, and takes them out when it connects.
+    """A wrapper with additional connection parameters, which it removes when it connects.
 
-    The token stands for a password that such a backend fetches.
+    The token represents a password that such a backend fetches.
     """
 
     def get_connection_params(self) -> dict[str, Any]:
