@@ -333,7 +333,7 @@ class Engine:
                 "Could not give back the lease on closing; it runs out by itself: %s", error
             )
         else:
-            client.has_lease = False
+            client.lease_ended()
 
     async def stop(self) -> None:
         """Close when what was begun is done, or soon if the client ends. Otherwise that lives on."""
