@@ -315,12 +315,12 @@ class AnnouncementQueue:
         return channel in self._jobs
 
     def due_before_catch_up(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
-        """Return those rows that must be inserted before a catch-up appends its rows.
+        """Return those rows that must be inserted now; a paused catch-up brings the others.
 
-        The catch-up, which reads at ``moment``, would bring the others itself, in the order
-        of ids. It cannot bring a row whose place is before a row that is in the queue now,
-        nor one that is not new any more. Jobs do not count for this: they are not in the
-        order of ids.
+        ``moment``: the snapshot of the catch-up, which begins again and appends its rows in
+        the order of ids. It cannot bring a row that its snapshot sees and whose place is
+        before rows that are in the queue now, nor a row that is not new any more. Jobs do not
+        count for this: they are not in the order of ids.
         """
         ids = (row.id for entry in self._entries for row in entry.rows if not row.is_job)
         spans = (entry.span.last for entry in self._entries if entry.span is not None)
