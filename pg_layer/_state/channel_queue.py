@@ -93,9 +93,9 @@ class ChannelQueue:
 
     @property
     def is_pressed(self) -> bool:
-        """Whether senders may find the channel full.
+        """Whether senders may find the channel full: a quarter of the capacity is used.
 
-        The margin of 32 is for messages that may be on their way here.
+        Eight rows are added for messages that may be on their way here.
         """
         return 4 * self.undeleted + 32 >= self.capacity
 
@@ -338,6 +338,7 @@ class ChannelQueue:
                 loop.call_soon_threadsafe(self._wake_there, waiter)
             except RuntimeError:  # its loop was closed: the receiver is gone
                 continue
+            # A loop that has stopped may run again or not: wake the next receiver as well.
             if loop.is_running():
                 self._woken.add(waiter)
                 return

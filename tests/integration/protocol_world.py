@@ -665,7 +665,7 @@ class World:
         self.loop.seconds += seconds
         for process in self.processes:
             # The lease goes by the clock of the machine, which does not pass with the loop's.
-            process.owner.lease._beat_at -= seconds
+            process.owner.lease._heartbeat_at -= seconds
         self.settle()
 
     # ------------------------------------------------------------------ sending
