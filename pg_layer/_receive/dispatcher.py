@@ -1,4 +1,4 @@
-"""From the head of the announcement queue to the channel queues, and what control messages do.
+"""Moves messages from the announcement queue to channel queues, and applies control messages.
 
 Bound to the owner loop. See ``docs/protocols.md``, sections 2 and 4.
 """
@@ -26,16 +26,22 @@ from pg_layer.exceptions import UndecodableMessage
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
 
-# Seconds for each member that is waited for when its channel queue is full: in a round it must receive
-# something, and half of its queue in this many rounds. A slow member costs its neighbours no more than that
-# once for each half of its queue.
+# Dispatch waits for members whose channel queue is full. A round lasts PAUSE seconds, and
+# PAUSE more for each such member. A member must receive something in each round, and half of
+# its queue in ROUNDS rounds. So a slow member costs its neighbours at most that once for each
+# half of its queue.
 PAUSE = 0.05
 ROUNDS = 5
 SLICES = 5  # of a round for one member
 
 
 class Dispatcher:
-    """Hands out what is ready, in the order of the queue."""
+    """Dispatches the entries that are ready, in the order of the announcement queue.
+
+    Dispatch stops at a head whose rows must still be read. It also waits (``is_blocked``)
+    for members with full channel queues, for a `Receiver.join`, and for an own change of a
+    membership that the control message at the head changes, too.
+    """
 
     def __init__(
         self,
@@ -49,22 +55,20 @@ class Dispatcher:
         self._writer = writer
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
-        self.is_blocked = False  # dispatch waits
-        self._flushes: dict[Key, asyncio.Future[None]] = {}
-        self._own_changes: Counter[Pair] = (
-            Counter()
-        )  # memberships that the owner itself changes right now
-        self._change_ended = asyncio.Event()
+        self.is_blocked = False
+        self._flushes: dict[Key, asyncio.Future[None]] = {}  # flushes that callers wait for
+        self._own_changes: Counter[Pair] = Counter()  # memberships with an own change in flight
+        self._own_change_ended = asyncio.Event()
 
     def start(self) -> None:
-        """Go on with what the last owner loop has left."""
+        """Take over the messages that the last owner loop could not place."""
         if self._client.unplaced:
-            self._block(self._place)
+            self._block(self._place_unplaced)
 
     # ------------------------------------------------------------------ messages
 
     def dispatch(self) -> None:
-        """Dispatch from the head of the queue until nothing is ready, or dispatch must wait."""
+        """Dispatch from the head until it is not ready, or until dispatch must wait."""
         announcements = self._client.announcements
         while not self.is_blocked and (rows := announcements.head()) is not None:
             first = rows[0]
@@ -82,6 +86,7 @@ class Dispatcher:
                 self._fan_out(first.group, first.excluded, run)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
+        """Put messages that were sent to channels into the channel queues."""
         client = self._client
         channels = set()
         for row in rows:
@@ -122,9 +127,10 @@ class Dispatcher:
             if member.since is None or not member.since.sees(boot, xid):
                 self._put(group, member.queue, messages)
         if self._client.unplaced:
-            self._block(self._place)
+            self._block(self._place_unplaced)
 
     def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
+        """Put messages into a member's queue. Drop or keep those that exceed its capacity."""
         rest = queue.put_fitting(messages, self._loop)
         if not rest:
             return
@@ -145,35 +151,37 @@ class Dispatcher:
             return None
 
     def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Dispatch nothing until ``work`` is done."""
         self.is_blocked = True
-        self._spawn("Dispatch", partial(self._blocked, work))
+        self._spawn("Dispatch", partial(self._work_blocked, work))
 
-    async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _work_blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await work()
         self.is_blocked = False
         self._receiver.dispatch_soon()
 
-    async def _place(self) -> None:
-        """Give members with full queues a turn, and place what has room then."""
+    async def _place_unplaced(self) -> None:
+        """Wait for members with full queues, and put what their capacity allows then."""
         client = self._client
-        # Members that have not received half of a queue yet: how many messages, in how many rounds.
+        # Members that have not received half of their queue yet: messages, and rounds.
         slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
             waiting = [queue.half_free(self._loop) for _, queue, _ in client.unplaced]
-            # In slices: a process that is not run for a while costs its readers one, and not their turn. The
-            # round is as long as the members that are still full ask for: the others do not wait for them.
+            # Wait in slices: if the process is not scheduled for a while, its readers lose a slice,
+            # and not the round. Only members that are still full make the round longer: the
+            # others do not wait for them.
             full, slices = set(waiting), 0
             while full and 2 * slices < SLICES * (len(full) + 1):
                 _, full = await asyncio.wait(full, timeout=2 * PAUSE / SLICES)
                 slices += 1
             unplaced = []
-            for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
+            for (group, queue, messages), half_free in zip(client.unplaced, waiting, strict=True):
                 rest = queue.put_fitting(messages, self._loop)
                 if not rest:
                     continue
                 received, rounds = slow.pop(queue, (0, 0))
                 received += len(messages) - len(rest)
-                is_quick = room.done() or 2 * received >= queue.capacity
+                is_quick = half_free.done() or 2 * received >= queue.capacity
                 if is_quick or (len(rest) < len(messages) and rounds + 1 < ROUNDS):
                     unplaced.append((group, queue, list(rest)))
                     if not is_quick:
@@ -181,14 +189,18 @@ class Dispatcher:
                 else:
                     queue.mark_stalled()
                     client.count_dropped(group, queue.channel, len(rest))
-            client.unplaced = unplaced
-            for room in waiting:
-                room.cancel()
+            client.unplaced[:] = unplaced
+            for half_free in waiting:
+                half_free.cancel()
 
     # ------------------------------------------------------------------ control messages
 
     def _apply(self, row: Row) -> bool:
-        """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
+        """Apply a control message.
+
+        Return False if dispatch must wait: the message is still at the head then, and is
+        applied after that, or is removed by `Receiver.join`.
+        """
         client = self._client
         client.delete_row_later(row.key)
         self._receiver.deletions.schedule()
@@ -196,32 +208,32 @@ class Dispatcher:
             if row.kind == "flush":
                 self._apply_flush(row)
             elif row.kind in ("add", "discard") and row.channel is not None:
-                change = json.loads(row.payload)
-                pair = (str(change["group"]), row.channel)
-                if pair in self._own_changes:
-                    self._block(partial(self.wait_for_own_change, pair))
-                    return False
-                if (
-                    asker := change.get("asker")
-                ) is not None and client.memberships.is_stale_request(
-                    pair, asker, change["number"], row.id
-                ):
-                    self._writer.write_soon(*pair, change["claim"])
-                    return True
-                if row.kind == "add":
-                    return self._apply_add(row, change)
-                if client.memberships.resolve_against_own_change(
-                    *pair, client.cursor.boot_of(row), row.xid, None
-                ):
-                    self._writer.write_soon(*pair, change["claim"])
-                else:
-                    client.memberships.discard(*pair)
-                    self._writer.write_soon(*pair, change["claim"])
+                return self._apply_request(row, row.channel, json.loads(row.payload))
             else:
                 error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
                 client.log_undecodable(row.channel, error)
-        except Exception as error:  # whatever it is, dispatch must go on
+        except Exception as error:  # dispatch must continue after any malformed message
             client.log_undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
+        return True
+
+    def _apply_request(self, row: Row, channel: str, request: dict[str, Any]) -> bool:
+        """Apply a membership request. Return False if dispatch must wait; see `_apply`."""
+        memberships = self._client.memberships
+        pair = (str(request["group"]), channel)
+        if pair in self._own_changes:
+            # Which of the two comes first is known when the statement of the own change returns.
+            self._block(partial(self.wait_for_own_change, pair))
+            return False
+        asker = request.get("asker")
+        if asker is None or not memberships.is_stale_request(
+            pair, asker, request["number"], row.id
+        ):
+            if row.kind == "add":
+                return self._apply_add(row, request)
+            boot = self._client.cursor.boot_of(row)
+            if not memberships.resolve_against_own_change(*pair, boot, row.xid, None):
+                memberships.discard(*pair)
+        self._writer.write_soon(*pair, request["claim"])
         return True
 
     def _apply_flush(self, row: Row) -> None:
@@ -237,9 +249,10 @@ class Dispatcher:
                 applied.set_result(None)
 
     async def wait_for_flush(self, key: Key, timeout: float) -> None:
-        """Wait until a flush or a later one is applied here, or ``timeout`` seconds.
+        """Wait until a flush is applied, or a later one, at most ``timeout`` seconds.
 
-        A later flush removes the control message of an earlier one, which may not have been read yet.
+        A later flush stands for an earlier one: it may have removed the control message of
+        the earlier one before this client has read it.
         """
         if self._client.memberships.last_flush >= (key.boot, key.xid):
             return
@@ -249,33 +262,38 @@ class Dispatcher:
         finally:
             del self._flushes[key]
 
-    def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
-        client = self._client
-        group, channel = str(change["group"]), str(row.channel)
-        expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
+    def _apply_add(self, row: Row, request: dict[str, Any]) -> bool:
+        client, memberships = self._client, self._client.memberships
+        group, channel = str(request["group"]), str(row.channel)
+        expires_at = float("inf") if request["expires_at"] is None else float(request["expires_at"])
         boot = client.cursor.boot_of(row)
-        asked = Moment(boot, Snapshot(change["snapshot"]))
-        since = client.memberships.start_of((group, channel), boot, row.xid, asked)
+        asked = Moment(boot, Snapshot(request["snapshot"]))
+        since = memberships.start_of((group, channel), boot, row.xid, asked)
         if not client.owns(channel) or expires_at <= client.clock.now():
-            self._writer.write_soon(group, channel, change["claim"])
+            self._writer.write_soon(group, channel, request["claim"])
             return True
-        # The owner itself may have added the first member meanwhile, and has not listened before that.
-        opened = client.memberships.joined_after(group, boot, row.xid)
-        if group not in client.memberships.groups or opened is not None:
+        # If an own change has added the first member since the request, the client did not
+        # listen to the group before that. It may have missed messages that the requested
+        # membership must receive.
+        joined = memberships.joined_after(group, boot, row.xid)
+        if group not in memberships.groups or joined is not None:
             self._block(
                 partial(
-                    self._receiver.join, row, group, channel, expires_at, since, change["claim"]
+                    self._receiver.join, row, group, channel, expires_at, since, request["claim"]
                 )
             )
             return False
-        if not client.memberships.resolve_against_own_change(group, channel, boot, row.xid, since):
-            client.memberships.add(group, client.queue(channel), expires_at, since)
-        self._writer.write_soon(group, channel, change["claim"])
+        if not memberships.resolve_against_own_change(group, channel, boot, row.xid, since):
+            memberships.add(group, client.queue(channel), expires_at, since)
+        self._writer.write_soon(group, channel, request["claim"])
         return True
 
     @contextmanager
     def own_change(self, pairs: Iterable[Pair]) -> Iterator[None]:
-        """The owner itself changes these memberships: what others have asked for is judged when it has."""
+        """Have dispatch wait before membership requests for these pairs until the block ends.
+
+        An own change of them is in flight: its snapshot decides which change came first.
+        """
         pairs = list(pairs)
         self._own_changes.update(pairs)
         try:
@@ -283,9 +301,10 @@ class Dispatcher:
         finally:
             self._own_changes.subtract(pairs)
             self._own_changes = +self._own_changes
-            ended, self._change_ended = self._change_ended, asyncio.Event()
+            ended, self._own_change_ended = self._own_change_ended, asyncio.Event()
             ended.set()
 
     async def wait_for_own_change(self, pair: Pair) -> None:
+        """Wait until no own change of a membership is in flight."""
         while pair in self._own_changes:
-            await self._change_ended.wait()
+            await self._own_change_ended.wait()
