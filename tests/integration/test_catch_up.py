@@ -86,7 +86,7 @@ async def lose_listener(layer: PostgresChannelLayer, observer: Observer) -> None
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("is_disturbed", [False, True])
-def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_all_in_order(
+def test_catch_up_group_adds_beyond_the_queue_limit_keep_the_order(
     migrated_dsn: str, observer: Observer, connections: int, is_disturbed: bool
 ) -> None:
     """While no loop receives, another process sends, adds the channel to two groups, and sends to all.
@@ -134,7 +134,7 @@ def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_al
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("connections", [1, 2])
-async def test_catch_up_beside_announced_rows_that_are_not_read_yet_makes_progress(
+async def test_catch_up_beside_unread_announced_rows_makes_progress(
     migrated_dsn: str,
     make_layer: MakeLayer,
     pool_proxy: Proxy,
@@ -169,7 +169,7 @@ async def test_catch_up_beside_announced_rows_that_are_not_read_yet_makes_progre
 # ---------------------------------------------------------------------- more announcements than are kept
 
 
-async def test_catch_up_during_which_more_is_announced_than_is_kept_aside_loses_and_doubles_nothing(
+async def test_catch_up_more_announced_than_kept_aside_loses_and_doubles_nothing(
     migrated_dsn: str,
     make_layer: MakeLayer,
     pool_proxy: Proxy,
@@ -202,7 +202,7 @@ async def test_catch_up_during_which_more_is_announced_than_is_kept_aside_loses_
     assert await received(layer, channel, 1) == [-1]
 
 
-async def test_first_member_of_a_group_receives_more_than_its_capacity_sent_since(
+async def test_join_more_rows_than_the_capacity_are_received(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
     """Another process adds the member and sends, before this one has heard of either."""
@@ -219,7 +219,7 @@ async def test_first_member_of_a_group_receives_more_than_its_capacity_sent_sinc
         assert await reading == list(range(50))
 
 
-async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two_groups_in_its_order(
+async def test_join_rows_of_one_transaction_to_two_groups_keep_their_order(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy
 ) -> None:
     """The transaction drew its ids before another message, and is announced after it.
@@ -247,7 +247,7 @@ async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two
     assert await received(layer, channel, 5) == [100, 0, 1, 2, 101]
 
 
-async def test_first_member_of_a_group_receives_marked_messages_that_a_look_meets_while_it_is_added(
+async def test_join_marked_rows_found_by_a_search_meanwhile_are_received(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer
 ) -> None:
     """The join waits for a ping. Behind it waits a discard that was sent after the message."""

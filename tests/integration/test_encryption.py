@@ -30,7 +30,7 @@ def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
 # ---------------------------------------------------------------------- keys
 
 
-async def test_an_encrypted_message_arrives_and_is_nowhere_in_clear(
+async def test_encrypted_message_arrives_and_is_nowhere_in_clear(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(symmetric_encryption_keys=[OLD])
@@ -77,7 +77,7 @@ async def read_both(link: Link, dsn: str, count: int) -> list[Message]:
     [([OLD], [NEW, OLD]), ([NEW, OLD], [NEW, OLD]), ([NEW], [OLD, NEW]), ([NEW.decode()], [NEW])],
     ids=["not yet rotated", "rotated", "reader first", "as text and as bytes"],
 )
-async def test_keys_can_be_rotated(
+async def test_keys_rotated_messages_arrive(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -99,7 +99,7 @@ async def test_keys_can_be_rotated(
     ids=["another key", "not encrypted", "reader without keys"],
 )
 @pytest.mark.parametrize("starts", ["listening", "later"])
-async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
+async def test_message_that_no_key_opens_is_skipped_and_logged_once(
     make_layer: MakeLayer,
     observer: Observer,
     caplog: pytest.LogCaptureFixture,
@@ -236,7 +236,7 @@ def send_from_sql(observer: Observer, channel: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_messages_from_sql_are_refused_where_there_are_keys(
+async def test_message_from_sql_with_keys_is_refused(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer, friend = (
@@ -256,7 +256,7 @@ async def test_messages_from_sql_are_refused_where_there_are_keys(
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_messages_from_sql_are_delivered_where_that_is_allowed(
+async def test_message_from_sql_with_allow_unencrypted_is_delivered(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer = make_layer(symmetric_encryption_keys=[OLD], allow_unencrypted=True)
@@ -294,7 +294,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-async def test_a_damaged_row_is_skipped_and_logged_once(
+async def test_damaged_row_is_skipped_and_logged_once(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -316,9 +316,7 @@ async def test_a_damaged_row_is_skipped_and_logged_once(
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
-async def test_a_row_of_an_unknown_kind_is_passed_over(
-    make_layer: MakeLayer, observer: Observer
-) -> None:
+async def test_row_of_an_unknown_kind_is_skipped(make_layer: MakeLayer, observer: Observer) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await sender.send(channel, {"text": "of the future"})
@@ -372,7 +370,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_a_foreign_notification_does_no_harm_and_is_logged_once(
+async def test_foreign_notification_is_ignored_and_logged_once(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -407,7 +405,7 @@ INVENTED = """
 
 
 @pytest.mark.parametrize("how", ["serials", "prefixes", "codes", "normal", "elsewhere"])
-async def test_notifications_for_channels_that_were_not_made_are_foreign_and_make_no_queues(
+async def test_notification_for_unmade_channels_is_foreign_and_makes_no_queue(
     make_layer: MakeLayer, observer: Observer, how: str
 ) -> None:
     layer = make_layer()
@@ -430,7 +428,7 @@ async def test_notifications_for_channels_that_were_not_made_are_foreign_and_mak
     assert after["dropped_undecodable"] == 0
 
 
-async def test_row_for_a_channel_that_was_not_made_is_deleted_and_one_of_a_forgotten_queue_delivered(
+async def test_row_for_an_unmade_channel_is_deleted_not_that_of_a_forgotten_queue(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -451,7 +449,7 @@ async def test_row_for_a_channel_that_was_not_made_is_deleted_and_one_of_a_forgo
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
-async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_lines(
+async def test_log_many_full_channels_and_forged_messages_is_bounded(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of each kind; and the next line says how many were left out."""

@@ -56,7 +56,7 @@ async def write_group(link: Link, dsn: str, writers: Sequence[int], count: int) 
 
 
 @pytest.mark.parametrize(("writers", "count"), [(3, 300), (15, 120)])
-async def test_group_members_in_three_processes_see_one_order(
+async def test_group_send_members_in_three_processes_see_one_order(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, writers: int, count: int
 ) -> None:
     """Several writers in three processes send small and large messages to one group at once.

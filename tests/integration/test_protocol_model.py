@@ -340,7 +340,7 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
         world.close()
 
 
-def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world: World) -> None:
+def test_renewal_announcement_in_the_socket_is_new_when_it_is_heard(world: World) -> None:
     """A snapshot sees a message that was not heard yet: it must not become S before its ping is heard."""
     process, writer = world.processes[0], world.writers[0]
     world.write(writer, [(None, process.channels[0])], [10], None)
@@ -353,7 +353,7 @@ def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world:
     world.check_end()
 
 
-def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked_for(
+def test_membership_requested_before_an_own_add_begins_at_the_request(
     world: World,
 ) -> None:
     """The owner hears of it later than it has added the channel itself. A message was sent in between."""
@@ -366,7 +366,7 @@ def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked
     assert process.received[process.channels[1]] == [1]
 
 
-def test_renewal_that_is_repeated_its_first_ping_proves_nothing(world: World) -> None:
+def test_renewal_repeated_first_ping_does_not_move_s(world: World) -> None:
     """The first run is committed, its answer is lost, and its ping is heard. The second one's snapshot sees a
     message that was not heard yet.
     """
@@ -464,7 +464,7 @@ def test_restart_announced_row_that_is_not_read_yet_is_not_deleted(world: World)
     world.check_end()
 
 
-def test_claims_reader_that_waits_for_dispatch_leaves_jobs_to_others(world: World) -> None:
+def test_claim_reader_waiting_for_dispatch_leaves_jobs_to_others(world: World) -> None:
     """Dispatch waits for a row to be read. What was claimed is not in the channel's queue yet: the reader
     still waits, and its next claim would take more than it needs.
     """
@@ -515,7 +515,7 @@ def test_claim_passing_over_a_locked_job_gets_it_at_the_next_heartbeat(world: Wo
     world.check_end()
 
 
-def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_raise_s(
+def test_claim_answer_lost_ping_before_the_catch_up_does_not_move_s(
     world: World,
 ) -> None:
     """The claim's connection is lost and a renewal's ping is heard in one turn of the loop, before the
@@ -542,7 +542,7 @@ def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_rais
     world.check_end()
 
 
-def test_release_whose_outcome_is_unknown_idle_reader_is_kept(world: World) -> None:
+def test_release_outcome_unknown_keeps_the_idle_reader(world: World) -> None:
     """Heartbeats pass before the process learns which jobs were released. Another reader of the channel would
     claim jobs meanwhile, and its release would take the place of the first one.
     """
@@ -577,7 +577,7 @@ def test_release_whose_outcome_is_unknown_idle_reader_is_kept(world: World) -> N
 
 
 @pytest.mark.timeout(3600)
-def test_protocols_in_any_interleaving_keep_their_invariants(
+def test_protocols_any_interleaving_keeps_their_invariants(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients, writers, transactions, faults: nothing is lost, doubled or out of order."""

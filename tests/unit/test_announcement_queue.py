@@ -70,7 +70,7 @@ def dispatch(queue: AnnouncementQueue) -> list[int]:
 # --- Hearing
 
 
-def test_hear_messages_are_ready_in_the_order_heard(queue: AnnouncementQueue) -> None:
+def test_hear_several_messages_are_ready_in_the_order_heard(queue: AnnouncementQueue) -> None:
     """Notifications come in commit order; ids are drawn before the commit."""
     queue.hear(heard(row(5, 102), row(6, 102)))
     queue.hear(heard(row(3, 101)))
@@ -100,7 +100,9 @@ def test_hear_before_the_first_catch_up_appends_nothing(cursor: Cursor) -> None:
     assert cursor.is_new(row(5).key, False)
 
 
-def test_hear_after_lose_appends_nothing_until_a_catch_up_begins(queue: AnnouncementQueue) -> None:
+def test_hear_after_mark_incomplete_appends_nothing_until_a_catch_up(
+    queue: AnnouncementQueue,
+) -> None:
     """Announcements before it may have been missed: nothing may overtake them."""
     queue.hear(heard(row(5)))
     queue.mark_incomplete()
@@ -111,7 +113,7 @@ def test_hear_after_lose_appends_nothing_until_a_catch_up_begins(queue: Announce
 # --- Reading
 
 
-def test_head_waiting_entry_is_not_overtaken(queue: AnnouncementQueue) -> None:
+def test_head_entry_with_unread_rows_is_not_overtaken(queue: AnnouncementQueue) -> None:
     """The messages of one writer stay in order whatever their sizes."""
     queue.hear(heard(row(5, 101)))
     queue.hear(to_read(6, 7, 102))
@@ -130,7 +132,7 @@ def test_to_read_returns_the_first_waiting_entries(queue: AnnouncementQueue) -> 
     assert [entry.span.xid for entry in queue.to_read(2) if entry.span] == [101, 102]
 
 
-def test_read_cut_by_a_limit_goes_on_behind_its_last_row(queue: AnnouncementQueue) -> None:
+def test_fill_partial_answer_continues_behind_its_last_row(queue: AnnouncementQueue) -> None:
     """The rows that are here are dispatched; a repeated read must not bring them again."""
     queue.hear(to_read(5, 8))
     (entry,) = queue.to_read(10)
@@ -143,7 +145,7 @@ def test_read_cut_by_a_limit_goes_on_behind_its_last_row(queue: AnnouncementQueu
     assert dispatch(queue) == [7, 8]
 
 
-def test_read_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
+def test_fill_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6))
     (entry,) = queue.to_read(10)
     queue.fill(entry, [row(5), row(6)], is_all=True)
@@ -152,7 +154,7 @@ def test_read_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
     assert queue.rows == 0
 
 
-def test_read_rows_that_are_gone_lets_the_next_entry_go_on(queue: AnnouncementQueue) -> None:
+def test_fill_no_rows_lets_the_next_entry_be_dispatched(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6, 101))
     queue.hear(heard(row(7, 102)))
     (entry,) = queue.to_read(10)
@@ -160,7 +162,7 @@ def test_read_rows_that_are_gone_lets_the_next_entry_go_on(queue: AnnouncementQu
     assert dispatch(queue) == [7]
 
 
-def test_read_rows_that_s_has_passed_meanwhile_are_kept(
+def test_fill_rows_that_s_has_passed_meanwhile_are_kept(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """S moves on when a ping is heard; the entry was announced before it."""
@@ -171,7 +173,7 @@ def test_read_rows_that_s_has_passed_meanwhile_are_kept(
     assert dispatch(queue) == [5, 6]
 
 
-def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue) -> None:
+def test_fill_marked_row_that_a_search_brought_is_dropped(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6, marked=True))
     queue.append([row(5, marked=True)])
     (entry,) = queue.to_read(10)
@@ -179,7 +181,7 @@ def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue
     assert dispatch(queue) == [6, 5]
 
 
-def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(
+def test_to_read_and_holds_jobs_many_waiting_entries_take_few_steps(
     queue: AnnouncementQueue,
 ) -> None:
     """Both are asked all the time. To look at each entry each time would take minutes."""
@@ -192,7 +194,7 @@ def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(
     assert queue.rows == count
 
 
-def test_to_read_entries_that_are_read_in_any_order_leave_the_others(
+def test_to_read_entries_filled_in_any_order_leave_the_others(
     queue: AnnouncementQueue,
 ) -> None:
     for xid in (101, 102, 103):
@@ -257,7 +259,9 @@ def test_hear_during_a_catch_up_is_judged_when_it_has_ended(
     assert dispatch(queue) == [5, 6, 9]
 
 
-def test_lose_during_a_catch_up_needs_another(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_mark_incomplete_during_a_catch_up_needs_another(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     queue.begin_catch_up()
     queue.mark_incomplete()
     queue.end_catch_up()
@@ -280,7 +284,7 @@ def test_fail_catch_up_leaves_what_was_heard_to_the_next(
     assert dispatch(queue) == [5, 9]
 
 
-def test_restart_forgets_a_catch_up_of_the_last_loop(queue: AnnouncementQueue) -> None:
+def test_restart_discards_the_catch_up_of_the_last_loop(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.begin_catch_up()
     queue.hear(heard(row(9, 103)))
@@ -289,7 +293,7 @@ def test_restart_forgets_a_catch_up_of_the_last_loop(queue: AnnouncementQueue) -
     assert dispatch(queue) == [5]
 
 
-def test_missing_leaves_out_what_is_done_and_what_an_entry_brings(queue: AnnouncementQueue) -> None:
+def test_keys_to_read_leaves_out_done_keys_and_those_of_entries(queue: AnnouncementQueue) -> None:
     """An entry that waits survives a reconnection: the catch-up must not bring its rows again."""
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
@@ -297,7 +301,7 @@ def test_missing_leaves_out_what_is_done_and_what_an_entry_brings(queue: Announc
     assert queue.keys_to_read(keys) == [key_at(8), key_at(6, address=OWN)]
 
 
-def test_append_marked_row_that_s_has_passed_is_brought(
+def test_append_marked_row_that_s_has_passed_is_appended(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """The connection was lost while a marked row waited for its announcement."""
@@ -354,7 +358,7 @@ def test_hear_too_much_during_a_catch_up_needs_another(
 # --- Rows that an added member has missed
 
 
-def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue) -> None:
+def test_merge_rows_take_their_places_by_id(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5, 101)))
     queue.hear(heard(row(8, 102), row(9, 102)))
     queue.merge([row(10, 99), row(7, 99), row(4, 99)])
@@ -363,7 +367,7 @@ def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue)
     assert queue.rows == 0
 
 
-def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(
+def test_append_rows_of_a_joining_group_come_behind_the_add(
     queue: AnnouncementQueue,
 ) -> None:
     """A transaction may have drawn the id of its message before that of the add, and be committed later."""
@@ -387,7 +391,7 @@ def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: Announc
     assert dispatch(queue) == [5, 8, 9, 6, 7, 8]
 
 
-def test_merge_rows_of_boot_0_are_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
+def test_merge_rows_of_boot_0_count_as_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
     """A transaction after a crash or a failover may write before anybody has begun a boot."""
     queue.append(
         [row(4, 101), row(5, 102, marked=True)._replace(boot=0), row(7, 50)._replace(boot=2)]
@@ -428,7 +432,7 @@ def test_merge_many_rows_of_one_transaction_takes_few_steps(queue: AnnouncementQ
     assert dispatch(queue) == list(range(2 * count))
 
 
-def test_merge_rows_of_boot_0_at_the_beginning_are_of_the_latest_boot(
+def test_merge_rows_of_boot_0_at_the_beginning_count_as_of_the_latest(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """A transaction after a crash has sent it. What a join brings was sent before."""
@@ -439,7 +443,7 @@ def test_merge_rows_of_boot_0_at_the_beginning_are_of_the_latest_boot(
     assert dispatch(queue) == [30, 20]
 
 
-def test_withdraw_takes_what_came_late_of_the_same_transactions(
+def test_remove_late_returns_late_rows_of_the_same_transactions(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """One that was sent to another group, and one that is not here but in the table."""
@@ -450,7 +454,7 @@ def test_withdraw_takes_what_came_late_of_the_same_transactions(
     assert dispatch(queue) == [6, 7, 9]
 
 
-def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(
+def test_append_unannounced_transaction_comes_before_what_was_sent_later(
     queue: AnnouncementQueue,
 ) -> None:
     """A look brings its row for a group that is being joined, and one for another channel."""
@@ -460,7 +464,7 @@ def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
-def test_append_late_rows_are_not_what_others_come_behind(queue: AnnouncementQueue) -> None:
+def test_append_unannounced_rows_are_no_places_for_later_rows(queue: AnnouncementQueue) -> None:
     """The look has brought the transaction's earlier row, before the group was being joined."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
@@ -470,7 +474,7 @@ def test_append_late_rows_are_not_what_others_come_behind(queue: AnnouncementQue
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
-def test_hear_of_a_server_that_has_gone_appends_nothing(
+def test_hear_announcement_of_an_earlier_boot_appends_nothing(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """Its marked rows are at its successor, where the catch-up has found them, or lost."""
@@ -485,7 +489,7 @@ def test_hear_of_a_server_that_has_gone_appends_nothing(
     assert queue.rows == 2
 
 
-def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them(
+def test_remove_late_returns_marked_rows_announced_after_s_passed_them(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """A catch-up may have brought messages that were sent later, and cannot have brought these."""
@@ -506,7 +510,7 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
     assert queue.rows == 0
 
 
-def test_lacks_rows_and_spans_count(queue: AnnouncementQueue) -> None:
+def test_absent_rows_leaves_out_queued_rows_and_spans(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
     assert queue.absent_rows(GROUP, [row(5), row(7), row(8)]) == [row(8)]
@@ -514,7 +518,7 @@ def test_lacks_rows_and_spans_count(queue: AnnouncementQueue) -> None:
     assert queue.keys() == [Key(1, 100, 5)]
 
 
-def test_awaits_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQueue) -> None:
+def test_has_unread_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQueue) -> None:
     """After a crash of the server, received rows are deleted again; these were not received."""
     queue.hear(to_read(6, 7, 105))
     queue.hear(heard(row(8, 106)))

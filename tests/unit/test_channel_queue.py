@@ -103,7 +103,7 @@ def test_pop_message_with_key_notes_its_row_for_deletion() -> None:
     assert deletes == {Key(1, 10, 1): queue}
 
 
-def test_put_if_room_full_queue_returns_the_newest() -> None:
+def test_put_fitting_full_queue_returns_the_newest() -> None:
     queue = filled()
     assert ids(queue.put_fitting([queued(id) for id in range(5)])) == [3, 4]
     queue.pop()
@@ -145,7 +145,7 @@ def test_pop_expired_some_expired_keeps_the_others_in_order() -> None:
     assert ids(queue.pop_all()) == [1, 3]
 
 
-async def test_pop_idle_nobody_waits_empties_the_queue() -> None:
+async def test_pop_idle_without_receivers_empties_the_queue() -> None:
     queue = filled()
     receiver = await begin(receive(queue))
     queue.put(queued(1))
@@ -249,7 +249,7 @@ async def test_put_several_receivers_wakes_one_in_turn() -> None:
     assert order == ["a", "b", "c"]
 
 
-async def test_missing_receivers_wait_counts_what_they_could_have() -> None:
+async def test_demand_counts_what_waiting_receivers_would_take() -> None:
     queue = filled()
     assert queue.demand == 0
     first, second = await begin(receive(queue)), await begin(receive(queue))
@@ -267,7 +267,7 @@ async def test_missing_receivers_wait_counts_what_they_could_have() -> None:
     assert queue.demand == 0
 
 
-async def test_missing_woken_receiver_counts_until_it_pops() -> None:
+async def test_demand_woken_receiver_counts_until_it_pops() -> None:
     """Otherwise no job would be claimed for the next receiver: the message that is here is for the first."""
     queue = filled()
     first = asyncio.create_task(queue.wait())
@@ -349,7 +349,7 @@ async def test_wait_only_receiver_cancelled_keeps_the_message() -> None:
     assert await receive(queue) == 1
 
 
-async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message_to_the_next() -> None:
+async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message() -> None:
     queue = filled()
 
     def elsewhere() -> int:
@@ -462,7 +462,7 @@ def test_wait_receivers_on_several_loops_share_the_messages() -> None:
     assert all(mine == sorted(mine) for mine in received)
 
 
-def test_put_thread_without_a_loop_wakes_the_receiver() -> None:
+def test_put_in_a_thread_without_a_loop_wakes_the_receiver() -> None:
     queue = filled()
     waiting = threading.Event()
 
@@ -481,7 +481,7 @@ def test_put_thread_without_a_loop_wakes_the_receiver() -> None:
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "stopped"])
-async def test_put_loop_of_a_receiver_is_gone_wakes_the_next(
+async def test_put_receiver_with_a_closed_loop_wakes_the_next(
     other_loop: asyncio.AbstractEventLoop, is_closed: bool
 ) -> None:
     queue = filled()
@@ -499,7 +499,7 @@ async def test_put_loop_of_a_receiver_is_gone_wakes_the_next(
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "stopped"])
-def test_put_loop_of_the_only_receiver_is_gone_keeps_the_message(
+def test_put_only_receiver_with_a_closed_loop_keeps_the_message(
     other_loop: asyncio.AbstractEventLoop, is_closed: bool
 ) -> None:
     queue = filled()
@@ -513,7 +513,7 @@ def test_put_loop_of_the_only_receiver_is_gone_keeps_the_message(
     assert (queue.waiting, queue.demand) == (0, 0)
 
 
-def test_put_loop_of_the_receiver_stopped_is_received_when_it_runs_again(
+def test_put_receiver_with_a_stopped_loop_receives_when_it_runs_again(
     other_loop: asyncio.AbstractEventLoop,
 ) -> None:
     queue = filled()
@@ -546,7 +546,7 @@ class Meanwhile(float):
         return float(self) > other
 
 
-def test_pop_expired_receiver_in_another_thread_loses_and_doubles_nothing() -> None:
+def test_pop_expired_beside_another_thread_loses_and_doubles_nothing() -> None:
     queue = filled()
     got: list[QueuedMessage | None] = []
     expiry = Meanwhile(5.0)

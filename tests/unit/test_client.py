@@ -126,7 +126,7 @@ def test_own_queue_of_a_channel_that_was_not_made_is_none(client: Client) -> Non
     assert client.queues() == []
 
 
-def test_own_queue_that_was_forgotten_is_made_again(client: Client) -> None:
+def test_own_queue_forgotten_is_made_again(client: Client) -> None:
     channel = client.new_channel("specific")
     queue = client.own_queue(channel)
     assert queue is not None
@@ -194,7 +194,7 @@ def test_drop_expired_before_the_first_answer_drops_nothing() -> None:
     assert len(queue) == 1
 
 
-def test_held_keys_queue_and_channel_queues_count(client: Client) -> None:
+def test_unreceived_keys_include_queue_and_channel_queues(client: Client) -> None:
     """A deletion after a restart of the server leaves out what was not received yet."""
     waiting, ready = Key(1, 10, 1), Key(1, 11, 2)
     client.queue("jobs").put(queued(1, key=waiting))
@@ -204,7 +204,7 @@ def test_held_keys_queue_and_channel_queues_count(client: Client) -> None:
     assert sorted(client.unreceived_keys()) == [waiting, ready]
 
 
-def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client) -> None:
+def test_send_to_consumers_reaches_those_of_this_process_only(client: Client) -> None:
     consumer, job, other = client.new_channel("s"), "jobs", "specific.other!1"
     for channel in (consumer, job, other):
         client.queue(channel).allow_receive()
@@ -218,7 +218,7 @@ def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client
     assert client.codec.decode(message.payload) == {"type": "db.lost"}
 
 
-def test_announce_locally_full_queue_is_left_alone(client: Client) -> None:
+def test_send_to_consumers_full_queue_is_unchanged(client: Client) -> None:
     queue = client.queue(client.new_channel("s"))
     queue.allow_receive()
     for id in range(CAPACITY):
@@ -238,7 +238,7 @@ def test_close_returns_received_rows_and_empties_queues(client: Client) -> None:
     assert len(queue) == 0
 
 
-def test_counted_next_client_of_a_layer_counts_from_its_own_start() -> None:
+def test_counts_next_client_of_a_layer_begin_at_its_start() -> None:
     first = make_client()
     first.counters.add("sent", 3)
     second = Client(first.config, first.codec, first.counters)
@@ -250,7 +250,7 @@ def test_counted_next_client_of_a_layer_counts_from_its_own_start() -> None:
 # --- Logging
 
 
-def test_foreign_same_channel_is_logged_again_after_a_while(
+def test_log_foreign_notification_same_channel_again_after_a_while(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
@@ -265,7 +265,7 @@ def test_foreign_same_channel_is_logged_again_after_a_while(
     assert client.counters["foreign_notifications"] == 5
 
 
-def test_count_dropped_many_channels_says_how_many_lines_were_left_out(
+def test_count_dropped_many_channels_logs_how_many_lines_were_omitted(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
@@ -282,7 +282,7 @@ def test_count_dropped_many_channels_says_how_many_lines_were_left_out(
     assert client.counters["dropped_full"] == 6001
 
 
-def test_unknown_channel_of_any_text_is_one_short_line(
+def test_log_unknown_channel_any_text_is_one_short_line(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The name is what some role has made up."""
@@ -291,7 +291,7 @@ def test_unknown_channel_of_any_text_is_one_short_line(
     assert "\n" not in caplog.messages[0]
 
 
-def test_undecodable_different_faults_are_logged_apart(
+def test_log_undecodable_different_problems_are_logged_separately(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     for text in ("one", "other", "one"):

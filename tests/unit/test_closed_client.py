@@ -9,7 +9,7 @@ from pg_layer._messages.codec import Codec
 from pg_layer._state.client import Client
 
 
-async def test_a_queue_that_is_made_after_the_end_lets_nobody_wait() -> None:
+async def test_queue_made_after_close_accepts_no_waiter() -> None:
     """A receiver on another thread may have found the client just before it was closed."""
     config = Config(dsn="host=nowhere")
     client = Client(config, Codec("json", config.max_message_size))

@@ -72,14 +72,14 @@ def test_admit_row_of_an_earlier_boot_is_not_new(cursor: Cursor) -> None:
     assert not cursor.admit(Key(1, 10_000, 11), False, END)
 
 
-def test_admit_without_a_snapshot_takes_all_once() -> None:
+def test_admit_without_a_snapshot_admits_each_row_once() -> None:
     cursor = Cursor()
     assert cursor.admit(Key(1, 5, 1), False, END)
     assert not cursor.admit(Key(1, 5, 1), False, END)
     assert not cursor.has_passed(1, 5)
 
 
-def test_admit_announced_row_that_s_has_passed_since_is_taken(cursor: Cursor) -> None:
+def test_admit_announced_row_that_s_has_passed_since_is_admitted(cursor: Cursor) -> None:
     """S moved on while the rows of an announcement were being read."""
     key = Key(1, 100, 11)
     cursor.advance_to(at(105))
@@ -87,7 +87,7 @@ def test_admit_announced_row_that_s_has_passed_since_is_taken(cursor: Cursor) ->
     assert cursor.admit_announced(key, False, END)
 
 
-def test_admit_announced_row_that_is_done_is_not_taken(cursor: Cursor) -> None:
+def test_admit_announced_done_row_is_not_admitted(cursor: Cursor) -> None:
     key = Key(1, 100, 11)
     assert cursor.admit_announced(key, False, END)
     assert not cursor.admit_announced(key, False, END)
@@ -104,7 +104,7 @@ def test_admit_marked_row_visible_in_s_is_new_until_it_is_done(cursor: Cursor) -
     assert not cursor.admit(key, True, END)
 
 
-def test_admit_marked_row_that_a_look_has_seen_is_not_new(cursor: Cursor) -> None:
+def test_admit_marked_row_that_a_search_has_seen_is_not_new(cursor: Cursor) -> None:
     """What a look did not admit was sent before this client was interested in its address."""
     cursor.marked_searched(at(90))
     assert not cursor.admit(Key(1, 89, 5), True, END)
@@ -117,7 +117,7 @@ def test_admit_marked_row_that_a_look_has_seen_is_not_new(cursor: Cursor) -> Non
     assert cursor.admit(Key(0, 60, 4), True, END)
 
 
-def test_admit_announced_marked_row_that_a_look_has_passed_since_is_taken_once(
+def test_admit_announced_marked_row_searched_since_is_admitted_once(
     cursor: Cursor,
 ) -> None:
     """The rows of an announcement may be read after the look, which leaves them to that read."""
@@ -127,7 +127,7 @@ def test_admit_announced_marked_row_that_a_look_has_passed_since_is_taken_once(
     assert not cursor.admit_announced(key, True, END)
 
 
-def test_expire_marked_keys_are_remembered_until_their_messages_expire(cursor: Cursor) -> None:
+def test_forget_expired_keeps_marked_keys_until_their_messages_expire(cursor: Cursor) -> None:
     early, late = Key(1, 90, 5), Key(1, 91, 6)
     cursor.admit(early, True, 10.0)
     cursor.admit(late, True, 20.0)
@@ -136,7 +136,7 @@ def test_expire_marked_keys_are_remembered_until_their_messages_expire(cursor: C
     assert not cursor.is_new(late, True)
 
 
-def test_look_is_the_renewal_before_the_last(cursor: Cursor) -> None:
+def test_overdue_is_the_renewal_before_the_last(cursor: Cursor) -> None:
     """A marked row that was visible then should have been announced by now."""
     assert cursor.overdue is None
     cursor.renew(at(110), Position(20, 110), "a")
@@ -148,7 +148,7 @@ def test_look_is_the_renewal_before_the_last(cursor: Cursor) -> None:
     assert cursor.overdue.snapshot.xmax == 120
 
 
-def test_is_past_moment_waits_for_s_and_for_the_look(cursor: Cursor) -> None:
+def test_is_past_needs_s_and_the_search_for_marked_rows(cursor: Cursor) -> None:
     """A marked row from before a membership may still be announced: its beginning is needed."""
     began = at(105)
     assert not cursor.is_past(began)
@@ -163,7 +163,7 @@ def test_is_past_moment_waits_for_s_and_for_the_look(cursor: Cursor) -> None:
 # --- Renewal
 
 
-def test_heard_ping_moves_s_and_forgets_what_it_sees(cursor: Cursor) -> None:
+def test_confirm_ping_moves_s_and_forgets_what_it_sees(cursor: Cursor) -> None:
     key = Key(1, 100, 11)
     cursor.admit(key, False, END)
     cursor.renew(at(110), Position(20, 110), "token")
@@ -179,13 +179,13 @@ def test_renew_ping_not_heard_leaves_s(cursor: Cursor) -> None:
     assert cursor.admit(Key(1, 105, 15), False, END)
 
 
-def test_heard_before_the_answer_moves_s_with_the_answer(cursor: Cursor) -> None:
+def test_confirm_before_the_answer_moves_s_with_the_answer(cursor: Cursor) -> None:
     assert not cursor.confirm("token")
     cursor.renew(at(110), Position(20, 110), "token")
     assert not cursor.is_new(Key(1, 105, 15), False)
 
 
-def test_heard_after_missed_discards_the_snapshot(cursor: Cursor) -> None:
+def test_confirm_after_discard_pending_leaves_s(cursor: Cursor) -> None:
     """A connection was lost between: what S' sees may not have been heard."""
     cursor.renew(at(110), Position(20, 110), "token")
     cursor.discard_pending()
@@ -193,14 +193,14 @@ def test_heard_after_missed_discards_the_snapshot(cursor: Cursor) -> None:
     assert cursor.is_new(Key(1, 105, 15), False)
 
 
-def test_heard_early_then_missed_discards_the_snapshot(cursor: Cursor) -> None:
+def test_confirm_before_the_answer_then_discard_pending_leaves_s(cursor: Cursor) -> None:
     assert not cursor.confirm("token")
     cursor.discard_pending()
     cursor.renew(at(110), Position(20, 110), "token")
     assert cursor.is_new(Key(1, 105, 15), False)
 
 
-def test_heard_while_deaf_leaves_s(cursor: Cursor) -> None:
+def test_confirm_while_suspended_leaves_s(cursor: Cursor) -> None:
     """During a catch-up announcements are kept aside, and are not in ``done`` yet."""
     cursor.renew(at(110), Position(20, 110), "token")
     cursor.suspend()
@@ -208,7 +208,7 @@ def test_heard_while_deaf_leaves_s(cursor: Cursor) -> None:
     assert cursor.is_new(Key(1, 105, 15), False)
 
 
-def test_heard_late_ping_of_an_older_snapshot_is_ignored(cursor: Cursor) -> None:
+def test_confirm_late_ping_of_an_older_snapshot_leaves_s(cursor: Cursor) -> None:
     cursor.renew(at(110), Position(20, 110), "old")
     cursor.renew(at(120), Position(30, 120), "new")
     assert cursor.confirm("new")
@@ -216,12 +216,12 @@ def test_heard_late_ping_of_an_older_snapshot_is_ignored(cursor: Cursor) -> None
     assert not cursor.is_new(Key(1, 115, 25), False)
 
 
-def test_heard_unknown_token_leaves_s(cursor: Cursor) -> None:
+def test_confirm_unknown_token_leaves_s(cursor: Cursor) -> None:
     assert not cursor.confirm("forged")
     assert cursor.is_new(Key(1, 100, 11), False)
 
 
-def test_adopt_older_snapshot_is_ignored(cursor: Cursor) -> None:
+def test_advance_to_older_snapshot_is_ignored(cursor: Cursor) -> None:
     cursor.advance_to(at(90))
     assert cursor.has_passed(1, 99)
 
@@ -237,7 +237,7 @@ def test_renew_of_another_boot_discards_snapshots_of_the_last(cursor: Cursor) ->
 # --- Claims in flight
 
 
-def test_heard_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None:
+def test_confirm_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None:
     """S' may see rows that a claim has moved, and whose answer is still on its way."""
     number = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
@@ -249,7 +249,7 @@ def test_heard_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None
     assert not cursor.is_new(claimed, False)
 
 
-def test_heard_later_claim_does_not_delay_s_for_ever(cursor: Cursor) -> None:
+def test_confirm_later_claim_does_not_delay_s(cursor: Cursor) -> None:
     first = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
     cursor.confirm("token")
@@ -259,7 +259,7 @@ def test_heard_later_claim_does_not_delay_s_for_ever(cursor: Cursor) -> None:
     cursor.end_claim(second)
 
 
-def test_end_claim_after_missed_leaves_s(cursor: Cursor) -> None:
+def test_end_claim_after_discard_pending_leaves_s(cursor: Cursor) -> None:
     """The answer is lost: a catch-up must find what was claimed."""
     number = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
@@ -272,7 +272,7 @@ def test_end_claim_after_missed_leaves_s(cursor: Cursor) -> None:
 # --- Bounds
 
 
-def test_low_id_no_new_row_has_it_or_a_smaller_one(cursor: Cursor) -> None:
+def test_low_id_every_new_row_has_a_larger_one(cursor: Cursor) -> None:
     assert cursor.low_id() == 10
     cursor.renew(at(110, running=(105,)), Position(20, 105), "token")
     cursor.confirm("token")
@@ -289,7 +289,7 @@ def test_low_id_transaction_began_before_the_position_keeps_it_small(cursor: Cur
     assert cursor.low_id() == 10
 
 
-def test_marked_low_id_nothing_looked_for_is_0(cursor: Cursor) -> None:
+def test_marked_low_id_without_a_search_is_0(cursor: Cursor) -> None:
     assert cursor.marked_low_id() == 0
     cursor.renew(at(110), Position(20, 110), None)
     cursor.renew(at(120), Position(30, 120), None)
@@ -299,7 +299,7 @@ def test_marked_low_id_nothing_looked_for_is_0(cursor: Cursor) -> None:
     assert cursor.marked_low_id() == 20
 
 
-def test_position_many_renewals_keep_a_bounded_number(cursor: Cursor) -> None:
+def test_note_position_many_renewals_keep_a_bounded_number(cursor: Cursor) -> None:
     for number in range(1_000):
         moment = at(110 + number)
         cursor.renew(moment, Position(20 + number, 110 + number), str(number))
@@ -310,7 +310,7 @@ def test_position_many_renewals_keep_a_bounded_number(cursor: Cursor) -> None:
     assert cursor.key_count == 0
 
 
-def test_missed_often_keeps_no_snapshots(cursor: Cursor) -> None:
+def test_discard_pending_often_keeps_no_snapshots(cursor: Cursor) -> None:
     """Without notifications, as through a pooler, nothing grows."""
     for number in range(1_000):
         cursor.renew(at(110 + number), Position(20 + number, 110 + number), f"t{number}")
@@ -329,7 +329,7 @@ def test_missed_often_keeps_no_snapshots(cursor: Cursor) -> None:
         max_size=60,
     )
 )
-def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
+def test_cursor_any_interleaving_admits_each_row_exactly_once(
     steps: list[tuple[str, int]],
 ) -> None:
     """A server of committed transactions with one row each, a socket in commit order, one client."""
@@ -401,7 +401,7 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
     assert set(taken) == set(committed)
 
 
-def test_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
+def test_note_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
     """The answer of a server that has gone comes after that of its successor."""
     cursor.note_position(at(50, boot=2), Position(4, 50))
     cursor.note_position(at(200), Position(90, 200))
@@ -410,14 +410,14 @@ def test_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
     assert not cursor.confirm("late")
 
 
-def test_looked_an_earlier_moment_changes_nothing(cursor: Cursor) -> None:
+def test_marked_searched_earlier_moment_changes_nothing(cursor: Cursor) -> None:
     """Two looks overlapped, and the earlier one ended last."""
     cursor.marked_searched(at(200))
     cursor.marked_searched(at(150))
     assert cursor.has_searched_marked(1, 199)
 
 
-def test_boot_of_a_row_without_one_is_the_latest(cursor: Cursor) -> None:
+def test_boot_of_row_without_a_boot_is_the_latest(cursor: Cursor) -> None:
     """A promoted standby hands out transaction ids again: an earlier boot's snapshot must not see the row."""
     unknown = Row(5, 90, 0, True, "message", "room", None, None, b"", END)
     since = at(100)

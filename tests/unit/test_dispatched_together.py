@@ -89,7 +89,7 @@ def test_pop_run_returns_the_messages_of_an_announcement(queue: AnnouncementQueu
     ],
     ids=["group", "no group", "excluded", "control message", "transaction", "boot"],
 )
-def test_pop_run_ends_before_what_goes_elsewhere(queue: AnnouncementQueue, other: Row) -> None:
+def test_pop_run_ends_before_rows_for_other_receivers(queue: AnnouncementQueue, other: Row) -> None:
     """Also before another transaction: its messages may be from before the beginning of a membership."""
     queue.append([row(5), row(6), other, row(8)])
     assert queue.head() is not None

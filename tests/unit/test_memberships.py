@@ -82,7 +82,7 @@ def test_add_after_discard_begins_at_the_new_moment(memberships: Memberships) ->
     assert member.since.sees(1, 15)
 
 
-def test_grow_old_forgets_only_beginnings_that_are_past(memberships: Memberships) -> None:
+def test_forget_past_forgets_only_beginnings_that_are_past(memberships: Memberships) -> None:
     memberships.add("g", QUEUES["x"], math.inf, at(10))
     memberships.add("g", QUEUES["y"], math.inf, at(20))
     memberships.forget_past(at(15).covers)
@@ -94,7 +94,7 @@ def test_grow_old_forgets_only_beginnings_that_are_past(memberships: Memberships
     assert [member.since for member in memberships.members("g")] == [None]
 
 
-def test_expire_removes_what_has_ended(memberships: Memberships) -> None:
+def test_expire_removes_expired_memberships(memberships: Memberships) -> None:
     memberships.add("g", QUEUES["x"], 10.0, at(1))
     memberships.add("g", QUEUES["y"], 11.0, None)
     memberships.add("h", QUEUES["x"], math.inf, None)
@@ -164,7 +164,7 @@ def test_memberships_any_changes_agree_with_a_plain_set(
 # ---------------------------------------------------------------------- requests that the owner has overruled
 
 
-def test_discard_before_an_own_add_ends_the_membership_until_that_add(
+def test_resolve_discard_before_an_own_add_moves_the_beginning_there(
     memberships: Memberships,
 ) -> None:
     """A transaction 5 has asked for the discard; the owner adds the channel at 10 and again at 20."""
@@ -181,7 +181,7 @@ def test_discard_before_an_own_add_ends_the_membership_until_that_add(
     assert member.since is None
 
 
-def test_add_before_an_own_add_begins_the_membership_earlier(memberships: Memberships) -> None:
+def test_resolve_add_before_an_own_add_moves_the_beginning_back(memberships: Memberships) -> None:
     added, own = at(4), at(10)
     memberships.add("g", QUEUES["x"], math.inf, own)
     memberships.note_own_change([("g", "x")], own)
@@ -193,7 +193,7 @@ def test_add_before_an_own_add_begins_the_membership_earlier(memberships: Member
     assert member.since is own
 
 
-def test_request_after_the_last_own_change_is_not_overruled(memberships: Memberships) -> None:
+def test_resolve_request_after_the_last_own_change_returns_false(memberships: Memberships) -> None:
     memberships.add("g", QUEUES["x"], math.inf, at(10))
     memberships.note_own_change([("g", "x")], at(10))
     assert not memberships.resolve_against_own_change("g", "x", 1, 15, None)
@@ -202,7 +202,7 @@ def test_request_after_the_last_own_change_is_not_overruled(memberships: Members
     assert not memberships.resolve_against_own_change("g", "x", 1, 5, None)
 
 
-def test_is_given_up_an_earlier_number_of_the_same_client_is() -> None:
+def test_is_stale_request_earlier_number_of_the_same_client_is_true() -> None:
     memberships = Memberships()
     pair = ("room", "specific.1!1")
     assert not memberships.is_stale_request(pair, "client", 5, 100)
@@ -218,7 +218,7 @@ def test_is_given_up_an_earlier_number_of_the_same_client_is() -> None:
     assert not memberships.is_stale_request(pair, "client", 6, 105)
 
 
-def test_begins_not_before_the_owners_own_last_change() -> None:
+def test_start_of_is_not_before_the_last_own_change() -> None:
     """An open transaction has asked for an add. Meanwhile the channel was a member, received, and left."""
     memberships = Memberships()
     pair = ("room", "x")
@@ -231,7 +231,7 @@ def test_begins_not_before_the_owners_own_last_change() -> None:
     assert memberships.start_of(pair, 1, 125, asked) is asked  # the owner has left after that
 
 
-def test_is_given_up_remembers_the_last_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_stale_request_remembers_the_last_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_REQUESTS", 2)
     memberships = Memberships()
     pairs = [("room", f"specific.1!{n}") for n in range(3)]
