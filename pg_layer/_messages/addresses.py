@@ -36,7 +36,7 @@ def group_name(group: str) -> str:
 
 
 def split_address(address: str) -> tuple[str | None, str]:
-    """Return ``(group, "")`` for a group's address, and ``(None, rest)`` for any other."""
+    """Return ``(group, "")`` for a group's address, and else ``(None, rest)``."""
     _, _, rest = address.partition("!")
     return (rest[1:], "") if rest.startswith("@") else (None, rest)
 

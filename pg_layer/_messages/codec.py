@@ -4,7 +4,7 @@ The first byte of a payload says which format it has. So readers understand ever
 whichever they write themselves, and a deployment can change the format while rows in both
 are in the table:
 
-- ``{``: JSON in UTF-8, as SQL callers and ``serializer_format="json"`` write it.
+- ``{``: JSON in UTF-8. SQL callers and ``serializer_format="json"`` write it.
 - 0x80-0x8f, 0xde, 0xdf: a map of msgpack.
 - ``g``: a Fernet token (all begin with this byte). It holds one of the above, and the name
   that the message was sent to: see `pg_layer._messages.encryption`.
@@ -125,7 +125,7 @@ class Codec:
         return plaintext if self._crypter is None else self._crypter.encrypt(plaintext, name)
 
     def serialise(self, message: object) -> bytes:
-        """Return the plaintext for a message. Read the message only, and keep no part of it.
+        """Return the plaintext for a message. Neither change nor keep the message.
 
         Raises ``InvalidMessage`` for a message that is no dict, for values that the
         specification (or JSON, if it is the format) cannot carry, for top-level keys that
@@ -301,7 +301,7 @@ class _Place(NamedTuple):
 
 
 def _find_problem(message: object, *, as_json: bool) -> str | None:
-    """Return what keeps a message from being sent, as a sentence with the path; None: nothing.
+    """Return what is wrong with a message, as a sentence with the path, or None.
 
     It must find all that `_is_sound` or the serialiser refuses. It uses a stack of its own,
     because it may be called when Python's stack was too small for the message.

@@ -19,7 +19,7 @@ class Key(NamedTuple):
 
 
 def columns_of(keys: Sequence[Key]) -> tuple[list[int], list[int], list[int]]:
-    """Return the boots, transaction ids and ids of keys, as parameters of a statement."""
+    """Return the boots, transaction ids and ids of keys, for a statement."""
     return [key.boot for key in keys], [key.xid for key in keys], [key.id for key in keys]
 
 
@@ -75,7 +75,7 @@ class KeyAt(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows of one transaction at one address, from the id ``first`` to the id ``last``."""
+    """Rows of one transaction at one address, from the id ``first`` to ``last``."""
 
     address: str
     boot: int
@@ -95,7 +95,7 @@ class Span(NamedTuple):
 
 
 def row_from_columns(columns: Sequence[Any]) -> Row:
-    """Make a row of the columns that the statements in ``_db.queries.receive`` return.
+    """Make a row of the columns that statements in ``_db.queries.receive`` return.
 
     The columns are address, id, xid, boot, marked, kind, channel, excluded, payload, and
     the end in seconds since 1970.

@@ -1,5 +1,6 @@
-"""Moves messages from the announcement queue to channel queues, and applies control messages.
+"""Moves messages to channel queues, and applies control messages.
 
+It takes both from the head of the announcement queue, in its order.
 Bound to the owner loop. See ``docs/protocols.md``, sections 2 and 4.
 """
 
@@ -130,7 +131,7 @@ class Dispatcher:
             self._block(self._place_unplaced)
 
     def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
-        """Put messages into a member's queue. Drop or keep those that exceed its capacity."""
+        """Put messages into a member's queue. Drop or keep those beyond its capacity."""
         rest = queue.put_fitting(messages, self._loop)
         if not rest:
             return
@@ -290,7 +291,7 @@ class Dispatcher:
 
     @contextmanager
     def own_change(self, pairs: Iterable[Pair]) -> Iterator[None]:
-        """Have dispatch wait before membership requests for these pairs until the block ends.
+        """Have requests for these memberships wait until the block ends.
 
         An own change of them is in flight: its snapshot decides which change came first.
         """

@@ -1,4 +1,4 @@
-"""Normal channels: claims jobs for waiting readers, and releases jobs that no reader takes.
+"""Claims jobs for waiting readers, and releases jobs that no reader takes.
 
 A claim moves rows to the client's address. If its answer is lost, the jobs are there
 without the process knowing. The fence then refuses the statement if it comes later, and a
@@ -94,7 +94,7 @@ class JobReaders:
         return min(self._unknown_low_id, *self._in_flight.values(), LAST_ID)
 
     def caught_up(self) -> None:
-        """Note that a catch-up has read all jobs that claims with lost answers have moved."""
+        """Note that a catch-up has read the jobs of all claims with lost answers."""
         self._unknown_low_id = LAST_ID
 
     # ------------------------------------------------------------------ readers

@@ -1,4 +1,4 @@
-"""The one connection that listens: connects, watches its socket, and connects again.
+"""The one connection that listens: connects, is watched, and connects again.
 
 Bound to the owner loop.
 """
@@ -206,4 +206,4 @@ class Listener:
 
 
 async def _nothing(session: Session) -> None:
-    """Send no statement: `Listener._execute` settles the session before it calls this."""
+    """Send no statement: `Listener._execute` has settled the session before."""

@@ -114,7 +114,7 @@ class Receiver:
     # ------------------------------------------------------------------ hearing
 
     async def listen_to_all(self) -> None:
-        """Have a new connection listen to all addresses of the client. A catch-up must follow."""
+        """Listen to all addresses of the client. A catch-up must follow."""
         self._connection_is_lost = asyncio.Event()
         self._client.announcements.mark_incomplete()
         self._delay_joins()
@@ -158,7 +158,7 @@ class Receiver:
         return await self.listen((name,))
 
     async def unlisten_to_jobs(self, channel: str) -> None:
-        """Undo `listen_to_jobs`."""
+        """Stop listening for jobs of a normal channel."""
         name = notification_channel(channel_address(self._client.config.prefix, channel))
         self._channels_of_jobs.pop(name, None)
         if self._listener is not None:
@@ -396,7 +396,7 @@ class Receiver:
             self._joins_may_read.clear()
 
     def _low_id_of_group(self, group: str) -> int:
-        """Return an id: each message of the group that a member may receive has a larger one."""
+        """Return an id: every message that a member may receive has a larger one."""
         cursor = self._client.cursor
         members = self._client.memberships.members(group)
         return min((cursor.low_id_of(member.since) for member in members), default=0)
@@ -594,7 +594,10 @@ class Receiver:
     async def _read_missed(
         self, address: str, bucket: str, low_id: int, since: Moment
     ) -> list[Row]:
-        """Listen to a group, and return its rows that a moment does not see, the first MAX_ROWS."""
+        """Listen to a group, and return its rows that a moment does not see.
+
+        At most about ``MAX_ROWS`` are returned, in the order of ids.
+        """
         rows: list[Row] = []
 
         async def read(session: Session) -> list[Row]:

@@ -149,14 +149,14 @@ class Lease:
 
     def _check_expired(self, renewal: queries.Renewal) -> None:
         if not renewal.has_expired:
-            # Other processes have deleted what expired: the next renewal begins its look there.
+            # Other processes have deleted what expired: the next renewal begins there.
             self._deleted_to = max(self._deleted_to, renewal.clock - LATE)
         elif not self._is_deleting:
             self._is_deleting = True
             self._spawn("The deletion of expired messages", self._delete_expired)
 
     def _report_gap(self) -> None:
-        """Report that this process did not renew for a whole lease, while the database was up."""
+        """Report that this process did not renew for a lease while the database was up."""
         client = self._client
         client.counters.add("gaps")
         logger.warning(
@@ -178,7 +178,7 @@ class Lease:
             await self._receiver.search_marked()
             self._receiver.jobs.claim_from_all()
         except PgLayerError as error:
-            logger.info("Could not look for marked messages: %s", error)
+            logger.info("Could not search for marked messages: %s", error)
         self._is_searching = False
 
     async def _delete_expired(self) -> None:

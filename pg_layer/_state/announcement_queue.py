@@ -53,7 +53,7 @@ class AnnouncementQueue:
 
     The queue knows three states:
 
-    - Announcements are appended as they are heard.
+    - Announcements are appended when they are heard.
     - During a catch-up (`begin_catch_up` to `end_catch_up`) they are kept aside. The
       catch-up appends its rows first, and the announcements are judged after it.
     - The queue is incomplete: an announcement may have been missed, or too much was heard.
@@ -75,7 +75,7 @@ class AnnouncementQueue:
         return len(self._entries)
 
     def restart(self) -> None:
-        """Discard the catch-up that the last owner loop had begun. Another one must follow."""
+        """Discard the catch-up of the last owner loop. Another one must follow."""
         self._kept_aside = None
         self.mark_incomplete()
 
@@ -145,7 +145,7 @@ class AnnouncementQueue:
     def append_unannounced(
         self, rows: Iterable[Row], joining: str | None, newly_joined: Container[str | None]
     ) -> None:
-        """Append marked rows whose announcement did not come, except those that are not new.
+        """Append new marked rows whose announcement did not come.
 
         Rows that were sent later may already be in the queue. So if a transaction has sent a
         row to one of the groups (see `append` for them), `merge` puts all rows of the
@@ -290,12 +290,12 @@ class AnnouncementQueue:
         It holds a row if an entry has it, or will have it in its place when its span has been
         read. Late entries do not count as its place.
         """
-        held = set(self.keys())
+        queued = set(self.keys())
         spans = self._spans(entry for entry in self._entries if not entry.is_late)
         return [
             row
             for row in rows
-            if row.key not in held
+            if row.key not in queued
             and not any(
                 span.covers(address, row.key) for span in spans.get((row.boot, row.xid), ())
             )
@@ -315,7 +315,7 @@ class AnnouncementQueue:
         return channel in self._jobs
 
     def due_before_catch_up(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
-        """Return those rows that must be inserted now; a paused catch-up brings the others.
+        """Return the rows to insert now; a paused catch-up appends the others.
 
         ``moment``: the snapshot of the catch-up, which begins again and appends its rows in
         the order of ids. It cannot bring a row that its snapshot sees and whose place is
@@ -353,7 +353,7 @@ class AnnouncementQueue:
         self.merge([*late, *absent])
 
     def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
-        """Insert rows between those in the queue: a member that joined late receives them.
+        """Insert rows between those in the queue, for a member that joined late.
 
         Each row takes its place by boot and id, but not before what its own transaction has
         sent earlier. Such a transaction is announced at its end, behind other transactions
@@ -472,7 +472,7 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ catching up
 
     def begin_catch_up(self) -> None:
-        """Keep announcements aside from now on. They are judged when the catch-up has ended."""
+        """Keep announcements aside from now on, until the catch-up has ended."""
         self._kept_aside = []
         self.is_incomplete = self.is_over_limit = False
         self._cursor.suspend()
@@ -493,7 +493,7 @@ class AnnouncementQueue:
         ]
 
     def end_catch_up(self) -> None:
-        """Judge what was kept aside: the catch-up has appended its rows, and ``S`` has moved."""
+        """Handle what was kept aside: rows are appended, and ``S`` has moved."""
         aside, self._kept_aside = self._kept_aside or [], None
         is_incomplete, self.is_incomplete = self.is_incomplete, False
         self._cursor.resume()

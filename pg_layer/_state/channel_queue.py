@@ -1,4 +1,4 @@
-"""Bounded queues of the channels that a process reads, and the receivers that wait on them.
+"""Bounded queues of the channels that a process reads, and their receivers.
 
 The owner loop puts messages. `receive()` takes them on any event loop of any thread, and a
 receiver is woken on its own loop. To wake a receiver only means that it looks again: the
@@ -101,7 +101,7 @@ class ChannelQueue:
 
     @property
     def is_filling(self) -> bool:
-        """Whether rows must be deleted at once, so that senders do not count them for long."""
+        """Whether rows must be deleted at once, so that senders do not count them."""
         return 8 * self.undeleted >= self.capacity
 
     # ------------------------------------------------------------------ state
@@ -143,7 +143,7 @@ class ChannelQueue:
     def put_fitting(
         self, messages: Sequence[QueuedMessage], here: asyncio.AbstractEventLoop | None = None
     ) -> Sequence[QueuedMessage]:
-        """Append as many messages as the capacity allows, in their order. Return the rest.
+        """Append as many messages as the capacity allows. Return the rest.
 
         ``here``: the running loop, if the caller knows it.
         """
@@ -159,7 +159,7 @@ class ChannelQueue:
             return messages[free:]
 
     def half_free(self, loop: asyncio.AbstractEventLoop) -> Waiter:
-        """Return a future of the running loop that is resolved when half of the queue is free."""
+        """Return a future of this loop that is resolved when half the queue is free."""
         waiter = loop.create_future()
         with self._lock:
             if 2 * len(self._messages) <= self.capacity or self.is_closed:
@@ -291,7 +291,7 @@ class ChannelQueue:
         return waiter
 
     def add_waiter(self, loop: asyncio.AbstractEventLoop) -> Waiter | None:
-        """Return a future of the running loop that is resolved when there may be a message.
+        """Return a future of this loop that is resolved when a message may be there.
 
         Return None if the caller must look now. Otherwise await the future, and give it to
         `pop` at once, or to `remove_waiter` if the caller is cancelled.

@@ -1,8 +1,8 @@
-"""The use of the layer by one process: its id, queues, cursor and memberships. No I/O.
+"""The use of the layer by one process: its id, queues, cursor, memberships.
 
 A client outlives event loops: when one is closed, the next owner loop finds the state as it
 was. It does not outlive a fork: a child begins with a client of its own. Only the owner loop
-uses the announcement queue, the cursor and the memberships. The rest is thread-safe.
+uses the announcement queue, the cursor and the memberships. The rest is thread-safe. No I/O.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ class Client:
 
     @property
     def has_lease(self) -> bool:
-        """Whether the database may have a row of this client, so that `close` must end it."""
+        """Whether the database may have a row of this client, which must be ended."""
         return self._has_lease
 
     @property
     def renewed_at(self) -> float:
-        """When the lease was last renewed, by ``time.monotonic()``; 0 before the first renewal."""
+        """When the lease was last renewed, by ``time.monotonic()``; 0: never."""
         return self._renewed_at
 
     def expect_lease(self) -> None:
@@ -150,7 +150,7 @@ class Client:
         return self._raised_fence >= self._fence
 
     def advance_fence(self) -> None:
-        """Give up the statements with the present fence, because the outcome of one is unknown.
+        """Give up statements with the present fence: an outcome is unknown.
 
         The network may deliver such a statement later. Before the client acts on what it reads,
         it raises the fence in the database (see `fence_raised`).
@@ -158,13 +158,13 @@ class Client:
         self._fence += 1
 
     def fence_raised(self, fence: int) -> None:
-        """Note that the database now refuses statements with a fence smaller than ``fence``."""
+        """Note that the database now refuses statements with smaller fences."""
         self._raised_fence = max(self._raised_fence, fence)
 
     # ------------------------------------------------------------------ the owner loop
 
     def take_ownership(self) -> None:
-        """Make the running loop's thread the only one that may touch the state of receiving."""
+        """Let only the running loop's thread touch the state of receiving."""
         if self._owner_thread is not None:
             # The last owner loop may not have seen the outcome of its last statements. The
             # server must refuse those that come late.
@@ -212,7 +212,7 @@ class Client:
                     del self._queues[channel]
 
     def drop_expired(self, queue: ChannelQueue) -> None:
-        """Drop the messages of a channel queue that have expired, and have their rows deleted."""
+        """Drop expired messages of a channel queue, and have their rows deleted."""
         expired = queue.pop_expired(self.clock.now())
         if expired:
             self.counters.add("dropped_expired", len(expired))
@@ -223,7 +223,7 @@ class Client:
         self.pending_deletes[key] = None
 
     def rows_deleted(self, keys: Iterable[Key]) -> None:
-        """Note that these rows are no longer in the table: senders do not count them any more."""
+        """Note that rows were deleted: senders do not count them any more."""
         for key in keys:
             queue = self.pending_deletes.pop(key, None)
             if queue is not None:
@@ -237,19 +237,19 @@ class Client:
 
     def unreceived_keys(self) -> list[Key]:
         """Return the keys of rows at the own address that were not received yet."""
-        held = self.announcements.keys()
-        held += [
+        keys = self.announcements.keys()
+        keys += [
             message.key
             for messages in self.releasing.values()
             for message in messages
             if message.key
         ]
         for queue in self.queues():
-            held += queue.keys()
-        return held
+            keys += queue.keys()
+        return keys
 
     def send_to_consumers(self, type: str | None) -> None:
-        """Put a message of this type, if it is not None, into the queue of each consumer here."""
+        """Put a message of this type, if any, into the queue of each consumer here."""
         if type is None:
             return
         payload = self.codec.serialise({"type": type})

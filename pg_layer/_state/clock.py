@@ -14,7 +14,7 @@ if hasattr(time, "CLOCK_BOOTTIME"):
 
 
 class DatabaseClock:
-    """Computes the database's time from its answers and a monotonic clock of the machine.
+    """Computes the database's time from its answers and a monotonic clock.
 
     Each answer bounds the difference of the two clocks from both sides: the database read
     its clock after the statement was sent, and before the answer arrived. So a slow answer
@@ -26,7 +26,7 @@ class DatabaseClock:
     has expired here. The wall clock of the process is not used.
     """
 
-    #: Seconds since some moment. Where the system counts them, also while it was suspended.
+    #: Seconds since some moment. Linux also counts those while the machine was suspended.
     ticks = staticmethod(_seconds)
 
     def __init__(self) -> None:

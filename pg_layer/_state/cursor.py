@@ -107,7 +107,7 @@ class Cursor:
         return ids is None or key.id not in ids
 
     def has_passed(self, boot: int, xid: int) -> bool:
-        """Return whether all rows of a transaction that are not marked are visible in ``S``."""
+        """Return whether the unmarked rows of a transaction are visible in ``S``."""
         return self.moment is not None and self.moment.sees(boot, xid)
 
     def has_searched_marked(self, boot: int, xid: int) -> bool:
@@ -136,7 +136,7 @@ class Cursor:
 
     @property
     def known_boot(self) -> int:
-        """The latest boot that the client has met, or 0. The database's boot is not earlier."""
+        """The latest boot that the client has seen, or 0. The database has no earlier."""
         return max(self.latest_boot, 0)
 
     def has_passed_boot(self, boot: int) -> bool:
@@ -176,7 +176,7 @@ class Cursor:
     def renew(
         self, moment: Moment, position: Position, token: str | None, *, is_heartbeat: bool = True
     ) -> None:
-        """Note a snapshot that a renewal of the lease took, and a position from before it.
+        """Note the snapshot of a renewal of the lease, and a position from before it.
 
         ``token``: the snapshot becomes ``S`` when the ping with this token is heard. None:
         the renewal sent no ping.

@@ -1,7 +1,7 @@
-"""The memberships of a client's own channels. See ``docs/protocols.md``, section 4.
+"""The memberships of a client's own channels.
 
-No I/O. Only the owner loop uses this module, except for `Memberships.is_member` and ``len``,
-which any thread may call.
+See ``docs/protocols.md``, section 4. Only the owner loop uses this module, except for
+`Memberships.is_member` and ``len``, which any thread may call. No I/O.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Member:
 
 
 class Memberships:
-    """Which channels of the client are in which groups. Delivery depends on this alone.
+    """The channels of the client in each group. Delivery depends on this alone.
 
     Changes of a membership come from two sides. The owner changes its own channels, and is
     finished when its statement has returned (`note_own_change`). Other processes, and
@@ -135,7 +135,7 @@ class Memberships:
         return self._joined_at.keys()
 
     def joined_after(self, group: str, boot: int, xid: int) -> Moment | None:
-        """Return when an own change added the first member, if that was after a transaction.
+        """Return when an own change added the first member, if after a transaction.
 
         The client did not listen to the group before. It has received no message that the
         returned moment sees.
@@ -178,7 +178,7 @@ class Memberships:
     def resolve_against_own_change(
         self, group: str, channel: str, boot: int, xid: int, added: Moment | None
     ) -> bool:
-        """Return whether an own change came after a membership request. Then that one holds.
+        """Return whether an own change came after a membership request, and so counts.
 
         The transaction is that of the request. ``added``: the beginning of the membership
         that it requests, or None for a discard. The request then changes the beginning only:
@@ -232,9 +232,9 @@ class Memberships:
         return gone
 
     def forget_past(self, is_past: Callable[[Moment], bool]) -> None:
-        """Forget moments for which ``is_past`` is true: no row that they see can come any more.
+        """Forget past moments: no row that they see can come any more.
 
-        These are beginnings of memberships, own changes, and joins.
+        ``is_past`` decides which. They are beginnings of memberships, own changes, and joins.
         """
         moments = {moment for each in self._own_changes.values() for moment in each}
         past = {moment for moment in moments if is_past(moment)}

@@ -1,4 +1,4 @@
-"""Keys, and what cannot be read: it is skipped and named once, and the rest gets through."""
+"""Encryption, and messages that cannot be read: they are skipped and logged, others arrive."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.processes import Link, Message, Processes, listen, open_layer, read, 
 
 OLD, NEW, WRONG = "the old key", b"the new key", "a key of another project"
 SECRET = "attack at dawn"
-# Messages to channels that were not received. Those to groups remain until they expire.
+# Messages to channels that were not received. Group messages remain until they expire.
 IS_ALL_RECEIVED = "SELECT count(*) = 0 FROM pg_layer_message WHERE address NOT LIKE '%!@%'"
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What pg_layer logged as a warning or an error."""
+    """Return what pg_layer logged as warnings and errors."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -124,7 +124,7 @@ async def test_message_that_no_key_opens_is_skipped_and_logged_once(
     [complaint] = complaints(caplog)
     assert "symmetric_encryption_keys" in complaint
     assert SECRET not in caplog.text
-    # They do not come again, and take no room.
+    # They do not come again, and do not use capacity.
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
@@ -135,7 +135,7 @@ async def test_message_that_no_key_opens_is_skipped_and_logged_once(
 async def test_encrypted_notification_repeated_for_another_address_is_refused(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, sent_to: str
 ) -> None:
-    """A role that may only connect hears a message, and says it again under other names."""
+    """A role that may only connect hears a notification, and repeats it with other names."""
     layer, sender = (make_layer(symmetric_encryption_keys=[OLD]) for _ in range(2))
     channel, other = await layer.new_channel(), await layer.new_channel()
     for group in ("room", "hall"):
@@ -178,7 +178,7 @@ async def test_encrypted_notification_repeated_for_another_address_is_refused(
 async def test_encrypted_row_copied_to_another_address_is_refused(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Its heartbeats look for rows that were not announced.
+    # Its heartbeats search for rows that were not announced.
     layer = make_layer(symmetric_encryption_keys=[OLD], heartbeat=0.1)
     sender = make_layer(symmetric_encryption_keys=[OLD])
     sources = [await sender.new_channel(), "jobs"]
@@ -211,7 +211,7 @@ async def test_encrypted_row_copied_to_another_address_is_refused(
 async def test_encrypted_group_message_reaches_normal_channels_of_the_group(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """Their rows hold what was encrypted for the group."""
+    """The rows of the normal channels contain tokens for the group."""
     layer, sender = (make_layer(symmetric_encryption_keys=[OLD]) for _ in range(2))
     await sender.group_add("room", "jobs")
     for size in (10, 10_000):
@@ -223,11 +223,13 @@ async def test_encrypted_group_message_reaches_normal_channels_of_the_group(
 
 
 def send_from_sql(observer: Observer, channel: str) -> None:
-    """Small and large ones to a channel, and to a group that it is in."""
+    """Send a small and a large message to a channel, and to a group that it is in."""
     for size in (10, 10_000):
         observer.execute(
             """
-            SELECT pg_layer_send(%s, jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer))),
+            SELECT
+                pg_layer_send(
+                    %s, jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer))),
                 pg_layer_group_send(
                     'room', jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer)))
             """,
@@ -271,7 +273,7 @@ async def test_message_from_sql_with_allow_unencrypted_is_delivered(
     sizes = [len((await receive(layer, channel))["pad"]) for _ in range(4)]
     assert sizes == [10, 10, 10_000, 10_000]
     assert complaints(caplog) == []
-    # What is encrypted must be so with a known key, and what it sends itself is encrypted.
+    # An encrypted message needs a known key, and what the layer sends is encrypted.
     await stranger.send(channel, {"text": SECRET})
     await layer.send(channel, {"text": SECRET})
     assert await receive(layer, channel) == {"text": SECRET}
@@ -299,7 +301,7 @@ async def test_damaged_row_is_skipped_and_logged_once(
 ) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
-    await sender.group_add("room", channel)  # the layer does not listen yet
+    await sender.group_add("room", channel)  # this process does not listen yet
     for name in (channel, "jobs"):
         for _ in range(2):
             await sender.send(name, {"text": "to be damaged"})
@@ -397,7 +399,8 @@ async def test_foreign_notification_is_ignored_and_logged_once(
 
 MANY = 20_000
 INVENTED = """
-    SELECT count(pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
+    SELECT count(pg_notify(
+        pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
         'M %%s %%s %%s %%s 4102444800 * gA==', boot, 1000000 + n,
         replace(replace(%(name)s, 'N', n::text), 'X', to_hex(n)), 1000000 + n)))
     FROM pg_layer_boot, generate_series(1, %(many)s) AS n
@@ -452,7 +455,7 @@ async def test_row_for_an_unmade_channel_is_deleted_not_that_of_a_forgotten_queu
 async def test_log_many_full_channels_and_forged_messages_is_bounded(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of each kind; and the next line says how many were left out."""
+    """Each kind of line is limited, and the next one says how many were omitted."""
     count = 1100
     now = 1000.0
     layer = make_layer(capacity=1)
@@ -464,10 +467,12 @@ async def test_log_many_full_channels_and_forged_messages_is_bounded(
 
     for number in range(2):
         await layer.group_send("room", {"number": number})
-    # No two faults have the same text: it names the length.
+    # No two errors have the same text: it includes the length.
     forge = """
-        SELECT count(pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
-                'M %%s %%s %%s %%s 4102444800 * %%s', boot, 1000000 + n, %(channel)s::text, 1000000 + n,
+        SELECT count(pg_notify(
+            pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
+            'M %%s %%s %%s %%s 4102444800 * %%s',
+            boot, 1000000 + n, %(channel)s::text, 1000000 + n,
             translate(encode(convert_to(repeat('x', n), 'UTF8'), 'base64'), E'\\n', ''))))
         FROM pg_layer_boot, generate_series(1, %(count)s) AS n
     """

@@ -49,7 +49,7 @@ def cursor() -> Cursor:
 
 @pytest.fixture
 def queue(cursor: Cursor) -> AnnouncementQueue:
-    """A queue whose first catch-up has ended at transaction 100."""
+    """Return a queue and its cursor. Their first catch-up has ended at transaction 100."""
     queue = AnnouncementQueue(cursor)
     queue.begin_catch_up()
     cursor.advance_to(at(100))
@@ -58,7 +58,7 @@ def queue(cursor: Cursor) -> AnnouncementQueue:
 
 
 def dispatch(queue: AnnouncementQueue) -> list[int]:
-    """Dispatch what is ready, and return the ids."""
+    """Dispatch what is ready, and return the ids of its rows."""
     ids = []
     while (rows := queue.head()) is not None:
         row = rows.popleft()
@@ -103,7 +103,7 @@ def test_hear_before_the_first_catch_up_appends_nothing(cursor: Cursor) -> None:
 def test_hear_after_mark_incomplete_appends_nothing_until_a_catch_up(
     queue: AnnouncementQueue,
 ) -> None:
-    """Announcements before it may have been missed: nothing may overtake them."""
+    """Announcements may have been missed, and nothing may overtake them."""
     queue.hear(heard(row(5)))
     queue.mark_incomplete()
     queue.hear(heard(row(7)))
@@ -114,7 +114,7 @@ def test_hear_after_mark_incomplete_appends_nothing_until_a_catch_up(
 
 
 def test_head_entry_with_unread_rows_is_not_overtaken(queue: AnnouncementQueue) -> None:
-    """The messages of one writer stay in order whatever their sizes."""
+    """The messages of one writer keep their order, whatever their sizes."""
     queue.hear(heard(row(5, 101)))
     queue.hear(to_read(6, 7, 102))
     queue.hear(heard(row(8, 103)))
@@ -133,7 +133,7 @@ def test_to_read_returns_the_first_waiting_entries(queue: AnnouncementQueue) -> 
 
 
 def test_fill_partial_answer_continues_behind_its_last_row(queue: AnnouncementQueue) -> None:
-    """The rows that are here are dispatched; a repeated read must not bring them again."""
+    """Rows of the first answer are dispatched. A repeated read must not append them again."""
     queue.hear(to_read(5, 8))
     (entry,) = queue.to_read(10)
     queue.fill(entry, [row(5), row(6)], is_all=False)
@@ -165,7 +165,7 @@ def test_fill_no_rows_lets_the_next_entry_be_dispatched(queue: AnnouncementQueue
 def test_fill_rows_that_s_has_passed_meanwhile_are_kept(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """S moves on when a ping is heard; the entry was announced before it."""
+    """``S`` moves when a ping is heard. The entry was announced before the ping."""
     queue.hear(to_read(5, 6))
     cursor.advance_to(at(110))
     (entry,) = queue.to_read(10)
@@ -184,7 +184,7 @@ def test_fill_marked_row_that_a_search_brought_is_dropped(queue: AnnouncementQue
 def test_to_read_and_holds_jobs_many_waiting_entries_take_few_steps(
     queue: AnnouncementQueue,
 ) -> None:
-    """Both are asked all the time. To look at each entry each time would take minutes."""
+    """Both are called all the time. If each call walked all entries, it would take minutes."""
     count = announcement_queue.MAX_ROWS
     for n in range(count):
         queue.hear(heard(row(n, 101 + n)))
@@ -204,7 +204,7 @@ def test_to_read_entries_filled_in_any_order_leave_the_others(
     queue.merge([row(1, 100)])
     assert queue.to_read(10) == [first, second, third]
     queue.fill(second, [row(205, 102)], is_all=True)
-    queue.fill(second, [row(205, 102)], is_all=True)  # of a read that was repeated
+    queue.fill(second, [row(205, 102)], is_all=True)  # the answer of a repeated read
     assert queue.to_read(10) == [first, third]
     queue.fill(first, [], is_all=True)
     assert queue.to_read(10) == [third]
@@ -220,7 +220,7 @@ def test_to_read_entries_filled_in_any_order_leave_the_others(
 def test_holds_jobs_until_the_last_of_the_channel_is_dispatched(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """Other rows come and go between: those of groups, of other channels, and those that are withdrawn."""
+    """Rows of groups and of other channels, and late rows that are removed, come between."""
     cursor.advance_to(at(110))
     queue.append([job(5, "jobs"), job(6, "jobs", 121), job(7, "mail", 122)])
     queue.hear(heard(row(9, 104, marked=True)))
@@ -294,7 +294,7 @@ def test_restart_discards_the_catch_up_of_the_last_loop(queue: AnnouncementQueue
 
 
 def test_keys_to_read_leaves_out_done_keys_and_those_of_entries(queue: AnnouncementQueue) -> None:
-    """An entry that waits survives a reconnection: the catch-up must not bring its rows again."""
+    """A waiting entry survives a reconnection: the catch-up must not read its rows again."""
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
     keys = [key_at(5), key_at(6), key_at(7), key_at(8), key_at(6, address=OWN), key_at(9, 99)]
@@ -370,7 +370,7 @@ def test_merge_rows_take_their_places_by_id(queue: AnnouncementQueue) -> None:
 def test_append_rows_of_a_joining_group_come_behind_the_add(
     queue: AnnouncementQueue,
 ) -> None:
-    """A transaction may have drawn the id of its message before that of the add, and be committed later."""
+    """A transaction may draw an id before the add does, and commit after it."""
     queue.hear(heard(row(8, 102), row(9, 102)))
     head = queue.head()
     assert head is not None
@@ -384,7 +384,7 @@ def test_append_rows_of_a_joining_group_come_behind_the_add(
 
 
 def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: AnnouncementQueue) -> None:
-    """A promoted standby draws ids that its predecessor had drawn, after it was cut off."""
+    """A promoted standby draws ids again that its predecessor drew after the separation."""
     queue.hear(heard(row(8, 102), row(9, 102)))
     queue.append([row(7, 50)._replace(boot=2)])
     queue.merge([row(6, 49)._replace(boot=2), row(8, 51)._replace(boot=2), row(5, 99)])
@@ -392,7 +392,7 @@ def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: Announc
 
 
 def test_merge_rows_of_boot_0_count_as_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
-    """A transaction after a crash or a failover may write before anybody has begun a boot."""
+    """After a crash or a failover a transaction may write before the boot has a number."""
     queue.append(
         [row(4, 101), row(5, 102, marked=True)._replace(boot=0), row(7, 50)._replace(boot=2)]
     )
@@ -410,7 +410,7 @@ def test_merge_rows_of_boot_0_count_as_of_the_boot_around_them(queue: Announceme
 def test_merge_rows_come_behind_what_their_transaction_has_sent_before(
     queue: AnnouncementQueue,
 ) -> None:
-    """It drew its ids before another statement, and was announced after it."""
+    """The transaction drew its ids before another statement, and was announced after it."""
     queue.hear(heard(row(8, 102)))
     queue.hear(heard(row(5, 101, marked=True)))
     queue.hear(to_read(12, 13, 103, marked=True))
@@ -425,7 +425,7 @@ def test_merge_rows_come_behind_what_their_transaction_has_sent_before(
 
 
 def test_merge_many_rows_of_one_transaction_takes_few_steps(queue: AnnouncementQueue) -> None:
-    """It has sent thousands to two groups. Each row compared with each would take minutes."""
+    """The transaction has sent thousands of rows. Comparing all pairs would take minutes."""
     count = 30_000
     queue.hear(heard(*(row(2 * n, 101) for n in range(count))))
     queue.merge([row(2 * n + 1, 101) for n in range(count)])
@@ -435,7 +435,7 @@ def test_merge_many_rows_of_one_transaction_takes_few_steps(queue: AnnouncementQ
 def test_merge_rows_of_boot_0_at_the_beginning_count_as_of_the_latest(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """A transaction after a crash has sent it. What a join brings was sent before."""
+    """A transaction after a crash sent the row in the queue. The join's rows are older."""
     cursor.note_position(at(100), Position(1, 100))
     cursor.note_position(at(50, boot=2), Position(1, 50))
     queue.append([row(20, 60, marked=True)._replace(boot=0)])
@@ -446,7 +446,7 @@ def test_merge_rows_of_boot_0_at_the_beginning_count_as_of_the_latest(
 def test_remove_late_returns_late_rows_of_the_same_transactions(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """One that was sent to another group, and one that is not here but in the table."""
+    """One row was sent to another group. Another one is in the table only."""
     cursor.advance_to(at(110))
     queue.append([row(9, 120)])
     queue.hear(heard(row(6, 104, marked=True)))
@@ -457,7 +457,7 @@ def test_remove_late_returns_late_rows_of_the_same_transactions(
 def test_append_unannounced_transaction_comes_before_what_was_sent_later(
     queue: AnnouncementQueue,
 ) -> None:
-    """A look brings its row for a group that is being joined, and one for another channel."""
+    """A search finds a row for a group that is being joined, and one for a channel."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
     queue.append_unannounced([other, row(7, 104, marked=True)], "g", ())
@@ -465,7 +465,7 @@ def test_append_unannounced_transaction_comes_before_what_was_sent_later(
 
 
 def test_append_unannounced_rows_are_no_places_for_later_rows(queue: AnnouncementQueue) -> None:
-    """The look has brought the transaction's earlier row, before the group was being joined."""
+    """A search has found the transaction's earlier row before the join began."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
     queue.append_unannounced([other], None, ())
@@ -477,22 +477,20 @@ def test_append_unannounced_rows_are_no_places_for_later_rows(queue: Announcemen
 def test_hear_announcement_of_an_earlier_boot_appends_nothing(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """Its marked rows are at its successor, where the catch-up has found them, or lost."""
+    """The catch-up has found the marked rows of that boot at the new server, or they are lost."""
     cursor.advance_to(at(50, boot=2))
     queue.hear(heard(row(5, 105, marked=True)))
     queue.hear(to_read(6, 7, 105, marked=True))
     assert queue.rows == 0
     queue.hear(heard(row(5, 60, marked=True)._replace(boot=2)))
-    queue.hear(
-        heard(row(6, 61, marked=True)._replace(boot=0))
-    )  # of a boot that its writer did not know
+    queue.hear(heard(row(6, 61, marked=True)._replace(boot=0)))  # its writer did not know the boot
     assert queue.rows == 2
 
 
 def test_remove_late_returns_marked_rows_announced_after_s_passed_them(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """A catch-up may have brought messages that were sent later, and cannot have brought these."""
+    """A catch-up may have read messages that were sent later, and cannot have read these."""
     missed = [row(id, xid, marked=True) for id, xid in ((5, 105), (6, 104), (7, 103), (8, 115))]
     queue.hear(heard(row(5, 105, marked=True)))
     cursor.advance_to(at(110))
@@ -502,9 +500,9 @@ def test_remove_late_returns_marked_rows_announced_after_s_passed_them(
     queue.hear(heard(row(8, 115, marked=True)))
     assert queue.absent_rows(GROUP, [row(7, 103)]) == [row(7, 103)]
     queue.fill(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
-    withdrawn = queue.remove_late(missed)
-    assert [each.id for each in withdrawn] == [6, 7]
-    queue.merge(withdrawn)
+    late = queue.remove_late(missed)
+    assert [each.id for each in late] == [6, 7]
+    queue.merge(late)
     assert queue.rows == 5
     assert dispatch(queue) == [5, 6, 7, 9, 8]
     assert queue.rows == 0
@@ -519,7 +517,7 @@ def test_absent_rows_leaves_out_queued_rows_and_spans(queue: AnnouncementQueue) 
 
 
 def test_has_unread_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQueue) -> None:
-    """After a crash of the server, received rows are deleted again; these were not received."""
+    """After a crash received rows are deleted again. Unread rows were not received."""
     queue.hear(to_read(6, 7, 105))
     queue.hear(heard(row(8, 106)))
     assert not queue.has_unread(at(105))

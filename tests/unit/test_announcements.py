@@ -81,7 +81,7 @@ def test_parse_jobs_and_pings() -> None:
     ],
 )
 def test_parse_foreign_text_raises_value_error(payload: str) -> None:
-    """Any role of the database may NOTIFY: nothing but ValueError may come of it."""
+    """Any role may call NOTIFY: no text may cause an error other than ``ValueError``."""
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         parse(payload, "p", OWN)
     assert raised.type is ValueError
@@ -119,7 +119,7 @@ def test_row_from_columns_group_row_knows_its_group() -> None:
 
 
 def test_key_is_unique_by_boot_transaction_and_id() -> None:
-    """After a crash an id and a transaction id may be handed out again, in another boot."""
+    """After a crash an id and a transaction id may be given out again, in another boot."""
     assert row().key == Key(3, 20, 7) == KeyAt(OWN, 7, 20, 3, False, 2).key
     keys = {row().key, row(id=8).key, row(xid=21).key, row(boot=4).key}
     assert len(keys) == 4

@@ -1,4 +1,7 @@
-"""Channel queues: bounds, order, which receiver is woken. No cancellation, thread or loop costs a message."""
+"""Channel queues: bounds, order, and which receiver is woken.
+
+No cancellation, thread or loop may lose a message.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def number(message: QueuedMessage) -> int:
 
 
 async def receive(queue: ChannelQueue) -> int:
-    """As the layer does it: look, and wait if there is nothing."""
+    """Receive as the layer does: pop, and wait if there is no message."""
     waiter = None
     while (found := queue.pop(waiter=waiter)) is None:
         waiter = await queue.wait()
@@ -47,7 +50,7 @@ async def receive(queue: ChannelQueue) -> int:
 
 
 async def begin(work: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
-    """Start a task and let it come to where it waits."""
+    """Start a task, and let it run until it waits."""
     task = asyncio.create_task(work)
     await asyncio.sleep(0)
     return task
@@ -62,7 +65,7 @@ def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def wait_on(loop: asyncio.AbstractEventLoop, queue: ChannelQueue) -> Coroutine[Any, Any, object]:
-    """Begin to wait on a loop that stops at once. Close the coroutine when done."""
+    """Begin to wait on a loop that stops at once. The caller closes the coroutine."""
     waiting = queue.wait()
 
     async def first_step() -> None:
@@ -254,7 +257,7 @@ async def test_demand_counts_what_waiting_receivers_would_take() -> None:
     assert queue.demand == 0
     first, second = await begin(receive(queue)), await begin(receive(queue))
     assert queue.demand == 2
-    queue.put(queued(1))  # the first is told to look, and has not yet
+    queue.put(queued(1))  # the first is woken, and has not looked yet
     assert (queue.waiting, queue.demand) == (1, 1)
     assert await first == 1
     assert (queue.waiting, queue.demand) == (1, 1)
@@ -268,7 +271,7 @@ async def test_demand_counts_what_waiting_receivers_would_take() -> None:
 
 
 async def test_demand_woken_receiver_counts_until_it_pops() -> None:
-    """Otherwise no job would be claimed for the next receiver: the message that is here is for the first."""
+    """Otherwise no job would be claimed for the next receiver: this message is for the first."""
     queue = filled()
     first = asyncio.create_task(queue.wait())
     second = await begin(receive(queue))
@@ -303,7 +306,7 @@ def test_put_closed_queue_drops_the_message() -> None:
     queue = filled()
     queue.close()
     queue.put(queued(1))
-    assert not queue.put_fitting([queued(2)])  # nothing is said to be full
+    assert not queue.put_fitting([queued(2)])  # a closed queue is never full
     assert len(queue) == 0
 
 
@@ -355,7 +358,7 @@ async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message() ->
     def elsewhere() -> int:
         async def main() -> int:
             cancelled, other = await begin(receive(queue)), await begin(receive(queue))
-            # Put from another thread, so that the wake is on its way when the waiter is cancelled.
+            # Put from another thread, so that the wake-up is pending when the waiter is cancelled.
             thread = threading.Thread(target=queue.put, args=(queued(1),))
             thread.start()
             thread.join()
@@ -412,7 +415,7 @@ def test_channel_queue_any_order_of_steps_loses_and_doubles_nothing(
         for _ in range(5):
             await asyncio.sleep(0)
         pending = [task for task in tasks if not task.done()]
-        # No receiver waits beside a message, and each that waits is counted.
+        # No receiver waits while there is a message, and each that waits is counted.
         assert not (pending and len(queue))
         assert queue.waiting == len(pending)
         assert queue.demand == len(pending) - len(queue)
@@ -525,14 +528,14 @@ def test_put_receiver_with_a_stopped_loop_receives_when_it_runs_again(
 
 
 class Meanwhile(float):
-    """An expiry; comparing it lets another thread do something first, or at least begin to."""
+    """An expiry. Comparing it lets another thread act first, or at least begin."""
 
     do: Callable[[], object] = staticmethod(lambda: None)
 
     def _meanwhile(self) -> None:
         thread = threading.Thread(target=self.do)
         thread.start()
-        thread.join(0.05)  # it may have to wait until this one is done
+        thread.join(0.05)  # it may be blocked until this thread is done
         self.threads.append(thread)
 
     threads: list[threading.Thread]

@@ -1,4 +1,4 @@
-"""The client: names, channel queues, and what is logged once."""
+"""The client: names, channel queues, and events that are logged once."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_address_own_channels_have_that_of_the_client() -> None:
 
 
 def test_is_owned_here_other_thread_is_false(client: Client) -> None:
-    """The owner loop's thread is the only one that may touch the state of receiving."""
+    """Only the owner loop's thread may touch the state of receiving."""
     assert not client.is_owned_here()
     client.take_ownership()
     elsewhere: list[bool] = []
@@ -186,7 +186,7 @@ def test_drop_expired_counts_and_has_rows_deleted(client: Client) -> None:
 
 
 def test_drop_expired_before_the_first_answer_drops_nothing() -> None:
-    """Only the database says what has expired, until its clock is known."""
+    """Until its clock is known, only the database decides what has expired."""
     client = make_client()
     queue = client.queue("jobs")
     queue.put(queued(1, 1.0, Key(1, 10, 1)))
@@ -195,7 +195,7 @@ def test_drop_expired_before_the_first_answer_drops_nothing() -> None:
 
 
 def test_unreceived_keys_include_queue_and_channel_queues(client: Client) -> None:
-    """A deletion after a restart of the server leaves out what was not received yet."""
+    """The deletion after a restart of the server must leave unreceived rows in the table."""
     waiting, ready = Key(1, 10, 1), Key(1, 11, 2)
     client.queue("jobs").put(queued(1, key=waiting))
     client.queue("member").put(queued(2))
@@ -208,7 +208,7 @@ def test_send_to_consumers_reaches_those_of_this_process_only(client: Client) ->
     consumer, job, other = client.new_channel("s"), "jobs", "specific.other!1"
     for channel in (consumer, job, other):
         client.queue(channel).allow_receive()
-    client.queue(client.new_channel("s"))  # made for a sender: nothing reads it
+    client.queue(client.new_channel("s"))  # a queue that no consumer reads
     client.send_to_consumers("db.lost")
     client.send_to_consumers(None)
     assert [len(queue) for queue in client.queues()] == [1, 0, 0, 0]
@@ -285,7 +285,7 @@ def test_count_dropped_many_channels_logs_how_many_lines_were_omitted(
 def test_log_unknown_channel_any_text_is_one_short_line(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The name is what some role has made up."""
+    """Any role may invent the name in a notification."""
     client.log_unknown_channel("a\nERROR forged!" + "x" * 7000)
     assert len(caplog.messages[0]) < 300
     assert "\n" not in caplog.messages[0]

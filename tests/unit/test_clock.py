@@ -1,4 +1,4 @@
-"""The database's clock: what is told is never earlier than what the database would have said."""
+"""The database's clock: the computed time is never earlier than the database's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pg_layer._state.clock import DatabaseClock
 
 
 class Machine:
-    """A process's clock that counts seconds and a database's clock, which tick together."""
+    """The monotonic clock of a process, and the clock of a database, with one rate."""
 
     def __init__(self, ticks: float, ahead: float) -> None:
         self.ticks = ticks
@@ -25,7 +25,7 @@ class Machine:
         return self.ticks + self.ahead
 
     def ask(self, clock: DatabaseClock, there: float, back: float) -> None:
-        """Ask the database for its time: ``there`` and ``back`` are what the ways take, in seconds."""
+        """Ask the database for its time. ``there`` and ``back``: the latencies in seconds."""
         asked_at = self.ticks
         self.ticks += there
         answer = self.database
@@ -104,7 +104,7 @@ def test_observe_contradicting_answer_follows_the_databases_clock(
 def test_ticks_count_the_time_while_the_machine_is_suspended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The monotonic clock stands still meanwhile."""
+    """Linux's monotonic clock stops while the machine is suspended."""
     slept = 0.0
     real = time.clock_gettime
 

@@ -10,7 +10,7 @@ from pg_layer._state.client import Client
 
 
 async def test_queue_made_after_close_accepts_no_waiter() -> None:
-    """A receiver on another thread may have found the client just before it was closed."""
+    """A receiver on another thread may hold the client when it is closed."""
     config = Config(dsn="host=nowhere")
     client = Client(config, Codec("json", config.max_message_size))
     client.close()

@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out, what must not go in is named, and no bytes whatever break the reader."""
+"""The codec: messages arrive unchanged, invalid ones are named, and no bytes break a reader."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import sys
 import traceback
 import uuid
+from functools import partial
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -51,7 +52,7 @@ def messages(*, as_json: bool) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def same(left: object, right: object) -> bool:
-    """Equal in type too, NaN to NaN, 0.0 not to -0.0."""
+    """Compare types, too. NaN equals NaN; 0.0 does not equal -0.0."""
     if type(left) is not type(right):
         return False
     if isinstance(left, dict) and isinstance(right, dict):
@@ -240,7 +241,7 @@ class Index:
         raise NotImplementedError
 
 
-# (message, what the error must say, as regular expression)
+# (message, regular expression for the error)
 REFUSED: list[tuple[Any, str]] = [
     (
         {"user": {"ids": [1, 2, 3, uuid.UUID(int=0)]}},
@@ -288,7 +289,7 @@ def test_encode_unsupported_value_is_named_with_its_path(
 ) -> None:
     with pytest.raises(InvalidMessage, match=says) as caught:
         codec.encode(message, NAME)
-    # Nothing of the serialisers' errors, which quote the value, is left behind.
+    # The serialisers' errors quote the value, so the error must not refer to one.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
 
@@ -416,7 +417,7 @@ def test_open_rotated_keys_reads_with_any_of_them() -> None:
 
 
 def test_crypter_key_is_hashed_as_by_channels_redis() -> None:
-    # base64.urlsafe_b64encode(hashlib.sha256(b"abc").digest()), from the published test vector of SHA-256
+    # base64.urlsafe_b64encode(hashlib.sha256(b"abc").digest()): SHA-256's published test vector
     fernet = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
     codec = Codec("msgpack", LIMIT, ["abc"], prefix="asgi")
     inside = b"asgi!specific.a!1\0\x81\xa1a\x01"
@@ -439,7 +440,7 @@ NAMES = [
 
 @pytest.mark.parametrize("sent_to", NAMES)
 def test_open_encrypted_for_another_name_is_undecodable(sent_to: str) -> None:
-    """A normal channel takes what is for a group: its reader does not know which groups it is in."""
+    """A normal channel accepts tokens for groups: its readers do not know its groups."""
     keys = ["first key"]
     writer, reader = (
         Codec("json", LIMIT, keys, prefix="asgi"),
@@ -491,7 +492,7 @@ def test_open_plain_payload_with_keys_raises(writer: Codec) -> None:
 def test_open_plain_payload_with_allow_unencrypted_is_read(writer: Codec) -> None:
     codec = Codec("msgpack", LIMIT, ["first key"], allow_unencrypted=True)
     assert codec.decode(codec.open(writer.encode({"a": 1}, NAME), NAME)) == {"a": 1}
-    # It still writes nothing but encrypted ones, and reads these with its keys alone.
+    # It writes encrypted payloads only, and reads these with its keys only.
     assert codec.encode({"a": 1}, NAME)[:1] == b"g"
     assert SECRET.decode(SECRET.open(codec.encode({"a": 1}, NAME), NAME)) == {"a": 1}
     with pytest.raises(UndecodableMessage, match="none of the symmetric_encryption_keys"):
@@ -586,13 +587,18 @@ def test_decode_any_damage_returns_a_dict_or_raises_without_content(
     try:
         result = codec.decode(codec.open(bytes(payload), NAME))
     except UndecodableMessage as error:
-        told = "".join(traceback.format_exception(error)) + repr(error.__context__)
+        shown = "".join(traceback.format_exception(error)) + repr(error.__context__)
     else:
-        told = ""
+        shown = ""
         assert type(result) is dict
-        # Who has no key cannot forge; Fernet ignores only how the base64 is padded.
+        # Without a key a token cannot be changed. Fernet ignores only the padding of base64.
         assert codec in (MSGPACK, JSON) or same(result, message)
-    assert "Geheim" not in told
+    assert "Geheim" not in shown
+
+
+def open_and_decode(codec: Codec, payload: bytes) -> dict[str, Any]:
+    """Return the message in a payload."""
+    return codec.decode(codec.open(payload, NAME))
 
 
 @given(
@@ -600,7 +606,7 @@ def test_decode_any_damage_returns_a_dict_or_raises_without_content(
 )
 def test_decode_arbitrary_bytes_returns_a_dict_or_raises(rest: bytes, first: bytes) -> None:
     for codec in (MSGPACK, SECRET):
-        for read in (codec.decode, lambda payload: codec.decode(codec.open(payload, NAME))):  # noqa: B023
+        for read in (codec.decode, partial(open_and_decode, codec)):
             try:
                 assert type(read(first + rest)) is dict
             except UndecodableMessage:

@@ -16,14 +16,14 @@ END = 1_000.0
 
 
 def at(xid: int, boot: int = 1, running: tuple[int, ...] = ()) -> Moment:
-    """The moment in which the transactions before ``xid`` had ended, but for the running ones."""
+    """Return the moment in which all transactions before ``xid`` had ended but the running."""
     xmin = min(running, default=xid)
     return Moment(boot, Snapshot(f"{xmin}:{xid}:{','.join(map(str, running))}"))
 
 
 @pytest.fixture
 def cursor() -> Cursor:
-    """A cursor whose catch-up has ended at transaction 100."""
+    """Return a cursor whose catch-up has ended at transaction 100."""
     cursor = Cursor()
     cursor.note_position(at(100), Position(10, 100))
     cursor.advance_to(at(100))
@@ -40,7 +40,7 @@ def test_admit_row_visible_in_s_is_not_new(cursor: Cursor) -> None:
 
 
 def test_admit_row_of_a_transaction_that_ran_at_s_is_new() -> None:
-    """Ids are drawn before the commit: an id tells nothing of what had been committed."""
+    """Ids are drawn before the commit: an id does not say what had been committed."""
     cursor = Cursor()
     cursor.advance_to(at(100, running=(90,)))
     assert cursor.admit(Key(1, 90, 3), False, END)
@@ -54,13 +54,13 @@ def test_admit_same_key_again_is_not_new(cursor: Cursor) -> None:
 
 
 def test_admit_other_row_of_the_same_transaction_is_new(cursor: Cursor) -> None:
-    """Each row of a statement has a key of its own: the second notification of it is not done."""
+    """A statement may send two notifications: the rows of the second one are new."""
     assert cursor.admit(Key(1, 100, 11), False, END)
     assert cursor.admit(Key(1, 100, 12), False, END)
 
 
 def test_admit_row_of_a_later_boot_is_new_whatever_its_xid(cursor: Cursor) -> None:
-    """A crash hands transaction ids and ids out again."""
+    """After a crash transaction ids and ids are given out again."""
     assert cursor.admit(Key(1, 100, 11), False, END)
     assert cursor.admit(Key(2, 50, 11), False, END)
     assert cursor.admit(Key(2, 100, 11), False, END)
@@ -80,7 +80,7 @@ def test_admit_without_a_snapshot_admits_each_row_once() -> None:
 
 
 def test_admit_announced_row_that_s_has_passed_since_is_admitted(cursor: Cursor) -> None:
-    """S moved on while the rows of an announcement were being read."""
+    """``S`` has moved while the rows of an announcement were being read."""
     key = Key(1, 100, 11)
     cursor.advance_to(at(105))
     assert not cursor.admit(key, False, END)
@@ -97,7 +97,7 @@ def test_admit_announced_done_row_is_not_admitted(cursor: Cursor) -> None:
 
 
 def test_admit_marked_row_visible_in_s_is_new_until_it_is_done(cursor: Cursor) -> None:
-    """S may pass a marked row before it is announced."""
+    """``S`` may pass a marked row before it is announced."""
     key = Key(1, 90, 5)
     assert cursor.admit(key, True, END)
     cursor.advance_to(at(200))
@@ -105,22 +105,22 @@ def test_admit_marked_row_visible_in_s_is_new_until_it_is_done(cursor: Cursor) -
 
 
 def test_admit_marked_row_that_a_search_has_seen_is_not_new(cursor: Cursor) -> None:
-    """What a look did not admit was sent before this client was interested in its address."""
+    """The search did not admit it: the client was not interested in its address then."""
     cursor.marked_searched(at(90))
     assert not cursor.admit(Key(1, 89, 5), True, END)
     assert cursor.admit(Key(1, 90, 6), True, END)
-    # Also after a failover, which brings old rows back to a catch-up.
+    # Also after a failover, which restores old rows that a catch-up finds.
     cursor.advance_to(at(50, boot=2))
     assert not cursor.admit(Key(1, 89, 5), True, END)
     assert cursor.admit(Key(2, 40, 4), True, END)
-    # The new server hands out transaction ids again: of an unknown boot they say nothing.
+    # The new server gives out transaction ids again: with an unknown boot they prove nothing.
     assert cursor.admit(Key(0, 60, 4), True, END)
 
 
 def test_admit_announced_marked_row_searched_since_is_admitted_once(
     cursor: Cursor,
 ) -> None:
-    """The rows of an announcement may be read after the look, which leaves them to that read."""
+    """A search does not admit announced rows: they are read after it."""
     key = Key(1, 89, 5)
     cursor.marked_searched(at(90))
     assert cursor.admit_announced(key, True, END)
@@ -149,7 +149,7 @@ def test_overdue_is_the_renewal_before_the_last(cursor: Cursor) -> None:
 
 
 def test_is_past_needs_s_and_the_search_for_marked_rows(cursor: Cursor) -> None:
-    """A marked row from before a membership may still be announced: its beginning is needed."""
+    """A marked row from before a membership may still be announced."""
     began = at(105)
     assert not cursor.is_past(began)
     cursor.advance_to(at(110))
@@ -174,7 +174,7 @@ def test_confirm_ping_moves_s_and_forgets_what_it_sees(cursor: Cursor) -> None:
 
 
 def test_renew_ping_not_heard_leaves_s(cursor: Cursor) -> None:
-    """An announcement that S' sees may still be in the socket: it is new when it is heard."""
+    """A row that the snapshot sees may be in the socket: it is new when it is heard."""
     cursor.renew(at(110), Position(20, 110), "token")
     assert cursor.admit(Key(1, 105, 15), False, END)
 
@@ -186,7 +186,7 @@ def test_confirm_before_the_answer_moves_s_with_the_answer(cursor: Cursor) -> No
 
 
 def test_confirm_after_discard_pending_leaves_s(cursor: Cursor) -> None:
-    """A connection was lost between: what S' sees may not have been heard."""
+    """The connection was lost: rows that the snapshot sees may not have been heard."""
     cursor.renew(at(110), Position(20, 110), "token")
     cursor.discard_pending()
     assert not cursor.confirm("token")
@@ -238,7 +238,7 @@ def test_renew_of_another_boot_discards_snapshots_of_the_last(cursor: Cursor) ->
 
 
 def test_confirm_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None:
-    """S' may see rows that a claim has moved, and whose answer is still on its way."""
+    """The snapshot may see rows of a claim whose answer has not arrived."""
     number = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
     assert not cursor.confirm("token")
@@ -260,7 +260,7 @@ def test_confirm_later_claim_does_not_delay_s(cursor: Cursor) -> None:
 
 
 def test_end_claim_after_discard_pending_leaves_s(cursor: Cursor) -> None:
-    """The answer is lost: a catch-up must find what was claimed."""
+    """The answer is lost: a catch-up must find the claimed rows."""
     number = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
     cursor.confirm("token")
@@ -283,7 +283,7 @@ def test_low_id_every_new_row_has_a_larger_one(cursor: Cursor) -> None:
 
 
 def test_low_id_transaction_began_before_the_position_keeps_it_small(cursor: Cursor) -> None:
-    """A transaction that was open at S may have drawn its ids before the position was taken."""
+    """A transaction that runs at ``S`` may have drawn its ids before the position was read."""
     cursor.renew(at(130, running=(105,)), Position(40, 130), "token")
     cursor.confirm("token")
     assert cursor.low_id() == 10
@@ -293,9 +293,9 @@ def test_marked_low_id_without_a_search_is_0(cursor: Cursor) -> None:
     assert cursor.marked_low_id() == 0
     cursor.renew(at(110), Position(20, 110), None)
     cursor.renew(at(120), Position(30, 120), None)
-    look = cursor.overdue
-    assert look is not None
-    cursor.marked_searched(look)
+    overdue = cursor.overdue
+    assert overdue is not None
+    cursor.marked_searched(overdue)
     assert cursor.marked_low_id() == 20
 
 
@@ -332,7 +332,7 @@ def test_discard_pending_often_keeps_no_snapshots(cursor: Cursor) -> None:
 def test_cursor_any_interleaving_admits_each_row_exactly_once(
     steps: list[tuple[str, int]],
 ) -> None:
-    """A server of committed transactions with one row each, a socket in commit order, one client."""
+    """One client, a socket in commit order, and transactions with one row each."""
     cursor = Cursor()
     boot, next_xid, last_id = 1, 10, 0
     open_rows: list[Key] = []
@@ -402,7 +402,7 @@ def test_cursor_any_interleaving_admits_each_row_exactly_once(
 
 
 def test_note_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
-    """The answer of a server that has gone comes after that of its successor."""
+    """The answer of the old server arrives after that of the new one."""
     cursor.note_position(at(50, boot=2), Position(4, 50))
     cursor.note_position(at(200), Position(90, 200))
     cursor.renew(at(200), Position(90, 200), "late")
@@ -411,14 +411,17 @@ def test_note_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> Non
 
 
 def test_marked_searched_earlier_moment_changes_nothing(cursor: Cursor) -> None:
-    """Two looks overlapped, and the earlier one ended last."""
+    """Two searches overlapped, and the earlier one ended last."""
     cursor.marked_searched(at(200))
     cursor.marked_searched(at(150))
     assert cursor.has_searched_marked(1, 199)
 
 
 def test_boot_of_row_without_a_boot_is_the_latest(cursor: Cursor) -> None:
-    """A promoted standby hands out transaction ids again: an earlier boot's snapshot must not see the row."""
+    """A promoted standby gives out transaction ids again.
+
+    A snapshot of an earlier boot must not see the row.
+    """
     unknown = Row(5, 90, 0, True, "message", "room", None, None, b"", END)
     since = at(100)
     assert since.sees(cursor.boot_of(unknown), unknown.xid)

@@ -17,7 +17,7 @@ QUEUES = {name: ChannelQueue(name, 10) for name in "xyz"}
 
 
 def at(xid: int, boot: int = 1) -> Moment:
-    """The moment in which the transactions before ``xid`` had ended."""
+    """Return the moment in which all transactions before ``xid`` had ended."""
     return Moment(boot, Snapshot(f"{xid}:{xid}:"))
 
 
@@ -103,7 +103,7 @@ def test_expire_removes_expired_memberships(memberships: Memberships) -> None:
 
 
 def test_flush_removes_what_began_before_it(memberships: Memberships) -> None:
-    """A flush in transaction 15: a membership that began in a snapshot that sees it is later."""
+    """A membership whose beginning sees the flush (transaction 15) is later."""
     memberships.add("g", QUEUES["x"], math.inf, at(10))
     memberships.add("g", QUEUES["y"], math.inf, at(16))
     memberships.add("h", QUEUES["z"], math.inf, None)
@@ -161,13 +161,13 @@ def test_memberships_any_changes_agree_with_a_plain_set(
             assert (member.since is None) is (began[each] is None)
 
 
-# ---------------------------------------------------------------------- requests that the owner has overruled
+# ---------------------------------------------------------------------- requests and own changes
 
 
 def test_resolve_discard_before_an_own_add_moves_the_beginning_there(
     memberships: Memberships,
 ) -> None:
-    """A transaction 5 has asked for the discard; the owner adds the channel at 10 and again at 20."""
+    """Transaction 5 requests the discard. Own changes add the channel at 10 and 20."""
     memberships.add("g", QUEUES["x"], math.inf, None)
     first, second = at(10), at(20)
     for moment in (first, second):
@@ -208,10 +208,10 @@ def test_is_stale_request_earlier_number_of_the_same_client_is_true() -> None:
     assert not memberships.is_stale_request(pair, "client", 5, 100)
     assert not memberships.is_stale_request(
         pair, "client", 5, 100
-    )  # the same control message once more
+    )  # the same control message again
     assert memberships.is_stale_request(
         pair, "client", 5, 101
-    )  # the statement was repeated, and both arrived
+    )  # the statement was repeated, and both runs took effect
     assert memberships.is_stale_request(pair, "client", 4, 102)
     assert not memberships.is_stale_request(pair, "other", 4, 103)
     assert not memberships.is_stale_request(("hall", "specific.1!1"), "client", 4, 104)
@@ -219,7 +219,7 @@ def test_is_stale_request_earlier_number_of_the_same_client_is_true() -> None:
 
 
 def test_start_of_is_not_before_the_last_own_change() -> None:
-    """An open transaction has asked for an add. Meanwhile the channel was a member, received, and left."""
+    """While a transaction that adds is open, the channel joins, receives, and leaves."""
     memberships = Memberships()
     pair = ("room", "x")
     asked, joined, left, later = at(100), at(120), at(130), at(140)
@@ -228,7 +228,7 @@ def test_start_of_is_not_before_the_last_own_change() -> None:
     memberships.note_own_change([pair], left)
     assert memberships.start_of(pair, 1, 150, asked) is left
     assert memberships.start_of(pair, 1, 150, later) is later
-    assert memberships.start_of(pair, 1, 125, asked) is asked  # the owner has left after that
+    assert memberships.start_of(pair, 1, 125, asked) is asked  # the own change came after that
 
 
 def test_is_stale_request_remembers_the_last_requests(monkeypatch: pytest.MonkeyPatch) -> None:
