@@ -31,7 +31,7 @@ class Outage:
         what = self._what(error)
         self.why, self.since = outage_reason(error), time.monotonic()
         logger.warning("%s: %s", what, self.why)
-        self._client.announce_locally(self._client.config.on_disconnect)
+        self._client.send_to_consumers(self._client.config.on_disconnect)
 
     @property
     def is_away(self) -> bool:
@@ -56,4 +56,4 @@ class Outage:
             time.monotonic() - self.since,
             caught_up,
         )
-        self._client.announce_locally(self._client.config.on_reconnect)
+        self._client.send_to_consumers(self._client.config.on_reconnect)

@@ -1,1 +1,1 @@
-"""What is sent: rows, addresses and announcements. Pure: no I/O, no database code."""
+"""What is sent: rows, addresses, announcements, payloads. No I/O, no database."""

@@ -1,6 +1,7 @@
-"""Addresses of rows and the NOTIFY channels that announce them.
+"""Addresses of rows, and the NOTIFY channels on which rows are announced.
 
-The same rules as in ``migrations/0001_2_addresses.sql``, so that neither side asks the other.
+The functions follow the rules in ``migrations/0001_2_addresses.sql``, so that neither side
+has to ask the other.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 from functools import lru_cache
 from hashlib import sha256
 
-BUCKETS = 1024  # of groups
+BUCKETS = 1024  # NOTIFY channels that all groups of a prefix share: 10 bits of a digest
 
 
 def channel_address(prefix: str, channel: str) -> str:
-    """Return the address of a channel: of its client, or of the readers of a normal channel."""
+    """Return the address of a channel.
+
+    For a specific channel it is the address of its client, for a normal channel that of
+    the channel's readers.
+    """
     head, bang, _ = channel.partition("!")
     return f"{prefix}!{head.rpartition('.')[2]}" if bang else f"{prefix}!:{channel}"
 
@@ -23,12 +28,15 @@ def group_address(prefix: str, group: str) -> str:
 
 
 def group_name(group: str) -> str:
-    """Return what stands for a group where a channel's name could stand: none begins like this."""
+    """Return the name of a group for places that also hold names of channels.
+
+    It begins with ``@``, and no name of a channel does.
+    """
     return f"@{group}"
 
 
 def split_address(address: str) -> tuple[str | None, str]:
-    """Return ``(group, "")`` for a group's address, and ``(None, rest)`` for another."""
+    """Return ``(group, "")`` for a group's address, and else ``(None, rest)``."""
     _, _, rest = address.partition("!")
     return (rest[1:], "") if rest.startswith("@") else (None, rest)
 

@@ -1,4 +1,4 @@
-"""The text of notifications: see ``docs/protocols.md``, section 2."""
+"""Parse the text of notifications. See ``docs/protocols.md``, section 2."""
 
 from __future__ import annotations
 
@@ -11,36 +11,40 @@ from pg_layer._messages.rows import LAST_ID, Row, Span
 
 
 class Messages(NamedTuple):
-    """Messages that came inside the notification."""
+    """Messages of one transaction that the notification itself carries."""
 
     rows: list[Row]
 
 
 class ToRead(NamedTuple):
-    """Rows that must be read."""
+    """Rows that the client must read from the table."""
 
     span: Span
 
 
 class Jobs(NamedTuple):
-    """Jobs wait in a normal channel, from this id on."""
+    """Jobs wait in a normal channel, from the id ``first`` on."""
 
     first: int
 
 
 class Ping(NamedTuple):
-    """A ping of the client itself. ``token``: whose ping, and which run of its statement."""
+    """A ping that the client sent to itself. ``token``: see `ping_token`."""
 
     token: str
 
     @property
     def name(self) -> str:
-        """Whose ping it is, whatever run of its statement."""
+        """The part of the token that all runs of the statement share."""
         return self.token.partition("/")[0]
 
 
 def ping_token(name: str, run: int) -> str:
-    """The token of a ping by one run of a statement."""
+    """Return the token for one run of a statement that sends the ping ``name``.
+
+    A statement that is repeated has a token for each run, because each run takes another
+    snapshot. A ping proves something only about the snapshot of its own run.
+    """
     return f"{name}/{run}"
 
 
@@ -48,7 +52,11 @@ Announcement = Messages | ToRead | Jobs | Ping
 
 
 def parse(payload: str, prefix: str, own_address: str) -> Announcement:
-    """Return what a notification says. Raises ``ValueError`` for what the layer does not send."""
+    """Return the announcement in a notification.
+
+    ``own_address`` is the client's: spans of its own rows do not name it.
+    Raises ``ValueError`` for a text that the layer does not send.
+    """
     letter, _, rest = payload.partition(" ")
     if letter in ("M", "m"):
         return _messages(rest.split(" "), letter == "m")

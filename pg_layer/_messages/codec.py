@@ -1,16 +1,18 @@
-"""Messages to bytes and back: serialisation, validation, encryption. Pure; no I/O, and safe from any thread.
+"""Serialise, validate and encrypt messages, and the reverse. No I/O. Thread-safe.
 
-A payload says by its first byte what it is, so that readers understand every format whatever they write
-themselves, and a deployment can change formats while both are in the table:
+The first byte of a payload says which format it has. So readers understand every format,
+whichever they write themselves, and a deployment can change the format while rows in both
+are in the table:
 
-- `{`: JSON, UTF-8. What SQL callers and `serializer_format="json"` write.
-- 0x80-0x8f, 0xde, 0xdf: msgpack (its maps).
-- `g`: a Fernet token (they all begin with it), holding one of the above, and where it was sent to: see
-  `pg_layer._messages.encryption`.
+- ``{``: JSON in UTF-8. SQL callers and ``serializer_format="json"`` write it.
+- 0x80-0x8f, 0xde, 0xdf: a map of msgpack.
+- ``g``: a Fernet token (all begin with this byte). It holds one of the above, and the name
+  that the message was sent to: see `pg_layer._messages.encryption`.
 
-What a message may hold is the specification's list
-(https://channels.readthedocs.io/en/latest/channel_layer_spec.html): bytes, str, signed 64-bit int, float,
-list, dict with str keys, bool, None; tuples are taken too and arrive as lists.
+A message may contain what the specification lists
+(https://channels.readthedocs.io/en/latest/channel_layer_spec.html): bytes, str, signed
+64-bit int, float, list, dict with str keys, bool and None. Tuples are accepted, and arrive
+as lists.
 """
 
 from __future__ import annotations
@@ -38,14 +40,17 @@ _PLAIN_FIRST = _MSGPACK_FIRST | {_JSON_FIRST}
 
 INT_MIN = -(2**63)
 INT_MAX = 2**63 - 1
-# Levels of dicts and lists, the message itself being the first. All serialisers and their readers can do it.
+# Levels of dicts and lists; the message itself is the first. All serialisers and their
+# readers support this depth.
 MAX_DEPTH = 200
 
-# Top-level keys that begin like this belong to channel layers (channels_redis keeps its routing in one).
+# Top-level keys with this beginning belong to channel layers: channels_redis keeps its
+# routing in one.
 _RESERVED = "__asgi_"
 
-# Types that hold nothing and need no look at their value. What is wrong with one all the same (a lone
-# surrogate; bytes and NaN in JSON) the serialiser itself finds.
+# Types that contain no other values, and whose values `_is_sound` need not check. The
+# serialiser itself refuses what is wrong with such a value: a lone surrogate; in JSON also
+# bytes and NaN.
 _LEAVES = frozenset((str, float, bool, type(None), bytes, bytearray, memoryview))
 _IMMUTABLE = frozenset((str, int, float, bool, type(None), bytes))
 _LEAF_BASES = (str, float, bytes, bytearray)
@@ -54,7 +59,8 @@ _LEAF_BASES = (str, float, bytes, bytearray)
 class Template:
     """A plaintext that several readers decode, each into a message of its own.
 
-    One without lists and dicts in it is decoded once and copied: no reader can change what is in it.
+    A message without lists and dicts in it is decoded once, and then copied: no reader can
+    change a value that it shares with others.
     """
 
     __slots__ = ("flat", "is_flat", "plaintext")
@@ -66,14 +72,18 @@ class Template:
 
 
 class Codec:
-    """Turns messages into payloads and payloads into messages.
+    """Converts messages into payloads, and payloads into messages.
 
-    `serializer_format` ("msgpack" or "json") and `keys[0]` decide how messages are written; `keys` (all of
-    them) and the payload itself decide how they are read. `max_message_size` is in bytes and counts the
-    serialised message before encryption, which adds the name of its channel or group, a third and about 100
-    bytes. With `allow_unencrypted` plain payloads are read although there are keys. `prefix` is the layer's.
-    `keys` needs the `cryptography` package (`ImportError` otherwise); arguments are trusted,
-    `pg_layer._config.options` checks them.
+    ``serializer_format``: "msgpack" or "json". It decides how messages are written; a
+    payload itself decides how it is read.
+    ``max_message_size``: the limit in bytes for the serialised message before encryption.
+    Encryption adds the name of the channel or group, a third, and about 100 bytes.
+    ``keys``: the first one encrypts, all of them decrypt. None: payloads are not encrypted.
+    ``prefix``: the prefix of the layer.
+    ``allow_unencrypted``: read plain payloads although there are keys.
+
+    ``pg_layer._config.options`` has checked the arguments.
+    Raises ``ImportError`` for keys without the package ``cryptography``.
     """
 
     __slots__ = (
@@ -96,29 +106,31 @@ class Codec:
         self._serializer_format = serializer_format
         self._allow_unencrypted = allow_unencrypted
         self._max_message_size = max_message_size
-        # `packb` makes a packer for each message: 0.2 µs dearer than a packer for each thread, but that one
-        # could be entered a second time while it works, by a finaliser that sends, and keeps the largest
-        # buffer it ever needed.
+        # `packb` makes a packer for each message, which costs 0.2 µs more than one packer for
+        # each thread. But a finaliser that sends could enter that packer while it works, and
+        # it would keep the largest buffer that it ever needed.
         self._pack: Callable[[object], bytes] = (
             _to_json if serializer_format == "json" else msgpack.packb
         )
         self._crypter = _make_crypter(keys, prefix) if keys else None
 
     def encode(self, message: object, name: str) -> bytes:
-        """The payload for `message`; if there are keys encrypted, for a channel or `@<group>` alone.
+        """Return the payload for a message to ``name``: a channel, or ``@<group>``.
 
-        Raises as `serialise`.
+        If there are keys, the payload is encrypted for this name alone.
+
+        Raises ``InvalidMessage`` and ``MessageTooLarge``: see `serialise`.
         """
         plaintext = self.serialise(message)
         return plaintext if self._crypter is None else self._crypter.encrypt(plaintext, name)
 
     def serialise(self, message: object) -> bytes:
-        """The plaintext for `message`.
+        """Return the plaintext for a message. Neither change nor keep the message.
 
-        Raises `InvalidMessage` for what is no dict, for values that the specification (or JSON, if that is
-        the format) cannot carry, for top-level keys that begin with `__asgi_`, and for nesting deeper than
-        `MAX_DEPTH`; `MessageTooLarge` above `max_message_size`. The message is only read, and nothing of it
-        is kept.
+        Raises ``InvalidMessage`` for a message that is no dict, for values that the
+        specification (or JSON, if it is the format) cannot carry, for top-level keys that
+        begin with ``__asgi_``, and for more than ``MAX_DEPTH`` levels.
+        Raises ``MessageTooLarge`` above ``max_message_size``.
         """
         if not isinstance(message, dict):
             raise InvalidMessage(f"A message must be a dict, not {type(message).__name__}.")
@@ -132,7 +144,8 @@ class Codec:
         for key in message:
             if key[:7] == _RESERVED:
                 raise InvalidMessage(
-                    f"The message's keys must not begin with {_RESERVED!r}: these belong to channel layers."
+                    f"The message's keys must not begin with {_RESERVED!r}: "
+                    "these belong to channel layers."
                 )
         if len(payload) > self._max_message_size:
             raise MessageTooLarge(
@@ -142,24 +155,24 @@ class Codec:
         return payload
 
     def _reason_for_refusing(self, message: object, error: Exception | None) -> Exception:
-        # Serialisers' errors quote what they stumble over. So the fault that is found here replaces them, and
-        # they are passed on only where there is none: no memory, no stack.
-        fault = _find_fault(message, as_json=self._serializer_format == "json")
-        if fault is not None:
-            return InvalidMessage(fault)
+        # The errors of serialisers quote values of the message, which must not appear in logs.
+        # Pass one on only if the message itself has no problem: no memory, no stack.
+        problem = _find_problem(message, as_json=self._serializer_format == "json")
+        if problem is not None:
+            return InvalidMessage(problem)
         return error or InvalidMessage(
             "The message could not be serialised: it changed while it was sent."
         )
 
     def open(self, payload: bytes, name: str) -> bytes:
-        """The plaintext of a stored payload, to be given to `decode` as often as there are readers.
+        """Return the plaintext of a stored payload, which each reader gives to `decode`.
 
-        `name`: the channel or `@<group>` that it was found for.
+        ``name``: the channel or ``@<group>`` of the row in which the payload was found.
 
-        Raises `UndecodableMessage` for a payload in no known format, for one that none of the keys opens or
-        that was encrypted for another name, for an encrypted one without keys, and for a plain one where
-        there are keys and plain ones are not allowed (else whoever can write to the table could forge
-        messages).
+        Raises ``UndecodableMessage`` for a payload in no known format, for one that no key
+        opens or that was encrypted for another name, and for an encrypted one if there are
+        no keys. Also for a plain one if there are keys and plain ones are not allowed:
+        otherwise every role that can write to the table could forge messages.
         """
         first = payload[0] if payload else -1
         if self._crypter is None:
@@ -175,16 +188,18 @@ class Codec:
                 return payload
             raise UndecodableMessage(
                 "A stored message is not encrypted, but symmetric_encryption_keys is set here. "
-                "Was it sent from SQL, or by a process without keys? allow_unencrypted would deliver it."
+                "Was it sent from SQL, or by a process without keys? "
+                "allow_unencrypted would deliver it."
             )
         if first != _FERNET_FIRST:
             raise UndecodableMessage(_unknown_format(payload))
         return self._crypter.decrypt(payload, name)
 
     def decode(self, plaintext: bytes | Template) -> dict[str, Any]:
-        """The message in a plaintext of `open`, a new object at every call: readers share nothing.
+        """Return the message in a plaintext that `open` returned.
 
-        Raises `UndecodableMessage`, and nothing else, for whatever is not a whole message.
+        The message is a new object at each call: readers share nothing that can change.
+        Raises ``UndecodableMessage``, and no other error, for anything but a whole message.
         """
         if isinstance(plaintext, Template):
             return self._decode_again(plaintext)
@@ -196,8 +211,7 @@ class Codec:
             elif first == _JSON_FIRST:
                 message = _from_json(plaintext.decode())
         except Exception:
-            # Of these errors many hold the payload; hence neither their text nor they themselves as a cause.
-            pass
+            pass  # many of these errors hold the payload: use neither their text nor their cause
         if type(message) is dict:
             return message
         if first in _PLAIN_FIRST:
@@ -215,15 +229,16 @@ class Codec:
             is_flat = _IMMUTABLE.issuperset(map(type, message.values()))
             if is_flat:
                 template.flat = message.copy()
-            template.is_flat = is_flat  # last, as other threads look at it first
+            template.is_flat = is_flat  # last, because other threads read it first
         return message
 
 
-def _is_sound(values: Iterable[Any], depth: int) -> bool:
-    """Whether `values`, and what they contain down to `depth` more levels, may stand in a message.
+def _is_sound(values: Iterable[Any], depth: int) -> bool:  # noqa: C901, RUF100  # the hot path
+    """Return whether a message may contain ``values``.
 
-    The hot path of sending. It keeps no path and gives no reason; `_find_fault` looks for both once they are
-    needed.
+    ``depth``: how many more levels of dicts and lists they may contain. This is the hot path
+    of sending. It records no path and gives no reason: `_find_problem` finds both when they
+    are needed.
     """
     for value in values:
         kind = type(value)
@@ -243,9 +258,9 @@ def _is_sound(values: Iterable[Any], depth: int) -> bool:
         elif kind is list or kind is tuple:
             if not depth or not _is_sound(value, depth - 1):
                 return False
-        # From here on the subclasses: enumerations, SafeString, OrderedDict, named tuples.
+        # The rest are subclasses: enumerations, SafeString, OrderedDict, named tuples.
         elif isinstance(value, dict):
-            # By `items`, as the serialisers do: some dicts (QueryDict) present other values than they store.
+            # Use `items`, as the serialisers do: QueryDict returns other values than it stores.
             if not _is_sound((dict(value.items()),), depth):
                 return False
         elif kind is msgpack.ExtType:
@@ -266,7 +281,7 @@ _OR_MSGPACK = "or set serializer_format to 'msgpack'."
 
 
 class _Place(NamedTuple):
-    """A value inside a message and the way to it."""
+    """A value inside a message, and the path to it."""
 
     value: Any
     step: str
@@ -285,18 +300,18 @@ class _Place(NamedTuple):
         return "".join(steps)
 
 
-def _find_fault(message: object, *, as_json: bool) -> str | None:
-    """What keeps `message` from being sent, as a sentence with the path to it; None if nothing does.
+def _find_problem(message: object, *, as_json: bool) -> str | None:
+    """Return what is wrong with a message, as a sentence with the path, or None.
 
-    The slow twin of `_is_sound`. It must find whatever that function or the serialiser refuses, and keeps a
-    stack of its own, as it may be called because Python's was too small.
+    It must find all that `_is_sound` or the serialiser refuses. It uses a stack of its own,
+    because it may be called when Python's stack was too small for the message.
     """
     todo = [_Place(message, "message", None, 0)]
     while todo:
         place = todo.pop()
-        fault = _fault_at(place, as_json)
-        if fault is not None:
-            return f"{place} {fault}"
+        problem = _problem_at(place, as_json)
+        if problem is not None:
+            return f"{place} {problem}"
         value = place.value
         inner: list[_Place] = []
         if isinstance(value, dict):
@@ -307,36 +322,43 @@ def _find_fault(message: object, *, as_json: bool) -> str | None:
     return None
 
 
-def _fault_at(place: _Place, as_json: bool) -> str | None:
+def _problem_at(place: _Place, as_json: bool) -> str | None:
     value = place.value
     if isinstance(value, msgpack.ExtType):
         return _wrong_type(value)
     if isinstance(value, (dict, list, tuple)):
-        return _fault_of_container(place)
+        return _problem_of_container(place)
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, str):
         return None if _is_encodable(value) else f"holds {_SURROGATE}"
-    if isinstance(value, int):
-        return (
-            None
-            if INT_MIN <= value <= INT_MAX
-            else "does not fit into 64 bits, signed. Send it as a str."
-        )
-    if isinstance(value, float):
-        if as_json and not math.isfinite(value):
-            return f"is not a finite number, which JSON cannot carry. Send None, {_OR_MSGPACK}"
-        return None
+    if isinstance(value, (int, float)):
+        return _problem_of_number(value, as_json)
     if isinstance(value, (bytes, bytearray, memoryview)):
-        if as_json:
-            return f"is {type(value).__name__}, which JSON cannot carry. Send it as text (base64), {_OR_MSGPACK}"
-        if isinstance(value, memoryview) and not value.c_contiguous:
-            return "is a memoryview of scattered memory. Send bytes() of it."
-        return None
+        return _problem_of_bytes(value, as_json)
     return _wrong_type(value)
 
 
-def _fault_of_container(place: _Place) -> str | None:
+def _problem_of_number(value: float, as_json: bool) -> str | None:
+    if isinstance(value, int):
+        if INT_MIN <= value <= INT_MAX:
+            return None
+        return "does not fit into 64 bits, signed. Send it as a str."
+    if as_json and not math.isfinite(value):
+        return f"is not a finite number, which JSON cannot carry. Send None, {_OR_MSGPACK}"
+    return None
+
+
+def _problem_of_bytes(value: bytes | bytearray | memoryview, as_json: bool) -> str | None:
+    if as_json:
+        kind = type(value).__name__
+        return f"is {kind}, which JSON cannot carry. Send it as text (base64), {_OR_MSGPACK}"
+    if isinstance(value, memoryview) and not value.c_contiguous:
+        return "is a memoryview of scattered memory. Send bytes() of it."
+    return None
+
+
+def _problem_of_container(place: _Place) -> str | None:
     above = place.parent
     while above is not None:
         if above.value is place.value:
@@ -410,7 +432,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# The depth is known by then, and with it that there are no circles.
+# `_is_sound` has limited the depth, so there are no circular references.
 _json_encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
 ).encode
@@ -418,6 +440,6 @@ _from_json = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
 def _make_crypter(keys: Sequence[str | bytes], prefix: str) -> Crypter:
-    from pg_layer._messages.encryption import Crypter  # only here, as it needs cryptography
+    from pg_layer._messages.encryption import Crypter  # needs cryptography
 
     return Crypter(keys, prefix)

@@ -1,8 +1,9 @@
-"""Encryption of payloads. Pure; no I/O, and safe from any thread.
+"""Encryption of payloads. No I/O. Thread-safe.
 
-A token of Fernet's has no associated data. So it holds the name of the channel or group that the message was
-encrypted for, before the message: `<prefix>!<channel>` or `<prefix>!@<group>`, and a zero byte. Without a key
-it cannot be changed. The reader compares it with where it found the token.
+A Fernet token has no associated data. So the encrypted text begins with the name of the
+channel or group that the message was sent to: ``<prefix>!<channel>`` or
+``<prefix>!@<group>``, and a zero byte. The name cannot be changed without a key. The reader
+compares it with the address at which it found the token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pg_layer.exceptions import UndecodableMessage
 
 
 class Crypter:
-    """Writes with the first key, reads with any. Keys of any length, stretched as channels_redis does it."""
+    """Encrypts with the first key, and decrypts with any key.
+
+    Keys may have any length: like channels_redis, the class uses their SHA-256 digests.
+    """
 
     __slots__ = ("_fernet", "_groups", "_prefix")
 
@@ -30,24 +34,27 @@ class Crypter:
         self._groups = f"{prefix}!@".encode()
 
     def encrypt(self, plaintext: bytes, name: str) -> bytes:
-        """The token for `name`: a channel, or `@<group>`."""
+        """Return the token for ``name``: a channel, or ``@<group>``."""
         return self._fernet.encrypt(self._bound_to(name) + plaintext)
 
     def decrypt(self, token: bytes, name: str) -> bytes:
-        """The plaintext of a token that was found where it is for `name`.
+        """Return the plaintext of a token that was found in a row for ``name``.
 
-        A normal channel that is in a group has rows of its own with the tokens of the group, and its readers
-        do not know its groups. So it takes what was encrypted for any group.
+        A normal channel accepts a token for any group of the prefix. A group message for a
+        normal channel is copied into a row of the channel with the token of the group, and
+        the readers of the channel do not know its groups.
 
-        Raises `UndecodableMessage` for a token that none of the keys opens, or that is for another name.
+        Raises ``UndecodableMessage`` for a token that no key opens, or for another name.
         """
         try:
             content = self._fernet.decrypt(token)
         except Exception:
-            content = None  # raised below, where the error has no context that might hold some of the payload
+            # Raise outside of this block: the context of the error may hold the payload.
+            content = None
         if content is None:
             raise UndecodableMessage(
-                "A stored message was encrypted with none of the symmetric_encryption_keys, or is damaged."
+                "A stored message was encrypted with none of the symmetric_encryption_keys, "
+                "or is damaged."
             )
         bound_to = self._bound_to(name)
         if content.startswith(bound_to):
@@ -56,9 +63,10 @@ class Crypter:
         if is_normal and content.startswith(self._groups):
             return content[content.index(0) + 1 :]
         raise UndecodableMessage(
-            "A stored message was encrypted for another channel or group: its row or notification is a copy."
+            "A stored message was encrypted for another channel or group: "
+            "its row or notification is a copy."
         )
 
     def _bound_to(self, name: str) -> bytes:
-        # Without ambiguity: a prefix has no "!", and a name no zero byte.
+        # Unambiguous: a prefix contains no "!", and a name contains no zero byte.
         return f"{self._prefix}!{name}\0".encode()

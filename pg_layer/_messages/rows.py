@@ -11,7 +11,7 @@ LAST_ID = 2**63 - 1
 
 
 class Key(NamedTuple):
-    """The identity of a row: the run of transaction ids, the transaction, and the id."""
+    """The identity of a row: the boot, the transaction id and the id."""
 
     boot: int
     xid: int
@@ -19,15 +19,16 @@ class Key(NamedTuple):
 
 
 def columns_of(keys: Sequence[Key]) -> tuple[list[int], list[int], list[int]]:
-    """The boots, transactions and ids of keys, as parameters of a statement."""
+    """Return the boots, transaction ids and ids of keys, for a statement."""
     return [key.boot for key in keys], [key.xid for key in keys], [key.id for key in keys]
 
 
 class Row(NamedTuple):
-    """A row. ``expires_at``: seconds since 1970 by the database's clock.
+    """A row of the table.
 
-    ``group`` is set for a row at a group's address; ``channel`` for all others, and not for a
-    control message of kind ``flush``.
+    ``group`` is set for a row at a group's address. ``channel`` is set for any other row,
+    except for a control message of the kind ``flush``. ``expires_at`` is in seconds since
+    1970 by the database's clock.
     """
 
     id: int
@@ -48,17 +49,17 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Where it was sent to: a channel, or what `group_name` says."""
+        """The channel that the row was sent to, or the `group_name` of its group."""
         return self.channel or "" if self.group is None else group_name(self.group)
 
     @property
     def is_job(self) -> bool:
-        """Whether it was claimed from a normal channel."""
+        """Whether the row was claimed from a normal channel."""
         return self.kind == "message" and self.group is None and "!" not in (self.channel or "!")
 
 
 class KeyAt(NamedTuple):
-    """A key with its address, whether the row is marked, and the bytes of its payload."""
+    """A key with its address. ``size`` is that of the payload in bytes."""
 
     address: str
     id: int
@@ -74,7 +75,7 @@ class KeyAt(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows of one transaction at one address, from the id ``first`` to the id ``last``."""
+    """Rows of one transaction at one address, from the id ``first`` to ``last``."""
 
     address: str
     boot: int
@@ -84,7 +85,7 @@ class Span(NamedTuple):
     last: int
 
     def covers(self, address: str, key: Key) -> bool:
-        """Whether a row is among them."""
+        """Return whether a row at this address is in the span."""
         return (
             self.xid == key.xid
             and self.first <= key.id <= self.last
@@ -94,7 +95,11 @@ class Span(NamedTuple):
 
 
 def row_from_columns(columns: Sequence[Any]) -> Row:
-    """Make a row of ``address, id, xid, boot, marked, kind, channel, excluded, payload, end``."""
+    """Make a row of the columns that statements in ``_db.queries.receive`` return.
+
+    The columns are address, id, xid, boot, marked, kind, channel, excluded, payload, and
+    the end in seconds since 1970.
+    """
     address, id, xid, boot, marked, kind, channel, excluded, payload, expires_at = columns
     group, _ = split_address(address)
     return Row(id, xid, boot, marked, kind, group, channel, excluded, payload, expires_at)

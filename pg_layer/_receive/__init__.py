@@ -1,1 +1,1 @@
-"""Receiving: notifications in, messages out. Bound to the owner loop."""
+"""Receiving: from notifications to channel queues. Bound to the owner loop."""

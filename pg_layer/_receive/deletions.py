@@ -1,4 +1,8 @@
-"""Deletes the rows that were received, many at once. Bound to the owner loop."""
+"""Deletes received rows in batches. Bound to the owner loop.
+
+A statement that reads rows never deletes them: if its answer were lost, the messages would
+be lost with it. Rows are deleted after `receive()` has taken their messages.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,14 @@ from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.exceptions import PgLayerError
 
-DELETE_DELAY = 0.5  # seconds for which rows gather before they are deleted together
+DELETE_DELAY = 0.5  # seconds during which rows gather for one statement
 DELETE_MOST = 1000  # rows in a statement
 RETRY = 0.5  # seconds
-SETTLE_TIMEOUT = 1.0
+WAIT_TIMEOUT = 1.0  # seconds
 
 
 class Deletions:
-    """Deletes the rows that the client has noted."""
+    """Deletes the rows in `Client.pending_deletes`."""
 
     def __init__(
         self,
@@ -33,29 +37,33 @@ class Deletions:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_deleting = False
-        self._is_urgent = False  # more must be deleted as soon as that has ended
-        self._settled = asyncio.Event()
-        self.soon()
+        self._is_urgent = False  # delete again as soon as the present deletion has ended
+        self._deleted = asyncio.Event()
+        self.schedule()
 
-    def soon(self, queue: ChannelQueue | None = None) -> None:
-        """Rows were noted; those of a queue go at once if senders count enough of them to matter."""
+    def schedule(self, queue: ChannelQueue | None = None) -> None:
+        """Have the pending rows deleted soon.
+
+        ``queue``: the channel queue that the last row came from. Delete at once if so many of
+        its rows are pending that senders may find the channel full.
+        """
         is_urgent = queue is not None and queue.is_filling
         if self._timer is None or is_urgent or len(self._client.pending_deletes) >= DELETE_MOST:
-            self._delete_soon(0.0 if is_urgent else DELETE_DELAY)
+            self._delete_in(0.0 if is_urgent else DELETE_DELAY)
 
-    async def settle(self, queue: ChannelQueue) -> None:
-        """Wait until senders no longer count what was received from this queue, or a second at most."""
-        deadline = self._loop.time() + SETTLE_TIMEOUT
+    async def wait_for(self, queue: ChannelQueue) -> None:
+        """Wait until senders do not count received rows of a channel, or for a second."""
+        deadline = self._loop.time() + WAIT_TIMEOUT
         while queue.undeleted > len(queue) and (left := deadline - self._loop.time()) > 0:
-            self._delete_soon(0.0)
-            # Not wait_for(): before Python 3.12 it may swallow a cancellation.
-            settled = asyncio.ensure_future(self._settled.wait())
+            self._delete_in(0.0)
+            # Before Python 3.12 asyncio.wait_for() may swallow a cancellation.
+            deleted = asyncio.ensure_future(self._deleted.wait())
             try:
-                await asyncio.wait((settled,), timeout=left)
+                await asyncio.wait((deleted,), timeout=left)
             finally:
-                settled.cancel()
+                deleted.cancel()
 
-    def _delete_soon(self, delay: float) -> None:
+    def _delete_in(self, delay: float) -> None:
         pending = self._client.pending_deletes
         if not pending:
             return
@@ -87,13 +95,10 @@ class Deletions:
                     timeout=client.config.send_timeout,
                     is_idempotent=True,
                 )
-                for key in part:
-                    queue = client.pending_deletes.pop(key, None)
-                    if queue is not None:
-                        queue.undeleted -= 1
-                settled, self._settled = self._settled, asyncio.Event()
-                settled.set()
+                client.rows_deleted(part)
+                deleted, self._deleted = self._deleted, asyncio.Event()
+                deleted.set()
         except PgLayerError:
             await asyncio.sleep(RETRY)
         self._is_deleting = False
-        self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)
+        self._delete_in(0.0 if self._is_urgent else DELETE_DELAY)

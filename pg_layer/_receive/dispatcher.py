@@ -1,5 +1,6 @@
-"""From the head of the announcement queue to the channel queues, and what control messages do.
+"""Moves messages to channel queues, and applies control messages.
 
+It takes both from the head of the announcement queue, in its order.
 Bound to the owner loop. See ``docs/protocols.md``, sections 2 and 4.
 """
 
@@ -26,16 +27,22 @@ from pg_layer.exceptions import UndecodableMessage
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
 
-# Seconds for each member that is waited for when its channel queue is full: in a round it must receive
-# something, and half of its queue in this many rounds. A slow member costs its neighbours no more than that
-# once for each half of its queue.
+# Dispatch waits for members whose channel queue is full. A round lasts PAUSE seconds, and
+# PAUSE more for each such member. A member must receive something in each round, and half of
+# its queue in ROUNDS rounds. So a slow member costs its neighbours at most that once for each
+# half of its queue.
 PAUSE = 0.05
 ROUNDS = 5
 SLICES = 5  # of a round for one member
 
 
 class Dispatcher:
-    """Hands out what is ready, in the order of the queue."""
+    """Dispatches the entries that are ready, in the order of the announcement queue.
+
+    Dispatch stops at a head whose rows must still be read. It also waits (``is_blocked``)
+    for members with full channel queues, for a `Receiver.join`, and for an own change of a
+    membership that the control message at the head changes, too.
+    """
 
     def __init__(
         self,
@@ -49,22 +56,20 @@ class Dispatcher:
         self._writer = writer
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
-        self.is_blocked = False  # dispatch waits
-        self._flushes: dict[Key, asyncio.Future[None]] = {}
-        self._changing: Counter[Pair] = (
-            Counter()
-        )  # memberships that the owner itself changes right now
-        self._change_ended = asyncio.Event()
+        self.is_blocked = False
+        self._flushes: dict[Key, asyncio.Future[None]] = {}  # flushes that callers wait for
+        self._own_changes: Counter[Pair] = Counter()  # memberships with an own change in flight
+        self._own_change_ended = asyncio.Event()
 
     def start(self) -> None:
-        """Go on with what the last owner loop has left."""
+        """Take over the messages that the last owner loop could not place."""
         if self._client.unplaced:
-            self._block(self._place)
+            self._block(self._place_unplaced)
 
     # ------------------------------------------------------------------ messages
 
     def dispatch(self) -> None:
-        """Dispatch from the head of the queue until nothing is ready, or dispatch must wait."""
+        """Dispatch from the head until it is not ready, or until dispatch must wait."""
         announcements = self._client.announcements
         while not self.is_blocked and (rows := announcements.head()) is not None:
             first = rows[0]
@@ -82,23 +87,24 @@ class Dispatcher:
                 self._fan_out(first.group, first.excluded, run)
 
     def _deliver(self, rows: Sequence[Row]) -> None:
+        """Put messages that were sent to channels into the channel queues."""
         client = self._client
         channels = set()
         for row in rows:
             channel = row.channel or ""
             queue = client.queue(channel) if row.is_job else client.own_queue(channel)
             if queue is None:
-                client.unknown_channel(channel)
-            payload = None if queue is None else self._opened(row)
+                client.log_unknown_channel(channel)
+            payload = None if queue is None else self._plaintext(row)
             if queue is None or payload is None:
-                client.pending_deletes[row.key] = None
-                self._receiver.deletions.soon()
+                client.delete_row_later(row.key)
+                self._receiver.deletions.schedule()
                 continue
             if row.is_job:
                 channels.add(channel)
             if len(queue) >= queue.capacity:
                 client.drop_expired(queue)
-            queue.undeleted += 1
+            queue.count_row()
             queue.put(QueuedMessage(payload, row.expires_at, row.key))
         for channel in channels:
             self._receiver.jobs.delivered(channel)
@@ -112,7 +118,7 @@ class Dispatcher:
         messages = [
             QueuedMessage(Template(payload) if is_shared else payload, row.expires_at, None)
             for row in rows
-            if (payload := self._opened(row)) is not None
+            if (payload := self._plaintext(row)) is not None
         ]
         now = self._client.clock.now()
         boot, xid = self._client.cursor.boot_of(rows[0]), rows[0].xid
@@ -122,14 +128,15 @@ class Dispatcher:
             if member.since is None or not member.since.sees(boot, xid):
                 self._put(group, member.queue, messages)
         if self._client.unplaced:
-            self._block(self._place)
+            self._block(self._place_unplaced)
 
     def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
-        rest = queue.put_if_room(messages, self._loop)
+        """Put messages into a member's queue. Drop or keep those beyond its capacity."""
+        rest = queue.put_fitting(messages, self._loop)
         if not rest:
             return
         self._client.drop_expired(queue)
-        rest = queue.put_if_room(rest, self._loop)
+        rest = queue.put_fitting(rest, self._loop)
         if not rest:
             return
         if queue.is_stalled:
@@ -137,89 +144,97 @@ class Dispatcher:
         else:
             self._client.unplaced.append((group, queue, list(rest)))
 
-    def _opened(self, row: Row) -> bytes | None:
+    def _plaintext(self, row: Row) -> bytes | None:
         try:
             return self._client.codec.open(row.payload, row.name)
         except UndecodableMessage as error:
-            self._client.undecodable(row.channel or row.group, error)
+            self._client.log_undecodable(row.channel or row.group, error)
             return None
 
     def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Dispatch nothing until ``work`` is done."""
         self.is_blocked = True
-        self._spawn("Dispatch", partial(self._blocked, work))
+        self._spawn("Dispatch", partial(self._work_blocked, work))
 
-    async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _work_blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await work()
         self.is_blocked = False
-        self._receiver.pump_soon()
+        self._receiver.dispatch_soon()
 
-    async def _place(self) -> None:
-        """Give members with full queues a turn, and place what has room then."""
+    async def _place_unplaced(self) -> None:
+        """Wait for members with full queues, and put what their capacity allows then."""
         client = self._client
-        # Members that have not received half of a queue yet: how many messages, in how many rounds.
+        # Members that have not received half of their queue yet: messages, and rounds.
         slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
-            waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
-            # In slices: a process that is not run for a while costs its readers one, and not their turn. The
-            # round is as long as the members that are still full ask for: the others do not wait for them.
+            waiting = [queue.half_free(self._loop) for _, queue, _ in client.unplaced]
+            # Wait in slices: if the process is not scheduled for a while, its readers lose a slice,
+            # and not the round. Only members that are still full make the round longer: the
+            # others do not wait for them.
             full, slices = set(waiting), 0
             while full and 2 * slices < SLICES * (len(full) + 1):
                 _, full = await asyncio.wait(full, timeout=2 * PAUSE / SLICES)
                 slices += 1
             unplaced = []
-            for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
-                rest = queue.put_if_room(messages, self._loop)
+            for (group, queue, messages), half_free in zip(client.unplaced, waiting, strict=True):
+                rest = queue.put_fitting(messages, self._loop)
                 if not rest:
                     continue
                 received, rounds = slow.pop(queue, (0, 0))
                 received += len(messages) - len(rest)
-                is_quick = room.done() or 2 * received >= queue.capacity
+                is_quick = half_free.done() or 2 * received >= queue.capacity
                 if is_quick or (len(rest) < len(messages) and rounds + 1 < ROUNDS):
                     unplaced.append((group, queue, list(rest)))
                     if not is_quick:
                         slow[queue] = received, rounds + 1
                 else:
-                    queue.is_stalled = True
+                    queue.mark_stalled()
                     client.count_dropped(group, queue.channel, len(rest))
-            client.unplaced = unplaced
-            for room in waiting:
-                room.cancel()
+            client.unplaced[:] = unplaced
+            for half_free in waiting:
+                half_free.cancel()
 
     # ------------------------------------------------------------------ control messages
 
     def _apply(self, row: Row) -> bool:
-        """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
+        """Apply a control message.
+
+        Return False if dispatch must wait: the message is still at the head then, and is
+        applied after that, or is removed by `Receiver.join`.
+        """
         client = self._client
-        client.pending_deletes[row.key] = None
-        self._receiver.deletions.soon()
+        client.delete_row_later(row.key)
+        self._receiver.deletions.schedule()
         try:
             if row.kind == "flush":
                 self._apply_flush(row)
             elif row.kind in ("add", "discard") and row.channel is not None:
-                change = json.loads(row.payload)
-                pair = (str(change["group"]), row.channel)
-                if pair in self._changing:
-                    self._block(partial(self.until_changed, pair))
-                    return False
-                if (
-                    requester := change.get("requester")
-                ) is not None and client.memberships.is_given_up(
-                    pair, requester, change["number"], row.id
-                ):
-                    self._writer.write_soon(*pair, change["request"])
-                    return True
-                if row.kind == "add":
-                    return self._apply_add(row, change)
-                if client.memberships.overrule(*pair, client.cursor.boot_of(row), row.xid, None):
-                    self._writer.write_soon(*pair, change["request"])
-                else:
-                    client.memberships.discard(*pair)
-                    self._writer.write_soon(*pair, change["request"])
+                return self._apply_request(row, row.channel, json.loads(row.payload))
             else:
                 error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
-                client.undecodable(row.channel, error)
-        except Exception as error:  # whatever it is, dispatch must go on
-            client.undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
+                client.log_undecodable(row.channel, error)
+        except Exception as error:  # dispatch must continue after any malformed message
+            client.log_undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
+        return True
+
+    def _apply_request(self, row: Row, channel: str, change: dict[str, Any]) -> bool:
+        """Apply a membership request. Return False if dispatch must wait; see `_apply`."""
+        memberships = self._client.memberships
+        pair = (str(change["group"]), channel)
+        if pair in self._own_changes:
+            # Which of the two comes first is known when the statement of the own change returns.
+            self._block(partial(self.wait_for_own_change, pair))
+            return False
+        requester = change.get("requester")
+        if requester is None or not memberships.is_stale_request(
+            pair, requester, change["number"], row.id
+        ):
+            if row.kind == "add":
+                return self._apply_add(row, change)
+            boot = self._client.cursor.boot_of(row)
+            if not memberships.resolve_against_own_change(*pair, boot, row.xid, None):
+                memberships.discard(*pair)
+        self._writer.write_soon(*pair, change["request"])
         return True
 
     def _apply_flush(self, row: Row) -> None:
@@ -234,10 +249,11 @@ class Dispatcher:
             if (key.boot, key.xid) <= (boot, row.xid) and not applied.done():
                 applied.set_result(None)
 
-    async def flushed(self, key: Key, timeout: float) -> None:
-        """Wait until a flush or a later one is applied here, or ``timeout`` seconds.
+    async def wait_for_flush(self, key: Key, timeout: float) -> None:
+        """Wait until a flush is applied, or a later one, at most ``timeout`` seconds.
 
-        A later flush removes the control message of an earlier one, which may not have been read yet.
+        A later flush stands for an earlier one: it may have removed the control message of
+        the earlier one before this client has read it.
         """
         if self._client.memberships.last_flush >= (key.boot, key.xid):
             return
@@ -248,42 +264,48 @@ class Dispatcher:
             del self._flushes[key]
 
     def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
-        client = self._client
+        client, memberships = self._client, self._client.memberships
         group, channel = str(change["group"]), str(row.channel)
         expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
         boot = client.cursor.boot_of(row)
         asked = Moment(boot, Snapshot(change["snapshot"]))
-        since = client.memberships.begins((group, channel), boot, row.xid, asked)
+        since = memberships.start_of((group, channel), boot, row.xid, asked)
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["request"])
             return True
-        # The owner itself may have added the first member meanwhile, and has not listened before that.
-        opened = client.memberships.opened_after(group, boot, row.xid)
-        if group not in client.memberships.groups or opened is not None:
+        # If an own change has added the first member since the request, the client did not
+        # listen to the group before that. It may have missed messages that the requested
+        # membership must receive.
+        joined = memberships.joined_after(group, boot, row.xid)
+        if group not in memberships.groups or joined is not None:
             self._block(
                 partial(
                     self._receiver.join, row, group, channel, expires_at, since, change["request"]
                 )
             )
             return False
-        if not client.memberships.overrule(group, channel, boot, row.xid, since):
-            client.memberships.add(group, client.queue(channel), expires_at, since)
+        if not memberships.resolve_against_own_change(group, channel, boot, row.xid, since):
+            memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, change["request"])
         return True
 
     @contextmanager
-    def changing(self, pairs: Iterable[Pair]) -> Iterator[None]:
-        """The owner itself changes these memberships: what others have asked for is judged when it has."""
+    def own_change(self, pairs: Iterable[Pair]) -> Iterator[None]:
+        """Have requests for these memberships wait until the block ends.
+
+        An own change of them is in flight: its snapshot decides which change came first.
+        """
         pairs = list(pairs)
-        self._changing.update(pairs)
+        self._own_changes.update(pairs)
         try:
             yield
         finally:
-            self._changing.subtract(pairs)
-            self._changing = +self._changing
-            ended, self._change_ended = self._change_ended, asyncio.Event()
+            self._own_changes.subtract(pairs)
+            self._own_changes = +self._own_changes
+            ended, self._own_change_ended = self._own_change_ended, asyncio.Event()
             ended.set()
 
-    async def until_changed(self, pair: Pair) -> None:
-        while pair in self._changing:
-            await self._change_ended.wait()
+    async def wait_for_own_change(self, pair: Pair) -> None:
+        """Wait until no own change of a membership is in flight."""
+        while pair in self._own_changes:
+            await self._own_change_ended.wait()

@@ -1,4 +1,9 @@
-"""Normal channels: claims jobs for waiting readers, and releases what nobody asks for.
+"""Claims jobs for waiting readers, and releases jobs that no reader takes.
+
+A claim moves rows to the client's address. If its answer is lost, the jobs are there
+without the process knowing. The fence then refuses the statement if it comes later, and a
+catch-up reads what it has moved. Each claim gives a row a new key, so that the row is new
+once, whether the answer or a catch-up brings it first.
 
 Bound to the owner loop. See ``docs/protocols.md``, section 6.
 """
@@ -23,27 +28,29 @@ from pg_layer.exceptions import PgLayerError
 if TYPE_CHECKING:
     from pg_layer._receive.receiver import Receiver
 
-RELEASE_DELAY = 0.05  # seconds for which a claimed job waits for a reader of this process
-QUICK = 0.02  # seconds: a reader that finishes its jobs in less is given more at a time
-AHEAD_PART = 16  # of the capacity: jobs claimed ahead make room for others
+RELEASE_DELAY = 0.05  # seconds that a claimed job waits for a reader of this process
+QUICK = 0.02  # seconds: a reader that finishes its jobs in less time is given more at a time
+# Jobs claimed ahead do not count against the capacity of the channel, so they are few: a part
+# of the capacity, and at most so many.
+AHEAD_PART = 16
 AHEAD_MOST = 31
 RETRY = 0.5  # seconds
 ANNOUNCE_RETRY = 1.0  # seconds
 
 
 class JobReader:
-    """A normal channel that this process reads."""
+    """A normal channel that this process reads. Only `JobReaders` changes it."""
 
     def __init__(self, queue: ChannelQueue) -> None:
         self.queue = queue
-        self.is_wanted = False  # a reader has waited: it must be listened to
-        self.is_used = True
+        self.is_wanted = False  # a reader has waited, so the process listens for jobs
+        self.is_used = True  # since the last `forget_idle`
         self.is_claiming = False
         self.is_releasing = False
         self.may_have_more = True
-        self.low_id = 0  # nothing waits below this id; 0: the server knows
-        self.ahead = 0  # jobs to claim beyond what is waited for, because this reader is quick
-        self.claimed_at = -math.inf
+        self.low_id = 0  # no job waits below this id; 0: the server has a low-water id
+        self.ahead = 0  # jobs to claim beyond the demand, because this reader is quick
+        self.claimed_at = -math.inf  # by the loop's time
         self.release: asyncio.TimerHandle | None = None
 
 
@@ -63,12 +70,14 @@ class JobReaders:
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._readers: dict[str, JobReader] = {}
-        self._unannounced: dict[str, int] = {}  # channels whose released jobs were not announced
-        self.unknown_low_id = LAST_ID  # a claim whose answer was lost has moved no smaller id
-        self._in_flight: dict[int, int] = {}  # claims whose answer is not here -> the same
+        # Channels whose released jobs were not announced -> the first id.
+        self._unannounced: dict[str, int] = {}
+        # Low-water ids of claims: of those whose answer was lost, and of those in flight.
+        self._unknown_low_id = LAST_ID
+        self._in_flight: dict[int, int] = {}
 
     def start(self) -> None:
-        """Go on with jobs that the last owner loop has claimed."""
+        """Take over the jobs that the last owner loop has claimed or was releasing."""
         for channel in self._client.releasing:
             reader = self._reader(channel)
             reader.is_releasing = True
@@ -76,18 +85,22 @@ class JobReaders:
         for queue in self._client.queues():
             if "!" not in queue.channel and len(queue):
                 self._release_later(self._reader(queue.channel))
-        # What a claim of the last owner loop moved, whose answer it did not see, comes with a catch-up.
-        self.unknown_low_id = 0
+        # The last owner loop may not have seen the answer of a claim: a catch-up reads its jobs.
+        self._unknown_low_id = 0
 
     @property
     def low_id(self) -> int:
-        """No job with a smaller id may be at the own address without this process knowing."""
-        return min(self.unknown_low_id, *self._in_flight.values(), LAST_ID)
+        """Jobs that the process does not know of may be at its address from this id on."""
+        return min(self._unknown_low_id, *self._in_flight.values(), LAST_ID)
+
+    def caught_up(self) -> None:
+        """Note that a catch-up has read the jobs of all claims with lost answers."""
+        self._unknown_low_id = LAST_ID
 
     # ------------------------------------------------------------------ readers
 
-    def want(self, channel: str) -> None:
-        """A reader waits on a normal channel."""
+    def reader_waits(self, channel: str) -> None:
+        """Note that a reader waits on a normal channel, and claim jobs for it."""
         reader = self._reader(channel)
         reader.is_used = True
         if not reader.is_wanted:
@@ -95,22 +108,22 @@ class JobReaders:
             self._spawn("Listening for jobs", partial(self._begin, channel, reader))
         self._claim_soon(reader)
 
-    def heard(self, channel: str, first: int) -> None:
-        """Jobs wait, from this id on."""
+    def announced(self, channel: str, first: int) -> None:
+        """Note that jobs wait in a channel, from the id ``first`` on."""
         reader = self._readers.get(channel)
         if reader is not None:
             reader.may_have_more = True
             reader.low_id = min(reader.low_id, first)
             self._claim_soon(reader)
 
-    def look_again(self) -> None:
-        """Claim as if all channels had announced jobs."""
+    def claim_from_all(self) -> None:
+        """Claim for all channels as if jobs had been announced in each."""
         for reader in self._readers.values():
             reader.may_have_more, reader.low_id = True, 0
             self._claim_soon(reader)
 
     def addresses(self) -> list[str]:
-        """The addresses of all channels."""
+        """Return the addresses of all channels."""
         prefix = self._client.config.prefix
         return [channel_address(prefix, channel) for channel in self._readers]
 
@@ -146,29 +159,29 @@ class JobReaders:
     # ------------------------------------------------------------------ claiming
 
     def _claim_soon(self, reader: JobReader) -> None:
-        # What was claimed before, and its answer lost, comes first. Without a lease nothing is claimed; when
-        # it is there, `look_again` follows.
-        if self._receiver.is_in_doubt or not self._client.renewed_at:
+        # A catch-up that is pending brings jobs that were claimed before, which come first. Without
+        # a lease nothing is claimed: `claim_from_all` follows the first renewal.
+        if self._receiver.is_catch_up_pending or not self._client.renewed_at:
             return
         if (
             not (reader.is_claiming or reader.is_releasing)
             and reader.may_have_more
-            and self._missing(reader) > 0
+            and self._demand(reader) > 0
         ):
             reader.is_claiming = True
             self._spawn("The claim of jobs", partial(self._claim, reader))
 
-    def _missing(self, reader: JobReader) -> int:
-        """How many jobs to claim: none while those that were claimed last wait for dispatch."""
+    def _demand(self, reader: JobReader) -> int:
+        """Return how many jobs to claim: none while claimed ones wait for dispatch."""
         is_waiting = self._client.announcements.holds_jobs(reader.queue.channel)
-        return 0 if is_waiting else reader.queue.missing
+        return 0 if is_waiting else reader.queue.demand
 
     async def _claim(self, reader: JobReader) -> None:
         queue = reader.queue
         while (
             reader.may_have_more
-            and not self._receiver.is_in_doubt
-            and (missing := self._missing(reader)) > 0
+            and not self._receiver.is_catch_up_pending
+            and (demand := self._demand(reader)) > 0
         ):
             reader.may_have_more = False
             if self._loop.time() - reader.claimed_at < QUICK:
@@ -176,10 +189,10 @@ class JobReaders:
                 reader.ahead = min(2 * reader.ahead + 1, most)
             else:
                 reader.ahead = 0
-            limit = missing + reader.ahead
+            limit = demand + reader.ahead
             low_id, reader.low_id = reader.low_id, LAST_ID
             try:
-                rows = await self._claimed(queue.channel, low_id, limit)
+                rows = await self._claim_and_append(queue.channel, low_id, limit)
             except PgLayerError:
                 reader.may_have_more, reader.low_id = True, min(low_id, reader.low_id)
                 await asyncio.sleep(RETRY)
@@ -195,7 +208,7 @@ class JobReaders:
         reader.is_claiming = False
         self._claim_soon(reader)
 
-    async def _claimed(self, channel: str, low_id: int, limit: int) -> list[Row]:
+    async def _claim_and_append(self, channel: str, low_id: int, limit: int) -> list[Row]:
         """Claim jobs, and append them to the announcement queue."""
         client = self._client
         number = client.cursor.begin_claim()
@@ -208,9 +221,9 @@ class JobReaders:
             self._receiver.append_claimed(rows)
             return rows
         except BaseException:
-            # Rows may have been claimed and the answer lost: they are at the own address now.
-            self.unknown_low_id = min(self.unknown_low_id, low_id)
-            self._give_up()
+            # Rows may have been claimed, and the answer lost. They are at the own address then.
+            self._unknown_low_id = min(self._unknown_low_id, low_id)
+            self._give_up_claim()
             raise
         finally:
             del self._in_flight[number]
@@ -223,16 +236,19 @@ class JobReaders:
             session, client.config.prefix, channel, client.address, client.fence, low_id, limit
         )
 
-    def _give_up(self) -> None:
-        """It is unknown what became of a statement that moves jobs: it must have no effect any more."""
-        self._client.fence += 1
-        self._client.cursor.deafen()
+    def _give_up_claim(self) -> None:
+        """Have a claim with an unknown outcome refused if it comes late, and catch up."""
+        self._client.advance_fence()
+        self._client.cursor.interrupt()
         self._receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ releasing
 
     def delivered(self, channel: str) -> None:
-        """Jobs were put into the channel's queue: perhaps nobody waits for them any more, or for others."""
+        """Note that jobs were put into a channel's queue.
+
+        Perhaps no reader waits for them any more, or more readers wait.
+        """
         reader = self._reader(channel)
         self._release_later(reader)
         self._claim_soon(reader)
@@ -243,21 +259,21 @@ class JobReaders:
 
     def _release_now(self, reader: JobReader) -> None:
         reader.release = None
-        # What a claim brings, or has brought and is not dispatched yet, comes after these.
+        # Jobs of a claim that is in flight, or that are not dispatched yet, come after these. If
+        # these were released now, readers would receive them after the later ones.
         if reader.is_claiming or self._client.announcements.holds_jobs(reader.queue.channel):
             self._release_later(reader)
             return
-        reader.is_releasing = True  # a claim meanwhile would get what comes after them
+        reader.is_releasing = True  # so that no claim takes later jobs during the release
         self._spawn("The release of jobs", partial(self._release, reader))
 
     async def _release(self, reader: JobReader) -> None:
         client, channel = self._client, reader.queue.channel
-        if (
-            channel in client.releasing
-        ):  # begun by the last owner loop, or before an unexpected error
+        if channel in client.releasing:
+            # Begun by the last owner loop, or before an unexpected error.
             await self._resolve(reader)
             return
-        # Not before this runs: else they would be nobody's if the loop ended first.
+        # Not before this task runs: if the loop ended first, the jobs would be lost.
         messages = reader.queue.pop_idle()
         if not messages:
             reader.is_releasing = False
@@ -276,15 +292,15 @@ class JobReaders:
             if not is_announced:
                 self._announce_later(channel, min(key.id for key in keys))
         except BaseException as error:
-            client.fence += 1
+            client.advance_fence()
             if not isinstance(error, PgLayerError):
-                raise  # the next run, or the next owner loop, finds out what became of them
+                raise  # the next run, or the next owner loop, calls `_resolve`
             await self._resolve(reader)
             return
         self._released(reader, set())
 
     async def _resolve(self, reader: JobReader) -> None:
-        """Find out which jobs were not released: they are still at the own address."""
+        """Find out which jobs were not released: those that are still at the own address."""
         messages = self._client.releasing[reader.queue.channel]
         self._released(
             reader, await self._remaining([message.key for message in messages if message.key])
@@ -296,7 +312,7 @@ class JobReaders:
         for message in reversed(messages):
             if message.key in remaining:
                 reader.queue.push_front(message)
-        reader.queue.undeleted -= len(messages) - len(remaining)
+        reader.queue.uncount_rows(len(messages) - len(remaining))
         first = min(message.key.id for message in messages if message.key is not None)
         reader.may_have_more, reader.low_id = True, min(reader.low_id, first)
         self._release_later(reader)
@@ -311,7 +327,7 @@ class JobReaders:
         return not quiet
 
     def _announce_later(self, channel: str, first: int) -> None:
-        """The server has refused to announce jobs that were released: announce them when it does."""
+        """Announce released jobs later: the server refuses NOTIFY now."""
         if not self._unannounced:
             self._spawn("The announcement of released jobs", self._announce)
         self._unannounced[channel] = min(first, self._unannounced.get(channel, first))
@@ -334,7 +350,10 @@ class JobReaders:
                     del self._unannounced[channel]
 
     async def _remaining(self, keys: list[Key]) -> set[Key]:
-        """Which of these jobs are still at the own address, now that their release can come no more."""
+        """Return which jobs are still at the own address.
+
+        The fence is raised first: the release of these jobs cannot take effect after that.
+        """
         client = self._client
         while True:
             await asyncio.sleep(RETRY)

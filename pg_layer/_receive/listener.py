@@ -1,4 +1,7 @@
-"""The one connection that listens: connects, is watched as a socket, reconnects. Bound to the owner loop."""
+"""The one connection that listens: connects, is watched, and connects again.
+
+Bound to the owner loop.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ from pg_layer._process.tasks import Spawn
 logger = logging.getLogger("pg_layer.listener")
 
 BACKOFF_FIRST = 0.1  # seconds
-BACKOFF_LAST = 2.0  # so that a server that is back is found within two
+BACKOFF_LAST = 2.0  # seconds: a server that is back is found within this time
 
 
 class Listener:
-    """Keeps a LISTEN connection for as long as `run` runs.
+    """Keeps a connection that listens while `run` runs.
 
-    ``prepare`` is awaited with each new connection, and then ``on_connect``, which calls `listen` and
-    catches up.
-    ``on_notify`` is called with the NOTIFY channel and the payload, ``on_lost`` with the reason whenever the
-    connection is lost or cannot be made.
+    ``prepare`` is awaited with the session of each new connection. Then ``on_connect`` is
+    awaited: it calls `listen` and requests a catch-up.
+    ``on_notify`` is called with the NOTIFY channel and the payload of each notification.
+    ``on_lost`` is called with the reason when the connection is lost or cannot be made.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Listener:
         self._on_notify = on_notify
         self._on_lost = on_lost
         self._session: Session | None = None
-        self._is_prepared = False  # before, the session belongs to `prepare` alone
+        self._is_prepared = False  # until then only `prepare` may use the session
         self._lost: asyncio.Future[None] | None = None
         self._fd = -1  # the socket that is watched
         self._channels: set[str] = set()  # of the present connection
@@ -60,22 +63,22 @@ class Listener:
         self.is_connected = False
 
     async def run(self) -> None:
-        """Connect, and again for ever. Ends only by cancellation."""
+        """Connect, and connect again whenever the connection is lost, until cancelled."""
         backoff = BACKOFF_FIRST
-        is_faulty = False
+        has_failed = False
         while True:
             try:
                 await self._connect()
-                backoff, is_faulty = BACKOFF_FIRST, False
+                backoff, has_failed = BACKOFF_FIRST, False
                 assert self._lost is not None
                 await self._lost
                 error: Exception = psycopg.OperationalError("The listening connection was lost.")
             except (psycopg.Error, OSError) as caught:
                 error = caught
-            except Exception as caught:  # a bug must not make the process deaf
-                if not is_faulty:
+            except Exception as caught:  # after a bug, too, the process must hear
+                if not has_failed:
                     logger.exception("Listening failed.")
-                error, is_faulty = caught, True
+                error, has_failed = caught, True
             finally:
                 self._drop()
             if isinstance(error, (errors.UndefinedFunction, errors.UndefinedTable)):
@@ -96,13 +99,13 @@ class Listener:
         self._watch(session)
 
     def is_listening_to(self, channel: str) -> bool:
-        """Whether the present connection listens to a NOTIFY channel."""
+        """Return whether the present connection listens to a NOTIFY channel."""
         return channel in self._channels
 
     async def listen(self, channels: Sequence[str]) -> bool:
-        """LISTEN to NOTIFY channels. False if there is no connection, or it was lost.
+        """Listen to NOTIFY channels. Return whether the connection listens to them.
 
-        Then the next connection listens to all that `on_connect` asks for.
+        If it is lost, the next connection listens to what ``on_connect`` asks for.
         """
         if all(map(self.is_listening_to, channels)):
             return True
@@ -119,13 +122,13 @@ class Listener:
     async def unlisten(self, channels: Sequence[str]) -> None:
         """Stop listening to NOTIFY channels."""
         listened = [channel for channel in channels if channel in self._channels]
-        # At once: a LISTEN that is asked for meanwhile comes after the UNLISTEN.
+        # Before the statement: a `listen` during it must send LISTEN again, behind the UNLISTEN.
         self._channels.difference_update(listened)
         if listened:
             await self._execute(lambda session: queries.unlisten(session, listened))
 
     async def unlisten_to_all(self) -> None:
-        """Stop listening to all. The next LISTEN then begins at the end of NOTIFY's queue."""
+        """Stop listening to all. The next LISTEN begins at the end of NOTIFY's queue."""
         await self.unlisten(list(self._channels))
 
     async def _execute(self, work: Callable[[Session], Awaitable[object]]) -> bool:
@@ -133,7 +136,7 @@ class Listener:
             session = self._session
             if session is None or session.is_closed or not self._is_prepared:
                 return False
-            # The session watches the same socket while it waits for an answer.
+            # While the session waits for an answer it watches the same socket.
             self._unwatch()
             try:
                 if not session.is_reusable:  # the last caller was cancelled
@@ -148,23 +151,24 @@ class Listener:
                         self.reconnect()
                     elif self.is_connected:
                         if not session.is_reusable:
-                            # The caller was cancelled. Nothing is heard behind an answer that nobody fetches.
-                            self._spawn("The listener", self._rest)
+                            # The caller was cancelled. Notifications behind an answer are not
+                            # heard until the answer is fetched.
+                            self._spawn("The listener", self._fetch_answer)
                         self._watch(session)
             return True
 
-    async def _rest(self) -> None:
+    async def _fetch_answer(self) -> None:
         await self._execute(_nothing)
 
     def reconnect(self, why: psycopg.Error | None = None) -> None:
-        """Give this connection up, however healthy it looks."""
+        """Give up the present connection, even if it works, and connect again."""
         if self._lost is None or self._lost.done():
             return
         if why is None:
             self._lost.set_result(None)
         else:
             self._lost.set_exception(why)
-            self._lost.exception()  # asyncio need not report it if `run` has ended
+            self._lost.exception()  # so that asyncio does not log it if `run` has ended
 
     def _readable(self) -> None:
         session = self._session
@@ -174,7 +178,7 @@ class Listener:
             for channel, payload in session.notifies():
                 self._on_notify(channel, payload)
         except psycopg.Error:
-            # libpq may have closed the socket: the loop would take the next one with its number for it.
+            # libpq may have closed the socket. The loop would watch the next one with its number.
             self._unwatch()
             self.reconnect()
 
@@ -197,9 +201,9 @@ class Listener:
             session.close()
 
     def abandon(self) -> None:
-        """Drop the connection, also when the loop will not run again."""
+        """Drop the connection. Works also if the loop does not run again."""
         self._drop()
 
 
 async def _nothing(session: Session) -> None:
-    """No statement: the session is only brought to rest."""
+    """Send no statement: `Listener._execute` has settled the session before."""

@@ -85,7 +85,7 @@ class Engine:
         if self.owner is not None:
             self.owner.refused(error)
         elif error.sqlstate != READ_ONLY:
-            self.client.silent(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+            self.client.log_unannounced(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     # ------------------------------------------------------------------ tasks
 
@@ -223,7 +223,7 @@ class Engine:
     async def settle(self, queue: ChannelQueue) -> None:
         """Wait until senders no longer count what was received from a channel."""
         if self.owner is not None:
-            await self.owner.receiver.deletions.settle(queue)
+            await self.owner.receiver.deletions.wait_for(queue)
 
     # ------------------------------------------------------------------ receiving
 
@@ -329,7 +329,7 @@ class Engine:
                 "Could not give back the lease on closing; it runs out by itself: %s", error
             )
         else:
-            client.has_lease = False
+            client.lease_ended()
 
     async def stop(self) -> None:
         """Close when what was begun is done, or soon if the client ends. Otherwise that lives on."""

@@ -1,4 +1,4 @@
-"""The lease of a client, and the heartbeat that renews it and shows that notifications arrive.
+"""The lease of a client, and the heartbeat that renews it and sends a ping.
 
 Bound to the owner loop. See ``docs/protocols.md``, section 5.
 """
@@ -27,11 +27,16 @@ from pg_layer.exceptions import LayerUnavailable, PgLayerError
 logger = logging.getLogger("pg_layer")
 
 DELETE_PART = 1000  # expired messages in a statement
-LATE = 60.0  # seconds after its end in which a message may still be committed; later ones are left to a sweep
+# Seconds after its end in which a message may still be committed. A sweep deletes later ones.
+LATE = 60.0
 
 
 class Lease:
-    """Renews the client's lease, and acts on what a renewal tells."""
+    """Renews the client's lease, and acts on what a renewal returns.
+
+    One statement renews the lease, reports counters, takes the snapshot that may become
+    ``S`` of the cursor, and sends the ping that proves it.
+    """
 
     def __init__(
         self,
@@ -48,23 +53,30 @@ class Lease:
         self._writer = writer
         self._outage = outage
         self._spawn = spawn
-        self._is_renewed = False  # by this loop
+        self._is_renewed = False  # on this loop
         self._boot = 0  # of the last renewal
-        self._runs = 0
-        self._beat_at = -math.inf  # by time.monotonic()
-        self._swept_to = 0.0  # messages that expired before are deleted
+        self._runs = 0  # of renewals that send a ping
+        self._heartbeat_at = -math.inf  # by time.monotonic()
+        self._deleted_to = 0.0  # messages that expired before this time are deleted
         self._is_deleting = False
-        self._is_looking = False
+        self._is_searching = False
 
     async def wait(self, timeout: float) -> None:
-        """Return when this loop has renewed the lease. Raises what is wrong, within ``timeout`` seconds."""
+        """Wait for the first renewal on this loop; renew now if there was none.
+
+        Raises what a renewal raises, within ``timeout`` seconds.
+        """
         if not self._is_renewed:
             if timeout <= 0:
                 raise LayerUnavailable("The database could not be reached in time.")
             await self.renew(None, timeout)
 
     async def renew(self, token: str | None, timeout: float | None = None) -> None:
-        """Renew the lease. With a token, ring a ping."""
+        """Renew the lease, and send a ping if a token is given.
+
+        If the server refuses NOTIFY, renew without a ping. ``timeout``: in seconds; default:
+        a heartbeat.
+        """
         await self._connections.run(
             partial(self.renew_on, token=token),
             quietly=partial(self.renew_on, token=None),
@@ -73,15 +85,15 @@ class Lease:
         )
 
     async def renew_on(self, session: Session, token: str | None) -> None:
-        """The same on this connection."""
+        """Renew the lease on this connection; see `renew`."""
         client, config = self._client, self._client.config
         assert client.is_owned_here()
         asked_at, asked_at_tick = time.monotonic(), client.clock.ticks()
-        client.has_lease = True  # perhaps, from here on
+        client.expect_lease()
         cursor = client.cursor
         if token is not None:
-            # A run that is repeated has a token of its own: the ping of the first says nothing of what the
-            # second one's snapshot sees.
+            # Each run of a repeated statement has a token of its own. The ping of the first
+            # run proves nothing about the snapshot of the second one.
             self._runs += 1
             token = ping_token(token, self._runs)
         renewal = await queries.renew(
@@ -92,80 +104,93 @@ class Lease:
             os.getpid(),
             config.lease,
             client.fence,
-            client.counted(),
+            client.counts(),
             token,
             cursor.known_boot,
-            self._swept_to,
+            self._deleted_to,
             cursor.marked_low_id(),
             [client.address, *self._receiver.jobs.addresses()],
             cursor.low_id(),
         )
         client.clock.observe(asked_at_tick, renewal.clock)
-        is_first, client.renewed_at = not client.renewed_at, asked_at
-        # A renewal between heartbeats, as by health(), comes too soon after what is announced just now.
-        is_beat = asked_at - self._beat_at >= config.heartbeat / 2
-        if is_beat:
-            self._beat_at = asked_at
-        cursor.renew(renewal.moment, renewal.position, token, is_beat=is_beat)
+        is_first = client.lease_renewed(asked_at)
+        # A renewal between heartbeats, such as that of health(), does not count as one: what
+        # was written just now would seem overdue.
+        is_heartbeat = asked_at - self._heartbeat_at >= config.heartbeat / 2
+        if is_heartbeat:
+            self._heartbeat_at = asked_at
+        cursor.renew(renewal.moment, renewal.position, token, is_heartbeat=is_heartbeat)
+        self._restore_memberships(renewal)
+        if is_heartbeat:
+            self._check_marked(renewal)
+        self._check_expired(renewal)
+        self._is_renewed = True
+        if is_first or is_heartbeat:
+            # A claim may have passed over a job that another claim had locked, and that other
+            # claim may have been rolled back. So claim at each heartbeat.
+            self._receiver.jobs.claim_from_all()
+
+    def _restore_memberships(self, renewal: queries.Renewal) -> None:
+        """Write all memberships again if the table may differ from them."""
         if renewal.is_new or renewal.moment.boot != self._boot:
-            # A crash or a sweep may have removed rows, and a crash or a failover may have undone deletions.
+            # A crash or a sweep may have removed rows. A crash or a failover may also have
+            # undone deletions.
             self._boot = renewal.moment.boot
             self._writer.write_all_soon(may_have_old_rows=renewal.was_over or not renewal.is_new)
         if renewal.was_over:
-            self._tell_gap()
-        if not is_beat:
-            pass
-        elif renewal.has_marked:
-            self._look_for_marked_soon()
-        elif cursor.look is not None:
-            cursor.looked(cursor.look)
+            self._report_gap()
+
+    def _check_marked(self, renewal: queries.Renewal) -> None:
+        cursor = self._client.cursor
+        if renewal.has_marked:
+            self._search_marked_soon()
+        elif cursor.overdue is not None:
+            cursor.marked_searched(cursor.overdue)
+
+    def _check_expired(self, renewal: queries.Renewal) -> None:
         if not renewal.has_expired:
-            # Others have deleted what expired: do not look at it again.
-            self._swept_to = max(self._swept_to, renewal.clock - LATE)
+            # Other processes have deleted what expired: the next renewal begins there.
+            self._deleted_to = max(self._deleted_to, renewal.clock - LATE)
         elif not self._is_deleting:
             self._is_deleting = True
             self._spawn("The deletion of expired messages", self._delete_expired)
-        self._is_renewed = True
-        if is_first or is_beat:
-            # Also at heartbeats: a claim may have passed over a job that another one had locked, and that one
-            # came to nothing.
-            self._receiver.jobs.look_again()
 
-    def _tell_gap(self) -> None:
-        """This process was silent for longer than its lease, while the database was there."""
+    def _report_gap(self) -> None:
+        """Report that this process did not renew for a lease while the database was up."""
         client = self._client
         client.counters.add("expired_leases")
         logger.warning(
-            "The lease of this process was over: it was silent for too long. Messages may have been missed."
+            "The lease of this process was over: it was silent for too long. "
+            "Messages may have been missed."
         )
         if self._outage.why is None:
-            client.announce_locally(client.config.on_disconnect)
-            client.announce_locally(client.config.on_reconnect)
+            client.send_to_consumers(client.config.on_disconnect)
+            client.send_to_consumers(client.config.on_reconnect)
         self._receiver.catch_up_soon()
 
-    def _look_for_marked_soon(self) -> None:
-        if not self._is_looking:
-            self._is_looking = True
-            self._spawn("The look for marked messages", self._look_for_marked)
+    def _search_marked_soon(self) -> None:
+        if not self._is_searching:
+            self._is_searching = True
+            self._spawn("The search for marked messages", self._search_marked)
 
-    async def _look_for_marked(self) -> None:
+    async def _search_marked(self) -> None:
         try:
-            await self._receiver.look_for_marked()
-            self._receiver.jobs.look_again()
+            await self._receiver.search_marked()
+            self._receiver.jobs.claim_from_all()
         except PgLayerError as error:
-            logger.info("Could not look for marked messages: %s", error)
-        self._is_looking = False
+            logger.info("Could not search for marked messages: %s", error)
+        self._is_searching = False
 
     async def _delete_expired(self) -> None:
         try:
             while True:
                 count, last = await self._connections.run(
-                    partial(maintenance.delete_expired, after=self._swept_to, limit=DELETE_PART),
+                    partial(maintenance.delete_expired, after=self._deleted_to, limit=DELETE_PART),
                     timeout=self._client.config.send_timeout,
                     is_idempotent=True,
                 )
                 if last is not None:
-                    self._swept_to = max(self._swept_to, last)
+                    self._deleted_to = max(self._deleted_to, last)
                 if count < DELETE_PART:
                     break
         except PgLayerError as error:

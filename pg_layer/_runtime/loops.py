@@ -258,9 +258,8 @@ class Loops:
         If it is of this process, an owner must apply that.
         """
         if self.client.owns(channel):
-            self.client.has_lease = (
-                True  # its end removes the row, also if it comes before the first renewal
-            )
+            # The end of the client removes the row, also if it comes before the first renewal.
+            self.client.expect_lease()
             if are_threads_real():  # otherwise the next loop that receives applies it
                 self.for_own_changes()
 
@@ -283,7 +282,7 @@ class Loops:
             pending_operations=(0 if home is None else home.pending_operations)
             + (0 if background is None else background.pending_operations),
             memberships=len(client.memberships),
-            remembered_keys=client.cursor.remembered,
+            remembered_keys=client.cursor.key_count,
             listener=receiving.listening if receiving else "off",
             lease_age=time.monotonic() - client.renewed_at if client.renewed_at else None,
             failing_tasks=len(client.failures),
@@ -403,7 +402,7 @@ class Loops:
             if error.sqlstate not in NOTIFY_REFUSED:
                 raise
             lease.close_now(conn, closing, quiet=True)
-        client.has_lease = False
+        client.lease_ended()
 
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.

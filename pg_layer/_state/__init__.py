@@ -1,1 +1,1 @@
-"""What a client knows. Pure: no I/O, no database code. Each class says which thread may use it."""
+"""What a client knows. No I/O, no database code. Each class says which threads may use it."""

@@ -1,6 +1,6 @@
 """The announcement queue: what was heard and is not dispatched yet, in one order.
 
-See ``docs/protocols.md``, section 2. Pure; used by the owner loop only.
+See ``docs/protocols.md``, section 2. No I/O. Only the owner loop uses this module.
 """
 
 from __future__ import annotations
@@ -16,32 +16,49 @@ from pg_layer._messages.rows import Key, KeyAt, Row, Span
 from pg_layer._state.cursor import Cursor
 from pg_layer._state.snapshot import Moment
 
-MAX_ROWS = 100_000  # in the queue; beyond it a catch-up brings what follows
+MAX_ROWS = 100_000  # in the queue; a catch-up reads what comes beyond that
 MAX_BYTES = 256 * 1024 * 1024
-MAX_ASIDE = 20_000  # notifications, of at most 8,000 bytes each
+MAX_ASIDE = 20_000  # announcements during a catch-up, of at most 8,000 bytes each
 
 _payload = attrgetter("payload")
 _together = attrgetter("kind", "group", "excluded", "boot", "xid")
 
 
 class Entry:
-    """Rows that are dispatched one after the other, once they are all there or the first are.
+    """Rows that were announced together, and that are dispatched one after the other.
 
-    ``is_late``: they are marked, and were announced when ``S`` had passed them. A catch-up may have brought
-    control messages that were sent later.
+    ``span``: what must still be read. The rows that are here may be dispatched before that.
+    ``is_late``: the rows are marked, and their announcement came when ``S`` had passed them,
+    or not at all. Rows that were sent later may already be in the queue, or dispatched.
     """
 
     __slots__ = ("is_complete", "is_late", "rows", "span")
 
-    def __init__(self, rows: Iterable[Row] = (), span: Span | None = None) -> None:
+    def __init__(
+        self, rows: Iterable[Row] = (), span: Span | None = None, *, is_late: bool = False
+    ) -> None:
         self.rows = deque(rows)
-        self.span = span  # what remains to be read
+        self.span = span
         self.is_complete = span is None
-        self.is_late = False
+        self.is_late = is_late
 
 
 class AnnouncementQueue:
-    """Entries in the order in which they were heard."""
+    """Entries in the order in which they were heard.
+
+    The queue asks the `Cursor` for each row once: when it is heard (`hear`), when a catch-up
+    or a claim brings it (`append`), or when the rows of a waiting entry are read (`fill`).
+    What the cursor does not call new is dropped here, so nothing that comes twice is
+    dispatched twice. Nothing overtakes an entry whose rows must still be read.
+
+    The queue knows three states:
+
+    - Announcements are appended when they are heard.
+    - During a catch-up (`begin_catch_up` to `end_catch_up`) they are kept aside. The
+      catch-up appends its rows first, and the announcements are judged after it.
+    - The queue is incomplete: an announcement may have been missed, or too much was heard.
+      Nothing that is heard is appended until a catch-up has begun, which reads it all.
+    """
 
     def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
@@ -51,31 +68,33 @@ class AnnouncementQueue:
         self._unread = 0  # entries of which something must be read
         self._jobs: Counter[str] = Counter()  # by channel
         self._kept_aside: list[Messages | ToRead] | None = None  # heard during a catch-up
-        self.is_incomplete = True  # nothing more is appended until a catch-up has begun
-        self.is_over_limit = False  # that is so because too much was heard: a catch-up is due
+        self.is_incomplete = True
+        self.is_over_limit = False  # incomplete because too much was heard: a catch-up is due
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def restart(self) -> None:
-        """Another loop goes on: forget what the last one had begun. A catch-up must follow."""
+        """Discard the catch-up of the last owner loop. Another one must follow."""
         self._kept_aside = None
-        self.lose()
+        self.mark_incomplete()
 
-    def lose(self) -> None:
-        """Announcements may be missed from here on, and nothing may overtake them.
+    def mark_incomplete(self) -> None:
+        """Append nothing that is heard before the next catch-up has begun.
 
-        Whatever is heard before the next catch-up begins, that one brings.
+        Announcements may have been missed, and nothing may overtake them. The catch-up reads
+        whatever is heard before it begins.
         """
         self.is_incomplete = True
-        self._cursor.deafen()
+        self._cursor.interrupt()
 
     # ------------------------------------------------------------------ hearing
 
     def hear(self, announcement: Messages | ToRead) -> None:
         """Append what is new of an announcement.
 
-        Of a server that has gone nothing is, once a catch-up at its successor has ended.
+        Ignore announcements of a boot before that of ``S``: the catch-up after the change of
+        boot has read their rows, or they are gone with their server.
         """
         boot = (
             announcement.rows[0].boot
@@ -91,61 +110,66 @@ class AnnouncementQueue:
                 self.is_incomplete = self.is_over_limit = True
         elif self._rows >= MAX_ROWS or self._bytes >= MAX_BYTES:
             self.is_over_limit = True
-            self.lose()
+            self.mark_incomplete()
         elif isinstance(announcement, Messages):
             if fresh := self._cursor.admit_together(announcement.rows):
-                entry = Entry(fresh)
-                entry.is_late = fresh[0].marked and self._cursor.has_passed(
+                is_late = fresh[0].marked and self._cursor.has_passed(
                     self._cursor.boot_of(fresh[0]), fresh[0].xid
                 )
-                self._push(entry)
+                self._push(Entry(fresh, is_late=is_late))
         else:
             self._append_span(announcement.span)
 
     def append(
-        self, rows: Iterable[Row], joining: str | None = None, opened: Container[str | None] = ()
+        self,
+        rows: Iterable[Row],
+        joining: str | None = None,
+        newly_joined: Container[str | None] = (),
     ) -> int:
-        """Append rows that are here, without those that are not new. Return how many are.
+        """Append rows that were read or claimed, except those that are not new.
 
-        ``joining``: a group whose first member is being added by the control message at the head.
-        ``opened``: groups that are listened to since a moment ago. Their rows may be older than others that
-        are here: see `merge`.
+        Return the number of new rows.
+        ``joining``: the group whose first member the control message at the head adds.
+        ``newly_joined``: groups whose first member was added a moment ago. Rows of these
+        groups may be older than rows in the queue, so `merge` puts them in their places.
         """
         fresh = self._admit(rows)
         older = [
-            row for row in fresh if row.group and (row.group == joining or row.group in opened)
+            row
+            for row in fresh
+            if row.group and (row.group == joining or row.group in newly_joined)
         ]
-        self._append_but(fresh, older, Entry(), behind_head=joining is not None)
+        self._append_except(fresh, older, is_late=False, behind_head=joining is not None)
         return len(fresh)
 
-    def append_late(
-        self, rows: Iterable[Row], joining: str | None, opened: Container[str | None]
+    def append_unannounced(
+        self, rows: Iterable[Row], joining: str | None, newly_joined: Container[str | None]
     ) -> None:
-        """The same for marked rows that were not announced in time.
+        """Append new marked rows whose announcement did not come.
 
-        What was sent later may be here. So all that the same transactions have sent takes its place with the
-        rows of those groups.
+        Rows that were sent later may already be in the queue. So if a transaction has sent a
+        row to one of the groups (see `append` for them), `merge` puts all rows of the
+        transaction in their places.
         """
         fresh = self._admit(rows)
         sent = {
             (row.boot, row.xid)
             for row in fresh
-            if row.group and (row.group == joining or row.group in opened)
+            if row.group and (row.group == joining or row.group in newly_joined)
         }
         older = [row for row in fresh if (row.boot, row.xid) in sent]
-        entry = Entry()
-        entry.is_late = True
-        self._append_but(fresh, older, entry, behind_head=joining is not None)
+        self._append_except(fresh, older, is_late=True, behind_head=joining is not None)
 
     def _admit(self, rows: Iterable[Row]) -> list[Row]:
         admit = self._cursor.admit
         return [row for row in rows if admit(row.key, row.marked, row.expires_at)]
 
-    def _append_but(
-        self, rows: Sequence[Row], older: Sequence[Row], entry: Entry, *, behind_head: bool
+    def _append_except(
+        self, rows: Sequence[Row], older: Sequence[Row], *, is_late: bool, behind_head: bool
     ) -> None:
+        """Append rows, but `merge` those of them that are in ``older``."""
         keys = {row.key for row in older}
-        entry.rows.extend(row for row in rows if row.key not in keys)
+        entry = Entry((row for row in rows if row.key not in keys), is_late=is_late)
         if entry.rows:
             self._push(entry)
         if older:
@@ -153,10 +177,10 @@ class AnnouncementQueue:
 
     def _append_span(self, span: Span) -> None:
         has_passed = self._cursor.has_passed(self._cursor.boot_of(span), span.xid)
-        if not (self._cursor.has_looked_for(span.boot, span.xid) if span.marked else has_passed):
-            entry = Entry(span=span)
-            entry.is_late = has_passed
-            self._entries.append(entry)
+        if not (
+            self._cursor.has_searched_marked(span.boot, span.xid) if span.marked else has_passed
+        ):
+            self._entries.append(Entry(span=span, is_late=has_passed))
             self._unread += 1
             self._rows += 1
 
@@ -170,7 +194,7 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ reading
 
     def to_read(self, most: int) -> list[Entry]:
-        """The first entries whose rows must be read."""
+        """Return the first entries whose rows must be read, at most ``most``."""
         found: list[Entry] = []
         if not self._unread:
             return found
@@ -181,12 +205,16 @@ class AnnouncementQueue:
                     break
         return found
 
-    def read(self, entry: Entry, rows: Sequence[Row], *, is_all: bool) -> None:
-        """The read brought these rows of an entry, in the order of ids; ``is_all``: and there are no more."""
+    def fill(self, entry: Entry, rows: Sequence[Row], *, is_all: bool) -> None:
+        """Put rows that were read into the entry that waits for them.
+
+        The rows are in the order of their ids. ``is_all``: the span has no more rows.
+        Rows that an earlier answer has brought are ignored: a read may be repeated after its
+        answer was lost, and an owner loop that has stopped may have received it.
+        """
         span = entry.span
         if span is None or entry.is_complete:
-            return  # read by another loop before
-        # A read that was repeated brings the first rows again.
+            return  # complete already
         fresh = [
             row
             for row in rows
@@ -206,7 +234,10 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ dispatching
 
     def head(self) -> deque[Row] | None:
-        """The rows that come next; dispatched ones are popped from the left. None: none is ready."""
+        """Return the rows that come next, or None if none is ready.
+
+        The caller pops what it dispatches from the left, and calls `dispatched`.
+        """
         entries = self._entries
         while entries:
             entry = entries[0]
@@ -218,9 +249,10 @@ class AnnouncementQueue:
         return None
 
     def pop_run(self) -> list[Row]:
-        """Remove the first rows of the head that go together.
+        """Remove and return the first rows of the head that can be dispatched together.
 
-        They are messages of one transaction, for the same members of a group or each for its channel.
+        They are of one transaction, and messages for the same members of a group, or messages
+        each for its own channel.
         """
         rows = self._entries[0].rows
         _, group = next(groupby(rows, _together))
@@ -234,7 +266,7 @@ class AnnouncementQueue:
         return run
 
     def dispatched(self, rows: Sequence[Row]) -> None:
-        """These rows of the head have left the queue."""
+        """Note that these rows have been taken out of their entries."""
         if self._jobs:
             self._jobs.subtract(row.channel for row in rows if row.is_job and row.channel)
             self._jobs = +self._jobs
@@ -242,24 +274,28 @@ class AnnouncementQueue:
         self._bytes -= _size(rows)
 
     def keys(self) -> list[Key]:
-        """The keys of the rows that are here."""
+        """Return the keys of all rows in the queue."""
         return [row.key for entry in self._entries for row in entry.rows]
 
-    def awaits(self, moment: Moment) -> bool:
-        """Whether rows that this moment sees must still be read."""
+    def has_unread(self, moment: Moment) -> bool:
+        """Return whether rows that this moment sees must still be read."""
         return any(
             entry.span is not None and moment.sees(self._cursor.boot_of(entry.span), entry.span.xid)
             for entry in self._entries
         )
 
-    def lacks(self, address: str, rows: Sequence[Row]) -> list[Row]:
-        """Those rows at an address that no entry has, or will bring in their places."""
-        held = set(self.keys())
+    def absent_rows(self, address: str, rows: Sequence[Row]) -> list[Row]:
+        """Return those rows at an address that the queue does not hold.
+
+        It holds a row if an entry has it, or will have it in its place when its span has been
+        read. Late entries do not count as its place.
+        """
+        queued = set(self.keys())
         spans = self._spans(entry for entry in self._entries if not entry.is_late)
         return [
             row
             for row in rows
-            if row.key not in held
+            if row.key not in queued
             and not any(
                 span.covers(address, row.key) for span in spans.get((row.boot, row.xid), ())
             )
@@ -267,7 +303,7 @@ class AnnouncementQueue:
 
     @staticmethod
     def _spans(entries: Iterable[Entry]) -> dict[tuple[int, int], list[Span]]:
-        """What entries have still to read, by transaction."""
+        """Return what entries must still read, by transaction."""
         found: dict[tuple[int, int], list[Span]] = {}
         for entry in entries:
             if entry.span is not None:
@@ -275,13 +311,16 @@ class AnnouncementQueue:
         return found
 
     def holds_jobs(self, channel: str) -> bool:
-        """Whether jobs of a normal channel are here."""
+        """Return whether the queue has jobs of a normal channel."""
         return channel in self._jobs
 
-    def between(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
-        """Those that a catch-up at this moment would put before rows that are here, or would not bring.
+    def due_before_catch_up(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
+        """Return the rows to insert now; a paused catch-up appends the others.
 
-        Jobs that are here do not count, which are not in the order of ids.
+        ``moment``: the snapshot of the catch-up, which begins again and appends its rows in
+        the order of ids. It cannot bring a row that its snapshot sees and whose place is
+        before rows that are in the queue now, nor a row that is not new any more. Jobs do not
+        count for this: they are not in the order of ids.
         """
         ids = (row.id for entry in self._entries for row in entry.rows if not row.is_job)
         spans = (entry.span.last for entry in self._entries if entry.span is not None)
@@ -296,80 +335,92 @@ class AnnouncementQueue:
 
     @property
     def rows(self) -> int:
-        """How many rows are here."""
+        """How many rows are in the queue, or must be read for it; a span counts as one."""
         return self._rows
 
-    def bring(self, address: str, missed: Sequence[Row]) -> None:
-        """Put what the first member of a group has missed between what is here, in the order of each writer.
+    def insert_missed(self, address: str, missed: Sequence[Row]) -> None:
+        """Insert the rows of a group that its first member has missed.
 
-        What an entry has, or will bring in its place, stays there.
+        They keep the order of each writer. A row that an entry has, or will have in its
+        place, stays there. Late rows of the same transactions are moved to their places.
         """
-        withdrawn = self.withdraw(missed)
-        brought = [
+        late = self.remove_late(missed)
+        absent = [
             row
-            for row in self.lacks(address, missed)
+            for row in self.absent_rows(address, missed)
             if self._cursor.admit_announced(row.key, row.marked, row.expires_at)
         ]
-        self.merge([*withdrawn, *brought])
+        self.merge([*late, *absent])
 
     def merge(self, rows: Sequence[Row], *, behind_head: bool = False) -> None:
-        """Put rows between those that are here: an `add` brings them to its member.
+        """Insert rows between those in the queue, for a member that joined late.
 
-        Each takes its place by its id, but not before what its own transaction has sent earlier, which is
-        announced at its end, behind others that drew larger ids meanwhile.
-        A promoted standby may draw ids again that its predecessor has drawn: a later boot comes later.
-        ``behind_head``: the first row is a control message that is being applied, and keeps its place.
+        Each row takes its place by boot and id, but not before what its own transaction has
+        sent earlier. Such a transaction is announced at its end, behind other transactions
+        that have drawn larger ids in the meantime. The boot comes first, because a promoted
+        standby may draw ids again that its predecessor has drawn.
+
+        ``behind_head``: the first row in the queue is a control message that is being
+        applied. It keeps its place.
         """
         head = self._take_head() if behind_head else None
-        behind = self._sent_earlier(rows)
-        # A row of boot 0 is of the boot of the rows around it.
-        ordered = sorted(rows, key=lambda row: row.id)
-        boot = next((row.boot for row in ordered if row.boot), self._cursor.latest_boot)
-        rest: deque[tuple[int, int, Row]] = deque()
-        following: dict[Key | Entry, list[Row]] = {}
-        for row in ordered:
-            boot = max(boot, row.boot)
-            if (earlier := behind.get(row.key)) is not None:
-                following.setdefault(earlier, []).append(row)
-            else:
-                rest.append((boot, row.id, row))
-
-        def before(boot: int, id: int) -> Iterator[Row]:
-            while rest and rest[0][:2] < (boot, id):
-                yield rest.popleft()[2]
-
-        here = (row.boot for entry in self._entries for row in entry.rows if row.boot)
-        boot = next(here, self._cursor.latest_boot)
+        following, by_id = self._places(rows)
+        boots = (row.boot for entry in self._entries for row in entry.rows if row.boot)
+        boot = next(boots, self._cursor.latest_boot)
         merged: deque[Entry] = deque()
         for entry in self._entries:
-            if entry.rows and (rest or following):
+            if entry.rows and (by_id or following):
                 between: deque[Row] = deque()
                 for row in entry.rows:
                     boot = row.boot or boot
-                    between.extend(before(boot, row.id))
+                    between.extend(_pop_before(by_id, boot, row.id))
                     between.append(row)
                     between.extend(following.get(row.key, ()))
                 entry.rows = between
             elif entry.span is not None:
                 boot = entry.span.boot or boot
-                if earlier_rows := list(before(boot, entry.span.first)):
-                    merged.append(Entry(earlier_rows))
+                if earlier := list(_pop_before(by_id, boot, entry.span.first)):
+                    merged.append(Entry(earlier))
             merged.append(entry)
             if entry in following:
                 merged.append(Entry(following[entry]))
-        if rest:
-            merged.append(Entry(row for _, _, row in rest))
+        if by_id:
+            merged.append(Entry(row for _, _, row in by_id))
         self._entries = merged
         self._put_head(head)
         self._rows += len(rows)
         self._bytes += _size(rows)
 
-    def _sent_earlier(self, rows: Iterable[Row]) -> dict[Key, Key | Entry]:
-        """What is here last of that which the transactions of these rows have sent before them.
+    def _places(
+        self, rows: Sequence[Row]
+    ) -> tuple[dict[Key | Entry, list[Row]], deque[tuple[int, int, Row]]]:
+        """Return where `merge` must put rows.
 
-        Not what came late, before whose place the rows may belong.
+        The first part: rows that follow a row or an entry of their own transaction. The
+        second part: the other rows, with the boot and id by which they find their places.
+        A row of boot 0 has the boot of the rows around it.
         """
-        # For each transaction the ids that are here, without those before which a smaller one stands.
+        behind = self._sent_earlier(rows)
+        following: dict[Key | Entry, list[Row]] = {}
+        by_id: deque[tuple[int, int, Row]] = deque()
+        ordered = sorted(rows, key=lambda row: row.id)
+        boot = next((row.boot for row in ordered if row.boot), self._cursor.latest_boot)
+        for row in ordered:
+            boot = max(boot, row.boot)
+            if (earlier := behind.get(row.key)) is not None:
+                following.setdefault(earlier, []).append(row)
+            else:
+                by_id.append((boot, row.id, row))
+        return following, by_id
+
+    def _sent_earlier(self, rows: Iterable[Row]) -> dict[Key, Key | Entry]:
+        """Return the last place in the queue that each row must not stand before.
+
+        It is the last row, or entry to be read, that the row's own transaction has sent before
+        the row. Late entries do not count: the row may belong before them.
+        """
+        # For each transaction the ids in the queue with their places, in the order of the queue.
+        # An id goes when a smaller one follows it, so that the ids that are left ascend.
         sent: dict[tuple[int, int], list[tuple[int, Key | Entry]]] = {
             (row.boot, row.xid): [] for row in rows
         }
@@ -394,9 +445,9 @@ class AnnouncementQueue:
                 found[row.key] = ids[index - 1][1]
         return found
 
-    def withdraw(self, rows: Iterable[Row]) -> list[Row]:
-        """Remove what came late of the transactions of these rows, and return it."""
-        withdrawn: list[Row] = []
+    def remove_late(self, rows: Iterable[Row]) -> list[Row]:
+        """Remove and return the late rows of the transactions of these rows."""
+        removed: list[Row] = []
         sent = {(row.boot, row.xid) for row in rows}
         for entry in self._entries:
             found = (
@@ -406,9 +457,9 @@ class AnnouncementQueue:
             )
             if found:
                 entry.rows = deque(row for row in entry.rows if (row.boot, row.xid) not in sent)
-                withdrawn += found
-        self.dispatched(withdrawn)
-        return withdrawn
+                removed += found
+        self.dispatched(removed)
+        return removed
 
     def _take_head(self) -> Row | None:
         rows = self.head()
@@ -421,13 +472,16 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ catching up
 
     def begin_catch_up(self) -> None:
-        """From here on announcements are kept aside, and judged when the catch-up has ended."""
+        """Keep announcements aside from now on, until the catch-up has ended."""
         self._kept_aside = []
         self.is_incomplete = self.is_over_limit = False
-        self._cursor.is_deaf = True
+        self._cursor.suspend()
 
-    def missing(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
-        """Those that are new, and that no entry of the queue will bring."""
+    def keys_to_read(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
+        """Return those keys that a catch-up must read.
+
+        They are new, and no entry of the queue will read them.
+        """
         spans = self._spans(self._entries)
         return [
             at
@@ -439,19 +493,25 @@ class AnnouncementQueue:
         ]
 
     def end_catch_up(self) -> None:
-        """The catch-up has appended its rows, and the cursor has moved."""
+        """Handle what was kept aside: rows are appended, and ``S`` has moved."""
         aside, self._kept_aside = self._kept_aside or [], None
         is_incomplete, self.is_incomplete = self.is_incomplete, False
-        self._cursor.is_deaf = False
+        self._cursor.resume()
         for announcement in aside:
             self.hear(announcement)
         if is_incomplete:
-            self.lose()
+            self.mark_incomplete()
 
     def fail_catch_up(self) -> None:
-        """The catch-up has failed: the next one brings what was kept aside."""
+        """Discard what was kept aside: the next catch-up reads it."""
         self._kept_aside = None
-        self.lose()
+        self.mark_incomplete()
+
+
+def _pop_before(rows: deque[tuple[int, int, Row]], boot: int, id: int) -> Iterator[Row]:
+    """Remove the rows that belong before this boot and id, and yield them."""
+    while rows and rows[0][:2] < (boot, id):
+        yield rows.popleft()[2]
 
 
 def _size(rows: Iterable[Row]) -> int:

@@ -1,6 +1,7 @@
-"""The memberships of a client's own channels. See ``docs/protocols.md``, section 4.
+"""The memberships of a client's own channels.
 
-Pure; used by the owner loop only, but for `is_member` and `len`.
+See ``docs/protocols.md``, section 4. Only the owner loop uses this module, except for
+`Memberships.is_member` and ``len``, which any thread may call. No I/O.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from pg_layer._state.snapshot import Moment
 
 Pair = tuple[str, str]  # (group, channel)
 
-MAX_ASKED = 10_000  # changes that others asked for are remembered, the last ones
+MAX_REQUESTS = 10_000  # membership requests that are remembered, the last ones
 
 
 class Member:
-    """A channel in a group. ``since``: messages that it sees are not for this member; None: none."""
+    """A channel in a group.
+
+    ``since``: the moment in which the membership began. Messages that it sees were sent
+    before, and the member does not receive them. None: such messages cannot come any more.
+    """
 
     __slots__ = ("channel", "expires_at", "queue", "since")
 
@@ -28,25 +33,31 @@ class Member:
 
 
 class Memberships:
-    """Which of the client's channels are in which groups."""
+    """The channels of the client in each group. Delivery depends on this alone.
+
+    Changes of a membership come from two sides. The owner changes its own channels, and is
+    finished when its statement has returned (`note_own_change`). Other processes, and
+    callers in transactions, send membership requests: control messages that the owner
+    applies when they are at the head of the announcement queue. A request may have been
+    sent before an own change and be applied after it. Snapshots tell which came first:
+    `resolve_against_own_change`, `start_of`, `joined_after`.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, Member]] = {}
         self._of_channel: dict[str, set[str]] = {}
-        self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
-        self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
-        self._opened: dict[
-            str, Moment
-        ] = {}  # when the owner itself added the first member of a group
-        # The last change that a client has asked for: its number, and the id of the control message.
-        self._asked: dict[tuple[str, Pair], tuple[int, int]] = {}
+        self._by_since: dict[Moment, set[Pair]] = {}  # memberships with this `since`
+        self._own_changes: dict[Pair, list[Moment]] = {}  # in order
+        self._joined_at: dict[str, Moment] = {}  # when an own change added the first member
+        # The last request of a client: its number, and the id of the control message.
+        self._requests: dict[tuple[str, Pair], tuple[int, int]] = {}
         self.last_flush = (0, 0)  # boot and transaction of the last flush that was applied
 
     def __len__(self) -> int:
         return sum(map(len, list(self._of_channel.values())))
 
     def is_member(self, channel: str) -> bool:
-        """Whether a channel is in any group."""
+        """Return whether a channel is in any group."""
         return channel in self._of_channel
 
     @property
@@ -55,24 +66,24 @@ class Memberships:
         return self._groups.keys()
 
     def members(self, group: str) -> Collection[Member]:
-        """The members of a group."""
+        """Return the members of a group."""
         members = self._groups.get(group)
         return members.values() if members is not None else ()
 
     def get(self, group: str, channel: str) -> Member | None:
-        """One member, if it is one."""
+        """Return the member, or None if the channel is not in the group."""
         return self._groups.get(group, {}).get(channel)
 
     def pairs(self) -> list[Pair]:
-        """All memberships."""
+        """Return all memberships."""
         return [(group, channel) for group, members in self._groups.items() for channel in members]
 
     # ------------------------------------------------------------------ changes
 
     def add(self, group: str, queue: ChannelQueue, expires_at: float, since: Moment | None) -> None:
-        """Add a channel, or prolong its membership: then the beginning stays."""
+        """Add a channel. If it is a member, set its end and keep its beginning."""
         if group not in self._groups:
-            self._opened.pop(group, None)
+            self._joined_at.pop(group, None)
         members = self._groups.setdefault(group, {})
         member = members.get(queue.channel)
         if member is not None:
@@ -81,10 +92,10 @@ class Memberships:
         members[queue.channel] = Member(queue, expires_at, since)
         self._of_channel.setdefault(queue.channel, set()).add(group)
         if since is not None:
-            self._young.setdefault(since, set()).add((group, queue.channel))
+            self._by_since.setdefault(since, set()).add((group, queue.channel))
 
     def discard(self, group: str, channel: str) -> bool:
-        """Remove a channel. Return whether it was a member."""
+        """Remove a channel from a group. Return whether it was a member."""
         members = self._groups.get(group)
         member = members.pop(channel, None) if members is not None else None
         if members is None or member is None:
@@ -101,70 +112,80 @@ class Memberships:
     def _set_since(self, member: Member, group: str, since: Moment | None) -> None:
         pair = (group, member.channel)
         if member.since is not None:
-            pairs = self._young[member.since]
+            pairs = self._by_since[member.since]
             pairs.discard(pair)
             if not pairs:
-                del self._young[member.since]
+                del self._by_since[member.since]
         member.since = since
         if since is not None:
-            self._young.setdefault(since, set()).add(pair)
+            self._by_since.setdefault(since, set()).add(pair)
 
-    def changed(self, pairs: Iterable[Pair], moment: Moment) -> None:
-        """The owner itself has changed these memberships, in a statement that saw this moment."""
+    def note_own_change(self, pairs: Iterable[Pair], moment: Moment) -> None:
+        """Note that the owner has changed memberships, in a statement with this snapshot."""
         for pair in pairs:
-            self._changed.setdefault(pair, []).append(moment)
+            self._own_changes.setdefault(pair, []).append(moment)
 
-    def opened(self, group: str, moment: Moment) -> None:
-        """The owner itself has added the first member of a group, in this moment."""
-        self._opened[group] = moment
+    def note_join(self, group: str, moment: Moment) -> None:
+        """Note that an own change, in this moment, has added the first member of a group."""
+        self._joined_at[group] = moment
 
     @property
-    def opened_groups(self) -> KeysView[str]:
-        """Groups whose first member the owner itself has added a moment ago."""
-        return self._opened.keys()
+    def newly_joined(self) -> KeysView[str]:
+        """Groups whose first member an own change has added a moment ago."""
+        return self._joined_at.keys()
 
-    def opened_after(self, group: str, boot: int, xid: int) -> Moment | None:
-        """The moment in which the owner itself added the first member, if that was after this transaction.
+    def joined_after(self, group: str, boot: int, xid: int) -> Moment | None:
+        """Return when an own change added the first member, if after a transaction.
 
-        No message that it sees has been received here.
+        The client did not listen to the group before. It has received no message that the
+        returned moment sees.
         """
-        moment = self._opened.get(group)
+        moment = self._joined_at.get(group)
         return moment if moment is not None and moment.sees(boot, xid) else None
 
-    def forget_opened(self, group: str) -> None:
-        """What was sent before that has been read: it must not be read again."""
-        self._opened.pop(group, None)
+    def forget_join(self, group: str) -> None:
+        """Note that the messages from before `note_join` were read: read them once only."""
+        self._joined_at.pop(group, None)
 
-    def begins(self, pair: Pair, boot: int, xid: int, asked: Moment) -> Moment:
-        """Where a membership begins that this transaction has asked for, in the moment ``asked``.
+    def start_of(self, pair: Pair, boot: int, xid: int, asked: Moment) -> Moment:
+        """Return the beginning of a membership that a transaction has requested.
 
-        Not before the last change by the owner itself that came before the transaction ended: what that one
-        sees was received, or was not for the channel. One that came later is judged by `overrule`.
+        ``asked``: the snapshot of the request. The membership does not begin before the last
+        own change that preceded the end of the transaction: a message that this change sees
+        was received then, or was not for the channel. If an own change came later,
+        `resolve_against_own_change` decides.
         """
-        moments = self._changed.get(pair, ())
+        moments = self._own_changes.get(pair, ())
         if not moments or any(moment.sees(boot, xid) for moment in moments):
             return asked
         return moments[-1] if moments[-1].is_later(asked) else asked
 
-    def is_given_up(self, pair: Pair, asker: str, number: int, id: int) -> bool:
-        """Whether a client has asked for a later change of a membership, or for the same one before.
+    def is_stale_request(self, pair: Pair, requester: str, number: int, id: int) -> bool:
+        """Return whether a membership request came too late. If not, remember it.
 
-        Then the statement behind this control message was given up, and the network has delivered it late.
+        ``requester``: the client that made the request. ``number``: its number of the statement.
+        ``id``: the id of the control message. A request is stale if the client has made a
+        later one for the same membership, or has repeated the same one: it had given up the
+        statement, and the network has delivered it afterwards.
         """
-        last, last_id = self._asked.pop((asker, pair), (0, 0))
-        is_given_up = number < last or (number == last and id != last_id)
-        self._asked[asker, pair] = (last, last_id) if is_given_up else (number, id)
-        if len(self._asked) > MAX_ASKED:
-            del self._asked[next(iter(self._asked))]
-        return is_given_up
+        last, last_id = self._requests.pop((requester, pair), (0, 0))
+        is_stale = number < last or (number == last and id != last_id)
+        self._requests[requester, pair] = (last, last_id) if is_stale else (number, id)
+        if len(self._requests) > MAX_REQUESTS:
+            del self._requests[next(iter(self._requests))]
+        return is_stale
 
-    def overrule(self, group: str, channel: str, boot: int, xid: int, added: Moment | None) -> bool:
-        """Whether the owner has changed a membership after this transaction asked for a change.
+    def resolve_against_own_change(
+        self, group: str, channel: str, boot: int, xid: int, added: Moment | None
+    ) -> bool:
+        """Return whether an own change came after a membership request, and so counts.
 
-        Then that changes nothing but the beginning of the membership: the channel was no member between a
-        discard and the owner's own change, and it was one since an add, in the moment ``added``.
+        The transaction is that of the request. ``added``: the beginning of the membership
+        that it requests, or None for a discard. The request then changes the beginning only:
+        after a discard the channel was no member until the own change, and after an add it
+        was a member since ``added``.
         """
-        moments = self._changed.get((group, channel), ())
+        moments = self._own_changes.get((group, channel), ())
         seen_by = next((moment for moment in moments if moment.sees(boot, xid)), None)
         if seen_by is None:
             return False
@@ -178,25 +199,28 @@ class Memberships:
         return True
 
     def flush(self, boot: int, xid: int) -> list[Pair]:
-        """Remove what began before this transaction. Return what was removed."""
+        """Remove the memberships that began before a flush. Return them.
+
+        A membership that the owner has added again since the flush stays, and begins then.
+        """
         self.last_flush = max(self.last_flush, (boot, xid))
         gone = []
         for group, channel in self.pairs():
             member = self._groups[group][channel]
             if member.since is not None and member.since.sees(boot, xid):
                 continue
-            moments = self._changed.get((group, channel), ())
+            moments = self._own_changes.get((group, channel), ())
             again = next((moment for moment in moments if moment.sees(boot, xid)), None)
             if again is None:
                 gone.append((group, channel))
-            else:  # the owner has added it again since
+            else:
                 self._set_since(member, group, again)
         for pair in gone:
             self.discard(*pair)
         return gone
 
     def expire(self, now: float) -> list[Pair]:
-        """Remove what has expired. Return it."""
+        """Remove the memberships that have expired. Return them."""
         gone = [
             (group, channel)
             for group, members in self._groups.items()
@@ -207,16 +231,19 @@ class Memberships:
             self.discard(*pair)
         return gone
 
-    def grow_old(self, is_past: Callable[[Moment], bool]) -> None:
-        """Forget beginnings and changes of which this is true: no row that they see can come any more."""
-        moments = {moment for each in self._changed.values() for moment in each}
+    def forget_past(self, is_past: Callable[[Moment], bool]) -> None:
+        """Forget past moments: no row that they see can come any more.
+
+        ``is_past`` decides which. They are beginnings of memberships, own changes, and joins.
+        """
+        moments = {moment for each in self._own_changes.values() for moment in each}
         past = {moment for moment in moments if is_past(moment)}
         if past:
             changed = {
-                pair: [m for m in each if m not in past] for pair, each in self._changed.items()
+                pair: [m for m in each if m not in past] for pair, each in self._own_changes.items()
             }
-            self._changed = {pair: each for pair, each in changed.items() if each}
-        self._opened = {group: at for group, at in self._opened.items() if not is_past(at)}
-        for since in [since for since in self._young if is_past(since)]:
-            for group, channel in self._young.pop(since):
+            self._own_changes = {pair: each for pair, each in changed.items() if each}
+        self._joined_at = {group: at for group, at in self._joined_at.items() if not is_past(at)}
+        for since in [since for since in self._by_since if is_past(since)]:
+            for group, channel in self._by_since.pop(since):
                 self._groups[group][channel].since = None

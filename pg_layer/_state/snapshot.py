@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Snapshot:
-    """What ``pg_current_snapshot()`` returned: ``xmin:xmax:running,...``."""
+    """A snapshot as ``pg_current_snapshot()`` returns it: ``xmin:xmax:running,...``."""
 
     __slots__ = ("_running", "text", "xmax", "xmin")
 
@@ -21,12 +21,15 @@ class Snapshot:
         return f"Snapshot({self.text!r})"
 
     def sees(self, xid: int) -> bool:
-        """Whether the transaction had ended; a row of it that exists had been committed."""
+        """Return whether a transaction had ended.
+
+        If a row of it exists, the transaction had been committed.
+        """
         return xid < self.xmin or (xid < self.xmax and xid not in self._running)
 
 
 class Position(NamedTuple):
-    """The largest id that was drawn so far. Transactions from ``next_xid`` on draw larger ones."""
+    """The largest id drawn so far. Transactions from ``next_xid`` on draw larger ids."""
 
     last_id: int
     next_xid: int
@@ -39,11 +42,14 @@ class Moment(NamedTuple):
     snapshot: Snapshot
 
     def sees(self, boot: int, xid: int) -> bool:
-        """Whether a row was committed by then. Not for boot 0: see `Cursor.boot_of`."""
+        """Return whether a row had been committed.
+
+        Not for a row of boot 0: `Cursor.boot_of` returns the boot to compare it with.
+        """
         return self.snapshot.sees(xid) if boot == self.boot else boot < self.boot
 
     def is_later(self, before: Moment) -> bool:
-        """Whether this was taken after the other one, or in the same state."""
+        """Return whether this moment came after another, or has the same snapshot."""
         if self.boot != before.boot:
             return self.boot > before.boot
         return (
@@ -52,7 +58,7 @@ class Moment(NamedTuple):
         )
 
     def covers(self, other: Moment) -> bool:
-        """Whether all that the other one sees is seen by this, for certain."""
+        """Return whether this moment certainly sees all that another sees."""
         if self.boot != other.boot:
             return self.boot > other.boot
         return other.snapshot.xmax <= self.snapshot.xmin

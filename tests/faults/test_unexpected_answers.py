@@ -126,7 +126,7 @@ Use = Callable[[PostgresChannelLayer, PostgresChannelLayer, str], Any]
         ("pg_layer_renew", "The heartbeat", nothing),
         ("pg_layer_position", "Catching up", nothing),
         ("pg_layer_write_memberships", "The writing of memberships", joined),
-        ("pg_layer_marked_keys", "The look for marked messages", marked),
+        ("pg_layer_marked_keys", "The search for marked messages", marked),
         ("pg_layer_delete_expired", "The deletion of expired messages", expired),
         ("pg_layer_sweep", "Sweeping", nothing),
     ],

@@ -1,9 +1,12 @@
-"""A world in which the protocols run step by step: several clients, writers and transactions in one thread.
+"""A world in which several clients, writers and transactions run step by step in one thread.
 
-The clients are the layer's own: `Owner` with all that it makes. Three things around it are replaced, so that
-each step is chosen by the test and the same steps have the same effects. The event loop has a clock of its
-own. A statement is executed when the test says so, on a real connection, and its answer comes when the test
-says so, or never. Notifications are those of PostgreSQL, and are heard in chunks.
+The clients are the layer's own: `Owner` with all that it makes. Three things around it are
+replaced, so that the test chooses each step, and the same steps have the same effects:
+
+- The event loop has a clock of its own.
+- A statement is executed on a real connection when the test says so. Its answer arrives
+  when the test says so, or never.
+- Notifications are those of PostgreSQL. The test says how many are heard.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ _TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client", "pg_lay
 
 
 class Lost(psycopg.OperationalError):
-    """A connection was lost. ``is_late``: there is no time for another attempt."""
+    """A connection was lost. ``is_late``: no time is left for another attempt."""
 
     is_late = False
 
@@ -81,7 +84,7 @@ class Immediate:
 
 
 class Database:
-    """Connections that go from one example to the next."""
+    """Connections that all examples share."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
@@ -89,17 +92,17 @@ class Database:
         self._all: list[Session] = []
 
     def take(self) -> Session:
-        """A connection in autocommit."""
+        """Return a session in autocommit mode that the caller alone uses."""
         if self._idle:
             return self._idle.pop()
-        # No statement of the world may wait for another: one thread could not end the other one.
+        # No statement may wait for a lock: the only thread could not end the other transaction.
         conn = psycopg.connect(self._dsn, autocommit=True, options="-c lock_timeout=100ms")
         wire = Session(conn, can_prepare=True)
         self._all.append(wire)
         return wire
 
     def give_back(self, wire: Session) -> None:
-        """Take it back, without a transaction and listening to nothing."""
+        """Take a session back. End its transaction, and listen to nothing on it."""
         end_transaction(wire)
         command(wire, "UNLISTEN *")
         list(wire.notifies())
@@ -117,7 +120,7 @@ def command(wire: Session, sql: str) -> list[tuple[Any, ...]]:
 
 
 def end_transaction(wire: Session) -> None:
-    """Roll back what is open."""
+    """Roll back the open transaction, if there is one."""
     if wire.conn.pgconn.transaction_status != pq.TransactionStatus.IDLE:
         wire.conn.pgconn.exec_(b"ROLLBACK")
 
@@ -133,7 +136,7 @@ class Loop(asyncio.SelectorEventLoop):
         return self.seconds
 
     def settle(self) -> None:
-        """Run until nothing can go on without an answer, a notification or time."""
+        """Run until all tasks wait for an answer, a notification or time."""
         while True:
             self.call_soon(self.stop)
             self.run_forever()
@@ -156,7 +159,7 @@ class Call:
         self._error: psycopg.Error | None = None
 
     def execute(self) -> None:
-        """Have the server execute it; the answer is on its way."""
+        """Have the server execute the statement. The answer does not arrive yet."""
         if self.is_executed:
             return
         self.is_executed = True
@@ -178,7 +181,7 @@ class Call:
             self.answer.set_result(self._rows)
 
     def fail(self, *, is_late: bool = False) -> None:
-        """The connection is lost: no answer comes."""
+        """Lose the connection: no answer comes."""
         if not self.answer.done():
             error = Lost("The connection was lost.")
             error.is_late = is_late
@@ -186,7 +189,7 @@ class Call:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is alone in its transaction."""
+        """Whether the statement is alone in its transaction."""
         return self.wire.conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
 
 
@@ -201,7 +204,7 @@ class Waiting:
         self.is_reusable = True
 
     async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
-        """Return the rows of the statement, when the test lets it."""
+        """Return the rows of the statement when the test lets the answer arrive."""
         if self.is_closed:
             raise Lost("The connection was lost.")
         call = Call(self._process.world, self.wire, statement, values)
@@ -232,28 +235,28 @@ class ListeningSession(Waiting):
         self.allowed = 0
 
     def fetch(self) -> int:
-        """Take all that has arrived. Return how many notifications were not heard yet."""
+        """Fetch notifications that have arrived. Return how many were not heard yet."""
         if not self.is_closed:
             self.conn.pgconn.exec_(b"SELECT")  # the server sends notifications before this answer
             self.pending.extend(self.wire.notifies())
         return len(self.pending)
 
     def notifies(self) -> Iterator[tuple[str, str]]:
-        """The next notifications."""
+        """Yield the notifications that the listener may hear now."""
         self.fetch()
         for _ in range(min(self.allowed, len(self.pending))):
             yield self.pending.popleft()
 
     async def settle(self) -> None:
-        """Nothing is left over."""
+        """Do nothing: there is never an answer left."""
 
     def fileno(self) -> int:
-        """No socket is watched."""
+        """Return no file descriptor: no socket is watched."""
         return -1
 
 
 class ManualConnection:
-    """Stands for psycopg's connection in the module of the listener."""
+    """Replaces psycopg's connection in the module of the listener."""
 
     @staticmethod
     async def connect(**kwargs: object) -> object:
@@ -262,7 +265,7 @@ class ManualConnection:
 
 
 def listening_session(name: str) -> ListeningSession:
-    """Stands for `Session` in the module of the listener."""
+    """Replaces `Session` in the module of the listener."""
     return ListeningSession(_processes[name.split()[-1]])
 
 
@@ -270,7 +273,7 @@ _processes: dict[str, Process] = {}  # by the ids of their clients
 
 
 class Errors(logging.Handler):
-    """Keeps what the layer logs as an error: it goes on after its own faults."""
+    """Keeps the errors that the layer logs: its tasks continue after unexpected ones."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -281,7 +284,7 @@ class Errors(logging.Handler):
 
 
 class ManualListener(Listener):
-    """The layer's listener, but for its socket."""
+    """The layer's listener without its socket."""
 
     process: Process
 
@@ -297,7 +300,7 @@ class ManualListener(Listener):
         return cast("ListeningSession | None", self._session)
 
     def hear(self, count: int) -> None:
-        """Hear so many notifications."""
+        """Hear the next ``count`` notifications."""
         session = self.session
         if session is None or not self.is_connected:
             return
@@ -307,7 +310,7 @@ class ManualListener(Listener):
 
 
 class ManualConnections:
-    """The layer's pool: repeats what may be repeated, and tells callers of the rest."""
+    """Replaces the layer's pool: repeats what may be repeated, and raises otherwise."""
 
     gives_up = False  # the process does not stop
 
@@ -347,7 +350,7 @@ class RecordingQueue(AnnouncementQueue):
         self.dispatched_rows: list[Row] = []
         self.times: Counter[Key] = Counter()
         self.dispatched_at: dict[Key, int] = {}
-        self.caught_up: dict[Key, int] = {}  # in which catch-up
+        self.caught_up: dict[Key, int] = {}  # -> the number of the catch-up
         self.merged: set[Key] = set()
 
     def hear(self, announcement: Any) -> None:
@@ -392,14 +395,14 @@ class RecordingMemberships(Memberships):
 
 @dataclass(eq=False)
 class Message:
-    """What the test knows of a row. Moments count the events of the world."""
+    """What the test knows of a row. Moments number the events of the world."""
 
     serial: int  # 0 for a control message
     writer: int
     address: str
     channel: str | None
     key: Key
-    is_own: bool  # alone in its transaction, and announced there
+    is_own: bool  # its statement is alone in its transaction, and announces it
     rank: int = 0  # order of the announcements; 0: not announced
     committed: int = 0
     is_excused: bool = False  # expired, undone or swept
@@ -407,24 +410,24 @@ class Message:
 
 @dataclass(eq=False)
 class Membership:
-    """A membership that was asked for."""
+    """A membership that was requested."""
 
     began: int
-    returned: int = 0  # from here on messages must arrive; 0: never said
-    ended: int = 0  # an own discard has returned
+    returned: int = 0  # messages sent later must arrive; 0: the call did not return
+    ended: int = 0  # when an own discard returned
 
 
 @dataclass(eq=False)
 class Discard:
-    """A discard that was asked for: by a control message, or by the owner."""
+    """A discard that was requested by a control message, or made by the owner."""
 
     key: Key | None = None
-    settled: int = 0  # when it had taken effect; 0: unknown
+    effective_at: int = 0  # the moment; 0: unknown
 
 
 @dataclass(eq=False)
 class Writer:
-    """What sends: alone, or in a transaction."""
+    """A sender, with or without a transaction."""
 
     number: int
     unannounced: list[tuple[Unannounced, Message]] = field(default_factory=list)
@@ -439,17 +442,17 @@ class Transaction:
     is_quiet: bool
     messages: list[Message] = field(default_factory=list)
     rows: list[Unannounced] = field(default_factory=list)
-    foreign: list[Foreign] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     prepared: str | None = None
 
 
 @dataclass(eq=False)
-class Foreign:
-    """A change that another process asked for."""
+class Request:
+    """A membership request of another process."""
 
     process: Process
     pair: Pair
-    membership: Membership | None  # None: discarded
+    membership: Membership | None  # None: a discard
     message: Message
 
 
@@ -459,7 +462,7 @@ class Process:
     def __init__(self, world: World, number: int, heard_at_once: int) -> None:
         self.world = world
         self.number = number
-        self.heard_at_once = heard_at_once  # whenever the listener looks at its socket
+        self.heard_at_once = heard_at_once  # when the listener reads its socket
         self.config = Config(
             dsn="host=nowhere",
             prefix=world.prefix,
@@ -491,7 +494,7 @@ class Process:
         self.owner = owner = Owner(
             self.client, connections, Outage(self.client), self.work, no_predecessor
         )
-        # The owner's listener as it was made, with another way to connect and to hear.
+        # The listener that the owner has made, as an instance of the class without a socket.
         self.listener = listener = ManualListener.__new__(ManualListener)
         vars(listener).update(vars(owner._listener))
         listener.process = self
@@ -500,7 +503,7 @@ class Process:
     # ------------------------------------------------------------------ its connections
 
     def answer(self, count: int) -> None:
-        """Let the next statements be executed, and their answers arrive."""
+        """Execute the next statements, and let their answers arrive."""
         for _ in range(count):
             if not self.calls:
                 return
@@ -514,7 +517,7 @@ class Process:
         self.world.settle()
 
     def lose_listener(self) -> None:
-        """Lose the listening connection, with what was not heard yet."""
+        """Lose the listening connection, and the notifications that were not heard yet."""
         session = self.listener.session
         if session is not None:
             session.close()
@@ -539,10 +542,10 @@ class Process:
     # ------------------------------------------------------------------ receiving
 
     def receive(self) -> None:
-        """Receive all that is here."""
+        """Receive all messages in the channel queues."""
         for channel in self.channels:
             self._pop(channel, None)
-        self.look()
+        self.take_jobs()
 
     def _pop(self, channel: str, waiter: asyncio.Future[None] | None) -> bool:
         queue = self.client.queue(channel)
@@ -559,28 +562,28 @@ class Process:
 
     def want_job(self) -> None:
         """Wait for a job."""
-        waiter = self.client.queue(JOBS).enlist(self.world.loop)
+        waiter = self.client.queue(JOBS).add_waiter(self.world.loop)
         if waiter is None:
             self._pop(JOBS, None)
         else:
             self.waiters.append(waiter)
             self.world.loop.call_soon(self.owner.want, JOBS)
 
-    def look(self) -> None:
-        """Take the jobs that those who wait were told of."""
+    def take_jobs(self) -> None:
+        """Receive the jobs for which waiting readers were woken."""
         for waiter in [waiter for waiter in self.waiters if waiter.done()]:
             self.waiters.remove(waiter)
             if not self._pop(JOBS, waiter):
                 self.want_job()
 
-    def desert(self) -> None:
-        """Wait for jobs no more."""
+    def stop_waiting(self) -> None:
+        """Cancel all readers that wait for jobs."""
         for waiter in self.waiters:
-            self.client.queue(JOBS).desert(waiter)
+            self.client.queue(JOBS).remove_waiter(waiter)
         self.waiters.clear()
 
     def close(self) -> None:
-        """End without a word."""
+        """End without closing the client."""
         for task in self.work.running:
             task.cancel()
         if self.change is not None:
@@ -588,7 +591,7 @@ class Process:
 
 
 class World:
-    """Everything."""
+    """The database, the processes, the writers, and what the test knows of messages."""
 
     def __init__(self, database: Database, number: int) -> None:
         self.database = database
@@ -604,10 +607,9 @@ class World:
         self.by_key: dict[Key, Message] = {}
         self.wanted: dict[tuple[int, Pair], list[Membership]] = defaultdict(list)
         self.discards: dict[tuple[int, Pair], list[Discard]] = defaultdict(list)
-        self.foreign: list[Foreign] = []
-        self.swept: set[int] = (
-            set()
-        )  # processes whose lease was ended, and that have not renewed it
+        self.requests: list[Request] = []
+        # Processes whose lease was ended, and that have not renewed it since.
+        self.swept: set[int] = set()
         self.checkpoint: dict[str, list[str]] | None = None
         self.has_lost_rows = False
         self.errors = Errors()
@@ -618,19 +620,19 @@ class World:
         self._prepared = 0
 
     def moment(self) -> int:
-        """The number of the next event."""
+        """Count an event, and return its number."""
         self._moment += 1
         return self._moment
 
     def sql(self, text: str) -> list[tuple[Any, ...]]:
-        """Execute SQL behind the scenes."""
+        """Execute SQL that is no step of the protocols."""
         return command(self.admin, text)
 
     def settle(self) -> None:
-        """Let all processes go on."""
+        """Let all processes run until they wait."""
         self.loop.settle()
         for process in self.processes:
-            process.look()
+            process.take_jobs()
             assert not process.client.failures.problems()
         self.loop.settle()
         assert not self.errors.texts, self.errors.texts
@@ -664,8 +666,8 @@ class World:
         """Let time pass."""
         self.loop.seconds += seconds
         for process in self.processes:
-            # The lease goes by the clock of the machine, which does not pass with the loop's.
-            process.owner.lease._beat_at -= seconds
+            # The lease uses the machine's clock, which does not follow the loop's.
+            process.owner.lease._heartbeat_at -= seconds
         self.settle()
 
     # ------------------------------------------------------------------ sending
@@ -804,7 +806,7 @@ class World:
             self._announced(messages)
 
     def _check_skipped(self, group: str, began: int) -> None:
-        """No message of a group is skipped that has a member."""
+        """Check that no message is skipped for a group that has a member."""
         for (number, pair), wanted in self.wanted.items():
             if (
                 pair[0] == group
@@ -834,7 +836,7 @@ class World:
         self.transactions.append(Transaction(writer, wire, is_quiet))
 
     def commit(self, transaction: Transaction, *, is_announced: bool) -> None:
-        """Commit it, and announce what it did not announce itself."""
+        """Commit a transaction, and announce the rows that it did not announce."""
         self.transactions.remove(transaction)
         if transaction.prepared is not None:
             self.sql(f"COMMIT PREPARED '{transaction.prepared}'")
@@ -847,20 +849,20 @@ class World:
         writer = transaction.writer
         if not transaction.is_quiet:
             self._announced(transaction.messages)
-            self._foreign_returned(transaction.foreign)
+            self._requests_returned(transaction.requests)
         elif is_announced:
             writer.unannounced.extend(zip(transaction.rows, transaction.messages, strict=True))
             self.announce(writer)
-            self._foreign_returned(transaction.foreign)
+            self._requests_returned(transaction.requests)
 
-    def _foreign_returned(self, foreign: Iterable[Foreign]) -> None:
+    def _requests_returned(self, requests: Iterable[Request]) -> None:
         now = self.moment()
-        for change in foreign:
+        for change in requests:
             if change.membership is not None:
                 change.membership.returned = now
 
     def roll_back(self, transaction: Transaction) -> None:
-        """Roll it back."""
+        """Roll a transaction back."""
         self.transactions.remove(transaction)
         if transaction.prepared is not None:
             self.sql(f"ROLLBACK PREPARED '{transaction.prepared}'")
@@ -869,7 +871,7 @@ class World:
             self.database.give_back(transaction.wire)
 
     def prepare(self, transaction: Transaction) -> None:
-        """Prepare it: its connection may be lost, and another one commits it."""
+        """Prepare a transaction: another connection commits it."""
         self._prepared += 1
         transaction.prepared = f"{self.prefix}_{self._prepared}"
         command(transaction.wire, f"PREPARE TRANSACTION '{transaction.prepared}'")
@@ -905,7 +907,7 @@ class World:
             )
             now = self.moment()
             for discard in discarded:
-                discard.settled = now
+                discard.effective_at = now
             for pair, membership in asked:
                 if last[pair] is not membership:
                     continue
@@ -918,7 +920,7 @@ class World:
         process.change = self.loop.create_task(work())
         self.settle()
 
-    def ask(
+    def request(
         self,
         writer: Writer,
         process: Process,
@@ -934,7 +936,7 @@ class World:
         pair = (group, process.channels[index])
         quiet = transaction is not None and transaction.is_quiet
         session = Immediate(self.writer_wire if transaction is None else transaction.wire)
-        # Always quiet here, to learn the row; announced below as the layer would.
+        # Always quiet, so that the statement returns the row; announced below as the layer would.
         rows = run_now(
             group_queries.request(
                 session,
@@ -946,7 +948,7 @@ class World:
             )
         )
         if not rows:
-            # The row is known by what is visible to its transaction.
+            # Find the row among those that its transaction sees.
             ((id, xid, boot, payload),) = command(
                 self.writer_wire if transaction is None else transaction.wire,
                 "SELECT id, xid::text::bigint, boot, payload FROM pg_layer_message"
@@ -968,18 +970,18 @@ class World:
             self.wanted[process.number, pair].append(membership)
         else:
             self.discards[process.number, pair].append(Discard(messages[0].key))
-        change = Foreign(process, pair, membership, messages[0])
-        self.foreign.append(change)
+        change = Request(process, pair, membership, messages[0])
+        self.requests.append(change)
         if transaction is not None:
-            transaction.foreign.append(change)
+            transaction.requests.append(change)
         self._written(writer, messages, rows, transaction, quiet)
         if transaction is None:
-            self._foreign_returned([change])
+            self._requests_returned([change])
 
-    # ------------------------------------------------------------------ what goes wrong
+    # ------------------------------------------------------------------ faults
 
     def expire(self, message: Message) -> None:
-        """Let a row expire before its time."""
+        """Let a row expire now."""
         self.sql(
             "UPDATE pg_layer_message SET expires_at = clock_timestamp() - interval '1 hour'"
             f" WHERE address LIKE '{self.prefix}!%' AND id = {message.key.id} AND kind = 'message'"
@@ -987,15 +989,16 @@ class World:
         message.is_excused = True
 
     def make_steady(self) -> None:
-        """Let renewals have come without a gap for a day."""
+        """Set the lease clock as if renewals had come without a gap for a day."""
         self.sql(
             "UPDATE pg_layer_lease_clock SET steady_since = clock_timestamp() - interval '1 day',"
-            " renewed_at = clock_timestamp(), boot = coalesce((SELECT b.boot FROM pg_layer_boot AS b), boot)"
+            " renewed_at = clock_timestamp(),"
+            " boot = coalesce((SELECT b.boot FROM pg_layer_boot AS b), boot)"
             f" WHERE prefix = '{self.prefix}'"
         )
 
     def end_lease(self, process: Process) -> None:
-        """Let the lease of a process that was stopped be over, and sweep what it has left."""
+        """End the lease of a stopped process, and sweep its memberships."""
         self.make_steady()
         address = process.client.address
         self.sql(
@@ -1005,7 +1008,7 @@ class World:
         self.sweep()
 
     def sweep(self) -> None:
-        """Sweep: also what a process has left whose lease was ended before, and could not be over yet."""
+        """Sweep, also memberships of a process whose lease could not be over before."""
         run_now(maintenance.sweep(Immediate(self.admin), self.prefix, 1000, 0.0))
         swept = {
             address
@@ -1025,13 +1028,13 @@ class World:
         for message in self.messages:
             if message.committed and condition(message):
                 message.is_excused = True
-        for change in self.foreign:
+        for change in self.requests:
             is_applied = change.process.queue.times[change.message.key]
             if change.membership is not None and change.message.is_excused and not is_applied:
                 change.membership.returned = 0
 
     def set_checkpoint(self) -> None:
-        """What is committed now reaches the disk, and the standby."""
+        """Record what is committed now: it has reached the disk, and the standby."""
         self.checkpoint = {
             table: [
                 text
@@ -1048,7 +1051,7 @@ class World:
         return f"address LIKE '{self.prefix}!%'"
 
     def crash(self, *, is_undone: bool) -> None:
-        """The server crashes: what was not on the disk is undone, and another boot begins.
+        """Crash the server: undo what was not on the disk, and begin another boot.
 
         ``is_undone``: it goes back to the checkpoint, as a standby does that lags and is promoted.
         """
@@ -1091,12 +1094,12 @@ class World:
         for (number, pair), wanted in self.wanted.items():
             process = self.processes[number]
             for membership in wanted:
-                # The owner has it, and writes it again.
+                # The owner has the membership in memory, and writes it again.
                 if process.memberships.get(*pair) is None:
                     membership.returned = 0
 
     def execute_late(self, index: int) -> None:
-        """A statement that was given up takes effect."""
+        """Execute a statement that its sender has given up."""
         statement, values = self.late.pop(index % len(self.late))
         try:
             run_now(Immediate(self.admin).execute(statement, *values))
@@ -1106,10 +1109,10 @@ class World:
             end_transaction(self.admin)
             raise
 
-    # ------------------------------------------------------------------ what must hold
+    # ------------------------------------------------------------------ invariants
 
     def check_rows(self) -> None:
-        """Each row at most once in a client, and in the order of the announcements."""
+        """Check that a client dispatches each row at most once, in the order of announcements."""
         for process in self.processes:
             queue = process.queue
             doubled = [key for key, times in queue.times.items() if times > 1]
@@ -1128,7 +1131,7 @@ class World:
                     last_own[message.writer] = message.serial
                 number = queue.caught_up.get(row.key)
                 if number is not None:
-                    # Marked rows may come by a look as well, and jobs by a claim.
+                    # Searches also find marked rows, and claims bring jobs.
                     if not row.marked and not row.is_job:
                         assert row.id > last_ids.get(number, 0), (
                             "A catch-up is not in the order of ids."
@@ -1142,7 +1145,7 @@ class World:
                 last = message.rank
 
     def check_received(self) -> None:
-        """No message twice, none that was sent before a membership began."""
+        """Check that no message is received twice, or was sent before the membership began."""
         times: Counter[tuple[str, int]] = Counter()
         jobs: Counter[int] = Counter()
         for process in self.processes:
@@ -1160,7 +1163,7 @@ class World:
         )
 
     def finish(self) -> None:
-        """End what is open, and give everything time to arrive."""
+        """End open transactions, and let all messages arrive."""
         for transaction in list(self.transactions):
             if transaction.prepared is not None:
                 self.commit(transaction, is_announced=False)
@@ -1169,7 +1172,7 @@ class World:
         while self.late:
             self.execute_late(0)
         for process in self.processes:
-            process.desert()
+            process.stop_waiting()
             process.heard_at_once = 10**6
         self.rest()
         for _ in range(5):
@@ -1190,7 +1193,7 @@ class World:
         self.rest()
 
     def check_end(self) -> None:
-        """All that had to arrive has arrived, and the table says what the owners know."""
+        """Check that all messages have arrived, and that table and owners agree."""
         self.check_rows()
         self.check_received()
         received_jobs = {n for process in self.processes for n in process.received[JOBS]}
@@ -1232,7 +1235,8 @@ class World:
                         )
                         if message.serial in received:
                             assert is_possible, (
-                                f"{channel} received {message.serial} of group {group}, and was no member."
+                                f"{channel} received {message.serial} of group {group}, "
+                                "and was no member."
                             )
                         elif not message.is_excused:
                             assert not is_due, (
@@ -1240,18 +1244,21 @@ class World:
                             )
 
     def _is_last(self, process: Process, pair: Pair, membership: Membership) -> bool:
-        """Whether all discards had taken effect before it was asked for: the owner orders the others."""
-        settled = [
-            discard.settled
+        """Return whether all discards took effect before a membership was requested.
+
+        The owner decides the order of those that were in flight at the same time.
+        """
+        moments = [
+            discard.effective_at
             if discard.key is None
             else process.queue.dispatched_at.get(discard.key, 0)
             for discard in self.discards.get((process.number, pair), ())
         ]
-        return all(0 < moment < membership.began for moment in settled)
+        return all(0 < moment < membership.began for moment in moments)
 
     def _check_tables(self) -> None:
         if self.has_lost_rows:
-            # Claims about changes that were applied and undone: their few seconds pass.
+            # Let membership requests expire that were applied and then undone by a crash.
             self.sql(
                 "UPDATE pg_layer_membership SET expires_at = clock_timestamp() WHERE id <> 0"
                 f" AND address LIKE '{self.prefix}!%'"
@@ -1271,7 +1278,7 @@ class World:
             assert in_table == in_memory, f"Group {group}: {in_table ^ in_memory} differ."
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close the processes, and empty the tables."""
         for transaction in list(self.transactions):
             self.roll_back(transaction)
         for process in self.processes:

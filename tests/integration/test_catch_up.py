@@ -1,4 +1,4 @@
-"""A catch-up that brings more rows, or hears more announcements, than it takes at once."""
+"""Catch-ups with more rows or announcements than they take at once, and joins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_ASIDE = "pg_layer._state.announcement_queue.MAX_ASIDE"
 
 @pytest.fixture
 def pool_proxy(migrated_dsn: str) -> Iterator[Proxy]:
-    """What a layer's statements pass, its LISTEN connection excepted."""
+    """A proxy for all connections of a layer but the one that listens."""
     with Proxy(migrated_dsn) as proxy:
         yield proxy
 
@@ -52,9 +52,9 @@ def owner_of(layer: PostgresChannelLayer) -> Owner:
 
 
 async def hear_all(layer: PostgresChannelLayer) -> None:
-    """Return when the layer listens, and no catch-up is under way."""
+    """Wait until the layer listens and no catch-up is running."""
     await listen(layer)
-    await until(lambda: not owner_of(layer).receiver.is_in_doubt)
+    await until(lambda: not owner_of(layer).receiver.is_catch_up_pending)
 
 
 async def silently(dsn: str, group: str, n: int) -> None:
@@ -74,26 +74,27 @@ def kill_listener(observer: Observer) -> None:
 
 
 async def lose_listener(layer: PostgresChannelLayer, observer: Observer) -> None:
-    """Kill the connection that listens. Return when there is another one, and a catch-up is asked for."""
+    """Kill the connection that listens. Wait for the next one, which requests a catch-up."""
     before = layer.stats()["reconnects"]
     kill_listener(observer)
     await until(lambda: layer.stats()["reconnects"] > before)
 
 
-# ---------------------------------------------------------------------- more rows than it may append
+# ---------------------------------------------------------------- more rows than it may append
 
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("is_disturbed", [False, True])
-def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_all_in_order(
+def test_catch_up_group_adds_beyond_the_queue_limit_keep_the_order(
     migrated_dsn: str, observer: Observer, connections: int, is_disturbed: bool
 ) -> None:
-    """While no loop receives, another process sends, adds the channel to two groups, and sends to all.
+    """The catch-up waits for dispatch, and dispatch waits for the rows of two joins.
 
-    The catch-up of the next loop waits for dispatch, which waits for the groups' rows. These take their
-    places between rows that the catch-up has not appended yet. ``is_disturbed``: meanwhile the connection
-    that listens is killed, again and again.
+    While no loop receives, another process sends, adds the channel to two groups, and sends
+    to the groups and the channel. The rows of the groups take their places between rows that
+    the catch-up has not appended yet.
+    ``is_disturbed``: the connection that listens is killed again and again meanwhile.
     """
     layer = new_layer(
         make_conninfo(migrated_dsn, application_name="sender"),
@@ -134,16 +135,17 @@ def test_catch_up_with_group_adds_among_more_rows_than_the_queue_takes_brings_al
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("connections", [1, 2])
-async def test_catch_up_beside_announced_rows_that_are_not_read_yet_makes_progress(
+async def test_catch_up_beside_unread_announced_rows_makes_progress(
     migrated_dsn: str,
     make_layer: MakeLayer,
     pool_proxy: Proxy,
     observer: Observer,
     connections: int,
 ) -> None:
-    """30 large messages are announced, and wait for a read. A catch-up that brings 100 more comes between.
+    """30 announced messages wait for a read when a catch-up begins that appends 100 more.
 
-    Dispatch waits for the reads: with a single connection the catch-up must not wait for dispatch.
+    Dispatch waits for the reads. So if the pool has a single connection, the catch-up must
+    not wait for dispatch.
     """
     layer = make_layer(
         dsn=pool_proxy.dsn(connect_timeout=2),
@@ -166,10 +168,10 @@ async def test_catch_up_beside_announced_rows_that_are_not_read_yet_makes_progre
     assert await received(layer, channel, 130) == list(range(130))
 
 
-# ---------------------------------------------------------------------- more announcements than are kept
+# ---------------------------------------------------------------- more announcements than are kept
 
 
-async def test_catch_up_during_which_more_is_announced_than_is_kept_aside_loses_and_doubles_nothing(
+async def test_catch_up_more_announced_than_kept_aside_loses_and_doubles_nothing(
     migrated_dsn: str,
     make_layer: MakeLayer,
     pool_proxy: Proxy,
@@ -197,15 +199,15 @@ async def test_catch_up_during_which_more_is_announced_than_is_kept_aside_loses_
         await until(lambda: announcements.is_over_limit)
         pool_proxy.let_go()
         assert await received(layer, channel, 40) == list(range(start, start + 40))
-    # Nothing else is left to come.
+    # No other message follows.
     await sender.send(channel, number(-1))
     assert await received(layer, channel, 1) == [-1]
 
 
-async def test_first_member_of_a_group_receives_more_than_its_capacity_sent_since(
+async def test_join_more_rows_than_the_capacity_are_received(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
-    """Another process adds the member and sends, before this one has heard of either."""
+    """Another process adds the member and sends before this one has heard of either."""
     with Proxy(migrated_dsn) as proxy:
         layer = make_layer(dsn=proxy.dsn(), capacity=10)
         sender = make_layer()
@@ -219,12 +221,13 @@ async def test_first_member_of_a_group_receives_more_than_its_capacity_sent_sinc
         assert await reading == list(range(50))
 
 
-async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two_groups_in_its_order(
+async def test_join_rows_of_one_transaction_to_two_groups_keep_their_order(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy
 ) -> None:
     """The transaction drew its ids before another message, and is announced after it.
 
-    Another process has added the channel to the second group, and this one could not listen to it yet.
+    Another process has added the channel to the second group, to which this process does not
+    listen yet.
     """
     layer = make_layer(
         dsn=pool_proxy.dsn(connect_timeout=2), listen_dsn=migrated_dsn, send_timeout=60
@@ -247,10 +250,10 @@ async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two
     assert await received(layer, channel, 5) == [100, 0, 1, 2, 101]
 
 
-async def test_first_member_of_a_group_receives_marked_messages_that_a_look_meets_while_it_is_added(
+async def test_join_marked_rows_found_by_a_search_meanwhile_are_received(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer
 ) -> None:
-    """The join waits for a ping. Behind it waits a discard that was sent after the message."""
+    """The join waits for a ping, and a discard that was sent after the message waits for it."""
     with Proxy(migrated_dsn) as listen_proxy:
         layer = make_layer(
             dsn=pool_proxy.dsn(connect_timeout=2),
@@ -274,8 +277,8 @@ async def test_first_member_of_a_group_receives_marked_messages_that_a_look_meet
         (row,) = observer.execute(
             "SELECT boot, xid::text::bigint FROM pg_layer_message WHERE address LIKE '%@room'"
         )
-        while cursor.look is None or not cursor.look.sees(*row):
+        while cursor.overdue is None or not cursor.overdue.sees(*row):
             await owner.lease.renew(None, 30)
-        await owner.receiver.look_for_marked()
+        await owner.receiver.search_marked()
         listen_proxy.let_go()
         assert await received(layer, channel, 2) == [0, 1]

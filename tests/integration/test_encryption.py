@@ -1,4 +1,4 @@
-"""Keys, and what cannot be read: it is skipped and named once, and the rest gets through."""
+"""Encryption, and messages that cannot be read: they are skipped and logged, others arrive."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.processes import Link, Message, Processes, listen, open_layer, read, 
 
 OLD, NEW, WRONG = "the old key", b"the new key", "a key of another project"
 SECRET = "attack at dawn"
-# Messages to channels that were not received. Those to groups remain until they expire.
+# Messages to channels that were not received. Group messages remain until they expire.
 IS_ALL_RECEIVED = "SELECT count(*) = 0 FROM pg_layer_message WHERE address NOT LIKE '%!@%'"
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What pg_layer logged as a warning or an error."""
+    """Return what pg_layer logged as warnings and errors."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -30,7 +30,7 @@ def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
 # ---------------------------------------------------------------------- keys
 
 
-async def test_an_encrypted_message_arrives_and_is_nowhere_in_clear(
+async def test_encrypted_message_arrives_and_is_nowhere_in_clear(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(symmetric_encryption_keys=[OLD])
@@ -77,7 +77,7 @@ async def read_both(link: Link, dsn: str, count: int) -> list[Message]:
     [([OLD], [NEW, OLD]), ([NEW, OLD], [NEW, OLD]), ([NEW], [OLD, NEW]), ([NEW.decode()], [NEW])],
     ids=["not yet rotated", "rotated", "reader first", "as text and as bytes"],
 )
-async def test_keys_can_be_rotated(
+async def test_keys_rotated_messages_arrive(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -99,7 +99,7 @@ async def test_keys_can_be_rotated(
     ids=["another key", "not encrypted", "reader without keys"],
 )
 @pytest.mark.parametrize("starts", ["listening", "later"])
-async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
+async def test_message_that_no_key_opens_is_skipped_and_logged_once(
     make_layer: MakeLayer,
     observer: Observer,
     caplog: pytest.LogCaptureFixture,
@@ -124,7 +124,7 @@ async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
     [complaint] = complaints(caplog)
     assert "symmetric_encryption_keys" in complaint
     assert SECRET not in caplog.text
-    # They do not come again, and take no room.
+    # They do not come again, and do not use capacity.
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
@@ -135,7 +135,7 @@ async def test_what_cannot_be_decrypted_is_skipped_and_logged_once(
 async def test_encrypted_notification_repeated_for_another_address_is_refused(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, sent_to: str
 ) -> None:
-    """A role that may only connect hears a message, and says it again under other names."""
+    """A role that may only connect hears a notification, and repeats it with other names."""
     layer, sender = (make_layer(symmetric_encryption_keys=[OLD]) for _ in range(2))
     channel, other = await layer.new_channel(), await layer.new_channel()
     for group in ("room", "hall"):
@@ -178,7 +178,7 @@ async def test_encrypted_notification_repeated_for_another_address_is_refused(
 async def test_encrypted_row_copied_to_another_address_is_refused(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Its heartbeats look for rows that were not announced.
+    # Its heartbeats search for rows that were not announced.
     layer = make_layer(symmetric_encryption_keys=[OLD], heartbeat=0.1)
     sender = make_layer(symmetric_encryption_keys=[OLD])
     sources = [await sender.new_channel(), "jobs"]
@@ -211,7 +211,7 @@ async def test_encrypted_row_copied_to_another_address_is_refused(
 async def test_encrypted_group_message_reaches_normal_channels_of_the_group(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """Their rows hold what was encrypted for the group."""
+    """The rows of the normal channels contain tokens for the group."""
     layer, sender = (make_layer(symmetric_encryption_keys=[OLD]) for _ in range(2))
     await sender.group_add("room", "jobs")
     for size in (10, 10_000):
@@ -223,11 +223,13 @@ async def test_encrypted_group_message_reaches_normal_channels_of_the_group(
 
 
 def send_from_sql(observer: Observer, channel: str) -> None:
-    """Small and large ones to a channel, and to a group that it is in."""
+    """Send a small and a large message to a channel, and to a group that it is in."""
     for size in (10, 10_000):
         observer.execute(
             """
-            SELECT pg_layer_send(%s, jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer))),
+            SELECT
+                pg_layer_send(
+                    %s, jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer))),
                 pg_layer_group_send(
                     'room', jsonb_build_object('type', 'sql', 'pad', repeat('x', %s::integer)))
             """,
@@ -236,7 +238,7 @@ def send_from_sql(observer: Observer, channel: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_messages_from_sql_are_refused_where_there_are_keys(
+async def test_message_from_sql_with_keys_is_refused(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer, friend = (
@@ -256,7 +258,7 @@ async def test_messages_from_sql_are_refused_where_there_are_keys(
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_messages_from_sql_are_delivered_where_that_is_allowed(
+async def test_message_from_sql_with_allow_unencrypted_is_delivered(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer = make_layer(symmetric_encryption_keys=[OLD], allow_unencrypted=True)
@@ -271,7 +273,7 @@ async def test_messages_from_sql_are_delivered_where_that_is_allowed(
     sizes = [len((await receive(layer, channel))["pad"]) for _ in range(4)]
     assert sizes == [10, 10, 10_000, 10_000]
     assert complaints(caplog) == []
-    # What is encrypted must be so with a known key, and what it sends itself is encrypted.
+    # An encrypted message needs a known key, and what the layer sends is encrypted.
     await stranger.send(channel, {"text": SECRET})
     await layer.send(channel, {"text": SECRET})
     assert await receive(layer, channel) == {"text": SECRET}
@@ -294,12 +296,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-async def test_a_damaged_row_is_skipped_and_logged_once(
+async def test_damaged_row_is_skipped_and_logged_once(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
-    await sender.group_add("room", channel)  # the layer does not listen yet
+    await sender.group_add("room", channel)  # this process does not listen yet
     for name in (channel, "jobs"):
         for _ in range(2):
             await sender.send(name, {"text": "to be damaged"})
@@ -316,9 +318,7 @@ async def test_a_damaged_row_is_skipped_and_logged_once(
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
-async def test_a_row_of_an_unknown_kind_is_passed_over(
-    make_layer: MakeLayer, observer: Observer
-) -> None:
+async def test_row_of_an_unknown_kind_is_skipped(make_layer: MakeLayer, observer: Observer) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await sender.send(channel, {"text": "of the future"})
@@ -372,7 +372,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("name", [None, "jobs"], ids=["specific", "normal"])
-async def test_a_foreign_notification_does_no_harm_and_is_logged_once(
+async def test_foreign_notification_is_ignored_and_logged_once(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -399,7 +399,8 @@ async def test_a_foreign_notification_does_no_harm_and_is_logged_once(
 
 MANY = 20_000
 INVENTED = """
-    SELECT count(pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
+    SELECT count(pg_notify(
+        pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
         'M %%s %%s %%s %%s 4102444800 * gA==', boot, 1000000 + n,
         replace(replace(%(name)s, 'N', n::text), 'X', to_hex(n)), 1000000 + n)))
     FROM pg_layer_boot, generate_series(1, %(many)s) AS n
@@ -407,7 +408,7 @@ INVENTED = """
 
 
 @pytest.mark.parametrize("how", ["serials", "prefixes", "codes", "normal", "elsewhere"])
-async def test_notifications_for_channels_that_were_not_made_are_foreign_and_make_no_queues(
+async def test_notification_for_unmade_channels_is_foreign_and_makes_no_queue(
     make_layer: MakeLayer, observer: Observer, how: str
 ) -> None:
     layer = make_layer()
@@ -430,7 +431,7 @@ async def test_notifications_for_channels_that_were_not_made_are_foreign_and_mak
     assert after["dropped_undecodable"] == 0
 
 
-async def test_row_for_a_channel_that_was_not_made_is_deleted_and_one_of_a_forgotten_queue_delivered(
+async def test_row_for_an_unmade_channel_is_deleted_not_that_of_a_forgotten_queue(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -451,10 +452,10 @@ async def test_row_for_a_channel_that_was_not_made_is_deleted_and_one_of_a_forgo
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
-async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_lines(
+async def test_log_many_full_channels_and_forged_messages_is_bounded(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of each kind; and the next line says how many were left out."""
+    """Each kind of line is limited, and the next one says how many were omitted."""
     count = 1100
     now = 1000.0
     layer = make_layer(capacity=1)
@@ -466,10 +467,12 @@ async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_li
 
     for number in range(2):
         await layer.group_send("room", {"number": number})
-    # No two faults have the same text: it names the length.
+    # No two errors have the same text: it includes the length.
     forge = """
-        SELECT count(pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
-                'M %%s %%s %%s %%s 4102444800 * %%s', boot, 1000000 + n, %(channel)s::text, 1000000 + n,
+        SELECT count(pg_notify(
+            pg_layer_notification_channel(pg_layer_address('asgi', %(channel)s)), format(
+            'M %%s %%s %%s %%s 4102444800 * %%s',
+            boot, 1000000 + n, %(channel)s::text, 1000000 + n,
             translate(encode(convert_to(repeat('x', n), 'UTF8'), 'base64'), E'\\n', ''))))
         FROM pg_layer_boot, generate_series(1, %(count)s) AS n
     """
@@ -482,7 +485,7 @@ async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_li
     caplog.clear()
     now += PERIOD
     layer._loops.client.count_dropped("room", members[0])
-    layer._loops.client.undecodable("room", UndecodableMessage("another"))
+    layer._loops.client.log_undecodable("room", UndecodableMessage("another"))
     full, undecodable = complaints(caplog)
     assert full.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")
     assert undecodable.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")

@@ -1,4 +1,4 @@
-"""All members of a group see its messages in one order, in whatever process they are."""
+"""The members of a group in all processes see its messages in one order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Seen = tuple[int, int]  # the number of the writer and that of its message
 
 
 async def read_group(link: Link, dsn: str, members: int) -> list[list[Seen]]:
-    """Read the group with several members until the last message, and return what each has seen."""
+    """Read a group with several members until the last message. Return what each has seen."""
 
     async def read(channel: str) -> list[Seen]:
         seen: list[Seen] = []
@@ -36,7 +36,7 @@ async def read_group(link: Link, dsn: str, members: int) -> list[list[Seen]]:
 
 
 async def write_group(link: Link, dsn: str, writers: Sequence[int], count: int) -> None:
-    """Write to the group by several layers at once, each of which awaits its own calls."""
+    """Write to the group with several layers at once. Each one awaits its own calls."""
 
     async def write(writer: int) -> None:
         layer = await stack.enter_async_context(open_layer(dsn))
@@ -56,13 +56,13 @@ async def write_group(link: Link, dsn: str, writers: Sequence[int], count: int) 
 
 
 @pytest.mark.parametrize(("writers", "count"), [(3, 300), (15, 120)])
-async def test_group_members_in_three_processes_see_one_order(
+async def test_group_send_members_in_three_processes_see_one_order(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, writers: int, count: int
 ) -> None:
     """Several writers in three processes send small and large messages to one group at once.
 
-    Each member, in each of three other processes, receives all of them, and all members
-    receive them in the same order, in which those of each writer are in its own order.
+    Each member, in each of three other processes, receives all messages. All members receive
+    them in the same order. The messages of each writer are in the order of its calls.
     """
     readers = [processes.start(read_group, migrated_dsn, 2) for _ in range(3)]
     for reader in readers:

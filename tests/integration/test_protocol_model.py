@@ -1,6 +1,7 @@
-"""The protocols of ``docs/protocols.md`` in arbitrary interleavings, against a real PostgreSQL.
+"""The protocols of ``docs/protocols.md`` in arbitrary interleavings, with a real PostgreSQL.
 
-The environment's PG_LAYER_MODEL_EXAMPLES and PG_LAYER_MODEL_STEPS ask for more than is tried each time.
+The environment variables PG_LAYER_MODEL_EXAMPLES and PG_LAYER_MODEL_STEPS set how many
+interleavings are tried, and how long they are.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ groups = st.sampled_from(GROUPS[:2])
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Database]:
-    """A database on a server that takes prepared transactions."""
+    """A database on a server that allows prepared transactions."""
     with PostgresServer(fsync=False, settings={"max_prepared_transactions": 10}) as server:
         dsn = server.create_database("model")
         with psycopg.connect(dsn) as connection:
@@ -199,11 +200,11 @@ class Protocols(RuleBasedStateMachine):
         added=st.booleans(),
         is_inside=st.booleans(),
     )
-    def ask(
+    def request(
         self, writer: int, number: int, group: str, channel: int, added: bool, is_inside: bool
     ) -> None:
         transaction = self._transaction(writer, is_inside)
-        self.world.ask(
+        self.world.request(
             transaction.writer if transaction else self._writer(writer),
             self.world.processes[self._process(number)],
             group,
@@ -234,8 +235,8 @@ class Protocols(RuleBasedStateMachine):
         self.world.settle()
 
     @rule(number=small)
-    def desert_jobs(self, number: int) -> None:
-        self.world.processes[self._process(number)].desert()
+    def stop_waiting(self, number: int) -> None:
+        self.world.processes[self._process(number)].stop_waiting()
 
     @rule(seconds=st.sampled_from([0.06, 0.6, 3.0, 10.0, 20.0]))
     def wait(self, seconds: float) -> None:
@@ -245,7 +246,7 @@ class Protocols(RuleBasedStateMachine):
     def rest(self) -> None:
         self.world.rest()
 
-    # ------------------------------------------------------------------ what goes wrong
+    # ------------------------------------------------------------------ faults
 
     @rule(
         number=small,
@@ -266,7 +267,7 @@ class Protocols(RuleBasedStateMachine):
 
     @rule(number=small, call=index)
     def execute(self, number: int, call: int) -> None:
-        """The server executes a statement, and its answer is under way."""
+        """Have the server execute a statement. Its answer does not arrive yet."""
         calls = self.world.processes[self._process(number)].calls
         if calls:
             calls[call % len(calls)].execute()
@@ -308,7 +309,7 @@ class Protocols(RuleBasedStateMachine):
     def crash(self, is_undone: bool) -> None:
         self.world.crash(is_undone=is_undone)
 
-    # ------------------------------------------------------------------ what must hold
+    # ------------------------------------------------------------------ invariants
 
     @invariant()
     def each_row_is_dispatched_once_and_in_order(self) -> None:
@@ -340,8 +341,8 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
         world.close()
 
 
-def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world: World) -> None:
-    """A snapshot sees a message that was not heard yet: it must not become S before its ping is heard."""
+def test_renewal_announcement_in_the_socket_is_new_when_it_is_heard(world: World) -> None:
+    """A snapshot that sees an unheard message must not become ``S`` before its ping is heard."""
     process, writer = world.processes[0], world.writers[0]
     world.write(writer, [(None, process.channels[0])], [10], None)
     world.advance(20.0)
@@ -353,12 +354,12 @@ def test_renewal_announcement_still_in_the_socket_is_new_when_it_is_heard(world:
     world.check_end()
 
 
-def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked_for(
+def test_membership_requested_before_an_own_add_begins_at_the_request(
     world: World,
 ) -> None:
-    """The owner hears of it later than it has added the channel itself. A message was sent in between."""
+    """The request is applied after the own add. A message was sent between the two."""
     process, writer = world.processes[0], world.writers[0]
-    world.ask(writer, process, "a", 1, True, None)
+    world.request(writer, process, "a", 1, True, None)
     world.write(writer, [("a", None)], [10], None)
     world.change(process, [("a", 1, True)])
     world.finish()
@@ -366,9 +367,10 @@ def test_membership_asked_for_before_the_owners_own_add_begins_when_it_was_asked
     assert process.received[process.channels[1]] == [1]
 
 
-def test_renewal_that_is_repeated_its_first_ping_proves_nothing(world: World) -> None:
-    """The first run is committed, its answer is lost, and its ping is heard. The second one's snapshot sees a
-    message that was not heard yet.
+def test_renewal_repeated_first_ping_does_not_move_s(world: World) -> None:
+    """The first run is committed, its answer is lost, and its ping is heard.
+
+    The snapshot of the second run sees a message that was not heard yet.
     """
     process, writer = world.processes[0], world.writers[0]
     world.advance(20.0)
@@ -378,7 +380,7 @@ def test_renewal_that_is_repeated_its_first_ping_proves_nothing(world: World) ->
     process.lose_call(renewal, is_executed=True, is_late=False, comes_later=False)
     process.listener.hear(1)
     world.settle()
-    world.advance(1.0)  # it is repeated
+    world.advance(1.0)  # the renewal is repeated
     world.write(writer, [(None, process.channels[0])], [10], None)
     process.answer_only("pg_layer_renew")
     world.rest()
@@ -389,7 +391,7 @@ def test_renewal_that_is_repeated_its_first_ping_proves_nothing(world: World) ->
 
 
 def test_catch_up_marked_row_that_s_has_passed_is_received(world: World) -> None:
-    """The connection is lost while a marked row waits for its announcement, which then is never heard."""
+    """The connection is lost, and so is the announcement of a marked row."""
     process, writer = world.processes[0], world.writers[0]
     world.write(writer, [(None, process.channels[0])], [10], None, is_refused=True)
     world.advance(20.0)
@@ -409,7 +411,7 @@ def test_catch_up_marked_row_that_s_has_passed_is_received(world: World) -> None
 def test_membership_message_sent_before_it_began_is_not_received(
     world: World, is_refused: bool
 ) -> None:
-    """A catch-up after the first group_add brings the group's rows, and a marked one is announced late."""
+    """A catch-up after the first group_add reads older rows; a marked one is announced late."""
     process, writer = world.processes[0], world.writers[0]
     world.write(writer, [("a", None)], [10], None, is_refused=is_refused)
     world.change(process, [("a", 0, True)])
@@ -428,14 +430,16 @@ def test_membership_message_sent_before_it_began_is_not_received(
 
 
 def test_catch_up_group_added_while_it_begins_is_read(world: World) -> None:
-    """The addresses are collected after the snapshot: what is sent after a group_add that has returned is
-    either not visible in it, or at one of these addresses.
+    """The addresses are collected after the snapshot was taken.
+
+    So a message that is sent after a group_add has returned is either not visible in the
+    snapshot, or at one of these addresses.
     """
     process, writer = world.processes[0], world.writers[0]
     process.lose_listener()
     world.settle()
     world.advance(20.0)
-    process.answer_only("pg_layer_renew")  # the heartbeat; a catch-up begins, without a connection
+    process.answer_only("pg_layer_renew")  # the heartbeat: a catch-up begins without a connection
     world.change(process, [("a", 0, True)])
     process.answer_only("pg_layer_write_memberships")
     assert process.change is not None
@@ -451,7 +455,7 @@ def test_catch_up_group_added_while_it_begins_is_read(world: World) -> None:
 
 
 def test_restart_announced_row_that_is_not_read_yet_is_not_deleted(world: World) -> None:
-    """After a crash of the server the client deletes what it had received, and nothing else."""
+    """After a crash of the server the client deletes received rows, and no others."""
     process, writer = world.processes[0], world.writers[0]
     world.write(writer, [(None, process.channels[0])], [6_000], None)
     process.listener.hear(1)
@@ -464,16 +468,17 @@ def test_restart_announced_row_that_is_not_read_yet_is_not_deleted(world: World)
     world.check_end()
 
 
-def test_claims_reader_that_waits_for_dispatch_leaves_jobs_to_others(world: World) -> None:
-    """Dispatch waits for a row to be read. What was claimed is not in the channel's queue yet: the reader
-    still waits, and its next claim would take more than it needs.
+def test_claim_reader_waiting_for_dispatch_leaves_jobs_to_others(world: World) -> None:
+    """Dispatch waits for a row to be read, so the claimed job is not in the channel queue yet.
+
+    The reader still waits, but another claim would take more jobs than it needs.
     """
     process, other = world.processes
     writer = world.writers[0]
     process.want_job()
     world.rest()
     world.write(writer, [(None, process.channels[0])], [6_000], None)
-    process.listener.hear(1)  # the row must be read, and there is no answer
+    process.listener.hear(1)  # the row must be read, and no answer comes
     world.settle()
     world.write(writer, [(None, JOBS)] * 40, [10] * 40, None)
     process.listener.hear(10)
@@ -492,7 +497,7 @@ def test_claims_reader_that_waits_for_dispatch_leaves_jobs_to_others(world: Worl
 
 
 def test_claim_passing_over_a_locked_job_gets_it_at_the_next_heartbeat(world: World) -> None:
-    """Another process had claimed the job, and its claim is rolled back: nothing announces the job again."""
+    """The claim of another process is rolled back: no announcement of the job follows."""
     process, other = world.processes
     writer = world.writers[0]
     process.want_job()
@@ -515,11 +520,13 @@ def test_claim_passing_over_a_locked_job_gets_it_at_the_next_heartbeat(world: Wo
     world.check_end()
 
 
-def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_raise_s(
+def test_claim_answer_lost_ping_before_the_catch_up_does_not_move_s(
     world: World,
 ) -> None:
-    """The claim's connection is lost and a renewal's ping is heard in one turn of the loop, before the
-    catch-up begins. The renewal's snapshot sees the claimed job, which only the catch-up brings.
+    """A claim's connection is lost and a ping is heard in one iteration of the loop.
+
+    The catch-up has not begun then. The snapshot of the ping sees the claimed job, which only
+    the catch-up can read.
     """
     process, writer = world.processes[0], world.writers[0]
     process.want_job()
@@ -534,7 +541,7 @@ def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_rais
     renewal.execute()
     claim.fail(is_late=True)
     renewal.finish()
-    world.loop.call_soon(process.listener.hear, 10)  # behind the next step of both tasks
+    world.loop.call_soon(process.listener.hear, 10)  # after the next step of both tasks
     world.settle()
     world.rest()
     assert process.received[JOBS] == [1]
@@ -542,17 +549,19 @@ def test_claim_whose_answer_is_lost_ping_heard_before_the_catch_up_does_not_rais
     world.check_end()
 
 
-def test_release_whose_outcome_is_unknown_idle_reader_is_kept(world: World) -> None:
-    """Heartbeats pass before the process learns which jobs were released. Another reader of the channel would
-    claim jobs meanwhile, and its release would take the place of the first one.
+def test_release_outcome_unknown_keeps_the_idle_reader(world: World) -> None:
+    """Heartbeats pass before the process knows which jobs were released.
+
+    If the reader were dropped, another reader of the channel would claim jobs meanwhile, and
+    its release would replace the first one.
     """
     process, writer = world.processes[0], world.writers[0]
 
     def answer_all() -> None:
-        """Nobody waits any more for what is claimed, and it is released a moment later."""
+        """Stop waiting when a claim is answered, so that its jobs are released after a moment."""
         while process.calls:
             if "pg_layer_claim" in process.calls[0].statement.sql.decode():
-                process.desert()
+                process.stop_waiting()
             process.answer(1)
         world.advance(0.06)
 
@@ -577,10 +586,10 @@ def test_release_whose_outcome_is_unknown_idle_reader_is_kept(world: World) -> N
 
 
 @pytest.mark.timeout(3600)
-def test_protocols_in_any_interleaving_keep_their_invariants(
+def test_protocols_any_interleaving_keeps_their_invariants(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients, writers, transactions, faults: nothing is lost, doubled or out of order."""
+    """No message is lost, doubled or out of order."""
     monkeypatch.setattr(listener, "AsyncConnection", ManualConnection)
     monkeypatch.setattr(listener, "Session", listening_session)
     Protocols.database = database

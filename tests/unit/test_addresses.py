@@ -42,7 +42,7 @@ def test_channel_address_clients_and_normal_channels_are_apart(channel: str) -> 
     assert address.startswith("p!:") is ("!" not in channel)
 
 
-def test_split_address_tells_groups_from_others() -> None:
+def test_split_address_returns_the_name_for_groups_only() -> None:
     assert split_address(group_address("p", "chat")) == ("chat", "")
     assert split_address("p!:jobs") == (None, ":jobs")
     assert split_address("p!0a1b") == (None, "0a1b")

@@ -49,16 +49,16 @@ def cursor() -> Cursor:
 
 @pytest.fixture
 def queue(cursor: Cursor) -> AnnouncementQueue:
-    """A queue whose first catch-up has ended at transaction 100."""
+    """Return a queue and its cursor. Their first catch-up has ended at transaction 100."""
     queue = AnnouncementQueue(cursor)
     queue.begin_catch_up()
-    cursor.adopt(at(100))
+    cursor.advance_to(at(100))
     queue.end_catch_up()
     return queue
 
 
 def dispatch(queue: AnnouncementQueue) -> list[int]:
-    """Dispatch what is ready, and return the ids."""
+    """Dispatch what is ready, and return the ids of its rows."""
     ids = []
     while (rows := queue.head()) is not None:
         row = rows.popleft()
@@ -70,7 +70,7 @@ def dispatch(queue: AnnouncementQueue) -> list[int]:
 # --- Hearing
 
 
-def test_hear_messages_are_ready_in_the_order_heard(queue: AnnouncementQueue) -> None:
+def test_hear_several_messages_are_ready_in_the_order_heard(queue: AnnouncementQueue) -> None:
     """Notifications come in commit order; ids are drawn before the commit."""
     queue.hear(heard(row(5, 102), row(6, 102)))
     queue.hear(heard(row(3, 101)))
@@ -100,10 +100,12 @@ def test_hear_before_the_first_catch_up_appends_nothing(cursor: Cursor) -> None:
     assert cursor.is_new(row(5).key, False)
 
 
-def test_hear_after_lose_appends_nothing_until_a_catch_up_begins(queue: AnnouncementQueue) -> None:
-    """Announcements before it may have been missed: nothing may overtake them."""
+def test_hear_after_mark_incomplete_appends_nothing_until_a_catch_up(
+    queue: AnnouncementQueue,
+) -> None:
+    """Announcements may have been missed, and nothing may overtake them."""
     queue.hear(heard(row(5)))
-    queue.lose()
+    queue.mark_incomplete()
     queue.hear(heard(row(7)))
     assert dispatch(queue) == [5]
 
@@ -111,14 +113,14 @@ def test_hear_after_lose_appends_nothing_until_a_catch_up_begins(queue: Announce
 # --- Reading
 
 
-def test_head_waiting_entry_is_not_overtaken(queue: AnnouncementQueue) -> None:
-    """The messages of one writer stay in order whatever their sizes."""
+def test_head_entry_with_unread_rows_is_not_overtaken(queue: AnnouncementQueue) -> None:
+    """The messages of one writer keep their order, whatever their sizes."""
     queue.hear(heard(row(5, 101)))
     queue.hear(to_read(6, 7, 102))
     queue.hear(heard(row(8, 103)))
     assert dispatch(queue) == [5]
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(6, 102), row(7, 102)], is_all=True)
+    queue.fill(entry, [row(6, 102), row(7, 102)], is_all=True)
     assert dispatch(queue) == [6, 7, 8]
     assert queue.rows == 0
 
@@ -130,59 +132,59 @@ def test_to_read_returns_the_first_waiting_entries(queue: AnnouncementQueue) -> 
     assert [entry.span.xid for entry in queue.to_read(2) if entry.span] == [101, 102]
 
 
-def test_read_cut_by_a_limit_goes_on_behind_its_last_row(queue: AnnouncementQueue) -> None:
-    """The rows that are here are dispatched; a repeated read must not bring them again."""
+def test_fill_partial_answer_continues_behind_its_last_row(queue: AnnouncementQueue) -> None:
+    """Rows of the first answer are dispatched. A repeated read must not append them again."""
     queue.hear(to_read(5, 8))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5), row(6)], is_all=False)
+    queue.fill(entry, [row(5), row(6)], is_all=False)
     assert entry.span is not None
     assert entry.span.first == 7
     assert dispatch(queue) == [5, 6]
-    queue.read(entry, [row(5), row(6), row(7)], is_all=False)
-    queue.read(entry, [row(8)], is_all=True)
+    queue.fill(entry, [row(5), row(6), row(7)], is_all=False)
+    queue.fill(entry, [row(8)], is_all=True)
     assert dispatch(queue) == [7, 8]
 
 
-def test_read_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
+def test_fill_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5), row(6)], is_all=True)
-    queue.read(entry, [row(5), row(6)], is_all=True)
+    queue.fill(entry, [row(5), row(6)], is_all=True)
+    queue.fill(entry, [row(5), row(6)], is_all=True)
     assert dispatch(queue) == [5, 6]
     assert queue.rows == 0
 
 
-def test_read_rows_that_are_gone_lets_the_next_entry_go_on(queue: AnnouncementQueue) -> None:
+def test_fill_no_rows_lets_the_next_entry_be_dispatched(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6, 101))
     queue.hear(heard(row(7, 102)))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [], is_all=True)
+    queue.fill(entry, [], is_all=True)
     assert dispatch(queue) == [7]
 
 
-def test_read_rows_that_s_has_passed_meanwhile_are_kept(
+def test_fill_rows_that_s_has_passed_meanwhile_are_kept(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """S moves on when a ping is heard; the entry was announced before it."""
+    """``S`` moves when a ping is heard. The entry was announced before the ping."""
     queue.hear(to_read(5, 6))
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5), row(6)], is_all=True)
+    queue.fill(entry, [row(5), row(6)], is_all=True)
     assert dispatch(queue) == [5, 6]
 
 
-def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue) -> None:
+def test_fill_marked_row_that_a_search_brought_is_dropped(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6, marked=True))
     queue.append([row(5, marked=True)])
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5, marked=True), row(6, marked=True)], is_all=True)
+    queue.fill(entry, [row(5, marked=True), row(6, marked=True)], is_all=True)
     assert dispatch(queue) == [6, 5]
 
 
-def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(
+def test_to_read_and_holds_jobs_many_waiting_entries_take_few_steps(
     queue: AnnouncementQueue,
 ) -> None:
-    """Both are asked all the time. To look at each entry each time would take minutes."""
+    """Both are called all the time. If each call walked all entries, it would take minutes."""
     count = announcement_queue.MAX_ROWS
     for n in range(count):
         queue.hear(heard(row(n, 101 + n)))
@@ -192,24 +194,24 @@ def test_to_read_and_holds_jobs_while_many_entries_wait_take_few_steps(
     assert queue.rows == count
 
 
-def test_to_read_entries_that_are_read_in_any_order_leave_the_others(
+def test_to_read_entries_filled_in_any_order_leave_the_others(
     queue: AnnouncementQueue,
 ) -> None:
     for xid in (101, 102, 103):
         queue.hear(to_read(2 * xid, 2 * xid + 1, xid))
     first, second, third = queue.to_read(10)
-    queue.read(second, [row(204, 102)], is_all=False)
+    queue.fill(second, [row(204, 102)], is_all=False)
     queue.merge([row(1, 100)])
     assert queue.to_read(10) == [first, second, third]
-    queue.read(second, [row(205, 102)], is_all=True)
-    queue.read(second, [row(205, 102)], is_all=True)  # of a read that was repeated
+    queue.fill(second, [row(205, 102)], is_all=True)
+    queue.fill(second, [row(205, 102)], is_all=True)  # the answer of a repeated read
     assert queue.to_read(10) == [first, third]
-    queue.read(first, [], is_all=True)
+    queue.fill(first, [], is_all=True)
     assert queue.to_read(10) == [third]
     queue.hear(to_read(300, 301, 104))
-    queue.read(third, [row(206, 103), row(207, 103)], is_all=True)
+    queue.fill(third, [row(206, 103), row(207, 103)], is_all=True)
     (fourth,) = queue.to_read(10)
-    queue.read(fourth, [row(300, 104), row(301, 104)], is_all=True)
+    queue.fill(fourth, [row(300, 104), row(301, 104)], is_all=True)
     assert queue.to_read(10) == []
     assert dispatch(queue) == [1, 204, 205, 206, 207, 300, 301]
     assert queue.rows == 0
@@ -218,13 +220,13 @@ def test_to_read_entries_that_are_read_in_any_order_leave_the_others(
 def test_holds_jobs_until_the_last_of_the_channel_is_dispatched(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """Other rows come and go between: those of groups, of other channels, and those that are withdrawn."""
-    cursor.adopt(at(110))
+    """Rows of groups and of other channels, and late rows that are removed, come between."""
+    cursor.advance_to(at(110))
     queue.append([job(5, "jobs"), job(6, "jobs", 121), job(7, "mail", 122)])
     queue.hear(heard(row(9, 104, marked=True)))
     queue.append([job(8, "jobs"), row(10, 120)._replace(group=None, channel="specific.1!1")])
     missed = [row(11, 104, marked=True)]
-    queue.merge([*queue.withdraw(missed), *missed])
+    queue.merge([*queue.remove_late(missed), *missed])
     held = []
     while queue.head() is not None:
         (first, *_) = queue.pop_run()
@@ -252,18 +254,20 @@ def test_hear_during_a_catch_up_is_judged_when_it_has_ended(
     queue.hear(heard(row(6, 101)))
     assert queue.rows == 0
     queue.append([row(5, 101), row(6, 101)])
-    cursor.adopt(at(103))
+    cursor.advance_to(at(103))
     queue.end_catch_up()
     assert dispatch(queue) == [5, 6, 9]
 
 
-def test_lose_during_a_catch_up_needs_another(cursor: Cursor, queue: AnnouncementQueue) -> None:
+def test_mark_incomplete_during_a_catch_up_needs_another(
+    cursor: Cursor, queue: AnnouncementQueue
+) -> None:
     queue.begin_catch_up()
-    queue.lose()
+    queue.mark_incomplete()
     queue.end_catch_up()
     queue.hear(heard(row(9, 103)))
     assert queue.rows == 0
-    assert cursor.is_deaf
+    assert cursor.is_suspended
 
 
 def test_fail_catch_up_leaves_what_was_heard_to_the_next(
@@ -280,7 +284,7 @@ def test_fail_catch_up_leaves_what_was_heard_to_the_next(
     assert dispatch(queue) == [5, 9]
 
 
-def test_restart_forgets_a_catch_up_of_the_last_loop(queue: AnnouncementQueue) -> None:
+def test_restart_discards_the_catch_up_of_the_last_loop(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.begin_catch_up()
     queue.hear(heard(row(9, 103)))
@@ -289,20 +293,20 @@ def test_restart_forgets_a_catch_up_of_the_last_loop(queue: AnnouncementQueue) -
     assert dispatch(queue) == [5]
 
 
-def test_missing_leaves_out_what_is_done_and_what_an_entry_brings(queue: AnnouncementQueue) -> None:
-    """An entry that waits survives a reconnection: the catch-up must not bring its rows again."""
+def test_keys_to_read_leaves_out_done_keys_and_those_of_entries(queue: AnnouncementQueue) -> None:
+    """A waiting entry survives a reconnection: the catch-up must not read its rows again."""
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
     keys = [key_at(5), key_at(6), key_at(7), key_at(8), key_at(6, address=OWN), key_at(9, 99)]
-    assert queue.missing(keys) == [key_at(8), key_at(6, address=OWN)]
+    assert queue.keys_to_read(keys) == [key_at(8), key_at(6, address=OWN)]
 
 
-def test_append_marked_row_that_s_has_passed_is_brought(
+def test_append_marked_row_that_s_has_passed_is_appended(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """The connection was lost while a marked row waited for its announcement."""
-    cursor.adopt(at(200))
-    assert queue.missing([key_at(5, marked=True)]) == [key_at(5, marked=True)]
+    cursor.advance_to(at(200))
+    assert queue.keys_to_read([key_at(5, marked=True)]) == [key_at(5, marked=True)]
     assert queue.append([row(5, marked=True)]) == 1
     queue.hear(heard(row(5, marked=True)))
     assert dispatch(queue) == [5]
@@ -319,7 +323,7 @@ def test_hear_beyond_the_limit_appends_nothing_until_a_catch_up(
     cursor.renew(at(110), Position(20, 110), "token")
     queue.hear(heard(row(7)))
     assert queue.is_over_limit
-    assert not cursor.heard("token")
+    assert not cursor.confirm("token")
     assert dispatch(queue) == [5, 6]
     queue.hear(heard(row(8)))
     assert queue.rows == 0
@@ -354,7 +358,7 @@ def test_hear_too_much_during_a_catch_up_needs_another(
 # --- Rows that an added member has missed
 
 
-def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue) -> None:
+def test_merge_rows_take_their_places_by_id(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5, 101)))
     queue.hear(heard(row(8, 102), row(9, 102)))
     queue.merge([row(10, 99), row(7, 99), row(4, 99)])
@@ -363,10 +367,10 @@ def test_merge_puts_rows_between_those_that_wait_by_id(queue: AnnouncementQueue)
     assert queue.rows == 0
 
 
-def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(
+def test_append_rows_of_a_joining_group_come_behind_the_add(
     queue: AnnouncementQueue,
 ) -> None:
-    """A transaction may have drawn the id of its message before that of the add, and be committed later."""
+    """A transaction may draw an id before the add does, and commit after it."""
     queue.hear(heard(row(8, 102), row(9, 102)))
     head = queue.head()
     assert head is not None
@@ -380,15 +384,15 @@ def test_append_rows_of_a_group_that_is_joined_come_behind_the_add(
 
 
 def test_merge_rows_of_a_later_boot_come_later_whatever_their_ids(queue: AnnouncementQueue) -> None:
-    """A promoted standby draws ids that its predecessor had drawn, after it was cut off."""
+    """A promoted standby draws ids again that its predecessor drew after the separation."""
     queue.hear(heard(row(8, 102), row(9, 102)))
     queue.append([row(7, 50)._replace(boot=2)])
     queue.merge([row(6, 49)._replace(boot=2), row(8, 51)._replace(boot=2), row(5, 99)])
     assert dispatch(queue) == [5, 8, 9, 6, 7, 8]
 
 
-def test_merge_rows_of_boot_0_are_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
-    """A transaction after a crash or a failover may write before anybody has begun a boot."""
+def test_merge_rows_of_boot_0_count_as_of_the_boot_around_them(queue: AnnouncementQueue) -> None:
+    """After a crash or a failover a transaction may write before the boot has a number."""
     queue.append(
         [row(4, 101), row(5, 102, marked=True)._replace(boot=0), row(7, 50)._replace(boot=2)]
     )
@@ -406,7 +410,7 @@ def test_merge_rows_of_boot_0_are_of_the_boot_around_them(queue: AnnouncementQue
 def test_merge_rows_come_behind_what_their_transaction_has_sent_before(
     queue: AnnouncementQueue,
 ) -> None:
-    """It drew its ids before another statement, and was announced after it."""
+    """The transaction drew its ids before another statement, and was announced after it."""
     queue.hear(heard(row(8, 102)))
     queue.hear(heard(row(5, 101, marked=True)))
     queue.hear(to_read(12, 13, 103, marked=True))
@@ -414,113 +418,111 @@ def test_merge_rows_come_behind_what_their_transaction_has_sent_before(
     queue.merge(
         [row(6, 101, marked=True), row(7, 101, marked=True), row(14, 103, marked=True), row(4, 100)]
     )
-    queue.read(
+    queue.fill(
         queue.to_read(1)[0], [row(12, 103, marked=True), row(13, 103, marked=True)], is_all=True
     )
     assert dispatch(queue) == [4, 8, 5, 6, 7, 12, 13, 14, 11]
 
 
 def test_merge_many_rows_of_one_transaction_takes_few_steps(queue: AnnouncementQueue) -> None:
-    """It has sent thousands to two groups. Each row compared with each would take minutes."""
+    """The transaction has sent thousands of rows. Comparing all pairs would take minutes."""
     count = 30_000
     queue.hear(heard(*(row(2 * n, 101) for n in range(count))))
     queue.merge([row(2 * n + 1, 101) for n in range(count)])
     assert dispatch(queue) == list(range(2 * count))
 
 
-def test_merge_rows_of_boot_0_at_the_beginning_are_of_the_latest_boot(
+def test_merge_rows_of_boot_0_at_the_beginning_count_as_of_the_latest(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """A transaction after a crash has sent it. What a join brings was sent before."""
-    cursor.position(at(100), Position(1, 100))
-    cursor.position(at(50, boot=2), Position(1, 50))
+    """A transaction after a crash sent the row in the queue. The join's rows are older."""
+    cursor.note_position(at(100), Position(1, 100))
+    cursor.note_position(at(50, boot=2), Position(1, 50))
     queue.append([row(20, 60, marked=True)._replace(boot=0)])
     queue.merge([row(30, 120)])
     assert dispatch(queue) == [30, 20]
 
 
-def test_withdraw_takes_what_came_late_of_the_same_transactions(
+def test_remove_late_returns_late_rows_of_the_same_transactions(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """One that was sent to another group, and one that is not here but in the table."""
-    cursor.adopt(at(110))
+    """One row was sent to another group. Another one is in the table only."""
+    cursor.advance_to(at(110))
     queue.append([row(9, 120)])
     queue.hear(heard(row(6, 104, marked=True)))
-    queue.merge([*queue.withdraw([row(7, 104, marked=True)]), row(7, 104, marked=True)])
+    queue.merge([*queue.remove_late([row(7, 104, marked=True)]), row(7, 104, marked=True)])
     assert dispatch(queue) == [6, 7, 9]
 
 
-def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(
+def test_append_unannounced_transaction_comes_before_what_was_sent_later(
     queue: AnnouncementQueue,
 ) -> None:
-    """A look brings its row for a group that is being joined, and one for another channel."""
+    """A search finds a row for a group that is being joined, and one for a channel."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
-    queue.append_late([other, row(7, 104, marked=True)], "g", ())
+    queue.append_unannounced([other, row(7, 104, marked=True)], "g", ())
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
-def test_append_late_rows_are_not_what_others_come_behind(queue: AnnouncementQueue) -> None:
-    """The look has brought the transaction's earlier row, before the group was being joined."""
+def test_append_unannounced_rows_are_no_places_for_later_rows(queue: AnnouncementQueue) -> None:
+    """A search has found the transaction's earlier row before the join began."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
-    queue.append_late([other], None, ())
+    queue.append_unannounced([other], None, ())
     missed = [row(7, 104, marked=True)]
-    queue.merge([*queue.withdraw(missed), *missed])
+    queue.merge([*queue.remove_late(missed), *missed])
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
-def test_hear_of_a_server_that_has_gone_appends_nothing(
+def test_hear_announcement_of_an_earlier_boot_appends_nothing(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """Its marked rows are at its successor, where the catch-up has found them, or lost."""
-    cursor.adopt(at(50, boot=2))
+    """The catch-up has found the marked rows of that boot at the new server, or they are lost."""
+    cursor.advance_to(at(50, boot=2))
     queue.hear(heard(row(5, 105, marked=True)))
     queue.hear(to_read(6, 7, 105, marked=True))
     assert queue.rows == 0
     queue.hear(heard(row(5, 60, marked=True)._replace(boot=2)))
-    queue.hear(
-        heard(row(6, 61, marked=True)._replace(boot=0))
-    )  # of a boot that its writer did not know
+    queue.hear(heard(row(6, 61, marked=True)._replace(boot=0)))  # its writer did not know the boot
     assert queue.rows == 2
 
 
-def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them(
+def test_remove_late_returns_marked_rows_announced_after_s_passed_them(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
-    """A catch-up may have brought messages that were sent later, and cannot have brought these."""
+    """A catch-up may have read messages that were sent later, and cannot have read these."""
     missed = [row(id, xid, marked=True) for id, xid in ((5, 105), (6, 104), (7, 103), (8, 115))]
     queue.hear(heard(row(5, 105, marked=True)))
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     queue.append([row(9, 120)])
     queue.hear(heard(row(6, 104, marked=True)))
     queue.hear(to_read(7, 7, 103, marked=True))
     queue.hear(heard(row(8, 115, marked=True)))
-    assert queue.lacks(GROUP, [row(7, 103)]) == [row(7, 103)]
-    queue.read(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
-    withdrawn = queue.withdraw(missed)
-    assert [each.id for each in withdrawn] == [6, 7]
-    queue.merge(withdrawn)
+    assert queue.absent_rows(GROUP, [row(7, 103)]) == [row(7, 103)]
+    queue.fill(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
+    late = queue.remove_late(missed)
+    assert [each.id for each in late] == [6, 7]
+    queue.merge(late)
     assert queue.rows == 5
     assert dispatch(queue) == [5, 6, 7, 9, 8]
     assert queue.rows == 0
 
 
-def test_lacks_rows_and_spans_count(queue: AnnouncementQueue) -> None:
+def test_absent_rows_leaves_out_queued_rows_and_spans(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
-    assert queue.lacks(GROUP, [row(5), row(7), row(8)]) == [row(8)]
-    assert queue.lacks(OWN, [row(7)]) == [row(7)]
+    assert queue.absent_rows(GROUP, [row(5), row(7), row(8)]) == [row(8)]
+    assert queue.absent_rows(OWN, [row(7)]) == [row(7)]
     assert queue.keys() == [Key(1, 100, 5)]
 
 
-def test_awaits_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQueue) -> None:
-    """After a crash of the server, received rows are deleted again; these were not received."""
+def test_has_unread_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQueue) -> None:
+    """After a crash received rows are deleted again. Unread rows were not received."""
     queue.hear(to_read(6, 7, 105))
     queue.hear(heard(row(8, 106)))
-    assert not queue.awaits(at(105))
-    assert queue.awaits(at(106))
-    assert queue.awaits(at(50, boot=2))
+    assert not queue.has_unread(at(105))
+    assert queue.has_unread(at(106))
+    assert queue.has_unread(at(50, boot=2))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(6, 105), row(7, 105)], is_all=True)
-    assert not queue.awaits(at(106))
+    queue.fill(entry, [row(6, 105), row(7, 105)], is_all=True)
+    assert not queue.has_unread(at(106))

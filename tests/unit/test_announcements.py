@@ -80,8 +80,8 @@ def test_parse_jobs_and_pings() -> None:
         "J",
     ],
 )
-def test_parse_what_the_layer_does_not_send_raises(payload: str) -> None:
-    """Any role of the database may NOTIFY: nothing but ValueError may come of it."""
+def test_parse_foreign_text_raises_value_error(payload: str) -> None:
+    """Any role may call NOTIFY: no text may cause an error other than ``ValueError``."""
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         parse(payload, "p", OWN)
     assert raised.type is ValueError
@@ -118,8 +118,8 @@ def test_row_from_columns_group_row_knows_its_group() -> None:
     assert row_from_columns((OWN, 7, 20, 3, False, "message", "s.c!1", None, b"{}", 1.5)) == row()
 
 
-def test_key_boot_transaction_and_id_tell_rows_apart() -> None:
-    """After a crash an id and a transaction id may be handed out again, in another boot."""
+def test_key_is_unique_by_boot_transaction_and_id() -> None:
+    """After a crash an id and a transaction id may be given out again, in another boot."""
     assert row().key == Key(3, 20, 7) == KeyAt(OWN, 7, 20, 3, False, 2).key
     keys = {row().key, row(id=8).key, row(xid=21).key, row(boot=4).key}
     assert len(keys) == 4

@@ -1,4 +1,7 @@
-"""Channel queues: bounds, order, which receiver is woken. No cancellation, thread or loop costs a message."""
+"""Channel queues: bounds, order, and which receiver is woken.
+
+No cancellation, thread or loop may lose a message.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def number(message: QueuedMessage) -> int:
 
 
 async def receive(queue: ChannelQueue) -> int:
-    """As the layer does it: look, and wait if there is nothing."""
+    """Receive as the layer does: pop, and wait if there is no message."""
     waiter = None
     while (found := queue.pop(waiter=waiter)) is None:
         waiter = await queue.wait()
@@ -47,7 +50,7 @@ async def receive(queue: ChannelQueue) -> int:
 
 
 async def begin(work: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
-    """Start a task and let it come to where it waits."""
+    """Start a task, and let it run until it waits."""
     task = asyncio.create_task(work)
     await asyncio.sleep(0)
     return task
@@ -62,7 +65,7 @@ def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def wait_on(loop: asyncio.AbstractEventLoop, queue: ChannelQueue) -> Coroutine[Any, Any, object]:
-    """Begin to wait on a loop that stops at once. Close the coroutine when done."""
+    """Begin to wait on a loop that stops at once. The caller closes the coroutine."""
     waiting = queue.wait()
 
     async def first_step() -> None:
@@ -103,19 +106,19 @@ def test_pop_message_with_key_notes_its_row_for_deletion() -> None:
     assert deletes == {Key(1, 10, 1): queue}
 
 
-def test_put_if_room_full_queue_returns_the_newest() -> None:
+def test_put_fitting_full_queue_returns_the_newest() -> None:
     queue = filled()
-    assert ids(queue.put_if_room([queued(id) for id in range(5)])) == [3, 4]
+    assert ids(queue.put_fitting([queued(id) for id in range(5)])) == [3, 4]
     queue.pop()
-    assert not queue.put_if_room([queued(5)])
-    assert ids(queue.put_if_room([queued(6)])) == [6]
+    assert not queue.put_fitting([queued(5)])
+    assert ids(queue.put_fitting([queued(6)])) == [6]
     assert ids(queue.pop_all()) == [1, 2, 5]
 
 
 def test_put_full_queue_appends_what_the_sender_counted() -> None:
     queue = filled(1, 2, 3, 4)
     assert len(queue) == 4
-    assert ids(queue.put_if_room([queued(5)])) == [5]
+    assert ids(queue.put_fitting([queued(5)])) == [5]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_pop_expired_some_expired_keeps_the_others_in_order() -> None:
     assert ids(queue.pop_all()) == [1, 3]
 
 
-async def test_pop_idle_nobody_waits_empties_the_queue() -> None:
+async def test_pop_idle_without_receivers_empties_the_queue() -> None:
     queue = filled()
     receiver = await begin(receive(queue))
     queue.put(queued(1))
@@ -243,43 +246,43 @@ async def test_put_several_receivers_wakes_one_in_turn() -> None:
     queue.put(queued(1))
     await asyncio.wait([first])
     assert queue.waiting == 2
-    assert not queue.put_if_room([queued(2)])
+    assert not queue.put_fitting([queued(2)])
     queue.push_front(queued(3))
     assert [*await asyncio.gather(first, second, third)] == [1, 3, 2]
     assert order == ["a", "b", "c"]
 
 
-async def test_missing_receivers_wait_counts_what_they_could_have() -> None:
+async def test_demand_counts_what_waiting_receivers_would_take() -> None:
     queue = filled()
-    assert queue.missing == 0
+    assert queue.demand == 0
     first, second = await begin(receive(queue)), await begin(receive(queue))
-    assert queue.missing == 2
-    queue.put(queued(1))  # the first is told to look, and has not yet
-    assert (queue.waiting, queue.missing) == (1, 1)
+    assert queue.demand == 2
+    queue.put(queued(1))  # the first is woken, and has not looked yet
+    assert (queue.waiting, queue.demand) == (1, 1)
     assert await first == 1
-    assert (queue.waiting, queue.missing) == (1, 1)
+    assert (queue.waiting, queue.demand) == (1, 1)
     queue.put(queued(2))
     queue.put(queued(3))
-    assert (queue.waiting, queue.missing) == (0, -1)
+    assert (queue.waiting, queue.demand) == (0, -1)
     assert await second == 2
-    assert queue.missing == -1
+    assert queue.demand == -1
     queue.pop_all()
-    assert queue.missing == 0
+    assert queue.demand == 0
 
 
-async def test_missing_woken_receiver_counts_until_it_pops() -> None:
-    """Otherwise no job would be claimed for the next receiver: the message that is here is for the first."""
+async def test_demand_woken_receiver_counts_until_it_pops() -> None:
+    """Otherwise no job would be claimed for the next receiver: this message is for the first."""
     queue = filled()
     first = asyncio.create_task(queue.wait())
     second = await begin(receive(queue))
     queue.put(queued(1))
     waiter = await first
-    assert queue.missing == 1
+    assert queue.demand == 1
     assert queue.pop(waiter=waiter) is not None
-    assert queue.missing == 1
+    assert queue.demand == 1
     queue.put(queued(2))
     assert await second == 2
-    assert queue.missing == 0
+    assert queue.demand == 0
 
 
 # --- Closing
@@ -293,7 +296,7 @@ async def test_close_receivers_wait_drops_messages_and_wakes_all() -> None:
     for waiter in await asyncio.wait_for(asyncio.gather(*waiters), 5):
         assert queue.pop(waiter=waiter) is None
     assert queue.is_closed
-    assert (queue.waiting, queue.missing) == (0, 0)
+    assert (queue.waiting, queue.demand) == (0, 0)
     full = filled(1, 2)
     full.close()
     assert full.pop() is None
@@ -303,7 +306,7 @@ def test_put_closed_queue_drops_the_message() -> None:
     queue = filled()
     queue.close()
     queue.put(queued(1))
-    assert not queue.put_if_room([queued(2)])  # nothing is said to be full
+    assert not queue.put_fitting([queued(2)])  # a closed queue is never full
     assert len(queue) == 0
 
 
@@ -349,13 +352,13 @@ async def test_wait_only_receiver_cancelled_keeps_the_message() -> None:
     assert await receive(queue) == 1
 
 
-async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message_to_the_next() -> None:
+async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message() -> None:
     queue = filled()
 
     def elsewhere() -> int:
         async def main() -> int:
             cancelled, other = await begin(receive(queue)), await begin(receive(queue))
-            # Put from another thread, so that the wake is on its way when the waiter is cancelled.
+            # Put from another thread, so that the wake-up is pending when the waiter is cancelled.
             thread = threading.Thread(target=queue.put, args=(queued(1),))
             thread.start()
             thread.join()
@@ -374,7 +377,7 @@ async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message_to_t
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["receive", "receive", "put", "put", "put_if_room", "cancel", "give back", "go on"]
+            ["receive", "receive", "put", "put", "put_fitting", "cancel", "give back", "go on"]
         ),
         st.integers(0, 7),
     ),
@@ -397,9 +400,9 @@ def test_channel_queue_any_order_of_steps_loses_and_doubles_nothing(
             elif action == "put":
                 put.append(len(put))
                 queue.put(queued(put[-1]))
-            elif action == "put_if_room":
+            elif action == "put_fitting":
                 some = [queued(len(put) + i) for i in range(argument % 4)]
-                left = queue.put_if_room(some)
+                left = queue.put_fitting(some)
                 put += ids(some)[: len(some) - len(left)]
             elif action == "cancel" and tasks:
                 tasks[argument % len(tasks)].cancel()
@@ -412,16 +415,16 @@ def test_channel_queue_any_order_of_steps_loses_and_doubles_nothing(
         for _ in range(5):
             await asyncio.sleep(0)
         pending = [task for task in tasks if not task.done()]
-        # No receiver waits beside a message, and each that waits is counted.
+        # No receiver waits while there is a message, and each that waits is counted.
         assert not (pending and len(queue))
         assert queue.waiting == len(pending)
-        assert queue.missing == len(pending) - len(queue)
+        assert queue.demand == len(pending) - len(queue)
         received = [task.result() for task in tasks if task.done() and not task.cancelled()]
         assert sorted(received + ids(queue.pop_all())) == put
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        assert (queue.waiting, queue.missing) == (0, 0)
+        assert (queue.waiting, queue.demand) == (0, 0)
 
     asyncio.run(main())
 
@@ -462,7 +465,7 @@ def test_wait_receivers_on_several_loops_share_the_messages() -> None:
     assert all(mine == sorted(mine) for mine in received)
 
 
-def test_put_thread_without_a_loop_wakes_the_receiver() -> None:
+def test_put_in_a_thread_without_a_loop_wakes_the_receiver() -> None:
     queue = filled()
     waiting = threading.Event()
 
@@ -481,7 +484,7 @@ def test_put_thread_without_a_loop_wakes_the_receiver() -> None:
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "stopped"])
-async def test_put_loop_of_a_receiver_is_gone_wakes_the_next(
+async def test_put_receiver_with_a_closed_loop_wakes_the_next(
     other_loop: asyncio.AbstractEventLoop, is_closed: bool
 ) -> None:
     queue = filled()
@@ -499,7 +502,7 @@ async def test_put_loop_of_a_receiver_is_gone_wakes_the_next(
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "stopped"])
-def test_put_loop_of_the_only_receiver_is_gone_keeps_the_message(
+def test_put_only_receiver_with_a_closed_loop_keeps_the_message(
     other_loop: asyncio.AbstractEventLoop, is_closed: bool
 ) -> None:
     queue = filled()
@@ -508,12 +511,12 @@ def test_put_loop_of_the_only_receiver_is_gone_keeps_the_message(
         other_loop.close()
     queue.put(queued(1))
     assert queue.pop() is not None
-    assert queue.missing == 0
+    assert queue.demand == 0
     gone.close()
-    assert (queue.waiting, queue.missing) == (0, 0)
+    assert (queue.waiting, queue.demand) == (0, 0)
 
 
-def test_put_loop_of_the_receiver_stopped_is_received_when_it_runs_again(
+def test_put_receiver_with_a_stopped_loop_receives_when_it_runs_again(
     other_loop: asyncio.AbstractEventLoop,
 ) -> None:
     queue = filled()
@@ -525,14 +528,14 @@ def test_put_loop_of_the_receiver_stopped_is_received_when_it_runs_again(
 
 
 class Meanwhile(float):
-    """An expiry; comparing it lets another thread do something first, or at least begin to."""
+    """An expiry. Comparing it lets another thread act first, or at least begin."""
 
     do: Callable[[], object] = staticmethod(lambda: None)
 
     def _meanwhile(self) -> None:
         thread = threading.Thread(target=self.do)
         thread.start()
-        thread.join(0.05)  # it may have to wait until this one is done
+        thread.join(0.05)  # it may be blocked until this thread is done
         self.threads.append(thread)
 
     threads: list[threading.Thread]
@@ -546,7 +549,7 @@ class Meanwhile(float):
         return float(self) > other
 
 
-def test_pop_expired_receiver_in_another_thread_loses_and_doubles_nothing() -> None:
+def test_pop_expired_beside_another_thread_loses_and_doubles_nothing() -> None:
     queue = filled()
     got: list[QueuedMessage | None] = []
     expiry = Meanwhile(5.0)

@@ -1,4 +1,4 @@
-"""The client: names, channel queues, and what is logged once."""
+"""The client: names, channel queues, and events that are logged once."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def test_address_own_channels_have_that_of_the_client() -> None:
 
 
 def test_is_owned_here_other_thread_is_false(client: Client) -> None:
-    """The owner loop's thread is the only one that may touch the state of receiving."""
+    """Only the owner loop's thread may touch the state of receiving."""
     assert not client.is_owned_here()
-    client.begin_ownership()
+    client.take_ownership()
     elsewhere: list[bool] = []
     thread = threading.Thread(target=lambda: elsewhere.append(client.is_owned_here()))
     thread.start()
@@ -126,7 +126,7 @@ def test_own_queue_of_a_channel_that_was_not_made_is_none(client: Client) -> Non
     assert client.queues() == []
 
 
-def test_own_queue_that_was_forgotten_is_made_again(client: Client) -> None:
+def test_own_queue_forgotten_is_made_again(client: Client) -> None:
     channel = client.new_channel("specific")
     queue = client.own_queue(channel)
     assert queue is not None
@@ -157,7 +157,7 @@ def test_forget_idle_queues_used_in_between_stays(client: Client) -> None:
 async def test_forget_idle_queues_needed_queues_stay_until_they_are_not(client: Client) -> None:
     kept = {name: client.queue(name) for name in ("message", "undeleted", "member", "waiting")}
     kept["message"].put(queued(1))
-    kept["undeleted"].undeleted = 1
+    kept["undeleted"].count_row()
     client.memberships.add("g", kept["member"], LATER, None)
     waiter = asyncio.create_task(kept["waiting"].wait())
     await asyncio.sleep(0)
@@ -167,7 +167,7 @@ async def test_forget_idle_queues_needed_queues_stay_until_they_are_not(client: 
     waiter.cancel()
     await asyncio.wait([waiter])
     kept["message"].pop()
-    kept["undeleted"].undeleted = 0
+    kept["undeleted"].uncount_rows(1)
     client.memberships.discard("g", "member")
     for _ in range(2):
         client.forget_idle_queues()
@@ -186,7 +186,7 @@ def test_drop_expired_counts_and_has_rows_deleted(client: Client) -> None:
 
 
 def test_drop_expired_before_the_first_answer_drops_nothing() -> None:
-    """Only the database says what has expired, until its clock is known."""
+    """Until its clock is known, only the database decides what has expired."""
     client = make_client()
     queue = client.queue("jobs")
     queue.put(queued(1, 1.0, Key(1, 10, 1)))
@@ -194,23 +194,23 @@ def test_drop_expired_before_the_first_answer_drops_nothing() -> None:
     assert len(queue) == 1
 
 
-def test_held_keys_queue_and_channel_queues_count(client: Client) -> None:
-    """A deletion after a restart of the server leaves out what was not received yet."""
+def test_unreceived_keys_include_queue_and_channel_queues(client: Client) -> None:
+    """The deletion after a restart of the server must leave unreceived rows in the table."""
     waiting, ready = Key(1, 10, 1), Key(1, 11, 2)
     client.queue("jobs").put(queued(1, key=waiting))
     client.queue("member").put(queued(2))
     client.announcements.begin_catch_up()
     client.announcements.append([Row(2, 11, 1, False, "message", None, "jobs", None, b"{}", LATER)])
-    assert sorted(client.held_keys()) == [waiting, ready]
+    assert sorted(client.unreceived_keys()) == [waiting, ready]
 
 
-def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client) -> None:
+def test_send_to_consumers_reaches_those_of_this_process_only(client: Client) -> None:
     consumer, job, other = client.new_channel("s"), "jobs", "specific.other!1"
     for channel in (consumer, job, other):
-        client.queue(channel).is_receivable = True
-    client.queue(client.new_channel("s"))  # made for a sender: nothing reads it
-    client.announce_locally("db.lost")
-    client.announce_locally(None)
+        client.queue(channel).allow_receive()
+    client.queue(client.new_channel("s"))  # a queue that no consumer reads
+    client.send_to_consumers("db.lost")
+    client.send_to_consumers(None)
     assert [len(queue) for queue in client.queues()] == [1, 0, 0, 0]
     message = client.queue(consumer).pop()
     assert message is not None
@@ -218,12 +218,12 @@ def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client
     assert client.codec.decode(message.payload) == {"type": "db.lost"}
 
 
-def test_announce_locally_full_queue_is_left_alone(client: Client) -> None:
+def test_send_to_consumers_full_queue_is_unchanged(client: Client) -> None:
     queue = client.queue(client.new_channel("s"))
-    queue.is_receivable = True
+    queue.allow_receive()
     for id in range(CAPACITY):
         queue.put(queued(id))
-    client.announce_locally("db.lost")
+    client.send_to_consumers("db.lost")
     assert len(queue) == CAPACITY
 
 
@@ -238,34 +238,34 @@ def test_close_returns_received_rows_and_empties_queues(client: Client) -> None:
     assert len(queue) == 0
 
 
-def test_counted_next_client_of_a_layer_counts_from_its_own_start() -> None:
+def test_counts_next_client_of_a_layer_begin_at_its_start() -> None:
     first = make_client()
     first.counters.add("sent", 3)
     second = Client(first.config, first.codec, first.counters)
     second.counters.add("sent")
-    assert second.counted()["sent"] == 1
+    assert second.counts()["sent"] == 1
     assert second.counters["sent"] == 4
 
 
 # --- Logging
 
 
-def test_foreign_same_channel_is_logged_again_after_a_while(
+def test_log_foreign_notification_same_channel_again_after_a_while(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
     client.log_limit = LogLimit(lambda: now)
     for _ in range(3):
-        client.foreign("pg_layer_x")
-    client.foreign("pg_layer_y")
+        client.log_foreign_notification("pg_layer_x")
+    client.log_foreign_notification("pg_layer_y")
     assert len(caplog.records) == 2
     now += PERIOD
-    client.foreign("pg_layer_x")
+    client.log_foreign_notification("pg_layer_x")
     assert len(caplog.records) == 3
     assert client.counters["ignored_notifications"] == 5
 
 
-def test_count_dropped_many_channels_says_how_many_lines_were_left_out(
+def test_count_dropped_many_channels_logs_how_many_lines_were_omitted(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
@@ -282,20 +282,20 @@ def test_count_dropped_many_channels_says_how_many_lines_were_left_out(
     assert client.counters["dropped_full"] == 6001
 
 
-def test_unknown_channel_of_any_text_is_one_short_line(
+def test_log_unknown_channel_any_text_is_one_short_line(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The name is what some role has made up."""
-    client.unknown_channel("a\nERROR forged!" + "x" * 7000)
+    """Any role may invent the name in a notification."""
+    client.log_unknown_channel("a\nERROR forged!" + "x" * 7000)
     assert len(caplog.messages[0]) < 300
     assert "\n" not in caplog.messages[0]
 
 
-def test_undecodable_different_faults_are_logged_apart(
+def test_log_undecodable_different_problems_are_logged_separately(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     for text in ("one", "other", "one"):
-        client.undecodable("channel", UndecodableMessage(text))
+        client.log_undecodable("channel", UndecodableMessage(text))
     assert len(caplog.records) == 2
     assert client.counters["dropped_undecodable"] == 3
 

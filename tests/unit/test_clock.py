@@ -1,4 +1,4 @@
-"""The database's clock: what is told is never earlier than what the database would have said."""
+"""The database's clock: the computed time is never earlier than the database's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pg_layer._state.clock import DatabaseClock
 
 
 class Machine:
-    """A process's clock that counts seconds and a database's clock, which tick together."""
+    """The monotonic clock of a process, and the clock of a database, with one rate."""
 
     def __init__(self, ticks: float, ahead: float) -> None:
         self.ticks = ticks
@@ -25,7 +25,7 @@ class Machine:
         return self.ticks + self.ahead
 
     def ask(self, clock: DatabaseClock, there: float, back: float) -> None:
-        """Ask the database for its time: ``there`` and ``back`` are what the ways take, in seconds."""
+        """Ask the database for its time. ``there`` and ``back``: the latencies in seconds."""
         asked_at = self.ticks
         self.ticks += there
         answer = self.database
@@ -50,7 +50,7 @@ ROUNDING = 1e-5
     ahead=st.floats(-1e6, 2e9),
     questions=st.lists(st.tuples(LATENCY, LATENCY, SECONDS), min_size=1, max_size=5),
 )
-def test_now_is_not_behind_the_database_and_ahead_by_the_quickest_question_at_most(
+def test_now_is_ahead_of_the_database_by_the_quickest_answer_at_most(
     start: float, ahead: float, questions: list[tuple[float, float, float]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -67,13 +67,13 @@ def test_now_is_not_behind_the_database_and_ahead_by_the_quickest_question_at_mo
                 assert clock.now() <= machine.database + quickest + ROUNDING
 
 
-def test_now_before_the_first_answer_calls_nothing_expired() -> None:
+def test_now_before_the_first_answer_is_0() -> None:
     clock = DatabaseClock()
     assert not clock.is_set
     assert clock.now() == 0.0
 
 
-def test_now_goes_on_between_answers(machine: Machine) -> None:
+def test_now_between_answers_advances(machine: Machine) -> None:
     clock = DatabaseClock()
     machine.ask(clock, 0.0, 0.5)
     assert clock.is_set
@@ -90,7 +90,9 @@ def test_observe_slow_answer_does_not_move_the_clock(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("step", [-3600.0, 3600.0])
-def test_observe_follows_a_step_of_the_databases_clock(machine: Machine, step: float) -> None:
+def test_observe_contradicting_answer_follows_the_databases_clock(
+    machine: Machine, step: float
+) -> None:
     clock = DatabaseClock()
     machine.ask(clock, 0.0, 0.0)
     machine.ahead += step
@@ -99,8 +101,10 @@ def test_observe_follows_a_step_of_the_databases_clock(machine: Machine, step: f
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has the clock")
-def test_ticks_count_the_time_in_which_the_machine_slept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The monotonic clock stands still meanwhile."""
+def test_ticks_count_the_time_while_the_machine_is_suspended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Linux's monotonic clock stops while the machine is suspended."""
     slept = 0.0
     real = time.clock_gettime
 

@@ -9,9 +9,9 @@ from pg_layer._messages.codec import Codec
 from pg_layer._state.client import Client
 
 
-async def test_a_queue_that_is_made_after_the_end_lets_nobody_wait() -> None:
-    """A receiver on another thread may have found the client just before it was closed."""
+async def test_queue_made_after_close_accepts_no_waiter() -> None:
+    """A receiver on another thread may hold the client when it is closed."""
     config = Config(dsn="host=nowhere")
     client = Client(config, Codec("json", config.max_message_size))
     client.close()
-    assert client.queue("jobs").enlist(asyncio.get_running_loop()) is None
+    assert client.queue("jobs").add_waiter(asyncio.get_running_loop()) is None

@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out, what must not go in is named, and no bytes whatever break the reader."""
+"""The codec: messages arrive unchanged, invalid ones are named, and no bytes break a reader."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import sys
 import traceback
 import uuid
+from functools import partial
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -51,7 +52,7 @@ def messages(*, as_json: bool) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def same(left: object, right: object) -> bool:
-    """Equal in type too, NaN to NaN, 0.0 not to -0.0."""
+    """Compare types, too. NaN equals NaN; 0.0 does not equal -0.0."""
     if type(left) is not type(right):
         return False
     if isinstance(left, dict) and isinstance(right, dict):
@@ -73,43 +74,43 @@ def there_and_back(codec: Codec, message: object) -> dict[str, Any]:
 
 
 @given(messages(as_json=False))
-def test_msgpack_carries_every_type_of_the_specification(message: dict[str, Any]) -> None:
+def test_encode_msgpack_carries_every_type_of_the_specification(message: dict[str, Any]) -> None:
     assert same(there_and_back(MSGPACK, message), message)
 
 
 @given(messages(as_json=True))
-def test_json_carries_all_but_bytes(message: dict[str, Any]) -> None:
+def test_encode_json_carries_all_types_but_bytes(message: dict[str, Any]) -> None:
     assert same(there_and_back(JSON, message), message)
 
 
 @given(messages(as_json=True))
-def test_encrypted_messages_come_back(message: dict[str, Any]) -> None:
+def test_decode_encrypted_message_equals_the_sent_one(message: dict[str, Any]) -> None:
     assert same(there_and_back(SECRET, message), message)
     assert same(there_and_back(SECRET_JSON, message), message)
 
 
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
 @pytest.mark.parametrize("number", [-(2**63), -1, 0, 2**53 + 1, 2**63 - 1])
-def test_64_bit_integers_arrive_exactly(codec: Codec, number: int) -> None:
+def test_decode_64_bit_integers_are_exact(codec: Codec, number: int) -> None:
     assert there_and_back(codec, {"n": number}) == {"n": number}
 
 
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
 @pytest.mark.parametrize("reader", [MSGPACK, JSON], ids=["msgpack", "json"])
-def test_every_reader_understands_every_format(writer: Codec, reader: Codec) -> None:
+def test_open_any_format_is_understood_by_every_reader(writer: Codec, reader: Codec) -> None:
     # The sizes at which msgpack changes the first byte of a map.
     for size in (0, 1, 15, 16, 65_535, 65_536):
         message = {str(n): n for n in range(size)}
         assert reader.decode(reader.open(writer.encode(message, NAME), NAME)) == message
 
 
-def test_formats_can_be_told_by_their_first_byte() -> None:
+def test_encode_first_byte_says_the_format() -> None:
     assert JSON.encode({"a": "é"}, NAME) == '{"a":"é"}'.encode()
     assert MSGPACK.encode({"a": 1}, NAME) == b"\x81\xa1a\x01"
     assert SECRET.encode({"a": 1}, NAME)[:1] == b"g"
 
 
-def test_json_written_by_other_hands_is_read() -> None:
+def test_decode_json_of_another_writer_is_read() -> None:
     assert MSGPACK.decode(MSGPACK.open(b'{"type": "chat.message", "n": [1, 2.5, null]}', NAME)) == {
         "type": "chat.message",
         "n": [1, 2.5, None],
@@ -147,7 +148,7 @@ class Presenting(dict[str, Any]):
 
 
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
-def test_subclasses_arrive_as_the_plain_type(codec: Codec) -> None:
+def test_decode_subclasses_arrive_as_the_plain_type(codec: Codec) -> None:
     message = collections.OrderedDict(
         colour=Colour.RED,
         kind=Kind.CHAT,
@@ -171,7 +172,7 @@ def test_subclasses_arrive_as_the_plain_type(codec: Codec) -> None:
     assert same(there_and_back(codec, message), expected)
 
 
-def test_all_kinds_of_bytes_arrive_as_bytes() -> None:
+def test_decode_all_kinds_of_bytes_arrive_as_bytes() -> None:
     message = {"a": b"\x00\xff", "b": bytearray(b"xy"), "c": memoryview(b"zz")}
     assert there_and_back(MSGPACK, message) == {"a": b"\x00\xff", "b": b"xy", "c": b"zz"}
 
@@ -186,7 +187,9 @@ def test_all_kinds_of_bytes_arrive_as_bytes() -> None:
     ],
 )
 @pytest.mark.parametrize("codec", [MSGPACK, JSON])
-def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str, Any]) -> None:
+def test_decode_template_readers_share_no_mutable_value(
+    codec: Codec, message: dict[str, Any]
+) -> None:
     if codec is JSON:
         message = {key: value for key, value in message.items() if not isinstance(value, bytes)}
     template = Template(codec.open(codec.encode(message, NAME), NAME))
@@ -200,26 +203,26 @@ def test_readers_of_one_plaintext_share_nothing(codec: Codec, message: dict[str,
         mine["text"] = "mine"
 
 
-def test_what_is_not_flat_is_not_kept() -> None:
+def test_decode_template_with_a_list_is_not_kept() -> None:
     template = Template(MSGPACK.encode({"list": [1]}, NAME))
     assert MSGPACK.decode(template) == MSGPACK.decode(template) == {"list": [1]}
     assert template.flat == {}
 
 
-def test_a_damaged_plaintext_is_refused_by_each_of_its_readers() -> None:
+def test_decode_damaged_template_raises_for_each_reader() -> None:
     template = Template(MSGPACK.encode({"text": "abc"}, NAME)[:-1])
     for _ in range(3):
         with pytest.raises(UndecodableMessage, match="damaged"):
             MSGPACK.decode(template)
 
 
-def test_each_decode_makes_a_new_message() -> None:
+def test_decode_twice_returns_two_messages() -> None:
     plaintext = MSGPACK.open(MSGPACK.encode({"list": [1]}, NAME), NAME)
     MSGPACK.decode(plaintext)["list"].append(2)
     assert MSGPACK.decode(plaintext) == {"list": [1]}
 
 
-def test_encoding_leaves_the_message_alone() -> None:
+def test_encode_leaves_the_message_unchanged() -> None:
     message = {"tuple": (1, 2), "dict": {"a": [1]}}
     for codec in ALL:
         codec.encode(message, NAME)
@@ -238,7 +241,7 @@ class Index:
         raise NotImplementedError
 
 
-# (message, what the error must say, as regular expression)
+# (message, regular expression for the error)
 REFUSED: list[tuple[Any, str]] = [
     (
         {"user": {"ids": [1, 2, 3, uuid.UUID(int=0)]}},
@@ -281,17 +284,17 @@ REFUSED: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
 @pytest.mark.parametrize(("message", "says"), REFUSED, ids=[says for _, says in REFUSED])
-def test_what_cannot_be_carried_is_named_with_its_path(
+def test_encode_unsupported_value_is_named_with_its_path(
     codec: Codec, message: Any, says: str
 ) -> None:
     with pytest.raises(InvalidMessage, match=says) as caught:
         codec.encode(message, NAME)
-    # Nothing of the serialisers' errors, which quote the value, is left behind.
+    # The serialisers' errors quote the value, so the error must not refer to one.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
 
 
-def test_a_bad_message_is_a_mistake_of_the_caller() -> None:
+def test_encode_invalid_message_raises_an_error_of_the_caller() -> None:
     assert issubclass(InvalidMessage, TypeError)
     assert issubclass(InvalidMessage, ValueError)
     assert not issubclass(InvalidMessage, PgLayerError)
@@ -300,7 +303,7 @@ def test_a_bad_message_is_a_mistake_of_the_caller() -> None:
 @pytest.mark.parametrize(
     "value", [b"x", bytearray(b"x"), memoryview(b"x")], ids=lambda v: type(v).__name__
 )
-def test_json_refuses_bytes(value: object) -> None:
+def test_encode_json_bytes_raises(value: object) -> None:
     with pytest.raises(
         InvalidMessage, match=rf'^message\["a"\]\[0\] is {type(value).__name__},.*msgpack'
     ):
@@ -308,20 +311,20 @@ def test_json_refuses_bytes(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, Metres("nan")])
-def test_json_refuses_what_is_no_number(value: float) -> None:
+def test_encode_json_not_a_finite_number_raises(value: float) -> None:
     with pytest.raises(InvalidMessage, match=r'^message\["a"\] is not a finite number.*msgpack'):
         JSON.encode({"a": value}, NAME)
     assert same(there_and_back(MSGPACK, {"a": value}), {"a": float(value)})
 
 
-def test_scattered_memory_is_refused() -> None:
+def test_encode_scattered_memoryview_raises() -> None:
     with pytest.raises(
         InvalidMessage, match=r'^message\["a"\] is a memoryview of scattered memory'
     ):
         MSGPACK.encode({"a": memoryview(b"abcdef")[::2]}, NAME)
 
 
-def test_only_top_level_keys_are_reserved() -> None:
+def test_encode_reserved_key_raises_at_the_top_level_only() -> None:
     assert there_and_back(MSGPACK, {"a": {"__asgi_x": 1}, "_asgi_": 2}) == {
         "a": {"__asgi_x": 1},
         "_asgi_": 2,
@@ -337,7 +340,7 @@ def nested(levels: int, *, in_lists: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("in_lists", [True, False], ids=["lists", "dicts"])
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
-def test_nesting_has_a_limit(codec: Codec, in_lists: bool) -> None:
+def test_encode_nested_too_deeply_raises(codec: Codec, in_lists: bool) -> None:
     deep = nested(MAX_DEPTH, in_lists=in_lists)
     assert there_and_back(codec, deep) == deep
     with pytest.raises(
@@ -348,7 +351,7 @@ def test_nesting_has_a_limit(codec: Codec, in_lists: bool) -> None:
 
 
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
-def test_a_message_in_itself_is_named_not_followed(codec: Codec) -> None:
+def test_encode_circular_message_is_named_with_its_path(codec: Codec) -> None:
     message: dict[str, Any] = {"a": {"b": []}}
     message["a"]["b"].append(message["a"])
     with pytest.raises(
@@ -358,12 +361,12 @@ def test_a_message_in_itself_is_named_not_followed(codec: Codec) -> None:
         codec.encode(message, NAME)
 
 
-def test_one_value_in_two_places_is_no_circle() -> None:
+def test_encode_value_in_two_places_is_no_circle() -> None:
     shared = [1]
     assert there_and_back(JSON, {"a": shared, "b": [shared, shared]}) == {"a": [1], "b": [[1], [1]]}
 
 
-def test_an_error_that_is_not_the_messages_fault_is_passed_on() -> None:
+def test_encode_error_without_a_problem_in_the_message_is_passed_on() -> None:
     class Broken(dict[str, Any]):
         def items(self) -> Any:
             raise RuntimeError("from items")
@@ -372,7 +375,7 @@ def test_an_error_that_is_not_the_messages_fault_is_passed_on() -> None:
         MSGPACK.encode({"a": Broken(b=1)}, NAME)
 
 
-def test_a_stack_that_is_too_small_is_no_fault_of_the_message() -> None:
+def test_encode_small_stack_is_no_problem_of_the_message() -> None:
     deep = nested(MAX_DEPTH, in_lists=True)
 
     def at_depth(frames: int) -> bytes:
@@ -384,7 +387,7 @@ def test_a_stack_that_is_too_small_is_no_fault_of_the_message() -> None:
         at_depth(limit - used - MAX_DEPTH // 2)
 
 
-def test_the_size_limit_is_exact_and_counts_serialised_bytes() -> None:
+def test_encode_size_limit_is_exact_and_counts_serialised_bytes() -> None:
     limit = 1000
     for serializer_format in ("msgpack", "json"):
         for keys in (None, ["key"]):
@@ -403,7 +406,7 @@ def test_the_size_limit_is_exact_and_counts_serialised_bytes() -> None:
 # --- Keys
 
 
-def test_keys_rotate() -> None:
+def test_open_rotated_keys_reads_with_any_of_them() -> None:
     old = Codec("msgpack", LIMIT, ["old"])
     both = Codec("msgpack", LIMIT, ["new", "old"])
     new = Codec("msgpack", LIMIT, [b"new"])
@@ -413,8 +416,8 @@ def test_keys_rotate() -> None:
         new.open(old.encode({"a": 1}, NAME), NAME)
 
 
-def test_keys_are_stretched_as_channels_redis_does() -> None:
-    # base64.urlsafe_b64encode(hashlib.sha256(b"abc").digest()), from the published test vector of SHA-256
+def test_crypter_key_is_hashed_as_by_channels_redis() -> None:
+    # base64.urlsafe_b64encode(hashlib.sha256(b"abc").digest()): SHA-256's published test vector
     fernet = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
     codec = Codec("msgpack", LIMIT, ["abc"], prefix="asgi")
     inside = b"asgi!specific.a!1\0\x81\xa1a\x01"
@@ -437,7 +440,7 @@ NAMES = [
 
 @pytest.mark.parametrize("sent_to", NAMES)
 def test_open_encrypted_for_another_name_is_undecodable(sent_to: str) -> None:
-    """A normal channel takes what is for a group: its reader does not know which groups it is in."""
+    """A normal channel accepts tokens for groups: its readers do not know its groups."""
     keys = ["first key"]
     writer, reader = (
         Codec("json", LIMIT, keys, prefix="asgi"),
@@ -470,14 +473,14 @@ def test_open_encrypted_for_no_name_is_undecodable() -> None:
             Codec("msgpack", LIMIT, ["abc"], prefix="asgi").open(payload, name)
 
 
-def test_nothing_of_an_encrypted_message_can_be_read() -> None:
+def test_encode_encrypted_payload_shows_no_plaintext() -> None:
     payload = SECRET.encode({"text": "attack at dawn"}, NAME)
     assert b"attack" not in payload
     assert SECRET.encode({"text": "attack at dawn"}, NAME) != payload
 
 
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
-def test_plain_messages_are_refused_where_keys_are_set(writer: Codec) -> None:
+def test_open_plain_payload_with_keys_raises(writer: Codec) -> None:
     with pytest.raises(
         UndecodableMessage,
         match=r"not encrypted, but symmetric_encryption_keys is set.*allow_unencrypted",
@@ -486,10 +489,10 @@ def test_plain_messages_are_refused_where_keys_are_set(writer: Codec) -> None:
 
 
 @pytest.mark.parametrize("writer", [MSGPACK, JSON], ids=["msgpack", "json"])
-def test_plain_messages_are_read_where_that_is_allowed(writer: Codec) -> None:
+def test_open_plain_payload_with_allow_unencrypted_is_read(writer: Codec) -> None:
     codec = Codec("msgpack", LIMIT, ["first key"], allow_unencrypted=True)
     assert codec.decode(codec.open(writer.encode({"a": 1}, NAME), NAME)) == {"a": 1}
-    # It still writes nothing but encrypted ones, and reads these with its keys alone.
+    # It writes encrypted payloads only, and reads these with its keys only.
     assert codec.encode({"a": 1}, NAME)[:1] == b"g"
     assert SECRET.decode(SECRET.open(codec.encode({"a": 1}, NAME), NAME)) == {"a": 1}
     with pytest.raises(UndecodableMessage, match="none of the symmetric_encryption_keys"):
@@ -499,14 +502,14 @@ def test_plain_messages_are_read_where_that_is_allowed(writer: Codec) -> None:
             codec.open(damaged, NAME)
 
 
-def test_it_makes_no_difference_without_keys() -> None:
+def test_allow_unencrypted_without_keys_has_no_effect() -> None:
     codec = Codec("json", LIMIT, allow_unencrypted=True)
     assert there_and_back(codec, {"a": 1}) == {"a": 1}
     with pytest.raises(UndecodableMessage, match="symmetric_encryption_keys is not set"):
         codec.open(SECRET.encode({"a": 1}, NAME), NAME)
 
 
-def test_encrypted_messages_without_keys_say_so() -> None:
+def test_open_encrypted_payload_without_keys_names_the_option() -> None:
     with pytest.raises(
         UndecodableMessage, match="encrypted, but symmetric_encryption_keys is not set"
     ):
@@ -548,7 +551,7 @@ EVIL = [
 
 @pytest.mark.parametrize("payload", EVIL, ids=lambda payload: repr(payload[:16]))
 @pytest.mark.parametrize("codec", [MSGPACK, SECRET], ids=["plain", "encrypted"])
-def test_damaged_payloads_are_undecodable(codec: Codec, payload: bytes) -> None:
+def test_decode_damaged_payload_is_undecodable(codec: Codec, payload: bytes) -> None:
     with pytest.raises(UndecodableMessage) as caught:
         codec.decode(codec.open(payload, NAME))
     assert caught.value.__cause__ is None
@@ -559,7 +562,7 @@ def test_damaged_payloads_are_undecodable(codec: Codec, payload: bytes) -> None:
     assert caught.value.__context__ is None
 
 
-def test_an_encrypted_payload_with_garbage_inside_is_undecodable() -> None:
+def test_decode_encrypted_garbage_is_undecodable() -> None:
     crypter = Fernet("ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0=")
     codec = Codec("msgpack", LIMIT, ["abc"])
     for inside in (b"", b"hello", b"\x81", b"gAAAA"):
@@ -568,7 +571,7 @@ def test_an_encrypted_payload_with_garbage_inside_is_undecodable() -> None:
 
 
 @given(st.data(), messages(as_json=True), st.sampled_from(ALL))
-def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
+def test_decode_any_damage_returns_a_dict_or_raises_without_content(
     data: st.DataObject, message: dict[str, Any], codec: Codec
 ) -> None:
     message["marker"] = "Geheimnis"
@@ -584,21 +587,26 @@ def test_damage_gives_a_dict_or_undecodable_and_shows_nothing(
     try:
         result = codec.decode(codec.open(bytes(payload), NAME))
     except UndecodableMessage as error:
-        told = "".join(traceback.format_exception(error)) + repr(error.__context__)
+        shown = "".join(traceback.format_exception(error)) + repr(error.__context__)
     else:
-        told = ""
+        shown = ""
         assert type(result) is dict
-        # Who has no key cannot forge; Fernet ignores only how the base64 is padded.
+        # Without a key a token cannot be changed. Fernet ignores only the padding of base64.
         assert codec in (MSGPACK, JSON) or same(result, message)
-    assert "Geheim" not in told
+    assert "Geheim" not in shown
+
+
+def open_and_decode(codec: Codec, payload: bytes) -> dict[str, Any]:
+    """Return the message in a payload."""
+    return codec.decode(codec.open(payload, NAME))
 
 
 @given(
     st.binary(max_size=300), st.sampled_from([b"", b"{", b"\x82", b"\xde\x00\x02", b"g", b"gAAAAA"])
 )
-def test_arbitrary_bytes_are_undecodable_or_a_dict(rest: bytes, first: bytes) -> None:
+def test_decode_arbitrary_bytes_returns_a_dict_or_raises(rest: bytes, first: bytes) -> None:
     for codec in (MSGPACK, SECRET):
-        for read in (codec.decode, lambda payload: codec.decode(codec.open(payload, NAME))):  # noqa: B023
+        for read in (codec.decode, partial(open_and_decode, codec)):
             try:
                 assert type(read(first + rest)) is dict
             except UndecodableMessage:
@@ -608,7 +616,7 @@ def test_arbitrary_bytes_are_undecodable_or_a_dict(rest: bytes, first: bytes) ->
 # --- Errors that need no database
 
 
-def test_errors_have_their_docstring_as_message() -> None:
+def test_exceptions_without_arguments_have_their_docstring_as_text() -> None:
     assert str(UndecodableMessage()) == "A stored message could not be read."
     assert str(UndecodableMessage("other")) == "other"
     assert issubclass(UndecodableMessage, PgLayerError)

@@ -1,4 +1,4 @@
-"""What is judged and dispatched together: the messages of one transaction."""
+"""Messages of one transaction are admitted and dispatched together."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def row(
 
 @pytest.fixture
 def cursor() -> Cursor:
-    """A cursor that has passed what was committed before transaction 100."""
+    """Return a cursor whose ``S`` sees all transactions before 100."""
     cursor = Cursor()
-    cursor.adopt(Moment(1, Snapshot("100:100:")))
+    cursor.advance_to(Moment(1, Snapshot("100:100:")))
     return cursor
 
 
@@ -48,14 +48,14 @@ def ids(rows: list[Row]) -> list[int]:
 
 def test_admit_together_rows_that_s_sees_are_not_new(cursor: Cursor) -> None:
     assert cursor.admit_together([row(5, 99), row(6, 99)]) == []
-    assert cursor.remembered == 0
+    assert cursor.key_count == 0
 
 
 def test_admit_together_rows_that_were_admitted_before_are_not_new(cursor: Cursor) -> None:
     assert cursor.admit(Key(1, 100, 6), False, END)
     assert ids(cursor.admit_together([row(5), row(6), row(7)])) == [5, 7]
     assert cursor.admit_together([row(5), row(6), row(7)]) == []
-    assert cursor.remembered == 3
+    assert cursor.key_count == 3
 
 
 def test_admit_together_rows_are_not_admitted_again_one_by_one(cursor: Cursor) -> None:
@@ -65,7 +65,7 @@ def test_admit_together_rows_are_not_admitted_again_one_by_one(cursor: Cursor) -
 
 
 def test_admit_together_marked_rows_are_judged_by_their_keys(cursor: Cursor) -> None:
-    """``S`` may have passed them before they are announced."""
+    """``S`` may pass marked rows before they are announced."""
     cursor.admit(Key(1, 90, 5), True, END)
     assert ids(cursor.admit_together([row(5, 90, marked=True), row(6, 90, marked=True)])) == [6]
 
@@ -89,8 +89,8 @@ def test_pop_run_returns_the_messages_of_an_announcement(queue: AnnouncementQueu
     ],
     ids=["group", "no group", "excluded", "control message", "transaction", "boot"],
 )
-def test_pop_run_ends_before_what_goes_elsewhere(queue: AnnouncementQueue, other: Row) -> None:
-    """Also before another transaction: its messages may be from before the beginning of a membership."""
+def test_pop_run_ends_before_rows_for_other_receivers(queue: AnnouncementQueue, other: Row) -> None:
+    """Another transaction ends a run, too: a membership may begin between the two."""
     queue.append([row(5), row(6), other, row(8)])
     assert queue.head() is not None
     assert ids(queue.pop_run()) == [5, 6]

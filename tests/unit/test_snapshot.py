@@ -11,7 +11,7 @@ from pg_layer._state.snapshot import Moment, Snapshot
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Moment]:
-    """Moments of a server, in the order in which they were taken."""
+    """Return moments of a server, in the order in which they were taken."""
     moments, running, next_xid, boot = [], set[int](), 10, 1
     for step in draw(st.lists(st.integers(0, 9), max_size=25)):
         if step < 4:
@@ -46,7 +46,7 @@ def test_snapshot_without_running_transactions_sees_all_before() -> None:
 
 
 def test_moment_sees_all_rows_of_earlier_boots_and_none_of_later() -> None:
-    """After a crash transaction ids are handed out again: the boot tells the rows apart."""
+    """After a crash transaction ids are given out again: the boot is what differs."""
     moment = Moment(5, Snapshot("100:100:"))
     assert moment.sees(4, 10_000)
     assert not moment.sees(6, 1)
