@@ -14,10 +14,12 @@
 -- All times are the database's, from clock_timestamp(). now() is the start of the transaction: a
 -- message that is sent late in a long transaction would be expired when it is written.
 
--- In this migration objects are created and found in one schema only. The functions below store
--- this path (SET search_path FROM CURRENT), except where it costs too much. A caller then reaches
--- the layer's tables with any search_path, and a temporary table of the same name is never used
--- instead. The last file restores the path for the rest of the transaction.
+-- The functions in these files find the layer's objects in one schema, the current one of the
+-- migration: they store the path that is set here (SET search_path FROM CURRENT), except where that
+-- costs too much. A caller then reaches the tables with any search_path, and a temporary table of
+-- the same name is never used instead. Each file sets the path again, because a file may be
+-- executed in a transaction of its own. The last one restores the path for the rest of the
+-- transaction.
 SELECT set_config('pg_layer.search_path', current_setting('search_path'), true),
     set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
 

@@ -4,6 +4,9 @@
 -- rules. They set no search_path: PostgreSQL then inlines them into the statements that call them,
 -- and the functions that call them set it.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ------------------------------------------------------------------------- addresses
 
 -- Return the address of a channel. A specific channel ('specific.<client>!<local>') has the address

@@ -29,6 +29,9 @@
 -- functions in 0001_9_public.sql set it, and the layer's connections have one that finds the
 -- tables.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ------------------------------------------------------------------------- common parts
 
 -- Begin to write: return the transaction's id and the boot. With _own, take the lock and begin a
@@ -218,6 +221,7 @@ $$;
 -- undone by a savepoint, or that were received meanwhile, are left out.
 --
 --   the arrays: one element per row, in the order of the ids
+--   Raises SQLSTATE 25006 on a standby.
 --   Called by clients (_db/queries/send.py).
 CREATE FUNCTION pg_layer_announce_marked(
     _boots bigint[], _xids bigint[], _ids bigint[], _addresses text[], _channels text[],
@@ -230,6 +234,10 @@ SET enable_bitmapscan = off
 SET jit = off
 AS $$
 BEGIN
+    -- On a standby the rows may be missing: they would count as announced.
+    IF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
+    END IF;
     IF cardinality(_ids) = 1 AND _kinds[1] = 'message' THEN
         -- Most transactions send one message.
         PERFORM pg_notify(pg_layer_notification_channel(m.address), CASE
@@ -276,6 +284,7 @@ $$;
 --   Returns id, transaction and boot of the row. If it counted, also the number of messages that
 --   now wait in the channel, and the low-water id for the next call; else nulls. Null instead of
 --   the array: the channel is full.
+--   Raises SQLSTATE 25006 on a standby.
 --   Called by clients (_db/queries/send.py) and by pg_layer_send().
 CREATE FUNCTION pg_layer_send_one(
     _prefix text, _channel text, _payload bytea, _expiry float8, _capacity integer, _low_id bigint,
@@ -295,6 +304,9 @@ DECLARE
     _boot bigint;
     _notified text;
 BEGIN
+    IF pg_is_in_recovery() THEN
+        PERFORM pg_layer_refuse_standby();
+    END IF;
     IF _low_id IS NOT NULL THEN
         IF _low_id = 0 THEN
             _low_id := pg_layer_low_id(pg_layer_address(_prefix, _channel));

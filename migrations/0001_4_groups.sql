@@ -2,6 +2,9 @@
 --
 -- A membership request is a row of pg_layer_membership with an id above 0: see 0001_1_tables.sql.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ------------------------------------------------------------------------- what counts
 
 -- Return whether the membership rows of a prefix are known to be complete: in this boot, leases

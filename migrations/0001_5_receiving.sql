@@ -1,6 +1,9 @@
 -- Listening, catch-ups and the deletion of received rows: see docs/protocols.md, sections 2 and 3.
 -- Rows are read by the statements in pg_layer/_db/queries/receive.py.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ------------------------------------------------------------------------- listening
 
 -- Listen to NOTIFY channels. It takes effect when the transaction has committed.

@@ -1,5 +1,8 @@
 -- Clients: the heartbeat, the end of a client, and flush. See docs/protocols.md, sections 5 and 7.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ------------------------------------------------------------------------- the heartbeat
 
 -- Renew the lease of a client, or begin it. A heartbeat is one call of this function. It also

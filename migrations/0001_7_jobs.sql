@@ -1,5 +1,8 @@
 -- Jobs, the messages to normal channels: see docs/protocols.md, section 6.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- Claim jobs of a normal channel: move the oldest ones to the address of a client. No other client
 -- can claim them then. The transaction commits durably: if a crash of the server undid it, the same
 -- jobs would be handed out twice.

@@ -4,6 +4,9 @@
 -- joined by their keys, a planner with the statistics of an empty table would walk a whole index,
 -- dead entries included. A row that was updated meanwhile stays for the next part.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- Delete expired messages of all prefixes, in the order in which they expired.
 --
 --   _after: messages that expired before this time (seconds since 1970) stay, because an earlier

@@ -4,6 +4,9 @@
 -- Arguments are copied into variables with COLLATE "C", so that they are compared bytewise,
 -- whatever the collation of the column or variable that the caller passes.
 
+-- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
+SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
 -- ------------------------------------------------------------------------- checks
 
 -- Return whether the statement must be quiet (see 0001_3_sending.sql). The caller has set
@@ -183,4 +186,6 @@ END
 $$;
 
 -- Restore the search_path of the migration: see 0001_1_tables.sql.
-SELECT set_config('search_path', current_setting('pg_layer.search_path'), true);
+SELECT set_config('search_path',
+    coalesce(nullif(current_setting('pg_layer.search_path', true), ''),
+        current_setting('search_path')), true);

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 
 import psycopg
 import pytest
-from psycopg import sql
 
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
 from tests.processes import listen, open_layer, receive, until
+from tests.stand_ins import find_first
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
@@ -229,10 +229,7 @@ async def test_server_without_notify_is_polled_until_it_has_it(
 ) -> None:
     observer.execute("CREATE SCHEMA refusing")
     observer.execute(refuses.encode())
-    database = sql.Identifier(observer.info.dbname)
-    observer.execute(
-        sql.SQL("ALTER DATABASE {} SET search_path = refusing, pg_catalog, public").format(database)
-    )
+    find_first(observer, "refusing")
     async with (
         open_layer(migrated_dsn, **BEATING) as layer,
         open_layer(migrated_dsn, **BEATING) as sender,

@@ -156,7 +156,7 @@ async def test_own_group_discard_while_the_database_is_away_raises_outcome_unkno
     await layer.group_add("room", channel)
     await listen(layer)
     goes_away(proxy)
-    with pytest.raises(OutcomeUnknown, match="receive nothing more"):
+    with pytest.raises(OutcomeUnknown, match="receives nothing more"):
         await layer.group_discard("room", channel)
     proxy.let_go()
     await until(

@@ -22,6 +22,7 @@ from tests.conftest import Observer
 from tests.faults.proxy import Proxy
 from tests.integration.test_django import postgres
 from tests.integration.test_sync import number, on_django, shown, waiting
+from tests.stand_ins import find_first
 
 
 @pytest.fixture
@@ -280,11 +281,7 @@ def refusing(layer: PostgresChannelLayer, observer: Observer) -> None:
         "CREATE FUNCTION refusing.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS "
         "$$ BEGIN RAISE feature_not_supported USING MESSAGE = 'NOTIFY is not supported'; END $$"
     )
-    observer.execute(
-        sql.SQL("ALTER DATABASE {} SET search_path = refusing, pg_catalog, public").format(
-            sql.Identifier(observer.info.dbname)
-        )
-    )
+    find_first(observer, "refusing")
 
 
 def noted() -> None:

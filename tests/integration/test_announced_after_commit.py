@@ -38,6 +38,7 @@ from tests.processes import (
     until,
 )
 from tests.project.configured import configured
+from tests.stand_ins import find_first
 
 T = TypeVar("T")
 
@@ -365,10 +366,7 @@ async def test_messages_of_one_transaction_are_announced_in_one_other_transactio
 ) -> None:
     """A transaction sends 20 times. One transaction after it announces all, and none within."""
     observer.execute(NOTED_NOTIFY.encode())
-    database = observer.info.dbname
-    observer.execute(
-        f'ALTER DATABASE "{database}" SET search_path = noting, pg_catalog, public'.encode()
-    )
+    find_first(observer, "noting")
     reader = make_layer()
     channel = await member(reader)
     observer.execute("TRUNCATE noting.noted")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync
 from django.db import connections
-from psycopg import sql
 
 from pg_layer import ChannelFull, PostgresChannelLayer
 from pg_layer._state.counters import COUNTED, State, Stats
@@ -24,6 +23,7 @@ from tests.integration.test_sync import on_django
 from tests.processes import Processes, listen, new_layer, receive, until, write
 from tests.project.commands import run, succeeded
 from tests.project.forks import LoopThread
+from tests.stand_ins import find_first
 
 THREADS = 8
 TIMES = 1000
@@ -489,10 +489,7 @@ NO_NOTIFY = """
 def no_notify(observer: Observer) -> None:
     """The database refuses NOTIFY to everybody who connects from here on."""
     observer.execute(NO_NOTIFY.encode())
-    database = sql.Identifier(observer.info.dbname)
-    observer.execute(
-        sql.SQL("ALTER DATABASE {} SET search_path = refusing, pg_catalog, public").format(database)
-    )
+    find_first(observer, "refusing")
 
 
 @pytest.mark.usefixtures("no_notify")
