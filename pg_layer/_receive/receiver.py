@@ -21,7 +21,7 @@ from pg_layer._db.session import Session
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from pg_layer._messages.announcements import Jobs, Messages, Ping, parse
-from pg_layer._messages.rows import Row
+from pg_layer._messages.rows import KeyAt, Row
 from pg_layer._process.tasks import Spawn
 from pg_layer._receive.deletions import Deletions
 from pg_layer._receive.dispatcher import Dispatcher
@@ -448,12 +448,14 @@ class Receiver:
             return
         prefix = client.config.prefix
 
-        async def work(session: Session) -> bool:
+        async def find(session: Session) -> list[KeyAt]:
             addresses = [
                 client.address,
                 *(group_address(prefix, group) for group in self._groups()),
             ]
-            keys = await queries.marked_keys(session, addresses, cursor.marked_low_id(), overdue)
+            return await queries.marked_keys(session, addresses, cursor.marked_low_id(), overdue)
+
+        async def read(session: Session) -> bool:
             for part in queries.parts(client.announcements.keys_to_read(keys)):
                 rows = await queries.read_keys(session, part)
                 if self._needs_catch_up:
@@ -464,7 +466,14 @@ class Receiver:
                 self.dispatch()
             return not self._needs_catch_up
 
-        if await self._connections.run(work, timeout=client.config.heartbeat, is_idempotent=True):
+        timeout = client.config.heartbeat
+        keys = await self._connections.run(find, timeout=timeout, is_idempotent=True)
+        # The announcements may be on their way: a process that stood still has not heard them
+        # yet. Without the ping it would receive the rows in another order than others.
+        may_be_heard = self._listener is not None and client.announcements.keys_to_read(keys)
+        if may_be_heard and not await self._hear_earlier_announcements():
+            return
+        if await self._connections.run(read, timeout=timeout, is_idempotent=True):
             cursor.marked_searched(overdue)
 
     # ------------------------------------------------------------------ dispatching

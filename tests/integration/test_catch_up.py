@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -282,3 +283,35 @@ async def test_join_marked_rows_found_by_a_search_meanwhile_are_received(
         await owner.receiver.search_marked()
         listen_proxy.let_go()
         assert await received(layer, channel, 2) == [0, 1]
+
+
+async def test_search_marked_announcements_on_their_way_are_heard_first(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer
+) -> None:
+    """The process has not read its notifications for two heartbeats.
+
+    Meanwhile a transaction has written a message, another sender has sent one, and then the
+    transaction's message was announced. That is the order in the other processes.
+    """
+    with Proxy(migrated_dsn) as listen_proxy:
+        layer = make_layer(listen_dsn=listen_proxy.dsn(), heartbeat=600, lease=2000)
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await hear_all(layer)
+        listen_proxy.swallow()
+        await silently(migrated_dsn, "room", 0)
+        await make_layer().group_send("room", number(1))
+        observer.execute(
+            "SELECT pg_layer_announce_marked(ARRAY[boot], ARRAY[xid::text::bigint], ARRAY[id],"
+            " ARRAY[address], ARRAY[channel], ARRAY[kind], ARRAY[excluded], ARRAY[payload])"
+            " FROM pg_layer_message WHERE marked"
+        )
+        owner = owner_of(layer)
+        for _ in range(2):
+            owner.lease._heartbeat_at = -math.inf  # a heartbeat has passed
+            await owner.lease.renew(None, 30)
+        searching = asyncio.create_task(owner.receiver.search_marked())
+        await until(lambda: searching.done() or len(owner.receiver._pings) > 0)
+        listen_proxy.let_go()
+        await searching
+        assert await received(layer, channel, 2) == [1, 0]
