@@ -13,7 +13,7 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from tests.faults.proxy import Proxy
-from tests.faults.readers import heartbeats, lists, numbered, readers_of
+from tests.faults.readers import heartbeats, numbered, readers_of, wait_for_members
 from tests.faults.standby import caught_up, cut_off, fail_over, port_of, writable
 from tests.processes import listen, open_layer, until
 
@@ -164,8 +164,8 @@ async def test_member_that_a_lagging_standby_never_heard_of_receives_all_that_is
                     await asyncio.to_thread(proxy.let_go)
                 await send(range(20, 30))
                 await readers.reached(29)
-                await lists(sender, "mine", mine)
-                await lists(sender, "theirs", theirs)
+                await wait_for_members(sender, "mine", mine)
+                await wait_for_members(sender, "theirs", theirs)
                 await send(range(30, 31))
                 await readers.reached(30)
                 assert readers.numbers == {mine: list(range(31)), theirs: list(range(31))}
@@ -205,7 +205,7 @@ async def test_membership_that_ended_while_the_standby_lagged_does_not_return(
             await readers.reached(100, left, removed, invited)
             ended = {channel: [100] for channel in (left, removed, invited)}
             assert readers.numbers == {kept: list(range(21)), **ended}
-            await lists(other, "room", kept)
+            await wait_for_members(other, "room", kept)
 
 
 async def test_message_of_a_transaction_that_knows_no_boot_comes_to_members_of_the_lost_server(

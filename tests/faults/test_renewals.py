@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import MakeLayer
 from tests.faults.proxy import Proxy
-from tests.faults.readers import lists, numbered, readers_of
+from tests.faults.readers import numbered, readers_of, wait_for_members
 from tests.processes import Link, Processes, listen, open_layer, receive
 
 # Many renewals are in flight beside everything else. No lease ends.
@@ -79,7 +79,7 @@ async def test_many_renewals_beside_many_sends_lose_and_double_nothing(
     channels = [await process.hear() for process in reading]
     own = [channel for channel, _ in channels]
     members = sorted(member for _, member in channels)
-    await lists(layer, "room", *members)
+    await wait_for_members(layer, "room", *members)
     firsts = [1_000_000 * (stream + 1) for stream in range(STREAMS)]
     sending = [processes.start(send_stream, migrated_dsn, own, first) for first in firsts]
     for step in range(0, COUNT, 1000):

@@ -20,7 +20,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
-from tests.faults.readers import lists, numbered, readers_of
+from tests.faults.readers import numbered, readers_of, wait_for_members
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
@@ -75,7 +75,7 @@ async def be_stopped(link: Link, dsn: str, options: dict[str, object]) -> Found:
         async with readers_of(layer, *channels) as readers:
             link.say(channels)
             while (last := await link.hear()) is not None:
-                await readers.reached(last, own, kept, patience=20)
+                await readers.reached(last, own, kept, timeout=20)
                 link.say(last)
             stats = dict(layer.stats())
             found = Found(
@@ -152,7 +152,7 @@ async def test_process_stopped_for_longer_than_its_lease_notices_the_gap_once(
         await lease_is_over(other, members=1)
         if sweeps:
             await sweep(migrated_dsn)
-    await lists(other, "room", mine, kept, banned)
+    await wait_for_members(other, "room", mine, kept, banned)
     await other.send(own, numbered(1))
     await other.group_send("room", numbered(1))
     found = await found_after(process, 1)
@@ -258,7 +258,7 @@ async def test_only_reader_stopped_for_longer_than_its_lease_loses_nothing(
         )
         await until(lambda: observer.execute(over).fetchone())
         await sweep(migrated_dsn)
-        await lists(sender, "room", kept, banned)
+        await wait_for_members(sender, "room", kept, banned)
         await send(range(20, 30))
     await send(range(30, 40))
     found = await found_after(process, 39)
@@ -313,7 +313,7 @@ async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
     await other.group_add("room", mine)
     options: dict[str, object] = {"poll_interval": 0.1} if way == "polling" else {}
     process, own, kept, banned = await start(processes, migrated_dsn, **options)
-    await lists(other, "room", mine, kept, banned)
+    await wait_for_members(other, "room", mine, kept, banned)
     with stopped(process):
         if way == "disconnected":
             observer.execute(
@@ -339,7 +339,7 @@ async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
         await other.send(channel, numbered(19))
     process.say(19)
     assert await process.hear() == 19
-    await lists(other, "room", mine, kept, patience=10)
+    await wait_for_members(other, "room", mine, kept, timeout=10)
     process.say(None)
     found = await process.result()
     assert found.numbers[2] == [19]

@@ -26,7 +26,7 @@ from devtools.postgres import (
 from devtools.postgres.__main__ import main
 from devtools.postgres.binaries import WHEEL
 
-# Starts a server, says where it is, and waits to be killed.
+# Start a server, print its process id and folder, and wait to be killed.
 PARENT = """
 import sys
 from devtools.postgres import PostgresServer
@@ -43,16 +43,16 @@ def server() -> Iterator[PostgresServer]:
         yield server
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
-    """Of strangers' processes and folders nobody tells us when they are gone."""
+def until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
+    """Poll until the condition holds: nothing announces the end of foreign processes."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "still waiting"
         time.sleep(0.02)
 
 
-def running_from(folder: Path) -> list[psutil.Process]:
-    """The processes whose command line names `folder`."""
+def processes_naming(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose command line names ``folder``."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(str(folder) in word for word in process.info["cmdline"] or ()):
@@ -60,7 +60,7 @@ def running_from(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_server_takes_connections_over_tcp_and_over_its_socket(server: PostgresServer) -> None:
+def test_server_accepts_connections_over_tcp_and_over_its_socket(server: PostgresServer) -> None:
     dsn = server.create_database('it\'s "odd"')
     for address in (
         dsn,
@@ -76,12 +76,12 @@ def test_a_server_takes_connections_over_tcp_and_over_its_socket(server: Postgre
     assert "ready to accept connections" in server.log_tail()
 
 
-def test_the_network_needs_the_password(server: PostgresServer) -> None:
+def test_server_refuses_a_wrong_password_over_tcp(server: PostgresServer) -> None:
     with pytest.raises(psycopg.OperationalError, match="password"):
         psycopg.connect(server.dsn(password="wrong"))
 
 
-def test_settings_reach_the_server() -> None:
+def test_server_runs_with_the_given_settings() -> None:
     settings: dict[str, str | int | float | bool] = {
         "max_connections": 17,
         "cluster_name": "o'clock\\",
@@ -100,7 +100,7 @@ def test_settings_reach_the_server() -> None:
 
 
 @pytest.mark.parametrize("mode", ["smart", "fast", "immediate"])
-def test_a_restart_keeps_port_and_data(server: PostgresServer, mode: StopMode) -> None:
+def test_server_restarted_keeps_its_port_and_data(server: PostgresServer, mode: StopMode) -> None:
     server.execute("CREATE TABLE kept (i int)")
     server.execute("INSERT INTO kept VALUES (1)")
     dsn, pid = server.dsn(), server.pid
@@ -113,7 +113,7 @@ def test_a_restart_keeps_port_and_data(server: PostgresServer, mode: StopMode) -
     assert recovered == (mode == "immediate")
 
 
-def test_a_server_can_be_down_for_a_while(server: PostgresServer) -> None:
+def test_server_stopped_refuses_connections_until_it_is_started(server: PostgresServer) -> None:
     server.stop()
     server.stop()
     assert not server.running
@@ -127,7 +127,7 @@ def test_a_server_can_be_down_for_a_while(server: PostgresServer) -> None:
         server.start()
 
 
-def test_a_killed_postmaster_can_be_started_again(server: PostgresServer) -> None:
+def test_server_killed_can_be_started_again(server: PostgresServer) -> None:
     server.execute("CREATE TABLE kept (i int)")
     os.kill(server.pid, signal.SIGKILL)
     server.stop()
@@ -135,14 +135,14 @@ def test_a_killed_postmaster_can_be_started_again(server: PostgresServer) -> Non
     assert server.execute("SELECT count(*) FROM kept") == [(0,)]
 
 
-def test_a_smart_stop_that_waits_for_a_client_gives_up() -> None:
+def test_smart_stop_with_a_connected_client_raises_after_its_timeout() -> None:
     with PostgresServer(fsync=False, timeout=1.0) as server, psycopg.connect(server.dsn()):
         with pytest.raises(PostgresServerError, match="still runs 1 s after a smart stop"):
             server.stop("smart")
         assert server.running
 
 
-def test_a_standby_streams_and_can_be_promoted(server: PostgresServer) -> None:
+def test_standby_streams_and_can_be_promoted(server: PostgresServer) -> None:
     server.execute("CREATE TABLE copied AS SELECT 1 AS i")
     with PostgresServer(fsync=False, primary=server) as standby:
         assert standby.execute("SELECT pg_is_in_recovery(), i FROM copied") == [(True, 1)]
@@ -153,21 +153,21 @@ def test_a_standby_streams_and_can_be_promoted(server: PostgresServer) -> None:
             connection.execute("INSERT INTO copied VALUES (2)")
 
 
-def test_nothing_is_left_behind(server: PostgresServer) -> None:
+def test_server_closed_leaves_no_process_and_no_folder(server: PostgresServer) -> None:
     folder, pid = server.folder, server.pid
-    assert running_from(folder)
+    assert processes_naming(folder)
     server.close()
     server.close()
     assert not folder.exists()
     assert not psutil.pid_exists(pid)
-    assert not running_from(folder)
+    assert not processes_naming(folder)
     with pytest.raises(PostgresServerError, match="not been started"):
         _ = server.data_dir
 
 
-def test_a_given_data_folder_is_kept() -> None:
+def test_server_with_a_given_data_folder_keeps_it() -> None:
     parent = Path(tempfile.mkdtemp(prefix="pg-kept-"))
-    parent.chmod(0o755)  # the server's user, if it is another, has to come through
+    parent.chmod(0o755)  # the server may run as another user
     data = parent / "data"
     try:
         with PostgresServer(fsync=False, data_dir=data) as server:
@@ -188,7 +188,7 @@ def test_a_given_data_folder_is_kept() -> None:
         subprocess.run(["rm", "-rf", str(parent)], check=True)
 
 
-def test_a_server_started_in_a_thread_outlives_it() -> None:
+def test_server_started_in_a_thread_outlives_the_thread() -> None:
     server = PostgresServer(fsync=False)
     thread = threading.Thread(target=server.start)
     try:
@@ -200,8 +200,10 @@ def test_a_server_started_in_a_thread_outlives_it() -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("whole_group", [False, True], ids=["alone", "group"])
-def test_a_killed_parent_leaves_nothing_behind(signum: signal.Signals, whole_group: bool) -> None:
+@pytest.mark.parametrize("signals_group", [False, True], ids=["alone", "group"])
+def test_server_of_a_killed_parent_ends_and_its_folder_is_removed(
+    signum: signal.Signals, signals_group: bool
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT],
         cwd=REPOSITORY,
@@ -214,21 +216,22 @@ def test_a_killed_parent_leaves_nothing_behind(signum: signal.Signals, whole_gro
         assert parent.stdout is not None
         pid, folder = parent.stdout.readline().split()
         assert psutil.Process(int(pid)).is_running()
-        if whole_group:
+        if signals_group:
             os.killpg(parent.pid, signum)
         else:
             parent.send_signal(signum)
         parent.communicate()
-    wait_until(lambda: not Path(folder).exists() and not running_from(Path(folder)))
+    until(lambda: not Path(folder).exists() and not processes_naming(Path(folder)))
 
 
-def test_a_failed_start_shows_the_log_and_leaves_nothing_behind(
+def test_start_failing_shows_the_log_and_leaves_no_files(
     server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="pg-parent-") as parent:
-        Path(parent).chmod(0o755)  # the server's user, if it is another, has to come through
+        Path(parent).chmod(0o755)  # the server may run as another user
         monkeypatch.setattr(tempfile, "tempdir", parent)
-        # A copy that the server's user can read is kept on purpose: here it stands elsewhere already.
+        # With these binaries the launcher makes no new copy for the server's user, which it would
+        # keep on purpose.
         failing = PostgresServer(
             binaries=server.binaries,
             fsync=False,
@@ -239,12 +242,12 @@ def test_a_failed_start_shows_the_log_and_leaves_nothing_behind(
         assert list(Path(parent).iterdir()) == []
 
 
-def test_a_taken_port_is_an_error(server: PostgresServer) -> None:
+def test_start_on_a_taken_port_raises(server: PostgresServer) -> None:
     with pytest.raises(PostgresServerError, match="could not bind"):
         PostgresServer(fsync=False, port=server.port).start()
 
 
-def test_binaries_are_taken_from_where_they_are_asked_for(
+def test_find_binaries_uses_the_argument_or_the_environment_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PG_LAYER_TEST_PGBIN", raising=False)
@@ -261,14 +264,16 @@ def test_binaries_are_taken_from_where_they_are_asked_for(
 
 
 @pytest.mark.parametrize("version", ["16", "18"])
-def test_the_wheel_brings_two_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_of_binaries_brings_two_versions(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(WHEEL)
     monkeypatch.delenv("PG_LAYER_TEST_PGBIN", raising=False)
     with PostgresServer(fsync=False, version=version) as server:
         assert server.execute("SHOW server_version_num")[0][0].startswith(version)
 
 
-def test_without_binaries_the_error_says_what_to_do(
+def test_find_binaries_without_a_match_raises_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BinariesNotFound, match="lacks"):
@@ -283,9 +288,9 @@ def test_without_binaries_the_error_says_what_to_do(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root steps down to another user")
-def test_binaries_that_the_other_user_cannot_read_are_copied() -> None:
+def test_binaries_unreadable_for_the_server_user_are_copied() -> None:
     original = find_binaries()
-    secret = Path(tempfile.mkdtemp(prefix="pg-secret-"))  # mode 0700: closed to everybody but root
+    secret = Path(tempfile.mkdtemp(prefix="pg-secret-"))  # mode 0700: only root can read it
     try:
         inside = secret / "site-packages" / WHEEL
         inside.mkdir(parents=True)
@@ -305,7 +310,7 @@ def test_binaries_that_the_other_user_cannot_read_are_copied() -> None:
         subprocess.run(["rm", "-rf", str(secret)], check=True)
 
 
-def test_the_command_line_runs_a_server_until_it_is_interrupted() -> None:
+def test_command_line_runs_a_server_until_sigterm() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "devtools.postgres", "--no-fsync", "--set", "cluster_name=demo"],
         cwd=REPOSITORY,
@@ -324,7 +329,7 @@ def test_the_command_line_runs_a_server_until_it_is_interrupted() -> None:
     assert not folder.exists()
 
 
-def test_the_command_line_refuses_a_malformed_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_refuses_a_malformed_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--set", "nonsense"])
     assert "NAME=VALUE expected" in capsys.readouterr().err
@@ -339,18 +344,18 @@ runpy.run_module("devtools.postgres", run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "expected"),
     [
         (["--help"], 0, "keep data and password"),
         ([], 1, "psycopg is needed: pip install 'psycopg[binary]'"),
     ],
     ids=["help", "start"],
 )
-def test_the_command_line_explains_itself_without_psycopg(
-    arguments: list[str], status: int, says: str
+def test_command_line_without_psycopg_prints_help_and_advice(
+    arguments: list[str], status: int, expected: str
 ) -> None:
     command = [sys.executable, "-c", WITHOUT_PSYCOPG, "-", *arguments]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == status
-    assert says in result.stdout + result.stderr
+    assert expected in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
