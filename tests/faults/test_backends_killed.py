@@ -73,7 +73,7 @@ async def test_all_backends_killed_repeatedly_lose_nothing(
         while time.monotonic() < deadline:
             killed += len(kill(observer, "listener", "pool", "sender"))
             await asyncio.sleep(random.uniform(*KILLING_EVERY))
-        with recovery("all backends killed again and again"):
+        with recovery("all backends killed repeatedly"):
             await traffic.arrives_again()
         assert await traffic.end() == []
         assert killed > 50

@@ -85,7 +85,7 @@ async def test_connections_cut_repeatedly_lose_nothing(
             ):
                 proxy.cut()
             await asyncio.sleep(random.uniform(*CUTTING_EVERY))
-        with recovery("all connections cut again and again"):
+        with recovery("all connections cut repeatedly"):
             await traffic.arrives_again()
         assert await traffic.end() == []
         undisturbed = traffic.senders[1]
@@ -164,7 +164,7 @@ async def test_network_swallowing_packets_briefly_loses_nothing(
             await asyncio.sleep(random.choice((0.1, 0.5, 1.0, 2.2)))
             for proxy in (pool_proxy, listen_proxy):
                 proxy.let_go(revive=random.random() < 0.5)
-            with recovery("swallowed now and then"):
+            with recovery("swallowed briefly, several times"):
                 await traffic.arrives_again()
         assert await traffic.end() == []
 
@@ -216,7 +216,7 @@ async def test_receive_in_a_swallowing_network_waits_and_raises_nothing(
     assert await asyncio.gather(*receiving) == [{"number": 1}] * 2
 
 
-# ---------------------------------------------------------------------- what comes late
+# ---------------------------------------------------------------------- late statements
 
 
 async def test_claim_delivered_after_it_was_given_up_claims_nothing(

@@ -15,7 +15,7 @@ from tests.faults.readers import wait_for_members
 from tests.faults.traffic import Recovery, Sent, all_listen_again, assert_outage_logged_once, begin
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 
-DOWN = 5.0  # seconds for which the server is away in the tests of a long outage
+DOWN = 5.0  # seconds for which the server is down
 
 
 # ---------------------------------------------------------------------- restarts and outages
@@ -125,9 +125,8 @@ async def join_late(link: Link, dsn: str) -> list[dict[str, Any]]:
 async def test_memberships_undone_by_a_crash_are_written_again(
     server: PostgresServer, database: str, processes: Processes
 ) -> None:
-    server.execute(
-        "ALTER SYSTEM SET wal_writer_delay = '10s'"
-    )  # what is not flushed by then is undone
+    # Commits that are not flushed within these 10 s are undone by the crash.
+    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
     server.restart("fast")
     reader = processes.start(join_late, database)
     assert await reader.hear() == "listening"
@@ -152,9 +151,8 @@ async def test_memberships_restored_by_a_crash_are_removed_again(
     server: PostgresServer, database: str
 ) -> None:
     """The crash undoes the deletion of rows. Their owner removes them again."""
-    server.execute(
-        "ALTER SYSTEM SET wal_writer_delay = '10s'"
-    )  # what is not flushed by then is undone
+    # Commits that are not flushed within these 10 s are undone by the crash.
+    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
     server.restart("fast")
     async with open_layer(database, send_timeout=30) as layer:
         channels = [await layer.new_channel() for _ in range(4)]

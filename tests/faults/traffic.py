@@ -26,7 +26,7 @@ from tests.processes import PATIENCE, Link, Process, Processes, listen, open_lay
 Recovery = Callable[[str], AbstractContextManager[None]]
 
 
-# No channel is full and no message expires: a message that does not arrive was lost.
+# No lease is over, no channel is full, no message expires: what does not arrive was lost.
 TRAFFIC: dict[str, object] = {"capacity": 1_000_000, "expiry": 3600}
 
 PAUSE = 0.008  # seconds at most between two messages of a stream

@@ -178,7 +178,7 @@ async def test_message_sizes_around_the_limit_of_notify_arrive_once(
     assert set(kinds[boundary : len(sizes)]) == {"R"}
 
 
-# ---------------------------------------------------------------------- order, and once only
+# ---------------------------------------------------------------------- order and duplicates
 
 
 def mixed(count: int, writer: int = 0) -> list[Message]:
@@ -288,7 +288,7 @@ async def test_concurrent_receives_on_one_channel_share_its_messages(
     assert sorted([(await task)["number"] for task in receivers]) == list(range(20))
 
 
-# ---------------------------------------------------------------------- names, and when
+# ---------------------------------------------------------------------- names, and early messages
 
 
 async def test_names_of_the_maximum_length_deliver_messages(
@@ -455,7 +455,7 @@ async def test_receive_cancelled_while_it_waits_for_a_deletion_loses_no_message(
     assert await reader.result() == list(range(400))
 
 
-# ---------------------------------------------------------------------- the rows behind
+# ---------------------------------------------------------------------- rows after a receive
 
 
 async def test_messages_received_leave_no_row_after_close(

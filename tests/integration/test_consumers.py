@@ -220,7 +220,7 @@ async def hold_socket_open(link: Link, /, dsn: str) -> None:
 
 
 async def test_worker_replies_to_the_channel_of_a_consumer(layer: PostgresChannelLayer) -> None:
-    """A consumer hands work to a worker, which answers on the consumer's own channel."""
+    """A consumer sends a job. The worker replies on the consumer's own channel."""
 
     async def worker() -> dict[str, Any]:
         job = await asyncio.wait_for(layer.receive("thumbnails"), PATIENCE)

@@ -68,7 +68,7 @@ def postgres(dsn: str) -> Settings:
 def left_behind(dsn: str) -> list[str]:
     """Return the channels of the messages that wait in a database, without group messages.
 
-    A group message stays until it expires, whoever has received it.
+    A group message stays until it expires, even if all members have received it.
     """
     with psycopg.connect(dsn) as conn:
         rows = conn.execute("SELECT channel FROM pg_layer_message WHERE address NOT LIKE '%!@%'")

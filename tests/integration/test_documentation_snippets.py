@@ -309,7 +309,7 @@ async def test_message_type_with_dots_names_the_handler(
     await socket.disconnect(timeout=PATIENCE)
 
 
-# ---------------------------------------------------------------------- ours
+# ---------------------------------------------------------------------- our own pages
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
