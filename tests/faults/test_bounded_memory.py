@@ -132,7 +132,7 @@ async def assert_no_growth(layer: PostgresChannelLayer, dsn: str, processes: Pro
         await sender.result()
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_memory")
 @pytest.mark.parametrize("options", [{}, {"poll_interval": 0.05}], ids=["listening", "polling"])
 async def test_client_receiving_many_messages_does_not_grow(
     migrated_dsn: str,
@@ -199,7 +199,7 @@ def pooler(program: str, pooled_server: PostgresServer) -> Iterator[PgBouncer]:
 
 
 @pytest.mark.pgbouncer
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_memory")
 @pytest.mark.parametrize("options", [{}, {"poll_interval": 0.05}], ids=["no listen_dsn", "polling"])
 async def test_client_behind_a_pooler_receiving_many_messages_does_not_grow(
     pooler: PgBouncer, direct: str, processes: Processes, options: dict[str, object]
