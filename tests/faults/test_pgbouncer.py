@@ -329,7 +329,7 @@ async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
     recovery: Recovery,
 ) -> None:
     dsn = pooler.dsn(direct)
-    async with open_layer(dsn, **OPTIONS, heartbeat=1, lease_end=60) as layer:
+    async with open_layer(dsn, **OPTIONS, heartbeat=1, lease=60) as layer:
         with recovery("PgBouncer alone: until it is noticed that nothing is heard"):
             channel = await layer.new_channel()
             await layer.send(channel, {"number": 0})

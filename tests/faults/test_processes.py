@@ -73,9 +73,9 @@ class EndlessSends:
             )
         self.sent += 1
 
-    async def more(self, count_rows: int) -> None:
+    async def more(self, count: int) -> None:
         """Return when ``count`` more sends have begun and ended after this call."""
-        enough = self.sent + 1 + count_rows
+        enough = self.sent + 1 + count
         await until(lambda: self.sent >= enough)
 
 

@@ -59,13 +59,13 @@ async def test_catch_up_requested_after_dispatch_raised_runs_alone(
     may_read, reading, most = asyncio.Event(), 0, 0
     read_new = Receiver._read_new
 
-    async def read_slowly(receiver: Receiver, session: Session, start_and_count: list[int]) -> bool:
+    async def read_slowly(receiver: Receiver, session: Session, counted: list[int]) -> bool:
         nonlocal reading, most
         reading += 1
         most = max(most, reading)
         try:
             await may_read.wait()
-            return await read_new(receiver, session, start_and_count)
+            return await read_new(receiver, session, counted)
         finally:
             reading -= 1
 
