@@ -211,9 +211,7 @@ class Received:
 
     async def more(self, count: int) -> None:
         """Return when each channel has received ``count`` more numbers."""
-        goals = {
-            name: len(receive_numbers) + count for name, receive_numbers in self.numbers.items()
-        }
+        goals = {name: len(numbers) + count for name, numbers in self.numbers.items()}
         await until(lambda: all(len(self.numbers[name]) >= goal for name, goal in goals.items()))
 
     async def has_all(self, outcomes: Outcomes) -> None:

@@ -54,12 +54,12 @@ async def serve(link: Link, dsn: str, task_hangs: bool) -> ServeResult:
 
         forever = asyncio.Event()
 
-        async def stuck_channel() -> None:
+        async def receive_once_and_hang() -> None:
             await receive(layer, channels[2])
             await forever.wait()
 
         reading = [asyncio.create_task(numbers(channel)) for channel in channels[:2]]
-        stuck_task = asyncio.create_task(stuck_channel())
+        stuck_task = asyncio.create_task(receive_once_and_hang())
         link.say(channels)
         assert await link.hear() == "read again"
         if not task_hangs:
@@ -148,14 +148,14 @@ async def test_consumer_that_stops_receiving_harms_no_neighbour(
 async def test_worker_that_stops_receiving_leaves_its_jobs_to_others(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    stuck_channel, second_reader, sender = (make_layer(capacity=100) for _ in range(3))
-    for layer in (stuck_channel, second_reader):
+    stuck_worker, other_worker, sender = (make_layer(capacity=100) for _ in range(3))
+    for layer in (stuck_worker, other_worker):
         await listen(layer)
     # The first worker is so quick that it is given jobs ahead. Then it stops.
     for number in range(60):
         await sender.send("jobs", {"number": number})
-    done = [(await receive(stuck_channel, "jobs"))["number"] for _ in range(30)]
-    rest = [(await receive(second_reader, "jobs"))["number"] for _ in range(30)]
+    done = [(await receive(stuck_worker, "jobs"))["number"] for _ in range(30)]
+    rest = [(await receive(other_worker, "jobs"))["number"] for _ in range(30)]
     assert done == list(range(30))
     assert sorted(rest) == list(range(30, 60))
     await until(
