@@ -1,4 +1,4 @@
-"""Servers that a test may break, and a table of how long recovering took."""
+"""Servers that a test may break, and a table of the recovery times."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ _KEY = pytest.StashKey[list[tuple[str, float]]]()
 
 @pytest.fixture
 def recovery(request: pytest.FixtureRequest) -> Callable[[str], AbstractContextManager[None]]:
-    """``with recovery("what recovers"): ...`` notes the seconds: shown, never asserted."""
-    noted = request.config.stash.setdefault(_KEY, [])
+    """Return a context manager that measures how long its block takes.
+
+    ``with recovery("what recovers"): ...``. The times are shown at the end of the run, and
+    never asserted.
+    """
+    measured = request.config.stash.setdefault(_KEY, [])
 
     @contextmanager
     def measure(what: str) -> Iterator[None]:
         start = time.monotonic()
         yield
-        noted.append((what, time.monotonic() - start))
+        measured.append((what, time.monotonic() - start))
 
     return measure
 
@@ -33,31 +37,34 @@ def recovery(request: pytest.FixtureRequest) -> Callable[[str], AbstractContextM
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    noted = config.stash.get(_KEY, [])
-    if not noted:
+    measured = config.stash.get(_KEY, [])
+    if not measured:
         return
     terminalreporter.section("recovery times")
-    for what, seconds in sorted(noted):
+    for what, seconds in sorted(measured):
         terminalreporter.write_line(f"{seconds:8.2f} s  {what}")
 
 
 @pytest.fixture
 def server() -> Iterator[PostgresServer]:
-    """A server of this test's own, to be stopped, crashed and started again. It syncs."""
+    """Yield a server of this test alone, to be stopped, crashed and started again.
+
+    It runs with fsync, because a crash must lose what a real crash loses.
+    """
     with PostgresServer(fsync=True) as server:
         yield server
 
 
 @pytest.fixture
 def database(server: PostgresServer) -> str:
-    """The DSN of a migrated database on that server."""
+    """Return the DSN of a migrated database on that server."""
     dsn = server.create_database("layer")
     migrate(dsn)
     return dsn
 
 
 def migrate(dsn: str) -> None:
-    """Run the migrations' SQL."""
+    """Run the SQL of the migrations."""
     with psycopg.connect(dsn) as connection:
         for file in sorted(Path(MIGRATIONS).glob("*.sql")):
             if not file.stem.endswith("_reverse"):

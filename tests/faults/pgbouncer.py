@@ -1,4 +1,4 @@
-"""A PgBouncer in front of a PostgreSQL server, as a rule in transaction mode."""
+"""A PgBouncer in front of a PostgreSQL server. By default it runs in transaction mode."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ server_login_retry = 0.1
 class PgBouncer:
     """One PgBouncer, a child of this process.
 
-    ``max_prepared_statements`` needs PgBouncer 1.21, which knew none before: None leaves it out. Everybody
-    shares ``pool_size`` server connections, so that a client's next transaction often meets another.
+    ``max_prepared_statements``: None leaves the setting out, for versions before 1.21.
+    ``pool_size``: the server connections that all clients share. With few of them, the next
+    transaction of a client often runs on another one.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class PgBouncer:
         self.close()
 
     def dsn(self, direct: str) -> str:
-        """The connection string that leads where ``direct`` leads, through this."""
+        """Return the DSN of the target of ``direct``, through this pooler."""
         return make_conninfo(direct, host=HOST, port=self.port)
 
     def start(self) -> None:
-        """Start it, and return when it takes connections."""
+        """Start the process. Return when it accepts connections."""
         assert self._folder is not None
         self._process = subprocess.Popen(
             [self._program, "--quiet", str(self._folder / "pgbouncer.ini")],
@@ -116,7 +117,10 @@ class PgBouncer:
                 return
 
     def stop(self) -> None:
-        """End it at once, with all connections: which signal it takes for that depends on its version."""
+        """End the process at once, with all connections.
+
+        It is killed, because the signal for an immediate shutdown depends on the version.
+        """
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -125,9 +129,9 @@ class PgBouncer:
             self._guard.forget()
 
     def show(self, what: str) -> list[tuple[object, ...]]:
-        """The answer to a SHOW of its administrator's console."""
+        """Return the answer to a SHOW of the administration console."""
         dsn = self.dsn(self._server.dsn("pgbouncer"))
-        # It speaks the simple protocol only, and knows no transactions.
+        # The console supports only the simple query protocol, and no transactions.
         with psycopg.Connection.connect(dsn, autocommit=True, connect_timeout=5) as connection:
             result = connection.pgconn.exec_(f"SHOW {what}".encode())
             return [
@@ -139,7 +143,7 @@ class PgBouncer:
             ]
 
     def close(self) -> None:
-        """End it, and remove its folder."""
+        """End the process and remove its folder."""
         self.stop()
         if self._folder is not None:
             guard.remove(str(self._folder))
@@ -172,6 +176,6 @@ class PgBouncer:
 
 
 def version(program: str) -> tuple[int, ...]:
-    """Of that PgBouncer."""
+    """Return the version of that PgBouncer."""
     words = run_as(server_user(), program, "--version").stdout.split()
     return tuple(int(part) for part in words[1].split("."))

@@ -15,13 +15,14 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 T = TypeVar("T")
 
 _CHUNK = 65536
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 
 
 class Proxy:
-    """Leads to the server of ``target``, in a thread of its own.
+    """A proxy to the server of the DSN ``target``, in a thread of its own.
 
-    A layer is led through it by `dsn`; one that is to lose its listener only has that as its ``listen_dsn``.
+    A layer connects through it with ``dsn()``. To break its listener only, pass that DSN as
+    ``listen_dsn``.
     """
 
     def __init__(self, target: str) -> None:
@@ -29,12 +30,10 @@ class Proxy:
         self._target = (str(parameters["host"]), int(str(parameters["port"])))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
-        self._paths: dict[
-            asyncio.Task[None], asyncio.Event
-        ] = {}  # each connection, and whether it flows
-        self._ports: dict[
-            int, asyncio.Task[None]
-        ] = {}  # each connection by its port towards the server
+        # The task of each connection, and the event that is set while its data flows.
+        self._paths: dict[asyncio.Task[None], asyncio.Event] = {}
+        # The task of each connection by the port of its socket towards the server.
+        self._ports: dict[int, asyncio.Task[None]] = {}
         self._is_swallowing = False
         self._dsn = target
 
@@ -54,30 +53,33 @@ class Proxy:
         self._thread.join()
         self._loop.close()
 
-    # What can be done to the network
+    # ------------------------------------------------------------------ faults of the network
 
     def dsn(self, **parameters: str | int) -> str:
-        """The target's DSN, through the proxy."""
+        """Return the DSN of the target, through the proxy."""
         return make_conninfo(self._dsn, **parameters)
 
     def cut(self) -> None:
-        """Close all connections, on both sides. New ones work."""
+        """Close all connections, on both sides. New connections work."""
         self._run(self._cut())
 
     def swallow(self) -> None:
-        """Forward nothing any more and close nothing; new connections are accepted, and lead nowhere."""
+        """Forward nothing, and close nothing. New connections are accepted, and lead nowhere."""
         self._run(self._swallow())
 
     def hold(self, port: int) -> None:
-        """Forward nothing on one connection: the one that the server knows by this port of its client."""
+        """Forward nothing on the connection that the server knows by this client port."""
         self._run(self._hold(port))
 
     def let_go(self, *, revive: bool = True) -> None:
-        """Forward again, first what was held back. Not ``revive``: only for connections still to come."""
+        """Forward again, beginning with the data that was held back.
+
+        ``revive=False``: only for connections that are opened later.
+        """
         self._run(self._let_go(revive))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT)
 
     async def _cut(self) -> None:
         for path in self._paths:
@@ -99,7 +101,7 @@ class Proxy:
             for flows in self._paths.values():
                 flows.set()
 
-    # How it is done
+    # ------------------------------------------------------------------ in the proxy's thread
 
     async def _start(self) -> int:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -114,8 +116,8 @@ class Proxy:
         self._listener.close()
         await self._cut()
 
-    # asyncio.start_server() would do, but if it is closed while it accepts a connection, Python before 3.12.1
-    # never closes that one.
+    # Do not use asyncio.start_server(): before Python 3.12.1 it never closes a connection that it
+    # accepts while it is being closed.
     async def _accept(self) -> None:
         while True:
             connection, _ = await self._loop.sock_accept(self._listener)
@@ -126,7 +128,7 @@ class Proxy:
             path = asyncio.ensure_future(self._forward(reader, writer, flows))
             self._paths[path] = flows
             path.add_done_callback(self._paths.pop)
-            # It may be cancelled before it begins.
+            # The task may be cancelled before its first step: its own cleanup does not run then.
             path.add_done_callback(lambda _, writer=writer: writer.transport.abort())  # type: ignore[misc]
 
     async def _forward(
@@ -145,7 +147,7 @@ class Proxy:
                 asyncio.ensure_future(_pump(far_reader, writer, flows)),
             ]
             try:
-                # Either side may close: what it said last has been passed on then.
+                # Either side may close the connection. Its last data has been forwarded by then.
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for pump in pumps:

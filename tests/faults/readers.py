@@ -1,4 +1,4 @@
-"""Tasks that receive numbered messages, for tests that compare what was sent with what arrived."""
+"""Tasks that receive numbered messages, for tests that compare what is sent with what arrives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.processes import PATIENCE, until
 
 
 def numbered(number: int, size: int = 0) -> dict[str, Any]:
-    """A message with a number, and so many bytes besides."""
+    """Return a message with a number and a blob of ``size`` bytes."""
     return {"type": "test", "number": number, "blob": bytes(size)}
 
 
 class Readers:
-    """One task for each channel that is read. All belong to one layer."""
+    """One receiving task for each channel. All channels belong to one layer."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self._layer = layer
@@ -42,13 +42,13 @@ class Readers:
             else:
                 self.other[channel].append(message["type"])
 
-    async def reached(self, number: int, *channels: str, patience: float = PATIENCE) -> None:
-        """Return when each of the channels, by default all, has received that number."""
+    async def reached(self, number: int, *channels: str, timeout: float = PATIENCE) -> None:
+        """Return when each of the channels has received the number. Default: all channels."""
         names = channels or tuple(self.numbers)
         try:
             await until(
                 lambda: self._failed() or all(number in self.numbers[name] for name in names),
-                patience,
+                timeout,
             )
         except TimeoutError:
             received = {name: self.numbers[name] for name in names}
@@ -57,11 +57,11 @@ class Readers:
             failed.result()
 
     def _failed(self) -> asyncio.Task[None] | None:
-        """A task that has ended: receive() raised."""
+        """Return a task that has ended: its ``receive()`` raised."""
         return next((task for task in self._tasks if task.done()), None)
 
     async def stop(self) -> None:
-        """Receive nothing more."""
+        """Cancel all tasks."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -70,7 +70,7 @@ class Readers:
 
 @contextlib.asynccontextmanager
 async def readers_of(layer: PostgresChannelLayer, *channels: str) -> AsyncIterator[Readers]:
-    """Read these channels until the block ends."""
+    """Receive on these channels until the block ends."""
     readers = Readers(layer)
     readers.read(*channels)
     try:
@@ -80,7 +80,7 @@ async def readers_of(layer: PostgresChannelLayer, *channels: str) -> AsyncIterat
 
 
 async def heartbeats(layer: PostgresChannelLayer, count: int) -> None:
-    """Return when the layer has renewed its lease so many times."""
+    """Return when the layer has renewed its lease ``count`` times."""
     for _ in range(count):
         oldest = 0.0
 
@@ -93,11 +93,11 @@ async def heartbeats(layer: PostgresChannelLayer, count: int) -> None:
         await until(was_renewed)
 
 
-async def lists(
-    layer: PostgresChannelLayer, group: str, *channels: str, patience: float = PATIENCE
+async def wait_for_members(
+    layer: PostgresChannelLayer, group: str, *channels: str, timeout: float = PATIENCE
 ) -> None:
-    """Return when these channels, and no others, are listed as members of the group."""
-    deadline = time.monotonic() + patience
+    """Return when exactly these channels are listed as members of the group."""
+    deadline = time.monotonic() + timeout
     while sorted(found := await layer.group_channels(group)) != sorted(channels):
         assert time.monotonic() < deadline, f"{found}, not {list(channels)}"
         await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A standby that streams from a primary, lags behind it and takes over."""
+"""A standby that streams from a primary, lags behind it and is promoted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.processes import until
 
 
 def writable(database: str, *ports: int) -> str:
-    """The DSN of that database at the first of these local ports that accepts writes."""
+    """Return the DSN of the database at the first of these local ports that accepts writes."""
     return make_conninfo(
         database,
         host=",".join("127.0.0.1" for _ in ports),
@@ -22,7 +22,7 @@ def writable(database: str, *ports: int) -> str:
 
 
 def port_of(proxy: Proxy) -> int:
-    """The port that leads through the proxy."""
+    """Return the local port of the proxy."""
     return int(str(conninfo_to_dict(proxy.dsn())["port"]))
 
 
@@ -33,10 +33,10 @@ async def caught_up(primary: PostgresServer, standby: PostgresServer) -> None:
 
 
 async def cut_off(standby: PostgresServer) -> None:
-    """The standby receives nothing more, so that it lags behind from here on.
+    """Stop the replication: the standby lags behind from here on.
 
-    A pause of the replay or ``recovery_min_apply_delay`` would not do: a promotion ends both, and
-    the standby first replays all that it has received.
+    A pause of the replay or ``recovery_min_apply_delay`` does not suffice. A promotion ends
+    both, and the standby first replays all that it has received.
     """
     standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
     standby.execute("SELECT pg_reload_conf()")
@@ -44,6 +44,6 @@ async def cut_off(standby: PostgresServer) -> None:
 
 
 async def fail_over(primary: PostgresServer, standby: PostgresServer) -> None:
-    """The primary crashes and stays away; the standby takes over."""
+    """Crash the primary for good, and promote the standby."""
     await asyncio.to_thread(primary.stop, "immediate")
     assert await asyncio.to_thread(standby.execute, "SELECT pg_promote()") == [(True,)]

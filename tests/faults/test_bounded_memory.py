@@ -30,28 +30,28 @@ OPTIONS: dict[str, object] = {
 BATCH = 500  # messages to a channel and to a group, in one statement each
 BATCHES = 20
 FEW = 100  # keys that may be remembered when nothing is in flight
-BYTES = 20  # that the process may grow by for each message; a key that is kept takes more
+BYTES = 20  # permitted growth for each message; a key that is kept takes more
 FIRST_TO_PREPARE = (1, 21)
 
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    """Processes that end with the test."""
+    """Yield a starter of processes, which end with the test."""
     started = Processes()
     yield started
     started.close()
 
 
 @pytest.fixture
-def traced() -> Iterator[None]:
-    """Python's memory is traced while the test runs."""
+def traced_memory() -> Iterator[None]:
+    """Trace Python's memory while the test runs."""
     tracemalloc.start()
     yield
     tracemalloc.stop()
 
 
 async def send_batches(link: Link, dsn: str, channel: str) -> None:
-    """Send a batch to the channel and to "room" whenever the test says so."""
+    """In a process: send a batch to the channel and to "room" whenever the test says so."""
     async with open_layer(dsn, **OPTIONS) as layer:
         while await link.hear():
             messages = [numbered(number) for number in range(BATCH)]
@@ -60,8 +60,8 @@ async def send_batches(link: Link, dsn: str, channel: str) -> None:
             link.say("sent")
 
 
-class Counting:
-    """Receives on two channels, one of them in "room", and keeps nothing but the count."""
+class Counter:
+    """Receives on two channels, one of them in "room", and keeps only the count."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self._layer = layer
@@ -74,93 +74,93 @@ class Counting:
             self.count += 1
 
     async def received(self, count: int) -> None:
-        """Return when so many messages have arrived."""
+        """Return when ``count`` messages have arrived."""
         await until(lambda: self.count >= count)
 
 
 @contextlib.asynccontextmanager
-async def counting_of(layer: PostgresChannelLayer) -> AsyncIterator[Counting]:
-    """Receive until the block ends."""
-    counting = Counting(layer)
-    counting.own, member = [await layer.new_channel() for _ in range(2)]
+async def counter_on(layer: PostgresChannelLayer) -> AsyncIterator[Counter]:
+    """Receive on the layer until the block ends."""
+    counter = Counter(layer)
+    counter.own, member = [await layer.new_channel() for _ in range(2)]
     await listen(layer)
     await layer.group_add("room", member)
-    tasks = [asyncio.create_task(counting.read(channel)) for channel in (counting.own, member)]
+    tasks = [asyncio.create_task(counter.read(channel)) for channel in (counter.own, member)]
     try:
-        yield counting
+        yield counter
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
 
 
-def remembered(layer: PostgresChannelLayer) -> int:
-    """How many keys of messages the client remembers."""
+def remembered_keys(layer: PostgresChannelLayer) -> int:
+    """Return how many keys of messages the client remembers."""
     keys = dict(layer.stats())["remembered_keys"]
     assert isinstance(keys, int)
     return keys
 
 
-async def memory(layer: PostgresChannelLayer) -> int:
-    """The bytes in use, some heartbeats after the last message."""
+async def settled_memory(layer: PostgresChannelLayer) -> int:
+    """Return the bytes in use, some heartbeats after the last message."""
     await heartbeats(layer, 4)
     gc.collect()
     return tracemalloc.get_traced_memory()[0]
 
 
-async def exchange(counting: Counting, sender: Process[None], batches: int) -> None:
+async def exchange(counter: Counter, sender: Process[None], batches: int) -> None:
     """Let so many batches arrive, one after the other."""
     for _ in range(batches):
-        count = counting.count
+        count = counter.count
         sender.say(True)
         assert await sender.hear() == "sent"
-        await counting.received(count + 2 * BATCH)
+        await counter.received(count + 2 * BATCH)
 
 
-async def check(layer: PostgresChannelLayer, dsn: str, processes: Processes) -> None:
-    """Messages arrive for a while, and leave nothing behind in the process."""
-    async with counting_of(layer) as counting:
-        sender = processes.start(send_batches, dsn, counting.own)
-        await exchange(counting, sender, 2)  # fills what is filled once
-        before = await memory(layer)
-        await exchange(counting, sender, BATCHES)
-        grown = await memory(layer) - before
-        assert counting.count == 2 * BATCH * (BATCHES + 2)
+async def assert_no_growth(layer: PostgresChannelLayer, dsn: str, processes: Processes) -> None:
+    """Assert that the process keeps no memory of messages that it received."""
+    async with counter_on(layer) as counter:
+        sender = processes.start(send_batches, dsn, counter.own)
+        await exchange(counter, sender, 2)  # caches that are filled once
+        before = await settled_memory(layer)
+        await exchange(counter, sender, BATCHES)
+        grown = await settled_memory(layer) - before
+        assert counter.count == 2 * BATCH * (BATCHES + 2)
         assert grown < BYTES * 2 * BATCH * BATCHES
-        assert remembered(layer) < FEW
+        assert remembered_keys(layer) < FEW
         sender.say(False)
         await sender.result()
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_memory")
 @pytest.mark.parametrize("options", [{}, {"poll_interval": 0.05}], ids=["listening", "polling"])
-async def test_client_that_receives_many_messages_does_not_grow(
+async def test_client_receiving_many_messages_does_not_grow(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
     options: dict[str, object],
 ) -> None:
-    """Each heartbeat or poll lets it forget the messages from before."""
-    await check(make_layer(**OPTIONS, **options), migrated_dsn, processes)
+    """With each heartbeat or poll the client forgets earlier messages."""
+    await assert_no_growth(make_layer(**OPTIONS, **options), migrated_dsn, processes)
 
 
-async def test_client_that_receives_unannounced_messages_forgets_them_when_they_have_expired(
+async def test_client_receiving_unannounced_messages_forgets_them_when_they_expire(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """They were written without a notification, so they are remembered until they expire."""
+    """A message without a notification is remembered until it expires."""
     layer = make_layer(**OPTIONS)
-    async with counting_of(layer) as counting:
+    async with counter_on(layer) as counter:
         observer.execute("SET pg_layer.silent = on")
         for rounds in range(1, 4):
             observer.execute(
                 "SELECT pg_layer_send("
                 "%s, jsonb_build_object('type', 'test'), expiry => 10, capacity => 100000)"
                 " FROM generate_series(1, 1000)",
-                (counting.own,),
+                (counter.own,),
             )
-            await counting.received(1000 * rounds)
-        assert counting.count == 3000
-        await until(lambda: remembered(layer) < FEW)
+            await counter.received(1000 * rounds)
+        assert counter.count == 3000
+        await until(lambda: remembered_keys(layer) < FEW)
 
 
 # ---------------------------------------------------------------------- through a pooler
@@ -168,20 +168,20 @@ async def test_client_that_receives_unannounced_messages_forgets_them_when_they_
 
 @pytest.fixture(scope="module")
 def program() -> str:
-    """PgBouncer; Debian keeps it where only root looks."""
+    """Return the path of PgBouncer. Debian installs it where only root's PATH leads."""
     return require_executable("pgbouncer", "/usr/sbin/pgbouncer", component="pgbouncer")
 
 
 @pytest.fixture(scope="module")
 def pooled_server() -> Iterator[PostgresServer]:
-    """A server behind a pooler."""
+    """Yield a server behind a pooler."""
     with PostgresServer(fsync=False) as server:
         yield server
 
 
 @pytest.fixture
 def direct(pooled_server: PostgresServer) -> Iterator[str]:
-    """A migrated database of that server, without the pooler."""
+    """Yield the DSN of a migrated database on that server, without the pooler."""
     dsn = pooled_server.create_database("layer")
     migrate(dsn)
     yield dsn
@@ -190,21 +190,23 @@ def direct(pooled_server: PostgresServer) -> Iterator[str]:
 
 @pytest.fixture
 def pooler(program: str, pooled_server: PostgresServer) -> Iterator[PgBouncer]:
-    """A pooler in transaction mode, without prepared statements."""
-    known = 0 if version(program) >= FIRST_TO_PREPARE else None
-    with PgBouncer(program, pooled_server, max_prepared_statements=known) as pooler:
+    """Yield a pooler in transaction mode, without prepared statements."""
+    max_prepared_statements = 0 if version(program) >= FIRST_TO_PREPARE else None
+    with PgBouncer(
+        program, pooled_server, max_prepared_statements=max_prepared_statements
+    ) as pooler:
         yield pooler
 
 
 @pytest.mark.pgbouncer
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("traced_memory")
 @pytest.mark.parametrize("options", [{}, {"poll_interval": 0.05}], ids=["no listen_dsn", "polling"])
-async def test_client_behind_a_pooler_that_receives_many_messages_does_not_grow(
+async def test_client_behind_a_pooler_receiving_many_messages_does_not_grow(
     pooler: PgBouncer, direct: str, processes: Processes, options: dict[str, object]
 ) -> None:
-    """The pooler does not keep LISTEN, so the client polls, asked or on its own."""
+    """The pooler does not keep LISTEN. The client polls because of its options, or by itself."""
     dsn = pooler.dsn(direct)
     async with open_layer(dsn, **OPTIONS, **options) as layer:
         await listen(layer)
         await until(lambda: layer.stats()["listener"] == "polling")
-        await check(layer, dsn, processes)
+        await assert_no_growth(layer, dsn, processes)

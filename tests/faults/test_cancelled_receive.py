@@ -1,4 +1,4 @@
-"""A `receive()` that is cancelled at any moment takes no message, whatever comes in meanwhile."""
+"""A ``receive()`` that is cancelled at any moment takes no message."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, receive
 
-ROOMY: dict[str, object] = {"capacity": 100_000}
+LARGE_CAPACITY: dict[str, object] = {"capacity": 100_000}
 
 
-async def writer(
+async def send_numbers(
     link: Link, /, dsn: str, channels: list[str], count: int, seed: int, **options: object
 ) -> None:
-    """Send numbers to each channel and to the room, now one by one, now many at once, small and large."""
-    chance = random.Random(seed)
+    """In a process: send numbers to each channel and to the room.
+
+    One by one or several at once, small and large.
+    """
+    rng = random.Random(seed)
     async with open_layer(dsn, **options) as layer:
         await listen(layer)
         link.say("ready")
         await link.hear()
         number = 0
         while number < count:
-            burst = range(number, min(number + chance.choice((1, 1, 2, 7)), count))
+            burst = range(number, min(number + rng.choice((1, 1, 2, 7)), count))
             for channel in channels:
-                await asyncio.gather(*(layer.send(channel, _message(n, chance)) for n in burst))
-            await asyncio.gather(*(layer.group_send("room", _message(n, chance)) for n in burst))
+                await asyncio.gather(*(layer.send(channel, _numbered(n, rng)) for n in burst))
+            await asyncio.gather(*(layer.group_send("room", _numbered(n, rng)) for n in burst))
             number = burst.stop
-            await asyncio.sleep(chance.choice((0, 0, 0.001, 0.003)))
+            await asyncio.sleep(rng.choice((0, 0, 0.001, 0.003)))
 
 
-def _message(number: int, chance: random.Random) -> dict[str, object]:
-    return {"number": number, "blob": bytes(chance.choice((10, 10, 10, 7000)))}
+def _numbered(number: int, rng: random.Random) -> dict[str, object]:
+    return {"number": number, "blob": bytes(rng.choice((10, 10, 10, 7000)))}
 
 
-async def interrupted(
+async def cancel_after(
     receiving: asyncio.Task[dict[str, object]], steps: int | None, wait: float
 ) -> None:
-    """Cancel after so many steps of the loop, or after so many seconds."""
+    """Cancel the task after ``steps`` steps of the loop, or after ``wait`` seconds."""
     if steps is None:
         await asyncio.wait((receiving,), timeout=wait)
     else:
@@ -51,22 +54,22 @@ async def interrupted(
     await asyncio.wait((receiving,), timeout=PATIENCE)
 
 
-async def fickle(
-    layer: PostgresChannelLayer, channel: str, count: int, chance: random.Random
+async def receive_with_cancellations(
+    layer: PostgresChannelLayer, channel: str, count: int, rng: random.Random
 ) -> tuple[list[object], int]:
-    """All numbers that came, and how many calls were cancelled."""
+    """Return the numbers that were received, and how many calls were cancelled."""
     found: list[object] = []
     cancelled = 0
     while len(found) < count:
         receiving = asyncio.create_task(layer.receive(channel))
-        kind = chance.random()
+        kind = rng.random()
         if kind < 0.6:
-            await interrupted(receiving, chance.randrange(12), 0)
+            await cancel_after(receiving, rng.randrange(12), 0)
         elif kind < 0.9:
-            await interrupted(receiving, None, chance.random() * 0.004)
+            await cancel_after(receiving, None, rng.random() * 0.004)
         else:
             await asyncio.wait((receiving,), timeout=1)
-            await interrupted(receiving, 0, 0)
+            await cancel_after(receiving, 0, 0)
         assert receiving.done(), "a cancelled receive() does not end"
         if receiving.cancelled():
             cancelled += 1
@@ -77,24 +80,27 @@ async def fickle(
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("capacity", [100_000, 40], ids=["roomy", "pressed"])
-async def test_cancellations_at_random_moments_under_traffic(
+async def test_receive_cancelled_at_random_moments_under_traffic_loses_nothing(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, seed: int, capacity: int
 ) -> None:
-    # Where little room is left, receive() waits for the deletion of what it took: one more place to be hit.
+    # If the capacity is small, receive() waits for the deletion of its message. A cancellation may
+    # hit this wait too.
     count = 120
-    # A member that is full misses what is new: that is not what this is about.
+    # The member has a large capacity, because a full member misses group messages.
     layer = make_layer(capacity=capacity, channel_capacity={"roomy.*": 100_000})
     channels = [await layer.new_channel() for _ in range(2)]
     member = await layer.new_channel("roomy")
     await layer.group_add("room", member)
     await listen(layer)
-    sender = processes.start(writer, migrated_dsn, [*channels, "jobs"], count, seed, **ROOMY)
+    sender = processes.start(
+        send_numbers, migrated_dsn, [*channels, "jobs"], count, seed, **LARGE_CAPACITY
+    )
     assert await sender.hear() == "ready"
     sender.say("go")
     results = await asyncio.wait_for(
         asyncio.gather(
             *(
-                fickle(layer, channel, count, random.Random(f"{seed} {place}"))
+                receive_with_cancellations(layer, channel, count, random.Random(f"{seed} {place}"))
                 for place, channel in enumerate([*channels, member, "jobs"])
             )
         ),
@@ -108,7 +114,7 @@ async def test_cancellations_at_random_moments_under_traffic(
     assert found == list(range(count))
     found, _ = results[3]
     assert found == list(range(count))
-    # And nothing comes a second time.
+    # No message arrives a second time.
     for channel in (*channels, member, "jobs"):
         await make_layer().send(channel, {"number": "end"})
         assert (await receive(layer, channel))["number"] == "end"
@@ -116,7 +122,9 @@ async def test_cancellations_at_random_moments_under_traffic(
 
 @pytest.mark.parametrize("capacity", [100_000, 40], ids=["roomy", "pressed"])
 @pytest.mark.parametrize("kind", ["specific", "member", "normal"])
-async def test_a_cancellation_at_each_step(make_layer: MakeLayer, kind: str, capacity: int) -> None:
+async def test_receive_cancelled_after_each_number_of_steps_loses_nothing(
+    make_layer: MakeLayer, kind: str, capacity: int
+) -> None:
     layer, sender = make_layer(capacity=capacity), make_layer(capacity=100_000)
     channel = "jobs" if kind == "normal" else await layer.new_channel()
     if kind == "member":
@@ -133,12 +141,12 @@ async def test_a_cancellation_at_each_step(make_layer: MakeLayer, kind: str, cap
                 if kind == "member"
                 else sender.send(channel, message)
             )
-            # Received while it is on its way, and when it is there.
+            # Receive the first message while it is in flight, and the others after they arrived.
             sending.add(task := asyncio.create_task(send))
             if number:
                 await task
             receiving = asyncio.create_task(layer.receive(channel))
-            await interrupted(receiving, steps, 0)
+            await cancel_after(receiving, steps, 0)
             assert receiving.done()
             if not receiving.cancelled():
                 found.append(receiving.result()["number"])
@@ -148,20 +156,23 @@ async def test_a_cancellation_at_each_step(make_layer: MakeLayer, kind: str, cap
         assert found == [0, 1, 2], f"cancelled after {steps} steps"
 
 
-async def test_the_next_receiver_is_woken_when_the_first_is_cancelled(
+async def test_receive_cancelled_when_woken_wakes_the_next_receiver(
     make_layer: MakeLayer,
 ) -> None:
-    # A message comes, its receiver is woken, and cancelled in the same step: another waits.
-    layer, sender = make_layer(**ROOMY), make_layer(**ROOMY)
+    """A message arrives, and its receiver is woken and cancelled in the same step.
+
+    Another receiver waits, and must get the message.
+    """
+    layer, sender = make_layer(**LARGE_CAPACITY), make_layer(**LARGE_CAPACITY)
     channels = [await layer.new_channel(), "jobs"]
     await listen(layer)
-    chance = random.Random(3)
+    rng = random.Random(3)
     for number in range(60):
         for channel in channels:
             first, *others = (asyncio.create_task(layer.receive(channel)) for _ in range(3))
             await asyncio.sleep(0)
             sending = asyncio.create_task(sender.send(channel, {"number": number}))
-            await interrupted(first, None, chance.random() * 0.006)
+            await cancel_after(first, None, rng.random() * 0.006)
             await sending
             if first.cancelled():
                 await asyncio.wait(others, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
@@ -172,17 +183,17 @@ async def test_the_next_receiver_is_woken_when_the_first_is_cancelled(
             await asyncio.wait(others)
 
 
-async def wavering(link: Link, dsn: str, seed: int) -> None:
-    """A worker that says each job, and cancels most of its calls, with several at once."""
-    chance = random.Random(seed)
-    async with open_layer(dsn, **ROOMY) as layer:
+async def work_with_cancellations(link: Link, dsn: str, seed: int) -> None:
+    """In a process: report each job, with several calls at once, most of which are cancelled."""
+    rng = random.Random(seed)
+    async with open_layer(dsn, **LARGE_CAPACITY) as layer:
         is_over = asyncio.Event()
 
         async def work() -> None:
             while not is_over.is_set():
                 receiving = asyncio.create_task(layer.receive("jobs"))
-                steps = chance.randrange(30) if chance.random() < 0.5 else None
-                await interrupted(receiving, steps, chance.random() * 0.02)
+                steps = rng.randrange(30) if rng.random() < 0.5 else None
+                await cancel_after(receiving, steps, rng.random() * 0.02)
                 if not receiving.cancelled():
                     link.say(receiving.result()["number"])
 
@@ -195,14 +206,14 @@ async def wavering(link: Link, dsn: str, seed: int) -> None:
         link.say(None)
 
 
-async def test_competing_workers_that_cancel_lose_and_double_nothing(
+async def test_competing_workers_cancelling_receives_lose_and_double_nothing(
     migrated_dsn: str, processes: Processes
 ) -> None:
     count = 400
-    workers = [processes.start(wavering, migrated_dsn, seed) for seed in (1, 2)]
+    workers = [processes.start(work_with_cancellations, migrated_dsn, seed) for seed in (1, 2)]
     for worker in workers:
         assert await worker.hear() == "ready"
-    sender = processes.start(writer, migrated_dsn, ["jobs"], count, 5, **ROOMY)
+    sender = processes.start(send_numbers, migrated_dsn, ["jobs"], count, 5, **LARGE_CAPACITY)
     assert await sender.hear() == "ready"
     sender.say("go")
     found: list[int] = []
@@ -223,9 +234,9 @@ async def test_competing_workers_that_cancel_lose_and_double_nothing(
     assert Counter(found) == Counter(range(count))
 
 
-async def test_a_cancelled_receive_on_another_loop(make_layer: MakeLayer) -> None:
-    # This loop is the owner loop of the layer; the receiver runs in a thread of its own.
-    layer, sender = make_layer(capacity=40), make_layer(**ROOMY)
+async def test_receive_cancelled_on_a_foreign_loop_loses_nothing(make_layer: MakeLayer) -> None:
+    """This loop is the owner loop of the layer. The receiver runs in another thread."""
+    layer, sender = make_layer(capacity=40), make_layer(**LARGE_CAPACITY)
     channel = await layer.new_channel()
     await listen(layer)
     count = 100
@@ -236,7 +247,7 @@ async def test_a_cancelled_receive_on_another_loop(make_layer: MakeLayer) -> Non
 
     sending = asyncio.create_task(send())
     elsewhere = asyncio.to_thread(
-        lambda: asyncio.run(fickle(layer, channel, count, random.Random(7)))
+        lambda: asyncio.run(receive_with_cancellations(layer, channel, count, random.Random(7)))
     )
     found, _ = await asyncio.wait_for(elsewhere, PATIENCE)
     await sending

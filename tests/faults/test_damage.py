@@ -1,4 +1,4 @@
-"""Rows, notifications and tables that somebody else has broken, while messages flow."""
+"""Rows, notifications and tables that are broken from outside, while messages flow."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ OPTIONS: dict[str, object] = {"capacity": 100_000}
 HUGE = 10**30
 
 
-def complaints(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
-    """What pg_layer logged as a warning or an error, with that in it."""
+def warnings_about(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
+    """Return the warnings and errors of pg_layer that contain the text."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -32,37 +32,44 @@ def complaints(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
     ]
 
 
-async def consumer(
+async def receive_everything(
     link: Link, /, dsn: str, **options: object
 ) -> tuple[list[int], list[int], list[int]]:
-    """Receive on a member of the room, on a channel that is none, and on "jobs"; return the numbers of each.
+    """In a process: receive on a member of the room, on another channel, and on "jobs".
 
-    Says the two channels, and at last all warnings that were logged.
+    Report the two channels first, and all logged warnings at the end. Return the numbers that
+    arrived on each.
     """
-    said: list[str] = []
+    warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pg_layer").addHandler(handler)
     async with open_layer(dsn, **OPTIONS, **options) as layer:
         member, alone = await layer.new_channel(), await layer.new_channel()
         await listen(layer)
         await layer.group_add("room", member)
 
-        async def numbers(channel: str) -> list[int]:
+        async def receive_numbers(channel: str) -> list[int]:
             found = []
             while (number := (await receive(layer, channel))["number"]) is not None:
                 found.append(number)
             return found
 
-        tasks = [asyncio.create_task(numbers(channel)) for channel in (member, alone, "jobs")]
+        tasks = [
+            asyncio.create_task(receive_numbers(channel)) for channel in (member, alone, "jobs")
+        ]
         link.say((member, alone))
         first, second, third = await asyncio.gather(*tasks)
-    link.say(said)
+    link.say(warnings)
     return first, second, third
 
 
-class Traffic:
-    """Numbers to the room, to a channel, and to workers; of each what was surely sent, and what perhaps."""
+class NumberedTraffic:
+    """Sends numbers to the room, to a channel and to workers.
+
+    For each of the three: ``sure`` lists the sends that returned, ``perhaps`` those with an
+    unknown outcome.
+    """
 
     def __init__(self, layer: PostgresChannelLayer, alone: str) -> None:
         self._layer = layer
@@ -74,7 +81,7 @@ class Traffic:
 
     async def one(self) -> None:
         number = self.number
-        # Small and large in turn, single and in batches.
+        # Small and large messages, so that some are read and others are in the notification.
         message = {"number": number, "blob": bytes(9000 if number % 7 == 0 else 10)}
         sends = [
             self._layer.group_send("room", message),
@@ -91,7 +98,7 @@ class Traffic:
         self.number += 1
 
     async def more(self, count: int) -> None:
-        """Return when so many more have been sent since."""
+        """Return when ``count`` more numbers have been sent after this call."""
         enough = self.number + 1 + count
         await until(lambda: self.number >= enough)
 
@@ -101,14 +108,16 @@ class Traffic:
 
 
 @asynccontextmanager
-async def flowing(layer: PostgresChannelLayer, alone: str) -> AsyncIterator[Traffic]:
-    traffic = Traffic(layer, alone)
+async def flowing_traffic(
+    layer: PostgresChannelLayer, alone: str
+) -> AsyncIterator[NumberedTraffic]:
+    traffic = NumberedTraffic(layer, alone)
     stop = asyncio.Event()
 
     async def run() -> None:
         while not stop.is_set():
             await traffic.one()
-            await asyncio.sleep(0.002)  # the readers are to keep up
+            await asyncio.sleep(0.002)  # so that the readers keep up
 
     running = asyncio.create_task(run())
     try:
@@ -120,10 +129,10 @@ async def flowing(layer: PostgresChannelLayer, alone: str) -> AsyncIterator[Traf
 
 # ---------------------------------------------------------------------- rows
 
-ELSEWHERE = "specific.0123456789abcdef!1"
+FOREIGN_CHANNEL = "specific.0123456789abcdef!1"
 OWN = "a channel of the reader's"
 CONTROL = b'{"group": "room", "request": 1, "snapshot": "1:1:", "expires_at": null}'
-# Kind, channel and payload of rows at the reader's address.
+# Kind, channel and payload of the rows at the reader's address.
 ROWS: dict[str, tuple[str, str | None, bytes]] = {
     "rubbish": ("message", OWN, b"\x00\xff\x00\xff"),
     "empty": ("message", OWN, b""),
@@ -140,12 +149,12 @@ ROWS: dict[str, tuple[str, str | None, bytes]] = {
     ),
     "discard without a group": ("discard", OWN, b"{}"),
     "discard of no channel": ("discard", None, CONTROL),
-    "add of another client's channel": ("add", ELSEWHERE, CONTROL),
-    "discard of another client's channel": ("discard", ELSEWHERE, CONTROL),
+    "add of another client's channel": ("add", FOREIGN_CHANNEL, CONTROL),
+    "discard of another client's channel": ("discard", FOREIGN_CHANNEL, CONTROL),
     "add of a normal channel": ("add", "jobs", CONTROL),
     "strange name": ("message", "no name\n!!/", b"\x80"),
     "strange name of a normal channel": ("message", "", b"\x80"),
-    "another client's channel": ("message", ELSEWHERE, b"\x80"),
+    "another client's channel": ("message", FOREIGN_CHANNEL, b"\x80"),
 }
 GROUP_ROWS: dict[str, tuple[str, str | None, bytes]] = {
     "rubbish": ("message", None, b"rubbish" * 5),
@@ -160,7 +169,9 @@ WRITE_ROW = """
         SELECT %s, pg_current_xact_id(), pg_layer_current_boot(), %s, %s, %s, {expires}
         RETURNING address, xid, boot, id
     )
-    SELECT pg_notify(pg_layer_notification_channel(address), concat_ws(' ', 'R', boot, xid, %s::text, id, id))
+    SELECT pg_notify(
+        pg_layer_notification_channel(address), concat_ws(' ', 'R', boot, xid, %s::text, id, id)
+    )
     FROM written
 """
 TIMES = {
@@ -171,45 +182,49 @@ TIMES = {
 
 
 @pytest.mark.parametrize("expires", TIMES.values(), ids=["soon", "for ever", "never"])
-async def test_broken_rows_between_others_harm_none_of_them(
+async def test_broken_rows_among_others_harm_no_other_message(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer, expires: str
 ) -> None:
     layer = make_layer(**OPTIONS)
-    reader = processes.start(consumer, migrated_dsn)
+    reader = processes.start(receive_everything, migrated_dsn)
     member, alone = await reader.hear()
-    async with flowing(layer, alone) as traffic:
+    async with flowing_traffic(layer, alone) as traffic:
         [(own,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (alone,)).fetchall()
         for address, name, rows in ((own, ".", ROWS), ("asgi!@room", "@room", GROUP_ROWS)):
             for kind, channel, payload in rows.values():
                 await traffic.more(1)
-                # Announced as the layer does, each in a transaction of its own.
+                # Each row is announced as the layer does it, in its own transaction.
                 observer.execute(
                     WRITE_ROW.format(expires=expires).encode(),
                     (address, kind, alone if channel == OWN else channel, payload, name),
                 )
-        # And where workers claim: for them all rows are alike.
+        # Rows at the address of a normal channel too: a claim makes no difference between rows.
         for values in ("('message', 'jobs', '\\x00ff')", "('odd', 'jobs', '\\x80')"):
             observer.execute(
-                "INSERT INTO pg_layer_message (address, xid, boot, kind, channel, payload, expires_at)"
-                f" SELECT 'asgi!:jobs', pg_current_xact_id(), 0, kind, channel, payload::bytea, {expires}"
-                f" FROM (VALUES {values}) AS row (kind, channel, payload)".encode()
+                "INSERT INTO pg_layer_message"
+                " (address, xid, boot, kind, channel, payload, expires_at)"
+                " SELECT 'asgi!:jobs', pg_current_xact_id(), 0, kind, channel, payload::bytea,"
+                f" {expires} FROM (VALUES {values}) AS row (kind, channel, payload)".encode()
             )
         await traffic.more(10)
     await traffic.end(member)
-    said = await reader.hear()
+    warnings = await reader.hear()
     assert await reader.result() == traffic.sure
     assert traffic.errors == []
-    assert len(said) == len(set(said))
-    assert not [line for line in said if "failed" in line]
-    # They do not stay: what cannot be read is deleted as what was. What has expired is left to a sweep.
-    left = "SELECT kind, channel FROM pg_layer_message WHERE address = %s AND expires_at > clock_timestamp()"
+    assert len(warnings) == len(set(warnings))
+    assert not [line for line in warnings if "failed" in line]
+    # Broken rows are deleted like others. Only expired rows stay, until a sweep.
+    left = (
+        "SELECT kind, channel FROM pg_layer_message"
+        " WHERE address = %s AND expires_at > clock_timestamp()"
+    )
     assert observer.execute(left.encode(), (own,)).fetchall() == []
 
 
-async def test_payloads_overwritten_while_they_wait(
+async def test_payloads_overwritten_while_they_wait_are_skipped_and_logged_once(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Nobody listens yet: all wait in the table, and every third is damaged there.
+    # The layer does not listen yet. All messages wait in the table, and every third is damaged.
     layer, sender = make_layer(**OPTIONS), make_layer(**OPTIONS)
     channel = await layer.new_channel()
     for number in range(300):
@@ -217,39 +232,43 @@ async def test_payloads_overwritten_while_they_wait(
             await sender.send(name, {"number": number})
     observer.execute(
         "UPDATE pg_layer_message SET payload = decode('00ff00ff', 'hex') WHERE id IN ("
-        " SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY channel ORDER BY id) - 1 AS place"
+        " SELECT id FROM ("
+        "SELECT id, row_number() OVER (PARTITION BY channel ORDER BY id) - 1 AS place"
         "  FROM pg_layer_message) AS m WHERE place % 3 = 0)"
     )
-    sound = [number for number in range(300) if number % 3]
+    undamaged = [number for number in range(300) if number % 3]
     for name in (channel, "jobs"):
-        assert [(await receive(layer, name))["number"] for _ in sound] == sound
-    assert len(complaints(caplog, "cannot be decoded")) == 1
+        assert [(await receive(layer, name))["number"] for _ in undamaged] == undamaged
+    assert len(warnings_about(caplog, "cannot be decoded")) == 1
     await until(
         lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
     )
 
 
-async def test_a_writer_with_a_wrong_key_among_others(
+async def test_messages_encrypted_with_a_wrong_key_harm_no_other_message(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
-    friend = make_layer(**OPTIONS, symmetric_encryption_keys=["right"])
-    stranger = make_layer(**OPTIONS, symmetric_encryption_keys=["wrong"])
-    reader = processes.start(consumer, migrated_dsn, symmetric_encryption_keys=["right"])
+    right_sender = make_layer(**OPTIONS, symmetric_encryption_keys=["right"])
+    wrong_sender = make_layer(**OPTIONS, symmetric_encryption_keys=["wrong"])
+    reader = processes.start(receive_everything, migrated_dsn, symmetric_encryption_keys=["right"])
     member, alone = await reader.hear()
-    async with flowing(friend, alone) as traffic, flowing(stranger, alone) as strange:
+    async with (
+        flowing_traffic(right_sender, alone) as traffic,
+        flowing_traffic(wrong_sender, alone) as wrong_traffic,
+    ):
         await traffic.more(50)
-        await strange.more(50)
+        await wrong_traffic.more(50)
     await traffic.end(member)
-    said = await reader.hear()
+    warnings = await reader.hear()
     assert await reader.result() == traffic.sure
-    assert traffic.errors == strange.errors == []
-    [line] = said
+    assert traffic.errors == wrong_traffic.errors == []
+    [line] = warnings
     assert "symmetric_encryption_keys" in line
 
 
 # ---------------------------------------------------------------------- notifications
 
-FOREIGN = [
+FOREIGN_PAYLOADS = [
     "",
     "R 1 2",
     "R 1 2 . 3 4 5",
@@ -290,45 +309,48 @@ FOREIGN = [
 ]
 
 
-async def test_foreign_notifications_under_traffic(
+async def test_foreign_notifications_under_traffic_are_ignored_and_logged_once(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(**OPTIONS)
-    # It rings its own pings all the while.
-    reader = processes.start(consumer, migrated_dsn, lease=5, heartbeat=0.1)
+    # The short heartbeat: its own pings arrive among the foreign notifications.
+    reader = processes.start(receive_everything, migrated_dsn, lease=5, heartbeat=0.1)
     member, alone = await reader.hear()
-    async with flowing(layer, alone) as traffic:
-        for payload in FOREIGN * 2:
+    async with flowing_traffic(layer, alone) as traffic:
+        for payload in FOREIGN_PAYLOADS * 2:
             for name in (alone, "jobs"):
                 observer.execute(
-                    "SELECT pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %s)), %s)",
+                    "SELECT pg_notify("
+                    "pg_layer_notification_channel(pg_layer_address('asgi', %s)), %s)",
                     (name, payload.format(channel=alone)),
                 )
             await traffic.more(1)
     await traffic.end(member)
-    said = await reader.hear()
+    warnings = await reader.hear()
     assert await reader.result() == traffic.sure
     assert traffic.errors == []
-    # Once for each NOTIFY channel; and one that looks like a message is one, but cannot be read.
-    assert len(said) == len(set(said))
-    assert len([line for line in said if "that pg_layer did not send" in line]) == 2
-    assert len([line for line in said if "that pg_layer did not send" not in line]) <= 1
+    # One warning for each notification channel, and one for a payload that looks like a message
+    # and cannot be decoded.
+    assert len(warnings) == len(set(warnings))
+    assert len([line for line in warnings if "that pg_layer did not send" in line]) == 2
+    assert len([line for line in warnings if "that pg_layer did not send" not in line]) <= 1
 
 
-async def test_a_notification_that_is_repeated_is_delivered_once(
+async def test_notification_repeated_delivers_its_message_once(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
-    # As a proxy might: each notification comes twice.
+    # Each notification arrives twice, as a proxy might deliver it.
     layer = make_layer(**OPTIONS)
-    reader = processes.start(consumer, migrated_dsn)
+    reader = processes.start(receive_everything, migrated_dsn)
     member, alone = await reader.hear()
     observer.execute(
         "SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(pg_layer_address('asgi', %s)),"
-        " pg_layer_notification_channel('asgi!@room'), pg_layer_notification_channel('asgi!:jobs')])",
+        " pg_layer_notification_channel('asgi!@room'),"
+        " pg_layer_notification_channel('asgi!:jobs')])",
         (alone,),
     )
     repeated = 0
-    async with flowing(layer, alone) as traffic:
+    async with flowing_traffic(layer, alone) as traffic:
         while repeated < 100:
             heard = await asyncio.to_thread(
                 lambda: list(observer.notifies(timeout=5, stop_after=1))
@@ -345,25 +367,31 @@ async def test_a_notification_that_is_repeated_is_delivered_once(
 # ---------------------------------------------------------------------- tables
 
 
-def drop(dsn: str) -> None:
+def undo_migration(dsn: str) -> None:
     """Undo the migration."""
     with psycopg.connect(dsn) as connection:
         connection.execute((MIGRATIONS / "0001_reverse.sql").read_bytes())
 
 
-@pytest.mark.parametrize("gap", [True, False], ids=["missing for a while", "in one transaction"])
-async def test_tables_that_are_dropped_and_migrated_again(
-    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, recovery: Recovery, gap: bool
+@pytest.mark.parametrize(
+    "has_gap", [True, False], ids=["missing for a while", "in one transaction"]
+)
+async def test_tables_dropped_and_migrated_again_without_traffic_lose_nothing(
+    migrated_dsn: str,
+    make_layer: MakeLayer,
+    processes: Processes,
+    recovery: Recovery,
+    has_gap: bool,
 ) -> None:
     layer = make_layer(**OPTIONS, send_timeout=5)
-    reader = processes.start(consumer, migrated_dsn, lease=2, heartbeat=0.5)
+    reader = processes.start(receive_everything, migrated_dsn, lease=2, heartbeat=0.5)
     member, alone = await reader.hear()
     with psycopg.connect(migrated_dsn, autocommit=True) as connection:
-        async with flowing(layer, alone) as traffic:
+        async with flowing_traffic(layer, alone) as traffic:
             await traffic.more(20)
-        await _received(connection)
-        if gap:
-            await asyncio.to_thread(drop, migrated_dsn)
+        await all_received(connection)
+        if has_gap:
+            await asyncio.to_thread(undo_migration, migrated_dsn)
             for outcome in await asyncio.gather(
                 layer.send(alone, {"number": -1}),
                 layer.group_send("room", {"number": -1}),
@@ -371,7 +399,7 @@ async def test_tables_that_are_dropped_and_migrated_again(
                 return_exceptions=True,
             ):
                 assert isinstance(outcome, NotMigrated)
-            # The reader notices as well.
+            # Give the reader time to notice the missing tables.
             await asyncio.sleep(1)
             await asyncio.to_thread(migrate, migrated_dsn)
         else:
@@ -379,41 +407,40 @@ async def test_tables_that_are_dropped_and_migrated_again(
                 connection.execute((MIGRATIONS / "0001_reverse.sql").read_bytes())
                 for file in sorted(MIGRATIONS.glob("0001_[0-9]_*.sql")):
                     connection.execute(file.read_bytes())
-        with recovery(
-            f"tables migrated again ({'a second later' if gap else 'at once'}): until the group is back"
-        ):
+        when = "a second later" if has_gap else "at once"
+        with recovery(f"tables migrated again ({when}): until the group is back"):
             await until(
                 lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone()
             )
-    async with flowing(layer, alone) as again:
-        await again.more(50)
-    await again.end(member)
-    said = await reader.hear()
+    async with flowing_traffic(layer, alone) as later_traffic:
+        await later_traffic.more(50)
+    await later_traffic.end(member)
+    warnings = await reader.hear()
     found = await reader.result()
-    assert again.errors == traffic.errors == []
+    assert later_traffic.errors == traffic.errors == []
     for place in range(3):
-        assert found[place] == [*traffic.sure[place], *again.sure[place]]
-    assert len([line for line in said if "manage.py migrate pg_layer" in line]) <= 1
-    assert len(said) == len(set(said))
-    assert len(said) <= 3
+        assert found[place] == [*traffic.sure[place], *later_traffic.sure[place]]
+    assert len([line for line in warnings if "manage.py migrate pg_layer" in line]) <= 1
+    assert len(warnings) == len(set(warnings))
+    assert len(warnings) <= 3
 
 
-async def _received(connection: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Return when all that was sent has been received. A group's messages stay until they expire."""
+async def all_received(connection: psycopg.Connection[tuple[object, ...]]) -> None:
+    """Return when all messages have been received. Group messages stay until they expire."""
     left = b"SELECT FROM pg_layer_message WHERE address NOT LIKE '%!@%'"
     await until(lambda: connection.execute(left).fetchall() == [])
 
 
-async def test_tables_that_are_dropped_in_the_midst_of_traffic(
+async def test_tables_dropped_under_traffic_lose_only_what_they_held(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, recovery: Recovery
 ) -> None:
     layer = make_layer(**OPTIONS, send_timeout=5)
-    reader = processes.start(consumer, migrated_dsn, lease=2, heartbeat=0.5)
+    reader = processes.start(receive_everything, migrated_dsn, lease=2, heartbeat=0.5)
     member, alone = await reader.hear()
     with psycopg.connect(migrated_dsn, autocommit=True) as connection:
-        async with flowing(layer, alone) as traffic:
+        async with flowing_traffic(layer, alone) as traffic:
             await traffic.more(20)
-            await asyncio.to_thread(drop, migrated_dsn)
+            await asyncio.to_thread(undo_migration, migrated_dsn)
             await traffic.more(5)
             assert traffic.errors
             await asyncio.to_thread(migrate, migrated_dsn)
@@ -423,17 +450,17 @@ async def test_tables_that_are_dropped_in_the_midst_of_traffic(
                 await until(
                     lambda: connection.execute("SELECT channel FROM pg_layer_membership").fetchone()
                 )
-            back = traffic.number + 1
+            first_after_migration = traffic.number + 1
             await traffic.more(50)
     await traffic.end(member)
-    said = await reader.hear()
+    warnings = await reader.hear()
     found = await reader.result()
     assert all(isinstance(error, PgLayerError) for error in traffic.errors)
     for place in range(3):
-        # What waited in the dropped table is gone with it; nothing else, and nothing twice.
+        # Messages that waited in the dropped table are lost. No other is, and none is doubled.
         assert found[place] == sorted(set(found[place]))
         assert set(found[place]) <= {*traffic.sure[place], *traffic.perhaps[place]}
-        assert [n for n in found[place] if n >= back] == [
-            n for n in traffic.sure[place] if n >= back
+        assert [n for n in found[place] if n >= first_after_migration] == [
+            n for n in traffic.sure[place] if n >= first_after_migration
         ]
-    assert len(said) == len(set(said))
+    assert len(warnings) == len(set(warnings))

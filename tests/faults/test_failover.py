@@ -1,4 +1,4 @@
-"""Failover: a standby takes over, one that lagged too; and servers that only read."""
+"""Failover to a standby, also to one that lags; and servers that are read-only."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from psycopg.conninfo import make_conninfo
 
 from devtools.postgres import PostgresServer
 from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from tests.faults.standby import caught_up, cut_off, fail_over
 from tests.processes import PATIENCE, Link, Processes, listen, open_layer, receive, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
-PATIENT: dict[str, object] = {"send_timeout": 30}
+LONG_TIMEOUT: dict[str, object] = {"send_timeout": 30}
 
 
 @pytest.fixture
 def standby(server: PostgresServer, database: str) -> Iterator[PostgresServer]:
-    """A standby that streams from the server."""
+    """Yield a standby that streams from the server."""
     with PostgresServer(fsync=False, primary=server) as standby:
         yield standby
 
 
 @pytest.fixture
-def either(server: PostgresServer, standby: PostgresServer, database: str) -> str:
-    """Leads to the one of the two that can be written to."""
+def writable_dsn(server: PostgresServer, standby: PostgresServer, database: str) -> str:
+    """Return the DSN that leads to the one of the two servers that accepts writes."""
     return make_conninfo(
         database,
         host="127.0.0.1,127.0.0.1",
@@ -39,34 +40,10 @@ def either(server: PostgresServer, standby: PostgresServer, database: str) -> st
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    """Processes that end with the test."""
+    """Yield a starter of processes, which end with the test."""
     started = Processes()
     yield started
     started.close()
-
-
-async def caught_up(server: PostgresServer, standby: PostgresServer) -> None:
-    """Wait until the standby has all that the server has written so far."""
-    ((lsn,),) = server.execute(
-        "SELECT pg_logical_emit_message(true, 'test', 'so far')"
-    )  # and flush it
-    await until(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{lsn}'") == [(True,)])
-
-
-async def cut_off(standby: PostgresServer) -> None:
-    """From here on the standby hears nothing of its primary.
-
-    It is the stream that is cut: a standby whose replay is paused has the WAL, and replays it when promoted.
-    """
-    standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
-    standby.execute("SELECT pg_reload_conf()")
-    await until(lambda: standby.execute("SELECT count(*) FROM pg_stat_wal_receiver") == [(0,)])
-
-
-async def fail_over(server: PostgresServer, standby: PostgresServer) -> None:
-    """The server crashes for good, and the standby takes over."""
-    await asyncio.to_thread(server.stop, "immediate")
-    await promote(standby)
 
 
 async def promote(standby: PostgresServer) -> None:
@@ -75,14 +52,14 @@ async def promote(standby: PostgresServer) -> None:
 
 
 async def fail_over_to_old_ids(server: PostgresServer, standby: PostgresServer) -> None:
-    """The same, with a standby that lags so far that it hands out ids again."""
+    """Fail over to a standby that lags so far that it gives out ids again."""
     id_before = last_id(server)
     await fail_over(server, standby)
     assert last_id(standby) < id_before
 
 
-def waiting(server: PostgresServer, channel: str) -> int:
-    """How many rows a server has for a channel."""
+def rows_waiting(server: PostgresServer, channel: str) -> int:
+    """Return how many rows a server has for a channel."""
     ((count,),) = server.execute(
         f"SELECT count(*) FROM pg_layer_message WHERE channel = '{channel}'", dbname="layer"
     )
@@ -94,14 +71,17 @@ def last_id(server: PostgresServer) -> int:
     return int(id)
 
 
-async def use_up_ids(layer: PostgresChannelLayer) -> None:
-    """More than a sequence is ahead by in the WAL, so that a standby that lags hands ids out again."""
+async def use_up_preallocated_ids(layer: PostgresChannelLayer) -> None:
+    """Use more ids than a sequence logs ahead in the WAL.
+
+    Only then does a standby that lags give out ids again.
+    """
     for number in range(100):
         await layer.send("elsewhere", {"number": number})
 
 
 class Consumers:
-    """Consumers of one layer: by name, the channel of each and the numbers it has received."""
+    """The consumers of one layer: by name, the channel and the numbers that it received."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self.layer = layer
@@ -110,14 +90,14 @@ class Consumers:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def add(self, name: str, *, joins: bool = True) -> None:
-        """A consumer with a new channel, as a rule in the group "room"."""
+        """Add a consumer with a new channel, by default in the group "room"."""
         channel = await self.layer.new_channel()
         if joins:
             await self.layer.group_add("room", channel)
         self.read(name, channel)
 
     def read(self, name: str, channel: str) -> None:
-        """A consumer of that channel."""
+        """Add a consumer of the channel."""
         self.channels[name], self.received[name] = channel, []
         self._tasks.append(asyncio.create_task(self._consume(name)))
 
@@ -127,7 +107,7 @@ class Consumers:
             self.received[name].append(message["number"])
 
     async def reached(self, number: int, *names: str) -> None:
-        """Wait until each of them has received that number."""
+        """Return when each of the consumers has received the number."""
         try:
             await until(lambda: all(number in self.received[name] for name in names))
         except TimeoutError:
@@ -139,126 +119,137 @@ class Consumers:
 
 
 @asynccontextmanager
-async def consumers(dsn: str, **options: object) -> AsyncIterator[Consumers]:
-    """A layer that listens, for consumers."""
-    async with open_layer(dsn, **{**PATIENT, **options}) as layer:
+async def listening_consumers(dsn: str, **options: object) -> AsyncIterator[Consumers]:
+    """Yield the consumers of a layer that listens."""
+    async with open_layer(dsn, **{**LONG_TIMEOUT, **options}) as layer:
         await listen(layer)
-        theirs = Consumers(layer)
+        early_consumers = Consumers(layer)
         try:
-            yield theirs
+            yield early_consumers
         finally:
-            theirs.stop()
+            early_consumers.stop()
 
 
 # ---------------------------------------------------------------------- a standby takes over
 
 
-async def test_consumers_hear_their_groups_again_after_a_failover_to_a_standby_that_lagged(
-    server: PostgresServer, standby: PostgresServer, either: str, recovery: Recovery
+async def test_members_unknown_to_a_lagging_standby_hear_their_groups_after_failover(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str, recovery: Recovery
 ) -> None:
-    # One row tells all members of a process: the new primary must hear of the late one's process.
+    """One row serves all members of a process.
+
+    So the new primary must learn which processes have members.
+    """
     async with (
-        consumers(either) as theirs,
-        consumers(either) as others,
-        open_layer(either, **PATIENT) as sender,
+        listening_consumers(writable_dsn) as early_consumers,
+        listening_consumers(writable_dsn) as late_consumers,
+        open_layer(writable_dsn, **LONG_TIMEOUT) as sender,
     ):
-        await theirs.add("early")
-        await theirs.add("leaving")
+        await early_consumers.add("early")
+        await early_consumers.add("leaving")
         for number in range(10):
             await sender.group_send("room", {"number": number})
-        await theirs.reached(9, "early", "leaving")
+        await early_consumers.reached(9, "early", "leaving")
         await caught_up(server, standby)
         await cut_off(standby)
-        await others.add("late")
-        await theirs.layer.group_discard("room", theirs.channels["leaving"])
+        await late_consumers.add("late")
+        await early_consumers.layer.group_discard("room", early_consumers.channels["leaving"])
         for number in range(10, 100):
             await sender.group_send("room", {"number": number})
-        await theirs.reached(99, "early")
-        await others.reached(99, "late")
+        await early_consumers.reached(99, "early")
+        await late_consumers.reached(99, "late")
         number = 99
-        with recovery(
-            "failover: a member that the new primary had not heard of gets messages again"
-        ):
+        with recovery("failover: a member that the new primary did not know gets messages again"):
             await fail_over_to_old_ids(server, standby)
             deadline = time.monotonic() + PATIENCE
-            while others.received["late"][-1] == 99 and time.monotonic() < deadline:
+            while late_consumers.received["late"][-1] == 99 and time.monotonic() < deadline:
                 number += 1
                 await sender.group_send("room", {"number": number})
         for _ in range(10):
             number += 1
             await sender.group_send("room", {"number": number})
-        await theirs.reached(number, "early")
-        await others.reached(number, "late")
-        # What was sent on the new primary reaches all it knew of, and the others from some time on.
-        assert theirs.received["early"] == list(range(number + 1))
-        late = others.received["late"]
+        await early_consumers.reached(number, "early")
+        await late_consumers.reached(number, "late")
+        # Messages sent on the new primary reach all members that it knows, and the others from
+        # the moment on in which their process has written them again.
+        assert early_consumers.received["early"] == list(range(number + 1))
+        late = late_consumers.received["late"]
         assert late[:90] == list(range(10, 100))
         assert late[90:] == list(range(number + 1 - len(late[90:]), number + 1))
-        assert theirs.received["leaving"] == list(range(10))
+        assert early_consumers.received["leaving"] == list(range(10))
 
 
-async def test_only_jobs_whose_claim_the_standby_missed_are_received_again_after_a_failover(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_failover_repeats_only_jobs_whose_claim_the_standby_missed(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
-    """Messages to the own channel are not, although the standby missed their deletion as well."""
-    async with consumers(either) as theirs, open_layer(either, **PATIENT) as sender:
-        own = await theirs.layer.new_channel()
+    """Messages to an own channel are not repeated, although the standby missed their deletion."""
+    async with (
+        listening_consumers(writable_dsn) as early_consumers,
+        open_layer(writable_dsn, **LONG_TIMEOUT) as sender,
+    ):
+        own = await early_consumers.layer.new_channel()
         for number in range(50):
             await sender.send(own, {"number": number, "blob": bytes(200 * number)})
             await sender.send("jobs", {"number": number})
         await caught_up(server, standby)
         await cut_off(standby)
-        theirs.read("own", own)
-        theirs.read("jobs", "jobs")
-        await theirs.reached(49, "own", "jobs")
-        await use_up_ids(sender)
-        await until(lambda: waiting(server, own) == waiting(server, "jobs") == 0)
-        assert waiting(standby, own) == waiting(standby, "jobs") == 50
+        early_consumers.read("own", own)
+        early_consumers.read("jobs", "jobs")
+        await early_consumers.reached(49, "own", "jobs")
+        await use_up_preallocated_ids(sender)
+        await until(lambda: rows_waiting(server, own) == rows_waiting(server, "jobs") == 0)
+        assert rows_waiting(standby, own) == rows_waiting(standby, "jobs") == 50
         await fail_over_to_old_ids(server, standby)
         for number in range(50, 100):
             await sender.send(own, {"number": number, "blob": bytes(200 * (number - 50))})
             await sender.send("jobs", {"number": number})
-        await theirs.reached(99, "own", "jobs")
-        await until(lambda: waiting(standby, own) == waiting(standby, "jobs") == 0)
-        assert theirs.received["own"] == list(range(100))
-        jobs = theirs.received["jobs"]
+        await early_consumers.reached(99, "own", "jobs")
+        await until(lambda: rows_waiting(standby, own) == rows_waiting(standby, "jobs") == 0)
+        assert early_consumers.received["own"] == list(range(100))
+        jobs = early_consumers.received["jobs"]
         assert jobs[:50] == list(range(50))
         assert jobs[50:] in (list(range(50, 100)), list(range(100)))
 
 
-async def test_who_leaves_a_group_after_a_failover_has_left(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_channels_leaving_a_group_after_a_failover_receive_no_more(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
-    async with consumers(either) as theirs, open_layer(either, **PATIENT) as sender:
-        await theirs.add("staying")
+    async with (
+        listening_consumers(writable_dsn) as early_consumers,
+        open_layer(writable_dsn, **LONG_TIMEOUT) as sender,
+    ):
+        await early_consumers.add("staying")
         await caught_up(server, standby)
         await cut_off(standby)
-        await use_up_ids(sender)
+        await use_up_preallocated_ids(sender)
         for name in ("leaving", "removed", "returning"):
-            await theirs.add(name)
+            await early_consumers.add(name)
         await fail_over_to_old_ids(server, standby)
         number = 0
         deadline = time.monotonic() + PATIENCE
-        while (
-            not all(theirs.received.values()) and time.monotonic() < deadline
-        ):  # until the new primary has heard of them
+        # Send until the new primary knows all members.
+        while not all(early_consumers.received.values()) and time.monotonic() < deadline:
             await sender.group_send("room", {"number": number})
             number += 1
             await asyncio.wait_for(
-                theirs.layer.group_add("other", theirs.channels["staying"]), PATIENCE
+                early_consumers.layer.group_add("other", early_consumers.channels["staying"]),
+                PATIENCE,
             )
-        await theirs.reached(number - 1, *theirs.channels)
+        await early_consumers.reached(number - 1, *early_consumers.channels)
         for name in ("leaving", "returning"):
-            await theirs.layer.group_discard("room", theirs.channels[name])
-        await sender.group_discard("room", theirs.channels["removed"])  # by another process
+            await early_consumers.layer.group_discard("room", early_consumers.channels[name])
+        await sender.group_discard(
+            "room", early_consumers.channels["removed"]
+        )  # by another process
         await sender.group_send("room", {"number": number})
-        await theirs.layer.group_add("room", theirs.channels["returning"])
+        await early_consumers.layer.group_add("room", early_consumers.channels["returning"])
         await sender.group_send("room", {"number": number + 1})
-        for channel in theirs.channels.values():
+        for channel in early_consumers.channels.values():
             await sender.send(channel, {"number": number + 2})
-        await theirs.reached(number + 2, *theirs.channels)
+        await early_consumers.reached(number + 2, *early_consumers.channels)
         last = {
-            name: [n for n in numbers if n >= number] for name, numbers in theirs.received.items()
+            name: [n for n in numbers if n >= number]
+            for name, numbers in early_consumers.received.items()
         }
         assert last == {
             "staying": [number, number + 1, number + 2],
@@ -268,23 +259,23 @@ async def test_who_leaves_a_group_after_a_failover_has_left(
         }
 
 
-async def test_capacity_counts_from_the_start_after_a_failover(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_capacity_after_a_failover_counts_from_the_lower_ids(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
     async with (
-        consumers(either, capacity=20) as theirs,
-        open_layer(either, **PATIENT, capacity=20) as sender,
+        listening_consumers(writable_dsn, capacity=20) as early_consumers,
+        open_layer(writable_dsn, **LONG_TIMEOUT, capacity=20) as sender,
     ):
         await caught_up(server, standby)
         await cut_off(standby)
-        # A sender remembers how low the ids of waiting messages may be. On the new primary they are lower.
-        await theirs.add("reader", joins=False)
-        channel = theirs.channels["reader"]
+        # The sender remembers a low-water id. The ids on the new primary are lower.
+        await early_consumers.add("reader", joins=False)
+        channel = early_consumers.channels["reader"]
         for number in range(150):
             await sender.send(channel, {"number": number})
             if number % 10 == 9:
-                await theirs.reached(number, "reader")
-        theirs.stop()
+                await early_consumers.reached(number, "reader")
+        early_consumers.stop()
         await fail_over_to_old_ids(server, standby)
         outcomes = []
         for number in range(40):
@@ -296,13 +287,16 @@ async def test_capacity_counts_from_the_start_after_a_failover(
         assert outcomes == ["sent"] * 20 + ["full"] * 20
 
 
-async def write_until_told(link: Link, dsn: str) -> dict[str, dict[int, float]]:
-    """Send numbers to the group until told to stop; returns by outcome which, and when that was known."""
+async def send_until_stopped(link: Link, dsn: str) -> dict[str, dict[int, float]]:
+    """In a process: send numbers to the group until the test says stop.
+
+    Return by outcome the numbers, and when each outcome was known.
+    """
     outcomes: dict[str, dict[int, float]] = {"sent": {}, "unknown": {}, "refused": {}}
-    async with open_layer(dsn, **PATIENT) as layer:
-        told = asyncio.create_task(link.hear())
+    async with open_layer(dsn, **LONG_TIMEOUT) as layer:
+        stop = asyncio.create_task(link.hear())
         number = 0
-        while not told.done():
+        while not stop.done():
             try:
                 await layer.group_send("room", {"number": number})
                 outcome = "sent"
@@ -310,36 +304,36 @@ async def write_until_told(link: Link, dsn: str) -> dict[str, dict[int, float]]:
                 outcome = "unknown" if "unknown" in str(error) else "refused"
             outcomes[outcome][number] = time.monotonic()
             number += 1
-            await asyncio.wait({told}, timeout=0.005)
+            await asyncio.wait({stop}, timeout=0.005)
     return outcomes
 
 
-async def test_traffic_goes_on_through_a_failover(
+async def test_failover_under_traffic_loses_only_the_last_commits(
     server: PostgresServer,
     standby: PostgresServer,
-    either: str,
+    writable_dsn: str,
     processes: Processes,
     recovery: Recovery,
 ) -> None:
-    async with consumers(either) as theirs:
-        await theirs.add("a")
-        await theirs.add("b")
+    async with listening_consumers(writable_dsn) as early_consumers:
+        await early_consumers.add("a")
+        await early_consumers.add("b")
         await caught_up(server, standby)
-        writer = processes.start(write_until_told, either)
-        await theirs.reached(50, "a", "b")
+        writer = processes.start(send_until_stopped, writable_dsn)
+        await early_consumers.reached(50, "a", "b")
         with recovery("failover under traffic: from the crash to the next message"):
             await asyncio.to_thread(server.stop, "immediate")
             crashed_at = time.monotonic()
-            last = theirs.received["a"][-1]
+            last = early_consumers.received["a"][-1]
             await promote(standby)
-            await until(lambda: theirs.received["a"][-1] > last)
-        await theirs.reached(theirs.received["a"][-1] + 50, "a", "b")
+            await until(lambda: early_consumers.received["a"][-1] > last)
+        await early_consumers.reached(early_consumers.received["a"][-1] + 50, "a", "b")
         writer.say("stop")
         outcomes = await writer.result()
-        await theirs.reached(max(outcomes["sent"]), "a", "b")
-        # The last moments before the crash may be lost, and nothing else.
+        await early_consumers.reached(max(outcomes["sent"]), "a", "b")
+        # Only the last commits before the crash may be lost.
         certain = {number for number, known_at in outcomes["sent"].items() if known_at > crashed_at}
-        for numbers in theirs.received.values():
+        for numbers in early_consumers.received.values():
             assert numbers == sorted(set(numbers))
             assert not certain - set(numbers)
             assert not set(numbers) & set(outcomes["refused"])
@@ -347,19 +341,19 @@ async def test_traffic_goes_on_through_a_failover(
         assert not outcomes["refused"]
 
 
-# ---------------------------------------------------------------------- servers that only read
+# ---------------------------------------------------------------------- read-only servers
 
 
-@pytest.mark.parametrize("insists", [False, True], ids=["any server", "read-write"])
-async def test_a_standby_alone_is_said_to_be_read_only_until_it_is_promoted(
+@pytest.mark.parametrize("targets_writable", [False, True], ids=["any server", "read-write"])
+async def test_calls_on_a_standby_raise_read_only_until_it_is_promoted(
     server: PostgresServer,
     standby: PostgresServer,
     database: str,
-    insists: bool,
+    targets_writable: bool,
     recovery: Recovery,
 ) -> None:
     await caught_up(server, standby)
-    target = "read-write" if insists else "any"
+    target = "read-write" if targets_writable else "any"
     dsn = make_conninfo(database, port=standby.port, target_session_attrs=target)
     async with open_layer(dsn, send_timeout=2) as layer:
         channel = await layer.new_channel()
@@ -375,9 +369,9 @@ async def test_a_standby_alone_is_said_to_be_read_only_until_it_is_promoted(
                 await asyncio.wait_for(call(), PATIENCE)
         assert not receiving.done()
         assert not working.done()
-        with recovery(f"a standby is promoted ({target}): until what was refused works"):
+        with recovery(f"a standby is promoted ({target}): until refused calls succeed"):
             await promote(standby)
-            await until_it_works(lambda: layer.group_add("room", channel))
+            await retry_until_available(lambda: layer.group_add("room", channel))
             await layer.group_send("room", {"number": 1})
             assert await asyncio.wait_for(receiving, PATIENCE) == {"number": 1}
         await layer.send("jobs", {"number": 2})
@@ -387,8 +381,8 @@ async def test_a_standby_alone_is_said_to_be_read_only_until_it_is_promoted(
         await layer.flush()
 
 
-async def until_it_works(call: Callable[[], Awaitable[None]]) -> None:
-    """Call until the layer is available; raises its last word if it stays unavailable."""
+async def retry_until_available(call: Callable[[], Awaitable[None]]) -> None:
+    """Call until the layer is available. Raise the last error if it stays unavailable."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -398,36 +392,34 @@ async def until_it_works(call: Callable[[], Awaitable[None]]) -> None:
                 raise
 
 
-async def test_a_primary_that_only_reads_any_more_is_given_up_for_its_successor(
-    server: PostgresServer, standby: PostgresServer, either: str, recovery: Recovery
+async def test_primary_turned_read_only_is_left_for_the_promoted_standby(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str, recovery: Recovery
 ) -> None:
     async with (
-        consumers(either, heartbeat=2) as theirs,
-        open_layer(either, **PATIENT) as sender,
-        open_layer(either, send_timeout=1) as hasty,
+        listening_consumers(writable_dsn, heartbeat=2) as early_consumers,
+        open_layer(writable_dsn, **LONG_TIMEOUT) as sender,
+        open_layer(writable_dsn, send_timeout=1) as impatient,
     ):
-        await theirs.add("consumer")
-        theirs.read("jobs", "jobs")
+        await early_consumers.add("consumer")
+        early_consumers.read("jobs", "jobs")
         for number in range(10):
             await sender.group_send("room", {"number": number})
             await sender.send("jobs", {"number": number})
-            await hasty.group_send("elsewhere", {"number": number})
-        await theirs.reached(9, "consumer", "jobs")
+            await impatient.group_send("elsewhere", {"number": number})
+        await early_consumers.reached(9, "consumer", "jobs")
         await caught_up(server, standby)
         server.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         server.execute("SELECT pg_reload_conf()")
         await until(lambda: server.execute("SHOW default_transaction_read_only") == [("on",)])
-        with recovery(
-            "a primary that only reads any more: until a message arrives from its successor"
-        ):
+        with recovery("a primary turned read-only: until a message arrives from its successor"):
             with pytest.raises(LayerUnavailable, match="read-only"):
-                await asyncio.wait_for(hasty.group_send("room", {"number": -1}), PATIENCE)
+                await asyncio.wait_for(impatient.group_send("room", {"number": -1}), PATIENCE)
             await promote(standby)
             for number in range(10, 20):
                 await sender.group_send("room", {"number": number})
                 await sender.send("jobs", {"number": number})
-            await until_it_works(lambda: hasty.group_send("room", {"number": 20}))
+            await retry_until_available(lambda: impatient.group_send("room", {"number": 20}))
             await sender.send("jobs", {"number": 20})
-            await theirs.reached(20, "consumer", "jobs")
+            await early_consumers.reached(20, "consumer", "jobs")
         assert server.running
-        assert theirs.received == {"consumer": list(range(21)), "jobs": list(range(21))}
+        assert early_consumers.received == {"consumer": list(range(21)), "jobs": list(range(21))}

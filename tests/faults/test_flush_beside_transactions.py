@@ -1,4 +1,4 @@
-"""A flush beside a transaction that has locked what the flush removes."""
+"""A flush beside a transaction that has locked rows which the flush would remove."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from tests.faults.test_open_transactions import add
 from tests.processes import listen, receive
 
 
-async def test_flush_beside_a_transaction_that_has_locked_rows_returns_and_spares_what_comes_after_it(
+async def test_flush_beside_a_transaction_with_locked_rows_does_not_wait(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The transaction has deleted a message, and an older claim of a membership that it adds again.
+    """The flush skips the locked rows, and removes nothing that comes later.
 
-    The flush leaves these to it. What is added and sent after the flush lasts, and so does what the
-    transaction commits then.
+    The transaction has deleted a message, and an older membership request for a channel that
+    it adds again. Memberships and messages that follow the flush stay. So does what the
+    transaction commits after it.
     """
     layer, other = make_layer(), make_layer()
     await listen(layer)
@@ -27,7 +28,8 @@ async def test_flush_beside_a_transaction_that_has_locked_rows_returns_and_spare
     with psycopg.connect(migrated_dsn) as transaction:
         transaction.execute(
             "DELETE FROM pg_layer_message AS m WHERE m.channel = 'jobs'"
-            " AND m.id = (SELECT min(first.id) FROM pg_layer_message AS first WHERE first.channel = 'jobs')"
+            " AND m.id = (SELECT min(first.id) FROM pg_layer_message AS first"
+            " WHERE first.channel = 'jobs')"
         )
         add(transaction, "room", "jobs")
         await other.flush()

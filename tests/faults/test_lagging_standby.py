@@ -1,7 +1,8 @@
-"""A standby takes over that lags behind its primary.
+"""A standby that lags behind its primary is promoted.
 
-Its tables are those of a moment ago: messages that were received and deleted are there again, and
-memberships are there that have ended, or are missing. None of that shows at the receivers.
+Its tables are those of a moment ago. Messages that were received and deleted are there
+again. Memberships that have ended are there, and others are missing. Receivers notice none
+of that.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from tests.faults.proxy import Proxy
-from tests.faults.readers import heartbeats, lists, numbered, readers_of
+from tests.faults.readers import heartbeats, numbered, readers_of, wait_for_members
 from tests.faults.standby import caught_up, cut_off, fail_over, port_of, writable
 from tests.processes import listen, open_layer, until
 
-# Nothing expires, and no lease ends. The heartbeats are quick: what a client remembers for some
-# of them only is forgotten before the failover.
+# Nothing expires, and no lease ends. With short heartbeats the client forgets, before the
+# failover, what it remembers only for some heartbeats.
 OPTIONS: dict[str, object] = {
     "lease": 3600,
     "heartbeat": 0.2,
@@ -31,33 +32,36 @@ OPTIONS: dict[str, object] = {
 
 @pytest.fixture
 def standby(server: PostgresServer, database: str) -> Iterator[PostgresServer]:
-    """A standby that streams from the server."""
+    """Yield a standby that streams from the server."""
     with PostgresServer(fsync=False, primary=server) as standby:
         yield standby
 
 
 @pytest.fixture
-def either(server: PostgresServer, standby: PostgresServer, database: str) -> str:
-    """The DSN that leads to the one of the two that is the primary."""
+def writable_dsn(server: PostgresServer, standby: PostgresServer, database: str) -> str:
+    """Return the DSN that leads to the one of the two servers that is the primary."""
     return writable(database, server.port, standby.port)
 
 
-def waiting(server: PostgresServer, channel: str) -> int:
-    """The rows that a server has for a channel."""
+def rows_waiting(server: PostgresServer, channel: str) -> int:
+    """Return how many rows a server has for a channel."""
     query = f"SELECT count(*) FROM pg_layer_message WHERE channel = '{channel}'"
     ((count,),) = server.execute(query, dbname="layer")
     return int(count)
 
 
-async def test_messages_that_return_with_a_lagging_standby_are_not_received_again(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_messages_restored_by_a_lagging_standby_are_not_received_again(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
-    """Messages wait when the standby stops to follow, and are received and deleted afterwards.
+    """Messages wait when the replication stops, and are received and deleted afterwards.
 
-    Many heartbeats later the standby takes over, and has them as if they still waited. It hands
-    out the ids of the others again, which it has not heard of.
+    Many heartbeats later the standby is promoted, and these messages wait in its tables. For
+    later messages it gives out ids again that the old primary has used.
     """
-    async with open_layer(either, **OPTIONS) as layer, open_layer(either, **OPTIONS) as sender:
+    async with (
+        open_layer(writable_dsn, **OPTIONS) as layer,
+        open_layer(writable_dsn, **OPTIONS) as sender,
+    ):
         own, member, late = [await layer.new_channel() for _ in range(3)]
         await listen(layer)
         await layer.group_add("room", member)
@@ -76,8 +80,8 @@ async def test_messages_that_return_with_a_lagging_standby_are_not_received_agai
             await layer.group_add("room", late)
             await send(range(50, 100))
             await readers.reached(99)
-            await until(lambda: waiting(server, own) == 0)
-            assert waiting(standby, own) == 50
+            await until(lambda: rows_waiting(server, own) == 0)
+            assert rows_waiting(standby, own) == 50
             await heartbeats(layer, 10)
             await fail_over(server, standby)
             await send(range(100, 150))
@@ -92,11 +96,14 @@ async def test_messages_that_return_with_a_lagging_standby_are_not_received_agai
             }
 
 
-async def test_messages_of_a_standby_that_lagged_in_steps_are_not_received_again(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_messages_restored_in_the_middle_of_traffic_are_not_received_again(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
-    """The standby stops to follow in the middle of traffic that is received all the time."""
-    async with open_layer(either, **OPTIONS) as layer, open_layer(either, **OPTIONS) as sender:
+    """The replication stops in the middle of traffic that is received all the time."""
+    async with (
+        open_layer(writable_dsn, **OPTIONS) as layer,
+        open_layer(writable_dsn, **OPTIONS) as sender,
+    ):
         own, member = [await layer.new_channel() for _ in range(2)]
         await listen(layer)
         await layer.group_add("room", member)
@@ -128,32 +135,33 @@ async def test_messages_of_a_standby_that_lagged_in_steps_are_not_received_again
             assert readers.numbers == {own: list(range(number)), member: list(range(number))}
 
 
-async def test_member_that_a_lagging_standby_never_heard_of_receives_all_that_is_sent_to_it(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_member_unknown_to_a_lagging_standby_receives_all_messages(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
     """The sender reaches the new primary before the member's process does.
 
-    One membership was made by its own process, one by another; no other channel is in the groups.
+    One membership was made by its own process, one by another. The groups have no other
+    members.
     """
     with Proxy(server.dsn("layer")) as old, Proxy(standby.dsn("layer")) as new:
-        by_proxy = writable(either, port_of(old), port_of(new))
+        proxied_dsn = writable(writable_dsn, port_of(old), port_of(new))
         async with (
-            open_layer(by_proxy, **OPTIONS) as layer,
-            open_layer(either, **OPTIONS) as sender,
+            open_layer(proxied_dsn, **OPTIONS) as layer,
+            open_layer(writable_dsn, **OPTIONS) as sender,
         ):
-            mine, theirs = [await layer.new_channel() for _ in range(2)]
+            own_member, requested_member = [await layer.new_channel() for _ in range(2)]
             await listen(layer)
             await caught_up(server, standby)
             await cut_off(standby)
-            await layer.group_add("mine", mine)
-            await sender.group_add("theirs", theirs)
+            await layer.group_add("mine", own_member)
+            await sender.group_add("theirs", requested_member)
 
             async def send(numbers: range) -> None:
                 for number in numbers:
                     await sender.group_send("mine", numbered(number))
                     await sender.group_send("theirs", numbered(number))
 
-            async with readers_of(layer, mine, theirs) as readers:
+            async with readers_of(layer, own_member, requested_member) as readers:
                 await send(range(10))
                 await readers.reached(9)
                 for proxy in (old, new):
@@ -164,21 +172,27 @@ async def test_member_that_a_lagging_standby_never_heard_of_receives_all_that_is
                     await asyncio.to_thread(proxy.let_go)
                 await send(range(20, 30))
                 await readers.reached(29)
-                await lists(sender, "mine", mine)
-                await lists(sender, "theirs", theirs)
+                await wait_for_members(sender, "mine", own_member)
+                await wait_for_members(sender, "theirs", requested_member)
                 await send(range(30, 31))
                 await readers.reached(30)
-                assert readers.numbers == {mine: list(range(31)), theirs: list(range(31))}
+                assert readers.numbers == {
+                    own_member: list(range(31)),
+                    requested_member: list(range(31)),
+                }
 
 
 async def test_membership_that_ended_while_the_standby_lagged_does_not_return(
-    server: PostgresServer, standby: PostgresServer, either: str
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
     """Other processes and the owner have made and ended memberships.
 
-    The standby knows of their beginning alone, also where the owner had not yet been told.
+    The standby knows only their beginning, in one case before the owner knew of it.
     """
-    async with open_layer(either, **OPTIONS) as layer, open_layer(either, **OPTIONS) as other:
+    async with (
+        open_layer(writable_dsn, **OPTIONS) as layer,
+        open_layer(writable_dsn, **OPTIONS) as other,
+    ):
         kept, left, removed, invited = [await layer.new_channel() for _ in range(4)]
         await listen(layer)
         for channel in (kept, left, removed):
@@ -205,20 +219,23 @@ async def test_membership_that_ended_while_the_standby_lagged_does_not_return(
             await readers.reached(100, left, removed, invited)
             ended = {channel: [100] for channel in (left, removed, invited)}
             assert readers.numbers == {kept: list(range(21)), **ended}
-            await lists(other, "room", kept)
+            await wait_for_members(other, "room", kept)
 
 
-async def test_message_of_a_transaction_that_knows_no_boot_comes_to_members_of_the_lost_server(
-    server: PostgresServer, standby: PostgresServer, either: str
+async def test_message_without_a_boot_after_failover_reaches_members_of_the_old_server(
+    server: PostgresServer, standby: PostgresServer, writable_dsn: str
 ) -> None:
     """The member joined when the old server was many transactions ahead of the standby.
 
-    The promoted standby hands out their numbers again, at first to a transaction of an application, before
-    any process of the layer has come back.
+    The promoted standby gives out these transaction ids again. It gives the first ones to an
+    application, before any process of the layer is connected, so that their boot is 0.
     """
-    options = {**OPTIONS, "heartbeat": 600}  # what a member remembers of its beginning stays
+    # No heartbeat: the member still remembers the moment in which it began.
+    options = {**OPTIONS, "heartbeat": 600}
     with Proxy(server.dsn("layer")) as old, Proxy(standby.dsn("layer")) as new:
-        async with open_layer(writable(either, port_of(old), port_of(new)), **options) as layer:
+        async with open_layer(
+            writable(writable_dsn, port_of(old), port_of(new)), **options
+        ) as layer:
             member = await layer.new_channel()
             await listen(layer)
             await caught_up(server, standby)
@@ -231,9 +248,9 @@ async def test_message_of_a_transaction_that_knows_no_boot_comes_to_members_of_t
                     await asyncio.to_thread(proxy.swallow)
                 await fail_over(server, standby)
                 for number in range(3):
+                    message = f'{{"type": "test", "number": {number}}}'
                     standby.execute(
-                        f"""SELECT pg_layer_group_send('room', '{{"type": "test", "number": {number}}}')""",
-                        dbname="layer",
+                        f"SELECT pg_layer_group_send('room', '{message}')", dbname="layer"
                     )
                 boots = standby.execute(
                     "SELECT DISTINCT boot FROM pg_layer_message WHERE address LIKE '%@room'",

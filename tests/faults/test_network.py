@@ -14,8 +14,13 @@ import pytest
 from pg_layer import LayerUnavailable
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
-from tests.faults.test_backends_killed import Party, Recovery, Traffic
-from tests.faults.test_restart import assert_told_once, is_back
+from tests.faults.traffic import (
+    Recovery,
+    Traffic,
+    TrafficProcess,
+    all_listen_again,
+    assert_outage_logged_once,
+)
 from tests.processes import listen, receive, until
 
 HEARTBEAT = 1.0
@@ -40,7 +45,7 @@ def listen_proxy(migrated_dsn: str) -> Iterator[Proxy]:
 async def begin(
     dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, **options: object
 ) -> AsyncIterator[Traffic]:
-    """Two receivers behind the proxies, one sender behind the pool's, and one that nothing befalls."""
+    """Run two receivers behind the proxies, a sender behind the pool's, and a direct sender."""
     traffic = Traffic(dsn)
     try:
         for _ in range(2):
@@ -51,14 +56,14 @@ async def begin(
             )
         traffic.send(pool_proxy.dsn(connect_timeout=2), **options)
         traffic.send(dsn, **options)
-        await traffic.flows()
+        await traffic.arrives_again()
         yield traffic
     finally:
         traffic.close()
 
 
-async def health(traffic: Traffic, receiver: Party) -> list[str]:
-    """The problems that a receiver knows of."""
+async def problems_of(traffic: Traffic, receiver: TrafficProcess) -> list[str]:
+    """Return the problems that ``health()`` of a receiver reports."""
     receiver.health.clear()
     receiver.process.say("health")
     await traffic.until(lambda: receiver.health)
@@ -69,7 +74,7 @@ async def health(traffic: Traffic, receiver: Party) -> list[str]:
 # ---------------------------------------------------------------------- cut
 
 
-async def test_connections_that_are_cut_again_and_again(
+async def test_connections_cut_repeatedly_lose_nothing(
     migrated_dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, recovery: Recovery
 ) -> None:
     async with begin(migrated_dsn, pool_proxy, listen_proxy) as traffic:
@@ -80,14 +85,14 @@ async def test_connections_that_are_cut_again_and_again(
             ):
                 proxy.cut()
             await asyncio.sleep(random.uniform(*CUTTING_EVERY))
-        with recovery("all connections cut again and again"):
-            await traffic.flows()
+        with recovery("all connections cut repeatedly"):
+            await traffic.arrives_again()
         assert await traffic.end() == []
         undisturbed = traffic.senders[1]
         assert not undisturbed.failed
 
 
-async def test_an_idle_connection_that_was_cut_costs_no_send(
+async def test_send_after_its_idle_connection_was_cut_succeeds(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy
 ) -> None:
     layer, sender = make_layer(), make_layer(dsn=pool_proxy.dsn())
@@ -102,51 +107,54 @@ async def test_an_idle_connection_that_was_cut_costs_no_send(
 # ---------------------------------------------------------------------- swallowed
 
 
-@pytest.mark.parametrize("revive", [True, False], ids=["old connections revive", "and stay dead"])
-@pytest.mark.parametrize("what", ["listener", "pool", "both"])
-async def test_a_network_that_swallows_packets(
+@pytest.mark.parametrize("revive", [True, False], ids=["old connections revive", "stay dead"])
+@pytest.mark.parametrize("swallowed", ["listener", "pool", "both"])
+async def test_network_swallowing_packets_is_noticed_and_loses_nothing(
     migrated_dsn: str,
     pool_proxy: Proxy,
     listen_proxy: Proxy,
     recovery: Recovery,
-    what: str,
+    swallowed: str,
     revive: bool,
 ) -> None:
     swallowing = {
         "listener": [listen_proxy],
         "pool": [pool_proxy],
         "both": [pool_proxy, listen_proxy],
-    }[what]
+    }[swallowed]
     async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
         disturbed, undisturbed = traffic.senders
         for proxy in swallowing:
             proxy.swallow()
-        with recovery(f"swallowed for {what}, until noticed (promise: {2 * HEARTBEAT:g} s)"):
+        with recovery(f"swallowed for {swallowed}, until noticed (promise: {2 * HEARTBEAT:g} s)"):
             await traffic.until(lambda: all(receiver.warnings() for receiver in traffic.receivers))
-        assert all([await health(traffic, receiver) for receiver in traffic.receivers])
+        assert all([await problems_of(traffic, receiver) for receiver in traffic.receivers])
         if pool_proxy in swallowing:
-            # Not one hangs: each stream's send fails, and so does the next.
+            # No send hangs: in each stream two sends in succession fail.
             await traffic.until(
                 lambda: len(disturbed.failed) == 4 and min(disturbed.failed.values()) >= 2
             )
         for proxy in swallowing:
             proxy.let_go(revive=revive)
-        how = "old connections revive" if revive else "old ones stay dead"
-        with recovery(f"swallowed for {what}, {how}, from the network's return"):
-            await traffic.flows()
-        await is_back(traffic)
-        problems = [await health(traffic, receiver) for receiver in traffic.receivers]
+        fate = "old connections revive" if revive else "old ones stay dead"
+        with recovery(f"swallowed for {swallowed}, {fate}, from the network's return"):
+            await traffic.arrives_again()
+        await all_listen_again(traffic)
+        problems = [await problems_of(traffic, receiver) for receiver in traffic.receivers]
         assert problems == [[], []], [receiver.warnings() for receiver in traffic.receivers]
         assert await traffic.end() == []
         assert not undisturbed.failed
         assert not disturbed.failed or pool_proxy in swallowing
-        assert_told_once(traffic)
+        assert_outage_logged_once(traffic)
 
 
-async def test_a_network_that_swallows_now_and_then(
+async def test_network_swallowing_packets_briefly_loses_nothing(
     migrated_dsn: str, pool_proxy: Proxy, listen_proxy: Proxy, recovery: Recovery
 ) -> None:
-    """Shorter than anything that would be noticed, or a little longer; old connections live on, or do not."""
+    """The interruptions are too short to be noticed, or a little longer.
+
+    Old connections go on afterwards, or stay dead.
+    """
     async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
         for _ in range(4):
             for proxy in random.choice(
@@ -156,15 +164,15 @@ async def test_a_network_that_swallows_now_and_then(
             await asyncio.sleep(random.choice((0.1, 0.5, 1.0, 2.2)))
             for proxy in (pool_proxy, listen_proxy):
                 proxy.let_go(revive=random.random() < 0.5)
-            with recovery("swallowed now and then"):
-                await traffic.flows()
+            with recovery("swallowed briefly, several times"):
+                await traffic.arrives_again()
         assert await traffic.end() == []
 
 
-async def test_sends_into_a_network_that_swallows_raise_in_time(
+async def test_sends_into_a_swallowing_network_raise_after_send_timeout(
     make_layer: MakeLayer, pool_proxy: Proxy, recovery: Recovery
 ) -> None:
-    """On a connection that was open, on a new one, alone and many at once, of every kind."""
+    """On an open connection and on a new one; single and concurrent calls of every kind."""
     layer = make_layer(dsn=pool_proxy.dsn(connect_timeout=2), send_timeout=3)
     await layer.send("jobs", {})
     pool_proxy.swallow()
@@ -186,12 +194,12 @@ async def test_sends_into_a_network_that_swallows_raise_in_time(
     await layer.send("jobs", {})
 
 
-@pytest.mark.parametrize("what", ["listener", "all"])
-async def test_receive_waits_out_a_network_that_swallows(
-    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, listen_proxy: Proxy, what: str
+@pytest.mark.parametrize("swallowed", ["listener", "all"])
+async def test_receive_in_a_swallowing_network_waits_and_raises_nothing(
+    migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, listen_proxy: Proxy, swallowed: str
 ) -> None:
-    """Nothing but the heartbeat tells that a quiet listener has gone deaf."""
-    dsn = pool_proxy.dsn(connect_timeout=2) if what == "all" else migrated_dsn
+    """Only the heartbeat shows that an idle listener has become deaf."""
+    dsn = pool_proxy.dsn(connect_timeout=2) if swallowed == "all" else migrated_dsn
     layer = make_layer(dsn=dsn, listen_dsn=listen_proxy.dsn(connect_timeout=2), **SWALLOWING)
     sender = make_layer()
     channel = await layer.new_channel()
@@ -208,49 +216,50 @@ async def test_receive_waits_out_a_network_that_swallows(
     assert await asyncio.gather(*receiving) == [{"number": 1}] * 2
 
 
-# ---------------------------------------------------------------------- what comes late
+# ---------------------------------------------------------------------- late statements
 
 
-async def test_a_claim_that_was_given_up_claims_nothing_when_it_comes_late(
+async def test_claim_delivered_after_it_was_given_up_claims_nothing(
     migrated_dsn: str, make_layer: MakeLayer, pool_proxy: Proxy, observer: Observer
 ) -> None:
     """A network may deliver a statement long after its sender has closed the connection."""
     layer, other = make_layer(), make_layer()
-    one = make_layer(
+    client = make_layer(
         dsn=pool_proxy.dsn(connect_timeout=2),
         listen_dsn=migrated_dsn,
         send_timeout=1,
         lease=300,
         heartbeat=100,
     )
-    await listen(one)
-    first = asyncio.create_task(one.receive("jobs"))
+    await listen(client)
+    first_job = asyncio.create_task(client.receive("jobs"))
     await layer.send("jobs", {"number": 0})
-    assert await first == {"number": 0}
+    assert await first_job == {"number": 0}
     await until(
         lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
     )
 
     pool_proxy.swallow()
-    second = asyncio.create_task(one.receive("jobs"))
-    await layer.send("jobs", {"number": 1})  # it is told, and its claim does not get through
-    await until(lambda: not one._loops.client.is_fence_raised)
-    pool_proxy.let_go(revive=False)  # other connections do
-    assert await asyncio.wait_for(second, 10) == {"number": 1}
+    second_job = asyncio.create_task(client.receive("jobs"))
+    # The client is notified of the job, and its claim does not reach the server.
+    await layer.send("jobs", {"number": 1})
+    await until(lambda: not client._loops.client.is_fence_raised)
+    pool_proxy.let_go(revive=False)  # new connections reach the server
+    assert await asyncio.wait_for(second_job, 10) == {"number": 1}
     await until(
         lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
     )
 
-    await layer.send("jobs", {"number": 2})  # for nobody in particular
+    await layer.send("jobs", {"number": 2})  # no reader waits for it
     connections = b"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
     before = observer.execute(connections).fetchone()
-    pool_proxy.let_go()  # now the claim gets through, and its connection ends
+    pool_proxy.let_go()  # the claim reaches the server now, and its connection ends
     await until(lambda: observer.execute(connections).fetchone() != before)
     assert observer.execute("SELECT address FROM pg_layer_message").fetchall() == [("asgi!:jobs",)]
     assert await receive(other, "jobs") == {"number": 2}
 
 
-async def test_what_a_client_has_given_up_neither_claims_nor_releases(
+async def test_claim_and_release_with_an_old_fence_are_refused(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer()
@@ -258,7 +267,7 @@ async def test_what_a_client_has_given_up_neither_claims_nor_releases(
     await layer.send("jobs", {"number": 0})
     [(address,)] = observer.execute("SELECT address FROM pg_layer_client").fetchall()
     observer.execute("SELECT pg_layer_raise_fence(%s, 5)", [address])
-    observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [address])  # late itself
+    observer.execute("SELECT pg_layer_raise_fence(%s, 3)", [address])  # a late one, without effect
     with pytest.raises(
         psycopg.errors.ObjectNotInPrerequisiteState, match="given this statement up"
     ):

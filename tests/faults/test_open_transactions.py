@@ -1,7 +1,7 @@
-"""Transactions that have changed memberships and stay open: nobody waits for them.
+"""Transactions that have changed memberships and stay open: no other process waits for them.
 
-The owner of the channels may reconnect meanwhile, or write again what the table has lost. What was discarded
-does not come back by that.
+The owner of the channels may reconnect meanwhile, or write rows again that the table has
+lost. A channel that was discarded does not return by that.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ Transaction = psycopg.Connection[tuple[Any, ...]]
 
 @pytest.fixture
 def open_transaction(migrated_dsn: str) -> Iterator[Transaction]:
-    """A transaction that is open until it is committed."""
+    """Yield a connection whose transaction stays open until the test commits it."""
     with psycopg.connect(migrated_dsn) as connection:
         yield connection
 
 
 def add(transaction: Transaction, group: str, channel: str) -> None:
-    """Add a channel, as ``layer.sync.group_add`` does in a transaction that Django does not manage."""
+    """Add a channel, as ``layer.sync.group_add`` does in a transaction unknown to Django."""
     transaction.execute(REQUEST, [[group], [channel], [True], [100]])
 
 
 def discard(transaction: Transaction, group: str, channel: str) -> None:
+    """Discard a channel in the same way."""
     transaction.execute(REQUEST, [[group], [channel], [False], [100]])
 
 
-def rows(observer: Observer) -> list[tuple[Any, ...]]:
+def membership_rows(observer: Observer) -> list[tuple[Any, ...]]:
+    """Return the rows of memberships, and for each whether it is the owner's."""
     return observer.execute(
         "SELECT group_name, channel, id = 0 FROM pg_layer_membership ORDER BY 1, 2, id"
     ).fetchall()
 
 
-def lasts(observer: Observer, group: str, least: int) -> bool:
-    """Whether all members of the group are that for more than so many seconds."""
+def expires_later_than(observer: Observer, group: str, least: int) -> bool:
+    """Return whether all memberships of the group last longer than ``least`` seconds."""
     query = (
         "SELECT bool_and(expires_at > clock_timestamp() + %s * interval '1 second')"
         " FROM pg_layer_membership WHERE group_name = %s"
@@ -54,7 +56,7 @@ def lasts(observer: Observer, group: str, least: int) -> bool:
 
 
 def waiting_for_locks(observer: Observer) -> int:
-    """How many statements wait for a lock."""
+    """Return how many statements wait for a lock."""
     query = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND wait_event_type = 'Lock'"
@@ -64,7 +66,8 @@ def waiting_for_locks(observer: Observer) -> int:
     return int(row[0])
 
 
-async def member(layer: PostgresChannelLayer, group: str) -> str:
+async def new_member(layer: PostgresChannelLayer, group: str) -> str:
+    """Return a new channel of a listening layer, in the group."""
     await listen(layer)
     channel = await layer.new_channel()
     await layer.group_add(group, channel)
@@ -72,7 +75,7 @@ async def member(layer: PostgresChannelLayer, group: str) -> str:
 
 
 async def reconnect(layer: PostgresChannelLayer, observer: Observer) -> None:
-    """Kill all connections of layers. Return when this one listens again."""
+    """Terminate all connections of layers. Return when this layer listens again."""
     before = layer.stats()["reconnects"]
     observer.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
@@ -82,7 +85,7 @@ async def reconnect(layer: PostgresChannelLayer, observer: Observer) -> None:
 
 
 def lose_rows(observer: Observer) -> None:
-    """Remove what a crash may have undone: the owner must write it again."""
+    """Remove rows that a crash may have undone. The owner must write them again."""
     observer.execute("DELETE FROM pg_layer_membership")
     observer.execute("DELETE FROM pg_layer_client")
 
@@ -93,9 +96,9 @@ def lose_rows(observer: Observer) -> None:
 async def test_channel_discarded_in_an_open_transaction_leaves_with_the_commit(
     make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
-    """The owner reconnects meanwhile, receives, and writes again what the table has lost."""
+    """The owner reconnects meanwhile, receives, and writes lost rows again."""
     layer, sender = make_layer(), make_layer()
-    leaver, stayer = await member(layer, "room"), await member(layer, "room")
+    leaver, stayer = await new_member(layer, "room"), await new_member(layer, "room")
     discard(open_transaction, "room", leaver)
 
     await reconnect(layer, observer)
@@ -104,21 +107,24 @@ async def test_channel_discarded_in_an_open_transaction_leaves_with_the_commit(
     lose_rows(observer)
     await reconnect(layer, observer)
     both = sorted([("room", leaver, True), ("room", stayer, True)])
-    await until(lambda: rows(observer) == both)
+    await until(lambda: membership_rows(observer) == both)
 
     open_transaction.commit()
-    await until(lambda: rows(observer) == [("room", stayer, True)])
+    await until(lambda: membership_rows(observer) == [("room", stayer, True)])
     assert layer.stats()["memberships"] == 1
     assert await sender.group_channels("room") == [stayer]
 
 
 @pytest.mark.parametrize("has_rows", [True, False], ids=["rows are there", "rows were lost"])
-async def test_channel_discarded_while_its_owner_writes_its_memberships_again_does_not_come_back(
+async def test_channel_discarded_while_its_owner_rewrites_memberships_stays_out(
     make_layer: MakeLayer, observer: Observer, open_transaction: Transaction, has_rows: bool
 ) -> None:
-    """The owner's statement still says that the channel is a member, and waits. Then it is discarded."""
+    """The owner's statement still contains the channel, and waits for a lock.
+
+    Then another process discards the channel.
+    """
     layer = make_layer()
-    leaver, stayer = await member(layer, "room"), await member(layer, "room")
+    leaver, stayer = await new_member(layer, "room"), await new_member(layer, "room")
     if has_rows:
         observer.execute("DELETE FROM pg_layer_client")
     else:
@@ -129,13 +135,13 @@ async def test_channel_discarded_while_its_owner_writes_its_memberships_again_do
         " ON CONFLICT (group_name, address, channel, id) DO UPDATE SET expires_at = 'infinity'",
         [stayer, stayer],
     )
-    await layer.health()  # renews the lease, which is a new one to the database
+    await layer.health()  # renews the lease: for the database, the client is new
     await until(lambda: waiting_for_locks(observer) == 1)
     discard(observer, "room", leaver)
     await until(lambda: layer.stats()["memberships"] == 1)
     assert waiting_for_locks(observer) == 1
     open_transaction.commit()
-    await until(lambda: rows(observer) == [("room", stayer, True)])
+    await until(lambda: membership_rows(observer) == [("room", stayer, True)])
     assert await layer.group_channels("room") == [stayer]
 
 
@@ -143,22 +149,22 @@ async def test_channel_discarded_and_added_in_one_transaction_stays(
     make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
     layer, other = make_layer(), make_layer()
-    channel = await member(layer, "room")
+    channel = await new_member(layer, "room")
     lose_rows(observer)
     await reconnect(layer, observer)
-    await until(lambda: rows(observer) == [("room", channel, True)])
+    await until(lambda: membership_rows(observer) == [("room", channel, True)])
     with open_transaction.transaction():
         discard(open_transaction, "room", channel)
         add(open_transaction, "room", channel)
     await other.group_send("room", {"number": 1})
     assert (await receive(layer, channel))["number"] == 1
-    await until(lambda: rows(observer) == [("room", channel, True)])
+    await until(lambda: membership_rows(observer) == [("room", channel, True)])
 
 
-async def test_message_of_a_transaction_that_stays_open_across_renewals_is_received_after_its_commit(
+async def test_message_of_a_transaction_open_across_renewals_arrives_after_its_commit(
     make_layer: MakeLayer, open_transaction: Transaction
 ) -> None:
-    """The reader polls. It looks at what is new again and again, before and after the commit."""
+    """The reader polls several times, before and after the commit."""
     layer = make_layer(poll_interval=0.05)
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
@@ -176,44 +182,47 @@ async def test_message_of_a_transaction_that_stays_open_across_renewals_is_recei
     assert [(await receive(layer, channel))["number"] for _ in range(2)] == [1, 2]
 
 
-# ---------------------------------------------------------------------- others go on
+# ---------------------------------------------------------------------- changes of other callers
 
 
-async def test_change_of_a_membership_that_an_open_transaction_has_changed_does_not_wait(
+async def test_change_of_a_membership_changed_in_an_open_transaction_does_not_wait(
     make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
-    """The owner decides in the order in which it learns of changes: that of the transaction comes last."""
+    """The owner applies changes in the order in which it observes them.
+
+    It observes the change of the transaction last.
+    """
     layer = make_layer(send_timeout=20)
-    held, other, leaver = [await member(layer, "room") for _ in range(3)]
-    discard(open_transaction, "room", held)
+    locked, other, leaver = [await new_member(layer, "room") for _ in range(3)]
+    discard(open_transaction, "room", locked)
     add(open_transaction, "room", leaver)
-    await layer.group_add("room", held)
+    await layer.group_add("room", locked)
     await layer.group_discard("room", leaver)
     await layer.group_add("hall", other)
-    assert sorted(await layer.group_channels("room")) == sorted([held, other])
+    assert sorted(await layer.group_channels("room")) == sorted([locked, other])
     open_transaction.commit()
     expected = sorted([("room", other, True), ("room", leaver, True), ("hall", other, True)])
-    await until(lambda: rows(observer) == expected)
+    await until(lambda: membership_rows(observer) == expected)
     assert sorted(await layer.group_channels("room")) == sorted([other, leaver])
 
 
-async def test_change_of_a_transaction_that_is_rolled_back_changes_nothing(
+async def test_change_in_a_transaction_rolled_back_has_no_effect(
     make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
     layer = make_layer()
-    channel = await member(layer, "room")
+    channel = await new_member(layer, "room")
     discard(open_transaction, "room", channel)
     await layer.group_add("room", channel)
     open_transaction.rollback()
     await layer.group_send("room", {"number": 1})
     assert (await receive(layer, channel))["number"] == 1
-    assert rows(observer) == [("room", channel, True)]
+    assert membership_rows(observer) == [("room", channel, True)]
 
 
-# ---------------------------------------------------------------------- clients that have not begun
+# ---------------------------------------------------------------------- clients without a lease
 
 
-async def test_client_that_begins_while_a_transaction_adds_its_channel_is_a_member_after_the_commit(
+async def test_client_beginning_while_a_transaction_adds_its_channel_becomes_a_member(
     make_layer: MakeLayer, observer: Observer, open_transaction: Transaction
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -227,27 +236,27 @@ async def test_client_that_begins_while_a_transaction_adds_its_channel_is_a_memb
     open_transaction.commit()
     await sender.group_send("room", {"number": 3})
     assert (await receive(layer, channel))["number"] == 3
-    await until(lambda: rows(observer) == [("room", channel, True)])
-    assert lasts(observer, "room", 80000)
+    await until(lambda: membership_rows(observer) == [("room", channel, True)])
+    assert expires_later_than(observer, "room", 80000)
 
 
 @pytest.mark.parametrize("group_expiry", [None, 86400])
-async def test_client_that_begins_later_is_a_member_for_as_long_as_was_asked(
+async def test_client_beginning_later_is_a_member_for_the_requested_group_expiry(
     make_layer: MakeLayer, observer: Observer, group_expiry: int | None
 ) -> None:
     layer, other = make_layer(), make_layer(lease=60, heartbeat=20, group_expiry=group_expiry)
     channel = await layer.new_channel()
     await other.group_add("room", channel)
     assert await other.group_count("room") == 1
-    assert not lasts(observer, "room", 61)
+    assert not expires_later_than(observer, "room", 61)
     await listen(layer)
-    await until(lambda: rows(observer) == [("room", channel, True)])
-    assert lasts(observer, "room", 80000)
+    await until(lambda: membership_rows(observer) == [("room", channel, True)])
+    assert expires_later_than(observer, "room", 80000)
     await other.group_send("room", {"number": 1})
     assert (await receive(layer, channel))["number"] == 1
 
 
-async def test_client_that_never_begins_is_counted_only_for_a_while(
+async def test_client_never_beginning_is_counted_only_while_its_request_lasts(
     make_layer: MakeLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(groups, "REQUEST_SECONDS", 0.2)

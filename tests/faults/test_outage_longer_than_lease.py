@@ -1,7 +1,7 @@
-"""The database is away for longer than a lease.
+"""The database is down for longer than a lease.
 
-A lease does not end by time in which the database was away, so nothing that was acknowledged is
-lost to a process that still runs, whichever process reconnects first.
+Time in which the database is down ends no lease. So a process that still runs loses nothing
+that was acknowledged, whichever process reconnects first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.processes import Link, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
 LEASE = 2.0
-# The sweeps are those that a test runs.
+# No process sweeps by itself.
 SHORT_LEASE: dict[str, object] = {
     "lease": LEASE,
     "heartbeat": 0.5,
@@ -34,14 +34,14 @@ SHORT_LEASE: dict[str, object] = {
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    """Processes that end with the test."""
+    """Yield a starter of processes, which end with the test."""
     started = Processes()
     yield started
     started.close()
 
 
-async def outlast(lease: float = LEASE) -> None:
-    """Let a lease pass that was renewed just before. No event tells it: the database is away."""
+async def wait_longer_than(lease: float = LEASE) -> None:
+    """Sleep for longer than the lease. The database is down, so no event can announce its end."""
     await asyncio.sleep(lease + 1)
 
 
@@ -51,7 +51,10 @@ async def sweep(dsn: str) -> None:
 
 
 async def send_on_command(link: Link, dsn: str, channel: str) -> None:
-    """Send each range of numbers that the test says to the channel and to "room"; then say so."""
+    """In a process: send each range of numbers from the test to the channel and to "room".
+
+    Report when each range is sent.
+    """
     async with open_layer(dsn, send_timeout=60, expiry=3600) as layer:
         while (numbers := await link.hear()) is not None:
             for number in numbers:
@@ -69,9 +72,9 @@ def send_by_sql(dsn: str, channel: str, number: int) -> None:
         connection.execute("SELECT pg_layer_group_send('room', %s)", (message,))
 
 
-@pytest.mark.parametrize("mode", ["fast", "immediate"], ids=["restart", "crash"])
+@pytest.mark.parametrize("stop_mode", ["fast", "immediate"], ids=["restart", "crash"])
 async def test_sender_back_before_the_reader_after_a_long_outage_reaches_it(
-    server: PostgresServer, database: str, processes: Processes, mode: StopMode
+    server: PostgresServer, database: str, processes: Processes, stop_mode: StopMode
 ) -> None:
     """The reader's network is down for a moment longer than the server.
 
@@ -88,8 +91,8 @@ async def test_sender_back_before_the_reader_after_a_long_outage_reaches_it(
                 assert await sender.hear() == "sent"
                 await readers.reached(0)
                 await asyncio.to_thread(proxy.swallow)
-                await asyncio.to_thread(server.stop, mode)
-                await outlast()
+                await asyncio.to_thread(server.stop, stop_mode)
+                await wait_longer_than()
                 await asyncio.to_thread(server.start)
                 sender.say(range(1, 20))
                 assert await sender.hear() == "sent"
@@ -104,13 +107,13 @@ async def test_sender_back_before_the_reader_after_a_long_outage_reaches_it(
             await sender.result()
 
 
-async def test_calls_that_wait_in_a_single_process_take_effect_after_a_long_outage(
+async def test_calls_waiting_in_one_process_take_effect_after_a_long_outage(
     server: PostgresServer, database: str
 ) -> None:
-    """The calls begin while the server is away, and go through at the moment of its return.
+    """The calls begin while the server is down, and succeed at the moment of its return.
 
     They wait for the only connection of the pool. The listening connection comes back later, so
-    the process has not renewed its lease by then.
+    that the process has not renewed its lease by then.
     """
     lease = 4.0
     with Proxy(database) as proxy:
@@ -130,7 +133,7 @@ async def test_calls_that_wait_in_a_single_process_take_effect_after_a_long_outa
                 await asyncio.to_thread(server.stop)
                 sending = asyncio.create_task(send(range(20)))
                 joining = asyncio.create_task(layer.group_add("room", late))
-                await outlast(lease)
+                await wait_longer_than(lease)
                 assert not sending.done()
                 assert not joining.done()
                 await asyncio.to_thread(server.start)
@@ -143,12 +146,12 @@ async def test_calls_that_wait_in_a_single_process_take_effect_after_a_long_outa
                 assert set(range(20, 30)) <= set(readers.numbers[late])
 
 
-async def test_sweeper_back_before_the_reader_after_a_long_outage_removes_nothing_of_it(
+async def test_sweeper_back_before_the_reader_removes_nothing_of_it(
     server: PostgresServer, database: str
 ) -> None:
-    """Messages were committed before the outage, and the reader had not received them.
+    """Messages were committed before the outage, and the reader has not received them.
 
-    The sweeper is the first to reach the server again, and no process has renewed a lease yet.
+    The sweeper reaches the server first, when no process has renewed a lease yet.
     """
     with Proxy(database) as proxy:
         async with (
@@ -164,7 +167,7 @@ async def test_sweeper_back_before_the_reader_after_a_long_outage_removes_nothin
                     await sender.send(own, numbered(number, 1000 * number))
                     await sender.group_send("room", numbered(number, 1000 * number))
                 await asyncio.to_thread(server.stop)
-                await outlast()
+                await wait_longer_than()
                 await asyncio.to_thread(server.start)
                 await sweep(database)
                 assert await sender.group_channels("room") == [member]
@@ -177,7 +180,7 @@ async def test_sweeper_back_before_the_reader_after_a_long_outage_removes_nothin
                 assert readers.numbers == {own: list(range(11)), member: list(range(11))}
 
 
-async def test_reader_and_sweeper_back_before_another_reader_take_nothing_from_it(
+async def test_reader_and_sweeper_back_before_another_reader_remove_nothing_of_it(
     server: PostgresServer, database: str
 ) -> None:
     """The first reader that returns renews its lease. The other one still has a whole lease."""
@@ -186,33 +189,33 @@ async def test_reader_and_sweeper_back_before_another_reader_take_nothing_from_i
     with Proxy(database) as proxy:
         async with (
             open_layer(proxy.dsn(), **options) as layer,
-            open_layer(database, **options) as first,
+            open_layer(database, **options) as first_reader,
         ):
             own, member = [await layer.new_channel() for _ in range(2)]
-            early = await first.new_channel()
+            early = await first_reader.new_channel()
             await listen(layer)
             await layer.group_add("room", member)
-            await first.group_add("room", early)
+            await first_reader.group_add("room", early)
             async with (
                 readers_of(layer, own, member) as readers,
-                readers_of(first, early) as others,
+                readers_of(first_reader, early) as others,
             ):
                 await asyncio.to_thread(proxy.swallow)
                 for number in range(10):
-                    await first.send(own, numbered(number, 1000 * number))
-                    await first.group_send("room", numbered(number, 1000 * number))
+                    await first_reader.send(own, numbered(number, 1000 * number))
+                    await first_reader.group_send("room", numbered(number, 1000 * number))
                 await asyncio.to_thread(server.stop)
-                await outlast(lease)
+                await wait_longer_than(lease)
                 await asyncio.to_thread(server.start)
-                await until(lambda: (first.stats()["lease_age"] or lease) < lease / 2)
+                await until(lambda: (first_reader.stats()["lease_age"] or lease) < lease / 2)
                 await sweep(database)
                 for number in range(10, 20):
-                    await first.send(own, numbered(number))
-                    await first.group_send("room", numbered(number))
+                    await first_reader.send(own, numbered(number))
+                    await first_reader.group_send("room", numbered(number))
                 await asyncio.to_thread(proxy.let_go)
                 await readers.reached(19)
                 await others.reached(19)
-                assert sorted(await first.group_channels("room")) == sorted([early, member])
+                assert sorted(await first_reader.group_channels("room")) == sorted([early, member])
                 assert readers.numbers == {own: list(range(20)), member: list(range(20))}
                 assert others.numbers == {early: list(range(20))}
 
@@ -221,18 +224,18 @@ async def test_reader_and_sweeper_back_before_another_reader_take_nothing_from_i
 async def test_sender_back_before_the_reader_after_a_failover_reaches_it(
     server: PostgresServer, database: str, processes: Processes, sweeps: bool
 ) -> None:
-    """The standby was started long before it is promoted, and takes over after a whole lease."""
+    """The standby was started long before. It is promoted after a whole lease."""
     with PostgresServer(fsync=False, primary=server) as standby:
         promoted = standby.dsn("layer")
         with Proxy(database) as old, Proxy(promoted) as new:
-            by_proxy = writable(database, port_of(old), port_of(new))
-            async with open_layer(by_proxy, **SHORT_LEASE) as layer:
+            proxied_dsn = writable(database, port_of(old), port_of(new))
+            async with open_layer(proxied_dsn, **SHORT_LEASE) as layer:
                 own, member = [await layer.new_channel() for _ in range(2)]
                 await listen(layer)
                 await layer.group_add("room", member)
                 async with readers_of(layer, own, member) as readers:
-                    either = writable(database, server.port, standby.port)
-                    sender = processes.start(send_on_command, either, own)
+                    writable_dsn = writable(database, server.port, standby.port)
+                    sender = processes.start(send_on_command, writable_dsn, own)
                     sender.say(range(1))
                     assert await sender.hear() == "sent"
                     await readers.reached(0)
@@ -240,7 +243,7 @@ async def test_sender_back_before_the_reader_after_a_failover_reaches_it(
                     for proxy in (old, new):
                         await asyncio.to_thread(proxy.swallow)
                     await asyncio.to_thread(server.stop, "immediate")
-                    await outlast()
+                    await wait_longer_than()
                     await fail_over(server, standby)
                     if sweeps:
                         await sweep(promoted)

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode: with a direct connection to listen on, and without one."""
+"""PgBouncer in transaction mode, with a direct connection to listen on, and without one."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ pytestmark = pytest.mark.pgbouncer
 Recovery = Callable[[str], AbstractContextManager[None]]
 
 FIRST_TO_PREPARE = (1, 21)
-QUICK: dict[str, object] = {"send_timeout": 30, "capacity": 1000}
+OPTIONS: dict[str, object] = {"send_timeout": 30, "capacity": 1000}
 
 
 @pytest.fixture(scope="module")
 def program() -> str:
-    """PgBouncer; Debian keeps it where only root looks."""
+    """Return the path of PgBouncer. Debian installs it where only root's PATH leads."""
     return require_executable("pgbouncer", "/usr/sbin/pgbouncer", component="pgbouncer")
 
 
 @pytest.fixture(scope="module")
 def pooled_server() -> Iterator[PostgresServer]:
-    """A server that nobody breaks: here the pooler is what fails."""
+    """Yield a server that stays up: in these tests the pooler fails."""
     with PostgresServer(fsync=False) as server:
         yield server
 
 
 @pytest.fixture
 def direct(pooled_server: PostgresServer) -> Iterator[str]:
-    """A migrated database of that server, without the pooler."""
+    """Yield the DSN of a migrated database on that server, without the pooler."""
     dsn = pooled_server.create_database("layer")
     migrate(dsn)
     yield dsn
@@ -53,7 +53,7 @@ def direct(pooled_server: PostgresServer) -> Iterator[str]:
 
 @pytest.fixture
 def pooler(program: str, pooled_server: PostgresServer) -> Iterator[PgBouncer]:
-    """A pooler that knows no prepared statements."""
+    """Yield a pooler without support for prepared statements."""
     known = 0 if version(program) >= FIRST_TO_PREPARE else None
     with PgBouncer(program, pooled_server, max_prepared_statements=known) as pooler:
         yield pooler
@@ -61,23 +61,26 @@ def pooler(program: str, pooled_server: PostgresServer) -> Iterator[PgBouncer]:
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    """Processes that end with the test."""
+    """Yield a starter of processes, which end with the test."""
     started = Processes()
     yield started
     started.close()
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
     return [(await receive(layer, channel))["number"] for _ in range(count)]
 
 
 async def send_numbers(link: Link, dsn: str, targets: list[tuple[str, str]], count: int) -> None:
-    """Send as many numbers to each ("send" or "group_send", name), all targets at once."""
-    async with open_layer(dsn, **QUICK) as layer:
+    """In a process: send ``count`` numbers to each target, all targets at once.
+
+    A target is the name of a method, ``send`` or ``group_send``, and its first argument.
+    """
+    async with open_layer(dsn, **OPTIONS) as layer:
 
         async def send_to(method: str, name: str) -> None:
             for number in range(count):
@@ -87,10 +90,15 @@ async def send_numbers(link: Link, dsn: str, targets: list[tuple[str, str]], cou
 
 
 async def exchange(layer: PostgresChannelLayer, dsn: str, processes: Processes, count: int) -> None:
-    """Messages, groups and jobs by another process reach this layer, once and in order."""
+    """Send direct messages, group messages and jobs from another process to this layer.
+
+    Assert that they arrive once and in order.
+    """
     own, member = [await layer.new_channel() for _ in range(2)]
     await layer.group_add("room", member)
-    reading = asyncio.gather(*(numbers(layer, channel, count) for channel in (own, member, "jobs")))
+    reading = asyncio.gather(
+        *(receive_numbers(layer, channel, count) for channel in (own, member, "jobs"))
+    )
     targets = [("send", own), ("group_send", "room"), ("send", "jobs")]
     writer = processes.start(send_numbers, dsn, targets, count)
     assert await reading == [list(range(count))] * 3
@@ -98,11 +106,14 @@ async def exchange(layer: PostgresChannelLayer, dsn: str, processes: Processes, 
     await layer.group_discard("room", member)
     await layer.group_send("room", {"number": -1})
     await layer.send(member, {"number": -2})
-    assert await numbers(layer, member, 1) == [-2]
+    assert await receive_numbers(layer, member, 1) == [-2]
 
 
-async def has_left(direct: str) -> None:
-    """All leases were given back, and nothing waits but group messages, which stay until they expire."""
+async def assert_nothing_left(direct: str) -> None:
+    """Assert that no lease, no membership and no message is left.
+
+    Group messages do not count, because they stay until they expire.
+    """
     async with await psycopg.AsyncConnection.connect(direct, autocommit=True) as observer:
         for query in (
             "SELECT count(*) FROM pg_layer_client WHERE expires_at > clock_timestamp()",
@@ -117,7 +128,7 @@ async def has_left(direct: str) -> None:
 
 
 @pytest.mark.parametrize("known", [0, 100], ids=["no prepared statements", "prepared statements"])
-async def test_with_listen_dsn_everything_arrives_by_notification(
+async def test_pooler_with_listen_dsn_delivers_by_notification(
     program: str,
     pooled_server: PostgresServer,
     direct: str,
@@ -125,13 +136,16 @@ async def test_with_listen_dsn_everything_arrives_by_notification(
     known: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    knows = known if version(program) >= FIRST_TO_PREPARE else None
-    with PgBouncer(program, pooled_server, max_prepared_statements=knows, pool_size=2) as pooler:
+    prepared_option = known if version(program) >= FIRST_TO_PREPARE else None
+    with PgBouncer(
+        program, pooled_server, max_prepared_statements=prepared_option, pool_size=2
+    ) as pooler:
         dsn = pooler.dsn(direct)
-        # More clients than server connections: a session's next statement often meets another of these.
+        # There are more clients than server connections. So the next statement of a session often
+        # runs on another server connection.
         async with (
-            open_layer(dsn, listen_dsn=direct, **QUICK) as layer,
-            open_layer(dsn, listen_dsn=direct, **QUICK) as other,
+            open_layer(dsn, listen_dsn=direct, **OPTIONS) as layer,
+            open_layer(dsn, listen_dsn=direct, **OPTIONS) as other,
         ):
             await asyncio.gather(
                 exchange(layer, dsn, processes, 100),
@@ -139,15 +153,15 @@ async def test_with_listen_dsn_everything_arrives_by_notification(
                     *(other.send("elsewhere", {"number": number}) for number in range(500))
                 ),
             )
-            assert sorted(await numbers(other, "elsewhere", 500)) == list(range(500))
+            assert sorted(await receive_numbers(other, "elsewhere", 500)) == list(range(500))
             health = await layer.health()
             assert health["listener"] == "listening"
             assert health["last_notification_age"] is not None
             assert health["problems"] == []
         with psycopg.connect(dsn, autocommit=True) as connection:
             assert connection.execute("SELECT name FROM pg_prepared_statements").fetchall() == []
-        await has_left(direct)
-    assert warnings(caplog) == []
+        await assert_nothing_left(direct)
+    assert logged_warnings(caplog) == []
 
 
 # ---------------------------------------------------------------------- the pooler fails
@@ -156,15 +170,18 @@ async def test_with_listen_dsn_everything_arrives_by_notification(
 Outcomes = dict[str, dict[str, list[int]]]
 
 
-async def send_until_told(link: Link, dsn: str, targets: list[tuple[str, str]]) -> Outcomes:
-    """Send numbers to each target until told to stop; by target's name, which were sent, unknown, refused."""
+async def send_until_stopped(link: Link, dsn: str, targets: list[tuple[str, str]]) -> Outcomes:
+    """In a process: send numbers to each target until the test says stop.
+
+    Return for each target which numbers were sent, unknown and refused.
+    """
     outcomes: Outcomes = {name: {"sent": [], "unknown": [], "refused": []} for _, name in targets}
-    async with open_layer(dsn, **QUICK) as layer:
-        told = asyncio.create_task(link.hear())
+    async with open_layer(dsn, **OPTIONS) as layer:
+        stop = asyncio.create_task(link.hear())
 
         async def send_to(method: str, name: str) -> None:
             number = 0
-            while not told.done():
+            while not stop.done():
                 try:
                     await getattr(layer, method)(name, {"number": number})
                     outcome = "sent"
@@ -174,14 +191,14 @@ async def send_until_told(link: Link, dsn: str, targets: list[tuple[str, str]]) 
                     outcome = "refused"
                 outcomes[name][outcome].append(number)
                 number += 1
-                await asyncio.wait({told}, timeout=0.002)
+                await asyncio.wait({stop}, timeout=0.002)
 
         await asyncio.gather(*(send_to(*target) for target in targets))
     return outcomes
 
 
 class Received:
-    """What the channels of a layer receive, by name."""
+    """The numbers that the channels of a layer receive, by name."""
 
     def __init__(self, layer: PostgresChannelLayer, channels: dict[str, str]) -> None:
         self.numbers: dict[str, list[int]] = {name: [] for name in channels}
@@ -193,12 +210,16 @@ class Received:
             self.numbers[name].append((await self._layer.receive(channel))["number"])
 
     async def more(self, count: int) -> None:
-        """Wait until each has received so many more."""
+        """Return when each channel has received ``count`` more numbers."""
         goals = {name: len(numbers) + count for name, numbers in self.numbers.items()}
         await until(lambda: all(len(self.numbers[name]) >= goal for name, goal in goals.items()))
 
     async def has_all(self, outcomes: Outcomes) -> None:
-        """What returned came once and in order, what is unknown at most once, what was refused never."""
+        """Assert that the messages arrived as their sends promise.
+
+        If the send returned: once and in order. If its outcome is unknown: at most once. If it was
+        refused: never.
+        """
         try:
             await until(
                 lambda: all(set(outcomes[n]["sent"]) <= set(got) for n, got in self.numbers.items())
@@ -219,16 +240,19 @@ class Received:
 
 
 @asynccontextmanager
-async def traffic(
+async def outside_traffic(
     layer: PostgresChannelLayer, dsn: str, processes: Processes
 ) -> AsyncIterator[Received]:
-    """Another process sends to a channel, a group and jobs of this layer; in the end all has arrived."""
+    """Send from another process to a channel, a group and jobs of this layer.
+
+    At the end of the block, assert that all messages arrived.
+    """
     own, member = [await layer.new_channel() for _ in range(2)]
     await layer.group_add("room", member)
     await listen(layer)
     received = Received(layer, {own: own, "room": member, "jobs": "jobs"})
     targets = [("send", own), ("group_send", "room"), ("send", "jobs")]
-    writer: Process[Outcomes] = processes.start(send_until_told, dsn, targets)
+    writer: Process[Outcomes] = processes.start(send_until_stopped, dsn, targets)
     try:
         await received.more(20)
         yield received
@@ -238,23 +262,30 @@ async def traffic(
         await received.stop()
 
 
-@pytest.mark.parametrize("listens", [True, False], ids=["listen_dsn", "polling"])
-async def test_a_pooler_that_is_killed_under_traffic_loses_nothing_that_returned(
-    pooler: PgBouncer, direct: str, processes: Processes, listens: bool, recovery: Recovery
+@pytest.mark.parametrize("has_listen_dsn", [True, False], ids=["listen_dsn", "polling"])
+async def test_pooler_killed_under_traffic_loses_no_message_whose_send_returned(
+    pooler: PgBouncer, direct: str, processes: Processes, has_listen_dsn: bool, recovery: Recovery
 ) -> None:
     dsn = pooler.dsn(direct)
-    way: dict[str, object] = {"listen_dsn": direct} if listens else {"poll_interval": 0.05}
-    async with open_layer(dsn, **QUICK, **way) as layer, traffic(layer, dsn, processes) as received:
+    mode_options: dict[str, object] = (
+        {"listen_dsn": direct} if has_listen_dsn else {"poll_interval": 0.05}
+    )
+    async with (
+        open_layer(dsn, **OPTIONS, **mode_options) as layer,
+        outside_traffic(layer, dsn, processes) as received,
+    ):
         for _ in range(3):
             await asyncio.to_thread(pooler.stop)
-            with recovery(f"PgBouncer is back ({', '.join(way)}): until messages arrive at all"):
+            with recovery(
+                f"PgBouncer is back ({', '.join(mode_options)}): until messages arrive at all"
+            ):
                 await asyncio.to_thread(pooler.start)
                 await received.more(5)
             await received.more(20)
-    await has_left(direct)
+    await assert_nothing_left(direct)
 
 
-async def test_server_connections_that_the_pooler_loses_cost_nothing_that_returned(
+async def test_pooler_losing_server_connections_loses_no_message_whose_send_returned(
     pooler: PgBouncer, pooled_server: PostgresServer, direct: str, processes: Processes
 ) -> None:
     dsn = pooler.dsn(direct)
@@ -263,32 +294,32 @@ async def test_server_connections_that_the_pooler_loses_cost_nothing_that_return
         " WHERE datname = 'layer' AND backend_type = 'client backend'"
     )
     async with (
-        open_layer(dsn, **QUICK, listen_dsn=direct) as layer,
-        traffic(layer, dsn, processes) as received,
+        open_layer(dsn, **OPTIONS, listen_dsn=direct) as layer,
+        outside_traffic(layer, dsn, processes) as received,
     ):
         for _ in range(10):
             await asyncio.to_thread(pooled_server.execute, kill)
             await received.more(5)
-    await has_left(direct)
+    await assert_nothing_left(direct)
 
 
 # ---------------------------------------------------------------------- without listen_dsn
 
 
-async def test_with_poll_interval_the_pooler_alone_will_do(
+async def test_pooler_without_listen_dsn_and_with_poll_interval_delivers(
     pooler: PgBouncer, direct: str, processes: Processes, caplog: pytest.LogCaptureFixture
 ) -> None:
     dsn = pooler.dsn(direct)
-    async with open_layer(dsn, **QUICK, poll_interval=0.02) as layer:
+    async with open_layer(dsn, **OPTIONS, poll_interval=0.02) as layer:
         await exchange(layer, dsn, processes, 100)
         health = await layer.health()
         assert health["listener"] == "polling"
         assert health["problems"] == []
-    await has_left(direct)
-    assert warnings(caplog) == []
+    await assert_nothing_left(direct)
+    assert logged_warnings(caplog) == []
 
 
-async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
+async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
     pooler: PgBouncer,
     direct: str,
     processes: Processes,
@@ -296,40 +327,40 @@ async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
     recovery: Recovery,
 ) -> None:
     dsn = pooler.dsn(direct)
-    async with open_layer(dsn, **QUICK, heartbeat=1, lease=60) as layer:
+    async with open_layer(dsn, **OPTIONS, heartbeat=1, lease=60) as layer:
         with recovery("PgBouncer alone: until it is noticed that nothing is heard"):
             channel = await layer.new_channel()
             await layer.send(channel, {"number": 0})
-            assert await numbers(layer, channel, 1) == [0]
-            await until(lambda: warnings(caplog))
+            assert await receive_numbers(layer, channel, 1) == [0]
+            await until(lambda: logged_warnings(caplog))
         await exchange(layer, dsn, processes, 100)
         health = await layer.health()
         assert health["listener"] == "polling"
         assert any("pooler" in problem for problem in health["problems"])
         assert health["round_trip"] is not None
-        # Several heartbeats later it is still so, and not said again.
-        renewed = [lease(direct)]
+        # After several heartbeats the layer still polls, and has logged nothing more.
+        renewed = [lease_end(direct)]
         while len(renewed) < 4:
             renewed.append(
-                await until(lambda: lease(direct) if lease(direct) != renewed[-1] else None)
+                await until(lambda: lease_end(direct) if lease_end(direct) != renewed[-1] else None)
             )
         await layer.send(channel, {"number": 1})
-        assert await numbers(layer, channel, 1) == [1]
-        assert [w for w in warnings(caplog) if "pooler" in w] == warnings(caplog)
-        assert len(warnings(caplog)) == 1
-        assert "listen_dsn" in warnings(caplog)[0]
-    await has_left(direct)
+        assert await receive_numbers(layer, channel, 1) == [1]
+        assert [w for w in logged_warnings(caplog) if "pooler" in w] == logged_warnings(caplog)
+        assert len(logged_warnings(caplog)) == 1
+        assert "listen_dsn" in logged_warnings(caplog)[0]
+    await assert_nothing_left(direct)
 
 
-def lease(direct: str) -> object:
-    """Until when the one client has a lease."""
+def lease_end(direct: str) -> object:
+    """Return when the lease of the only client ends."""
     with psycopg.connect(direct) as connection:
         row = connection.execute("SELECT max(expires_at) FROM pg_layer_client").fetchone()
     assert row is not None
     return row[0]
 
 
-async def test_a_pooler_alone_that_is_restarted_is_polled_through_again(
+async def test_pooler_without_listen_dsn_restarted_is_polled_through_again(
     pooler: PgBouncer,
     direct: str,
     processes: Processes,
@@ -337,31 +368,34 @@ async def test_a_pooler_alone_that_is_restarted_is_polled_through_again(
     recovery: Recovery,
 ) -> None:
     dsn = pooler.dsn(direct)
-    async with open_layer(dsn, **QUICK) as layer, traffic(layer, dsn, processes) as received:
-        await until(lambda: warnings(caplog))
+    async with (
+        open_layer(dsn, **OPTIONS) as layer,
+        outside_traffic(layer, dsn, processes) as received,
+    ):
+        await until(lambda: logged_warnings(caplog))
         await asyncio.to_thread(pooler.stop)
         with recovery("PgBouncer alone is back: until messages arrive at all"):
             await asyncio.to_thread(pooler.start)
             await received.more(5)
-    await has_left(direct)
-    assert len([w for w in warnings(caplog) if "pooler" in w]) == 1
+    await assert_nothing_left(direct)
+    assert len([w for w in logged_warnings(caplog) if "pooler" in w]) == 1
 
 
-async def test_a_worker_through_a_pooler_alone_gives_back_what_it_took_when_it_closes(
+async def test_worker_behind_a_pooler_releases_its_jobs_when_it_closes(
     pooler: PgBouncer, direct: str
 ) -> None:
     dsn = pooler.dsn(direct)
-    async with open_layer(direct, **QUICK) as other:
-        async with open_layer(dsn, **QUICK, poll_interval=0.02) as worker:
+    async with open_layer(direct, **OPTIONS) as other:
+        async with open_layer(dsn, **OPTIONS, poll_interval=0.02) as worker:
             for number in range(50):
                 await other.send("jobs", {"number": number})
-            done = await numbers(worker, "jobs", 10)
-        done += await numbers(other, "jobs", 40)
+            done = await receive_numbers(worker, "jobs", 10)
+        done += await receive_numbers(other, "jobs", 40)
         assert done == list(range(50))
-    await has_left(direct)
+    await assert_nothing_left(direct)
 
 
-async def test_a_pooler_in_session_mode_needs_nothing(
+async def test_pooler_in_session_mode_needs_no_options(
     program: str,
     pooled_server: PostgresServer,
     direct: str,
@@ -370,19 +404,19 @@ async def test_a_pooler_in_session_mode_needs_nothing(
 ) -> None:
     with PgBouncer(program, pooled_server, mode="session", pool_size=20) as pooler:
         dsn = pooler.dsn(direct)
-        async with open_layer(dsn, **QUICK) as layer:
+        async with open_layer(dsn, **OPTIONS) as layer:
             await exchange(layer, dsn, processes, 100)
             health = await layer.health()
             assert health["listener"] == "listening"
             assert health["problems"] == []
-    await has_left(direct)
-    assert warnings(caplog) == []
+    await assert_nothing_left(direct)
+    assert logged_warnings(caplog) == []
 
 
 # ---------------------------------------------------------------------- layer.sync
 
 
-def test_synchronous_code_prepares_nothing_through_a_pooler(direct: str, pooler: PgBouncer) -> None:
+def test_sync_send_through_a_pooler_prepares_no_statements(direct: str, pooler: PgBouncer) -> None:
     layer = PostgresChannelLayer(capacity=1000)
     with on_django(layer, default=postgres(direct), pooled=postgres(pooler.dsn(direct))):
         for alias, is_prepared in (("default", True), ("pooled", False)):
@@ -390,9 +424,9 @@ def test_synchronous_code_prepares_nothing_through_a_pooler(direct: str, pooler:
                 layer.sync.send("jobs", {"number": n}, using=alias)
                 with transaction.atomic(using=alias):
                     layer.sync.send("jobs", {"number": n}, using=alias)
-            assert bool(prepared_for(alias)) == is_prepared
+            assert bool(prepared_names(alias)) == is_prepared
 
 
-def prepared_for(alias: str) -> list[object]:
-    """The statements that are prepared, as far as the client knows."""
+def prepared_names(alias: str) -> list[object]:
+    """Return the names of the prepared statements that the layer knows on this connection."""
     return list(django_session._loan_of(connections[alias])._names)

@@ -1,4 +1,4 @@
-"""Processes that end, killed or asked to: what others send meanwhile, and what is left of them."""
+"""Processes that are killed, or stopped by a signal: what others observe, and what they leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.project.commands import Process, manage, started, succeeded
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
-# Nothing of it is swept but by the command that the tests run.
+# No process sweeps by itself: the tests run the command.
 SHORT_LEASE: dict[str, object] = {
     "lease": 2,
     "heartbeat": 0.5,
@@ -31,28 +31,28 @@ SHORT_LEASE: dict[str, object] = {
 }
 
 
-def count(observer: Observer, table: str, address: str) -> int:
+def count_rows(observer: Observer, table: str, address: str) -> int:
     query = f"SELECT count(*) FROM pg_layer_{table} WHERE address = %s".encode()
     [(number,)] = observer.execute(query, (address,)).fetchall()
     return int(number)
 
 
 def address_of(observer: Observer, pid: int) -> str:
-    """The address of a process that receives."""
+    """Return the address of the client of a receiving process."""
     [(address,)] = observer.execute(
         "SELECT address FROM pg_layer_client WHERE pid = %s", (pid,)
     ).fetchall()
     return str(address)
 
 
-def receivers(observer: Observer) -> set[int]:
-    """The processes that have a lease."""
+def receiving_pids(observer: Observer) -> set[int]:
+    """Return the ids of the processes that have a lease."""
     rows = observer.execute("SELECT pid FROM pg_layer_client WHERE expires_at > clock_timestamp()")
     return {pid for (pid,) in rows}
 
 
-class Traffic:
-    """Numbers to a group and to channels, in turn, as fast as they go. All numbers are for all of them."""
+class EndlessSends:
+    """Sends numbers to a group and to channels, in turn. Each receiver gets all numbers."""
 
     def __init__(self, layer: PostgresChannelLayer, channels: list[str]) -> None:
         self._layer = layer
@@ -74,15 +74,17 @@ class Traffic:
         self.sent += 1
 
     async def more(self, count: int) -> None:
-        """Return when so many more sends have begun and ended since."""
+        """Return when ``count`` more sends have begun and ended after this call."""
         enough = self.sent + 1 + count
         await until(lambda: self.sent >= enough)
 
 
 @asynccontextmanager
-async def flowing(layer: PostgresChannelLayer, channels: list[str]) -> AsyncIterator[Traffic]:
-    """Traffic while the block runs; a send that fails fails the block's end."""
-    traffic = Traffic(layer, channels)
+async def sending_all_the_time(
+    layer: PostgresChannelLayer, channels: list[str]
+) -> AsyncIterator[EndlessSends]:
+    """Send while the block runs. A send that fails raises at the end of the block."""
+    traffic = EndlessSends(layer, channels)
     stop = asyncio.Event()
 
     async def run() -> None:
@@ -100,8 +102,8 @@ async def flowing(layer: PostgresChannelLayer, channels: list[str]) -> AsyncIter
 # ---------------------------------------------------------------------- kill -9
 
 
-async def member(link: Link, dsn: str) -> list[int]:
-    """Join the room, say the channel; return the numbers that came before the end."""
+async def join_and_receive(link: Link, dsn: str) -> list[int]:
+    """In a process: join the room and report the channel. Return the numbers up to None."""
     async with open_layer(dsn, **SHORT_LEASE) as layer:
         channel = await layer.new_channel()
         await listen(layer)
@@ -113,22 +115,23 @@ async def member(link: Link, dsn: str) -> list[int]:
         return numbers
 
 
-async def test_a_killed_member_costs_its_group_nothing(
+async def test_member_killed_is_not_counted_after_its_lease_and_harms_no_other(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
     observer: Observer,
     recovery: Recovery,
 ) -> None:
-    """It counts until its lease is over, and a sweep removes its membership.
+    """The member is counted until its lease is over, and a sweep removes its membership.
 
-    A group message is one row all the while. What was sent to its channel stays until it expires.
+    A group message is one row all the time. Messages to the member's channel stay until they
+    expire.
     """
     layer = make_layer(capacity=100_000)
-    killed, *living = (processes.start(member, migrated_dsn) for _ in range(3))
+    killed, *living = (processes.start(join_and_receive, migrated_dsn) for _ in range(3))
     channels = [await process.hear() for process in (killed, *living)]
     address = address_of(observer, killed.pid)
-    async with flowing(layer, channels) as traffic:
+    async with sending_all_the_time(layer, channels) as traffic:
         await traffic.more(20)
         assert await layer.group_count("room") == 3
         killed.kill()
@@ -136,28 +139,28 @@ async def test_a_killed_member_costs_its_group_nothing(
             while await layer.group_count("room") > 2:
                 await traffic.more(1)
         assert sorted(await layer.group_channels("room")) == sorted(channels[1:])
-        waiting = count(observer, "message", address)
+        waiting = count_rows(observer, "message", address)
         assert waiting > 0
-        assert count(observer, "membership", address) == 1
+        assert count_rows(observer, "membership", address) == 1
         await traffic.more(40)
         command = await asyncio.to_thread(manage, migrated_dsn, "pg_layer_sweep", "--once")
         words = succeeded(command).split()
         assert (words[1], words[3], words[5]) == ("0", "1", "0")
-        assert count(observer, "membership", address) == 0
-        assert count(observer, "message", address) > waiting
+        assert count_rows(observer, "membership", address) == 0
+        assert count_rows(observer, "message", address) > waiting
         await traffic.more(40)
-    assert count(observer, "message", "asgi!@room") == traffic.sent // 2
+    assert count_rows(observer, "message", "asgi!@room") == traffic.sent // 2
     for channel in channels:
         await layer.send(channel, {"number": None})
     for process in living:
         assert await process.result() == list(range(traffic.sent))
 
 
-# ---------------------------------------------------------------------- asked to end: servers
+# ---------------------------------------------------------------------- servers stopped by a signal
 
 
 @pytest.fixture
-def ending() -> Iterator[ExitStack]:
+def exit_stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
 
@@ -165,7 +168,7 @@ def ending() -> Iterator[ExitStack]:
 def start_server(
     stack: ExitStack, dsn: str, *options: str, settings: Mapping[str, Any] | None = None
 ) -> tuple[Process, str]:
-    """uvicorn as users start it, with the test project; and its address."""
+    """Start uvicorn with the test project, as users do. Return the process and its address."""
     port = free_port()
     arguments = ("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", *options)
     command = ("-m", "uvicorn", "tests.project.asgi:application", *arguments)
@@ -174,7 +177,7 @@ def start_server(
 
 
 async def joined(address: str) -> ClientConnection:
-    """A connection, once the server takes any."""
+    """Return a connection to the server, as soon as it accepts any."""
     deadline = asyncio.get_running_loop().time() + PATIENCE
     while True:
         try:
@@ -193,25 +196,25 @@ async def numbers_until_closed(connection: ClientConnection) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("path", ["async/", "declared/"])
-async def test_a_server_that_is_asked_to_end_leaves_nothing(
+@pytest.mark.parametrize("consumer_path", ["async/", "declared/"])
+async def test_server_stopped_by_a_signal_removes_its_rows_at_once(
     migrated_dsn: str,
     make_layer: MakeLayer,
     observer: Observer,
-    ending: ExitStack,
+    exit_stack: ExitStack,
     number: signal.Signals,
-    path: str,
+    consumer_path: str,
 ) -> None:
     layer = make_layer(capacity=100_000)
     own = await layer.new_channel()
     await listen(layer)
     await layer.group_add("chat", own)
-    [mine] = receivers(observer)
-    server, address = start_server(ending, migrated_dsn)
-    clients = [await joined(f"{address}/{path}") for _ in range(3)]
+    [own_pid] = receiving_pids(observer)
+    server, address = start_server(exit_stack, migrated_dsn)
+    clients = [await joined(f"{address}/{consumer_path}") for _ in range(3)]
     members = "SELECT count(*) FROM pg_layer_membership WHERE group_name = 'chat'"
     await until(lambda: observer.execute(members.encode()).fetchone() == (4,))
-    await until(lambda: server.pid in receivers(observer))
+    await until(lambda: server.pid in receiving_pids(observer))
     address = address_of(observer, server.pid)
 
     sent = 0
@@ -227,14 +230,14 @@ async def test_a_server_that_is_asked_to_end_leaves_nothing(
     heard = [asyncio.create_task(numbers_until_closed(client)) for client in clients]
     await until(lambda: sent > 50)
     await asyncio.to_thread(server.end, number)
-    # At once: what is not gone now will not be before the lease has run out.
-    left = (receivers(observer), count(observer, "membership", address))
+    # Look at once: what the process has not removed by now stays until its lease is over.
+    left_at_once = (receiving_pids(observer), count_rows(observer, "membership", address))
     enough = sent + 2
     await until(lambda: sent >= enough)
-    rows = count(observer, "message", address)
+    rows = count_rows(observer, "message", address)
     enough = sent + 20
     await until(lambda: sent >= enough)
-    more = count(observer, "message", address) - rows
+    more = count_rows(observer, "message", address) - rows
     is_over.set()
     await chatting
     for client in clients:
@@ -244,15 +247,16 @@ async def test_a_server_that_is_asked_to_end_leaves_nothing(
         assert numbers
     assert [int((await receive(layer, own))["text"]) for _ in range(sent)] == list(range(sent))
     assert not [line for line in server.errors if "Traceback" in line or "pg_layer" in line]
-    assert left == ({mine}, 0)
+    assert left_at_once == ({own_pid}, 0)
     assert more == 0
 
 
-# ---------------------------------------------------------------------- asked to end: workers
+# ---------------------------------------------------------------------- workers stopped by a signal
 
-# A job takes less time than that after which a worker counts as quick: it is given more jobs ahead.
-# The handler cancels the task. An exception raised by a handler may interrupt asyncio between the end of a
-# future and the wake-up of its task: nothing can wake or cancel that task then, and `asyncio.run` never ends.
+# A job takes 1 ms, so that the reader counts as quick and is given jobs ahead.
+# The handler cancels the task. It must not raise instead: an exception from a handler may interrupt
+# asyncio between the end of a future and the wake-up of its task. Then nothing can wake or cancel
+# that task, and `asyncio.run` never ends.
 WORKER = """
 import asyncio, signal, sys
 from pg_layer import PostgresChannelLayer
@@ -274,32 +278,34 @@ except asyncio.CancelledError:
 """
 
 
-@pytest.mark.parametrize("how", ["in order", "as Python does"])
-async def test_a_worker_that_is_asked_to_end_releases_what_it_claimed(
-    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, ending: ExitStack, how: str
+@pytest.mark.parametrize("ending", ["in order", "as Python does"])
+async def test_worker_stopped_by_sigterm_releases_its_claimed_jobs(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, exit_stack: ExitStack, ending: str
 ) -> None:
     layer, successor = make_layer(capacity=10_000), make_layer(capacity=10_000)
-    worker = ending.enter_context(started(migrated_dsn, "-c", WORKER, migrated_dsn, how))
-    await until(lambda: receivers(observer) == {worker.pid})
+    worker = exit_stack.enter_context(started(migrated_dsn, "-c", WORKER, migrated_dsn, ending))
+    await until(lambda: receiving_pids(observer) == {worker.pid})
     address = address_of(observer, worker.pid)
     total = 600
     for number in range(300):
         await layer.send("jobs", {"number": number})
     sending = asyncio.create_task(_send_jobs(layer, range(300, total)))
-    # In the midst of it: the worker holds jobs that it has not begun.
-    taken = b"SELECT count(*) >= 5 FROM pg_layer_message WHERE address = %s AND channel = 'jobs'"
-    await until(lambda: observer.execute(taken, (address,)).fetchone() == (True,))
+    # Wait until the worker holds jobs that it has not begun.
+    has_claimed = (
+        b"SELECT count(*) >= 5 FROM pg_layer_message WHERE address = %s AND channel = 'jobs'"
+    )
+    await until(lambda: observer.execute(has_claimed, (address,)).fetchone() == (True,))
     status = await asyncio.to_thread(worker.end, signal.SIGTERM)
-    assert status == (7 if how == "in order" else -signal.SIGTERM)
+    assert status == (7 if ending == "in order" else -signal.SIGTERM)
     done = [int(line) for line in worker.output]
-    left = count(observer, "message", address)
+    left_at_once = count_rows(observer, "message", address)
     await sending
-    rest = await _take_all(successor)
+    rest = await _receive_all_jobs(successor)
     assert not [number for number, times in Counter(done + rest).items() if times > 1]
-    # Where Python ends it, one may have been handed over, and its line not written.
-    assert len(set(range(total)) - set(done) - set(rest)) <= (0 if how == "in order" else 1)
-    assert left == 0
-    assert receivers(observer) <= {os.getpid()}
+    # If SIGTERM has its default effect, one job may be received and its line not written.
+    assert len(set(range(total)) - set(done) - set(rest)) <= (0 if ending == "in order" else 1)
+    assert left_at_once == 0
+    assert receiving_pids(observer) <= {os.getpid()}
     assert rest == sorted(rest)
 
 
@@ -308,8 +314,8 @@ async def _send_jobs(layer: PostgresChannelLayer, numbers: range) -> None:
         await layer.send("jobs", {"number": number})
 
 
-async def _take_all(layer: PostgresChannelLayer) -> list[int]:
-    """All jobs up to one that is sent last."""
+async def _receive_all_jobs(layer: PostgresChannelLayer) -> list[int]:
+    """Return all waiting jobs: those before one that is sent last."""
     await layer.send("jobs", {"number": None})
     found: list[int] = []
     while (number := (await receive(layer, "jobs"))["number"]) is not None:
@@ -318,11 +324,11 @@ async def _take_all(layer: PostgresChannelLayer) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-async def test_runworker_that_is_asked_to_end_leaves_nothing(
+async def test_runworker_stopped_by_a_signal_removes_its_rows_at_once(
     migrated_dsn: str,
     make_layer: MakeLayer,
     observer: Observer,
-    ending: ExitStack,
+    exit_stack: ExitStack,
     number: signal.Signals,
 ) -> None:
     observer.execute("CREATE TABLE job (number integer, pid integer)")
@@ -331,7 +337,7 @@ async def test_runworker_that_is_asked_to_end_leaves_nothing(
     def start() -> Process:
         ignored = "ignore:async_to_sync was passed a non-async-marked callable:UserWarning"
         command = ("-W", ignored, "-m", "tests.project.manage", "runworker", "thumbnails")
-        return ending.enter_context(started(migrated_dsn, *command))
+        return exit_stack.enter_context(started(migrated_dsn, *command))
 
     async def send() -> None:
         for job in range(300):
@@ -341,14 +347,15 @@ async def test_runworker_that_is_asked_to_end_leaves_nothing(
         return [job for (job,) in observer.execute("SELECT number FROM job").fetchall()]
 
     worker = start()
-    await until(lambda: receivers(observer) == {worker.pid})
+    await until(lambda: receiving_pids(observer) == {worker.pid})
     address = address_of(observer, worker.pid)
     sending = asyncio.create_task(send())
     await until(lambda: len(done()) >= 30)
     await asyncio.to_thread(worker.end, number)
-    left = (receivers(observer), count(observer, "message", address))
+    left_at_once = (receiving_pids(observer), count_rows(observer, "message", address))
     await sending
-    # Channels' own worker takes every job out of the layer at once: those that it had are lost with it.
+    # Channels' own worker receives jobs faster than it does them. Those that it has received and
+    # not done are lost with it.
     [(waiting,)] = observer.execute(
         "SELECT count(*) FROM pg_layer_message WHERE address = 'asgi!:thumbnails'"
     ).fetchall()
@@ -356,4 +363,4 @@ async def test_runworker_that_is_asked_to_end_leaves_nothing(
     start()
     await until(lambda: len(done()) >= before + waiting)
     assert max(Counter(done()).values()) == 1
-    assert left == (set(), 0)
+    assert left_at_once == (set(), 0)

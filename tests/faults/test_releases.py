@@ -1,6 +1,6 @@
-"""Jobs that a process has claimed and gives back, while the loop, the connection or the fence goes.
+"""Releases of claimed jobs while the loop ends, the connection is lost or the fence is raised.
 
-Each job is received once, by whichever process, and in its order.
+Each job is received once, by any process, and in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FENCES = f"{IN_LOCKS} AND query LIKE '%pg_layer_raise_fence%'"
 
 @pytest.fixture(autouse=True)
 def every_reader_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readers are given jobs ahead, however busy the machine is."""
+    """Give readers jobs ahead, even on a slow machine."""
     monkeypatch.setattr("pg_layer._receive.jobs.QUICK", 3600.0)
 
 
@@ -37,14 +37,14 @@ def pool_proxy(migrated_dsn: str) -> Iterator[Proxy]:
         yield proxy
 
 
-class HeldReleases:
-    """Releases wait for a lock, with what they have moved."""
+class LockedReleases:
+    """Releases wait for a lock that this object holds, after they have moved the jobs."""
 
     def __init__(self, dsn: str) -> None:
         self._holder: psycopg.Connection[tuple[Any, ...]] = psycopg.connect(dsn)
         self._holder.execute(
-            "INSERT INTO pg_layer_low_id (address, low_id, kept_on) VALUES ('asgi!:jobs', 0, current_date)"
-            " ON CONFLICT (address) DO NOTHING"
+            "INSERT INTO pg_layer_low_id (address, low_id, kept_on)"
+            " VALUES ('asgi!:jobs', 0, current_date) ON CONFLICT (address) DO NOTHING"
         )
         self._holder.commit()
         self._holder.execute("SELECT FROM pg_layer_low_id WHERE address = 'asgi!:jobs' FOR UPDATE")
@@ -53,7 +53,7 @@ class HeldReleases:
         self._holder.commit()
 
     def kill(self, observer: Observer) -> None:
-        """End the backend of the release, which has no effect then; and let go."""
+        """Terminate the backend of the release, which then has no effect. Free the lock."""
         observer.execute(
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
             " WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -66,20 +66,20 @@ class HeldReleases:
 
 
 @contextmanager
-def held_releases(dsn: str) -> Iterator[HeldReleases]:
-    held = HeldReleases(dsn)
+def locked_releases(dsn: str) -> Iterator[LockedReleases]:
+    locked = LockedReleases(dsn)
     try:
-        yield held
+        yield locked
     finally:
-        held.close()
+        locked.close()
 
 
-async def work(layer: PostgresChannelLayer, count: int) -> list[int]:
+async def receive_jobs(layer: PostgresChannelLayer, count: int) -> list[int]:
     return [(await receive(layer, "jobs"))["number"] for _ in range(count)]
 
 
-async def work_until_all_is_done(*layers: PostgresChannelLayer, done: list[int]) -> None:
-    """Receive on all layers until there were as many jobs as were sent; what comes beyond is noted, too."""
+async def receive_until_all_are_done(*layers: PostgresChannelLayer, done: list[int]) -> None:
+    """Receive on all layers until all jobs have arrived. Record jobs that arrive twice as well."""
 
     async def work_on(layer: PostgresChannelLayer) -> None:
         while True:
@@ -88,7 +88,7 @@ async def work_until_all_is_done(*layers: PostgresChannelLayer, done: list[int])
     tasks = [asyncio.create_task(work_on(layer)) for layer in layers]
     try:
         await until(lambda: len(done) >= JOBS)
-        # A job that was handed out twice comes before one that is sent now.
+        # A job that is given out twice arrives before the one that is sent now.
         await layers[-1].send("jobs", {"number": -1})
         await until(lambda: -1 in done)
     finally:
@@ -98,28 +98,28 @@ async def work_until_all_is_done(*layers: PostgresChannelLayer, done: list[int])
     done.remove(-1)
 
 
-async def stop_with_jobs_ahead(layer: PostgresChannelLayer, observer: Observer) -> list[int]:
-    """Work on a few jobs. Return when the release of those that were claimed ahead waits for the lock."""
-    done = await work(layer, 4)
+async def leave_jobs_ahead(layer: PostgresChannelLayer, observer: Observer) -> list[int]:
+    """Receive a few jobs. Return when the release of the jobs ahead waits for the lock."""
+    done = await receive_jobs(layer, 4)
     await until(lambda: layer._loops.client.releasing)
     await until(lambda: observer.execute(IN_LOCKS).fetchone() == (1,))
     return done
 
 
-async def work_until_the_release_ends(
-    held: HeldReleases,
+async def receive_until_the_release_ends(
+    locked: LockedReleases,
     observer: Observer,
     takes_effect: bool,
     *layers: PostgresChannelLayer,
     done: list[int],
 ) -> None:
-    """Work on all layers. The release ends when the client has given it up, and waits for its end."""
-    receiving = asyncio.create_task(work_until_all_is_done(*layers, done=done))
+    """Receive on all layers. End the release when the client waits to raise its fence."""
+    receiving = asyncio.create_task(receive_until_all_are_done(*layers, done=done))
     await until(lambda: observer.execute(FENCES).fetchone() == (1,))
     if takes_effect:
-        held.let_go()
+        locked.let_go()
     else:
-        held.kill(observer)
+        locked.kill(observer)
     await receiving
 
 
@@ -130,32 +130,34 @@ async def send_jobs(dsn: str) -> None:
 
 
 @pytest.mark.parametrize("takes_effect", [True, False])
-def test_release_under_way_when_its_loop_ends_neither_loses_nor_doubles_jobs(
+def test_release_in_flight_when_its_loop_ends_neither_loses_nor_doubles_jobs(
     migrated_dsn: str, observer: Observer, takes_effect: bool
 ) -> None:
-    """The loop ends, and its statement goes on in the server. The next loop finds out what became of it."""
+    """The statement goes on in the server. The next loop finds out its outcome."""
     layer, other = [new_layer(migrated_dsn, capacity=1000) for _ in range(2)]
     done: list[int] = []
 
-    async def begin() -> None:
+    async def run_first_loop() -> None:
         await listen(layer)
-        done.extend(await stop_with_jobs_ahead(layer, observer))
+        done.extend(await leave_jobs_ahead(layer, observer))
 
-    async def go_on() -> None:
-        await work_until_the_release_ends(held, observer, takes_effect, layer, other, done=done)
+    async def run_next_loop() -> None:
+        await receive_until_the_release_ends(
+            locked, observer, takes_effect, layer, other, done=done
+        )
         for each in (layer, other):
             await each.close()
 
     asyncio.run(send_jobs(migrated_dsn))
-    with held_releases(migrated_dsn) as held:
-        asyncio.run(begin())
-        asyncio.run(go_on())
+    with locked_releases(migrated_dsn) as locked:
+        asyncio.run(run_first_loop())
+        asyncio.run(run_next_loop())
     assert sorted(done) == list(range(JOBS))
     assert done[:4] == list(range(4))
 
 
 @pytest.mark.parametrize("takes_effect", [True, False])
-async def test_release_whose_connection_is_lost_neither_loses_nor_doubles_jobs(
+async def test_release_losing_its_connection_neither_loses_nor_doubles_jobs(
     migrated_dsn: str,
     make_layer: MakeLayer,
     pool_proxy: Proxy,
@@ -168,38 +170,44 @@ async def test_release_whose_connection_is_lost_neither_loses_nor_doubles_jobs(
     other = make_layer(capacity=1000)
     await listen(layer)
     await send_jobs(migrated_dsn)
-    with held_releases(migrated_dsn) as held:
-        done = await stop_with_jobs_ahead(layer, observer)
+    with locked_releases(migrated_dsn) as locked:
+        done = await leave_jobs_ahead(layer, observer)
         pool_proxy.cut()
-        await work_until_the_release_ends(held, observer, takes_effect, layer, other, done=done)
+        await receive_until_the_release_ends(
+            locked, observer, takes_effect, layer, other, done=done
+        )
     assert sorted(done) == list(range(JOBS))
 
 
-async def test_release_that_the_server_refuses_is_tried_again(
+async def test_release_refused_by_the_server_is_tried_again(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The fence in the table is higher than the one that the client knows: another may have raised it."""
+    """The fence in the table is higher than the client knows, because another one raised it."""
     layer, other = make_layer(capacity=1000), make_layer(capacity=1000)
     await listen(layer)
     await send_jobs(migrated_dsn)
-    done = await work(layer, 4)
+    done = await receive_jobs(layer, 4)
     raise_fences(observer)
     await until(lambda: layer._loops.client.fence >= 2)
-    await work_until_all_is_done(layer, other, done=done)
+    await receive_until_all_are_done(layer, other, done=done)
     assert sorted(done) == list(range(JOBS))
 
 
-def test_release_that_its_loop_ends_before_its_first_step_loses_no_job(
+def test_release_cancelled_before_its_first_step_loses_no_job(
     migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop ends in the turn in which a release is due: its task is cancelled before it has run."""
-    monkeypatch.setattr("pg_layer._receive.jobs.RELEASE_DELAY", 3600.0)  # due when the test says so
+    """The loop ends in the step in which a release is due.
+
+    Its task is cancelled before it has run.
+    """
+    # A release is due only when the test calls it.
+    monkeypatch.setattr("pg_layer._receive.jobs.RELEASE_DELAY", 3600.0)
     layer = new_layer(migrated_dsn, capacity=1000)
     done: list[int] = []
 
-    async def begin() -> None:
+    async def run_first_loop() -> None:
         await listen(layer)
-        done.extend(await work(layer, 4))
+        done.extend(await receive_jobs(layer, 4))
         engine = layer._loops.main_engine
         assert engine is not None
         assert engine.owner is not None
@@ -207,16 +215,16 @@ def test_release_that_its_loop_ends_before_its_first_step_loses_no_job(
         reader = jobs._reader("jobs")
         await until(lambda: not reader.is_claiming and not client.announcements.holds_jobs("jobs"))
         assert len(reader.queue)
-        # It runs in the turn in which the end of this function stops the loop.
+        # The call runs in the step of the loop in which the end of this function stops the loop.
         asyncio.get_running_loop().call_soon(jobs._release_now, reader)
 
-    async def go_on() -> None:
-        await work_until_all_is_done(layer, done=done)
+    async def run_next_loop() -> None:
+        await receive_until_all_are_done(layer, done=done)
         await layer.close()
 
     asyncio.run(send_jobs(migrated_dsn))
-    asyncio.run(begin())
-    asyncio.run(go_on())
+    asyncio.run(run_first_loop())
+    asyncio.run(run_next_loop())
     assert sorted(done) == list(range(JOBS))
     assert done[:4] == list(range(4))
 
@@ -224,15 +232,17 @@ def test_release_that_its_loop_ends_before_its_first_step_loses_no_job(
 async def test_release_before_a_crash_of_the_server_is_not_undone(
     server: PostgresServer, database: str
 ) -> None:
-    """The process counts released jobs as gone: it would delete them where a crash puts them back."""
-    server.execute(
-        "ALTER SYSTEM SET wal_writer_delay = '10s'"
-    )  # what is not flushed by then is undone
+    """The process counts released jobs as gone.
+
+    If a crash undid the release, the process would delete these jobs.
+    """
+    # Commits that are not flushed within these 10 s are undone by the crash.
+    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
     server.restart("fast")
     async with open_layer(database, capacity=1000) as layer:
         await listen(layer)
         await send_jobs(database)
-        done = await work(layer, 4)
+        done = await receive_jobs(layer, 4)
         with psycopg.connect(database, autocommit=True) as observer:
 
             def are_released() -> bool:
@@ -245,7 +255,7 @@ async def test_release_before_a_crash_of_the_server_is_not_undone(
             await until(are_released)
         await asyncio.to_thread(server.stop, "immediate")
         await asyncio.to_thread(server.start)
-        await work_until_all_is_done(layer, done=done)
+        await receive_until_all_are_done(layer, done=done)
     assert done == list(range(JOBS))
 
 
@@ -256,17 +266,17 @@ def raise_fences(observer: Observer) -> None:
     observer.execute("SELECT pg_layer_raise_fence(address, 2) FROM pg_layer_client")
 
 
-async def test_claim_that_the_server_refuses_is_tried_again(
+async def test_claim_refused_by_the_server_is_tried_again(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer, sender = make_layer(), make_layer()
     await listen(layer)
     await sender.send("jobs", {"number": 0})
-    assert await work(layer, 1) == [0]
+    assert await receive_jobs(layer, 1) == [0]
     raise_fences(observer)
     for n in range(1, 10):
         await sender.send("jobs", {"number": n})
-    assert await work(layer, 9) == list(range(1, 10))
+    assert await receive_jobs(layer, 9) == list(range(1, 10))
     await until(
         lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
     )

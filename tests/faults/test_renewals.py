@@ -1,4 +1,4 @@
-"""Leases are renewed all the time while messages are sent as fast as they go."""
+"""Leases are renewed all the time, while messages are sent as fast as possible."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from tests.conftest import MakeLayer
 from tests.faults.proxy import Proxy
-from tests.faults.readers import lists, numbered, readers_of
+from tests.faults.readers import numbered, readers_of, wait_for_members
 from tests.processes import Link, Processes, listen, open_layer, receive
 
-# Many renewals are in flight beside everything else. No lease ends.
+# Many renewals are in flight while messages flow. No lease ends.
 OPTIONS: dict[str, object] = {
     "lease": 3600,
     "heartbeat": 0.1,
@@ -21,14 +21,14 @@ OPTIONS: dict[str, object] = {
     "expiry": 3600,
     "capacity": 100_000,
 }
-STREAMS = 2  # sending processes
-COUNT = 4000  # messages of each to each receiving channel
+SENDERS = 2  # sending processes
+MESSAGES = 4000  # messages of each to each receiving channel
 LARGE = 9000  # bytes; more than a notification can carry
 CHANGES = 500
 
 
 class Arrived(NamedTuple):
-    """The numbers that arrived, at the process's own channel and at its member of "room"."""
+    """The numbers that arrived at the own channel and at the member of "room"."""
 
     own: list[int]
     member: list[int]
@@ -36,7 +36,7 @@ class Arrived(NamedTuple):
 
 
 async def read_streams(link: Link, dsn: str, options: dict[str, object]) -> Arrived:
-    """Say two channels; receive until the test says the last number of each stream."""
+    """In a process: report two channels, and receive up to the numbers that the test says."""
     async with open_layer(dsn, **{**OPTIONS, **options}) as layer:
         own, member = [await layer.new_channel() for _ in range(2)]
         await listen(layer)
@@ -52,9 +52,9 @@ async def read_streams(link: Link, dsn: str, options: dict[str, object]) -> Arri
 
 
 async def send_stream(link: Link, dsn: str, channels: list[str], first: int) -> None:
-    """Send numbers from ``first`` on to each channel and to "room", several at a time."""
+    """In a process: send numbers from ``first`` on to each channel and to "room"."""
     async with open_layer(dsn, **OPTIONS) as layer:
-        for start in range(first, first + COUNT, 20):
+        for start in range(first, first + MESSAGES, 20):
             numbers = range(start, start + 20)
             size = LARGE if start % 400 == 0 else 0
             await asyncio.gather(
@@ -65,41 +65,42 @@ async def send_stream(link: Link, dsn: str, channels: list[str], first: int) -> 
                 link.say(start)
 
 
-@pytest.mark.parametrize("way", ["listening", "polling"])
-async def test_many_renewals_beside_many_sends_lose_and_double_nothing(
-    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, way: str
+@pytest.mark.parametrize("mode", ["listening", "polling"])
+async def test_renewals_during_many_sends_lose_and_double_nothing(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, mode: str
 ) -> None:
     """Nothing is restarted and nothing fails, so every message arrives once.
 
-    The memberships stay: all of them are listed whenever the test looks.
+    All memberships are listed whenever the test looks.
     """
-    options: dict[str, object] = {"poll_interval": 0.05} if way == "polling" else {}
+    options: dict[str, object] = {"poll_interval": 0.05} if mode == "polling" else {}
     layer = make_layer(**OPTIONS)
-    reading = [processes.start(read_streams, migrated_dsn, options) for _ in range(2)]
-    channels = [await process.hear() for process in reading]
+    reader_processes = [processes.start(read_streams, migrated_dsn, options) for _ in range(2)]
+    channels = [await process.hear() for process in reader_processes]
     own = [channel for channel, _ in channels]
     members = sorted(member for _, member in channels)
-    await lists(layer, "room", *members)
-    firsts = [1_000_000 * (stream + 1) for stream in range(STREAMS)]
-    sending = [processes.start(send_stream, migrated_dsn, own, first) for first in firsts]
-    for step in range(0, COUNT, 1000):
-        for first, sender in zip(firsts, sending, strict=True):
+    await wait_for_members(layer, "room", *members)
+    firsts = [1_000_000 * (stream + 1) for stream in range(SENDERS)]
+    sender_processes = [processes.start(send_stream, migrated_dsn, own, first) for first in firsts]
+    for step in range(0, MESSAGES, 1000):
+        for first, sender in zip(firsts, sender_processes, strict=True):
             assert await sender.hear() == first + step
             assert sorted(await layer.group_channels("room")) == members
-            for reader in reading:  # it does not wait for long in vain
+            # The readers answer, because their wait for the test would time out otherwise.
+            for reader in reader_processes:
                 reader.say(0)
                 assert await reader.hear() == 0
-    for sender in sending:
+    for sender in sender_processes:
         await sender.result()
-    expected = [number for first in firsts for number in range(first, first + COUNT)]
-    for reader in reading:
+    expected = [number for first in firsts for number in range(first, first + MESSAGES)]
+    for reader in reader_processes:
         for first in firsts:
-            reader.say(first + COUNT - 1)
-            assert await reader.hear() == first + COUNT - 1
+            reader.say(first + MESSAGES - 1)
+            assert await reader.hear() == first + MESSAGES - 1
     assert sorted(await layer.group_channels("room")) == members
-    for reader in reading:
+    for reader in reader_processes:
         reader.say(None)
-    for reader in reading:
+    for reader in reader_processes:
         arrived = await reader.result()
         for numbers in (arrived.own, arrived.member):
             assert len(numbers) == len(set(numbers))
@@ -107,13 +108,14 @@ async def test_many_renewals_beside_many_sends_lose_and_double_nothing(
         assert arrived.memberships == 1
 
 
-async def test_many_renewals_beside_membership_changes_leave_their_order_as_it_was(
+async def test_renewals_during_membership_changes_keep_their_order(
     make_layer: MakeLayer,
 ) -> None:
     """Another process discards a channel, and the owner adds it again, many times.
 
-    What is sent in between does not arrive, and what is sent afterwards does. There is always much
-    to read, so that changes and messages often have not been read when the next one is made.
+    A message that is sent in between does not arrive, and one that is sent afterwards does.
+    The process always has much to read. So it often has not read the last changes and messages
+    when the next change is made.
     """
     layer = make_layer(**{**OPTIONS, "heartbeat": 0.02})
     other, busy = make_layer(**OPTIONS), make_layer(**OPTIONS)
@@ -144,10 +146,13 @@ async def test_many_renewals_beside_membership_changes_leave_their_order_as_it_w
         assert readers.numbers[member] == list(range(1, 2 * CHANGES, 2))
 
 
-async def test_messages_are_not_taken_for_expired_after_a_renewal_that_took_long(
+async def test_message_after_a_slow_renewal_is_not_treated_as_expired(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
-    """It reaches the server seconds after it was sent: its answer says little of the server's clock."""
+    """The renewal reaches the server seconds after it was sent.
+
+    So its answer says little about the server's clock.
+    """
     delay = 2.5
     with Proxy(migrated_dsn) as proxy:
         layer = make_layer(dsn=proxy.dsn(), heartbeat=20)

@@ -1,4 +1,4 @@
-"""PostgreSQL is restarted, and crashes, under traffic."""
+"""PostgreSQL is restarted, or crashes, under traffic."""
 
 from __future__ import annotations
 
@@ -11,58 +11,40 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from devtools.postgres.server import StopMode
-from tests.faults.readers import lists
-from tests.faults.test_backends_killed import Recovery, Sent, Traffic, begin
+from tests.faults.readers import wait_for_members
+from tests.faults.traffic import Recovery, Sent, all_listen_again, assert_outage_logged_once, begin
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 
-DOWN = 5.0  # seconds for which the server is away in the tests of a long outage
-LOST = "Lost the database"
-BACK = "The database is back"
+DOWN = 5.0  # seconds for which the server is down
 
 
-async def is_back(traffic: Traffic) -> None:
-    """Returns when all receivers listen again: messages may arrive a while before, by the pool."""
-    await traffic.until(
-        lambda: all(any(text.startswith(BACK) for text in r.warnings()) for r in traffic.receivers)
-    )
+# ---------------------------------------------------------------------- restarts and outages
 
 
-def assert_told_once(traffic: Traffic) -> None:
-    """Each process has logged the outage's beginning and its end, once, and no retry."""
-    for party in (*traffic.receivers, *traffic.senders):
-        warnings = party.warnings()
-        beginnings = [number for number, text in enumerate(warnings) if text.startswith(LOST)]
-        ends = [number for number, text in enumerate(warnings) if text.startswith(BACK)]
-        assert len(beginnings) == len(ends), warnings
-        # A sender that was only slowed down need not say so.
-        assert len(ends) == 1 or (party in traffic.senders and not ends), warnings
-        assert beginnings <= ends, warnings
-        assert len(set(warnings)) == len(warnings), warnings
-
-
-# ---------------------------------------------------------------------- in order
-
-
-async def test_restart(server: PostgresServer, database: str, recovery: Recovery) -> None:
+async def test_restart_under_traffic_loses_nothing_and_is_logged_once(
+    server: PostgresServer, database: str, recovery: Recovery
+) -> None:
     async with begin(database) as traffic:
         await asyncio.to_thread(server.restart, "fast")
         with recovery("restart, from the server's return (promise: 2 s)"):
-            await traffic.flows()
-        await is_back(traffic)
+            await traffic.arrives_again()
+        await all_listen_again(traffic)
         assert await traffic.end() == []
-        assert_told_once(traffic)
+        assert_outage_logged_once(traffic)
 
 
-async def test_several_restarts(server: PostgresServer, database: str, recovery: Recovery) -> None:
+async def test_repeated_restarts_under_traffic_lose_nothing(
+    server: PostgresServer, database: str, recovery: Recovery
+) -> None:
     async with begin(database, senders=2) as traffic:
         for _ in range(4):
             await asyncio.to_thread(server.restart, "fast")
             with recovery("restart, from the server's return (promise: 2 s)"):
-                await traffic.flows()
+                await traffic.arrives_again()
         assert await traffic.end() == []
 
 
-async def test_a_server_that_is_away_for_a_while(
+async def test_outage_shorter_than_send_timeout_loses_nothing(
     server: PostgresServer, database: str, recovery: Recovery
 ) -> None:
     async with begin(database, heartbeat=1, lease=300) as traffic:
@@ -70,13 +52,13 @@ async def test_a_server_that_is_away_for_a_while(
         await asyncio.sleep(DOWN)
         await asyncio.to_thread(server.start)
         with recovery(f"{DOWN:g} s without a server, from its return (promise: 2 s)"):
-            await traffic.flows()
-        await is_back(traffic)
+            await traffic.arrives_again()
+        await all_listen_again(traffic)
         assert await traffic.end() == []
-        assert_told_once(traffic)
+        assert_outage_logged_once(traffic)
 
 
-async def test_sends_fail_when_their_time_is_over_and_succeed_afterwards(
+async def test_sends_in_an_outage_fail_after_send_timeout_and_succeed_afterwards(
     server: PostgresServer, database: str, recovery: Recovery
 ) -> None:
     async with begin(database, send_timeout=1) as traffic:
@@ -85,48 +67,50 @@ async def test_sends_fail_when_their_time_is_over_and_succeed_afterwards(
         await traffic.until(lambda: len(sender.failed) == 4 and min(sender.failed.values()) >= 2)
         await asyncio.to_thread(server.start)
         with recovery("sends had timed out, from the server's return (promise: 2 s)"):
-            await traffic.flows()
-        await is_back(traffic)
+            await traffic.arrives_again()
+        await all_listen_again(traffic)
         assert await traffic.end() == []
-        assert_told_once(traffic)
+        assert_outage_logged_once(traffic)
 
 
-async def test_nothing_is_lost_in_an_outage_that_is_longer_than_the_lease(
+async def test_outage_longer_than_the_lease_loses_nothing(
     server: PostgresServer, database: str, recovery: Recovery
 ) -> None:
-    """Time in which the server is away ends no lease."""
+    """Time in which the server is down ends no lease."""
     async with begin(database, heartbeat=0.4, lease=1) as traffic:
         await asyncio.to_thread(server.stop, "fast")
         await asyncio.sleep(3)
         await asyncio.to_thread(server.start)
         with recovery("away for longer than a lease, from the server's return (promise: 2 s)"):
-            await traffic.flows()
+            await traffic.arrives_again()
         assert await traffic.end() == []
 
 
 # ---------------------------------------------------------------------- a crash
 
 
-async def test_crash(server: PostgresServer, database: str, recovery: Recovery) -> None:
+async def test_crash_under_traffic_loses_only_the_last_commits(
+    server: PostgresServer, database: str, recovery: Recovery
+) -> None:
     async with begin(database, heartbeat=1, lease=300) as traffic:
         crashes: list[tuple[float, float]] = []
         for _ in range(2):
-            began = time.monotonic()
+            crash_began = time.monotonic()
             await asyncio.to_thread(server.stop, "immediate")
-            crashes.append((began, time.monotonic()))
+            crashes.append((crash_began, time.monotonic()))
             await asyncio.to_thread(server.start)
             with recovery("crash, from the server's return (promise: 5 s)"):
-                await traffic.flows()
+                await traffic.arrives_again()
 
         def may_be_lost(sent: Sent) -> bool:
-            # The server ends at some moment of the call, and loses what was committed just before.
-            return any(began - 1 < sent.at <= ended for began, ended in crashes)
+            # The server ends at an unknown moment of the call, and loses the last commits.
+            return any(crash_began - 1 < sent.at <= ended for crash_began, ended in crashes)
 
         assert await traffic.end(may_be_lost) == []
 
 
 async def join_late(link: Link, dsn: str) -> list[dict[str, Any]]:
-    """Join when told to, say so, and return the first message of each group."""
+    """In a process: join when the test says so. Return the first message of each group."""
     async with open_layer(dsn) as layer:
         channels = [await layer.new_channel() for _ in range(3)]
         await listen(layer)
@@ -138,12 +122,11 @@ async def join_late(link: Link, dsn: str) -> list[dict[str, Any]]:
         return [await receive(layer, channel) for channel in channels]
 
 
-async def test_memberships_that_a_crash_undid_are_put_back(
+async def test_memberships_undone_by_a_crash_are_written_again(
     server: PostgresServer, database: str, processes: Processes
 ) -> None:
-    server.execute(
-        "ALTER SYSTEM SET wal_writer_delay = '10s'"
-    )  # what is not flushed by then is undone
+    # Commits that are not flushed within these 10 s are undone by the crash.
+    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
     server.restart("fast")
     reader = processes.start(join_late, database)
     assert await reader.hear() == "listening"
@@ -153,24 +136,23 @@ async def test_memberships_that_a_crash_undid_are_put_back(
     await asyncio.to_thread(server.start)
     with psycopg.connect(database, autocommit=True) as observer:
 
-        def are_back() -> bool:
+        def all_rows_back() -> bool:
             row = observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone()
             return row == (3,)
 
-        await until(are_back)
+        await until(all_rows_back)
     async with open_layer(database) as sender:
         for index in range(3):
             await sender.group_send(f"room-{index}", {"type": "hello", "index": index})
     assert [message["index"] for message in await reader.result()] == [0, 1, 2]
 
 
-async def test_memberships_whose_end_a_crash_undid_are_removed_again(
+async def test_memberships_restored_by_a_crash_are_removed_again(
     server: PostgresServer, database: str
 ) -> None:
-    """The table has rows again that their owner had deleted. A moment later they are gone."""
-    server.execute(
-        "ALTER SYSTEM SET wal_writer_delay = '10s'"
-    )  # what is not flushed by then is undone
+    """The crash undoes the deletion of rows. Their owner removes them again."""
+    # Commits that are not flushed within these 10 s are undone by the crash.
+    server.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
     server.restart("fast")
     async with open_layer(database, send_timeout=30) as layer:
         channels = [await layer.new_channel() for _ in range(4)]
@@ -182,7 +164,7 @@ async def test_memberships_whose_end_a_crash_undid_are_removed_again(
             await layer.group_discard("room", channel)
         await asyncio.to_thread(server.stop, "immediate")
         await asyncio.to_thread(server.start)
-        await lists(layer, "room", *channels[:2])
+        await wait_for_members(layer, "room", *channels[:2])
         await layer.group_send("room", {"number": 1})
         for channel in channels:
             await layer.send(channel, {"number": 2})
@@ -191,10 +173,10 @@ async def test_memberships_whose_end_a_crash_undid_are_removed_again(
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_what_waited_in_the_table_arrives_after_a_restart_once(
+async def test_messages_waiting_in_the_table_arrive_once_after_a_restart_or_crash(
     server: PostgresServer, database: str, mode: StopMode
 ) -> None:
-    """Read before, in part: deletions commit lazily, and a crash brings rows back."""
+    """A part was received before. Deletions commit lazily, and a crash brings the rows back."""
     async with open_layer(database) as layer, open_layer(database) as sender:
         channel = await layer.new_channel()
         await listen(layer)

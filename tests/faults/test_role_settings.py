@@ -22,10 +22,10 @@ SETTINGS = {
 }
 
 
-async def test_sessions_of_the_layer_outlast_what_a_database_sets(
+async def test_sessions_outlast_the_idle_session_timeout_of_the_database(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The server would cut an idle listener again and again."""
+    """Without the layer's own settings the server would cut an idle listener again and again."""
     [(name,)] = observer.execute("SELECT current_database()").fetchall()
     for setting, value in SETTINGS.items():
         observer.execute(f'ALTER DATABASE "{name}" SET {setting} = {value}'.encode())
@@ -39,7 +39,7 @@ async def test_sessions_of_the_layer_outlast_what_a_database_sets(
         try:
             other.execute("SELECT 1")
         except psycopg.OperationalError:
-            pass  # as it should be: else nothing is tested
+            pass  # as expected: otherwise the test would prove nothing
         else:
             raise AssertionError("The server keeps idle sessions.")
     await sender.group_send("room", numbered(1))
@@ -49,7 +49,7 @@ async def test_sessions_of_the_layer_outlast_what_a_database_sets(
 
 # ---------------------------------------------------------------------- statement_timeout
 
-SLOW = """
+SLOW_TRIGGER = """
 CREATE SEQUENCE attempts;
 GRANT ALL ON attempts TO public;
 CREATE FUNCTION be_slow() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -57,62 +57,67 @@ BEGIN
     PERFORM nextval('attempts'), pg_sleep(60);
     RETURN coalesce(NEW, OLD);
 END $$;
-CREATE TRIGGER slow BEFORE INSERT OR DELETE ON pg_layer_message FOR EACH ROW EXECUTE FUNCTION be_slow();
+CREATE TRIGGER slow BEFORE INSERT OR DELETE ON pg_layer_message
+    FOR EACH ROW EXECUTE FUNCTION be_slow();
 """
-WORDS = "statement_timeout of the role"
+EXPECTED_ERROR = "statement_timeout of the role"
 
 
 @pytest.fixture
-def impatient(observer: Observer) -> Observer:
-    """The role has a statement_timeout, and each message written or deleted takes longer."""
+def short_timeout(observer: Observer) -> Observer:
+    """Set a statement_timeout of the role that each INSERT or DELETE of a message exceeds."""
     [(name, role)] = observer.execute("SELECT current_database(), current_user").fetchall()
     observer.execute(
         f'ALTER ROLE "{role}" IN DATABASE "{name}" SET statement_timeout = 2000'.encode()
     )
-    observer.execute(SLOW.encode())
+    observer.execute(SLOW_TRIGGER.encode())
     return observer
 
 
 def attempts(observer: Observer) -> int:
-    """How many statements have begun: a sequence outlives those that were undone."""
+    """Return how many statements have begun.
+
+    The sequence also counts statements that were rolled back.
+    """
     [(count,)] = observer.execute("SELECT last_value FROM attempts WHERE is_called").fetchall()
     return int(count)
 
 
-async def test_send_that_exceeds_statement_timeout_is_not_repeated_and_says_so(
-    make_layer: MakeLayer, impatient: Observer
+async def test_send_exceeding_statement_timeout_raises_its_cause_and_is_not_repeated(
+    make_layer: MakeLayer, short_timeout: Observer
 ) -> None:
     layer = make_layer(send_timeout=20)
-    with pytest.raises(LayerUnavailable, match=WORDS) as caught:
+    with pytest.raises(LayerUnavailable, match=EXPECTED_ERROR) as caught:
         await layer.send("jobs", numbered(1))
-    assert type(caught.value) is LayerUnavailable  # the server has undone it
-    assert attempts(impatient) == 1
+    # Not OutcomeUnknown: the server has rolled the statement back.
+    assert type(caught.value) is LayerUnavailable
+    assert attempts(short_timeout) == 1
 
 
-def test_synchronous_send_that_exceeds_statement_timeout_is_not_repeated_and_says_so(
-    migrated_dsn: str, impatient: Observer
+def test_sync_send_exceeding_statement_timeout_raises_its_cause_once(
+    migrated_dsn: str, short_timeout: Observer
 ) -> None:
     layer = PostgresChannelLayer(send_timeout=20)
     with on_django(layer, default=postgres(migrated_dsn)):
-        with pytest.raises(LayerUnavailable, match=WORDS) as caught:
+        with pytest.raises(LayerUnavailable, match=EXPECTED_ERROR) as caught:
             layer.sync.send("jobs", numbered(1))
         assert type(caught.value) is LayerUnavailable
-    assert attempts(impatient) == 1
+    assert attempts(short_timeout) == 1
 
 
-def test_sweep_that_exceeds_statement_timeout_is_not_repeated_and_says_so(
-    migrated_dsn: str, impatient: Observer
+def test_sweep_exceeding_statement_timeout_raises_its_cause_once(
+    migrated_dsn: str, short_timeout: Observer
 ) -> None:
-    impatient.execute("SET session_replication_role = replica")  # without the trigger
-    impatient.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
-    impatient.execute("UPDATE pg_layer_message SET expires_at = '2000-01-01'")
+    short_timeout.execute("SET session_replication_role = replica")  # without the trigger
+    short_timeout.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
+    short_timeout.execute("UPDATE pg_layer_message SET expires_at = '2000-01-01'")
     sweeper = Sweeper(load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None)
-    with sweeper, pytest.raises(LayerUnavailable, match=WORDS):
+    with sweeper, pytest.raises(LayerUnavailable, match=EXPECTED_ERROR):
         sweeper.run_once()
-    assert attempts(impatient) == 1
+    assert attempts(short_timeout) == 1
 
 
-async def test_send_that_an_administrator_cancels_is_repeated(
+async def test_send_cancelled_by_an_administrator_is_repeated(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(send_timeout=20)

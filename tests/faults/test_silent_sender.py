@@ -26,12 +26,15 @@ T = TypeVar("T")
 
 GROUP = "room"
 LAST = -1
-SIZES = [0, 9000]  # bytes, of which the latter do not fit into a notification
+SIZES = [0, 9000]  # bytes; the second size is too large for a notification
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A server with the smallest queue of notifications, which can be set from version 17 on."""
+    """Yield a server with the smallest queue of notifications.
+
+    The size can be set from version 17 on.
+    """
     settings = {"max_notify_queue_pages": 64}
     with PostgresServer(fsync=False, version="18", settings=settings) as server:
         yield server
@@ -39,29 +42,32 @@ def server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def dsn(server: PostgresServer) -> Iterator[str]:
-    """The DSN of a migrated database on that server."""
-    make_room(server)
+    """Yield the DSN of a migrated database on that server."""
+    free_the_queue(server)
     dsn = server.create_database("layer")
     migrate(dsn)
     yield dsn
     server.execute("DROP DATABASE layer WITH (FORCE)")
 
 
-def make_room(server: PostgresServer) -> None:
-    """Have the server drop what everybody has read from its queue, as it does now and then."""
+def free_the_queue(server: PostgresServer) -> None:
+    """Make the server drop notifications that every listener has read.
+
+    The server does so by itself only from time to time.
+    """
     server.execute("SELECT pg_notification_queue_usage()")
 
 
 @contextmanager
 def notify_refused(server: PostgresServer, dsn: str) -> Iterator[None]:
-    """The queue is full within the block, and has room again after it."""
+    """Keep the queue full while the block runs, and free it afterwards."""
     with full_queue(dsn):
         yield
-    make_room(server)
+    free_the_queue(server)
 
 
 async def read_to_the_last(link: Link, dsn: str, heartbeat: float) -> None:
-    """Say the channel of a new member of the group, then the number of each message."""
+    """In a process: report the channel of a new member, then the number of each message."""
     async with open_layer(dsn, capacity=1000, heartbeat=heartbeat) as layer:
         await listen(layer)
         channel = await layer.new_channel()
@@ -80,94 +86,96 @@ async def start_reader(
     return reader, await reader.hear()
 
 
-async def rest(reader: Process[None]) -> list[int]:
-    """The numbers of the messages that the reader receives before the last."""
+async def receive_rest(reader: Process[None]) -> list[int]:
+    """Return the numbers that the reader receives before the last message."""
     numbers: list[int] = []
     while (number := await reader.hear()) != LAST:
         numbers.append(number)
     return numbers
 
 
-async def write(
-    layer: PostgresChannelLayer, how: str, channel: str, number: int, size: int = 0
+async def send_one(
+    layer: PostgresChannelLayer, method: str, channel: str, number: int, size: int = 0
 ) -> None:
-    """Send one message: to the channel, to its group, or to both in turn."""
+    """Send one message: to the channel, to its group, or alternately to both."""
     message = {"number": number, "blob": bytes(size)}
-    if how == "send" or (how == "both in turn" and number % 2):
+    if method == "send" or (method == "both in turn" and number % 2):
         await layer.send(channel, message)
     else:
         await layer.group_send(GROUP, message)
 
 
-WAYS = ["send", "group_send", "both in turn"]
+METHODS = ["send", "group_send", "both in turn"]
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", SIZES)
-async def test_messages_of_one_writer_while_notify_is_refused_arrive_in_order(
-    server: PostgresServer, dsn: str, processes: Processes, how: str, size: int
+async def test_messages_of_one_sender_while_notify_is_refused_arrive_in_order(
+    server: PostgresServer, dsn: str, processes: Processes, method: str, size: int
 ) -> None:
-    """One writer awaits each send. NOTIFY is refused for some of them, and accepted again.
+    """One sender awaits each send. NOTIFY is refused for some of them, and accepted again.
 
-    The reader, in another process, receives them in the order of the sends, several times.
+    The reader, in another process, receives the messages in the order of the sends.
     """
     reader, channel = await start_reader(processes, dsn)
     async with open_layer(dsn, capacity=1000) as writer:
         for start in range(0, 21, 7):
-            await write(writer, how, channel, start, size)
+            await send_one(writer, method, channel, start, size)
             with notify_refused(server, dsn):
                 for number in range(start + 1, start + 4):
-                    await write(writer, how, channel, number, size)
+                    await send_one(writer, method, channel, number, size)
             for number in range(start + 4, start + 7):
-                await write(writer, how, channel, number, size)
-        await write(writer, how, channel, LAST)
-        assert await rest(reader) == list(range(21))
+                await send_one(writer, method, channel, number, size)
+        await send_one(writer, method, channel, LAST)
+        assert await receive_rest(reader) == list(range(21))
 
 
-@pytest.mark.parametrize("how", WAYS)
-async def test_messages_while_notify_is_refused_arrive_when_the_queue_has_room(
-    server: PostgresServer, dsn: str, processes: Processes, how: str
+@pytest.mark.parametrize("method", METHODS)
+async def test_last_messages_while_notify_is_refused_arrive_when_the_queue_is_free(
+    server: PostgresServer, dsn: str, processes: Processes, method: str
 ) -> None:
-    """The last messages of a writer are written while NOTIFY is refused. It sends no more.
+    """A sender sends its last messages while NOTIFY is refused.
 
-    They arrive a moment after the queue has room. The next heartbeat of the reader, whose
-    look would find them, is 20 minutes away.
+    They arrive a moment after the queue is free. The reader would find them with its next
+    heartbeat, which is 20 minutes away.
     """
     reader, channel = await start_reader(processes, dsn)
     async with open_layer(dsn, capacity=1000) as writer:
-        await write(writer, how, channel, 0)
+        await send_one(writer, method, channel, 0)
         assert await reader.hear() == 0
         with notify_refused(server, dsn):
             for number in range(1, 5):
-                await write(writer, how, channel, number)
+                await send_one(writer, method, channel, number)
         assert [await reader.hear() for _ in range(4)] == [1, 2, 3, 4]
-        await write(writer, how, channel, 5)
+        await send_one(writer, method, channel, 5)
         assert await reader.hear() == 5
-        await write(writer, how, channel, LAST)
-        assert await rest(reader) == []
+        await send_one(writer, method, channel, LAST)
+        assert await receive_rest(reader) == []
 
 
-@pytest.mark.parametrize("how", ["send", "group_send"])
-async def test_gathered_messages_while_notify_is_refused_are_not_overtaken(
-    server: PostgresServer, dsn: str, processes: Processes, how: str
+@pytest.mark.parametrize("method", ["send", "group_send"])
+async def test_concurrent_messages_while_notify_is_refused_are_not_overtaken(
+    server: PostgresServer, dsn: str, processes: Processes, method: str
 ) -> None:
-    """Several sends at once are refused NOTIFY; awaited sends follow when the queue has room."""
+    """Several sends at once are refused NOTIFY. Awaited sends follow when the queue is free."""
     reader, channel = await start_reader(processes, dsn)
     async with open_layer(dsn, capacity=1000) as writer:
-        await write(writer, how, channel, 0)
+        await send_one(writer, method, channel, 0)
         with notify_refused(server, dsn):
-            await asyncio.gather(*(write(writer, how, channel, number) for number in range(1, 30)))
+            await asyncio.gather(
+                *(send_one(writer, method, channel, number) for number in range(1, 30))
+            )
         for number in range(30, 40):
-            await write(writer, how, channel, number)
-        await write(writer, how, channel, LAST)
-        assert await rest(reader) == list(range(40))
+            await send_one(writer, method, channel, number)
+        await send_one(writer, method, channel, LAST)
+        assert await receive_rest(reader) == list(range(40))
 
 
 # ---------------------------------------------------------------------- in a transaction
 
 
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a function in a thread whose connection to the database is closed in the end."""
+async def run_in_thread(function: Callable[[], T]) -> T:
+    """Run a function in a thread. Close the thread's database connections afterwards."""
 
     def run() -> T:
         try:
@@ -178,13 +186,13 @@ async def in_thread(function: Callable[[], T]) -> T:
     return await asyncio.to_thread(run)
 
 
-async def test_transaction_that_sends_while_notify_is_refused_commits_and_its_messages_arrive(
+async def test_transaction_sending_while_notify_is_refused_commits_and_its_messages_arrive(
     server: PostgresServer, dsn: str, processes: Processes
 ) -> None:
     """The queue is full when a transaction sends, commits and would announce its messages.
 
-    Neither the call nor the commit fails, and the first such transaction fails no more than a
-    later one. The messages arrive in order, once the queue has room, within two heartbeats.
+    Neither the call nor the commit fails, not even in the first such transaction. When the
+    queue is free, the messages arrive in order, within two heartbeats.
     """
     reader, _ = await start_reader(processes, dsn, heartbeat=1)
     layer = PostgresChannelLayer(**UNHURRIED)
@@ -197,14 +205,14 @@ async def test_transaction_that_sends_while_notify_is_refused_commits_and_its_me
 
     with configured(layer, **settings):
         apps.populate([])
-        await in_thread(lambda: commit(0))
+        await run_in_thread(lambda: commit(0))
         assert await reader.hear() == 0
         with notify_refused(server, dsn):
-            await in_thread(lambda: commit(1, 2))
-            await in_thread(lambda: commit(3))
+            await run_in_thread(lambda: commit(1, 2))
+            await run_in_thread(lambda: commit(3))
         assert [await reader.hear() for _ in range(3)] == [1, 2, 3]
-        await in_thread(lambda: commit(4))
+        await run_in_thread(lambda: commit(4))
         assert await reader.hear() == 4
-        await in_thread(lambda: commit(LAST))
-        assert await rest(reader) == []
+        await run_in_thread(lambda: commit(LAST))
+        assert await receive_rest(reader) == []
         await layer.close()

@@ -1,7 +1,7 @@
-"""A process is stopped, as by SIGSTOP or by a hypervisor, for longer than its lease, and goes on.
+"""A process is stopped for longer than its lease, by SIGSTOP or a hypervisor, and goes on.
 
-Other processes renew their leases meanwhile, so that the lease of the stopped one is over, and a
-sweep removes what it left.
+Other processes renew their leases meanwhile. So the lease of the stopped process is over,
+and a sweep removes its rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
-from tests.faults.readers import lists, numbered, readers_of
+from tests.faults.readers import numbered, readers_of, wait_for_members
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
 LEASE = 3.0
-# The sweeps are those that a test runs.
+# No process sweeps by itself.
 SHORT_LEASE: dict[str, object] = {
     "lease": LEASE,
     "heartbeat": 0.5,
@@ -33,21 +33,21 @@ SHORT_LEASE: dict[str, object] = {
     "expiry": 3600,
     "capacity": 1000,
 }
-TOLD: dict[str, object] = {"on_disconnect": "database.lost", "on_reconnect": "database.back"}
+NOTICES: dict[str, object] = {"on_disconnect": "database.lost", "on_reconnect": "database.back"}
 LARGE = 20_000  # bytes; more than a notification can carry
 
 
-class Found(NamedTuple):
-    """What the process found out, by its channels in the order of their names."""
+class Report(NamedTuple):
+    """What the process observed. Lists have an item for each channel."""
 
     numbers: list[list[int]]
-    told: list[list[str]]
+    notices: list[list[str]]
     warnings: list[str]
     gaps: int
     memberships: int
 
 
-class Warnings(logging.Handler):
+class WarningCollector(logging.Handler):
     """Collects the warnings that the layer logs."""
 
     def __init__(self) -> None:
@@ -59,39 +59,39 @@ class Warnings(logging.Handler):
             self.texts.append(record.getMessage())
 
 
-async def be_stopped(link: Link, dsn: str, options: dict[str, object]) -> Found:
-    """Read three channels, two of them in "room". Say the channels; return what was found.
+async def read_and_report(link: Link, dsn: str, options: dict[str, object]) -> Report:
+    """In a process: read three channels, two of them in "room". Report what was observed.
 
     The test says the last number to wait for.
     """
-    handler = Warnings()
+    handler = WarningCollector()
     logging.getLogger().addHandler(handler)
     async with open_layer(dsn, **options) as layer:
         channels = [await layer.new_channel() for _ in range(3)]
-        own, kept, banned = channels
+        own, kept, removed = channels
         await listen(layer)
-        for channel in (kept, banned):
+        for channel in (kept, removed):
             await layer.group_add("room", channel)
         async with readers_of(layer, *channels) as readers:
             link.say(channels)
             while (last := await link.hear()) is not None:
-                await readers.reached(last, own, kept, patience=20)
+                await readers.reached(last, own, kept, timeout=20)
                 link.say(last)
             stats = dict(layer.stats())
-            found = Found(
+            report = Report(
                 numbers=[readers.numbers[channel] for channel in channels],
-                told=[readers.other[channel] for channel in channels],
+                notices=[readers.other[channel] for channel in channels],
                 warnings=handler.texts,
                 gaps=int(str(stats.get("expired_leases", 0))),
                 memberships=int(str(stats["memberships"])),
             )
     logging.getLogger().removeHandler(handler)
-    return found
+    return report
 
 
 @contextlib.contextmanager
-def stopped(process: Process[Found]) -> Iterator[None]:
-    """The process is stopped while the block runs."""
+def stopped(process: Process[Report]) -> Iterator[None]:
+    """Keep the process stopped while the block runs."""
     os.kill(process.pid, signal.SIGSTOP)
     try:
         yield
@@ -100,7 +100,7 @@ def stopped(process: Process[Found]) -> Iterator[None]:
 
 
 async def lease_is_over(layer: PostgresChannelLayer, members: int) -> None:
-    """Return when the stopped process no longer counts, so that "room" has so many members."""
+    """Return when the stopped process is not counted: "room" has ``members`` members."""
     deadline = time.monotonic() + PATIENCE
     while await layer.group_count("room") != members:
         assert time.monotonic() < deadline
@@ -112,18 +112,21 @@ async def sweep(dsn: str) -> None:
     succeeded(await asyncio.to_thread(manage, dsn, "pg_layer_sweep", "--once"))
 
 
-async def start(
+async def start_process(
     processes: Processes, dsn: str, **options: object
-) -> tuple[Process[Found], str, str, str]:
-    """The process that a test stops, and its channels: one in no group, and two in "room"."""
+) -> tuple[Process[Report], str, str, str]:
+    """Start the process that a test stops.
+
+    Return its channels: one in no group, and two in "room".
+    """
     named = make_conninfo(dsn, application_name="stopped")
-    process = processes.start(be_stopped, named, {**SHORT_LEASE, **TOLD, **options})
-    own, kept, banned = await process.hear()
-    return process, own, kept, banned
+    process = processes.start(read_and_report, named, {**SHORT_LEASE, **NOTICES, **options})
+    own, kept, removed = await process.hear()
+    return process, own, kept, removed
 
 
-async def found_after(process: Process[Found], last: int) -> Found:
-    """What it has found out when that number has arrived."""
+async def report_after(process: Process[Report], last: int) -> Report:
+    """Return the report of the process after the number ``last`` has arrived."""
     process.say(last)
     assert await process.hear() == last
     process.say(None)
@@ -134,15 +137,15 @@ async def found_after(process: Process[Found], last: int) -> Found:
 
 
 @pytest.mark.parametrize("sweeps", [False, True], ids=["no sweep", "sweep"])
-async def test_process_stopped_for_longer_than_its_lease_notices_the_gap_once(
+async def test_process_stopped_longer_than_its_lease_notices_the_gap_once(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, sweeps: bool
 ) -> None:
-    """It logs one warning, counts the gap, and sends each consumer the two messages about it."""
+    """It logs one warning, counts the gap, and sends each consumer the two notices."""
     other = make_layer(**SHORT_LEASE)
-    mine = await other.new_channel()
+    other_member = await other.new_channel()
     await listen(other)
-    await other.group_add("room", mine)
-    process, own, kept, banned = await start(processes, migrated_dsn)
+    await other.group_add("room", other_member)
+    process, own, kept, removed = await start_process(processes, migrated_dsn)
     assert await other.group_count("room") == 3
     await other.send(own, numbered(0))
     await other.group_send("room", numbered(0))
@@ -152,16 +155,16 @@ async def test_process_stopped_for_longer_than_its_lease_notices_the_gap_once(
         await lease_is_over(other, members=1)
         if sweeps:
             await sweep(migrated_dsn)
-    await lists(other, "room", mine, kept, banned)
+    await wait_for_members(other, "room", other_member, kept, removed)
     await other.send(own, numbered(1))
     await other.group_send("room", numbered(1))
-    found = await found_after(process, 1)
-    assert found.numbers == [[0, 1], [0, 1], [0, 1]]
-    assert found.told == [["database.lost", "database.back"]] * 3
-    assert len(found.warnings) == 1, found.warnings
-    assert "missed" in found.warnings[0]
-    assert found.gaps == 1
-    assert found.memberships == 2
+    report = await report_after(process, 1)
+    assert report.numbers == [[0, 1], [0, 1], [0, 1]]
+    assert report.notices == [["database.lost", "database.back"]] * 3
+    assert len(report.warnings) == 1, report.warnings
+    assert "missed" in report.warnings[0]
+    assert report.gaps == 1
+    assert report.memberships == 2
 
 
 @pytest.mark.parametrize(
@@ -169,19 +172,19 @@ async def test_process_stopped_for_longer_than_its_lease_notices_the_gap_once(
     [(0, {}), (LARGE, {}), (0, {"poll_interval": 0.1})],
     ids=["small", "large", "polling"],
 )
-async def test_process_stopped_for_longer_than_its_lease_receives_what_has_not_expired(
+async def test_process_stopped_longer_than_its_lease_receives_unexpired_messages(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
     size: int,
     options: dict[str, object],
 ) -> None:
-    """Nothing was swept. Messages were sent before and after its lease was over."""
+    """Messages were sent before and after its lease was over. No sweep has run."""
     other = make_layer(**SHORT_LEASE)
-    mine = await other.new_channel()
+    other_member = await other.new_channel()
     await listen(other)
-    await other.group_add("room", mine)
-    process, own, *_ = await start(processes, migrated_dsn, **options)
+    await other.group_add("room", other_member)
+    process, own, *_ = await start_process(processes, migrated_dsn, **options)
 
     async def send(numbers: range) -> None:
         for number in numbers:
@@ -194,8 +197,8 @@ async def test_process_stopped_for_longer_than_its_lease_receives_what_has_not_e
         await lease_is_over(other, members=1)
         await send(range(20, 30))
     await send(range(30, 40))
-    found = await found_after(process, 39)
-    assert found.numbers == [list(range(40))] * 3
+    report = await report_after(process, 39)
+    assert report.numbers == [list(range(40))] * 3
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ async def test_process_stopped_for_longer_than_its_lease_receives_what_has_not_e
     [(0, {}), (LARGE, {}), (0, {"poll_interval": 0.1})],
     ids=["small", "large", "polling"],
 )
-async def test_process_stopped_and_swept_receives_its_groups_messages_that_have_not_expired(
+async def test_process_stopped_and_swept_receives_unexpired_group_messages(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -212,14 +215,14 @@ async def test_process_stopped_and_swept_receives_its_groups_messages_that_have_
 ) -> None:
     """Group messages were sent before its lease was over, afterwards, and after the sweep.
 
-    Another process has a member, so that they were kept. Messages to channels of the stopped
+    Another process has a member, so that they were stored. Messages to channels of the stopped
     process itself may have been swept.
     """
     other = make_layer(**SHORT_LEASE)
-    mine = await other.new_channel()
+    other_member = await other.new_channel()
     await listen(other)
-    await other.group_add("room", mine)
-    process, own, *_ = await start(processes, migrated_dsn, **options)
+    await other.group_add("room", other_member)
+    process, own, *_ = await start_process(processes, migrated_dsn, **options)
 
     async def send(numbers: range) -> None:
         for number in numbers:
@@ -234,16 +237,16 @@ async def test_process_stopped_and_swept_receives_its_groups_messages_that_have_
         await send(range(30, 40))
     await send(range(40, 50))
     await other.send(own, numbered(49))
-    found = await found_after(process, 49)
-    assert found.numbers == [[49], list(range(50)), list(range(50))]
+    report = await report_after(process, 49)
+    assert report.numbers == [[49], list(range(50)), list(range(50))]
 
 
-async def test_only_reader_stopped_for_longer_than_its_lease_loses_nothing(
+async def test_only_reader_stopped_longer_than_its_lease_loses_nothing(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, processes: Processes
 ) -> None:
-    """No other process renews, so the lease does not end: a sweep removes nothing."""
+    """No other process renews, so the lease is not over. A sweep removes nothing."""
     sender = make_layer(**SHORT_LEASE)
-    process, own, kept, banned = await start(processes, migrated_dsn)
+    process, own, kept, removed = await start_process(processes, migrated_dsn)
 
     async def send(numbers: range) -> None:
         for number in numbers:
@@ -253,38 +256,38 @@ async def test_only_reader_stopped_for_longer_than_its_lease_loses_nothing(
     await send(range(10))
     with stopped(process):
         await send(range(10, 20))
-        over = (
+        expired_lease = (
             b"SELECT 1 FROM pg_layer_client WHERE expires_at < clock_timestamp() - interval '1 s'"
         )
-        await until(lambda: observer.execute(over).fetchone())
+        await until(lambda: observer.execute(expired_lease).fetchone())
         await sweep(migrated_dsn)
-        await lists(sender, "room", kept, banned)
+        await wait_for_members(sender, "room", kept, removed)
         await send(range(20, 30))
     await send(range(30, 40))
-    found = await found_after(process, 39)
-    assert found.numbers == [list(range(40))] * 3
-    assert found.memberships == 2
+    report = await report_after(process, 39)
+    assert report.numbers == [list(range(40))] * 3
+    assert report.memberships == 2
 
 
-async def test_process_stopped_for_less_than_its_lease_notices_no_gap(
+async def test_process_stopped_shorter_than_its_lease_notices_no_gap(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
-    """It receives everything, logs nothing and tells its consumers nothing."""
+    """It receives everything, logs nothing and sends its consumers no notices."""
     other = make_layer(**SHORT_LEASE)
-    mine = await other.new_channel()
+    other_member = await other.new_channel()
     await listen(other)
-    await other.group_add("room", mine)
-    process, own, *_ = await start(processes, migrated_dsn, lease=3600)
+    await other.group_add("room", other_member)
+    process, own, *_ = await start_process(processes, migrated_dsn, lease=3600)
     with stopped(process):
         for number in range(20):
             await other.send(own, numbered(number, LARGE))
             await other.group_send("room", numbered(number, LARGE))
         await sweep(migrated_dsn)
-    found = await found_after(process, 19)
-    assert found.numbers == [list(range(20))] * 3
-    assert found.told == [[], [], []]
-    assert found.warnings == []
-    assert found.gaps == 0
+    report = await report_after(process, 19)
+    assert report.numbers == [list(range(20))] * 3
+    assert report.notices == [[], [], []]
+    assert report.warnings == []
+    assert report.gaps == 0
 
 
 # --------------------------------------------------------------- discarded while it was stopped
@@ -293,41 +296,41 @@ async def test_process_stopped_for_less_than_its_lease_notices_no_gap(
 @pytest.mark.parametrize(
     "when", ["before the lease is over", "before the sweep", "after the sweep"]
 )
-@pytest.mark.parametrize("way", ["listening", "disconnected", "polling"])
+@pytest.mark.parametrize("mode", ["listening", "disconnected", "polling"])
 async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
     migrated_dsn: str,
     make_layer: MakeLayer,
     observer: Observer,
     processes: Processes,
     when: str,
-    way: str,
+    mode: str,
 ) -> None:
-    """Another process removes a channel of the stopped one from the group.
+    """Another process removes a channel of the stopped process from the group.
 
-    Then the lease is over, and a sweep runs. When the process goes on, it writes its memberships
-    again; the removed one is not among them. Its connections may have been lost meanwhile.
+    Then the lease is over, and a sweep runs. When the process goes on, it writes its
+    memberships again, without the removed one. Its connections may have been lost meanwhile.
     """
     other = make_layer(**SHORT_LEASE)
-    mine = await other.new_channel()
+    other_member = await other.new_channel()
     await listen(other)
-    await other.group_add("room", mine)
-    options: dict[str, object] = {"poll_interval": 0.1} if way == "polling" else {}
-    process, own, kept, banned = await start(processes, migrated_dsn, **options)
-    await lists(other, "room", mine, kept, banned)
+    await other.group_add("room", other_member)
+    options: dict[str, object] = {"poll_interval": 0.1} if mode == "polling" else {}
+    process, own, kept, removed = await start_process(processes, migrated_dsn, **options)
+    await wait_for_members(other, "room", other_member, kept, removed)
     with stopped(process):
-        if way == "disconnected":
+        if mode == "disconnected":
             observer.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND application_name = 'stopped'"
             )
         if when == "before the lease is over":
-            await other.group_discard("room", banned)
+            await other.group_discard("room", removed)
         await lease_is_over(other, members=1)
         if when == "before the sweep":
-            await other.group_discard("room", banned)
+            await other.group_discard("room", removed)
         await sweep(migrated_dsn)
         if when == "after the sweep":
-            await other.group_discard("room", banned)
+            await other.group_discard("room", removed)
         await other.group_send("room", numbered(0))
     deadline = time.monotonic() + PATIENCE
     while kept not in await other.group_channels("room"):
@@ -335,13 +338,13 @@ async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
         await asyncio.sleep(0.02)
     for number in range(1, 20):
         await other.group_send("room", numbered(number))
-    for channel in (own, banned):
+    for channel in (own, removed):
         await other.send(channel, numbered(19))
     process.say(19)
     assert await process.hear() == 19
-    await lists(other, "room", mine, kept, patience=10)
+    await wait_for_members(other, "room", other_member, kept, timeout=10)
     process.say(None)
-    found = await process.result()
-    assert found.numbers[2] == [19]
-    assert [number for number in found.numbers[1] if number] == list(range(1, 20))
-    assert found.memberships == 1
+    report = await process.result()
+    assert report.numbers[2] == [19]
+    assert [number for number in report.numbers[1] if number] == list(range(1, 20))
+    assert report.memberships == 1

@@ -1,4 +1,4 @@
-"""SIGTERM in a process that receives: what the handler of a server and child processes see of the layer."""
+"""SIGTERM in a process that receives: the handler of a server, and child processes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 from devtools.postgres.server import free_port
 from tests.components import require_module
 from tests.conftest import Observer
-from tests.faults.test_processes import joined, receivers
+from tests.faults.test_processes import joined, receiving_pids
 from tests.processes import until
 from tests.project.commands import run, started, succeeded
 
-# Stops as uvicorn does: the first SIGTERM is noted, and sent again when the default effect has been restored.
+# Stop as uvicorn does: its handler records the first SIGTERM. When it has restored the default
+# effect, it sends itself SIGTERM again.
 SERVER = """
 import asyncio, signal, subprocess, sys
 from pg_layer import PostgresChannelLayer
@@ -22,7 +23,8 @@ from pg_layer import PostgresChannelLayer
 layer = PostgresChannelLayer(dsn=sys.argv[1])
 
 def child():
-    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
+    command = ["cat", "/proc/self/status"]
+    status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     [blocked] = [line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")]
     print("child", int(blocked, 16), flush=True)
 
@@ -47,17 +49,17 @@ asyncio.run(main())
 """
 
 
-def test_sigterm_reaches_the_servers_handler_each_time_and_is_not_blocked_for_children(
+def test_sigterm_reaches_the_handler_of_the_server_and_is_not_blocked_in_children(
     migrated_dsn: str, observer: Observer
 ) -> None:
     with started(migrated_dsn, "-c", SERVER, migrated_dsn) as server:
         assert server.end() == -signal.SIGTERM
     stop = ["stop", "child 0"]
     assert (server.errors, server.output) == ([], [*stop, "child 0", "child 0", *stop, "end"])
-    assert receivers(observer) == set()
+    assert receiving_pids(observer) == set()
 
 
-LEFT_ALONE = """
+WITHOUT_HANDLER = """
 import asyncio, os, signal, sys
 from pg_layer import PostgresChannelLayer
 
@@ -77,13 +79,13 @@ asyncio.run(main())
 """
 
 
-def test_sigterm_keeps_its_default_effect_where_handle_sigterm_is_false(
+def test_sigterm_with_handle_sigterm_false_keeps_its_default_effect(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    with started(migrated_dsn, "-c", LEFT_ALONE, migrated_dsn) as process:
+    with started(migrated_dsn, "-c", WITHOUT_HANDLER, migrated_dsn) as process:
         assert process.end() == -signal.SIGTERM
     assert (process.errors, process.output) == ([], ["default"])
-    assert receivers(observer) == {process.pid}
+    assert receiving_pids(observer) == {process.pid}
 
 
 FORKS = """
@@ -111,7 +113,7 @@ asyncio.run(main())
 """
 
 
-def test_sigterm_has_its_default_effect_in_a_forked_child_that_does_not_receive(
+def test_sigterm_in_a_forked_child_that_does_not_receive_has_its_default_effect(
     migrated_dsn: str,
 ) -> None:
     assert succeeded(run(migrated_dsn, "-c", FORKS, migrated_dsn)) == "0"
@@ -119,10 +121,10 @@ def test_sigterm_has_its_default_effect_in_a_forked_child_that_does_not_receive(
 
 @pytest.mark.granian
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-async def test_a_granian_worker_that_is_asked_to_end_leaves_nothing(
+async def test_granian_worker_stopped_by_a_signal_removes_its_rows(
     migrated_dsn: str, observer: Observer, number: signal.Signals
 ) -> None:
-    """Its workers are forked by `multiprocessing`: they run no functions registered with `atexit`."""
+    """The workers are forked by ``multiprocessing``: they run no functions of ``atexit``."""
     require_module("granian", component="granian")
     port = free_port()
     options = (
@@ -139,9 +141,9 @@ async def test_a_granian_worker_that_is_asked_to_end_leaves_nothing(
         migrated_dsn, "-m", "granian", *options, "tests.project.asgi:application"
     ) as server:
         async with await joined(f"ws://127.0.0.1:{port}/async/"):
-            await until(lambda: receivers(observer))
-            assert server.pid not in receivers(observer)
+            await until(lambda: receiving_pids(observer))
+            assert server.pid not in receiving_pids(observer)
             status = await asyncio.to_thread(server.end, number)
     assert (status, server.errors) == (0, [])
-    assert receivers(observer) == set()
+    assert receiving_pids(observer) == set()
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)

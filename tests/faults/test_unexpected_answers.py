@@ -1,7 +1,7 @@
-"""SQL functions that answer otherwise than the layer expects, as those of a later version may.
+"""SQL functions that return an unexpected result, as those of a later version may.
 
-What meets such an answer tries again until it is mended, and meanwhile `health()`, `stats()`, the log and
-`manage.py pg_layer_status` say so.
+The task concerned tries again until the function is repaired. Meanwhile ``health()``,
+``stats()``, the log and ``manage.py pg_layer_status`` report it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.conftest import MakeLayer, Observer
 from tests.integration.test_status import look, sweep
 from tests.processes import listen, receive, until
 
-OFTEN: dict[str, object] = {"heartbeat": 0.1, "lease": 60}
+SHORT_HEARTBEAT: dict[str, object] = {"heartbeat": 0.1, "lease": 60}
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pg_layer._process.tasks.PAUSE", 0.05)
 
 
-def end_connections(observer: Observer) -> None:
-    """What was prepared on them would remember the function as it was."""
+def terminate_connections(observer: Observer) -> None:
+    """Terminate the layer's connections, whose prepared statements still use the old function."""
     observer.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name LIKE 'pg_layer%'"
@@ -37,8 +37,8 @@ def end_connections(observer: Observer) -> None:
 
 
 @contextmanager
-def one_more_column(observer: Observer, name: str) -> Iterator[None]:
-    """The function returns a column more than the layer knows."""
+def extra_column(observer: Observer, name: str) -> Iterator[None]:
+    """Make the function return one column more than the layer expects, while the block runs."""
     [(types, columns)] = observer.execute(
         """
         SELECT (SELECT array_agg(type::regtype::text ORDER BY number)
@@ -51,35 +51,35 @@ def one_more_column(observer: Observer, name: str) -> Iterator[None]:
         [name],
     ).fetchall()
     arguments = ", ".join(f"${number}" for number in range(1, len(types) + 1))
-    # In another schema it keeps its name, by which it may speak of its own parameters.
+    # Move the function to another schema: it keeps its name, which may qualify its parameters.
     observer.execute("CREATE SCHEMA before")
     observer.execute(f"ALTER FUNCTION {name} SET SCHEMA before")
     observer.execute(
         f"CREATE FUNCTION {name}({', '.join(types)}) RETURNS TABLE ({columns}, more integer)"
         f" LANGUAGE sql AS $$ SELECT f.*, 0 FROM before.{name}({arguments}) AS f $$"
     )
-    end_connections(observer)
+    terminate_connections(observer)
     yield
     observer.execute(f"DROP FUNCTION {name}")
     observer.execute(f"ALTER FUNCTION before.{name} SET SCHEMA public")
-    end_connections(observer)
+    terminate_connections(observer)
 
 
-# ---------------------------------------------------------------------- what brings each function into use
+# ---------------------------------------------------------------------- uses of each function
 
 
 @asynccontextmanager
-async def nothing(
+async def without_use(
     layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
 ) -> AsyncIterator[None]:
     yield
 
 
 @asynccontextmanager
-async def joined(
+async def with_added_member(
     layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
 ) -> AsyncIterator[None]:
-    """Another process adds a channel to a group, and the owner writes its row when the fault is mended."""
+    """Another process adds a channel. The owner writes its row when the function is repaired."""
     channel = await layer.new_channel()
     await sender.group_add("room", channel)
     yield
@@ -92,10 +92,10 @@ async def joined(
 
 
 @asynccontextmanager
-async def marked(
+async def with_marked_message(
     layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
 ) -> AsyncIterator[None]:
-    """A message that is not announced is found at a heartbeat when the fault is mended."""
+    """A heartbeat finds an unannounced message when the function is repaired."""
     channel = await layer.new_channel()
     with psycopg.connect(dsn) as connection:
         connection.execute("SET LOCAL pg_layer.silent = on")
@@ -105,10 +105,10 @@ async def marked(
 
 
 @asynccontextmanager
-async def expired(
+async def with_expired_message(
     layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
 ) -> AsyncIterator[None]:
-    """A message expires, and is deleted when the fault is mended."""
+    """A message expires, and is deleted when the function is repaired."""
     await sender.send("jobs", {"number": 1}, expiry=0.01)
     yield
     with psycopg.connect(dsn, autocommit=True) as observer:
@@ -121,57 +121,57 @@ Use = Callable[[PostgresChannelLayer, PostgresChannelLayer, str], Any]
 
 
 @pytest.mark.parametrize(
-    ("function", "what", "use"),
+    ("function", "task_name", "use"),
     [
-        ("pg_layer_renew", "The heartbeat", nothing),
-        ("pg_layer_position", "Catching up", nothing),
-        ("pg_layer_write_memberships", "The writing of memberships", joined),
-        ("pg_layer_marked_keys", "The search for marked messages", marked),
-        ("pg_layer_delete_expired", "The deletion of expired messages", expired),
-        ("pg_layer_sweep", "Sweeping", nothing),
+        ("pg_layer_renew", "The heartbeat", without_use),
+        ("pg_layer_position", "Catching up", without_use),
+        ("pg_layer_write_memberships", "The writing of memberships", with_added_member),
+        ("pg_layer_marked_keys", "The search for marked messages", with_marked_message),
+        ("pg_layer_delete_expired", "The deletion of expired messages", with_expired_message),
+        ("pg_layer_sweep", "Sweeping", without_use),
     ],
 )
-async def test_task_that_gets_an_unexpected_answer_says_so_and_goes_on(
+async def test_task_getting_an_unexpected_answer_reports_it_and_goes_on(
     function: str,
-    what: str,
+    task_name: str,
     use: Use,
     make_layer: MakeLayer,
     migrated_dsn: str,
     observer: Observer,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    interval = 0.1 if what == "Sweeping" else 0
-    layer, sender = make_layer(**OFTEN, sweep_interval=interval), make_layer()
+    interval = 0.1 if task_name == "Sweeping" else 0
+    layer, sender = make_layer(**SHORT_HEARTBEAT, sweep_interval=interval), make_layer()
     await listen(layer)
-    failed = f"{what} failed, and is tried again until it succeeds."
+    failed = f"{task_name} failed, and is tried again until it succeeds."
 
     async def problems() -> str:
         return "\n".join((await layer.health())["problems"])
 
-    with one_more_column(observer, function):
+    with extra_column(observer, function):
         used = use(layer, sender, migrated_dsn)
         await used.__aenter__()
         await until(lambda: failed in caplog.text)
         assert layer.stats()["failing_tasks"]
-        assert f"{what} fails, and is tried again: " in await problems()
+        assert f"{task_name} fails, and is tried again: " in await problems()
         assert [record.getMessage() for record in caplog.records].count(failed) == 1
     await until(lambda: not layer.stats()["failing_tasks"])
     await used.__aexit__(None, None, None)
     age = layer.stats()["lease_age"]
     assert age is not None
-    await until(lambda: (layer.stats()["lease_age"] or 0) < age)  # the heart beats
-    assert what not in await problems()
+    await until(lambda: (layer.stats()["lease_age"] or 0) < age)  # the lease is renewed
+    assert task_name not in await problems()
     assert [record.getMessage() for record in caplog.records].count(failed) == 1
 
 
-async def test_jobs_whose_claim_gets_an_unexpected_answer_are_received_once(
+async def test_jobs_are_received_once_after_a_claim_got_an_unexpected_answer(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The claim has moved them, and a catch-up finds them."""
+    """The claim has moved the jobs to the client's address. A catch-up finds them."""
     layer, sender = make_layer(), make_layer()
     await listen(layer)
     received = []
-    with one_more_column(observer, "pg_layer_claim"):
+    with extra_column(observer, "pg_layer_claim"):
         for number in range(3):
             await sender.send("jobs", {"number": number})
             received.append((await receive(layer, "jobs"))["number"])
@@ -181,14 +181,14 @@ async def test_jobs_whose_claim_gets_an_unexpected_answer_are_received_once(
     assert received == [0, 1, 2, 3]
 
 
-async def test_pg_layer_status_shows_tasks_that_fail(
+async def test_status_command_shows_failing_tasks(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     sweep(observer)
-    layer = make_layer(**OFTEN, sweep_interval=0)
+    layer = make_layer(**SHORT_HEARTBEAT, sweep_interval=0)
     await listen(layer)
     counted = "SELECT counters ->> 'failing_tasks' FROM pg_layer_client"
-    with one_more_column(observer, "pg_layer_delete_expired"):
+    with extra_column(observer, "pg_layer_delete_expired"):
         await layer.send("jobs", {"number": 1}, expiry=0.01)
         await until(lambda: observer.execute(counted).fetchone() == ("1",))
         shown = await asyncio.to_thread(look, migrated_dsn)
@@ -200,12 +200,12 @@ async def test_pg_layer_status_shows_tasks_that_fail(
     assert (await asyncio.to_thread(look, migrated_dsn))["ok"]
 
 
-async def test_health_when_the_renewal_gets_an_unexpected_answer_raises_nothing(
+async def test_health_when_the_renewal_gets_an_unexpected_answer_does_not_raise(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer()
     await listen(layer)
-    with one_more_column(observer, "pg_layer_renew"):
+    with extra_column(observer, "pg_layer_renew"):
         health = await layer.health()
     assert health["round_trip"] is None
     assert any(
@@ -213,12 +213,12 @@ async def test_health_when_the_renewal_gets_an_unexpected_answer_raises_nothing(
     )
 
 
-async def test_health_when_the_lease_is_over_says_so_although_it_renews_it(
+async def test_health_when_the_lease_is_over_reports_it_and_renews_it(
     make_layer: MakeLayer,
 ) -> None:
     layer = make_layer(heartbeat=0.4, lease=1)
     await listen(layer)
-    time.sleep(1.1)  # noqa: ASYNC251  # as an application that blocks the loop does
+    time.sleep(1.1)  # noqa: ASYNC251  # block the loop, as an application may
     health = await layer.health()
     assert (health["lease_age"] or 0) > 1
     assert any(problem.startswith("The lease is over: ") for problem in health["problems"])

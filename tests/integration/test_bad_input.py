@@ -1,4 +1,4 @@
-"""What is wrong is refused by the right error, and nothing is stored or sent; what cannot work says why."""
+"""Invalid calls raise the right error and write nothing. Configuration errors name the cause."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import Message, Processes, listen, open_layer, read, receive, until
 
 
-def expect_untouched(observer: Observer) -> None:
-    """No row was ever written, and nobody was even connected."""
+def assert_database_untouched(observer: Observer) -> None:
+    """Assert that no row was ever written and that the layer has no connection."""
     tables = "SELECT count(*) FROM pg_layer_{}"
     for table in ("message", "membership", "client"):
         assert observer.execute(tables.format(table).encode()).fetchone() == (0,)
@@ -40,8 +40,8 @@ def expect_untouched(observer: Observer) -> None:
         "SELECT last_value FROM pg_sequences WHERE sequencename = 'pg_layer_message_id_seq'"
     ).fetchall() == [(None,)]
     assert observer.execute(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        " AND backend_type = 'client backend'"
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
     ).fetchone() == (0,)
 
 
@@ -69,7 +69,9 @@ BAD_CHANNELS = [*BAD_NAMES, "a!b!c", "!", "!a", "a!ä", "a!b\n"]
 BAD_GROUPS = [*BAD_NAMES, "a!b", "a!"]
 
 
-async def test_bad_channel_names_are_refused(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_channel_name_invalid_raises_and_writes_nothing(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     for name in BAD_CHANNELS:
         for attempt in (
@@ -80,10 +82,12 @@ async def test_bad_channel_names_are_refused(make_layer: MakeLayer, observer: Ob
         ):
             with pytest.raises(TypeError, match="Channel name"):
                 await attempt
-    expect_untouched(observer)
+    assert_database_untouched(observer)
 
 
-async def test_bad_group_names_are_refused(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_group_name_invalid_raises_and_writes_nothing(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     for name in BAD_GROUPS:
         for attempt in (
@@ -93,10 +97,10 @@ async def test_bad_group_names_are_refused(make_layer: MakeLayer, observer: Obse
         ):
             with pytest.raises(TypeError, match="Group name"):
                 await attempt
-    expect_untouched(observer)
+    assert_database_untouched(observer)
 
 
-async def test_bad_prefixes_of_new_channel_are_refused() -> None:
+async def test_new_channel_with_an_invalid_prefix_raises() -> None:
     layer = PostgresChannelLayer(dsn="dbname=never-connected-to")
     bad: list[Any] = ["a b", "a!b", "x" * 100, "ä", 7, None]
     for prefix in bad:
@@ -104,8 +108,11 @@ async def test_bad_prefixes_of_new_channel_are_refused() -> None:
             await layer.new_channel(prefix)
 
 
-async def test_new_channel_with_a_long_prefix_is_refused_at_once_or_never() -> None:
-    """The names become longer with their number, and Channels allows no more than 99 characters."""
+async def test_new_channel_accepts_a_prefix_of_max_prefix_and_refuses_a_longer_one() -> None:
+    """A prefix is refused at once, or never.
+
+    The names of one prefix grow with the serial number. Channels allows 99 characters.
+    """
     layer = PostgresChannelLayer(dsn="dbname=never-connected-to")
     layer._loops.client._serial = 16**10
     assert len(await layer.new_channel("p" * MAX_PREFIX)) < 100
@@ -113,7 +120,7 @@ async def test_new_channel_with_a_long_prefix_is_refused_at_once_or_never() -> N
         await layer.new_channel("p" * (MAX_PREFIX + 1))
 
 
-async def test_nobody_receives_on_another_processes_channel(
+async def test_receive_on_a_channel_of_another_process_raises(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -121,7 +128,7 @@ async def test_nobody_receives_on_another_processes_channel(
     channel = await reader.hear()
     with pytest.raises(TypeError, match=re.escape(channel)):
         await layer.receive(channel)
-    # Neither with a layer that has one's own name, nor of a client that never was.
+    # The same holds for the channel of a client that never existed.
     with pytest.raises(TypeError, match="another process"):
         await layer.receive("specific.0123456789abcdef!1")
     await layer.send(channel, {"type": "undisturbed"})
@@ -131,13 +138,13 @@ async def test_nobody_receives_on_another_processes_channel(
 # ---------------------------------------------------------------------- messages
 
 
-def circle() -> Message:
+def circular_message() -> Message:
     message: Message = {"list": []}
     message["list"].append(message)
     return message
 
 
-def deep(levels: int) -> Message:
+def nested_message(levels: int) -> Message:
     message: Message = {}
     for _ in range(levels):
         message = {"in": message}
@@ -161,8 +168,8 @@ BAD_MESSAGES: list[Any] = [
     {b"a": 1},
     {"a": "\ud800"},
     {"\udfff": 1},
-    circle(),
-    deep(1000),
+    circular_message(),
+    nested_message(1000),
     {"__asgi_channel__": "x"},
 ]
 BAD_IN_JSON: list[Any] = [{"a": b"bytes"}, {"a": float("nan")}, {"a": [float("inf")]}]
@@ -173,7 +180,7 @@ BAD_IN_JSON: list[Any] = [{"a": b"bytes"}, {"a": float("nan")}, {"a": [float("in
     [("msgpack", BAD_MESSAGES), ("json", BAD_MESSAGES + BAD_IN_JSON)],
     ids=["msgpack", "json"],
 )
-async def test_bad_messages_are_refused(
+async def test_message_invalid_raises_and_writes_nothing(
     make_layer: MakeLayer, observer: Observer, serializer_format: str, messages: list[Any]
 ) -> None:
     layer = make_layer(serializer_format=serializer_format)
@@ -183,10 +190,10 @@ async def test_bad_messages_are_refused(
                 await attempt
             assert isinstance(refused.value, TypeError)
             assert isinstance(refused.value, ValueError)
-    expect_untouched(observer)
+    assert_database_untouched(observer)
 
 
-async def test_a_message_that_is_too_large_is_refused(
+async def test_message_too_large_raises_and_writes_nothing(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(max_message_size=1000)
@@ -197,10 +204,12 @@ async def test_a_message_that_is_too_large_is_refused(
     ):
         with pytest.raises(MessageTooLarge):
             await attempt
-    expect_untouched(observer)
+    assert_database_untouched(observer)
 
 
-async def test_one_bad_message_among_many_hurts_no_other(make_layer: MakeLayer) -> None:
+async def test_messages_invalid_among_concurrent_sends_leave_the_others_unharmed(
+    make_layer: MakeLayer,
+) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     messages: list[Any] = [{"number": n} if n % 3 else {"number": {n}} for n in range(30)]
@@ -213,7 +222,9 @@ async def test_one_bad_message_among_many_hurts_no_other(make_layer: MakeLayer) 
     ]
 
 
-async def test_a_message_may_be_changed_once_it_was_sent(make_layer: MakeLayer) -> None:
+async def test_message_changed_after_send_has_begun_arrives_unchanged(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     message: Message = {"list": [1]}
@@ -226,7 +237,9 @@ async def test_a_message_may_be_changed_once_it_was_sent(make_layer: MakeLayer) 
     assert received == {"list": [1]}
 
 
-async def test_receivers_of_one_group_message_share_nothing(make_layer: MakeLayer) -> None:
+async def test_group_message_changed_by_one_receiver_is_unchanged_for_the_next(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer()
     channels = [await layer.new_channel() for _ in range(2)]
     for channel in channels:
@@ -240,7 +253,9 @@ async def test_receivers_of_one_group_message_share_nothing(make_layer: MakeLaye
 # ---------------------------------------------------------------------- without tables
 
 
-async def test_without_tables_every_write_names_the_command(fresh_database: str) -> None:
+async def test_layer_without_tables_raises_an_error_that_names_the_command(
+    fresh_database: str,
+) -> None:
     async with open_layer(fresh_database) as layer:
         channel = await layer.new_channel()
         for attempt in (
@@ -255,7 +270,7 @@ async def test_without_tables_every_write_names_the_command(fresh_database: str)
                 await attempt
 
 
-async def test_a_receiver_says_so_once_and_begins_when_the_tables_are_there(
+async def test_receiver_without_tables_logs_once_and_starts_after_the_migration(
     fresh_database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_layer(fresh_database) as layer:
@@ -272,7 +287,7 @@ async def test_a_receiver_says_so_once_and_begins_when_the_tables_are_there(
             ]
 
         await until(lines)
-        await asyncio.wait({receiving, jobs}, timeout=1)  # it tries again and again meanwhile
+        await asyncio.wait({receiving, jobs}, timeout=1)  # several attempts
         assert len(lines()) == 1
         assert not receiving.done()
         with psycopg.connect(fresh_database) as connection:
@@ -291,7 +306,7 @@ PASSWORD = "correct-horse-battery-staple"
 
 @contextmanager
 def silent_server() -> Iterator[int]:
-    """A port that takes connections and never answers."""
+    """Yield a port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         accepted: list[socket.socket] = []
 
@@ -315,13 +330,17 @@ def silent_server() -> Iterator[int]:
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port that nobody listens on."""
+    """Yield a port on which no process listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
 
 
-async def expect_unavailable(layer: PostgresChannelLayer) -> None:
+async def assert_every_call_is_unavailable(layer: PostgresChannelLayer) -> None:
+    """Assert that each call raises LayerUnavailable, without the password in any text.
+
+    A receive goes on waiting.
+    """
     channel = await layer.new_channel()
     receiving = asyncio.create_task(layer.receive(channel))
     attempts = (
@@ -333,7 +352,7 @@ async def expect_unavailable(layer: PostgresChannelLayer) -> None:
     )
     errors = await asyncio.wait_for(asyncio.gather(*attempts, return_exceptions=True), 30)
     *_, discarded, _ = errors
-    # Once it has begun, the owner has applied it.
+    # A discard that has begun is applied in the owner's memory: its outcome may be unknown.
     assert type(discarded) in (LayerUnavailable, OutcomeUnknown)
     assert {type(error) for error in errors if error is not discarded} == {LayerUnavailable}
     for error in errors:
@@ -344,14 +363,14 @@ async def expect_unavailable(layer: PostgresChannelLayer) -> None:
     receiving.cancel()
 
 
-@pytest.mark.parametrize("place", [closed_port, silent_server])
-async def test_an_unreachable_database_is_unavailable_after_send_timeout(
-    place: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("unreachable_server", [closed_port, silent_server])
+async def test_calls_to_an_unreachable_server_raise_layer_unavailable_without_password(
+    unreachable_server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with place() as port:
+    with unreachable_server() as port:
         dsn = f"postgresql://somebody:{PASSWORD}@127.0.0.1:{port}/somewhere"
         async with open_layer(dsn, send_timeout=0.5) as layer:
-            await expect_unavailable(layer)
+            await assert_every_call_is_unavailable(layer)
             assert PASSWORD not in repr(layer)
     assert PASSWORD not in caplog.text
 
@@ -361,7 +380,7 @@ async def test_an_unreachable_database_is_unavailable_after_send_timeout(
     [{"password": PASSWORD}, {"dbname": "pg_layer_no_such_database"}],
     ids=["password", "database"],
 )
-async def test_a_refused_login_says_why_and_no_password(
+async def test_login_refused_raises_the_reason_without_the_password(
     postgres_dsn: str, wrong: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     dsn = make_conninfo(postgres_dsn, **wrong)
@@ -369,7 +388,7 @@ async def test_a_refused_login_says_why_and_no_password(
         psycopg.connect(dsn)
     password = str(conninfo_to_dict(dsn)["password"])
     async with open_layer(dsn, send_timeout=0.5) as layer:
-        await expect_unavailable(layer)
+        await assert_every_call_is_unavailable(layer)
         with pytest.raises(
             LayerUnavailable, match=r"password authentication failed|does not exist"
         ) as refused:
@@ -380,7 +399,7 @@ async def test_a_refused_login_says_why_and_no_password(
 # ---------------------------------------------------------------------- two layers in one database
 
 
-async def test_prefixes_set_layers_apart(
+async def test_layers_with_different_prefixes_in_one_database_are_isolated(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     names = ("app", "app2", "app.x", "ap")
@@ -390,7 +409,7 @@ async def test_prefixes_set_layers_apart(
     for prefix, layer in layers.items():
         await layer.group_add("room", channels[prefix])
         await layer.group_send("room", {"from": prefix})
-        for other in names:  # which of the other prefixes name nobody
+        for other in names:  # with another prefix, the channel has no reader
             await layer.send(channels[other], {"directly from": prefix})
         await layer.send("jobs", {"for": prefix})
     for prefix, reader in readers.items():
@@ -399,7 +418,7 @@ async def test_prefixes_set_layers_apart(
     for prefix in names[1:]:
         assert await receive(layers[prefix], "jobs") == {"for": prefix}
     await listen(layers["app"])
-    empty = asyncio.create_task(layers["app"].receive("jobs"))
-    await asyncio.wait({empty}, timeout=0.2)
-    assert not empty.done()
-    empty.cancel()
+    receiving = asyncio.create_task(layers["app"].receive("jobs"))
+    await asyncio.wait({receiving}, timeout=0.2)
+    assert not receiving.done()
+    receiving.cancel()

@@ -1,4 +1,4 @@
-"""Several messages in one statement; expiry and exclusion per message; who is in a group."""
+"""``send_many``, ``group_send_many``, the arguments ``expiry`` and ``exclude``, and presence."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ from tests.conftest import MakeLayer, Observer
 from tests.processes import Link, Message, Processes, listen, open_layer, receive, until
 
 
-async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    """Receive ``count`` messages from the channel. Return their numbers."""
     return [(await receive(layer, channel))["number"] for _ in range(count)]
 
 
-async def expect_nothing(layer: PostgresChannelLayer, *channels: str) -> None:
-    """What was sent to them would have come before what is sent now."""
+async def assert_empty(layer: PostgresChannelLayer, *channels: str) -> None:
+    """Assert that no message waits in the channels.
+
+    Messages arrive in order: an earlier one would come before the one sent here.
+    """
     for channel in channels:
         await layer.send(channel, {"number": -99})
-        assert await numbers(layer, channel, 1) == [-99]
+        assert await receive_numbers(layer, channel, 1) == [-99]
 
 
 # ---------------------------------------------------------------------- several at once
 
 
-async def test_many_messages_each_with_its_own_result(make_layer: MakeLayer) -> None:
+async def test_send_many_to_three_channels_returns_a_result_for_each_message(
+    make_layer: MakeLayer,
+) -> None:
     layer, sender = make_layer(capacity=5), make_layer(capacity=5)
     await listen(layer)
     own, other = await layer.new_channel(), await layer.new_channel()
@@ -37,11 +43,11 @@ async def test_many_messages_each_with_its_own_result(make_layer: MakeLayer) -> 
     accepted = await sender.send_many(messages)
     assert accepted == [n < 5 for n in range(7) for _ in range(3)]
     for channel in (own, "jobs", other):
-        assert await numbers(layer, channel, 5) == list(range(5))
-    await expect_nothing(layer, own, "jobs", other)
+        assert await receive_numbers(layer, channel, 5) == list(range(5))
+    await assert_empty(layer, own, "jobs", other)
 
 
-async def test_send_many_to_four_channels_is_one_transaction_with_few_notifications(
+async def test_send_many_to_four_channels_is_one_transaction_and_two_notifications(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer, sender = make_layer(capacity=10_000), make_layer(capacity=10_000)
@@ -49,21 +55,24 @@ async def test_send_many_to_four_channels_is_one_transaction_with_few_notificati
     channels = [await layer.new_channel() for _ in range(3)]
     for channel in (channels[0], "jobs"):
         observer.execute(
-            "SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(pg_layer_address('asgi', %s))])",
+            "SELECT pg_layer_listen("
+            "ARRAY[pg_layer_notification_channel(pg_layer_address('asgi', %s))])",
             [channel],
         )
     messages = [(channel, {"number": n}) for n in range(1000) for channel in (*channels, "jobs")]
     assert all(await sender.send_many(messages))
     forms = Counter(notification.payload[0] for notification in observer.notifies(timeout=1.0))
-    # Workers are told once, and the client of the others once which rows to read.
+    # One notification says that jobs wait, one names the rows that the client must read.
     assert forms == {"J": 1, "R": 1}
     transactions = "SELECT count(DISTINCT xid::text) FROM pg_layer_message WHERE channel = 'jobs'"
     assert observer.execute(transactions.encode()).fetchone() == (1,)
     for channel in (*channels, "jobs"):
-        assert await numbers(layer, channel, 1000) == list(range(1000))
+        assert await receive_numbers(layer, channel, 1000) == list(range(1000))
 
 
-async def test_many_group_messages(make_layer: MakeLayer) -> None:
+async def test_group_send_many_returns_false_where_a_normal_channel_was_full(
+    make_layer: MakeLayer,
+) -> None:
     layer, sender = make_layer(), make_layer(capacity=2)
     channels = [await layer.new_channel() for _ in range(3)]
     for channel in channels:
@@ -72,17 +81,17 @@ async def test_many_group_messages(make_layer: MakeLayer) -> None:
     await sender.group_add("attic", "jobs")
     messages = [(group, {"number": n}) for n in range(4) for group in ("room", "attic", "nobody")]
     accepted = await sender.group_send_many(messages, exclude=channels[2])
-    # Of the four in the attic two found the workers' channel full.
+    # Two of the four messages for the attic found the normal channel full.
     assert accepted == [
         group != "attic" or n < 2 for n in range(4) for group in ("room", "attic", "nobody")
     ]
-    assert await numbers(layer, channels[0], 8) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert await numbers(layer, channels[1], 4) == [0, 1, 2, 3]
-    assert await numbers(layer, "jobs", 2) == [0, 1]
-    await expect_nothing(layer, *channels, "jobs")
+    assert await receive_numbers(layer, channels[0], 8) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert await receive_numbers(layer, channels[1], 4) == [0, 1, 2, 3]
+    assert await receive_numbers(layer, "jobs", 2) == [0, 1]
+    await assert_empty(layer, *channels, "jobs")
 
 
-async def test_singles_and_many_keep_their_order(make_layer: MakeLayer) -> None:
+async def test_send_and_send_many_from_one_sender_keep_their_order(make_layer: MakeLayer) -> None:
     layer, sender = make_layer(capacity=1000), make_layer(capacity=1000)
     await listen(layer)
     channel = await layer.new_channel()
@@ -92,15 +101,17 @@ async def test_singles_and_many_keep_their_order(make_layer: MakeLayer) -> None:
         sends.append(sender.send_many([(channel, {"number": start + n}) for n in range(1, 10)]))
     results = await asyncio.gather(*sends)
     assert results == [None, [True] * 9] * 30
-    assert await numbers(layer, channel, 300) == list(range(300))
+    assert await receive_numbers(layer, channel, 300) == list(range(300))
 
 
-async def test_a_single_among_many_is_told_that_its_channel_is_full(make_layer: MakeLayer) -> None:
+async def test_send_among_send_many_to_a_full_channel_raises_channel_full(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(capacity=4)
     await listen(layer)
     channel = await layer.new_channel()
     results = await asyncio.gather(
-        layer.send("other", {}),  # goes at once; the rest together
+        layer.send("other", {}),  # is written at once; the others are written together
         layer.send_many([(channel, {"number": n}) for n in range(3)]),
         layer.send(channel, {"number": 3}),
         layer.send(channel, {"number": 4}),
@@ -110,20 +121,20 @@ async def test_a_single_among_many_is_told_that_its_channel_is_full(make_layer: 
     assert list(results[:3]) == [None, [True, True, True], None]
     assert isinstance(results[3], ChannelFull)
     assert results[4] == [False, True]
-    assert await numbers(layer, channel, 4) == [0, 1, 2, 3]
+    assert await receive_numbers(layer, channel, 4) == [0, 1, 2, 3]
 
 
-async def test_send_many_of_the_most_messages_to_a_full_channel_and_to_many_others_ends(
+async def test_send_many_of_the_maximum_size_to_a_full_channel_and_many_others_ends(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    # Searching a list of the refused messages for each message would take many minutes.
+    # A search in the list of refused messages for each message would take many minutes.
     layer = make_layer(send_timeout=60)
     assert sum(await layer.send_many([("jobs", {"number": n}) for n in range(100_000)])) == 100
-    assert await numbers(layer, "jobs", 100) == list(range(100))
+    assert await receive_numbers(layer, "jobs", 100) == list(range(100))
     gone = [(f"specific.gone{n}!1", {"number": n}) for n in range(99_999)]
     assert all(await layer.send_many([*gone, ("jobs", {"number": 7})]))
-    assert await numbers(layer, "jobs", 1) == [7]
-    # Messages to a client that is gone, or not there yet, are written and expire.
+    assert await receive_numbers(layer, "jobs", 1) == [7]
+    # Messages to a client that has closed, or has not begun yet, are written and expire.
     waiting = "SELECT count(*) FROM pg_layer_message WHERE address LIKE 'asgi!gone%'"
     assert observer.execute(waiting.encode()).fetchone() == (99_999,)
 
@@ -140,7 +151,7 @@ async def test_send_many_to_full_gone_and_other_channels_returns_the_result_of_e
     await gone.close()
     other = make_layer(capacity=2)
     await listen(other)
-    alone = await other.new_channel()  # gets a single one
+    alone = await other.new_channel()  # receives a single message
     names = [
         "jobs",
         gone_channel,
@@ -155,22 +166,24 @@ async def test_send_many_to_full_gone_and_other_channels_returns_the_result_of_e
         alone,
     ]
     accepted = await layer.send_many([(name, {"number": n}) for n, name in enumerate(names)])
-    # Messages to a client that has closed are accepted, because its end may not be known yet.
+    # Messages to a closed client are accepted, because the sender may not know of its end.
     assert [n for n, was_accepted in enumerate(accepted) if not was_accepted] == [4, 7, 9]
-    assert await numbers(layer, own, 2) == [2, 8]
-    assert await numbers(other, alone, 1) == [10]
-    assert await numbers(layer, "jobs", 2) == [0, 3]
-    assert await numbers(layer, "others", 1) == [6]
+    assert await receive_numbers(layer, own, 2) == [2, 8]
+    assert await receive_numbers(other, alone, 1) == [10]
+    assert await receive_numbers(layer, "jobs", 2) == [0, 3]
+    assert await receive_numbers(layer, "others", 1) == [6]
 
 
-async def test_many_of_none(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_send_many_of_no_messages_returns_an_empty_list(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     assert await layer.send_many([]) == await layer.group_send_many(iter(())) == []
     assert await layer.send_many([("jobs", {"number": 1})]) == [True]
     assert await layer.group_send_many([("room", {"number": 1})]) == [True]
 
 
-async def test_of_many_all_are_checked_before_any_is_sent(
+async def test_send_many_with_one_invalid_item_sends_nothing(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(max_message_size=300 * 1024 * 1024)
@@ -188,7 +201,7 @@ async def test_of_many_all_are_checked_before_any_is_sent(
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
-async def test_what_is_wrong_with_one_of_many_names_it(
+async def test_send_many_with_an_invalid_item_raises_an_error_that_names_its_index(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(max_message_size=1000)
@@ -205,7 +218,7 @@ async def test_what_is_wrong_with_one_of_many_names_it(
             await send(many("fine", "text"))
         with pytest.raises(MessageTooLarge, match=r"^Item 17: .*max_message_size is 1000"):
             await send(many("fine", {"blob": bytes(2000)}))
-        # What is said about all of them is no item's fault.
+        # An error in an argument of the call names no item.
         with pytest.raises(TypeError, match=r"^expiry must"):
             await send(many("fine", {}), expiry="soon")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^Channel name"):
@@ -216,7 +229,9 @@ async def test_what_is_wrong_with_one_of_many_names_it(
 # ---------------------------------------------------------------------- expiry and exclusion
 
 
-async def test_an_expiry_of_its_own(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_send_with_an_expiry_uses_it_instead_of_the_option(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer, sender = make_layer(), make_layer()
     await listen(layer)
     channel = await layer.new_channel()
@@ -237,14 +252,16 @@ async def test_an_expiry_of_its_own(make_layer: MakeLayer, observer: Observer) -
     await sender.send("jobs", {"number": 7}, expiry=3600)
     await sender.group_send("room", {"number": 8}, expiry=3600)
     left = observer.execute(
-        "SELECT max(extract(epoch FROM expires_at - sent_at)) FROM pg_layer_message WHERE channel = 'jobs'"
+        "SELECT max(extract(epoch FROM expires_at - sent_at))"
+        " FROM pg_layer_message WHERE channel = 'jobs'"
     ).fetchone()
     assert left is None or left[0] is None or 3599 < left[0] < 3601
-    assert await numbers(layer, "jobs", 1) == [7]
-    assert await numbers(layer, channel, 1) == [8]
+    assert await receive_numbers(layer, "jobs", 1) == [7]
+    assert await receive_numbers(layer, channel, 1) == [8]
 
 
-async def member(link: Link, dsn: str, group: str) -> None:
+async def join_and_report(link: Link, dsn: str, group: str) -> None:
+    """In another process: join the group. Report the number of one message for each "next"."""
     async with open_layer(dsn) as layer:
         channel = await layer.new_channel()
         await layer.group_add(group, channel)
@@ -255,7 +272,7 @@ async def member(link: Link, dsn: str, group: str) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 20_000], ids=["in its notification", "read"])
-async def test_everyone_but_me(
+async def test_group_send_with_exclude_skips_only_that_channel(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, size: int
 ) -> None:
     layer = make_layer()
@@ -263,10 +280,10 @@ async def test_everyone_but_me(
     mine, neighbour = await layer.new_channel(), await layer.new_channel()
     for channel in (mine, neighbour, "jobs"):
         await layer.group_add("room", channel)
-    elsewhere = processes.start(member, migrated_dsn, "room")
-    far = await elsewhere.hear()
+    remote = processes.start(join_and_report, migrated_dsn, "room")
+    remote_channel = await remote.hear()
 
-    async def say(number: int, exclude: str | None) -> None:
+    async def send_number(number: int, exclude: str | None) -> None:
         message: Message = {"number": number, "blob": bytes(size)}
         if number % 2:
             await layer.group_send("room", message, exclude=exclude)
@@ -275,24 +292,24 @@ async def test_everyone_but_me(
                 layer.group_send("room", message, exclude=exclude), layer.group_send("nobody", {})
             )
 
-    excluded = [None, mine, far, "jobs", neighbour, "somebody-else", None]
+    excluded = [None, mine, remote_channel, "jobs", neighbour, "somebody-else", None]
     for number, channel in enumerate(excluded):
-        await say(number, channel)
+        await send_number(number, channel)
     for channel in (mine, neighbour, "jobs"):
         expected = [n for n, name in enumerate(excluded) if name != channel]
-        assert await numbers(layer, channel, len(expected)) == expected
+        assert await receive_numbers(layer, channel, len(expected)) == expected
     heard = []
     for _ in range(6):
-        elsewhere.say("next")
-        heard.append(await elsewhere.hear())
+        remote.say("next")
+        heard.append(await remote.hear())
     assert heard == [0, 1, 3, 4, 5, 6]
-    elsewhere.say("end")
+    remote.say("end")
 
 
 # ---------------------------------------------------------------------- presence
 
 
-async def test_who_is_in_a_group(
+async def test_group_channels_and_count_return_the_members_of_all_processes(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -302,8 +319,8 @@ async def test_who_is_in_a_group(
     for channel in (*channels, "jobs"):
         await layer.group_add("room", channel)
     await layer.group_add("other", channels[0])
-    far = await processes.start(member, migrated_dsn, "room").hear()
-    expected = sorted([*channels, "jobs", far])
+    remote_channel = await processes.start(join_and_report, migrated_dsn, "room").hear()
+    expected = sorted([*channels, "jobs", remote_channel])
     assert sorted(await sender.group_channels("room")) == expected
     assert await sender.group_count("room") == 5
     assert await layer.group_channels("other") == [channels[0]]
@@ -315,7 +332,7 @@ async def test_who_is_in_a_group(
         await sender.group_channels("")
 
 
-async def test_layers_with_other_prefixes_do_not_see_each_others_members(
+async def test_group_count_with_different_prefixes_counts_only_own_members(
     make_layer: MakeLayer,
 ) -> None:
     for prefix in ("a", "aa", "a-b"):
@@ -325,23 +342,23 @@ async def test_layers_with_other_prefixes_do_not_see_each_others_members(
         assert await make_layer(prefix=prefix).group_count("room") == 1
 
 
-async def test_members_of_a_client_whose_lease_is_over_are_not_counted(
+async def test_group_count_skips_members_of_a_client_with_an_expired_lease(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer(group_expiry=None)
     mine = await layer.new_channel()
     await layer.group_add("room", mine)
-    killed = processes.start(member, migrated_dsn, "room")
+    killed = processes.start(join_and_report, migrated_dsn, "room")
     await killed.hear()
     assert await layer.group_count("room") == 2
     killed.kill()
-    # Its lease expires: here the times in the tables are moved.
+    # Let its lease expire: the test moves the times in the tables.
     observer.execute(
         "UPDATE pg_layer_client SET expires_at = clock_timestamp() WHERE pid = %s", [killed.pid]
     )
-    # It may have expired because the database was away.
+    # It is still counted: the lease may have expired because the database was down.
     assert await layer.group_count("room") == 2
-    # It is over when the others have renewed theirs all the time.
+    # The lease is over when other clients have renewed theirs without a gap.
     observer.execute(
         "UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'"
     )

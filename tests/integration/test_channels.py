@@ -1,4 +1,4 @@
-"""send, receive and new_channel between processes: every message, once, intact and in order."""
+"""Messages between processes: each one arrives once, unchanged and in order."""
 
 from __future__ import annotations
 
@@ -46,13 +46,16 @@ EVERYTHING: Message = {
 BYTES: Message = {"bytes": bytes(range(256)), "no bytes": b"", "infinite": float("inf")}
 
 
-def exactly(message: object) -> str:
-    """Equal for equal messages whose values have the same types: 1, 1.0 and True differ."""
+def representation(message: object) -> str:
+    """Return a text that is equal only for equal messages with values of the same types.
+
+    ``1 == 1.0 == True``, but their representations differ.
+    """
     return repr(message)
 
 
 def digest(message: Message) -> tuple[int, int, str]:
-    """A message with a number and a blob: the number, the blob's length and hash."""
+    """Return the number of a message, and the length and hash of its blob."""
     blob = message["blob"]
     return message["number"], len(blob), hashlib.sha256(blob).hexdigest()
 
@@ -65,7 +68,7 @@ def digest(message: Message) -> tuple[int, int, str]:
     [("msgpack", EVERYTHING | BYTES), ("json", EVERYTHING)],
     ids=["msgpack", "json"],
 )
-async def test_every_type_arrives_as_it_was_sent(
+async def test_message_with_every_type_arrives_unchanged(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -77,9 +80,9 @@ async def test_every_type_arrives_as_it_was_sent(
     channel = await reader.hear()
     await layer.send(channel, message)
     await layer.send(channel, {"tuple": (1, ("two",))})
-    assert list(map(exactly, await reader.result())) == [
-        exactly(message),
-        exactly({"tuple": [1, ["two"]]}),
+    assert list(map(representation, await reader.result())) == [
+        representation(message),
+        representation({"tuple": [1, ["two"]]}),
     ]
 
 
@@ -91,7 +94,7 @@ async def read_digests(link: Link, dsn: str, count: int) -> list[tuple[int, int,
         return [digest(await receive(layer, channel)) for _ in range(count)]
 
 
-async def test_messages_from_nothing_to_the_largest(
+async def test_message_of_any_size_arrives_and_one_above_the_maximum_is_refused(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -107,7 +110,7 @@ async def test_messages_from_nothing_to_the_largest(
     assert await reader.result() == list(map(digest, messages))
 
 
-async def read_until_the_end(
+async def read_until_last(
     link: Link, dsn: str, prefix: str, group: str | None
 ) -> list[tuple[int, int, str]]:
     async with open_layer(dsn, capacity=1000) as layer:
@@ -119,35 +122,36 @@ async def read_until_the_end(
         found = []
         while (message := await receive(layer, channel))["number"] != -1:
             found.append(digest(message))
-        # Whatever would come twice is there by now, or rides on the safety of a later look.
+        # A message that is delivered twice arrives at once, or with the next poll.
         with suppress(asyncio.TimeoutError):
             found.append(digest(await asyncio.wait_for(layer.receive(channel), 0.3)))
         return found
 
 
-@pytest.mark.parametrize("way", ["send", "group_send"])
+@pytest.mark.parametrize("method", ["send", "group_send"])
 @pytest.mark.parametrize("names", ["short", "long"])
-async def test_each_size_around_the_limits_of_notify_arrives_once(
+async def test_message_sizes_around_the_limit_of_notify_arrive_once(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
     observer: Observer,
-    way: str,
+    method: str,
     names: str,
 ) -> None:
     layer = make_layer(capacity=1000)
     prefix, group = ("c", "g") if names == "short" else ("c" * MAX_PREFIX, "g" * 99)
     sizes = [*range(5550, 5650), *range(5850, 5970), *range(7980, 8020)]
     reader = processes.start(
-        read_until_the_end, migrated_dsn, prefix, group if way == "group_send" else None
+        read_until_last, migrated_dsn, prefix, group if method == "group_send" else None
     )
     channel = await reader.hear()
     observer.execute(
         """
         SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(
-            CASE WHEN %s THEN pg_layer_address('asgi', %s) ELSE pg_layer_group_address('asgi', %s) END)])
+            CASE WHEN %s THEN pg_layer_address('asgi', %s)
+                 ELSE pg_layer_group_address('asgi', %s) END)])
         """,
-        (way == "send", channel, group),
+        (method == "send", channel, group),
     )
     messages: list[Message] = []
     for number, size in enumerate(sizes):
@@ -158,27 +162,27 @@ async def test_each_size_around_the_limits_of_notify_arrives_once(
         message["blob"] = random.randbytes(size - overhead)
         messages.append(message)
     for message in [*messages, {"number": -1}]:
-        if way == "send":
+        if method == "send":
             await layer.send(channel, message)
         else:
             await layer.group_send(group, message)
     assert await reader.result() == list(map(digest, messages))
 
-    said = [notify.payload for notify in observer.notifies(timeout=5, stop_after=len(sizes))]
-    assert max(map(len, said)) < 8000
-    kinds = [payload[0] for payload in said]
-    # The limit lies within the sizes: smaller messages are in their notifications, larger ones are read.
+    payloads = [notify.payload for notify in observer.notifies(timeout=5, stop_after=len(sizes))]
+    assert max(map(len, payloads)) < 8000
+    kinds = [payload[0] for payload in payloads]
+    # The limit is among the sizes: smaller messages are in the notification, larger ones are read.
     boundary = kinds.index("R")
     assert 0 < boundary < len(kinds) - 1
     assert set(kinds[:boundary]) == {"M"}
     assert set(kinds[boundary : len(sizes)]) == {"R"}
 
 
-# ---------------------------------------------------------------------- order, and once only
+# ---------------------------------------------------------------------- order and duplicates
 
 
 def mixed(count: int, writer: int = 0) -> list[Message]:
-    """Messages of all sizes, so that some are in the notification and some are read."""
+    """Return messages of many sizes: some travel in the notification, others must be read."""
     sizes = (10, 10, 10, 100, 5000, 6000, 20_000, 300_000)
     return [
         {"writer": writer, "number": n, "blob": bytes(random.choice(sizes))} for n in range(count)
@@ -201,7 +205,7 @@ async def read_numbers(link: Link, dsn: str, count: int, capacity: int) -> list[
 
 
 @pytest.mark.parametrize("pace", ["one by one", "at once"])
-async def test_a_small_message_never_overtakes_a_large_one(
+async def test_small_messages_do_not_overtake_large_ones(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, pace: str
 ) -> None:
     layer = make_layer(capacity=1000)
@@ -222,7 +226,7 @@ async def write_together(link: Link, dsn: str, channel: str, messages: list[Mess
         await asyncio.gather(*(layer.send(channel, message) for message in messages))
 
 
-async def test_sends_begun_together_by_a_new_writer_keep_their_order(
+async def test_concurrent_sends_of_a_new_process_keep_their_order(
     migrated_dsn: str, processes: Processes
 ) -> None:
     reader = processes.start(read_numbers, migrated_dsn, 200, 1000)
@@ -232,7 +236,7 @@ async def test_sends_begun_together_by_a_new_writer_keep_their_order(
     assert await reader.result() == [(0, n) for n in range(200)]
 
 
-async def test_the_messages_of_each_of_two_writers_keep_their_order(
+async def test_messages_of_two_processes_keep_the_order_of_each(
     migrated_dsn: str, processes: Processes
 ) -> None:
     reader = processes.start(read_numbers, migrated_dsn, 500, 1000)
@@ -260,7 +264,7 @@ async def write_at_once(link: Link, dsn: str, channel: str, writer: int, count: 
         await asyncio.gather(*(work() for _ in range(10)))
 
 
-async def test_thousands_of_messages_of_three_writers_arrive_once(
+async def test_concurrent_messages_of_three_processes_arrive_once(
     migrated_dsn: str, processes: Processes
 ) -> None:
     reader = processes.start(read_numbers, migrated_dsn, 3000, 10_000)
@@ -274,7 +278,7 @@ async def test_thousands_of_messages_of_three_writers_arrive_once(
     assert found == Counter((writer, n) for writer in range(3) for n in range(1000))
 
 
-async def test_receivers_of_one_channel_in_one_process_share_its_messages(
+async def test_concurrent_receives_on_one_channel_share_its_messages(
     make_layer: MakeLayer,
 ) -> None:
     layer, sender = make_layer(), make_layer()
@@ -284,10 +288,10 @@ async def test_receivers_of_one_channel_in_one_process_share_its_messages(
     assert sorted([(await task)["number"] for task in receivers]) == list(range(20))
 
 
-# ---------------------------------------------------------------------- names, and when
+# ---------------------------------------------------------------------- names, and early messages
 
 
-async def test_names_as_long_as_possible(
+async def test_names_of_the_maximum_length_deliver_messages(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     layer = make_layer()
@@ -312,10 +316,10 @@ async def read_from_long_names(
         return [await receive(layer, name) for name in (channel, normal, channel)]
 
 
-async def test_messages_sent_before_anybody_listens_arrive(
+async def test_messages_sent_before_the_owner_listens_arrive(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
-    reader = processes.start(read_when_told, migrated_dsn, 5)
+    reader = processes.start(read_on_request, migrated_dsn, 5)
     channel = await reader.hear()
     layer = make_layer()
     for number in range(5):
@@ -324,7 +328,7 @@ async def test_messages_sent_before_anybody_listens_arrive(
     assert [message["number"] for message in await reader.result()] == list(range(5))
 
 
-async def read_when_told(link: Link, dsn: str, count: int) -> list[Message]:
+async def read_on_request(link: Link, dsn: str, count: int) -> list[Message]:
     async with open_layer(dsn) as layer:
         channel = await layer.new_channel()
         link.say(channel)
@@ -332,7 +336,7 @@ async def read_when_told(link: Link, dsn: str, count: int) -> list[Message]:
         return [await receive(layer, channel) for _ in range(count)]
 
 
-async def test_new_channel_asks_nobody() -> None:
+async def test_new_channel_opens_no_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         layer = PostgresChannelLayer(dsn=f"postgresql://u@127.0.0.1:{server.getsockname()[1]}/d")
         names = {await layer.new_channel() for _ in range(1000)}
@@ -347,7 +351,7 @@ async def test_new_channel_asks_nobody() -> None:
     assert prefixed.startswith("chat.")
 
 
-async def test_new_channels_of_two_processes_differ(
+async def test_new_channel_in_two_processes_returns_different_names(
     migrated_dsn: str, processes: Processes
 ) -> None:
     first, second = (processes.start(read, migrated_dsn, 0) for _ in range(2))
@@ -360,7 +364,7 @@ async def test_new_channels_of_two_processes_differ(
 async def receive_and_cancel(
     layer: PostgresChannelLayer, channel: str, times: int, seed: int, *, pauses: bool = False
 ) -> list[int]:
-    """Cancel ``times`` receives, each at some moment; returns what was received nevertheless."""
+    """Cancel ``times`` receives, each at a random moment. Return what was received nevertheless."""
     moments = random.Random(seed)
     found: list[int] = []
     while times:
@@ -373,19 +377,17 @@ async def receive_and_cancel(
         with suppress(asyncio.CancelledError):
             found.append((await task)["number"])
         if pauses and moments.random() < 0.05:
-            await asyncio.sleep(
-                moments.random() * 0.1
-            )  # so long that claimed messages are released
+            await asyncio.sleep(moments.random() * 0.1)  # some are long enough for a release
     return found
 
 
 async def receive_rest(layer: PostgresChannelLayer, channel: str, missing: int) -> list[int]:
-    """Receive what is still to come, and whatever comes although it should not."""
+    """Receive the missing messages, and any that come although they should not."""
     found: list[int] = []
     with suppress(asyncio.TimeoutError):
         while True:
-            patience = 10 if len(found) < missing else 0.3
-            found.append((await asyncio.wait_for(layer.receive(channel), patience))["number"])
+            timeout = 10 if len(found) < missing else 0.3
+            found.append((await asyncio.wait_for(layer.receive(channel), timeout))["number"])
     return found
 
 
@@ -406,7 +408,7 @@ async def read_with_cancellations(
     [(None, False), ("normal", False), ("normal", True)],
     ids=["specific", "normal", "normal with pauses"],
 )
-async def test_a_cancelled_receive_takes_no_message(
+async def test_receive_cancelled_at_random_moments_loses_no_message(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -423,7 +425,7 @@ async def test_a_cancelled_receive_takes_no_message(
     while not enough.done():
         await layer.send(name, {"number": sent, "blob": bytes(random.choice((10, 10, 10, 6000)))})
         sent += 1
-        if random.random() < 0.2:  # receivers are to find the channel empty, too
+        if random.random() < 0.2:  # sometimes the receivers must find the channel empty
             await asyncio.wait({enough}, timeout=random.random() * 0.01)
     reader.say(sent)
     assert await reader.result() == list(range(sent))
@@ -439,10 +441,11 @@ async def read_under_pressure(link: Link, dsn: str, count: int, seed: int) -> li
         return found + await receive_rest(layer, channel, count - len(found))
 
 
-async def test_a_receive_cancelled_under_pressure_takes_no_message(
+async def test_receive_cancelled_while_it_waits_for_a_deletion_loses_no_message(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
-    # Half full and more, a receive waits until it has made room: cancelled there it has a message in hand.
+    # While many messages wait, receive() waits until the row of its message has been deleted.
+    # A receive that is cancelled during this wait has already taken its message.
     layer = make_layer(capacity=400)
     reader = processes.start(read_under_pressure, migrated_dsn, 400, random.getrandbits(32))
     channel = await reader.hear()
@@ -452,10 +455,12 @@ async def test_a_receive_cancelled_under_pressure_takes_no_message(
     assert await reader.result() == list(range(400))
 
 
-# ---------------------------------------------------------------------- the rows behind
+# ---------------------------------------------------------------------- rows after a receive
 
 
-async def test_what_was_received_leaves_no_row(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_messages_received_leave_no_row_after_close(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     for number in range(20):
@@ -465,9 +470,7 @@ async def test_what_was_received_leaves_no_row(make_layer: MakeLayer, observer: 
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
-async def test_a_channel_has_the_same_address_in_python_and_sql(
-    make_layer: MakeLayer, migrated_dsn: str
-) -> None:
+async def test_message_sent_by_sql_arrives(make_layer: MakeLayer, migrated_dsn: str) -> None:
     layer = make_layer()
     channel = await layer.new_channel("chat.room.7")
     with psycopg.connect(migrated_dsn, autocommit=True) as connection:

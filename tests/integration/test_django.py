@@ -1,6 +1,6 @@
-"""The layer in a Django project: settings, migrations, models, test databases, and the installed wheel.
+"""The layer in a Django project: settings, migrations, models, test databases and the wheel.
 
-Each test runs the project's own commands and code, in processes of their own.
+Each test runs commands and code of the test project, in separate processes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def databases(**aliases: Settings) -> Settings:
 
 
 def postgres(dsn: str) -> Settings:
-    """A DATABASES entry."""
+    """Return an entry of DATABASES for the DSN."""
     parameters = conninfo_to_dict(dsn)
     return {
         "ENGINE": "django.db.backends.postgresql",
@@ -66,7 +66,10 @@ def postgres(dsn: str) -> Settings:
 
 
 def left_behind(dsn: str) -> list[str]:
-    """The channels of the messages that wait in a database. A group's message stays until it expires."""
+    """Return the channels of the messages that wait in a database, without group messages.
+
+    A group message stays until it expires, even if all members have received it.
+    """
     with psycopg.connect(dsn) as conn:
         rows = conn.execute("SELECT channel FROM pg_layer_message WHERE address NOT LIKE '%!@%'")
         return [channel for (channel,) in rows]
@@ -90,13 +93,15 @@ def left_behind(dsn: str) -> list[str]:
     ],
     ids=["no CONFIG", "an empty CONFIG", "using", "the module's path"],
 )
-def test_the_default_database(migrated_dsn: str, layers: Settings) -> None:
+def test_layer_with_default_config_uses_the_default_database(
+    migrated_dsn: str, layers: Settings
+) -> None:
     code = f"{TALK}\nprint(asyncio.run(talk(get_channel_layer())))"
     assert django(migrated_dsn, code, settings={"CHANNEL_LAYERS": layers}) == "[1, 2]"
     assert left_behind(migrated_dsn) == ["left.behind"]
 
 
-def test_another_alias(migrated_dsn: str) -> None:
+def test_layer_with_using_uses_the_database_of_that_alias(migrated_dsn: str) -> None:
     settings = databases(default=SQLITE, events=postgres(migrated_dsn)) | channel_layers(
         using="events"
     )
@@ -106,14 +111,14 @@ def test_another_alias(migrated_dsn: str) -> None:
 
 
 @pytest.mark.parametrize("other", [{}, {"default": SQLITE}], ids=["no database", "SQLite"])
-def test_a_dsn(migrated_dsn: str, other: Settings) -> None:
+def test_layer_with_dsn_uses_that_database(migrated_dsn: str, other: Settings) -> None:
     settings = databases(**other) | channel_layers(dsn=migrated_dsn)
     code = f"{TALK}\nprint(asyncio.run(talk(get_channel_layer())))"
     assert django(migrated_dsn, code, settings=settings) == "[1, 2]"
     assert left_behind(migrated_dsn) == ["left.behind"]
 
 
-def test_options_of_the_database_are_honoured(migrated_dsn: str) -> None:
+def test_layer_uses_the_options_of_the_django_database(migrated_dsn: str) -> None:
     database = {
         **postgres(migrated_dsn),
         "OPTIONS": {"application_name": "mine", "isolation_level": 4},
@@ -132,7 +137,7 @@ async def main():
     print(count())
     await layer.receive("jobs")
     await layer.close()
-    for _ in range(500):  # the server's process ends a moment after its connection
+    for _ in range(500):  # the backend ends a moment after its connection
         if count() == 1:
             break
         await asyncio.sleep(0.01)
@@ -143,10 +148,11 @@ os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"
 asyncio.run(main())
 """
     output = django(migrated_dsn, f"import os\n{code}", settings=databases(default=database))
-    assert output.split() == ["2", "1"]  # the layer's and Django's own; Django's own
+    # While the layer is open: its connection and Django's. After it is closed: Django's.
+    assert output.split() == ["2", "1"]
 
 
-def test_two_layers_in_one_database(migrated_dsn: str) -> None:
+def test_two_layers_with_different_prefixes_in_one_database_are_isolated(migrated_dsn: str) -> None:
     settings = {
         "CHANNEL_LAYERS": {
             "default": {"BACKEND": BACKEND},
@@ -156,7 +162,8 @@ def test_two_layers_in_one_database(migrated_dsn: str) -> None:
     code = f"""{TALK}
 async def main():
     one, other = get_channel_layer(), get_channel_layer("other")
-    assert one is get_channel_layer("default") and other is get_channel_layer("other") and one is not other
+    assert one is get_channel_layer("default")
+    assert other is get_channel_layer("other") and one is not other
     await one.send("jobs", {{"type": "test", "n": 1}})
     await other.send("jobs", {{"type": "test", "n": 2}})
     print((await one.receive("jobs"))["n"], (await other.receive("jobs"))["n"])
@@ -189,7 +196,9 @@ def complain(work):
         ({"using": "default", "dsn": "dbname=x"}, "must not have both 'dsn' and 'using'"),
     ],
 )
-def test_a_bad_config_is_named(migrated_dsn: str, config: Settings, complaint: str) -> None:
+def test_get_channel_layer_with_a_bad_config_names_the_option(
+    migrated_dsn: str, config: Settings, complaint: str
+) -> None:
     code = f"{COMPLAIN}\ncomplain(get_channel_layer)"
     output = django(migrated_dsn, code, settings=channel_layers(**config))
     assert output.startswith("ImproperlyConfigured: ")
@@ -204,10 +213,10 @@ def test_a_bad_config_is_named(migrated_dsn: str, config: Settings, complaint: s
     ],
     ids=["missing", "SQLite"],
 )
-def test_a_wrong_alias_is_named_at_the_first_use(
+def test_layer_with_a_wrong_alias_names_it_at_the_first_use(
     migrated_dsn: str, using: str, complaint: str
 ) -> None:
-    # Not before, as Django's databases may still change then.
+    """The layer does not check the alias earlier, because DATABASES may still change."""
     databases_ = databases(default=postgres(migrated_dsn), lite=SQLITE)
     settings = databases_ | channel_layers(using=using, send_timeout=1)
     code = f"""{COMPLAIN}
@@ -235,38 +244,39 @@ complain(lambda: asyncio.run(use(layer.receive("jobs"))))
 # ---------------------------------------------------------------------- migrations and models
 
 
-def objects(dsn: str) -> list[str]:
-    """The names of pg_layer's tables, indexes, sequences and functions in a database."""
+def database_objects(dsn: str) -> list[str]:
+    """Return the names of pg_layer's tables, indexes, sequences and functions in a database."""
     with psycopg.connect(dsn) as conn:
         rows = conn.execute(
             "SELECT relname FROM pg_class WHERE relname LIKE 'pg\\_layer%'"
-            " UNION ALL SELECT oid::regprocedure::text FROM pg_proc WHERE proname LIKE 'pg\\_layer%'"
+            " UNION ALL SELECT oid::regprocedure::text FROM pg_proc"
+            " WHERE proname LIKE 'pg\\_layer%'"
             " ORDER BY 1"
         )
         return [name for (name,) in rows]
 
 
-def test_migrate_there_and_back_and_there_again(fresh_database: str) -> None:
+def test_migrate_to_zero_and_back_restores_all_objects(fresh_database: str) -> None:
     succeeded(manage(fresh_database, "migrate", "-v", "0"))
-    there = objects(fresh_database)
+    there = database_objects(fresh_database)
     assert {"pg_layer_client", "pg_layer_membership", "pg_layer_message"} < set(there)
     succeeded(manage(fresh_database, "migrate", "-v", "0", "pg_layer", "zero"))
-    assert objects(fresh_database) == []
+    assert database_objects(fresh_database) == []
     succeeded(manage(fresh_database, "migrate", "-v", "0", "pg_layer"))
-    assert objects(fresh_database) == there
+    assert database_objects(fresh_database) == there
     code = f"{TALK}\nprint(asyncio.run(talk(get_channel_layer())))"
     assert django(fresh_database, code) == "[1, 2]"
 
 
-def test_migrations_can_be_written_as_sql(migrated_dsn: str) -> None:
-    # Asked for by who may not migrate by `migrate`.
+def test_sqlmigrate_prints_the_sql(migrated_dsn: str) -> None:
+    """Administrators ask for the SQL if the application may not run ``migrate``."""
     output = succeeded(manage(migrated_dsn, "sqlmigrate", "pg_layer", "0001"))
     assert "CREATE TABLE pg_layer_message" in output
     assert "CREATE FUNCTION pg_layer_send_batch" in output
 
 
 @pytest.mark.parametrize("field", ["AutoField", "BigAutoField", "SmallAutoField"])
-def test_models_and_migrations_agree(migrated_dsn: str, field: str) -> None:
+def test_makemigrations_detects_no_changes(migrated_dsn: str, field: str) -> None:
     settings = {"DEFAULT_AUTO_FIELD": f"django.db.models.{field}"}
     output = succeeded(
         manage(migrated_dsn, "makemigrations", "--check", "--dry-run", settings=settings)
@@ -274,7 +284,7 @@ def test_models_and_migrations_agree(migrated_dsn: str, field: str) -> None:
     assert output == "No changes detected"
 
 
-def test_models_and_tables_agree(migrated_dsn: str) -> None:
+def test_models_match_the_tables(migrated_dsn: str) -> None:
     code = """
 from django.apps import apps
 from django.db import connection
@@ -283,11 +293,12 @@ for model in apps.get_app_config("pg_layer").get_models():
     with connection.cursor() as cursor:
         table = connection.introspection.get_table_description(cursor, model._meta.db_table)
         key = connection.introspection.get_primary_key_columns(cursor, model._meta.db_table)
-    # Of a view's columns PostgreSQL does not know whether they may be null.
+    # PostgreSQL does not know whether the columns of a view may be null.
     columns = {(column.name, model._meta.managed and column.null_ok) for column in table}
     fields = {(field.column, field.null) for field in model._meta.concrete_fields if field.column}
     pk = model._meta.pk_fields
-    print(model.__name__, columns ^ fields, [field.column for field in pk] == key, list(model.objects.all()))
+    has_key = [field.column for field in pk] == key
+    print(model.__name__, columns ^ fields, has_key, list(model.objects.all()))
 """
     assert django(migrated_dsn, code).splitlines() == [
         "Message {('xid', False)} False []",  # Django has no field for its type
@@ -300,34 +311,35 @@ for model in apps.get_app_config("pg_layer").get_models():
     ]
 
 
-def test_the_system_check_has_nothing_to_say(migrated_dsn: str) -> None:
+def test_check_reports_no_issues(migrated_dsn: str) -> None:
     output = succeeded(
         manage(migrated_dsn, "check", "--database", "default", "--fail-level", "WARNING")
     )
     assert output == "System check identified no issues (0 silenced)."
 
 
-def test_djangos_flush_empties_the_tables(migrated_dsn: str, observer: Observer) -> None:
+def test_django_flush_empties_the_tables(migrated_dsn: str, observer: Observer) -> None:
     observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (1,)
     succeeded(manage(migrated_dsn, "flush", "--no-input"))
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
-def test_migrating_an_sqlite_database_does_no_harm(migrated_dsn: str, tmp_path: Path) -> None:
+def test_migrate_on_sqlite_creates_nothing(migrated_dsn: str, tmp_path: Path) -> None:
+    """The same holds in a project that has SQLite only, and a layer with a dsn."""
     lite = {**SQLITE, "NAME": str(tmp_path / "db.sqlite3")}
     settings = databases(default=postgres(migrated_dsn), lite=lite)
-    before = objects(migrated_dsn)
+    before = database_objects(migrated_dsn)
     for target in ([], ["pg_layer", "zero"], []):
         arguments = ["migrate", "-v", "0", "--database", "lite", *target]
         succeeded(manage(migrated_dsn, *arguments, settings=settings))
-    assert objects(migrated_dsn) == before
+    assert database_objects(migrated_dsn) == before
     code = """
 from django.db import connections
 print(connections["lite"].introspection.table_names())
 """
     assert django(migrated_dsn, code, settings=settings) == "['django_migrations']"
-    # And a project that has nothing else, with the layer's database by its dsn.
+    # A project that has SQLite only, and a layer with a dsn.
     only = databases(default=lite) | channel_layers(dsn=migrated_dsn)
     succeeded(manage(migrated_dsn, "migrate", "-v", "0", settings=only))
     code = f"{TALK}\nprint(asyncio.run(talk(get_channel_layer())))"
@@ -337,10 +349,10 @@ print(connections["lite"].introspection.table_names())
 # ---------------------------------------------------------------------- test databases
 
 
-def test_a_database_that_is_renamed_before_the_first_use(
+def test_layer_uses_a_database_renamed_before_the_first_use(
     fresh_database: str, migrated_dsn: str
 ) -> None:
-    # As test runners do it, when the layer exists already.
+    """Test runners rename the database in this way when the layer already exists."""
     name = conninfo_to_dict(migrated_dsn)["dbname"]
     code = f"""{TALK}
 from django.db import connections
@@ -356,7 +368,9 @@ print(asyncio.run(talk(layer)))
 @pytest.mark.parametrize(
     "arguments", [[], ["--parallel", "2"]], ids=["in one process", "in parallel"]
 )
-def test_djangos_test_runner(migrated_dsn: str, arguments: list[str]) -> None:
+def test_django_test_runner_works_and_leaves_no_database(
+    migrated_dsn: str, arguments: list[str]
+) -> None:
     result = manage(migrated_dsn, "test", "tests.project.suite", "--noinput", *arguments)
     assert result.returncode == 0, result.stderr
     assert "Ran 5 tests" in result.stderr
@@ -364,13 +378,14 @@ def test_djangos_test_runner(migrated_dsn: str, arguments: list[str]) -> None:
     assert left_behind(migrated_dsn) == []
     with psycopg.connect(migrated_dsn) as conn:
         rows = conn.execute(
-            "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_' || current_database() || '%'"
+            "SELECT datname FROM pg_database"
+            " WHERE datname LIKE 'test\\_' || current_database() || '%'"
         ).fetchall()
-    drop(migrated_dsn, [name for (name,) in rows])
+    drop_databases(migrated_dsn, [name for (name,) in rows])
     assert rows == []
 
 
-def drop(dsn: str, names: list[str]) -> None:
+def drop_databases(dsn: str, names: list[str]) -> None:
     with psycopg.connect(dsn, autocommit=True) as conn:
         for name in names:
             conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
@@ -379,7 +394,7 @@ def drop(dsn: str, names: list[str]) -> None:
 # ---------------------------------------------------------------------- the wheel
 
 
-def test_the_wheel_works_in_a_clean_environment(fresh_database: str, tmp_path: Path) -> None:
+def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""The examples of Channels' own documentation of channel layers, run as they are printed; and our own."""
+"""The examples of Channels' documentation, run as they are printed; and those of our own pages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.project.configured import configured
 
 
 async def execute(snippet: str, **names: Any) -> dict[str, Any]:
-    """Run a snippet in which these names are known, also if it awaits; returns all names it knows then."""
+    """Run a snippet with these names, awaiting it if it awaits. Return all its names."""
     code = compile(
         textwrap.dedent(snippet), "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     )
@@ -45,14 +45,14 @@ async def layer(make_layer: MakeLayer) -> AsyncIterator[PostgresChannelLayer]:
 
 
 async def connected(consumer: Any) -> WebsocketCommunicator:
-    """A browser's connection to a consumer."""
+    """Connect a browser to a consumer."""
     socket = WebsocketCommunicator(consumer.as_asgi(), "/")
     assert await socket.connect(timeout=PATIENCE) == (True, None)
     return socket
 
 
 def accepting(consumer: Any) -> Any:
-    """The consumer, which accepts connections: the documentation's leave that to the reader."""
+    """Return the consumer, but accepting connections: the examples leave that to the reader."""
 
     class Accepting(consumer):  # type: ignore[misc]
         def connect(self) -> None:
@@ -69,12 +69,12 @@ SYNCHRONOUS = """
 """
 
 
-async def test_synchronous_functions(layer: PostgresChannelLayer) -> None:
-    await asyncio.to_thread(in_a_thread, SYNCHRONOUS, channel_layer=layer)
+async def test_snippet_of_synchronous_functions_sends(layer: PostgresChannelLayer) -> None:
+    await asyncio.to_thread(execute_in_thread, SYNCHRONOUS, channel_layer=layer)
     assert await receive(layer, "channel_name") == {"type": "test", "text": "hello"}
 
 
-def in_a_thread(snippet: str, **names: Any) -> None:
+def execute_in_thread(snippet: str, **names: Any) -> None:
     exec(textwrap.dedent(snippet), names)
 
 
@@ -107,7 +107,7 @@ HANDLE_EVENT = '''
 '''
 
 
-async def test_what_to_send_over_the_channel_layer(layer: PostgresChannelLayer) -> None:
+async def test_snippet_of_events_with_ids_reaches_the_consumer(layer: PostgresChannelLayer) -> None:
     chat_message = (await execute(HANDLE_EVENT, settings=settings))["chat_message"]
 
     class Room(AsyncJsonWebsocketConsumer):
@@ -160,7 +160,7 @@ SEND_TO_ONE = """
 
 
 class Clients:
-    """Stands for the example's model."""
+    """A stand-in for the model in the example."""
 
     names: set[str] = set()  # noqa: RUF012
 
@@ -174,7 +174,9 @@ class Clients:
             return SimpleNamespace(delete=lambda: Clients.names.remove(channel_name))
 
 
-async def test_single_channels(layer: PostgresChannelLayer) -> None:
+async def test_snippet_of_single_channels_reaches_each_consumer(
+    layer: PostgresChannelLayer,
+) -> None:
     names = await execute(SINGLE_CHANNELS, WebsocketConsumer=WebsocketConsumer, Clients=Clients)
     sockets = [await connected(accepting(names["ChatConsumer"])) for _ in range(2)]
     assert len(Clients.names) == 2
@@ -187,7 +189,9 @@ async def test_single_channels(layer: PostgresChannelLayer) -> None:
     assert not Clients.names
 
 
-async def test_a_single_channel_that_anybody_may_read(layer: PostgresChannelLayer) -> None:
+async def test_snippet_of_single_channels_reaches_a_normal_channel(
+    layer: PostgresChannelLayer,
+) -> None:
     await execute(SEND_TO_ONE)
     assert await receive(layer, "channel_name") == {"type": "chat.message", "text": "Hello there!"}
 
@@ -245,13 +249,13 @@ FORCE_DISCONNECT = """
 
 
 async def chat_consumer() -> Any:
-    """The documentation's consumer, which "combined with the code above" is a chat."""
+    """Return the consumer of two examples, which "combined with the code above" is a chat."""
     groups = (await execute(GROUPS, WebsocketConsumer=WebsocketConsumer))["ChatConsumer"]
     names = {"WebsocketConsumer": groups, "async_to_sync": async_to_sync}
     return accepting((await execute(BROADCAST, **names))["ChatConsumer"])
 
 
-async def test_groups(layer: PostgresChannelLayer, observer: Observer) -> None:
+async def test_snippet_of_groups_is_a_chat(layer: PostgresChannelLayer, observer: Observer) -> None:
     consumer = await chat_consumer()
     sockets = [await connected(consumer) for _ in range(3)]
     await sockets[0].send_to("hello")
@@ -262,7 +266,9 @@ async def test_groups(layer: PostgresChannelLayer, observer: Observer) -> None:
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
 
 
-async def test_using_outside_of_consumers(layer: PostgresChannelLayer) -> None:
+async def test_snippets_of_use_outside_of_consumers_reach_the_group(
+    layer: PostgresChannelLayer,
+) -> None:
     class Chat(await chat_consumer()):  # type: ignore[misc]
         def chat_system_message(self, event: dict[str, Any]) -> None:
             self.send(text_data=f"* {event['text']}")
@@ -279,7 +285,7 @@ async def test_using_outside_of_consumers(layer: PostgresChannelLayer) -> None:
         chats=["chat", "nobody-there"],
         announcement_text="Lunch!",
     )
-    await asyncio.to_thread(in_a_thread, FORCE_DISCONNECT, channel_layer=channel_layer)
+    await asyncio.to_thread(execute_in_thread, FORCE_DISCONNECT, channel_layer=channel_layer)
     for socket in sockets:
         assert await socket.receive_from(timeout=PATIENCE) == "* Lunch!"
         assert await socket.receive_output(timeout=PATIENCE) == {
@@ -290,7 +296,9 @@ async def test_using_outside_of_consumers(layer: PostgresChannelLayer) -> None:
 
 
 @pytest.mark.parametrize("event", ["chat.join", "chat_join", "chat.join.now"])
-async def test_the_type_names_the_handler(layer: PostgresChannelLayer, event: str) -> None:
+async def test_message_type_with_dots_names_the_handler(
+    layer: PostgresChannelLayer, event: str
+) -> None:
     def handler(self: Any, message: dict[str, Any]) -> None:
         self.send(text_data=message["type"])
 
@@ -301,13 +309,13 @@ async def test_the_type_names_the_handler(layer: PostgresChannelLayer, event: st
     await socket.disconnect(timeout=PATIENCE)
 
 
-# ---------------------------------------------------------------------- ours
+# ---------------------------------------------------------------------- our own pages
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def our_snippets() -> list[Any]:
+def python_blocks_of_our_pages() -> list[Any]:
     found = []
     for page in PAGES:
         content = page.read_text(encoding="utf-8")
@@ -318,9 +326,9 @@ def our_snippets() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("snippet", our_snippets())
-def test_a_block_can_be_copied_by_itself(snippet: str) -> None:
-    """It imports what it uses, and nothing else. `DSN` is the reader's."""
+@pytest.mark.parametrize("snippet", python_blocks_of_our_pages())
+def test_block_of_our_pages_imports_exactly_what_it_uses(snippet: str) -> None:
+    """A reader can copy each block alone. ``DSN`` is the reader's."""
     options = ["--isolated", "--select=F", "--config=builtins=['DSN']", "-"]
     command = [sys.executable, "-m", "ruff", "check", *options]
     result = subprocess.run(command, input=snippet, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""``layer.sync`` sends many messages in one transaction."""
+"""``layer.sync`` sends more messages in a transaction than the process remembers rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from tests.integration.test_announced_after_commit import (
     received,
 )
 
-COUNT = MOST_ROWS + 2_000  # more than are remembered when they cannot be announced
+COUNT = MOST_ROWS + 2_000  # more rows than a process remembers if they cannot be announced
 PART = 1_000
 
 
-async def test_more_messages_of_a_transaction_than_are_remembered_are_announced_in_order(
+async def test_transaction_with_more_rows_than_are_remembered_arrives_in_order(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
-    """Without a heartbeat only announcements bring the messages. A later message arrives last."""
+    """Only the announcement brings the messages, because no heartbeat comes.
+
+    A message that is sent after the transaction arrives last.
+    """
     reader = make_layer(capacity=2 * COUNT)
     channel = await member(reader)
 

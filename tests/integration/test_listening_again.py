@@ -1,4 +1,4 @@
-"""A process stops listening to a channel, leaves a group, or gives up a LISTEN, and hears what follows."""
+"""LISTEN shortly after UNLISTEN, or cancelled: the process hears what follows."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from pg_layer._receive.receiver import Receiver
 from tests.conftest import MakeLayer, Observer
 from tests.processes import listen, receive, until
 
-STEPS = 100  # of the loop, in which a LISTEN begins
+STEPS = 100  # of the loop, within which a LISTEN begins
 
 
 def receiver_of(layer: PostgresChannelLayer) -> Receiver:
+    """Return the receiver of a layer that receives in this loop."""
     home = layer._loops.main_engine
     assert home is not None
     assert home.owner is not None
     return home.owner.receiver
 
 
-def is_waiting(jobs: JobReaders) -> bool:
-    """Whether there is a reader that has found nothing in the table, and will not look again by itself."""
+def has_idle_reader(jobs: JobReaders) -> bool:
+    """Return whether a reader of "jobs" waits for a notification, and does not claim by itself."""
     reader = jobs._readers.get("jobs")
     return reader is not None and not reader.is_claiming and not reader.may_have_more
 
 
 @pytest.mark.parametrize("steps", range(6))
-async def test_receive_right_after_the_channel_was_given_up_hears_jobs(
+async def test_receive_during_the_unlisten_of_its_channel_hears_jobs(
     make_layer: MakeLayer, observer: Observer, steps: int
 ) -> None:
-    """The UNLISTEN is asked for, and is under way, when a reader comes back after so many steps of the loop.
+    """A reader comes back ``steps`` steps of the loop after the UNLISTEN was requested.
 
-    No heartbeat comes: a reader that is deaf stays without the job.
+    No heartbeat comes, so a reader that does not hear would not receive the job.
     """
     layer, sender = make_layer(), make_layer()
     await listen(layer)
@@ -51,17 +52,20 @@ async def test_receive_right_after_the_channel_was_given_up_hears_jobs(
         for _ in range(steps):
             await asyncio.sleep(0)
         receiving = asyncio.create_task(receive(layer, "jobs"))
-        # From here on it only hears.
-        await until(lambda: is_waiting(jobs))
+        # From here on, only a notification can bring a job.
+        await until(lambda: has_idle_reader(jobs))
         assert await layer.health()
         await sender.send("jobs", {"number": -1})
         assert (await receiving)["number"] == -1
 
 
-async def test_group_add_right_after_the_last_member_was_discarded_hears_messages(
+async def test_group_add_after_the_last_group_discard_hears_messages(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """Also if the connection is lost meanwhile: the next one listens to the groups that have members then."""
+    """The same holds if the connection is lost between the two calls.
+
+    The next connection listens to the groups that have members then.
+    """
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await listen(layer)
@@ -79,10 +83,10 @@ async def test_group_add_right_after_the_last_member_was_discarded_hears_message
         await layer.group_discard("room", channel)
 
 
-async def test_group_add_cancelled_during_its_listen_leaves_the_process_hearing(
+async def test_group_add_cancelled_during_its_listen_keeps_other_groups_hearing(
     make_layer: MakeLayer,
 ) -> None:
-    """The answer to the LISTEN is fetched by nobody. No heartbeat comes, and no further LISTEN."""
+    """No caller fetches the answer to the LISTEN. No heartbeat and no further LISTEN comes."""
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await listen(layer)

@@ -1,4 +1,4 @@
-"""`manage.py runworker thumbnails`: Channels' worker processes, as they are started in production."""
+"""``manage.py runworker thumbnails``: Channels' worker processes, started as in production."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.project.commands import Process, started
 
 @pytest.fixture
 def jobs(observer: Observer) -> Callable[[], dict[int, int]]:
-    """The jobs done so far, and by which process. No job was done twice."""
+    """Return a function: the jobs done so far, and by which process. No job is done twice."""
     observer.execute("CREATE TABLE job (number integer, pid integer)")
 
     def done() -> dict[int, int]:
@@ -31,14 +31,14 @@ def jobs(observer: Observer) -> Callable[[], dict[int, int]]:
 
 @pytest.fixture
 def start_worker(migrated_dsn: str) -> Iterator[Callable[[], Process]]:
-    """Starts a worker process."""
+    """Yield a function that starts a worker process."""
     with ExitStack() as stack:
 
         def start() -> Process:
             return stack.enter_context(
                 started(
                     migrated_dsn,
-                    # Said of Channels' own way to run a SyncConsumer in a worker.
+                    # Channels' own way to run a SyncConsumer in a worker causes this warning.
                     *(
                         "-W",
                         "ignore:async_to_sync was passed a non-async-marked callable:UserWarning",
@@ -50,8 +50,8 @@ def start_worker(migrated_dsn: str) -> Iterator[Callable[[], Process]]:
         yield start
 
 
-def leases(observer: Observer) -> set[int]:
-    """The processes that receive."""
+def receiving_pids(observer: Observer) -> set[int]:
+    """Return the process ids that have a lease."""
     rows = observer.execute("SELECT pid FROM pg_layer_client WHERE expires_at > clock_timestamp()")
     return {pid for (pid,) in rows}
 
@@ -65,7 +65,7 @@ async def send_jobs(layer: PostgresChannelLayer, numbers: range) -> None:
     )
 
 
-async def test_two_workers_compete(
+async def test_two_workers_share_the_jobs(
     make_layer: MakeLayer,
     start_worker: Callable[[], Process],
     jobs: Callable[[], dict[int, int]],
@@ -74,7 +74,7 @@ async def test_two_workers_compete(
     layer = make_layer(capacity=10_000)
     workers = [start_worker(), start_worker()]
     pids = {worker.pid for worker in workers}
-    await until(lambda: leases(observer) == pids)
+    await until(lambda: receiving_pids(observer) == pids)
     sent = range(0)
     for turn in count():
         batch = range(100 * turn, 100 * (turn + 1))
@@ -89,7 +89,7 @@ async def test_two_workers_compete(
         assert worker.errors == []
 
 
-async def test_jobs_wait_for_a_worker(
+async def test_jobs_sent_before_a_worker_starts_are_done(
     make_layer: MakeLayer,
     start_worker: Callable[[], Process],
     jobs: Callable[[], dict[int, int]],
@@ -101,7 +101,7 @@ async def test_jobs_wait_for_a_worker(
     assert jobs() == dict.fromkeys(range(30), worker.pid)
 
 
-async def test_sigint_ends_a_worker_in_order(
+async def test_sigint_ends_a_worker_without_errors_and_without_lost_jobs(
     make_layer: MakeLayer,
     start_worker: Callable[[], Process],
     jobs: Callable[[], dict[int, int]],
@@ -111,18 +111,18 @@ async def test_sigint_ends_a_worker_in_order(
     worker = start_worker()
     await send_jobs(layer, range(10))
     await until(lambda: len(jobs()) == 10)
-    assert leases(observer) == {worker.pid}
+    assert receiving_pids(observer) == {worker.pid}
     assert worker.end(signal.SIGINT) == 0
     assert worker.errors == []
-    assert not leases(observer)
-    # What comes now is for the next one.
+    assert not receiving_pids(observer)
+    # Later jobs are for the next worker.
     await send_jobs(layer, range(10, 20))
     successor = start_worker()
     await until(lambda: len(jobs()) == 20)
     assert {number for number, pid in jobs().items() if pid == successor.pid} == set(range(10, 20))
 
 
-async def test_sigterm_ends_a_worker_and_leaves_its_jobs_to_the_others(
+async def test_sigterm_ends_a_worker_and_its_jobs_go_to_the_other_worker(
     make_layer: MakeLayer,
     start_worker: Callable[[], Process],
     jobs: Callable[[], dict[int, int]],
@@ -130,10 +130,10 @@ async def test_sigterm_ends_a_worker_and_leaves_its_jobs_to_the_others(
 ) -> None:
     layer = make_layer()
     first, second = start_worker(), start_worker()
-    await until(lambda: leases(observer) == {first.pid, second.pid})
+    await until(lambda: receiving_pids(observer) == {first.pid, second.pid})
     await send_jobs(layer, range(50))
     await until(lambda: len(jobs()) == 50)
-    # Channels' worker has no handler for it: it ends at once, as Python does.
+    # Channels' worker has no handler of SIGTERM: the signal has its default effect.
     assert first.end(signal.SIGTERM) == -signal.SIGTERM
     await send_jobs(layer, range(50, 100))
     await until(lambda: len(jobs()) == 100)

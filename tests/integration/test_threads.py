@@ -1,4 +1,4 @@
-"""Synchronous code: threads without an event loop that call the layer through `async_to_sync`."""
+"""Synchronous code: threads without an event loop call the layer through ``async_to_sync``."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ NAME = "pg_layer_test_threads"
 Message = dict[str, Any]
 
 
-def number(n: int) -> Message:
+def numbered(n: int) -> Message:
     return {"type": "test.number", "n": n}
 
 
 @pytest.fixture
 def named_dsn(migrated_dsn: str) -> str:
-    """The test's database, for connections that can be told from others."""
+    """Return the DSN of the test's database, with an application name of its own."""
     return make_conninfo(migrated_dsn, application_name=NAME)
 
 
 @pytest.fixture
 def sync_layer(named_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """A layer for synchronous code, closed as synchronous code does it."""
+    """Yield a layer for synchronous code. Close it as synchronous code does."""
     layer = PostgresChannelLayer(dsn=named_dsn, capacity=10_000)
     yield layer
     async_to_sync(layer.close)()
 
 
-async def received(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
-    """The numbers of the next messages."""
+async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    """Return the numbers of the next ``count`` messages."""
     return [(await asyncio.wait_for(layer.receive(channel), PATIENCE))["n"] for _ in range(count)]
 
 
 def in_threads(function: Callable[[int], object], count: int = CALLS) -> None:
-    """Call it for each number below `count`, in several threads."""
+    """Call the function for each number below ``count``, in several threads."""
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(function, range(count)))
 
 
 @contextmanager
 def watched_connections(observer: Observer) -> Iterator[Counter[frozenset[int]]]:
-    """Counts the sets of connections that were seen at once, as long as the block runs."""
+    """Count the sets of connections that are open at once, while the block runs."""
     seen: Counter[frozenset[int]] = Counter()
     is_over = threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         while not is_over.wait(0.02):
             seen[backends(observer)] += 1
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield seen
@@ -77,27 +77,30 @@ def watched_connections(observer: Observer) -> Iterator[Counter[frozenset[int]]]
 
 
 def backends(observer: Observer) -> frozenset[int]:
+    """Return the process ids of the backends with the application name of these tests."""
     rows = observer.execute("SELECT pid FROM pg_stat_activity WHERE application_name = %s", (NAME,))
     return frozenset(pid for (pid,) in rows)
 
 
-def most(seen: Counter[frozenset[int]]) -> int:
-    """How many connections there were at once."""
+def most_at_once(seen: Counter[frozenset[int]]) -> int:
+    """Return the largest number of connections that were open at once."""
     return max(map(len, seen))
 
 
-# ---------------------------------------------------------------------- where no loop receives
+# ---------------------------------------------------------------------- no loop receives
 
 
-def test_sends_from_threads(sync_layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_send_from_threads_uses_one_connection_and_arrives_once(
+    sync_layer: PostgresChannelLayer, observer: Observer
+) -> None:
     channel = async_to_sync(sync_layer.new_channel)()
     with watched_connections(observer) as seen:
-        in_threads(lambda n: async_to_sync(sync_layer.send)(channel, number(n)))
+        in_threads(lambda n: async_to_sync(sync_layer.send)(channel, numbered(n)))
     assert len(frozenset.union(*seen)) == 1  # one and the same connection
-    assert sorted(asyncio.run(received(sync_layer, channel, CALLS))) == list(range(CALLS))
+    assert sorted(asyncio.run(receive_numbers(sync_layer, channel, CALLS))) == list(range(CALLS))
 
 
-def test_group_sends_from_threads(
+def test_group_send_from_threads_arrives_in_one_order_at_all_members(
     sync_layer: PostgresChannelLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     other = PostgresChannelLayer(dsn=migrated_dsn, capacity=10_000)
@@ -105,14 +108,15 @@ def test_group_sends_from_threads(
     for channel in channels:
         async_to_sync(sync_layer.group_add)("room", channel)
     with watched_connections(observer) as seen:
-        in_threads(lambda n: async_to_sync(sync_layer.group_send)("room", number(n)))
-    assert len(frozenset.union(*seen)) <= 3  # the same ones: a process with members listens
+        in_threads(lambda n: async_to_sync(sync_layer.group_send)("room", numbered(n)))
+    # The same connections all the time. One of them listens, because the process has members.
+    assert len(frozenset.union(*seen)) <= 3
 
     async def receive_all() -> list[list[int]]:
-        return [await received(sync_layer, channel, CALLS) for channel in channels[:2]]
+        return [await receive_numbers(sync_layer, channel, CALLS) for channel in channels[:2]]
 
     async def receive_elsewhere() -> list[int]:
-        numbers = await received(other, channels[2], CALLS)
+        numbers = await receive_numbers(other, channels[2], CALLS)
         await other.close()
         return numbers
 
@@ -122,7 +126,9 @@ def test_group_sends_from_threads(
     assert asyncio.run(receive_elsewhere()) == results[0]
 
 
-def test_group_adds_from_threads(sync_layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_group_add_and_discard_from_threads_take_effect(
+    sync_layer: PostgresChannelLayer, observer: Observer
+) -> None:
     channel = async_to_sync(sync_layer.new_channel)()
     with watched_connections(observer) as seen:
         in_threads(lambda n: async_to_sync(sync_layer.group_add)(f"room-{n}", channel))
@@ -130,45 +136,45 @@ def test_group_adds_from_threads(sync_layer: PostgresChannelLayer, observer: Obs
     assert observer.execute(
         "SELECT count(DISTINCT group_name) FROM pg_layer_membership"
     ).fetchone() == (CALLS,)
-    in_threads(lambda n: async_to_sync(sync_layer.group_send)(f"room-{n}", number(n)))
-    assert sorted(asyncio.run(received(sync_layer, channel, CALLS))) == list(range(CALLS))
+    in_threads(lambda n: async_to_sync(sync_layer.group_send)(f"room-{n}", numbered(n)))
+    assert sorted(asyncio.run(receive_numbers(sync_layer, channel, CALLS))) == list(range(CALLS))
     in_threads(lambda n: async_to_sync(sync_layer.group_discard)(f"room-{n}", channel))
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
 
 
-def test_calls_in_a_row_keep_their_order(sync_layer: PostgresChannelLayer) -> None:
+def test_consecutive_calls_of_a_thread_keep_their_order(sync_layer: PostgresChannelLayer) -> None:
     channel = async_to_sync(sync_layer.new_channel)()
     async_to_sync(sync_layer.group_add)("room", channel)
     for n in range(0, 100, 2):
-        async_to_sync(sync_layer.send)(channel, number(n))
-        async_to_sync(sync_layer.group_send)("room", number(n + 1))
-    assert asyncio.run(received(sync_layer, channel, 100)) == list(range(100))
+        async_to_sync(sync_layer.send)(channel, numbered(n))
+        async_to_sync(sync_layer.group_send)("room", numbered(n + 1))
+    assert asyncio.run(receive_numbers(sync_layer, channel, 100)) == list(range(100))
 
 
-def test_receive_from_threads(sync_layer: PostgresChannelLayer) -> None:
+def test_receive_from_threads_gives_each_message_once(sync_layer: PostgresChannelLayer) -> None:
     channel = async_to_sync(sync_layer.new_channel)()
     for n in range(20):
-        async_to_sync(sync_layer.send)(channel, number(n))
-        async_to_sync(sync_layer.send)("jobs", number(n))
-        assert async_to_sync(sync_layer.receive)(channel) == number(n)
+        async_to_sync(sync_layer.send)(channel, numbered(n))
+        async_to_sync(sync_layer.send)("jobs", numbered(n))
+        assert async_to_sync(sync_layer.receive)(channel) == numbered(n)
     jobs: list[int] = []
     in_threads(lambda n: jobs.append(async_to_sync(sync_layer.receive)("jobs")["n"]), 20)
     assert sorted(jobs) == list(range(20))
 
 
-def test_background_loop_idle_closes_its_connection(
+def test_background_loop_idle_closes_its_connection_and_opens_it_again(
     named_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pg_layer._runtime.engine, "SENDER_IDLE", 0.2)
     layer = PostgresChannelLayer(dsn=named_dsn)
     for _ in range(2):
-        async_to_sync(layer.send)("jobs", number(0))
+        async_to_sync(layer.send)("jobs", numbered(0))
         assert len(backends(observer)) == 1
         eventually(lambda: not backends(observer), "idle connection closed")
     async_to_sync(layer.close)()
 
 
-def test_close_ends_the_background_loop(named_dsn: str, observer: Observer) -> None:
+def test_close_ends_the_background_loop_and_its_thread(named_dsn: str, observer: Observer) -> None:
     layer = PostgresChannelLayer(dsn=named_dsn)
     for _ in range(2):
         async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
@@ -184,21 +190,21 @@ def background_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "pg_layer-background"]
 
 
-def test_exceptions_reach_the_calling_thread(migrated_dsn: str) -> None:
+def test_exceptions_of_the_background_loop_reach_the_calling_thread(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(dsn=migrated_dsn, capacity=1, max_message_size=1000)
-    async_to_sync(layer.send)("jobs", number(0))
+    async_to_sync(layer.send)("jobs", numbered(0))
     with pytest.raises(ChannelFull):
-        async_to_sync(layer.send)("jobs", number(1))
+        async_to_sync(layer.send)("jobs", numbered(1))
     with pytest.raises(MessageTooLarge):
         async_to_sync(layer.group_send)("room", {"type": "test", "text": "x" * 2000})
     with pytest.raises(TypeError):
-        async_to_sync(layer.send)("no channel", number(1))
+        async_to_sync(layer.send)("no channel", numbered(1))
     with pytest.raises(TypeError):
         async_to_sync(layer.receive)("specific.0123456789abcdef!1")
     async_to_sync(layer.close)()
 
 
-def test_process_that_used_the_background_loop_ends_in_order(
+def test_process_using_the_background_loop_removes_its_rows_at_exit(
     migrated_dsn: str, observer: Observer
 ) -> None:
     code = """
@@ -213,7 +219,7 @@ async_to_sync(layer.send)("jobs", {"type": "test"})
 print("done")
 """
     assert django(migrated_dsn, code) == "done"
-    # Its lease and memberships went with it; messages to others and to groups stay until they expire.
+    # Its lease and memberships are gone. Messages to others and to groups stay until they expire.
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
     assert observer.execute(
         "SELECT count(*) FROM pg_layer_client WHERE expires_at > clock_timestamp()"
@@ -225,108 +231,112 @@ print("done")
 # ---------------------------------------------------------------------- beside a loop that receives
 
 
-async def test_calls_from_threads_beside_a_receiving_loop(
+async def test_calls_from_threads_beside_a_receiving_loop_share_its_connections(
     make_layer: MakeLayer, named_dsn: str, observer: Observer
 ) -> None:
     layer = make_layer(dsn=named_dsn, capacity=10_000)
     channels = [await layer.new_channel() for _ in range(3)]
     await layer.group_add("room", channels[1])
-    waiting = [asyncio.create_task(received(layer, channel, CALLS)) for channel in channels]
+    waiting = [asyncio.create_task(receive_numbers(layer, channel, CALLS)) for channel in channels]
 
     def call(n: int) -> None:
-        async_to_sync(layer.send)(channels[0], number(n))
-        async_to_sync(layer.group_send)("room", number(n))
+        async_to_sync(layer.send)(channels[0], numbered(n))
+        async_to_sync(layer.group_send)("room", numbered(n))
         async_to_sync(layer.group_add)(f"room-{n}", channels[2])
-        async_to_sync(layer.group_send)(f"room-{n}", number(n))
+        async_to_sync(layer.group_send)(f"room-{n}", numbered(n))
 
     with watched_connections(observer) as seen:
         await asyncio.to_thread(in_threads, call)
         for task in waiting:
             assert sorted(await task) == list(range(CALLS))
-    assert most(seen) <= 3
+    assert most_at_once(seen) <= 3
 
 
-async def test_a_process_that_sent_before_it_serves_keeps_within_its_connections(
+async def test_process_sending_before_it_receives_keeps_within_its_connections(
     make_layer: MakeLayer, named_dsn: str, observer: Observer
 ) -> None:
     layer = make_layer(dsn=named_dsn, capacity=10_000)
     with watched_connections(observer) as seen:
         await asyncio.to_thread(
-            in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 50
+            in_threads, lambda n: async_to_sync(layer.send)("jobs", numbered(n)), 50
         )
-        readers = [asyncio.create_task(received(layer, "jobs", 100)) for _ in range(4)]
+        readers = [asyncio.create_task(receive_numbers(layer, "jobs", 100)) for _ in range(4)]
         await asyncio.to_thread(
-            in_threads, lambda n: async_to_sync(layer.send)("jobs", number(n)), 350
+            in_threads, lambda n: async_to_sync(layer.send)("jobs", numbered(n)), 350
         )
         numbers = [n for task in readers for n in await task]
     assert Counter(numbers) == Counter(range(50)) + Counter(range(350))
-    # The background loop may still be closing its connection when the owner loop opens its last one.
-    assert most(seen) <= 4
+    # The background loop may still close its connection when the owner loop opens its last one.
+    assert most_at_once(seen) <= 4
     assert len(backends(observer)) <= 3
 
 
-async def test_threads_of_sync_to_async_call_back_into_the_loop(make_layer: MakeLayer) -> None:
+async def test_calls_in_a_thread_of_sync_to_async_use_the_loop(make_layer: MakeLayer) -> None:
     layer = make_layer(capacity=1000)
     channel = await layer.new_channel()
 
     def view() -> None:
         for n in range(0, 50, 2):
-            async_to_sync(layer.send)(channel, number(n))
+            async_to_sync(layer.send)(channel, numbered(n))
             async_to_sync(layer.group_add)("room", channel)
-            async_to_sync(layer.group_send)("room", number(n + 1))
+            async_to_sync(layer.group_send)("room", numbered(n + 1))
 
     await sync_to_async(view)()
-    assert await received(layer, channel, 50) == list(range(50))
+    assert await receive_numbers(layer, channel, 50) == list(range(50))
 
 
-async def test_a_thread_sends_while_the_receiving_loop_is_busy(make_layer: MakeLayer) -> None:
+async def test_send_from_a_thread_while_the_receiving_loop_is_busy_arrives_later(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(send_timeout=30)
     channel = await layer.new_channel()
-    await layer.send(channel, number(-1))
-    assert await received(layer, channel, 1) == [-1]
+    await layer.send(channel, numbered(-1))
+    assert await receive_numbers(layer, channel, 1) == [-1]
     begun = threading.Event()
     ended = threading.Event()
 
-    def sends() -> None:
+    def send_all() -> None:
         begun.set()
         for n in range(10):
-            async_to_sync(layer.send)(channel, number(n))
+            async_to_sync(layer.send)(channel, numbered(n))
         ended.set()
 
-    thread = threading.Thread(target=sends)
+    thread = threading.Thread(target=send_all)
     thread.start()
     begun.wait()
     ended.wait(0.3)  # the loop does nothing else meanwhile
-    assert await received(layer, channel, 10) == list(range(10))
+    assert await receive_numbers(layer, channel, 10) == list(range(10))
     thread.join()
 
 
-async def test_a_thread_does_not_hang_on_a_loop_that_is_stuck(make_layer: MakeLayer) -> None:
+async def test_send_from_a_thread_while_the_loop_is_stuck_raises_after_its_timeout(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(send_timeout=0.2)
     channel = await layer.new_channel()
-    await layer.send(channel, number(-1))
-    assert await received(layer, channel, 1) == [-1]
+    await layer.send(channel, numbered(-1))
+    assert await receive_numbers(layer, channel, 1) == [-1]
     outcome: list[BaseException | None] = []
     ended = threading.Event()
 
     def send() -> None:
         try:
-            async_to_sync(layer.send)(channel, number(0))
+            async_to_sync(layer.send)(channel, numbered(0))
         except BaseException as error:
             outcome.append(error)
         ended.set()
 
     thread = threading.Thread(target=send)
     thread.start()
-    assert ended.wait(PATIENCE)  # as long as this loop is stuck, nobody writes
+    assert ended.wait(PATIENCE)  # this loop is stuck meanwhile, and nothing else writes
     thread.join()
     assert [type(error) for error in outcome] == [LayerUnavailable]
-    # Given up, it is not sent later either.
-    await layer.send(channel, number(1))
-    assert await received(layer, channel, 1) == [1]
+    # The message that raised is not sent later.
+    await layer.send(channel, numbered(1))
+    assert await receive_numbers(layer, channel, 1) == [1]
 
 
-def test_a_thread_sends_while_owner_loops_come_and_go(
+def test_group_send_from_a_thread_while_owner_loops_change_arrives_once(
     sync_layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     channel = async_to_sync(sync_layer.new_channel)()
@@ -334,27 +344,27 @@ def test_a_thread_sends_while_owner_loops_come_and_go(
     count = 120
     failed: list[int] = []
 
-    def sends() -> None:
+    def send_all() -> None:
         for n in range(count):
             try:
-                async_to_sync(sync_layer.group_send)("room", number(n))
+                async_to_sync(sync_layer.group_send)("room", numbered(n))
             except LayerUnavailable:
-                failed.append(n)  # in flight as its loop ended: it may have gone out or not
+                failed.append(n)  # it was in flight when its loop ended: it may be sent or not
 
-    thread = threading.Thread(target=sends)
+    thread = threading.Thread(target=send_all)
     thread.start()
     numbers: list[int] = []
     while thread.is_alive():
-        numbers += asyncio.run(received_within(sync_layer, channel, 3))
-    while found := asyncio.run(received_within(sync_layer, channel, 1)):
+        numbers += asyncio.run(receive_some(sync_layer, channel, 3))
+    while found := asyncio.run(receive_some(sync_layer, channel, 1)):
         numbers += found
     assert len(set(numbers)) == len(numbers)
     assert set(numbers) | set(failed) == set(range(count))
     assert [n for n in numbers if n not in failed] == sorted(set(numbers) - set(failed))
 
 
-async def received_within(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
-    """Up to `count` numbers, as long as they come without a long wait."""
+async def receive_some(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    """Return up to ``count`` numbers, or fewer if none comes for a second."""
     numbers: list[int] = []
     try:
         while len(numbers) < count:
@@ -364,7 +374,10 @@ async def received_within(layer: PostgresChannelLayer, channel: str, count: int)
     return numbers
 
 
-def test_the_observer_sees_connections(named_dsn: str, observer: Observer) -> None:
+def test_backends_counts_a_connection_with_the_name_of_the_tests(
+    named_dsn: str, observer: Observer
+) -> None:
+    """Check the helper: if it saw no connections, the bounds in this module would prove nothing."""
     assert not backends(observer)
     with psycopg.connect(named_dsn):
         assert len(backends(observer)) == 1

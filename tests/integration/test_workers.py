@@ -1,4 +1,4 @@
-"""Normal channels, whose readers compete; and how a process takes its leave, in order or not."""
+"""Normal channels with competing readers, and the end of a process: closed, exited or killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.processes import (
 )
 
 
-def count(observer: Observer, table: str, condition: str = "true") -> int:
+def count_rows(observer: Observer, table: str, condition: str = "true") -> int:
     row = observer.execute(
         f"SELECT count(*) FROM pg_layer_{table} WHERE {condition}".encode()
     ).fetchone()
@@ -40,16 +40,19 @@ def count(observer: Observer, table: str, condition: str = "true") -> int:
     return int(row[0])
 
 
-def leases(observer: Observer) -> int:
-    return count(observer, "client", "expires_at > clock_timestamp()")
+def count_leases(observer: Observer) -> int:
+    return count_rows(observer, "client", "expires_at > clock_timestamp()")
 
 
-def jobs(numbers: Iterable[int]) -> list[dict[str, object]]:
+def new_jobs(numbers: Iterable[int]) -> list[dict[str, object]]:
     return [{"number": n, "blob": bytes(random.choice((10, 10, 10, 6000)))} for n in numbers]
 
 
 async def work(link: Link, dsn: str, receivers: int, seconds: float) -> None:
-    """Say the number of each job, until the test says something. A job takes up to ``seconds``."""
+    """In another process: report the number of each job, until the test says something.
+
+    A job takes up to ``seconds``.
+    """
     async with open_layer(dsn) as layer:
 
         async def work_on() -> None:
@@ -67,20 +70,24 @@ async def work(link: Link, dsn: str, receivers: int, seconds: float) -> None:
             task.cancel()
 
 
-async def ready(workers: Iterable[Process[None]]) -> None:
+async def all_ready(workers: Iterable[Process[None]]) -> None:
     for worker in workers:
         assert await worker.hear() == "ready"
 
 
-async def hear_numbers(worker: Process[None], found: list[int]) -> None:
+async def collect_numbers(worker: Process[None], found: list[int]) -> None:
+    """Append each number that the worker reports to ``found``."""
     while True:
         found.append(await worker.hear())
 
 
-async def hear_all(workers: list[Process[None]], sent: int) -> list[int]:
-    """What the workers say until all jobs were done, and whatever they say after that."""
+async def collect_all_jobs(workers: list[Process[None]], sent: int) -> list[int]:
+    """Return the numbers that the workers report.
+
+    That is: until all jobs are done, and for 0.3 s more, to see a job that is done twice.
+    """
     found: list[int] = []
-    tasks = [asyncio.create_task(hear_numbers(worker, found)) for worker in workers]
+    tasks = [asyncio.create_task(collect_numbers(worker, found)) for worker in workers]
     with suppress(TimeoutError):
         await until(lambda: len(set(found)) >= sent or any(task.done() for task in tasks))
     await asyncio.wait(tasks, timeout=0.3)
@@ -95,37 +102,41 @@ async def hear_all(workers: list[Process[None]], sent: int) -> list[int]:
 @pytest.mark.parametrize(
     ("receivers", "seconds"), [(1, 0.0), (4, 0.0), (2, 0.02)], ids=["quick", "many at once", "slow"]
 )
-async def test_three_workers_get_each_job_once(
+async def test_three_workers_receive_each_job_once(
     migrated_dsn: str, processes: Processes, receivers: int, seconds: float
 ) -> None:
     workers = [processes.start(work, migrated_dsn, receivers, seconds) for _ in range(3)]
-    await ready(workers)
+    await all_ready(workers)
     writers = [
-        processes.start(write, migrated_dsn, "jobs", jobs(range(start, start + 200)), capacity=1000)
+        processes.start(
+            write, migrated_dsn, "jobs", new_jobs(range(start, start + 200)), capacity=1000
+        )
         for start in (0, 200)
     ]
-    found = await hear_all(workers, 400)
+    found = await collect_all_jobs(workers, 400)
     for writer in writers:
         await writer.result()
     assert Counter(found) == Counter(range(400))
 
 
-@pytest.mark.parametrize("starts", ["listening", "later"])
-async def test_a_single_reader_gets_jobs_in_their_order(
-    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, starts: str
+@pytest.mark.parametrize("listens", ["listening", "later"])
+async def test_single_reader_receives_jobs_in_order(
+    migrated_dsn: str, make_layer: MakeLayer, processes: Processes, listens: str
 ) -> None:
     layer = make_layer(capacity=1000)
-    if starts == "later":
-        for job in jobs(range(100)):
+    if listens == "later":
+        for job in new_jobs(range(100)):
             await layer.send("jobs", job)
     worker = processes.start(work, migrated_dsn, 1, 0.002)
-    await ready([worker])
-    for job in jobs(range(100, 300) if starts == "later" else range(300)):
+    await all_ready([worker])
+    for job in new_jobs(range(100, 300) if listens == "later" else range(300)):
         await layer.send("jobs", job)
     assert [await worker.hear() for _ in range(300)] == list(range(300))
 
 
-async def test_workers_of_several_channels_in_one_process(make_layer: MakeLayer) -> None:
+async def test_readers_of_several_normal_channels_in_one_process_receive_their_jobs(
+    make_layer: MakeLayer,
+) -> None:
     layer, sender = make_layer(), make_layer()
     names = [f"jobs-{n}" for n in range(20)]
     receivers = [asyncio.create_task(receive(layer, name)) for name in names]
@@ -138,7 +149,10 @@ async def test_workers_of_several_channels_in_one_process(make_layer: MakeLayer)
 
 
 async def work_with_cancellations(link: Link, dsn: str) -> None:
-    """Say the number of each job, but cancel most receives at some moment; at last stop, but live on."""
+    """In another process: report the number of each job, and cancel most receives at some moment.
+
+    At the end the process receives no more, but stays alive.
+    """
     async with open_layer(dsn) as layer:
 
         async def work_on() -> None:
@@ -158,22 +172,22 @@ async def work_with_cancellations(link: Link, dsn: str) -> None:
         await link.hear()
 
 
-async def test_jobs_that_a_cancelled_worker_has_claimed_go_to_another(
+async def test_jobs_claimed_for_cancelled_receives_go_to_another_worker(
     migrated_dsn: str, processes: Processes
 ) -> None:
-    fickle = [processes.start(work_with_cancellations, migrated_dsn) for _ in range(2)]
+    unsteady = [processes.start(work_with_cancellations, migrated_dsn) for _ in range(2)]
     steady = processes.start(work, migrated_dsn, 1, 0.005)
-    await ready([*fickle, steady])
-    writer = processes.start(write, migrated_dsn, "jobs", jobs(range(400)), capacity=1000)
-    found = await hear_all([*fickle, steady], 400)
+    await all_ready([*unsteady, steady])
+    writer = processes.start(write, migrated_dsn, "jobs", new_jobs(range(400)), capacity=1000)
+    found = await collect_all_jobs([*unsteady, steady], 400)
     await writer.result()
     assert Counter(found) == Counter(range(400))
 
 
-async def test_jobs_that_are_claimed_and_released_many_times_keep_their_order(
+async def test_jobs_claimed_and_released_many_times_keep_their_order(
     make_layer: MakeLayer,
 ) -> None:
-    # All moments around a release: many channels at once, each with a single reader.
+    # Try all moments around a release: many channels at once, each with a single reader.
     layer, sender = make_layer(), make_layer()
     await listen(layer)
 
@@ -197,7 +211,7 @@ async def test_jobs_that_are_claimed_and_released_many_times_keep_their_order(
         assert found == list(range(10))
 
 
-async def test_a_job_whose_claim_was_not_answered_goes_to_another_worker(
+async def test_job_claimed_without_an_answer_is_released_after_a_reconnect(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     first = make_layer(dsn=make_conninfo(migrated_dsn, application_name="first"))
@@ -205,11 +219,12 @@ async def test_a_job_whose_claim_was_not_answered_goes_to_another_worker(
     channel = await first.new_channel()
     await sender.send("jobs", {"number": 0})
     assert await receive(first, "jobs") == {"number": 0}
-    # As if a claim had moved the next one, and the connection had broken before the answer: it is at the
-    # address of the first worker, which does not wait for it any more.
+    # Put the next job where a claim moves it if the connection breaks before the answer: at the
+    # address of the first worker, which does not expect it.
     await sender.send("jobs", {"number": 1})
     observer.execute(
-        "UPDATE pg_layer_message SET address = pg_layer_address('asgi', %s), xid = pg_current_xact_id()"
+        "UPDATE pg_layer_message"
+        " SET address = pg_layer_address('asgi', %s), xid = pg_current_xact_id()"
         " WHERE address = 'asgi!:jobs'",
         (channel,),
     )
@@ -219,11 +234,11 @@ async def test_a_job_whose_claim_was_not_answered_goes_to_another_worker(
     assert await receive(second, "jobs") == {"number": 1}
 
 
-# ---------------------------------------------------------------------- leaving in order
+# ---------------------------------------------------------------------- closed or exited
 
 
 async def work_and_close(link: Link, dsn: str, rounds: int) -> None:
-    """Begin, work for a moment, and close in the middle of it; again and again."""
+    """In another process: open a layer, work for a moment and close it, many times."""
     for _ in range(rounds):
         async with open_layer(dsn) as layer:
 
@@ -241,20 +256,22 @@ async def work_and_close(link: Link, dsn: str, rounds: int) -> None:
     await link.hear()
 
 
-async def test_close_releases_claimed_jobs(migrated_dsn: str, processes: Processes) -> None:
-    fickle = processes.start(work_and_close, migrated_dsn, 40)
-    writer = processes.start(write, migrated_dsn, "jobs", jobs(range(1000)), capacity=2000)
+async def test_close_at_any_moment_releases_claimed_jobs(
+    migrated_dsn: str, processes: Processes
+) -> None:
+    unsteady = processes.start(work_and_close, migrated_dsn, 40)
+    writer = processes.start(write, migrated_dsn, "jobs", new_jobs(range(1000)), capacity=2000)
     found: list[int] = []
-    while (said := await fickle.hear()) != "ready":
+    while (said := await unsteady.hear()) != "ready":
         found.append(said)
     steady = processes.start(work, migrated_dsn, 1, 0.0)
-    await ready([steady])
-    found += await hear_all([steady], 1000 - len(set(found)))
+    await all_ready([steady])
+    found += await collect_all_jobs([steady], 1000 - len(set(found)))
     await writer.result()
     assert Counter(found) == Counter(range(1000))
 
 
-async def test_close_removes_memberships_and_unread_messages(
+async def test_close_removes_own_memberships_and_unread_messages(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer, other = make_layer(), make_layer()
@@ -265,19 +282,24 @@ async def test_close_removes_memberships_and_unread_messages(
     await layer.group_add("room", "jobs")
     await layer.send(channel, {"type": "unread"})
     await layer.close()
-    assert leases(observer) == 1
-    assert count(observer, "membership") == 2  # the other's, and that of the normal channel
-    assert count(observer, "message") == 0
+    assert count_leases(observer) == 1
+    # What remains: the member of the other process, and the normal channel, which has no owner.
+    assert count_rows(observer, "membership") == 2
+    assert count_rows(observer, "message") == 0
     await other.group_send("room", {"type": "x"})
-    assert count(observer, "message", "address IN ('asgi!@room', 'asgi!:jobs')") == 2
+    assert count_rows(observer, "message", "address IN ('asgi!@room', 'asgi!:jobs')") == 2
     await layer.close()
-    assert leases(observer) == 1
+    assert count_leases(observer) == 1
 
 
-@pytest.mark.parametrize("how", ["close", "exit"])
-async def test_the_end_of_a_process_while_a_transaction_changes_its_memberships_releases_jobs(
-    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, how: str
+@pytest.mark.parametrize("ending", ["close", "exit"])
+async def test_close_while_a_transaction_changes_its_memberships_does_not_wait(
+    make_layer: MakeLayer, migrated_dsn: str, observer: Observer, ending: str
 ) -> None:
+    """The client releases its jobs and removes its rows, at ``close()`` and at exit.
+
+    The membership requests of the transaction, which commits later, do not count.
+    """
     layer = make_layer()
     held, free = [await layer.new_channel() for _ in range(2)]
     await listen(layer)
@@ -286,39 +308,42 @@ async def test_the_end_of_a_process_while_a_transaction_changes_its_memberships_
     with psycopg.connect(migrated_dsn) as other:
         # What layer.sync executes in a transaction that is still open.
         other.execute(
-            "SELECT pg_layer_request_memberships('asgi', ARRAY['room', 'room'], ARRAY[%s, %s], ARRAY[false, true], NULL,"
-            " ARRAY[100, 100], 30, false, true)",
+            "SELECT pg_layer_ask('asgi', ARRAY['room', 'room'], ARRAY[%s, %s],"
+            " ARRAY[false, true], NULL, ARRAY[100, 100], 30, false, true)",
             [held, free],
         )
         for _ in range(3):
             await layer.send("jobs", {"type": "work"})
-        claimed = "UPDATE pg_layer_message SET address = pg_layer_address('asgi', %s) WHERE channel = 'jobs'"
+        claimed = (
+            "UPDATE pg_layer_message SET address = pg_layer_address('asgi', %s)"
+            " WHERE channel = 'jobs'"
+        )
         observer.execute(claimed.encode(), [held])
-        if how == "close":
+        if ending == "close":
             await layer.close()
         else:
             layer._loops.leave()
-        assert count(observer, "message", "address = 'asgi!:jobs'") == 3
-        assert leases(observer) == 0
-        assert count(observer, "membership") == 0
-    # The transaction has committed: its claims are about a client that has closed.
+        assert count_rows(observer, "message", "address = 'asgi!:jobs'") == 3
+        assert count_leases(observer) == 0
+        assert count_rows(observer, "membership") == 0
+    # The transaction has committed: its membership requests are about a closed client.
     assert await make_layer().group_count("room") == 0
 
 
-async def test_close_ends_memberships_that_others_have_added(
+async def test_close_removes_memberships_added_by_other_processes(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    # The layer has not read the control message yet when it closes.
+    # The layer polls rarely: it has not read the control message yet when it closes.
     layer, other = make_layer(poll_interval=3600), make_layer()
     channel = await layer.new_channel()
     receiving = asyncio.create_task(layer.receive(channel))
-    await until(lambda: leases(observer))
+    await until(lambda: count_leases(observer))
     await other.group_add("room", channel)
     receiving.cancel()
     assert await other.group_channels("room") == [channel]
     await layer.close()
     assert await other.group_channels("room") == []
-    assert count(observer, "membership") == count(observer, "message") == 0
+    assert count_rows(observer, "membership") == count_rows(observer, "message") == 0
 
 
 async def test_messages_to_a_closed_client_are_accepted_and_expire(
@@ -332,10 +357,10 @@ async def test_messages_to_a_closed_client_are_accepted_and_expire(
     await asyncio.gather(*(sender.send(channel, {"type": "late"}, expiry=0.1) for _ in range(10)))
     # The heartbeat of any process deletes them.
     await listen(make_layer(heartbeat=0.1, sweep_interval=0))
-    await until(lambda: count(observer, "message") == 0)
+    await until(lambda: count_rows(observer, "message") == 0)
 
 
-async def test_a_closed_layer_can_be_used_again(make_layer: MakeLayer) -> None:
+async def test_layer_closed_can_be_used_again(make_layer: MakeLayer) -> None:
     layer = make_layer()
     for number in range(3):
         channel = await layer.new_channel()
@@ -372,24 +397,24 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("how", ["return", "exit"])
-async def test_a_process_that_ends_without_close_leaves_nothing(
-    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, how: str
+@pytest.mark.parametrize("ending", ["return", "exit"])
+async def test_process_ending_without_close_releases_jobs_and_removes_its_rows(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer, ending: str
 ) -> None:
     layer = make_layer()
     for number in range(5):
         await layer.send("jobs", {"number": number})
     ended = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-W", "error", "-X", "dev", "-c", ENDS_NORMALLY, migrated_dsn, how],
+        [sys.executable, "-W", "error", "-X", "dev", "-c", ENDS_NORMALLY, migrated_dsn, ending],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
-    assert ended.returncode == (3 if how == "exit" else 0)
+    assert ended.returncode == (3 if ending == "exit" else 0)
     assert not re.search("Traceback|Warning|never retrieved|was destroyed", ended.stderr)
-    assert leases(observer) == 0
-    assert count(observer, "membership") == 0
+    assert count_leases(observer) == 0
+    assert count_rows(observer, "membership") == 0
     done = [int(line) for line in ended.stdout.split()]
     rest = [(await receive(layer, "jobs"))["number"] for _ in range(5 - len(done))]
     assert sorted(done + rest) == list(range(5))
@@ -398,15 +423,15 @@ async def test_a_process_that_ends_without_close_leaves_nothing(
 # ---------------------------------------------------------------------- kill -9
 
 
-async def test_jobs_that_a_killed_worker_has_not_claimed_go_to_another(
+async def test_jobs_not_claimed_by_a_killed_worker_go_to_another(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     killed, survivor = (processes.start(work, migrated_dsn, 1, 0.0) for _ in range(2))
-    await ready([killed, survivor])
-    [[own]] = observer.execute(
+    await all_ready([killed, survivor])
+    [[killed_address]] = observer.execute(
         "SELECT address FROM pg_layer_client WHERE pid = %s", (killed.pid,)
     ).fetchall()
-    writer = processes.start(write, migrated_dsn, "jobs", jobs(range(500)), capacity=1000)
+    writer = processes.start(write, migrated_dsn, "jobs", new_jobs(range(500)), capacity=1000)
     found: list[int] = []
     while len(found) < 50:
         found.append(await killed.hear())
@@ -415,22 +440,23 @@ async def test_jobs_that_a_killed_worker_has_not_claimed_go_to_another(
         while True:
             found.append(await killed.hear())
     await writer.result()
-    await until(lambda: count(observer, "message", "address = 'asgi!:jobs'") == 0)
-    taken = {
+    await until(lambda: count_rows(observer, "message", "address = 'asgi!:jobs'") == 0)
+    claimed_numbers = {
         msgpack.unpackb(payload)["number"]
         for (payload,) in observer.execute(
-            "SELECT payload FROM pg_layer_message WHERE address = %s AND channel = 'jobs'", (own,)
+            "SELECT payload FROM pg_layer_message WHERE address = %s AND channel = 'jobs'",
+            (killed_address,),
         )
     }
-    others = set(range(500)) - set(found) - taken
-    rest = await hear_all([survivor], len(others))
+    others = set(range(500)) - set(found) - claimed_numbers
+    rest = await collect_all_jobs([survivor], len(others))
     assert not [number for number, times in Counter(found + rest).items() if times > 1]
-    # One may have been handed over which nobody heard of.
+    # The worker may have received one job and been killed before it reported it.
     assert len(others - set(rest)) <= 1
 
 
-async def hold(link: Link, /, dsn: str, **options: object) -> None:
-    """Be a member of a group, and live."""
+async def join_and_stay(link: Link, /, dsn: str, **options: object) -> None:
+    """In another process: be a member of a group until the test says something."""
     async with open_layer(dsn, **options) as layer:
         channel = await layer.new_channel()
         await listen(layer)
@@ -440,7 +466,7 @@ async def hold(link: Link, /, dsn: str, **options: object) -> None:
 
 
 @pytest.mark.parametrize("group_expiry", [86400, None])
-async def test_a_killed_process_after_its_lease_is_not_counted_and_a_sweep_removes_its_memberships(
+async def test_members_of_a_killed_process_are_not_counted_after_its_lease_and_are_swept(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -448,8 +474,12 @@ async def test_a_killed_process_after_its_lease_is_not_counted_and_a_sweep_remov
     group_expiry: float | None,
 ) -> None:
     layer = make_layer(group_expiry=group_expiry)
-    killed = processes.start(hold, migrated_dsn, lease=2, heartbeat=0.4, group_expiry=group_expiry)
-    living = processes.start(hold, migrated_dsn, lease=2, heartbeat=0.4, group_expiry=group_expiry)
+    killed = processes.start(
+        join_and_stay, migrated_dsn, lease=2, heartbeat=0.4, group_expiry=group_expiry
+    )
+    living = processes.start(
+        join_and_stay, migrated_dsn, lease=2, heartbeat=0.4, group_expiry=group_expiry
+    )
     channel, other = await killed.hear(), await living.hear()
     assert sorted(await layer.group_channels("room")) == sorted([channel, other])
     killed.kill()
@@ -457,8 +487,8 @@ async def test_a_killed_process_after_its_lease_is_not_counted_and_a_sweep_remov
     [[address]] = observer.execute(
         "SELECT address FROM pg_layer_message WHERE channel = %s", (channel,)
     ).fetchall()
-    await until(lambda: count(observer, "client", "expires_at <= clock_timestamp()") == 1)
-    # Its lease is over when the living one has renewed its own for as long.
+    await until(lambda: count_rows(observer, "client", "expires_at <= clock_timestamp()") == 1)
+    # The lease is over when the living process has renewed its own for a whole lease.
     deadline = time.monotonic() + PATIENCE
     while (members := await layer.group_channels("room")) != [other]:
         assert sorted(members) == sorted([channel, other])
@@ -468,21 +498,21 @@ async def test_a_killed_process_after_its_lease_is_not_counted_and_a_sweep_remov
     # Messages to its channels are still written, and expire.
     condition = f"address = '{address}'"
     await layer.send(channel, {"number": 1})
-    assert count(observer, "message", f"channel = '{channel}'") == 2
-    assert count(observer, "membership", condition) == 1
+    assert count_rows(observer, "message", f"channel = '{channel}'") == 2
+    assert count_rows(observer, "membership", condition) == 1
 
-    # The living one keeps its lease meanwhile, and a sweep leaves it alone. Messages stay until they expire:
-    # a process that was stopped would receive them.
+    # The living process keeps its lease, and a sweep does not touch it. Messages stay until they
+    # expire: a process that was only stopped would receive them.
     observer.execute("SELECT pg_layer_sweep('asgi', 1000, false, 0)")
-    assert count(observer, "message", f"channel = '{channel}'") == 2
-    assert count(observer, "membership", condition) == 0
-    assert count(observer, "client", f"{condition} AND swept_at IS NOT NULL") == 1
+    assert count_rows(observer, "message", f"channel = '{channel}'") == 2
+    assert count_rows(observer, "membership", condition) == 0
+    assert count_rows(observer, "client", f"{condition} AND swept_at IS NOT NULL") == 1
     assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [(other,)]
     await layer.group_send("room", {"number": 5})
     assert await layer.group_count("room") == 1
 
 
-async def test_a_client_whose_lease_was_over_writes_its_memberships_again(
+async def test_client_swept_after_its_lease_expired_writes_its_memberships_again(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     layer, sender = make_layer(lease=20, heartbeat=1), make_layer()
@@ -500,10 +530,12 @@ async def test_a_client_whose_lease_was_over_writes_its_memberships_again(
         assert connection.execute("SELECT FROM pg_layer_membership").rowcount == 0
     await sender.group_send("room", {"number": 0})
     await until(
-        lambda: count(observer, "client", "expires_at > clock_timestamp() AND swept_at IS NULL")
+        lambda: count_rows(
+            observer, "client", "expires_at > clock_timestamp() AND swept_at IS NULL"
+        )
     )
-    await until(lambda: count(observer, "membership") == 1)
-    assert layer.stats()["expired_leases"] == 1
+    await until(lambda: count_rows(observer, "membership") == 1)
+    assert layer.stats()["gaps"] == 1
     await sender.group_send("room", {"number": 1})
     # The first one was sent when the table had no members.
     assert (await receive(layer, channel))["number"] == 1

@@ -1,4 +1,7 @@
-"""Addresses and NOTIFY channels are the same in Python and in SQL: neither side asks the other."""
+"""Addresses and notification channels are computed alike in Python and in SQL.
+
+Neither side asks the other for them, so both must give the same results.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ ON_ONE_DATABASE = settings(
 )
 
 
-def value(observer: Observer, query: str, *parameters: str) -> str:
+def query_value(observer: Observer, query: str, *parameters: str) -> str:
     row = observer.execute(query.encode(), parameters).fetchone()
     assert row is not None
     return str(row[0])
@@ -22,21 +25,21 @@ def value(observer: Observer, query: str, *parameters: str) -> str:
 
 @ON_ONE_DATABASE
 @given(prefix=NAME, group=NAME)
-def test_notification_channel_of_a_group_is_that_of_sql(
+def test_group_address_in_python_and_sql_is_the_same(
     observer: Observer, prefix: str, group: str
 ) -> None:
     address = group_address(prefix, group)
-    assert value(observer, "SELECT pg_layer_group_address(%s, %s)", prefix, group) == address
-    found = value(observer, "SELECT pg_layer_notification_channel(%s)", address)
+    assert query_value(observer, "SELECT pg_layer_group_address(%s, %s)", prefix, group) == address
+    found = query_value(observer, "SELECT pg_layer_notification_channel(%s)", address)
     assert found == notification_channel(address)
 
 
 @ON_ONE_DATABASE
 @given(prefix=NAME, channel=NAME | st.tuples(NAME, NAME).map("!".join))
-def test_notification_channel_of_a_channel_is_that_of_sql(
+def test_channel_address_in_python_and_sql_is_the_same(
     observer: Observer, prefix: str, channel: str
 ) -> None:
     address = channel_address(prefix, channel)
-    assert value(observer, "SELECT pg_layer_address(%s, %s)", prefix, channel) == address
-    found = value(observer, "SELECT pg_layer_notification_channel(%s)", address)
+    assert query_value(observer, "SELECT pg_layer_address(%s, %s)", prefix, channel) == address
+    found = query_value(observer, "SELECT pg_layer_notification_channel(%s)", address)
     assert found == notification_channel(address)

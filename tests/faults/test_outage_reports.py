@@ -1,4 +1,4 @@
-"""Who is told when the database goes and comes: consumers by messages, and whoever asks by `health()`."""
+"""Reports of an outage: notices to consumers, ``health()``, the log, and the view for probes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.project.commands import ROOT, django
 from tests.project.communicators import WebsocketCommunicator
 from tests.project.configured import configured
 
-TOLD: dict[str, object] = {"on_disconnect": "database.lost", "on_reconnect": "database.back"}
+NOTICES: dict[str, object] = {"on_disconnect": "database.lost", "on_reconnect": "database.back"}
 
 
-class Told(AsyncWebsocketConsumer):
-    """Tells its browser what it is told."""
+class NoticeConsumer(AsyncWebsocketConsumer):
+    """Sends its browser a text for each notice that it receives."""
 
     groups = ["room"]  # noqa: RUF012  # as Channels declares it
 
@@ -35,8 +35,8 @@ class Told(AsyncWebsocketConsumer):
         await self.send(event["text"])
 
 
-class ToldInThreads(WebsocketConsumer):
-    """The same, in threads."""
+class SyncNoticeConsumer(WebsocketConsumer):
+    """The synchronous counterpart: its handlers run in threads."""
 
     groups = ["room"]  # noqa: RUF012  # as Channels declares it
 
@@ -50,15 +50,18 @@ class ToldInThreads(WebsocketConsumer):
         self.send(event["text"])
 
 
-async def test_consumers_are_told_that_the_database_goes_and_is_back(
+async def test_consumers_receive_notices_when_the_database_is_lost_and_back(
     server: PostgresServer, database: str
 ) -> None:
-    async with open_layer(database, **TOLD) as layer:
+    async with open_layer(database, **NOTICES) as layer:
         with configured(layer):
-            sockets = [WebsocketCommunicator(app.as_asgi(), "/") for app in (Told, ToldInThreads)]
+            sockets = [
+                WebsocketCommunicator(app.as_asgi(), "/")
+                for app in (NoticeConsumer, SyncNoticeConsumer)
+            ]
             for socket in sockets:
                 assert await socket.connect(timeout=PATIENCE) == (True, None)
-            # They hear once the listener does.
+            # When this message arrives, the listener listens.
             await layer.group_send("room", {"type": "chat.message", "text": "hello"})
             for socket in sockets:
                 assert await socket.receive_from(timeout=PATIENCE) == "hello"
@@ -77,16 +80,16 @@ async def test_consumers_are_told_that_the_database_goes_and_is_back(
                 await socket.disconnect(timeout=PATIENCE)
 
 
-async def test_only_consumers_of_this_process_are_told(
+async def test_notices_reach_only_consumers_that_read_in_this_process(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    layer, other = make_layer(**TOLD), make_layer()
+    layer, other = make_layer(**NOTICES), make_layer()
     await listen(layer)
     await listen(other)
     channel, unread = await layer.new_channel(), await layer.new_channel()
     waiting = asyncio.create_task(receive(layer, channel))
     job = asyncio.create_task(layer.receive("jobs"))
-    theirs = asyncio.create_task(other.receive(await other.new_channel()))
+    others = asyncio.create_task(other.receive(await other.new_channel()))
     await layer.send(unread, {"type": "x"})
     observer.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -94,15 +97,15 @@ async def test_only_consumers_of_this_process_are_told(
     )
     assert await waiting == {"type": "database.lost"}
     assert await receive(layer, channel) == {"type": "database.back"}
-    # Nobody has read there, so that nobody is a consumer of it.
+    # No task reads this channel, so it gets no notices.
     assert await receive(layer, unread) == {"type": "x"}
     assert not job.done()
-    assert not theirs.done()
-    for task in (job, theirs):
+    assert not others.done()
+    for task in (job, others):
         task.cancel()
 
 
-async def test_health_when_all_is_well(make_layer: MakeLayer) -> None:
+async def test_health_of_a_listening_layer_reports_no_problems(make_layer: MakeLayer) -> None:
     layer = make_layer()
     await listen(layer)
     health = await layer.health()
@@ -113,7 +116,7 @@ async def test_health_when_all_is_well(make_layer: MakeLayer) -> None:
     assert health["round_trip"] is not None
 
 
-async def test_health_of_who_only_sends(make_layer: MakeLayer) -> None:
+async def test_health_of_a_layer_that_only_sends_reports_no_problems(make_layer: MakeLayer) -> None:
     layer = make_layer()
     health = await layer.health()
     assert health["problems"] == []
@@ -125,13 +128,13 @@ async def test_health_of_who_only_sends(make_layer: MakeLayer) -> None:
     assert health["round_trip"] is not None
 
 
-async def test_health_where_the_tables_are_missing(fresh_database: str) -> None:
+async def test_health_without_tables_names_migrate(fresh_database: str) -> None:
     async with open_layer(fresh_database) as layer:
         (problem,) = (await layer.health())["problems"]
     assert "migrate" in problem
 
 
-async def test_health_where_there_is_no_database() -> None:
+async def test_health_without_a_database_reports_that_it_is_unreachable() -> None:
     async with open_layer("postgresql://nobody@127.0.0.1:1/none", send_timeout=0.3) as layer:
         health = await layer.health()
     assert health["round_trip"] is None
@@ -139,11 +142,11 @@ async def test_health_where_there_is_no_database() -> None:
     assert "could not be reached" in problem
 
 
-async def test_health_names_a_listener_that_is_away(
+async def test_health_with_a_listener_that_cannot_connect_reports_the_problem(
     make_layer: MakeLayer, server: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     elsewhere = server.create_database("other")
-    layer = make_layer(listen_dsn=elsewhere)  # where there are no tables
+    layer = make_layer(listen_dsn=elsewhere)  # a database without tables
     waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
 
     await until(lambda: "migrate" in caplog.text)
@@ -161,7 +164,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
-async def test_a_database_that_was_never_there_is_not_lost(
+async def test_database_absent_from_the_start_is_not_logged_as_lost(
     server: PostgresServer, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await asyncio.to_thread(server.stop)
@@ -178,36 +181,37 @@ async def test_a_database_that_was_never_there_is_not_lost(
     assert second.startswith("The database is there after ")
 
 
-async def test_a_wrong_password_is_no_loss(
+async def test_wrong_password_is_not_logged_as_a_loss(
     server: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_layer(server.dsn(password="wrong")) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
-        (said,) = await until(lambda: warnings(caplog))
+        (warning,) = await until(lambda: warnings(caplog))
         waiting.cancel()
         await until(waiting.done)
-    assert said.startswith("Cannot reach the database: ")
+    assert warning.startswith("Cannot reach the database: ")
 
 
-async def test_missing_tables_are_no_loss(
+async def test_missing_tables_are_not_logged_as_a_loss(
     fresh_database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_layer(fresh_database) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
-        (said,) = await until(lambda: warnings(caplog))
+        (warning,) = await until(lambda: warnings(caplog))
         waiting.cancel()
         await until(waiting.done)
-    assert said.startswith("Cannot receive: The tables of pg_layer are missing or out of date")
+    assert warning.startswith("Cannot receive: The tables of pg_layer are missing or out of date")
 
 
-async def test_a_lease_that_cannot_be_given_back(
+async def test_close_without_a_database_logs_that_the_lease_remains(
     server: PostgresServer, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_layer(database) as layer:
         await layer.group_add("room", await layer.new_channel())
         await asyncio.to_thread(server.stop)
     assert warnings(caplog)[-1].startswith(
-        "Could not give back the lease on closing; it runs out by itself: The database could not be reached: "
+        "Could not give back the lease on closing; it runs out by itself:"
+        " The database could not be reached: "
     )
 
 
@@ -224,10 +228,12 @@ print(answer.status_code, answer.json()["problems"])
 """
 
 
-def test_the_view_for_probes(migrated_dsn: str, fresh_database: str) -> None:
+def test_view_for_probes_in_the_documentation_answers_200_or_503(
+    migrated_dsn: str, fresh_database: str
+) -> None:
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for dsn, answer in (
+    for dsn, expected in (
         (migrated_dsn, "200 []"),
         (fresh_database, "503 ['The tables of pg_layer are missing"),
     ):
@@ -235,4 +241,4 @@ def test_the_view_for_probes(migrated_dsn: str, fresh_database: str) -> None:
             "DATABASES": {"default": {**postgres(dsn), "ATOMIC_REQUESTS": True}},
             "ALLOWED_HOSTS": ["*"],
         }
-        assert django(dsn, snippet + VIEW, settings=settings).startswith(answer)
+        assert django(dsn, snippet + VIEW, settings=settings).startswith(expected)

@@ -1,4 +1,4 @@
-"""What a process does again and again goes on after an error that the layer does not expect."""
+"""Periodic tasks of a process go on after an error that the layer does not expect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.project.commands import PATIENCE, eventually
 
 
 @contextmanager
-def broken_renewal(observer: Observer) -> Iterator[None]:
-    """The function that renews a lease returns no snapshot, but something else."""
+def renewal_without_snapshot(observer: Observer) -> Iterator[None]:
+    """Make the function that renews a lease return an invalid snapshot."""
     [(definition,)] = observer.execute(
         "SELECT pg_get_functiondef('pg_layer_renew'::regproc)"
     ).fetchall()
@@ -25,12 +25,12 @@ def broken_renewal(observer: Observer) -> Iterator[None]:
     observer.execute(definition)
 
 
-async def test_polling_after_an_unexpected_error_goes_on(
+async def test_polling_goes_on_after_an_unexpected_error(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
     layer = make_layer(poll_interval=0.05, heartbeat=240, lease=600)
     channel = await layer.new_channel()
-    with broken_renewal(observer):
+    with renewal_without_snapshot(observer):
         waiting = asyncio.create_task(layer.receive(channel))
         await asyncio.to_thread(eventually, lambda: "Polling failed" in caplog.text, "it failed")
     await make_layer().send(channel, {"type": "test"})
@@ -38,7 +38,7 @@ async def test_polling_after_an_unexpected_error_goes_on(
     assert "Traceback" in caplog.text
 
 
-async def test_sweeping_after_an_unexpected_error_goes_on(
+async def test_sweeping_goes_on_after_an_unexpected_error(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
     observer.execute("CREATE TABLE sweeps (at timestamptz DEFAULT clock_timestamp())")

@@ -1,4 +1,4 @@
-"""Moments at which messages were once lost, received twice or held up."""
+"""Regressions: moments at which messages were once lost, received twice or delayed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from tests.conftest import MakeLayer
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 
-async def listening(layer: PostgresChannelLayer) -> str:
-    """A channel of a layer whose listener is known to hear."""
+async def new_listening_channel(layer: PostgresChannelLayer) -> str:
+    """Return a new channel of the layer, after its listener has heard a message."""
     channel = await layer.new_channel()
     await layer.send(channel, {"type": "begin"})
-    await asyncio.wait_for(layer.receive(channel), PATIENCE)
+    await asyncio.wait_for(layer.receive(channel), TIMEOUT)
     return channel
 
 
-async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
-    return [(await asyncio.wait_for(layer.receive(channel), PATIENCE))["n"] for _ in range(count)]
+async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
+    """Receive ``count`` messages from the channel. Return their numbers."""
+    return [(await asyncio.wait_for(layer.receive(channel), TIMEOUT))["n"] for _ in range(count)]
 
 
-async def test_cancelled_calls_leave_the_pool_whole(make_layer: MakeLayer) -> None:
+async def test_calls_cancelled_at_random_moments_leave_the_pool_usable(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(capacity=10**6)
-    channel = await listening(layer)
+    channel = await new_listening_channel(layer)
     receiving = asyncio.create_task(layer.receive("jobs"))
-    chance = random.Random(5)
+    rng = random.Random(5)
     calls = [
         lambda: layer.send("many", {"n": 1}),
         lambda: layer.group_send("room", {"n": 1}),
@@ -50,16 +53,16 @@ async def test_cancelled_calls_leave_the_pool_whole(make_layer: MakeLayer) -> No
     async def caller(index: int) -> None:
         for _ in range(150):
             task = asyncio.create_task(calls[index]())
-            for _ in range(chance.randrange(12)):
+            for _ in range(rng.randrange(12)):
                 await asyncio.sleep(0)
-            if chance.random() < 0.6:
+            if rng.random() < 0.6:
                 task.cancel()
             await asyncio.wait({task})
             if not task.cancelled():
                 task.exception()
 
     await asyncio.gather(*(caller(index) for index in range(len(calls))))
-    # As many statements at once as there are connections, several times.
+    # Run as many statements at once as the pool has connections, several times.
     for _ in range(5):
         await asyncio.gather(
             layer.send("a", {}), layer.group_send("b", {}), layer.group_add("c", channel)
@@ -67,38 +70,43 @@ async def test_cancelled_calls_leave_the_pool_whole(make_layer: MakeLayer) -> No
     receiving.cancel()
 
 
-async def test_a_job_that_is_handed_over_while_the_layer_closes_is_not_put_back(
+async def test_close_while_a_job_is_handed_over_does_not_release_the_job(
     make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The layer begins to close while it puts a claimed job into the channel queue.
+
+    ``receive()`` then either returns the job, or another process receives it. Never both.
+    """
     worker, other = make_layer(), make_layer()
-    await listening(worker)
+    await new_listening_channel(worker)
     receiving = asyncio.create_task(worker.receive("jobs"))
     closing: list[asyncio.Task[None]] = []
     put = ChannelQueue.put
 
-    def put_as_it_closes(self: ChannelQueue, message: QueuedMessage) -> None:
+    def put_and_close(self: ChannelQueue, message: QueuedMessage) -> None:
         if self.channel == "jobs" and not closing:
-            closing.append(
-                asyncio.ensure_future(worker.close())
-            )  # runs before the receiver that is woken
+            # This task runs before the receiver that put() wakes.
+            closing.append(asyncio.ensure_future(worker.close()))
         put(self, message)
 
-    monkeypatch.setattr(ChannelQueue, "put", put_as_it_closes)
+    monkeypatch.setattr(ChannelQueue, "put", put_and_close)
     await other.send("jobs", {"n": 1})
-    done, _ = await asyncio.wait({receiving}, timeout=PATIENCE)
+    done, _ = await asyncio.wait({receiving}, timeout=TIMEOUT)
     await closing[0]
     await other.send("jobs", {"n": 2})
-    again = await numbers(other, "jobs", 1) if done and receiving.result() == {"n": 1} else [2]
-    assert again == [2]
+    next_numbers = (
+        await receive_numbers(other, "jobs", 1) if done and receiving.result() == {"n": 1} else [2]
+    )
+    assert next_numbers == [2]
     receiving.cancel()
 
 
 @pytest.mark.parametrize("is_flushed", [False, True])
-async def test_tables_that_were_emptied_are_written_again_and_messages_arrive(
+async def test_tables_truncated_memberships_are_written_again_and_messages_arrive(
     migrated_dsn: str, make_layer: MakeLayer, is_flushed: bool
 ) -> None:
     layer, sender = make_layer(lease=2, heartbeat=0.1), make_layer()
-    channel = await listening(layer)
+    channel = await new_listening_channel(layer)
     for number in range(50):
         await sender.send("elsewhere", {"n": number})
     if is_flushed:
@@ -110,21 +118,21 @@ async def test_tables_that_were_emptied_are_written_again_and_messages_arrive(
         )
     async with await psycopg.AsyncConnection.connect(migrated_dsn, autocommit=True) as observer:
         found = None
-        while found != (1, ""):  # until a heartbeat has put the membership back
+        while found != (1, ""):  # until a heartbeat has written the membership again
             cursor = await observer.execute(
                 "SELECT count(*), pg_sleep(0.02)::text FROM pg_layer_membership"
             )
             found = await cursor.fetchone()
     for number in range(10):
         await sender.group_send("room", {"n": number})
-    assert await numbers(layer, channel, 10) == list(range(10))
+    assert await receive_numbers(layer, channel, 10) == list(range(10))
 
 
-async def test_job_whose_claim_was_not_answered_goes_to_another_process(
+async def test_claim_cancelled_and_not_answered_gives_the_job_to_another_process(
     make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, other = make_layer(), make_layer()
-    await listening(worker)
+    await new_listening_channel(worker)
     claim = queries.claim
     receiving = asyncio.create_task(worker.receive("jobs"))
 
@@ -138,62 +146,64 @@ async def test_job_whose_claim_was_not_answered_goes_to_another_process(
 
     monkeypatch.setattr(queries, "claim", claim_without_answer)
     await other.send("jobs", {"n": 1})
-    await asyncio.wait({receiving}, timeout=PATIENCE)
+    await asyncio.wait({receiving}, timeout=TIMEOUT)
     assert receiving.cancelled()
-    assert await numbers(other, "jobs", 1) == [1]
+    assert await receive_numbers(other, "jobs", 1) == [1]
 
 
-async def test_a_receive_that_waits_while_the_layer_closes_goes_on_or_says_so(
+async def test_receive_waiting_during_close_raises_or_goes_on(
     make_layer: MakeLayer,
 ) -> None:
+    """A receive on an own channel raises. A receive on a normal channel begins again."""
     layer = make_layer()
-    own = await listening(layer)
-    at_work = asyncio.create_task(layer.receive("jobs"))
+    own = await new_listening_channel(layer)
+    on_jobs = asyncio.create_task(layer.receive("jobs"))
     on_own = asyncio.create_task(layer.receive(own))
     await asyncio.sleep(0)
     await layer.close()
     with pytest.raises(LayerUnavailable, match="closed"):
-        await asyncio.wait_for(on_own, PATIENCE)
+        await asyncio.wait_for(on_own, TIMEOUT)
     await layer.send("jobs", {"n": 1})
-    assert await asyncio.wait_for(at_work, PATIENCE) == {"n": 1}
+    assert await asyncio.wait_for(on_jobs, TIMEOUT) == {"n": 1}
 
 
-async def test_each_call_has_its_own_timeout(make_layer: MakeLayer) -> None:
+async def test_sends_queued_for_an_absent_server_each_keep_their_own_timeout(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(dsn="host=127.0.0.1 port=1 user=nobody", send_timeout=0.5)
-    message = {
-        "b": b"x" * 1_100_000
-    }  # fills a batch: one after the other these would take twice the patience
+    # Each message fills a batch. One after the other, the 80 timeouts would last twice TIMEOUT.
+    message = {"b": b"x" * 1_100_000}
     calls = [layer.send(f"c{index}", message) for index in range(80)]
-    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), TIMEOUT)
     assert {type(outcome) for outcome in outcomes} == {LayerUnavailable}
 
 
-@pytest.mark.parametrize("how", ["database", "role"])
-async def test_any_encoding_of_the_client_will_do(
-    migrated_dsn: str, make_layer: MakeLayer, how: str
+@pytest.mark.parametrize("set_by", ["database", "role"])
+async def test_layer_with_client_encoding_sql_ascii_delivers_utf8_text(
+    migrated_dsn: str, make_layer: MakeLayer, set_by: str
 ) -> None:
     name = sql.Identifier(str(conninfo_to_dict(migrated_dsn)["dbname"]))
     with psycopg.connect(migrated_dsn) as conn:
-        if how == "database":
+        if set_by == "database":
             conn.execute(
                 sql.SQL("ALTER DATABASE {} SET client_encoding = 'SQL_ASCII'").format(name)
             )
         dsn = (
             make_conninfo(migrated_dsn, client_encoding="SQL_ASCII")
-            if how == "role"
+            if set_by == "role"
             else migrated_dsn
         )
     layer = make_layer(dsn=dsn)
-    channel = await listening(layer)
+    channel = await new_listening_channel(layer)
     await layer.send(channel, {"n": 1, "text": "grüße"})
-    assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": 1, "text": "grüße"}
+    assert await asyncio.wait_for(layer.receive(channel), TIMEOUT) == {"n": 1, "text": "grüße"}
 
 
-async def test_a_lost_connection_leaves_nothing_in_the_event_loop(
+async def test_connection_lost_leaves_no_closed_socket_in_the_event_loop(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
     layer = make_layer(dsn=make_conninfo(migrated_dsn, application_name="to be killed"))
-    channel = await listening(layer)
+    channel = await new_listening_channel(layer)
     loop = asyncio.get_running_loop()
     for number in range(3):
         with psycopg.connect(migrated_dsn, autocommit=True) as conn:
@@ -205,22 +215,26 @@ async def test_a_lost_connection_leaves_nothing_in_the_event_loop(
         watched = set(loop._selector.get_map())  # type: ignore[attr-defined]
         assert watched <= {int(name) for name in os.listdir("/proc/self/fd")}
         await layer.send(channel, {"n": number})
-        assert await numbers(layer, channel, 1) == [number]
+        assert await receive_numbers(layer, channel, 1) == [number]
 
 
-async def test_closing_a_layer_that_never_reached_its_database_wakes_who_waits() -> None:
+async def test_close_without_a_database_wakes_a_waiting_receive() -> None:
     layer = PostgresChannelLayer(dsn="postgresql://nobody@127.0.0.1:1/none")
     waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
     await asyncio.sleep(0)
-    await asyncio.wait_for(layer.close(), PATIENCE)
+    await asyncio.wait_for(layer.close(), TIMEOUT)
     with pytest.raises(LayerUnavailable):
-        await asyncio.wait_for(waiting, PATIENCE)
+        await asyncio.wait_for(waiting, TIMEOUT)
 
 
-async def test_a_later_row_with_the_ids_of_one_that_a_crash_lost_is_not_deleted(
+async def test_delete_with_the_key_of_an_earlier_boot_deletes_nothing(
     make_layer: MakeLayer, migrated_dsn: str
 ) -> None:
-    """A crash hands out ids and transaction ids again; a process still deletes what it received before."""
+    """After a crash, PostgreSQL can give out ids and transaction ids again.
+
+    A process may still delete a message that it received before the crash. The boot in the
+    key protects the later row that has the same ids.
+    """
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await sender.send(channel, {"n": 0})
@@ -231,7 +245,7 @@ async def test_a_later_row_with_the_ids_of_one_that_a_crash_lost_is_not_deleted(
         [(address, boot, xid, id)] = rows
         delete = "SELECT pg_layer_delete(%s, ARRAY[%s], ARRAY[%s], ARRAY[%s])"
         conn.execute(delete, (address, boot - 1, xid, id))
-        assert await numbers(layer, channel, 1) == [0]
+        assert await receive_numbers(layer, channel, 1) == [0]
         await sender.send(channel, {"n": 1})
         rows = conn.execute(
             "SELECT address, boot, xid::text::bigint, id FROM pg_layer_message"
