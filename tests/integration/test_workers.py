@@ -535,7 +535,7 @@ async def test_client_swept_after_its_lease_expired_writes_its_memberships_again
         )
     )
     await until(lambda: count_rows(observer, "membership") == 1)
-    assert layer.stats()["gaps"] == 1
+    assert layer.stats()["expired_leases"] == 1
     await sender.group_send("room", {"number": 1})
     # The first one was sent when the table had no members.
     assert (await receive(layer, channel))["number"] == 1
