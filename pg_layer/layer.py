@@ -293,7 +293,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         """Decode a message that was taken; None if it has expired or cannot be decoded."""
         payload, expires_at, key = message
         if key is not None:
-            engine = self._loops.home
+            engine = self._loops.main_engine
             if engine is not None:
                 engine.call(engine.received, queue)
         if expires_at <= client.clock.now():

@@ -172,7 +172,7 @@ class Connections:
         *,
         timeout: float,
         quietly: Callable[[Session], Awaitable[T]] | None = None,
-        patience: float | None = None,
+        statement_timeout: float | None = None,
         is_idempotent: bool = False,
         is_read: bool = False,
     ) -> T:
@@ -180,7 +180,7 @@ class Connections:
 
         ``quietly``: what to run instead where the server refuses NOTIFY.
 
-        ``patience``: seconds for each of several statements, where all together may take long.
+        ``statement_timeout``: seconds for each of several statements, where all together may take long.
         ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
         was lost on the way. Otherwise that raises `OutcomeUnknown` at once: trying again could send a
         message twice. ``is_read``: it changes nothing, so that no outcome is unknown.
@@ -207,7 +207,7 @@ class Connections:
             if left <= 0:  # nothing was sent: that is better known than cut short
                 self._give_back(session)
                 raise attempts.unavailable(self._reason) from self._reason
-            session.patience = min(patience or left, HURRY if self.gives_up else math.inf)
+            session.timeout = min(statement_timeout or left, HURRY if self.gives_up else math.inf)
             is_refused = False
             try:
                 return await work(session)
@@ -333,7 +333,7 @@ class Connections:
     async def _return_to_pool(self, session: Session) -> None:
         try:
             if not (session.is_closed or session.is_reusable or self.gives_up):
-                session.patience = _SETTLE_TIMEOUT
+                session.timeout = _SETTLE_TIMEOUT
                 try:
                     await session.settle()
                 except psycopg.Error:

@@ -27,8 +27,8 @@ _BINARY = 1
 _GOOD = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 _numbers = count(1)
 
-PATIENCE = 10.0
-BELL_PATIENCE = 2.0
+DEFAULT_TIMEOUT = 10.0
+INTERRUPTED_TIMEOUT = 2.0
 
 Rows = list[tuple[Any, ...]]
 
@@ -45,7 +45,7 @@ class Session:
     ) -> None:
         self.conn = conn
         self.can_prepare = can_prepare
-        self.patience = PATIENCE  # seconds for each answer; then the connection is cut
+        self.timeout = DEFAULT_TIMEOUT  # seconds for each answer; then the connection is cut
         self._pgconn = conn.pgconn
         self._names: dict[Statement, bytes] = {}
         self._is_waiting = False
@@ -90,23 +90,23 @@ class Session:
         self,
         statement: Statement,
         *values: object,
-        patience: float | None = None,
-        bell: socket.socket | None = None,
+        timeout: float | None = None,
+        interrupt: socket.socket | None = None,
     ) -> Rows:
         """The same, blocking this thread. The connection is closed if it raises no error of the server's.
 
-        Waits ``patience`` seconds, preparing included, or as long as it takes; and no longer than
-        `BELL_PATIENCE` once ``bell`` can be read.
+        Waits ``timeout`` seconds, preparing included, or as long as it takes; and no longer than
+        `INTERRUPTED_TIMEOUT` once ``interrupt`` can be read.
         """
         parameters = statement.encode(values)
-        deadline = math.inf if patience is None else time.monotonic() + patience
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         try:
             if self.can_prepare and statement not in self._names:
                 name = self._send_prepare(statement)
-                _checked(self._results_now(deadline, bell))
+                _checked(self._results_now(deadline, interrupt))
                 self._names[statement] = name
             self._send(statement, parameters)
-            results = self._results_now(deadline, bell)
+            results = self._results_now(deadline, interrupt)
         except BaseException as error:
             if getattr(error, "sqlstate", None) is None:
                 self.close()
@@ -189,7 +189,7 @@ class Session:
     async def _results(self, is_late: bool = False) -> list[PGresult]:
         """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
         self._answer_to = answer = _Answer(self._pgconn)
-        watchdog = asyncio.get_running_loop().call_later(self.patience, self.cut)
+        watchdog = asyncio.get_running_loop().call_later(self.timeout, self.cut)
         try:
             if is_late:
                 answer.readable()
@@ -200,22 +200,22 @@ class Session:
             self._answer_to = None
             self._is_waiting = not (answer.is_complete or self.is_closed)
 
-    def _results_now(self, deadline: float, bell: socket.socket | None) -> list[PGresult]:
+    def _results_now(self, deadline: float, interrupt: socket.socket | None) -> list[PGresult]:
         pgconn = self._pgconn
         results: list[PGresult] = []
         while True:
             poll = self._poll
-            if pgconn.flush() or bell is not None:
+            if pgconn.flush() or interrupt is not None:
                 poll = _new_poll()
                 poll.register(self, select.POLLIN | (select.POLLOUT if pgconn.flush() else 0))
-                if bell is not None:
-                    poll.register(bell, select.POLLIN)
+                if interrupt is not None:
+                    poll.register(interrupt, select.POLLIN)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise psycopg.OperationalError("The database did not answer in time.")
             ready = poll.poll(None if left == math.inf else math.ceil(1000 * left))
-            if bell is not None and any(fd == bell.fileno() for fd, _ in ready):
-                bell, deadline = None, min(deadline, time.monotonic() + BELL_PATIENCE)
+            if interrupt is not None and any(fd == interrupt.fileno() for fd, _ in ready):
+                interrupt, deadline = None, min(deadline, time.monotonic() + INTERRUPTED_TIMEOUT)
             pgconn.consume_input()
             while not pgconn.is_busy():
                 result = pgconn.get_result()

@@ -166,7 +166,7 @@ class MembershipWriter:
             await self._connections.run(
                 work,
                 timeout=READ_TIMEOUT,
-                patience=self._client.config.send_timeout,
+                statement_timeout=self._client.config.send_timeout,
                 is_idempotent=True,
             )
         except BaseException:

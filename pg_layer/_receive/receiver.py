@@ -226,7 +226,7 @@ class Receiver:
                 results = await self._connections.run(
                     partial(queries.read, spans=spans),
                     timeout=READ_TIMEOUT,
-                    patience=self._client.config.send_timeout,
+                    statement_timeout=self._client.config.send_timeout,
                     is_idempotent=True,
                 )
             except PgLayerError as error:
@@ -269,7 +269,7 @@ class Receiver:
                 is_done = await self._connections.run(
                     partial(self._read_new, counted=counted),
                     timeout=READ_TIMEOUT,
-                    patience=self._client.config.send_timeout,
+                    statement_timeout=self._client.config.send_timeout,
                     is_idempotent=True,
                 )
             except Exception as error:

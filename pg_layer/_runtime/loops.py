@@ -120,26 +120,28 @@ class Loops:
 
     def _begin(self) -> None:
         self.client = Client(self._config, self._codec, self._counters)
-        self._home: Engine | None = None
+        self._main_engine: Engine | None = None
         self._background: BackgroundLoop | None = None
         self._owner: Engine | None = None  # the last that became the owner
         self.receives_in_background = False  # the background loop is the owner loop
 
     @property
-    def home(self) -> Engine | None:
+    def main_engine(self) -> Engine | None:
         """The engine of the loop that holds the connections, whether that runs or not."""
-        return self._home
+        return self._main_engine
 
     @property
     def is_used(self) -> bool:
         """Whether there is something to close."""
-        is_begun = self._home is not None or self._background is not None or self.client.has_lease
+        is_begun = (
+            self._main_engine is not None or self._background is not None or self.client.has_lease
+        )
         return is_begun or bool(self._ending)
 
     @property
     def gives_up(self) -> bool:
         """Whether nothing waits for the database: see `Connections.gives_up`. From any thread."""
-        engines = (self._home, self._owner)
+        engines = (self._main_engine, self._owner)
         return any(
             engine is not None and not engine.is_closed and engine.connections.gives_up
             for engine in engines
@@ -149,11 +151,11 @@ class Loops:
 
     def for_receiving(self, loop: asyncio.AbstractEventLoop) -> Engine:
         """The engine that receives for the running loop: its own, or that of one that runs elsewhere."""
-        home = self._home
+        home = self._main_engine
         if home is not None and home.is_receiving and home.loop is loop and not home.is_closed:
             return home
         with self._lock:
-            home = self._home
+            home = self._main_engine
             if home is None or not (home.is_running and (home.is_receiving or home.loop is loop)):
                 home = self._move_here()
             if home.loop is loop and not home.is_receiving:
@@ -165,11 +167,11 @@ class Loops:
 
     def for_sending(self) -> Engine:
         """The engine that sends for this loop."""
-        home = self._home
+        home = self._main_engine
         if home is not None and home.is_running:
             return home
         with self._lock:
-            home = self._home
+            home = self._main_engine
             if home is not None and home.is_running:
                 return home
             if not is_passing(asyncio.get_running_loop()):
@@ -184,7 +186,7 @@ class Loops:
     def for_own_changes(self) -> Engine:
         """The engine that owns the client's memberships. From any thread, with or without a loop."""
         with self._lock:
-            home = self._home
+            home = self._main_engine
             if home is not None and home.is_running:
                 if home.is_receiving:
                     return home
@@ -211,7 +213,7 @@ class Loops:
         client, loop = self.client, asyncio.get_running_loop()
         while True:
             try:
-                home = self._home
+                home = self._main_engine
                 if home is not None and home.loop is loop and not home.is_closed:
                     return await home.sender.submit(operation)
                 # Such a loop runs until its one call has ended, and cancels what it leaves.
@@ -265,14 +267,14 @@ class Loops:
 
     def announce_soon(self) -> None:
         """Rows could not be announced without a loop: one that sends tries again, if there is one."""
-        for engine in (self._home, self._owner):
+        for engine in (self._main_engine, self._owner):
             if engine is not None and engine.is_running:
                 engine.call(engine.sender.announce_soon)
                 return
 
     def state(self) -> State:
         """The state now. From any thread; waits for nothing."""
-        client, home, background = self.client, self._home, self._background
+        client, home, background = self.client, self._main_engine, self._background
         queues = client.queues()
         receiving = self._owner is not None and self._owner.is_running and self._owner.owner
         return State(
@@ -296,7 +298,7 @@ class Loops:
         if before is engine:
             return
         self._owner = engine
-        self.receives_in_background = engine is not self._home
+        self.receives_in_background = engine is not self._main_engine
         termination.heed_end_of_child()
         if before is not None and not before.stopped.done():
             _stop(before)
@@ -309,15 +311,15 @@ class Loops:
         return self._background.engine
 
     def _move_here(self) -> Engine:
-        old = self._home
+        old = self._main_engine
         if old is not None:
             _stop(old)
         # A bad configuration is reported here, and not tried again for ever.
         self._config.connect_kwargs("pool")
-        self._home = Engine(self.client, self.announcer)
+        self._main_engine = Engine(self.client, self.announcer)
         if not self.client.has_lease:
             self._retire_background()
-        return self._home
+        return self._main_engine
 
     def _retire_background(self) -> None:
         background, self._background = self._background, None
@@ -338,7 +340,7 @@ class Loops:
         """
         with self._lock:
             client = self.client
-            self._ending[client] = self._home, self._background
+            self._ending[client] = self._main_engine, self._background
             self._begin()
         client.close()  # at once: no receiver waits for a close that may fail
         closing = asyncio.create_task(self._end_all(client))
@@ -406,7 +408,9 @@ class Loops:
 
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.
-        _inherited.append((self._home, self._background, self._owner, self._ending, self._closings))
+        _inherited.append(
+            (self._main_engine, self._background, self._owner, self._ending, self._closings)
+        )
         self._lock = threading.RLock()  # the old one may be held by a thread that is not here
         self._counters = Counters()
         self.announcer = Announcer()

@@ -58,7 +58,7 @@ class _Loan(Session):
         if uses <= self._prepare_after:
             return False
         if self._is_direct is None:
-            ((pid,),) = self.execute_now(BACKEND_PID, patience=patience)
+            ((pid,),) = self.execute_now(BACKEND_PID, timeout=patience)
             self._is_direct = (
                 pid == self.conn.info.backend_pid
             )  # a pooler makes up the one it tells at first
@@ -194,7 +194,7 @@ class DjangoSession:
             patience = self._patience
             loan.can_prepare = patience is not None and loan.is_worth_preparing(statement, patience)
             try:
-                return loan.execute_now(statement, *values, patience=self._patience)
+                return loan.execute_now(statement, *values, timeout=self._patience)
             except psycopg.errors.InvalidSqlStatementName:
                 loan.forgotten()
                 raise

@@ -89,6 +89,6 @@ async def test_message_that_waited_in_vain_for_a_blocked_loop_is_not_sent(
     await other.group_add("room", channel)
     with blocked(layer), pytest.raises(LayerUnavailable, match="did not take effect"):
         await layer.group_send("room", {"type": "late"})
-    await until(lambda: layer._loops.home is None or not layer._loops.home.is_running)
+    await until(lambda: layer._loops.main_engine is None or not layer._loops.main_engine.is_running)
     await layer.group_send("room", {"type": "next"})
     assert await asyncio.wait_for(other.receive(channel), PATIENCE) == {"type": "next"}

@@ -38,7 +38,7 @@ def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(
 
         async def main() -> None:
             await layer.group_add("room", await layer.new_channel())
-            engine = layer._loops.home
+            engine = layer._loops.main_engine
             assert engine is not None
             connections = engine.connections
             proxy.swallow()

@@ -200,7 +200,7 @@ def test_release_that_its_loop_ends_before_its_first_step_loses_no_job(
     async def begin() -> None:
         await listen(layer)
         done.extend(await work(layer, 4))
-        engine = layer._loops._home
+        engine = layer._loops.main_engine
         assert engine is not None
         assert engine.owner is not None
         jobs, client = engine.owner.receiver.jobs, layer._loops.client

@@ -154,7 +154,7 @@ async def test_messages_are_not_taken_for_expired_after_a_renewal_that_took_long
         sender = make_layer()
         channel = await layer.new_channel()
         await listen(layer)
-        home = layer._loops.home
+        home = layer._loops.main_engine
         assert home is not None
         assert home.owner is not None
         proxy.swallow()

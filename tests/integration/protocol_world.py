@@ -77,7 +77,7 @@ class Immediate:
 
     async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
         """Return the rows of the statement."""
-        return self._wire.execute_now(statement, *values, patience=10.0)
+        return self._wire.execute_now(statement, *values, timeout=10.0)
 
 
 class Database:
@@ -113,7 +113,7 @@ class Database:
 
 def command(wire: Session, sql: str) -> list[tuple[Any, ...]]:
     """Execute SQL without parameters."""
-    return wire.execute_now(Statement(sql), patience=10.0)
+    return wire.execute_now(Statement(sql), timeout=10.0)
 
 
 def end_transaction(wire: Session) -> None:
@@ -161,7 +161,7 @@ class Call:
             return
         self.is_executed = True
         try:
-            self._rows = self.wire.execute_now(self.statement, *self.values, patience=10.0)
+            self._rows = self.wire.execute_now(self.statement, *self.values, timeout=10.0)
         except psycopg.Error as error:
             if error.sqlstate is None:
                 raise
@@ -320,7 +320,7 @@ class ManualConnections:
         *,
         timeout: float,
         quietly: Callable[[Session], Awaitable[T]] | None = None,
-        patience: float | None = None,
+        statement_timeout: float | None = None,
         is_idempotent: bool = False,
     ) -> T:
         """See `Connections.run`."""

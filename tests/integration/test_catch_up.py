@@ -45,7 +45,7 @@ async def received(layer: PostgresChannelLayer, channel: str, count: int) -> lis
 
 
 def owner_of(layer: PostgresChannelLayer) -> Owner:
-    home = layer._loops.home
+    home = layer._loops.main_engine
     assert home is not None
     assert home.owner is not None
     return home.owner

@@ -120,7 +120,7 @@ async def test_a_process_that_only_sends_closes_its_connection_within_the_idle_s
     """The pool closes what was idle from one look to the next. It gets what has been at hand for a while."""
     layer = make_layer()
     await layer.send("jobs", {})
-    home = layer._loops.home
+    home = layer._loops.main_engine
     assert home is not None
     period, at_hand = home.connections._pool.max_idle, (pool._KEEP, 2 * pool._KEEP)
     assert at_hand[0] + period >= 5

@@ -16,7 +16,7 @@ STEPS = 100  # of the loop, in which a LISTEN begins
 
 
 def receiver_of(layer: PostgresChannelLayer) -> Receiver:
-    home = layer._loops.home
+    home = layer._loops.main_engine
     assert home is not None
     assert home.owner is not None
     return home.owner.receiver

@@ -751,7 +751,7 @@ def test_a_call_on_the_loop_that_another_takes_over_from_is_made_there(
         with held_up(migrated_dsn) as until_one_waits:
             waiting = sender.start(layer.group_count("room"))
             until_one_waits()
-            home = layer._loops.home
+            home = layer._loops.main_engine
             receiving = receiver.start(received(layer, "jobs", 1))
             eventually(lambda: home is not None and home.stopped.done(), "the sender has stopped")
         assert waiting.result(PATIENCE) == 0

@@ -172,7 +172,7 @@ async def test_state_of_receiving_is_touched_on_the_owner_loop_alone(migrated_ds
     async with open_layer(migrated_dsn, **UNHURRIED) as layer:
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
-        home = layer._loops.home
+        home = layer._loops.main_engine
         assert home is not None
         owner = home.owner
         assert owner is not None

@@ -227,7 +227,7 @@ async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
     channel = await layer.new_channel()
     await layer.send(channel, {"n": 0})
     assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": 0}
-    engine = layer._loops.home
+    engine = layer._loops.main_engine
     assert engine is not None
 
     async def forget(session: Session) -> None:
@@ -258,7 +258,7 @@ def test_a_blocking_statement_is_not_waited_for_without_end(
         closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn,
         pytest.raises(psycopg.OperationalError, match="did not answer in time"),
     ):
-        Session(conn).execute_now(WAIT, patience=0.1)
+        Session(conn).execute_now(WAIT, timeout=0.1)
 
 
 def test_preparing_a_blocking_statement_is_part_of_the_time_it_has(
@@ -278,15 +278,15 @@ def test_preparing_a_blocking_statement_is_part_of_the_time_it_has(
         closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn,
         pytest.raises(psycopg.OperationalError, match="did not answer in time"),
     ):
-        Slow(conn, can_prepare=True).execute_now(NUMBER, 1, patience=20)
+        Slow(conn, can_prepare=True).execute_now(NUMBER, 1, timeout=20)
 
 
 def test_a_blocking_statement_is_waited_for_less_when_the_bell_rings(
     postgres_dsn: str, lock: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "BELL_PATIENCE", 0.1)
-    bell, ringer = socket.socketpair()
-    with bell, ringer, closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
+    monkeypatch.setattr(session_module, "INTERRUPTED_TIMEOUT", 0.1)
+    interrupt, ringer = socket.socketpair()
+    with interrupt, ringer, closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
         ringer.send(b".")
         with pytest.raises(psycopg.OperationalError, match="did not answer in time"):
-            Session(conn).execute_now(WAIT, patience=3600, bell=bell)
+            Session(conn).execute_now(WAIT, timeout=3600, interrupt=interrupt)

@@ -1015,19 +1015,19 @@ def test_what_a_handler_raises_is_not_taken_for_the_calls_own_error(
 def test_what_comes_with_preparing_has_no_time_of_its_own(
     layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patiences: list[float] = []
+    timeouts: list[float] = []
     execute_now = Session.execute_now
 
-    def execute(self: Session, *args: Any, patience: float) -> Any:
-        patiences.append(patience)
-        return execute_now(self, *args, patience=patience)
+    def execute(self: Session, *args: Any, timeout: float) -> Any:
+        timeouts.append(timeout)
+        return execute_now(self, *args, timeout=timeout)
 
     monkeypatch.setattr(Session, "execute_now", execute)
     for n in range(5):
         layer.sync.group_send("room", number(n))
-    patiences.clear()
+    timeouts.clear()
     layer.sync.group_send("room", number(5))
-    whether_it_is_a_pooler, message = patiences
+    whether_it_is_a_pooler, message = timeouts
     assert message < whether_it_is_a_pooler < 10
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection, errors
 
-from pg_layer._db.queries.maintenance import LOOK_PATIENCE, TABLES
+from pg_layer._db.queries.maintenance import LOOK_TIMEOUT, TABLES
 from pg_layer._db.session import Session
 from pg_layer._db.statement import TEXTS, Statement
 from pg_layer._state.status import Fault
@@ -114,7 +114,7 @@ def prove_usage(conn: Connection[Any]) -> None:
 
     A statement would say that there are no such tables, and have them migrated.
     """
-    for (schema,) in Session(conn).execute_now(HIDDEN, patience=LOOK_PATIENCE):
+    for (schema,) in Session(conn).execute_now(HIDDEN, timeout=LOOK_TIMEOUT):
         raise errors.InsufficientPrivilege(f"permission denied for schema {schema}")
 
 
@@ -126,7 +126,7 @@ def faults(conn: Connection[Any]) -> list[Fault]:
 
 def row_security(conn: Connection[Any]) -> Fault | None:
     """Whether row-level security applies to the role. Needs no privilege."""
-    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     tables = [table for (table,) in run(ROW_SECURITY, TABLES)]
     if not tables:
         return None
@@ -144,7 +144,7 @@ def privileges(conn: Connection[Any]) -> Fault | None:
     What it does is told by what it may write: each such privilege has to be one of a kind of role that is
     complete. A role that may write nothing is taken for one that only looks.
     """
-    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     asked = sorted(frozenset().union(*KINDS.values()) - _FUNCTIONS)
     answers = run(HELD, *(list(part) for part in zip(*asked, strict=True)))
     held = {privilege for privilege, (is_held,) in zip(asked, answers, strict=True) if is_held}

@@ -17,7 +17,7 @@ from pg_layer._db.statement import BOOL, FLOAT8, INT4, INT8, TEXT, TEXTS, Statem
 from pg_layer._messages.rows import Key, columns_of
 from pg_layer._state.snapshot import Moment, Position, Snapshot
 
-CLOSE_PATIENCE = 2.0  # seconds
+CLOSE_TIMEOUT = 2.0  # seconds
 PART = 5000  # messages or memberships in a statement
 DELETE_PART = 1000  # received rows in a statement
 
@@ -117,7 +117,7 @@ class Closing(NamedTuple):
 
 async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> None:
     """End a client. What cannot be removed in time expires, or the sweeper removes it."""
-    deadline = time.monotonic() + CLOSE_PATIENCE
+    deadline = time.monotonic() + CLOSE_TIMEOUT
     for part in closing.parts():
         await session.execute(DELETE, closing.address, *part)
         if time.monotonic() > deadline:
@@ -131,14 +131,14 @@ async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> 
 def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -> None:
     """End a client, where no event loop runs any more."""
     session = Session(conn)
-    deadline = time.monotonic() + CLOSE_PATIENCE
+    deadline = time.monotonic() + CLOSE_TIMEOUT
     for part in closing.parts():
-        session.execute_now(DELETE, closing.address, *part, patience=CLOSE_PATIENCE)
+        session.execute_now(DELETE, closing.address, *part, timeout=CLOSE_TIMEOUT)
         if time.monotonic() > deadline:
             break
     while True:
         ((_, is_done),) = session.execute_now(
-            CLOSE, closing.prefix, closing.address, PART, quiet, patience=CLOSE_PATIENCE
+            CLOSE, closing.prefix, closing.address, PART, quiet, timeout=CLOSE_TIMEOUT
         )
         if is_done or time.monotonic() > deadline:
             return

@@ -24,8 +24,8 @@ from pg_layer._state.status import (
     TableStatus,
 )
 
-SWEEP_PATIENCE = 60.0  # seconds for one part
-LOOK_PATIENCE = 10.0  # seconds for each statement that only looks
+SWEEP_TIMEOUT = 60.0  # seconds for one part
+LOOK_TIMEOUT = 10.0  # seconds for each statement that only looks
 START = 0.0  # where a full pass begins
 TABLES = (
     "pg_layer_message",
@@ -152,14 +152,14 @@ async def sweep(
 
 
 def sweep_now(
-    conn: Connection[Any], prefix: str, limit: int, after: float, bell: socket.socket
+    conn: Connection[Any], prefix: str, limit: int, after: float, interrupt: socket.socket
 ) -> tuple[Swept, float]:
     """Sweep one part, whether or not others sweep.
 
-    Does not wait much longer for the server once ``bell`` can be read.
+    Does not wait much longer for the server once ``interrupt`` can be read.
     """
     ((_, *counts, last),) = Session(conn).execute_now(
-        SWEEP, prefix, limit, False, after, patience=SWEEP_PATIENCE, bell=bell
+        SWEEP, prefix, limit, False, after, timeout=SWEEP_TIMEOUT, interrupt=interrupt
     )
     return Swept(*counts), after if last is None else last
 
@@ -178,7 +178,7 @@ def sweepable(conn: Connection[Any], prefix: str) -> Swept:
 
 def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
     """Return for how many seconds no sweep has ended; None if the layer has not been used yet."""
-    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     sweeps = run(LAST_SWEEP, prefix)
     ((since,),) = sweeps or run(FIRST_USE, prefix)
     return None if since is None else float(since)
@@ -195,7 +195,7 @@ def status(
     ``are_named``: the names of connections tell which client they belong to. ``faults``: of the role's
     access.
     """
-    run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
+    run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     run(BEGIN_SNAPSHOT)
     clients = [
         ClientStatus(
