@@ -1,11 +1,10 @@
-"""The pool, and the rules of when a statement is tried again. Bound to one event loop, lent to others."""
+"""The pool, and the rules of when a statement is tried again. Bound to one event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +20,7 @@ from pg_layer._db.errors import READ_ONLY, REFUSALS, Attempts, is_hopeless, tran
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
 from pg_layer._process import shutdown as termination
-from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
+from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 
 T = TypeVar("T")
 
@@ -92,12 +91,9 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         self._is_open = False
         self._is_closed = False
-        # Guards the next three, so that no session is put aside while somebody waits for one.
-        self._lock = threading.Lock()
         self._free: dict[
             Session, float
         ] = {}  # at hand, and since when; the last one used comes last
-        self._lent: dict[Session, asyncio.AbstractEventLoop] = {}  # to other loops
         self._getting = 0  # callers that wait for the pool
         self._out: dict[Session, float] = {}  # those that the pool has given, and since when
         self._tidying: asyncio.TimerHandle | None = None
@@ -186,7 +182,7 @@ class Connections:
         message twice. ``is_read``: it changes nothing, so that no outcome is unknown.
 
         Raises `NotMigrated`; `OutcomeUnknown` if an attempt has perhaps taken effect, and `LayerUnavailable`
-        if none has; on another loop than the pool's also `NotBegun`, if no session is at hand.
+        if none has.
         """
         attempts = Attempts(
             self._config,
@@ -194,14 +190,11 @@ class Connections:
             is_read=is_read,
             gives_up=lambda: self.gives_up,
         )
-        is_guest = asyncio.get_running_loop() is not self._loop
         deadline = time.monotonic() + timeout
         while True:
             begun_at = time.monotonic()
-            session = self._at_hand(is_guest)
+            session = self._at_hand()
             if session is None:
-                if is_guest:
-                    raise NotBegun(may_have_begun=attempts.is_outcome_unknown)
                 session = await self._from_pool(deadline, attempts)
             left = deadline - time.monotonic()
             if left <= 0:  # nothing was sent: that is better known than cut short
@@ -244,19 +237,16 @@ class Connections:
 
     # ------------------------------------------------------------------ sessions
 
-    def _at_hand(self, is_guest: bool) -> Session | None:
-        """A session that waits for its next statement. From any thread.
+    def _at_hand(self) -> Session | None:
+        """A session that waits for its next statement.
 
-        If there is none, who is no guest counts as waiting from here on, until `_from_pool` has ended.
+        If there is none, the caller counts as waiting from here on, until `_from_pool` has ended.
         """
         while True:
-            with self._lock:
-                if not self._free or self._is_closed:
-                    self._getting += not is_guest
-                    return None
-                session, _ = self._free.popitem()
-                if is_guest:
-                    self._lent[session] = asyncio.get_running_loop()
+            if not self._free or self._is_closed:
+                self._getting += 1
+                return None
+            session, _ = self._free.popitem()
             if not session.has_hung_up:
                 return session
             session.close()
@@ -285,40 +275,28 @@ class Connections:
                         raise OutcomeUnknown from error
                     raise LayerUnavailable(_CLOSED) from error
         finally:
-            with self._lock:
-                self._getting -= 1
+            self._getting -= 1
         self._out[session] = self._loop.time()
         if self._tidying is None:
             self._tidying = self._loop.call_later(_KEEP, self._tidy)
         return session
 
     def _give_back(self, session: Session) -> None:
-        """The statement has ended, or its caller has. From any thread."""
-        with self._lock:
-            is_guest = self._lent.pop(session, None) is not None
-            now = self._loop.time()
-            # Now and then the pool is to see it: it knows when a connection has lived long enough.
-            is_due = now - self._out.get(session, now) >= _KEEP_MOST
-            if session.is_reusable and not (self._getting or self._is_closed or is_due):
-                self._free[session] = now
-                return
-        if not is_guest:
-            self._return(session)
+        """The statement has ended, or its caller has."""
+        now = self._loop.time()
+        # Now and then the pool is to see it: it knows when a connection has lived long enough.
+        is_due = now - self._out.get(session, now) >= _KEEP_MOST
+        if session.is_reusable and not (self._getting or self._is_closed or is_due):
+            self._free[session] = now
             return
-        try:
-            self._loop.call_soon_threadsafe(self._return, session)
-        except RuntimeError:  # that loop is closed
-            session.close()
+        self._return(session)
 
     def _tidy(self) -> None:
         """Give the pool back what has been idle for a while."""
         self._tidying = None
         oldest = self._loop.time() - _KEEP
-        with self._lock:
-            idle = [session for session, since in self._free.items() if since <= oldest]
-            for session in idle:
-                del self._free[session]
-        for session in idle:
+        for session in [session for session, since in self._free.items() if since <= oldest]:
+            del self._free[session]
             self._return(session)
         if self._out:
             self._tidying = self._loop.call_later(_KEEP, self._tidy)
@@ -349,9 +327,8 @@ class Connections:
         """Close in order."""
         if self._tidying is not None:
             self._tidying.cancel()
-        with self._lock:
-            self._is_closed = True
-            free, self._free = list(self._free), {}
+        self._is_closed = True
+        free, self._free = list(self._free), {}
         # The pool's worker outlives a cancellation, and goes on to connect; the end of the loop waits for it.
         for attempt in self._attempts:
             attempt.cancel()
@@ -365,16 +342,10 @@ class Connections:
 
     def abandon(self) -> None:
         """Drop every connection at once, also when the loop will not run again."""
-        with self._lock:
-            self._is_closed = True
-            self._free.clear()
-            lent = dict(self._lent)
+        self._is_closed = True
+        self._free.clear()
         for conn in list(self._all):
-            try:
-                # Who is at it in another thread is told there, and gives it back.
-                lent[conn.session].call_soon_threadsafe(conn.session.cut)
-            except (KeyError, RuntimeError):  # nobody is at it, or on a loop that was closed
-                conn.session.close()
+            conn.session.close()
 
 
 def connection_kwargs(

@@ -1,4 +1,4 @@
-"""Other threads: whether they can have an event loop, and running a coroutine on it."""
+"""Event loops in other threads: whether they can exist, and running a coroutine on one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 T = TypeVar("T")
 
-HELD_UP = (
-    0.5  # seconds without a turn of the loop, after which the caller is told that it is blocked
-)
-LOOK = 0.1  # seconds between two looks at whether the other loop still runs
+# Seconds for which an event loop has not run, after which the error says that it is blocked.
+BLOCKED_AFTER = 0.5
+CHECK_INTERVAL = 0.1  # seconds between two checks whether the other loop still runs
 
 
-def silent(thread: threading.Thread) -> str:
-    """What to tell a caller whom the event loop in a thread does not answer."""
+def describe_silent(thread: threading.Thread) -> str:
+    """Return the error text for an event loop in a thread that does not answer."""
     return (
         f"The event loop that serves the channel layer, in thread {thread.name}, does not answer."
     )
 
 
-def held_up(thread: threading.Thread, seconds: float) -> str:
-    """What to tell a caller if the event loop in a thread has not run for so long."""
+def describe_blocked(thread: threading.Thread, seconds: float) -> str:
+    """Return the error text for an event loop in a thread that has not run for ``seconds``."""
     frame = sys._current_frames().get(thread.ident or 0)
     where = "" if frame is None else f" (now at {frame.f_code.co_filename}, line {frame.f_lineno})"
     return (
@@ -47,19 +46,22 @@ async def run_on(
     work: Coroutine[Any, Any, T],
     timeout: float,
     *,
-    goes_on: bool = False,
+    outlives_caller: bool = False,
     is_read: bool = False,
 ) -> T:
-    """Run on another loop, which runs in ``thread``, and wait for it on this one.
+    """Run a coroutine on another event loop, and wait for it on the current one.
 
-    ``goes_on``: even if this caller is cancelled or gives up after ``timeout`` seconds. Raises `NotBegun` if
-    the other loop cancels the work, is stopped or is closed. After ``timeout`` seconds raises
-    `OutcomeUnknown`, or `LayerUnavailable` if it ``is_read``, which changes nothing.
+    ``thread``: the thread in which ``loop`` runs.
+    ``timeout``: seconds to wait.
+    ``outlives_caller``: do not cancel the work if the caller is cancelled or times out.
+    ``is_read``: the work changes nothing.
+
+    Raises `NotBegun` if the other loop is stopped or closed, or cancels the work. After
+    ``timeout`` seconds raises `OutcomeUnknown`, or `LayerUnavailable` if ``is_read``.
     """
     deadline = time.monotonic() + timeout
-    asked_at: float | None = (
-        None  # when that loop was asked to run `answered`, which it has not yet
-    )
+    # When the other loop was asked to call `answered`; None if it has called it since.
+    asked_at: float | None = None
 
     def answered() -> None:
         nonlocal asked_at
@@ -67,39 +69,49 @@ async def run_on(
 
     try:
         answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
-    except RuntimeError:  # it is closed
+    except RuntimeError:  # the loop is closed
         work.close()
         raise NotBegun from None
     try:
-        # asyncio does not tell when a loop stops without cancelling its tasks.
-        while not (await asyncio.wait((answer,), timeout=LOOK))[0]:
+        # asyncio gives no notice when a loop stops without cancelling its tasks: check it.
+        while not (await asyncio.wait((answer,), timeout=CHECK_INTERVAL))[0]:
             if not loop.is_running():
                 raise NotBegun(may_have_begun=True)
             now = time.monotonic()
             if now >= deadline:
                 silence = 0.0 if asked_at is None else now - asked_at
-                why = held_up(thread, silence) if silence >= HELD_UP else silent(thread)
-                if is_read:
-                    raise LayerUnavailable(why)
-                raise OutcomeUnknown(f"{why} It is unknown whether the call took effect.")
+                raise _timed_out(thread, silence, is_read=is_read)
             if asked_at is None:
                 asked_at = now
-                with suppress(RuntimeError):  # it is closed
+                with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(answered)
         if answer.cancelled():
             raise NotBegun(may_have_begun=True)
         return answer.result()
     finally:
-        if not (goes_on or loop.is_closed()):
+        if not (outlives_caller or loop.is_closed()):
             answer.cancel()
+
+
+def _timed_out(thread: threading.Thread, silence: float, *, is_read: bool) -> LayerUnavailable:
+    """Return the error for work that did not end in time.
+
+    ``silence``: seconds for which the loop in ``thread`` has not run a callback.
+    """
+    is_blocked = silence >= BLOCKED_AFTER
+    why = describe_blocked(thread, silence) if is_blocked else describe_silent(thread)
+    if is_read:
+        return LayerUnavailable(why)
+    return OutcomeUnknown(f"{why} It is unknown whether the call took effect.")
 
 
 @functools.cache
 def are_threads_real() -> bool:
-    """Whether another thread can have an event loop while one runs here.
+    """Return whether another thread can run an event loop while one runs in this thread.
 
-    gevent and eventlet replace threads by greenlets, which share one thread, and so asyncio's running loop:
-    while the background loop ran, no other could, nor could Django use a database connection.
+    gevent and eventlet replace threads by greenlets. All greenlets share one thread, and so
+    asyncio's running loop. While a background loop ran, no other loop could run, and Django
+    could not use a database connection.
     """
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(threading.get_native_id()), daemon=True)
@@ -108,6 +120,10 @@ def are_threads_real() -> bool:
     return found != [threading.get_native_id()]
 
 
-def is_passing(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the loop is one that `async_to_sync` made for one call, and can borrow the background loop."""
+def is_single_call_loop(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether `async_to_sync` made the loop for one call.
+
+    Such a loop can use the background loop. Without real threads there is none, and the
+    result is False.
+    """
     return loop in getattr(AsyncToSync, "loop_thread_executors", ()) and are_threads_real()

@@ -20,7 +20,7 @@ from pg_layer._db.queries import groups, lease, maintenance
 from pg_layer._db.queries import receive as receiving
 from pg_layer._db.session import Session
 from pg_layer._process.tasks import Tasks
-from pg_layer._process.threads import LOOK, run_on
+from pg_layer._process.threads import CHECK_INTERVAL, run_on
 from pg_layer._runtime.owner import Owner
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.operations import Change
@@ -153,10 +153,6 @@ class Engine:
             try:
                 # These have been cancelled as well.
                 await _end_of(self.tasks.running)
-                # What other loops write right now has nothing to do with the end of this one.
-                await asyncio.wait(
-                    {self.loop.create_task(self.sender.guests_finish())}, timeout=STOP_TIMEOUT
-                )
                 await self.connections.close()
             except asyncio.CancelledError:
                 # The loop ends while `stop` or `close` waits here. The pool must still be closed: its worker
@@ -300,7 +296,7 @@ class Engine:
                 self.thread,
                 self._close(),
                 self.client.config.send_timeout + 1,
-                goes_on=True,
+                outlives_caller=True,
             )
         else:
             self.abandon()
@@ -382,7 +378,7 @@ class Engine:
             return
         stopped = asyncio.wrap_future(before.stopped)
         while not stopped.done():
-            await asyncio.wait((stopped,), timeout=LOOK)
+            await asyncio.wait((stopped,), timeout=CHECK_INTERVAL)
             if not stopped.done() and not before.loop.is_running():
                 before.abandon()  # it will not stop by itself any more
 

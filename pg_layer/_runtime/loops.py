@@ -28,7 +28,7 @@ from pg_layer._db.errors import REFUSALS, at_the_end
 from pg_layer._db.queries import lease
 from pg_layer._messages.codec import Codec
 from pg_layer._process import shutdown as termination
-from pg_layer._process.threads import are_threads_real, is_passing
+from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.operations import Change, Operation
@@ -174,7 +174,7 @@ class Loops:
             home = self._main_engine
             if home is not None and home.is_running:
                 return home
-            if not is_passing(asyncio.get_running_loop()):
+            if not is_single_call_loop(asyncio.get_running_loop()):
                 return self._move_here()
             engine = self._borrow_background()
             if self.client.has_lease:
@@ -190,11 +190,11 @@ class Loops:
             if home is not None and home.is_running:
                 if home.is_receiving:
                     return home
-                if not is_passing(home.loop):
+                if not is_single_call_loop(home.loop):
                     self._make_owner(home)
                     return home
             loop = asyncio._get_running_loop()
-            if loop is not None and not is_passing(loop):
+            if loop is not None and not is_single_call_loop(loop):
                 home = self._move_here()
                 self._make_owner(home)
                 self._retire_background()
@@ -216,8 +216,7 @@ class Loops:
                 home = self._main_engine
                 if home is not None and home.loop is loop and not home.is_closed:
                     return await home.sender.submit(operation)
-                # Such a loop runs until its one call has ended, and cancels what it leaves.
-                return await self.for_sending().sender.submit(operation, may_write=is_passing(loop))
+                return await self.for_sending().sender.submit(operation)
             except NotBegun:  # that loop has ended: another takes over
                 await asyncio.sleep(0)
             except LayerUnavailable as error:

@@ -1,7 +1,7 @@
-"""Natural batching: one write in flight, what comes meanwhile goes together in the next.
+"""Batching without a timer: one write is in flight; later operations go together in the next.
 
-No timer and so no added latency: an operation on an idle batcher goes at once, in its caller's own task. Under
-load the number of statements falls by the size of the batches.
+An operation that finds the batcher idle is written at once, in its caller's own task. So
+batching adds no latency. Under load, fewer and larger statements are sent.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from pg_layer._process.tasks import Spawn
-from pg_layer._process.threads import held_up, silent
+from pg_layer._process.threads import describe_blocked, describe_silent
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 Operation = TypeVar("Operation")
 
-MAX_OPS = 500
-GRACE = 1.0  # seconds that a caller on another loop waits longer than the write may take
+# What a caller gets for its operation: the return value, or the exception to raise.
+Outcome = object
+
+MAX_OPERATIONS = 500
+MAX_BYTES = 1024 * 1024
+GRACE = 1.0  # seconds that a caller on a foreign loop waits longer than the write may take
 LATE = "The database could not be reached in time; the call did not take effect."
 ENDED = "The event loop ended; it is unknown whether the call took effect."
-MAX_BYTES = 1024 * 1024
-
-# What became of an operation: what its caller is to be returned, or the exception he gets.
-Outcome = object
 
 
 class _Ticket:
@@ -36,19 +36,20 @@ class _Ticket:
 
     def __init__(self, operation: Any, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
         self.operation = operation
-        self.loop = loop
+        self.loop = loop  # the caller's
         self.future: asyncio.Future[Any] = loop.create_future()
         self.deadline = deadline  # by time.monotonic()
-        self.is_begun = False  # it may have been written from here on
-        self.is_seen = False  # the batcher's loop has run since
+        self.is_begun = False  # from here on the operation may have been written
+        self.is_seen = False  # the batcher's loop has run since `submit`
 
     def settle(self, outcome: Outcome, here: asyncio.AbstractEventLoop) -> None:
+        """Give the caller its outcome. ``here``: the loop that runs in this thread."""
         if self.loop is here:
             self._resolve(outcome)
             return
         try:
             self.loop.call_soon_threadsafe(self._resolve, outcome)
-        except RuntimeError:  # the caller's loop is closed: nobody waits
+        except RuntimeError:  # the caller's loop is closed: no task waits
             pass
 
     def _resolve(self, outcome: Outcome) -> None:
@@ -61,15 +62,14 @@ class _Ticket:
 
 
 class Batcher(Generic[Operation]):
-    """A queue of operations of one kind, written in batches, each caller told its own outcome.
+    """A queue of operations of one kind, which are written in batches.
 
-    ``write`` takes a batch and the seconds it may take, and returns an outcome for each operation; if it
-    raises, that is the outcome of all. No operation waits longer than ``timeout`` seconds from `submit` on.
-    ``weigh`` gives the bytes of an operation.
-
-    Lives on ``loop``, which runs in this thread; `submit` may be called on any. A guest on another loop may
-    be let write an operation itself, which saves two changes of thread; ``write`` raises `NotBegun` where
-    that cannot be done.
+    ``loop``: the event loop of the current thread. All writes run on it. `submit` may be
+    called on any loop; the other methods are called on this one, or when it does not run.
+    ``write``: writes a batch within the given seconds, and returns an outcome for each
+    operation. If it raises, each caller in the batch gets the exception.
+    ``weigh``: returns the size of an operation in bytes.
+    ``timeout``: seconds from `submit` until an operation must have been written.
     """
 
     def __init__(
@@ -87,70 +87,74 @@ class Batcher(Generic[Operation]):
         self._weigh = weigh
         self._timeout = timeout
         self._queue: deque[_Ticket] = deque()
-        # Guards the next three, as a guest may begin and end a write on any thread; and whether a ticket
-        # begins or is given up.
-        self._lock = threading.Lock()
         self._is_busy = False
-        self._is_guests = False
-        self._closed = False
-        self._late: asyncio.TimerHandle | None = None
-        self._rested = asyncio.Event()
+        self._is_closed = False
+        self._became_idle = asyncio.Event()
+        # Either the batcher begins to write a ticket, or its caller on a foreign loop has
+        # given up before. Without the lock both could happen, and a caller that reads "did
+        # not take effect" would have its message sent.
+        self._lock = threading.Lock()
 
     @property
     def waiting(self) -> int:
-        """How many operations wait for the write in flight. From any thread."""
+        """The number of operations that wait for the write in flight. From any thread."""
         return len(self._queue)
 
-    async def submit(self, operation: Operation, *, may_write: bool = False) -> Any:
-        """Write ``operation``; when it is committed, returns or raises its own outcome.
+    async def submit(self, operation: Operation) -> Any:
+        """Write an operation, and return or raise its outcome. May be called on any loop.
 
-        ``may_write``: this loop, if it is another, will not stop before what it has begun has ended or was
-        cancelled. Cancelled while it waits for its batch, it is not written; cancelled later, it may be.
-        Raises `NotBegun` if the batcher was closed before; if its loop ended, stopped or was blocked,
-        `OutcomeUnknown` if ``operation`` was being written, and `LayerUnavailable` if not.
+        If the caller is cancelled while the operation waits for its batch, the operation is
+        not written. If it is cancelled later, the operation may be written.
+
+        Raises `NotBegun` if the batcher is closed before the write begins. If the batcher's
+        loop ends, stops or is blocked, raises `OutcomeUnknown` if the write had begun, and
+        `LayerUnavailable` if not.
         """
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + self._timeout
-        is_here = loop is self._loop
-        may_have_begun = False
-        if is_here and self._closed:
+        if loop is not self._loop:
+            return await self._submit_from(loop, operation, deadline)
+        if self._is_closed:
             raise NotBegun
-        if (is_here or may_write) and not self._is_busy and self._try_begin(is_guests=not is_here):
+        if not self._is_busy:
+            self._is_busy = True
             try:
                 (outcome,) = await self._write([operation], self._timeout)
-            except NotBegun as error:
-                if is_here:
-                    raise
-                may_have_begun = error.may_have_begun
-            else:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                return outcome
             finally:
-                self._continue(is_here)
+                self._write_next()
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
         ticket = _Ticket(operation, loop, deadline)
-        if is_here:
-            self._enqueue(ticket)
-            return await ticket.future
-        # Another loop's caller must not hang on a loop that stops: it has a timer of its own.
-        timer = loop.call_later(deadline + GRACE - time.monotonic(), self._give_up_on, ticket)
+        self._queue.append(ticket)
+        return await ticket.future
+
+    async def _submit_from(
+        self, loop: asyncio.AbstractEventLoop, operation: Operation, deadline: float
+    ) -> Any:
+        """Write an operation for a caller on a foreign loop.
+
+        The caller has a timer of its own: it must not wait for a batcher's loop that stops.
+        """
+        ticket = _Ticket(operation, loop, deadline)
+        timer = loop.call_later(deadline + GRACE - time.monotonic(), self._give_up, ticket)
         try:
             try:
                 self._loop.call_soon_threadsafe(self._enqueue, ticket)
-            except RuntimeError:
+            except RuntimeError:  # the batcher's loop is closed
                 raise NotBegun from None
             return await ticket.future
-        except (LayerUnavailable, NotBegun) as error:
-            if may_have_begun:
-                raise OutcomeUnknown from error
-            raise
         finally:
             timer.cancel()
 
-    def _give_up_on(self, ticket: _Ticket) -> None:
-        """The batcher's loop has not answered in time. On the caller's loop."""
+    def _give_up(self, ticket: _Ticket) -> None:
+        """Fail a call that the batcher's loop has not answered in time. On the caller's loop."""
         waited = time.monotonic() - ticket.deadline + self._timeout
-        why = silent(self._thread) if ticket.is_seen else held_up(self._thread, waited)
+        why = (
+            describe_silent(self._thread)
+            if ticket.is_seen
+            else describe_blocked(self._thread, waited)
+        )
         with self._lock:
             if ticket.is_begun:
                 error: LayerUnavailable = OutcomeUnknown(
@@ -160,76 +164,36 @@ class Batcher(Generic[Operation]):
                 error = LayerUnavailable(f"{why} The call did not take effect.")
             ticket.settle(error, ticket.loop)
 
-    def _begin(self, ticket: _Ticket) -> bool:
-        """The ticket is about to be written. Return whether its caller still waits."""
-        with self._lock:
-            ticket.is_begun = not ticket.future.done()
-            return ticket.is_begun
-
-    def _try_begin(self, *, is_guests: bool = False) -> bool:
-        with self._lock:
-            if self._is_busy or self._closed:
-                return False
-            self._is_guests = is_guests  # first: who sees the batcher busy sees whose write it is
-            self._is_busy = True
-            return True
-
     def _enqueue(self, ticket: _Ticket) -> None:
+        """Queue a ticket of a foreign loop."""
         ticket.is_seen = True
-        if self._closed:
+        if self._is_closed:
             ticket.settle(NotBegun(), self._loop)
             return
         self._queue.append(ticket)
-        # Who writes looks at the queue once more when he has done.
-        if self._is_busy and not self._is_guests:
-            return
-        if self._try_begin():
-            self._work_or_rest()
-        elif self._is_guests and self._late is None:
-            self._late = self._loop.call_later(self._timeout, self._give_up)
+        if not self._is_busy:  # otherwise the write in flight is followed by the next
+            self._is_busy = True
+            self._write_next()
 
-    def _give_up(self) -> None:
-        """A guest's loop is held up in the middle of its write: nobody waits for it longer than he would."""
-        self._late = None
-        now = time.monotonic()
-        while self._queue and self._queue[0].deadline <= now:
-            self._queue.popleft().settle(LayerUnavailable(LATE), self._loop)
-        if self._queue and self._is_guests:
-            self._late = self._loop.call_later(self._queue[0].deadline - now, self._give_up)
-
-    def _continue(self, is_here: bool) -> None:
-        """The write in flight has ended: begin the next or rest."""
-        if is_here:
-            self._work_or_rest()
-            return
-        with self._lock:
-            # Who enqueues finds the batcher busy before, and free after.
-            if not self._queue and not self._closed:
-                self._is_busy = False
-                return
-        try:
-            self._loop.call_soon_threadsafe(self._work_or_rest)
-        except RuntimeError:  # its loop is closed, and with it the batcher
-            self._is_busy = False
-
-    def _work_or_rest(self) -> None:
-        if self._queue and not self._closed:
-            self._spawn("Writing", self._work)
+    def _write_next(self) -> None:
+        """Begin to write the queue, or become idle. The last write has ended."""
+        if self._queue and not self._is_closed:
+            self._spawn("Writing", self._write_queue)
         else:
-            self._rest()
+            self._become_idle()
 
-    def _rest(self) -> None:
+    def _become_idle(self) -> None:
         self._is_busy = False
-        self._rested.set()
+        self._became_idle.set()
 
-    async def _work(self) -> None:
+    async def _write_queue(self) -> None:
         batch: list[_Ticket] = []
         try:
             while self._queue:
                 batch = self._next_batch()
                 if not batch:
                     break
-                # The oldest is first, and has the least time left.
+                # The first ticket is the oldest, and has the least time left.
                 left = batch[0].deadline - time.monotonic()
                 try:
                     outcomes = await self._write([ticket.operation for ticket in batch], left)
@@ -239,24 +203,22 @@ class Batcher(Generic[Operation]):
                 for ticket, outcome in settled:
                     ticket.settle(outcome, self._loop)
                 batch = []
-                # Those callers come first: what they send next goes together, not one ahead of the rest.
+                # Let the woken callers run first: their next operations go together. Without
+                # this, one operation would be written ahead of the rest.
                 await asyncio.sleep(0)
         finally:
-            for ticket in batch:  # cancelled in the middle: the loop ends
-                ticket.settle(
-                    OutcomeUnknown(ENDED),
-                    self._loop,
-                )
-            self._rest()
-            if self._closed:
+            for ticket in batch:  # this task was cancelled in the middle: the loop ends
+                ticket.settle(OutcomeUnknown(ENDED), self._loop)
+            self._become_idle()
+            if self._is_closed:
                 self.close()
 
     def _next_batch(self) -> list[_Ticket]:
         batch: list[_Ticket] = []
         queue, now, weight = self._queue, time.monotonic(), 0
-        while queue and len(batch) < MAX_OPS:
+        while queue and len(batch) < MAX_OPERATIONS:
             ticket = queue[0]
-            if ticket.future.done():  # its caller was cancelled
+            if ticket.future.done():  # its caller was cancelled, or has given up
                 queue.popleft()
                 continue
             if ticket.deadline <= now:
@@ -270,25 +232,24 @@ class Batcher(Generic[Operation]):
                 batch.append(ticket)
         return batch
 
-    async def guest_finishes(self) -> None:
-        """Returns when no guest writes any more. The batcher was closed."""
-        while self._is_busy and self._is_guests:
-            self._rested.clear()
-            await self._rested.wait()
+    def _begin(self, ticket: _Ticket) -> bool:
+        """Mark a ticket as begun. Return False if its caller does not wait any more."""
+        with self._lock:
+            ticket.is_begun = not ticket.future.done()
+            return ticket.is_begun
 
     async def finish(self) -> None:
-        """Take no more; returns when the write in flight has ended."""
+        """Close the batcher, and return when the write in flight has ended."""
         self.close()
         while self._is_busy:
-            self._rested.clear()
-            await self._rested.wait()
+            self._became_idle.clear()
+            await self._became_idle.wait()
 
     def close(self) -> None:
-        """Take no more; what waits fails with `NotBegun`."""
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-        with self._lock:
-            self._closed = True
+        """Accept no more operations. Those in the queue fail with `NotBegun`.
+
+        The write in flight goes on. May be called from any thread if the loop does not run.
+        """
+        self._is_closed = True
         while self._queue:
             self._queue.popleft().settle(NotBegun(), self._loop)

@@ -79,23 +79,19 @@ class Sender:
         """How many operations wait for a write in flight to end. From any thread."""
         return sum(batcher.waiting for batcher in self._batcher_of.values())
 
-    async def guests_finish(self) -> None:
-        """Return when no other loop writes any more."""
-        await asyncio.gather(*(batcher.guest_finishes() for batcher in self._batcher_of.values()))
-
     async def finish(self) -> None:
         """Take no more. Return when the writes in flight have ended."""
         await asyncio.gather(*(batcher.finish() for batcher in self._batcher_of.values()))
 
-    def submit(self, operation: Operation, *, may_write: bool = False) -> Coroutine[Any, Any, Any]:
+    def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Write it, from any loop. Return when it is committed: of `Many`, whether each was accepted.
 
-        ``may_write`` as for `Batcher.submit`. Raises `ChannelFull`, and as that.
+        Raises `ChannelFull`, and what `Batcher.submit` raises.
         """
         batcher = self._batcher_of[
             type(operation.operations[0] if isinstance(operation, Many) else operation)
         ]
-        return batcher.submit(operation, may_write=may_write)
+        return batcher.submit(operation)
 
     # ------------------------------------------------------------------ writing
 

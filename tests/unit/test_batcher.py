@@ -1,4 +1,4 @@
-"""Natural batching: what goes together, who is told what, and that nobody waits for ever."""
+"""The batcher: which operations are written together, and the outcome of each call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pg_layer._process.tasks import Work
-from pg_layer._send.batcher import MAX_BYTES, MAX_OPS, Batcher, Outcome
+from pg_layer._send.batcher import MAX_BYTES, MAX_OPERATIONS, Batcher, Outcome
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 Task = asyncio.Task[None]
@@ -25,7 +25,7 @@ class Refused(Exception):
 
 
 class Writes:
-    """The other end of a batcher: notes batches, and ends each when it is told to."""
+    """The write function of a batcher. Records batches, and ends each on request."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -83,30 +83,30 @@ class Bench:
     def _spawn(self, what: str, work: Work) -> None:
         self.tasks.append(asyncio.create_task(work()))
 
-    def submit(self, operation: object, may_write: bool = False) -> Task:
-        return asyncio.create_task(self.batcher.submit(operation, may_write=may_write))
+    def submit(self, operation: object) -> Task:
+        return asyncio.create_task(self.batcher.submit(operation))
 
-    async def submit_all(self, operations: Sequence[object], may_write: bool = False) -> list[Task]:
-        tasks = [self.submit(operation, may_write) for operation in operations]
+    async def submit_all(self, operations: Sequence[object]) -> list[Task]:
+        tasks = [self.submit(operation) for operation in operations]
         await turns()
         return tasks
 
 
 async def turns(count: int = 4) -> None:
-    """Let everything come to where it waits."""
+    """Let all tasks run until they wait."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def outcomes(tasks: Sequence[Task]) -> list[object]:
-    """What each caller got."""
+    """Return the outcome of each call."""
     return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
 
 
 # --- Batches
 
 
-async def test_on_an_idle_lane_an_operation_goes_at_once_in_its_callers_task() -> None:
+async def test_submit_on_idle_batcher_writes_at_once_in_the_callers_task() -> None:
     bench = Bench()
     for operation in "ab":
         task = bench.submit(operation)
@@ -118,7 +118,7 @@ async def test_on_an_idle_lane_an_operation_goes_at_once_in_its_callers_task() -
     assert bench.tasks == []
 
 
-async def test_what_comes_while_a_write_is_in_flight_goes_together_in_the_next() -> None:
+async def test_submit_during_a_write_joins_the_next_batch() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abcd")
     assert bench.writes.batches == [["a"]]
@@ -132,7 +132,7 @@ async def test_what_comes_while_a_write_is_in_flight_goes_together_in_the_next()
     assert bench.writes.batches == [["a"], ["b", "c", "d"], ["e", "f"]]
 
 
-async def test_who_sends_again_and_again_goes_together_too() -> None:
+async def test_submit_again_by_woken_callers_joins_one_batch() -> None:
     bench = Bench()
 
     async def sender(name: str) -> None:
@@ -145,16 +145,16 @@ async def test_who_sends_again_and_again_goes_together_too() -> None:
         if bench.writes.in_flight:
             bench.writes.end()
     assert await outcomes(tasks) == [None] * 4
-    # Those of a batch who send again are in time for the next: none of them goes ahead on its own.
+    # Callers of a batch that send again are in time for the next one: none is written alone.
     assert [len(batch) for batch in bench.writes.batches] == [1, 4, 4, 4, 4, 3]
 
 
-async def test_a_batch_has_a_most_of_operations() -> None:
+async def test_batch_holds_at_most_max_operations() -> None:
     bench = Bench()
-    tasks = await bench.submit_all(range(2 * MAX_OPS + 3))
+    tasks = await bench.submit_all(range(2 * MAX_OPERATIONS + 3))
     bench.writes.open()
     assert await outcomes(tasks) == [None] * len(tasks)
-    assert [len(batch) for batch in bench.writes.batches] == [1, MAX_OPS, MAX_OPS, 2]
+    assert [len(batch) for batch in bench.writes.batches] == [1, MAX_OPERATIONS, MAX_OPERATIONS, 2]
     assert bench.writes.written == list(range(len(tasks)))
 
 
@@ -168,7 +168,7 @@ async def test_a_batch_has_a_most_of_operations() -> None:
         ([MAX_BYTES, 0, 1], [2, 1]),
     ],
 )
-async def test_a_batch_has_a_most_of_bytes(weights: list[int], batches: list[int]) -> None:
+async def test_batch_holds_at_most_max_bytes(weights: list[int], batches: list[int]) -> None:
     bench = Bench(weigh=lambda operation: operation[1])
     tasks = await bench.submit_all([(-1, 1), *enumerate(weights)])
     bench.writes.open()
@@ -180,7 +180,7 @@ async def test_a_batch_has_a_most_of_bytes(weights: list[int], batches: list[int
 # --- Outcomes
 
 
-async def test_each_caller_gets_its_own_outcome() -> None:
+async def test_submit_returns_or_raises_its_own_outcome() -> None:
     bench = Bench()
     refused = {operation: Refused(operation) for operation in "ab"}
     bench.writes.outcomes.update(refused)
@@ -189,7 +189,7 @@ async def test_each_caller_gets_its_own_outcome() -> None:
     assert await outcomes(tasks) == [refused["a"], refused["b"], None, None]
 
 
-async def test_a_write_that_fails_fails_its_batch_and_no_other() -> None:
+async def test_write_failing_fails_its_batch_only() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abc")
     first, second = Refused("first"), Refused("second")
@@ -202,7 +202,7 @@ async def test_a_write_that_fails_fails_its_batch_and_no_other() -> None:
     assert await outcomes(tasks) == [first, second, second, None, None]
 
 
-async def test_the_lanes_own_caller_is_told_that_its_write_could_not_begin() -> None:
+async def test_write_raising_not_begun_in_the_callers_task_fails_that_call_only() -> None:
     bench = Bench()
     tasks = await bench.submit_all("ab")
     bench.writes.end(NotBegun())
@@ -217,7 +217,7 @@ async def test_the_lanes_own_caller_is_told_that_its_write_could_not_begin() -> 
 # --- Cancellation
 
 
-async def test_a_caller_cancelled_while_it_waits_is_not_written() -> None:
+async def test_submit_cancelled_while_waiting_is_not_written() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abcd")
     tasks[2].cancel()
@@ -228,7 +228,7 @@ async def test_a_caller_cancelled_while_it_waits_is_not_written() -> None:
     assert bench.writes.written == ["a", "b", "d"]
 
 
-async def test_when_all_who_waited_are_cancelled_the_lane_is_idle_again() -> None:
+async def test_batcher_is_idle_after_all_waiting_callers_are_cancelled() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abc")
     tasks[1].cancel()
@@ -243,7 +243,7 @@ async def test_when_all_who_waited_are_cancelled_the_lane_is_idle_again() -> Non
     assert bench.writes.batches == [["a"], ["d"]]
 
 
-async def test_a_caller_cancelled_while_it_is_written_costs_the_others_nothing() -> None:
+async def test_submit_cancelled_during_its_write_leaves_the_batch_alone() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abc")
     bench.writes.end()
@@ -257,7 +257,7 @@ async def test_a_caller_cancelled_while_it_is_written_costs_the_others_nothing()
     assert [results[0], results[2]] == [None, None]
 
 
-async def test_the_first_caller_cancelled_in_its_own_write_does_not_take_others_along() -> None:
+async def test_submit_cancelled_in_its_own_write_leaves_waiting_callers_alone() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abc")
     tasks[0].cancel()
@@ -280,7 +280,9 @@ SCHEDULES = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(SCHEDULES)
-def test_whatever_comes_in_is_written_once_in_its_order(schedule: list[tuple[str, int]]) -> None:
+def test_operations_are_written_once_in_order_in_any_schedule(
+    schedule: list[tuple[str, int]],
+) -> None:
     async def main() -> None:
         bench = Bench()
         tasks: list[Task] = []
@@ -313,7 +315,7 @@ def test_whatever_comes_in_is_written_once_in_its_order(schedule: list[tuple[str
 # --- The end
 
 
-async def test_closing_fails_who_waits_and_lets_the_write_in_flight_end() -> None:
+async def test_close_fails_waiting_callers_and_lets_the_write_in_flight_end() -> None:
     bench = Bench()
     bench.writes.outcomes["a"] = Refused("a")
     tasks = await bench.submit_all("abc")
@@ -327,7 +329,7 @@ async def test_closing_fails_who_waits_and_lets_the_write_in_flight_end() -> Non
     assert bench.writes.written == ["a"]
 
 
-async def test_closing_in_the_middle_of_a_batch() -> None:
+async def test_close_during_a_batch_lets_the_batch_end() -> None:
     bench = Bench()
     tasks = await bench.submit_all("ab")
     bench.writes.end()
@@ -340,7 +342,7 @@ async def test_closing_in_the_middle_of_a_batch() -> None:
     assert isinstance(results[2], NotBegun)
 
 
-async def test_a_closed_lane_takes_nothing() -> None:
+async def test_submit_on_closed_batcher_raises_not_begun() -> None:
     bench = Bench()
     bench.batcher.close()
     with pytest.raises(NotBegun):
@@ -350,7 +352,7 @@ async def test_a_closed_lane_takes_nothing() -> None:
     assert bench.writes.batches == []
 
 
-async def test_when_the_writing_task_is_cancelled_its_callers_are_told() -> None:
+async def test_writing_task_cancelled_raises_outcome_unknown_for_its_batch() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abc")
     bench.writes.end()
@@ -363,7 +365,7 @@ async def test_when_the_writing_task_is_cancelled_its_callers_are_told() -> None
     assert [type(result) for result in results[1:]] == [OutcomeUnknown, OutcomeUnknown]
 
 
-async def test_finishing_waits_for_the_write_in_flight_and_fails_who_waits() -> None:
+async def test_finish_waits_for_the_write_in_flight_and_fails_waiting_callers() -> None:
     bench = Bench()
     tasks = await bench.submit_all("ab")
     bench.writes.end()
@@ -383,7 +385,7 @@ async def test_finishing_waits_for_the_write_in_flight_and_fails_who_waits() -> 
     assert bench.writes.written == ["a", "b"]
 
 
-async def test_finishing_waits_for_the_first_callers_own_write() -> None:
+async def test_finish_waits_for_a_write_in_the_callers_task() -> None:
     bench = Bench()
     tasks = await bench.submit_all("a")
     finished = asyncio.create_task(bench.batcher.finish())
@@ -393,7 +395,7 @@ async def test_finishing_waits_for_the_first_callers_own_write() -> None:
     await asyncio.wait_for(finished, 10)
 
 
-async def test_an_idle_lane_is_finished_at_once() -> None:
+async def test_finish_on_idle_batcher_returns_at_once() -> None:
     bench = Bench()
     await asyncio.wait_for(bench.batcher.finish(), 10)
     tasks = await bench.submit_all("a")
@@ -404,7 +406,7 @@ async def test_an_idle_lane_is_finished_at_once() -> None:
 
 
 class Clock:
-    """In place of the module `time`."""
+    """A replacement of the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -420,7 +422,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-async def test_a_write_is_given_the_time_that_its_callers_have_left(clock: Clock) -> None:
+async def test_write_gets_the_time_that_the_oldest_caller_has_left(clock: Clock) -> None:
     bench = Bench(timeout=10.0)
     tasks = await bench.submit_all("ab")
     clock.now += 4
@@ -434,7 +436,7 @@ async def test_a_write_is_given_the_time_that_its_callers_have_left(clock: Clock
     assert await outcomes(tasks) == [None] * 3
 
 
-async def test_who_has_waited_too_long_is_told_so_and_not_written(clock: Clock) -> None:
+async def test_submit_waiting_longer_than_its_timeout_is_not_written(clock: Clock) -> None:
     bench = Bench(timeout=10.0)
     tasks = await bench.submit_all("ab")
     clock.now += 6
@@ -448,10 +450,10 @@ async def test_who_has_waited_too_long_is_told_so_and_not_written(clock: Clock) 
     assert bench.writes.written == ["a", "c"]
 
 
-# --- Other loops
+# --- Callers on foreign loops
 
 
-async def test_callers_on_other_loops_are_written_and_told_their_outcomes() -> None:
+async def test_submit_from_foreign_loops_returns_or_raises_its_own_outcome() -> None:
     bench = Bench()
     bench.writes.outcomes["b"] = Refused("b")
     threads = [
@@ -463,7 +465,7 @@ async def test_callers_on_other_loops_are_written_and_told_their_outcomes() -> N
     assert sorted(bench.writes.written) == ["a", "b", "c"]
 
 
-async def test_callers_on_other_loops_join_the_batch() -> None:
+async def test_submit_from_foreign_loops_joins_the_batch() -> None:
     bench = Bench()
     mine = await bench.submit_all("a")
     begun = threading.Semaphore(0)
@@ -486,7 +488,7 @@ async def test_callers_on_other_loops_join_the_batch() -> None:
     assert [sorted(batch) for batch in bench.writes.batches] == [["a"], ["b", "c", "d", "e"]]
 
 
-async def test_a_caller_on_another_loop_cancelled_while_it_waits_is_not_written() -> None:
+async def test_submit_from_foreign_loop_cancelled_while_waiting_is_not_written() -> None:
     bench = Bench()
     mine = await bench.submit_all("a")
 
@@ -507,7 +509,7 @@ async def test_a_caller_on_another_loop_cancelled_while_it_waits_is_not_written(
     assert bench.writes.batches == [["a"], ["c"]]
 
 
-async def test_a_caller_whose_loop_is_gone_costs_the_others_nothing() -> None:
+async def test_submit_from_a_loop_closed_meanwhile_leaves_other_callers_alone() -> None:
     bench = Bench()
     mine = await bench.submit_all("a")
     loop = asyncio.new_event_loop()
@@ -528,7 +530,7 @@ async def test_a_caller_whose_loop_is_gone_costs_the_others_nothing() -> None:
 
 @pytest.fixture
 def still_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """A loop that exists and does not run."""
+    """An event loop that does not run."""
     loop = asyncio.new_event_loop()
     yield loop
     loop.close()
@@ -536,7 +538,7 @@ def still_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers on other loops wait no longer than the write may take."""
+    """Callers on foreign loops wait no longer than the write may take."""
     monkeypatch.setattr("pg_layer._send.batcher.GRACE", 0.0)
 
 
@@ -544,7 +546,7 @@ async def make_bench(timeout: float) -> Bench:
     return Bench(timeout=timeout)
 
 
-async def test_a_lane_whose_loop_was_closed_says_so_at_once(
+async def test_submit_to_a_closed_loop_raises_not_begun_at_once(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=60))
@@ -553,23 +555,23 @@ async def test_a_lane_whose_loop_was_closed_says_so_at_once(
         await asyncio.wait_for(bench.batcher.submit("a"), 10)
 
 
-async def test_a_lane_whose_loop_has_stopped_says_so_after_its_timeout(
+async def test_submit_to_a_stopped_loop_raises_layer_unavailable_after_its_timeout(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.02))
     with pytest.raises(LayerUnavailable) as caught:
         await asyncio.wait_for(bench.batcher.submit("a"), 10)
     assert type(caught.value) is LayerUnavailable
-    # Its caller was told that it failed: it must not be written when the loop runs again.
+    # The call has failed: its operation must not be written when the loop runs again.
     bench.writes.open()
     await asyncio.to_thread(still_loop.run_until_complete, turns())
     assert bench.writes.written == []
 
 
-async def test_a_lane_whose_loop_stops_in_a_write_says_that_the_outcome_is_unknown(
+async def test_submit_to_a_loop_stopped_during_the_write_raises_outcome_unknown(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
-    """What is written may be committed, also if nobody is there to hear of it."""
+    """The write may be committed, although the loop does not run to report it."""
     bench = await asyncio.to_thread(still_loop.run_until_complete, make_bench(timeout=0.3))
     task = asyncio.create_task(bench.batcher.submit("a"))
     await turns()
@@ -582,20 +584,9 @@ async def test_a_lane_whose_loop_stops_in_a_write_says_that_the_outcome_is_unkno
     await asyncio.to_thread(still_loop.run_until_complete, turns())
 
 
-# --- Guests: callers on other loops that may write themselves
-
-
 async def on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
-    """Let a loop that stands still run for as long as this takes."""
+    """Run a loop that stands still until ``work`` has ended."""
     return await asyncio.to_thread(loop.run_until_complete, asyncio.wait_for(work, 10))
-
-
-@pytest.fixture
-def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """One more loop that does not run."""
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
 
 
 def loop_of(task: asyncio.Task[Any] | None) -> asyncio.AbstractEventLoop:
@@ -603,22 +594,7 @@ def loop_of(task: asyncio.Task[Any] | None) -> asyncio.AbstractEventLoop:
     return task.get_loop()
 
 
-async def test_a_guest_writes_in_its_own_task_while_the_lanes_loop_stands_still(
-    still_loop: asyncio.AbstractEventLoop,
-) -> None:
-    bench = await on(still_loop, make_bench(timeout=60))
-    for operation in "ab":
-        task = bench.submit(operation, may_write=True)
-        await turns()
-        assert bench.writes.by[-1] is task
-        bench.writes.end()
-        assert await outcomes([task]) == [None]
-    assert bench.writes.batches == [["a"], ["b"]]
-    assert bench.writes.timeouts == [60, 60]
-    assert bench.tasks == []
-
-
-async def test_a_guest_that_may_not_write_is_written_on_the_lanes_loop(
+async def test_submit_from_foreign_loop_writes_on_the_batchers_loop(
     still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
@@ -632,40 +608,12 @@ async def test_a_guest_that_may_not_write_is_written_on_the_lanes_loop(
     assert loop_of(bench.writes.by[0]) is still_loop
 
 
-async def test_what_comes_while_a_guest_writes_goes_together_next_on_the_lanes_loop(
-    still_loop: asyncio.AbstractEventLoop, other_loop: asyncio.AbstractEventLoop
+async def test_submit_from_foreign_loop_during_a_write_joins_the_next_batch(
+    still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
-    guests = [bench.submit("a", may_write=True)]
-    await turns()
-    others = await on(other_loop, bench.submit_all("b", may_write=True))
-    await on(still_loop, turns())
-    mine = await on(still_loop, bench.submit_all("cd"))
-    guests.append(bench.submit("e", may_write=True))
-    await turns()
-    await on(still_loop, turns())
-    assert bench.writes.batches == [["a"]]
-    bench.writes.end()
-    assert await outcomes(guests[:1]) == [None]
-    # The others' turn has come, though nothing happens before their loop runs: nobody goes ahead of them.
-    guests.append(bench.submit("f", may_write=True))
-    await turns()
-    assert bench.writes.batches == [["a"]]
-    bench.writes.open()
-    assert await on(still_loop, outcomes(mine)) == [None, None]
-    assert await outcomes(guests) == [None] * 3
-    assert await on(other_loop, outcomes(others)) == [None]
-    assert bench.writes.batches == [["a"], ["b", "c", "d", "e", "f"]]
-    assert loop_of(bench.writes.by[1]) is still_loop
-
-
-@pytest.mark.parametrize("may_write", [False, True])
-async def test_a_guest_waits_while_the_lanes_own_loop_writes(
-    still_loop: asyncio.AbstractEventLoop, may_write: bool
-) -> None:
-    bench = await on(still_loop, make_bench(timeout=60))
-    mine = await on(still_loop, bench.submit_all("ab"))
-    guest = bench.submit("c", may_write=may_write)
+    own = await on(still_loop, bench.submit_all("ab"))
+    foreign = bench.submit("c")
     await turns()
     assert bench.writes.batches == [["a"]]
 
@@ -676,124 +624,71 @@ async def test_a_guest_waits_while_the_lanes_own_loop_writes(
     await on(still_loop, end())
     assert bench.writes.batches == [["a"], ["b", "c"]]
     await on(still_loop, end())
-    assert await on(still_loop, outcomes(mine)) + await outcomes([guest]) == [None] * 3
-    # All is done, and the batcher is free for guests again.
-    later = bench.submit("d", may_write=True)
-    await turns()
-    assert bench.writes.by[-1] is later
-    bench.writes.end()
-    assert await outcomes([later]) == [None]
-
-
-async def test_a_guest_that_cannot_write_is_written_on_the_lanes_loop(
-    still_loop: asyncio.AbstractEventLoop,
-) -> None:
-    bench = await on(still_loop, make_bench(timeout=60))
-    bench.writes.outcomes["a"] = Refused("a")
-    for number, waiting in enumerate(["", "bc"], 1):
-        guest = bench.submit("a", may_write=True)
-        await turns()
-        mine = await on(still_loop, bench.submit_all(waiting))
-        bench.writes.end(NotBegun())
-        await turns()
-        assert not guest.done()
-        await on(still_loop, turns())
-        # Who waited comes first.
-        assert bench.writes.batches[-1] == [*waiting, "a"]
-        assert loop_of(bench.writes.by[-1]) is still_loop
-
-        async def end() -> None:
-            bench.writes.end()
-            await turns()
-
-        await on(still_loop, end())
-        assert await outcomes([guest]) == [bench.writes.outcomes["a"]]
-        assert await on(still_loop, outcomes(mine)) == [None] * len(waiting)
-        assert len(bench.writes.batches) == 2 * number
-
-
-@pytest.mark.parametrize(
-    ("second", "expected"),
-    [(None, None), (LayerUnavailable("away"), OutcomeUnknown), ("closed", OutcomeUnknown)],
-    ids=["written", "away", "closed"],
-)
-async def test_a_guest_whose_first_attempt_may_have_taken_effect_is_not_told_that_nothing_has(
-    still_loop: asyncio.AbstractEventLoop,
-    second: LayerUnavailable | str | None,
-    expected: type | None,
-) -> None:
-    bench = await on(still_loop, make_bench(timeout=60))
-    guest = bench.submit("a", may_write=True)
-    await turns()
-    bench.writes.end(NotBegun(may_have_begun=True))
-    await turns()
-    if second == "closed":
-        bench.batcher.close()
-        await on(still_loop, turns())
-    else:
-        await on(still_loop, turns())
-
-        async def end() -> None:
-            bench.writes.end(second if isinstance(second, Exception) else None)
-            await turns()
-
-        await on(still_loop, end())
-    (result,) = await outcomes([guest])
-    assert result is None if expected is None else type(result) is expected
+    assert await on(still_loop, outcomes(own)) + await outcomes([foreign]) == [None] * 3
+    # The batcher is idle again.
+    later = await on(still_loop, bench.submit_all("d"))
+    assert bench.writes.by[-1] is later[0]
+    bench.writes.open()
+    assert await on(still_loop, outcomes(later)) == [None]
 
 
 @pytest.mark.parametrize("waiting", ["", "bc"])
-async def test_a_guest_cancelled_in_its_write_takes_nobody_along(
+async def test_submit_from_foreign_loop_cancelled_during_its_write_leaves_others_alone(
     still_loop: asyncio.AbstractEventLoop, waiting: str
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
-    guest = bench.submit("a", may_write=True)
+    foreign = bench.submit("a")
     await turns()
-    mine = await on(still_loop, bench.submit_all(waiting))
-    guest.cancel()
-    await asyncio.wait([guest])
-    assert guest.cancelled()
-    later = bench.submit("d", may_write=True)
+    own = await on(still_loop, bench.submit_all(waiting))
+    await on(still_loop, turns())
+    assert bench.writes.batches == [["a"]]
+    foreign.cancel()
+    await asyncio.wait([foreign])
+    assert foreign.cancelled()
+    later = bench.submit("d")
     await turns()
-    if waiting:
-        bench.writes.open()
-        assert await on(still_loop, outcomes(mine)) == [None] * len(waiting)
-        assert await outcomes([later]) == [None]
-        assert bench.writes.batches == [["a"], [*waiting, "d"]]
-    else:
-        assert bench.writes.by[-1] is later
-        bench.writes.end()
-        assert await outcomes([later]) == [None]
+    bench.writes.open()
+    await on(still_loop, turns(8))
+    assert await on(still_loop, outcomes(own)) == [None] * len(waiting)
+    assert await outcomes([later]) == [None]
+    assert bench.writes.batches == [["a"], [*waiting, "d"]]
 
 
 @pytest.mark.parametrize("is_raised", [False, True])
-async def test_a_guest_and_nobody_else_gets_its_outcome(
+async def test_submit_from_foreign_loop_alone_gets_its_failure(
     still_loop: asyncio.AbstractEventLoop, is_raised: bool
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
     refused = Refused("a")
     if not is_raised:
         bench.writes.outcomes["a"] = refused
-    guests = [bench.submit("a", may_write=True)]
+    foreign = [bench.submit("a")]
     await turns()
-    mine = await on(still_loop, bench.submit_all("b"))
-    guests.append(bench.submit("c", may_write=True))
+    await on(still_loop, turns())
+    own = await on(still_loop, bench.submit_all("b"))
+    foreign.append(bench.submit("c"))
     await turns()
-    bench.writes.end(refused if is_raised else None)
-    assert await outcomes(guests[:1]) == [refused]
+
+    async def end() -> None:
+        bench.writes.end(refused if is_raised else None)
+        await turns()
+
+    await on(still_loop, end())
+    assert await outcomes(foreign[:1]) == [refused]
     bench.writes.open()
-    assert await on(still_loop, outcomes(mine)) == [None]
-    assert await outcomes(guests) == [refused, None]
+    assert await on(still_loop, outcomes(own)) == [None]
+    assert await outcomes(foreign) == [refused, None]
     assert bench.writes.written == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-async def test_finishing_waits_for_a_guests_write(
+async def test_finish_waits_for_the_write_of_a_foreign_caller(
     still_loop: asyncio.AbstractEventLoop, is_cancelled: bool
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
-    guest = bench.submit("a", may_write=True)
+    foreign = bench.submit("a")
     await turns()
+    await on(still_loop, turns())
 
     async def begin_to_finish() -> tuple[list[Task], Task]:
         waiting = await bench.submit_all("b")
@@ -805,67 +700,33 @@ async def test_finishing_waits_for_a_guests_write(
     waiting, finished = await on(still_loop, begin_to_finish())
     assert type((await on(still_loop, outcomes(waiting)))[0]) is NotBegun
     if is_cancelled:
-        guest.cancel()
-    else:
-        bench.writes.end()
-    (result,) = await outcomes([guest])
-    assert isinstance(result, asyncio.CancelledError) if is_cancelled else result is None
+        foreign.cancel()
+        await turns()
+    bench.writes.open()
     assert await on(still_loop, outcomes([finished])) == [None]
+    (result,) = await outcomes([foreign])
+    assert isinstance(result, asyncio.CancelledError) if is_cancelled else result is None
     assert bench.writes.batches == [["a"]]
 
 
-@pytest.mark.parametrize("may_write", [False, True])
-async def test_a_closed_lane_takes_nothing_of_a_guest(
-    still_loop: asyncio.AbstractEventLoop, may_write: bool
+async def test_submit_from_foreign_loop_to_closed_batcher_raises_not_begun(
+    still_loop: asyncio.AbstractEventLoop,
 ) -> None:
     bench = await on(still_loop, make_bench(timeout=60))
     bench.batcher.close()
-    guest = bench.submit("a", may_write=may_write)
+    foreign = bench.submit("a")
     await turns()
     await on(still_loop, turns())
-    assert type((await outcomes([guest]))[0]) is NotBegun
+    assert type((await outcomes([foreign]))[0]) is NotBegun
     assert bench.writes.batches == []
 
 
-async def test_who_waits_for_a_guest_that_is_held_up_is_told_so_after_the_timeout(
-    still_loop: asyncio.AbstractEventLoop,
-) -> None:
-    bench = await on(still_loop, make_bench(timeout=0.02))
-    guest = bench.submit("a", may_write=True)
-    await turns()
-    mine = await on(still_loop, bench.submit_all("bc"))
-    # The guest's write does not end, as a loop's does not that somebody holds up.
-    results = await on(still_loop, outcomes(mine))
-    assert [type(result) for result in results] == [LayerUnavailable, LayerUnavailable]
-    bench.writes.end()
-    assert await outcomes([guest]) == [None]
-    later = bench.submit("d", may_write=True)
-    await turns()
-    assert bench.writes.by[-1] is later
-    bench.writes.end()
-    assert await outcomes([later]) == [None]
-    assert bench.writes.written == ["a", "d"]
-
-
-async def test_a_guest_whose_write_the_lanes_loop_does_not_outlive(
-    still_loop: asyncio.AbstractEventLoop,
-) -> None:
-    bench = await on(still_loop, make_bench(timeout=60))
-    guest = bench.submit("a", may_write=True)
-    await turns()
-    bench.batcher.close()
-    still_loop.close()
-    bench.writes.end()
-    assert await outcomes([guest]) == [None]
-    assert type((await outcomes([bench.submit("b", may_write=True)]))[0]) is NotBegun
-
-
-async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
-    """Whoever writes: never two at a time, each operation once, in its caller's order, and nobody hangs."""
+async def test_batcher_used_by_many_threads_writes_each_operation_once_in_order() -> None:
+    """There are never two writes at a time, and no caller hangs."""
     callers, rounds = 4, 25
     guard = threading.Lock()
     written: list[tuple[str, int, int]] = []
-    names = ["first", "second", "third", "modest", "here"]
+    names = ["first", "second", "third", "here"]
     every = [
         (name, number, turn)
         for name in names
@@ -876,12 +737,11 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
     here = asyncio.get_running_loop()
 
     async def write(operations: list[tuple[str, int, int]], _: float) -> Sequence[Outcome]:
+        assert asyncio.get_running_loop() is here
         assert guard.acquire(blocking=False), "two at a time"
         try:
             for _ in range(len(written) % 3):
                 await asyncio.sleep(0)
-            if asyncio.get_running_loop() is not here and operations[0][2] % 4 == 3:
-                raise NotBegun
             written.extend(operations)
             return [refused.get(operation) for operation in operations]
         finally:
@@ -898,11 +758,9 @@ async def test_guests_of_many_threads_and_the_lanes_own_callers() -> None:
         for turn in range(rounds):
             operation = (name, number, turn)
             outcome: object
-            (outcome,) = await asyncio.gather(
-                batcher.submit(operation, may_write=name != "modest"), return_exceptions=True
-            )
+            (outcome,) = await asyncio.gather(batcher.submit(operation), return_exceptions=True)
             assert outcome is refused.get(operation)
-            if (number + turn) % 3 == 0:  # others, too, are to find the batcher idle
+            if (number + turn) % 3 == 0:  # let other callers find the batcher idle
                 await asyncio.sleep(0)
 
     async def all_of(name: str) -> None:
