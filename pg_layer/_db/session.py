@@ -45,7 +45,7 @@ class Session:
     ) -> None:
         self.conn = conn
         self.can_prepare = can_prepare
-        self.timeout = DEFAULT_TIMEOUT  # seconds for each answer; then the connection is cut
+        self._timeout = DEFAULT_TIMEOUT
         self._pgconn = conn.pgconn
         self._names: dict[Statement, bytes] = {}
         self._is_waiting = False
@@ -57,6 +57,14 @@ class Session:
     def fileno(self) -> int:
         """The socket's number. Raises `psycopg.OperationalError` if the connection is closed."""
         return self._pgconn.socket
+
+    def set_timeout(self, seconds: float) -> None:
+        """Wait this long for each answer of `execute`. Then the connection is cut."""
+        self._timeout = seconds
+
+    def allow_preparing(self) -> None:
+        """Prepare statements from now on: one server process answers all of them."""
+        self.can_prepare = True
 
     @property
     def is_closed(self) -> bool:
@@ -189,7 +197,7 @@ class Session:
     async def _results(self, is_late: bool = False) -> list[PGresult]:
         """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
         self._answer_to = answer = _Answer(self._pgconn)
-        watchdog = asyncio.get_running_loop().call_later(self.timeout, self.cut)
+        watchdog = asyncio.get_running_loop().call_later(self._timeout, self.cut)
         try:
             if is_late:
                 answer.readable()

@@ -15,10 +15,11 @@ import psycopg
 
 from pg_layer._db.availability import Outage
 from pg_layer._db.errors import READ_ONLY
-from pg_layer._db.pool import Connections, idle_period
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import groups, lease, maintenance
 from pg_layer._db.queries import receive as receiving
 from pg_layer._db.session import Session
+from pg_layer._process.cancelling import wait_for_cancelled
 from pg_layer._process.tasks import Tasks
 from pg_layer._process.threads import CHECK_INTERVAL, run_on
 from pg_layer._runtime.owner import Owner
@@ -33,10 +34,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer")
 
-SENDER_IDLE = 10.0  # seconds within which a process that only sends closes its idle connection
+SENDER_IDLE = 7.5  # seconds after which a process that only sends closes its idle connection
 CLOSE_TIMEOUT = 2.0
 STOP_TIMEOUT = 2.0
-SWALLOWED = 0.2  # seconds after which a cancellation has been swallowed
 SWEEP_BATCH = 1000
 FULL_PASS = 3600.0  # seconds between two sweeps that begin with the oldest message
 PING_TIMEOUT = 3.0
@@ -58,14 +58,14 @@ class Engine:
         self.stopped: Future[None] = Future()
         self._predecessor: Engine | None = None
         self.tasks = Tasks(client.failures, lambda: self.is_closed)
-        self.outage = Outage(client, lambda: self.is_closed)
+        self.outage = Outage(client, lambda: self.is_closed, self._is_listening)
         self.connections = Connections(
             client.config,
             max_size=1,
-            period=idle_period(SENDER_IDLE),
+            max_idle=SENDER_IDLE,
             on_refused=lambda error: self.call(self._refused, error),
             client_id=client.id,
-            is_away=lambda: None if self.owner is None else self.outage.is_away,
+            outage=self.outage,
         )
         self.sender = Sender(client, self.connections, self.tasks.spawn, announcer)
         self._swept_to = maintenance.START
@@ -78,6 +78,9 @@ class Engine:
     def is_receiving(self) -> bool:
         """Whether this engine receives for the client, or is about to."""
         return self.owner is not None
+
+    def _is_listening(self) -> bool:
+        return self.owner is not None and self.owner.listening == "listening"
 
     def _refused(self, error: psycopg.Error) -> None:
         if error.sqlstate != READ_ONLY:
@@ -152,7 +155,7 @@ class Engine:
             self.is_closed = True
             try:
                 # These have been cancelled as well.
-                await _end_of(self.tasks.running)
+                await wait_for_cancelled(self.tasks.running, STOP_TIMEOUT)
                 await self.connections.close()
             except asyncio.CancelledError:
                 # The loop ends while `stop` or `close` waits here. The pool must still be closed: its worker
@@ -237,11 +240,8 @@ class Engine:
         )
         config = self.client.config
         # Heartbeats use one connection: it is not closed between two of them.
-        period = max(idle_period(SENDER_IDLE), 2.5 * config.heartbeat)
-        self.tasks.spawn(
-            "The growth of the connection pool",
-            partial(self.connections.grow, config.pool_max_size, period),
-        )
+        max_idle = max(SENDER_IDLE, 2.5 * config.heartbeat)
+        self.connections.resize(config.pool_max_size, max_idle)
         self.tasks.every(config.heartbeat, "Housekeeping", self._keep_house)
         if config.sweep_interval:
             self.tasks.every(config.sweep_interval, "Sweeping", self._sweep)
@@ -306,7 +306,7 @@ class Engine:
         if self.is_closed:
             await asyncio.wait({self._guard_task})
             raise NotBegun
-        self.connections.is_ending = True
+        self.connections.begin_closing()
         try:
             await self._stop_tasks()
             if self.client.has_lease:
@@ -336,7 +336,7 @@ class Engine:
         finishing = self.loop.create_task(self.sender.finish())
         try:
             await asyncio.wait(
-                {finishing}, timeout=STOP_TIMEOUT if self.connections.is_ending else None
+                {finishing}, timeout=STOP_TIMEOUT if self.connections.is_closing else None
             )
         finally:
             finishing.cancel()
@@ -352,7 +352,7 @@ class Engine:
         tasks = self.tasks.running - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await _end_of(tasks)
+        await wait_for_cancelled(tasks, STOP_TIMEOUT)
 
     async def _close_connections(self) -> None:
         """The guard does that, and ends."""
@@ -399,18 +399,3 @@ class Engine:
             task.cancel()
         if not self._is_ending:
             self._guard_task.cancel()
-
-
-async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
-    """Wait for tasks that were cancelled.
-
-    They are once more, if need be: before Python 3.12 `asyncio.wait_for`, on which psycopg's pool waits, may
-    swallow a cancellation. Not at once, as that would interrupt the pool's tidying up.
-    """
-    if not tasks:
-        return
-    _, late = await asyncio.wait(tasks, timeout=SWALLOWED)
-    for task in late:
-        task.cancel()
-    if late:
-        await asyncio.wait(late, timeout=STOP_TIMEOUT)

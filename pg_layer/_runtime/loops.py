@@ -93,7 +93,8 @@ class BackgroundLoop:
     def retire(self, *, is_end: bool = False) -> None:
         """Close the connections and end the thread, when what was begun is done. ``is_end``: the client's."""
         if self._ready.wait() and self._engine is not None:
-            self._engine.connections.is_ending |= is_end
+            if is_end:
+                self._engine.connections.begin_closing()
             self._engine.call(self._is_retired.set)
 
     def close(self) -> None:

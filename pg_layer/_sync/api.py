@@ -21,7 +21,7 @@ from psycopg import errors
 from pg_layer._config.databases import alias_of, not_migrated
 from pg_layer._config.options import Config
 from pg_layer._db.errors import REFUSALS, UNDEFINED, Attempts, is_hopeless
-from pg_layer._db.pool import HURRY
+from pg_layer._db.pool import STOPPING_TIMEOUT
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
@@ -329,7 +329,7 @@ class Sync:
     ) -> T:
         """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
         gives_up = self._loops.gives_up
-        deadline = time.monotonic() + (HURRY if gives_up else self._config.send_timeout)
+        deadline = time.monotonic() + (STOPPING_TIMEOUT if gives_up else self._config.send_timeout)
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
             if gives_up and not session.is_connected:

@@ -43,12 +43,12 @@ def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(
             connections = engine.connections
             proxy.swallow()
             calls = [asyncio.create_task(layer.group_count("room")) for _ in range(CALLS)]
-            await until(lambda: connections._pool.get_stats().get("requests_waiting"))
+            await until(lambda: connections._pool._opening)
             for call in calls:
                 call.cancel()
             await asyncio.wait(calls)
             stopping = asyncio.create_task(engine.stop())
-            await until(lambda: connections._is_closed)
+            await until(lambda: connections._pool.is_closed)
             assert not stopping.done()
 
         thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)

@@ -166,7 +166,7 @@ async def test_send_of_a_process_that_stops_waits_for_a_server_that_has_too_many
             sending = asyncio.create_task(layer.send("jobs", MESSAGE))
             engine = layer._loops.main_engine
             assert engine is not None
-            await until(lambda: engine.connections._failing_since is not None or sending.done())
+            await until(lambda: engine.outage._failing_since is not None or sending.done())
             observer.execute(f"ALTER ROLE {role} CONNECTION LIMIT -1".encode())
             await sending
     finally:
