@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from pg_layer._db.errors import reason_of, was_refused
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 
 logger = logging.getLogger("pg_layer")
@@ -47,17 +48,20 @@ class Outage:
         """Note that the database is lost or cannot be reached. Further calls have no effect."""
         if self.why is not None or self._is_over():
             return
-        what = self._describe(error)
+        event, what = self._describe(error)
         self.why, self.since = reason_of(error), time.monotonic()
-        logger.warning("%s: %s", what, self.why)
+        logger.warning("%s: %s", what, self.why, extra={"event": event})
         self._client.announce_locally(self._client.config.on_disconnect)
 
-    def _describe(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> tuple[str, str]:
+        """Return the event to log, and the beginning of its line."""
         self._was_connected = self._client.renewed_at > 0
         self._is_refused = was_refused(error)
         if self._is_refused:
-            return "Cannot receive"
-        return "Lost the database" if self._was_connected else "Cannot reach the database"
+            return log_events.RECEIVING_REFUSED, "Cannot receive"
+        if self._was_connected:
+            return log_events.DATABASE_LOST, "Lost the database"
+        return log_events.DATABASE_UNREACHABLE, "Cannot reach the database"
 
     def connection_failed(self) -> None:
         """Note that a connection could not be made."""
@@ -87,5 +91,6 @@ class Outage:
             "back" if self._was_connected else "there",
             time.monotonic() - self.since,
             caught_up,
+            extra={"event": log_events.DATABASE_BACK},
         )
         self._client.announce_locally(self._client.config.on_reconnect)
