@@ -123,12 +123,12 @@ class PostgresChannelLayer(BaseChannelLayer):
                 loop = asyncio.get_running_loop()
                 engine = loops.for_receiving(loop)
                 if is_specific and engine.loop is loop:
-                    waiter = queue.enlist(loop)
+                    waiter = queue.add_waiter(loop)
                     if waiter is not None:
                         try:
                             await waiter
                         except BaseException:
-                            queue.desert(waiter)
+                            queue.remove_waiter(waiter)
                             raise
                 else:
                     want = None if is_specific else partial(engine.call, engine.want, channel)
@@ -302,7 +302,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         try:
             return self._codec.decode(payload)
         except UndecodableMessage as error:
-            client.undecodable(queue.channel, error)
+            client.log_undecodable(queue.channel, error)
             return None
 
     async def _settle(self, queue: ChannelQueue, message: QueuedMessage) -> None:

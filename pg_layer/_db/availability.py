@@ -51,7 +51,7 @@ class Outage:
         event, what = self._describe(error)
         self.why, self.since = reason_of(error), time.monotonic()
         logger.warning("%s: %s", what, self.why, extra={"event": event})
-        self._client.announce_locally(self._client.config.on_disconnect)
+        self._client.send_to_consumers(self._client.config.on_disconnect)
 
     def _describe(self, error: Exception) -> tuple[str, str]:
         """Return the event to log, and the beginning of its line."""
@@ -93,4 +93,4 @@ class Outage:
             caught_up,
             extra={"event": log_events.DATABASE_BACK},
         )
-        self._client.announce_locally(self._client.config.on_reconnect)
+        self._client.send_to_consumers(self._client.config.on_reconnect)

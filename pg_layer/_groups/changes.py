@@ -46,7 +46,7 @@ class OwnChanges:
         last = {(change.group, change.channel): change.added for change in changes}
         present = [pair for pair, added in last.items() if added]
         gone = [pair for pair, added in last.items() if not added]
-        with self._receiver.dispatcher.changing(last):
+        with self._receiver.dispatcher.own_change(last):
             for pair in gone:
                 self._client.memberships.discard(*pair)
             try:
@@ -85,8 +85,8 @@ class OwnChanges:
                     opened.add(group)
                 client.memberships.add(group, client.queue(channel), expires_at, since)
             for group in opened:
-                client.memberships.opened(group, since)
-            client.memberships.changed((*present, *gone), since)
+                client.memberships.note_join(group, since)
+            client.memberships.note_own_change((*present, *gone), since)
 
     def _discarded(self, error: LayerUnavailable) -> Outcome:
         """The outcome of a discard that the owner has applied in memory, and could not write."""

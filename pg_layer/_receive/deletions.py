@@ -35,19 +35,19 @@ class Deletions:
         self._is_deleting = False
         self._is_urgent = False  # more must be deleted as soon as that has ended
         self._settled = asyncio.Event()
-        self.soon()
+        self.schedule()
 
-    def soon(self, queue: ChannelQueue | None = None) -> None:
+    def schedule(self, queue: ChannelQueue | None = None) -> None:
         """Rows were noted; those of a queue go at once if senders count enough of them to matter."""
         is_urgent = queue is not None and queue.is_filling
         if self._timer is None or is_urgent or len(self._client.pending_deletes) >= DELETE_MOST:
-            self._delete_soon(0.0 if is_urgent else DELETE_DELAY)
+            self._delete_in(0.0 if is_urgent else DELETE_DELAY)
 
-    async def settle(self, queue: ChannelQueue) -> None:
+    async def wait_for(self, queue: ChannelQueue) -> None:
         """Wait until senders no longer count what was received from this queue, or a second at most."""
         deadline = self._loop.time() + SETTLE_TIMEOUT
         while queue.undeleted > len(queue) and (left := deadline - self._loop.time()) > 0:
-            self._delete_soon(0.0)
+            self._delete_in(0.0)
             # Not wait_for(): before Python 3.12 it may swallow a cancellation.
             settled = asyncio.ensure_future(self._settled.wait())
             try:
@@ -55,7 +55,7 @@ class Deletions:
             finally:
                 settled.cancel()
 
-    def _delete_soon(self, delay: float) -> None:
+    def _delete_in(self, delay: float) -> None:
         pending = self._client.pending_deletes
         if not pending:
             return
@@ -96,4 +96,4 @@ class Deletions:
         except PgLayerError:
             await asyncio.sleep(RETRY)
         self._is_deleting = False
-        self._delete_soon(0.0 if self._is_urgent else DELETE_DELAY)
+        self._delete_in(0.0 if self._is_urgent else DELETE_DELAY)

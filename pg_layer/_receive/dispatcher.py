@@ -51,7 +51,7 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self.is_blocked = False  # dispatch waits
         self._flushes: dict[Key, asyncio.Future[None]] = {}
-        self._changing: Counter[Pair] = (
+        self._own_changes: Counter[Pair] = (
             Counter()
         )  # memberships that the owner itself changes right now
         self._change_ended = asyncio.Event()
@@ -88,11 +88,11 @@ class Dispatcher:
             channel = row.channel or ""
             queue = client.queue(channel) if row.is_job else client.own_queue(channel)
             if queue is None:
-                client.unknown_channel(channel)
-            payload = None if queue is None else self._opened(row)
+                client.log_unknown_channel(channel)
+            payload = None if queue is None else self._plaintext(row)
             if queue is None or payload is None:
                 client.pending_deletes[row.key] = None
-                self._receiver.deletions.soon()
+                self._receiver.deletions.schedule()
                 continue
             if row.is_job:
                 channels.add(channel)
@@ -112,7 +112,7 @@ class Dispatcher:
         messages = [
             QueuedMessage(Template(payload) if is_shared else payload, row.expires_at, None)
             for row in rows
-            if (payload := self._opened(row)) is not None
+            if (payload := self._plaintext(row)) is not None
         ]
         now = self._client.clock.now()
         boot, xid = self._client.cursor.boot_of(rows[0]), rows[0].xid
@@ -125,11 +125,11 @@ class Dispatcher:
             self._block(self._place)
 
     def _put(self, group: str, queue: ChannelQueue, messages: Sequence[QueuedMessage]) -> None:
-        rest = queue.put_if_room(messages, self._loop)
+        rest = queue.put_fitting(messages, self._loop)
         if not rest:
             return
         self._client.drop_expired(queue)
-        rest = queue.put_if_room(rest, self._loop)
+        rest = queue.put_fitting(rest, self._loop)
         if not rest:
             return
         if queue.is_stalled:
@@ -137,11 +137,11 @@ class Dispatcher:
         else:
             self._client.unplaced.append((group, queue, list(rest)))
 
-    def _opened(self, row: Row) -> bytes | None:
+    def _plaintext(self, row: Row) -> bytes | None:
         try:
             return self._client.codec.open(row.payload, row.name)
         except UndecodableMessage as error:
-            self._client.undecodable(row.channel or row.group, error)
+            self._client.log_undecodable(row.channel or row.group, error)
             return None
 
     def _block(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -151,7 +151,7 @@ class Dispatcher:
     async def _blocked(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await work()
         self.is_blocked = False
-        self._receiver.pump_soon()
+        self._receiver.dispatch_soon()
 
     async def _place(self) -> None:
         """Give members with full queues a turn, and place what has room then."""
@@ -159,7 +159,7 @@ class Dispatcher:
         # Members that have not received half of a queue yet: how many messages, in how many rounds.
         slow: dict[ChannelQueue, tuple[int, int]] = {}
         while client.unplaced:
-            waiting = [queue.room(self._loop) for _, queue, _ in client.unplaced]
+            waiting = [queue.half_free(self._loop) for _, queue, _ in client.unplaced]
             # In slices: a process that is not run for a while costs its readers one, and not their turn. The
             # round is as long as the members that are still full ask for: the others do not wait for them.
             full, slices = set(waiting), 0
@@ -168,7 +168,7 @@ class Dispatcher:
                 slices += 1
             unplaced = []
             for (group, queue, messages), room in zip(client.unplaced, waiting, strict=True):
-                rest = queue.put_if_room(messages, self._loop)
+                rest = queue.put_fitting(messages, self._loop)
                 if not rest:
                     continue
                 received, rounds = slow.pop(queue, (0, 0))
@@ -191,33 +191,37 @@ class Dispatcher:
         """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
         client = self._client
         client.pending_deletes[row.key] = None
-        self._receiver.deletions.soon()
+        self._receiver.deletions.schedule()
         try:
             if row.kind == "flush":
                 self._apply_flush(row)
             elif row.kind in ("add", "discard") and row.channel is not None:
                 change = json.loads(row.payload)
                 pair = (str(change["group"]), row.channel)
-                if pair in self._changing:
-                    self._block(partial(self.until_changed, pair))
+                if pair in self._own_changes:
+                    self._block(partial(self.wait_for_own_change, pair))
                     return False
-                if (asker := change.get("asker")) is not None and client.memberships.is_given_up(
+                if (
+                    asker := change.get("asker")
+                ) is not None and client.memberships.is_stale_request(
                     pair, asker, change["number"], row.id
                 ):
                     self._writer.write_soon(*pair, change["claim"])
                     return True
                 if row.kind == "add":
                     return self._apply_add(row, change)
-                if client.memberships.overrule(*pair, client.cursor.boot_of(row), row.xid, None):
+                if client.memberships.resolve_against_own_change(
+                    *pair, client.cursor.boot_of(row), row.xid, None
+                ):
                     self._writer.write_soon(*pair, change["claim"])
                 else:
                     client.memberships.discard(*pair)
                     self._writer.write_soon(*pair, change["claim"])
             else:
                 error = UndecodableMessage(f"It is of the unknown kind {row.kind!r}.")
-                client.undecodable(row.channel, error)
+                client.log_undecodable(row.channel, error)
         except Exception as error:  # whatever it is, dispatch must go on
-            client.undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
+            client.log_undecodable(row.channel, UndecodableMessage(f"It is malformed: {error}"))
         return True
 
     def _apply_flush(self, row: Row) -> None:
@@ -232,7 +236,7 @@ class Dispatcher:
             if (key.boot, key.xid) <= (boot, row.xid) and not applied.done():
                 applied.set_result(None)
 
-    async def flushed(self, key: Key, timeout: float) -> None:
+    async def wait_for_flush(self, key: Key, timeout: float) -> None:
         """Wait until a flush or a later one is applied here, or ``timeout`` seconds.
 
         A later flush removes the control message of an earlier one, which may not have been read yet.
@@ -251,12 +255,12 @@ class Dispatcher:
         expires_at = float("inf") if change["expires_at"] is None else float(change["expires_at"])
         boot = client.cursor.boot_of(row)
         asked = Moment(boot, Snapshot(change["snapshot"]))
-        since = client.memberships.begins((group, channel), boot, row.xid, asked)
+        since = client.memberships.start_of((group, channel), boot, row.xid, asked)
         if not client.owns(channel) or expires_at <= client.clock.now():
             self._writer.write_soon(group, channel, change["claim"])
             return True
         # The owner itself may have added the first member meanwhile, and has not listened before that.
-        opened = client.memberships.opened_after(group, boot, row.xid)
+        opened = client.memberships.joined_after(group, boot, row.xid)
         if group not in client.memberships.groups or opened is not None:
             self._block(
                 partial(
@@ -264,24 +268,24 @@ class Dispatcher:
                 )
             )
             return False
-        if not client.memberships.overrule(group, channel, boot, row.xid, since):
+        if not client.memberships.resolve_against_own_change(group, channel, boot, row.xid, since):
             client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, change["claim"])
         return True
 
     @contextmanager
-    def changing(self, pairs: Iterable[Pair]) -> Iterator[None]:
+    def own_change(self, pairs: Iterable[Pair]) -> Iterator[None]:
         """The owner itself changes these memberships: what others have asked for is judged when it has."""
         pairs = list(pairs)
-        self._changing.update(pairs)
+        self._own_changes.update(pairs)
         try:
             yield
         finally:
-            self._changing.subtract(pairs)
-            self._changing = +self._changing
+            self._own_changes.subtract(pairs)
+            self._own_changes = +self._own_changes
             ended, self._change_ended = self._change_ended, asyncio.Event()
             ended.set()
 
-    async def until_changed(self, pair: Pair) -> None:
-        while pair in self._changing:
+    async def wait_for_own_change(self, pair: Pair) -> None:
+        while pair in self._own_changes:
             await self._change_ended.wait()

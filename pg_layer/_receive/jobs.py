@@ -86,7 +86,7 @@ class JobReaders:
 
     # ------------------------------------------------------------------ readers
 
-    def want(self, channel: str) -> None:
+    def reader_waits(self, channel: str) -> None:
         """A reader waits on a normal channel."""
         reader = self._reader(channel)
         reader.is_used = True
@@ -95,7 +95,7 @@ class JobReaders:
             self._spawn("Listening for jobs", partial(self._begin, channel, reader))
         self._claim_soon(reader)
 
-    def heard(self, channel: str, first: int) -> None:
+    def announced(self, channel: str, first: int) -> None:
         """Jobs wait, from this id on."""
         reader = self._readers.get(channel)
         if reader is not None:
@@ -103,7 +103,7 @@ class JobReaders:
             reader.low_id = min(reader.low_id, first)
             self._claim_soon(reader)
 
-    def look_again(self) -> None:
+    def claim_from_all(self) -> None:
         """Claim as if all channels had announced jobs."""
         for reader in self._readers.values():
             reader.may_have_more, reader.low_id = True, 0
@@ -147,28 +147,28 @@ class JobReaders:
 
     def _claim_soon(self, reader: JobReader) -> None:
         # What was claimed before, and its answer lost, comes first. Without a lease nothing is claimed; when
-        # it is there, `look_again` follows.
-        if self._receiver.is_in_doubt or not self._client.renewed_at:
+        # it is there, `claim_from_all` follows.
+        if self._receiver.is_catch_up_pending or not self._client.renewed_at:
             return
         if (
             not (reader.is_claiming or reader.is_releasing)
             and reader.may_have_more
-            and self._missing(reader) > 0
+            and self._demand(reader) > 0
         ):
             reader.is_claiming = True
             self._spawn("The claim of jobs", partial(self._claim, reader))
 
-    def _missing(self, reader: JobReader) -> int:
+    def _demand(self, reader: JobReader) -> int:
         """How many jobs to claim: none while those that were claimed last wait for dispatch."""
         is_waiting = self._client.announcements.holds_jobs(reader.queue.channel)
-        return 0 if is_waiting else reader.queue.missing
+        return 0 if is_waiting else reader.queue.demand
 
     async def _claim(self, reader: JobReader) -> None:
         queue = reader.queue
         while (
             reader.may_have_more
-            and not self._receiver.is_in_doubt
-            and (missing := self._missing(reader)) > 0
+            and not self._receiver.is_catch_up_pending
+            and (demand := self._demand(reader)) > 0
         ):
             reader.may_have_more = False
             if self._loop.time() - reader.claimed_at < QUICK:
@@ -176,7 +176,7 @@ class JobReaders:
                 reader.ahead = min(2 * reader.ahead + 1, most)
             else:
                 reader.ahead = 0
-            limit = missing + reader.ahead
+            limit = demand + reader.ahead
             low_id, reader.low_id = reader.low_id, LAST_ID
             try:
                 rows = await self._claimed(queue.channel, low_id, limit)
@@ -226,7 +226,7 @@ class JobReaders:
     def _give_up(self) -> None:
         """It is unknown what became of a statement that moves jobs: it must have no effect any more."""
         self._client.fence += 1
-        self._client.cursor.deafen()
+        self._client.cursor.suspend()
         self._receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ releasing

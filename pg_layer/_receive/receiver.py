@@ -68,16 +68,16 @@ class Receiver:
         self._own_channel = notification_channel(client.address)
         self._pings: dict[str, asyncio.Future[None]] = {}
         self._pinged = 0
-        self._lost = asyncio.Event()  # the present connection
+        self._connection_is_lost = asyncio.Event()  # the present connection
         self._is_reading = False
         self._is_catching_up = False
         self._is_catch_up_due = False
-        self._is_passed = False  # memberships may have something to forget
-        self._drained = asyncio.Event()
+        self._may_forget_memberships = False  # memberships may have something to forget
+        self._catch_up_may_resume = asyncio.Event()
         # Not set while a catch-up is about to append rows that were sent before some that a read brings.
-        self._appended = asyncio.Event()
+        self._joins_may_read = asyncio.Event()
         # The snapshot of a catch-up that waits for dispatch. A `join` that removes it has it begin again.
-        self._waiting: Moment | None = None
+        self._paused_catch_up: Moment | None = None
         self._channels_of_jobs: dict[str, str] = {}  # NOTIFY channel -> normal channel
         self._expected: Counter[str] = Counter()  # buckets of groups that are being joined
         self._joining: str | None = None  # the group whose first member is being added
@@ -93,15 +93,15 @@ class Receiver:
         self._is_catch_up_due = True
         self.jobs.start()
         self._read_soon()
-        self.pump_soon()
+        self.dispatch_soon()
 
     # ------------------------------------------------------------------ hearing
 
     async def listen_to_all(self) -> None:
         """Have a new connection listen to all that is of interest here. A catch-up must follow."""
-        self._lost = asyncio.Event()
-        self._client.announcements.lose()
-        self._expect_catch_up()
+        self._connection_is_lost = asyncio.Event()
+        self._client.announcements.mark_incomplete()
+        self._delay_joins()
         prefix = self._client.config.prefix
         while True:
             wanted = {self._own_channel, *self._expected, *self._channels_of_jobs}
@@ -153,19 +153,19 @@ class Receiver:
         try:
             announcement = parse(payload, client.config.prefix, client.address)
         except ValueError:
-            client.foreign(channel)
+            client.log_foreign_notification(channel)
             return
         if isinstance(announcement, Ping):
             self._hear_ping(announcement)
         elif isinstance(announcement, Jobs):
             name = self._channels_of_jobs.get(channel)
             if name is not None:
-                self.jobs.heard(name, announcement.first)
+                self.jobs.announced(name, announcement.first)
         else:
             if isinstance(announcement, Messages):
                 client.counters.add("inline_messages", len(announcement.rows))
             client.announcements.hear(announcement)
-            self.pump()
+            self.dispatch()
             self._read_soon()
 
     async def ping(self, send: Callable[[str], Coroutine[Any, Any, None]], timeout: float) -> bool:
@@ -182,27 +182,27 @@ class Receiver:
             del self._pings[token]
 
     def _hear_ping(self, ping: Ping) -> None:
-        if self._client.cursor.heard(ping.token):
-            self._passed()
+        if self._client.cursor.confirm(ping.token):
+            self._cursor_advanced()
         heard = self._pings.get(ping.name)
         if heard is not None and not heard.done():
             heard.set_result(None)
 
-    def _passed(self) -> None:
+    def _cursor_advanced(self) -> None:
         """``S`` has moved. Memberships forget nothing while what it sees may still be in the queue."""
-        self._is_passed = True
-        self._forget_passed()
+        self._may_forget_memberships = True
+        self._forget_past_memberships()
 
-    def _forget_passed(self) -> None:
-        if self._is_passed and not len(self._client.announcements):
-            self._is_passed = False
-            self._client.memberships.grow_old(self._client.cursor.is_past)
+    def _forget_past_memberships(self) -> None:
+        if self._may_forget_memberships and not len(self._client.announcements):
+            self._may_forget_memberships = False
+            self._client.memberships.forget_past(self._client.cursor.is_past)
 
     def connection_lost(self) -> None:
         """No notification of the old connection will be heard any more."""
-        self._client.announcements.lose()
-        self._expect_catch_up()
-        self._lost.set()
+        self._client.announcements.mark_incomplete()
+        self._delay_joins()
+        self._connection_is_lost.set()
 
     def append_claimed(self, rows: Sequence[Row]) -> None:
         """Dispatch jobs that were claimed, behind what was announced before.
@@ -210,7 +210,7 @@ class Receiver:
         A catch-up may have met them first: each claim gives a row another key.
         """
         self._client.announcements.append(rows)
-        self.pump()
+        self.dispatch()
 
     # ------------------------------------------------------------------ reading what was announced
 
@@ -236,21 +236,21 @@ class Receiver:
                 continue
             self._client.counters.add("reads")
             for entry, result in zip(entries, results, strict=False):
-                announcements.read(entry, result.rows, is_all=result.is_all)
-            self.pump()
+                announcements.fill(entry, result.rows, is_all=result.is_all)
+            self.dispatch()
         self._is_reading = False
 
     # ------------------------------------------------------------------ catching up
 
     @property
-    def is_in_doubt(self) -> bool:
+    def is_catch_up_pending(self) -> bool:
         """Whether rows may be missing until a catch-up has ended."""
         return self._is_catching_up or self._is_catch_up_due
 
     @property
-    def _is_behind(self) -> bool:
+    def _needs_catch_up(self) -> bool:
         """Whether a catch-up brings what was missed, marked rows as well, in the order of ids."""
-        return self.is_in_doubt or self._client.announcements.is_incomplete
+        return self.is_catch_up_pending or self._client.announcements.is_incomplete
 
     def catch_up_soon(self) -> None:
         """Read all that is new at the own addresses, once more if that is under way."""
@@ -264,7 +264,7 @@ class Receiver:
         while self._is_catch_up_due:
             self._is_catch_up_due = False
             announcements.begin_catch_up()
-            self._appended.clear()
+            self._joins_may_read.clear()
             counted: list[int] = []
             try:
                 is_done = await self._connections.run(
@@ -290,16 +290,16 @@ class Receiver:
             ):
                 self._is_catch_up_due = True
             if not (announcements.is_incomplete or self._is_catch_up_due):
-                self._appended.set()
-            self.pump()
+                self._joins_may_read.set()
+            self.dispatch()
             self._read_soon()
             self._on_caught_up(sum(counted))
         self._is_catching_up = False
-        self._spawn("Dispatch", self._go_on)
+        self._spawn("Dispatch", self._resume)
 
-    async def _go_on(self) -> None:
-        self.pump()  # what was left out because too much was heard
-        self.jobs.look_again()
+    async def _resume(self) -> None:
+        self.dispatch()  # what was left out because too much was heard
+        self.jobs.claim_from_all()
 
     async def _read_new(self, session: Session, counted: list[int]) -> bool:
         """Append what is new. False: the addresses have changed while dispatch was waited for."""
@@ -310,7 +310,7 @@ class Receiver:
         moment = await queries.begin_snapshot(session, boot)
         # The addresses are collected when the snapshot has been taken: a message that is sent after a
         # group_add has returned is either not visible in it, or at one of these addresses.
-        cursor.position(moment, position)
+        cursor.note_position(moment, position)
         low_id = min(cursor.low_id(), cursor.marked_low_id())
         own_low_id = min(low_id, self.jobs.low_id - 1)
         prefix = client.config.prefix
@@ -318,22 +318,22 @@ class Receiver:
         addresses = [client.address, *(group_address(prefix, group) for group in groups)]
         low_ids = [own_low_id, *(max(low_id, self._low_id_of_group(group)) for group in groups)]
         keys = await queries.new_keys(session, addresses, low_ids, cursor.moment)
-        for part in queries.parts(client.announcements.missing(keys)):
+        for part in queries.parts(client.announcements.keys_to_read(keys)):
             # With a single connection nothing else could be read meanwhile.
             is_full = client.announcements.rows > CATCH_UP_ROWS and client.config.pool_max_size > 1
             if is_full and not await self._wait_for_dispatch(moment):
                 await queries.commit(session)
                 return False
             rows = await queries.read_keys(session, part)
-            client.announcements.append(rows, self._joining, client.memberships.opened_groups)
+            client.announcements.append(rows, self._joining, client.memberships.newly_joined)
             counted.append(sum(row.kind == "message" for row in rows))
-            self.pump()
+            self.dispatch()
         await queries.commit(session)
         before = cursor.moment
-        cursor.adopt(moment)
+        cursor.advance_to(moment)
         if not self._is_catch_up_due:  # else a claim's answer was lost meanwhile
             self.jobs.unknown_low_id = LAST_ID
-        self._passed()
+        self._cursor_advanced()
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
             self._spawn(
@@ -344,19 +344,19 @@ class Receiver:
 
     async def _wait_for_dispatch(self, moment: Moment) -> bool:
         """Return whether the catch-up may go on. False: a `join` has it begin again."""
-        self._waiting = moment
-        self._drained.clear()
-        self._appended.set()  # dispatch may wait for a `join`, and that must not wait for this
+        self._paused_catch_up = moment
+        self._catch_up_may_resume.clear()
+        self._joins_may_read.set()  # dispatch may wait for a `join`, and that must not wait for this
         try:
-            await self._drained.wait()
-            return self._waiting is not None
+            await self._catch_up_may_resume.wait()
+            return self._paused_catch_up is not None
         finally:
-            self._waiting = None
-            self._appended.clear()
+            self._paused_catch_up = None
+            self._joins_may_read.clear()
 
-    def _expect_catch_up(self) -> None:
-        if self._waiting is None:
-            self._appended.clear()
+    def _delay_joins(self) -> None:
+        if self._paused_catch_up is None:
+            self._joins_may_read.clear()
 
     def _low_id_of_group(self, group: str) -> int:
         """No message of a group that its members may receive has this id or a smaller one."""
@@ -381,12 +381,12 @@ class Receiver:
     async def _delete_received(self, moment: Moment) -> None:
         client = self._client
         # Rows that were announced before, and are not read yet, are not among those that are held.
-        while client.announcements.awaits(moment):  # noqa: ASYNC110  # rarely, after a crash
+        while client.announcements.has_unread(moment):  # noqa: ASYNC110  # rarely, after a crash
             await asyncio.sleep(RETRY)
         try:
             await self._connections.run(
                 lambda session: queries.delete_received(
-                    session, client.address, moment, client.held_keys()
+                    session, client.address, moment, client.unreceived_keys()
                 ),
                 timeout=client.config.send_timeout,
                 is_idempotent=True,
@@ -398,12 +398,12 @@ class Receiver:
                 extra={"event": log_events.RECEIVED_DELETE_FAILED},
             )
 
-    async def look_for_marked(self) -> None:
+    async def search_marked(self) -> None:
         """Append marked rows whose announcement should have come by now."""
         client, cursor = self._client, self._client.cursor
         assert client.is_owned_here()
-        look = cursor.look
-        if look is None or self._is_behind:
+        look = cursor.overdue
+        if look is None or self._needs_catch_up:
             return
         prefix = client.config.prefix
 
@@ -413,39 +413,39 @@ class Receiver:
                 *(group_address(prefix, group) for group in self._groups()),
             ]
             keys = await queries.marked_keys(session, addresses, cursor.marked_low_id(), look)
-            for part in queries.parts(client.announcements.missing(keys)):
+            for part in queries.parts(client.announcements.keys_to_read(keys)):
                 rows = await queries.read_keys(session, part)
-                if self._is_behind:
+                if self._needs_catch_up:
                     return False
-                client.announcements.append_late(
-                    rows, self._joining, client.memberships.opened_groups
+                client.announcements.append_unannounced(
+                    rows, self._joining, client.memberships.newly_joined
                 )
-                self.pump()
-            return not self._is_behind
+                self.dispatch()
+            return not self._needs_catch_up
 
         if await self._connections.run(work, timeout=client.config.heartbeat, is_idempotent=True):
-            cursor.looked(look)
+            cursor.marked_searched(look)
 
     # ------------------------------------------------------------------ dispatching
 
-    def pump(self) -> None:
+    def dispatch(self) -> None:
         """Dispatch what is ready, and do what waits for that."""
         assert self._client.is_owned_here()
         announcements = self._client.announcements
         self.dispatcher.dispatch()
-        self._forget_passed()
+        self._forget_past_memberships()
         if announcements.rows <= CATCH_UP_ROWS:
-            self._drained.set()
+            self._catch_up_may_resume.set()
         if announcements.is_over_limit and not announcements.rows and not self._is_catching_up:
             self.catch_up_soon()
 
-    def pump_soon(self) -> None:
-        """`pump` in a task of its own: if it raises, it is repeated, and not the work that led to it."""
+    def dispatch_soon(self) -> None:
+        """`dispatch` in a task of its own: if it raises, it is repeated, and not the work that led to it."""
 
-        async def pump() -> None:
-            self.pump()
+        async def run() -> None:
+            self.dispatch()
 
-        self._spawn("Dispatch", pump)
+        self._spawn("Dispatch", run)
 
     # ------------------------------------------------------------------ the first member of a group
 
@@ -463,14 +463,18 @@ class Receiver:
         self._joining = group
         with self.expecting((bucket,)):
             # A catch-up that has begun may not have collected this group.
-            await self._appended.wait()
+            await self._joins_may_read.wait()
             missed = await self._read_missed(address, bucket, low_id, since)
             # What their writers sent before them may not have been heard yet.
-            if missed and self._waiting is None and not await self._hear_what_was_sent():
-                self._expect_catch_up()
+            if (
+                missed
+                and self._paused_catch_up is None
+                and not await self._hear_earlier_announcements()
+            ):
+                self._delay_joins()
                 self.catch_up_soon()
-                await self._appended.wait()
-            await self.dispatcher.until_changed((group, channel))
+                await self._joins_may_read.wait()
+            await self.dispatcher.wait_for_own_change((group, channel))
         rows = client.announcements.head()
         if rows is None or rows[0] is not row:
             self._joining = None
@@ -480,14 +484,16 @@ class Receiver:
         self._joining = None
         cursor = client.cursor
         here = (
-            missed if self._waiting is None else client.announcements.between(missed, self._waiting)
+            missed
+            if self._paused_catch_up is None
+            else client.announcements.due_before_catch_up(missed, self._paused_catch_up)
         )
         if len(here) < len(missed):
-            missed, self._waiting, self._is_catch_up_due = here, None, True
-            self._drained.set()  # it begins again with this group, and brings in order what comes behind
+            missed, self._paused_catch_up, self._is_catch_up_due = here, None, True
+            self._catch_up_may_resume.set()  # it begins again with this group, and brings in order what comes behind
         boot = cursor.boot_of(row)
-        opened = client.memberships.opened_after(group, boot, row.xid)
-        client.memberships.forget_opened(group)
+        opened = client.memberships.joined_after(group, boot, row.xid)
+        client.memberships.forget_join(group)
         if group in client.memberships.groups:
             # What came after that was heard, and may have been dispatched.
             missed = [
@@ -495,13 +501,13 @@ class Receiver:
                 for each in missed
                 if opened is not None and opened.sees(cursor.boot_of(each), each.xid)
             ]
-        if not client.memberships.overrule(group, channel, boot, row.xid, since):
+        if not client.memberships.resolve_against_own_change(group, channel, boot, row.xid, since):
             # Now, and not before what was awaited: an idle queue may have been dropped meanwhile.
             client.memberships.add(group, client.queue(channel), expires_at, since)
         self._writer.write_soon(group, channel, claim)
-        client.announcements.bring(address, missed)
+        client.announcements.insert_missed(address, missed)
 
-    async def _hear_what_was_sent(self) -> bool:
+    async def _hear_earlier_announcements(self) -> bool:
         """Wait until all that was sent before is in the queue. False: a catch-up must bring it.
 
         A catch-up while nothing was lost would put marked rows before their announcement, unlike elsewhere.
@@ -516,12 +522,12 @@ class Receiver:
             )
 
         # Dispatch waits meanwhile: not for a ping that is lost with its connection.
-        lost = asyncio.ensure_future(self._lost.wait())
+        lost = asyncio.ensure_future(self._connection_is_lost.wait())
         ping = asyncio.ensure_future(self.ping(ring, PING_TIMEOUT))
         try:
             await asyncio.wait((lost, ping), return_when=asyncio.FIRST_COMPLETED)
             is_heard = ping.done() and ping.exception() is None and ping.result()
-            return is_heard and not self._is_behind
+            return is_heard and not self._needs_catch_up
         finally:
             lost.cancel()
             ping.cancel()

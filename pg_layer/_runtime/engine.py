@@ -89,7 +89,7 @@ class Engine:
         if self.owner is not None:
             self.owner.refused(error)
         elif error.sqlstate != READ_ONLY:
-            self.client.silent(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+            self.client.log_unannounced(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     # ------------------------------------------------------------------ tasks
 
@@ -227,7 +227,7 @@ class Engine:
     async def settle(self, queue: ChannelQueue) -> None:
         """Wait until senders no longer count what was received from a channel."""
         if self.owner is not None:
-            await self.owner.receiver.deletions.settle(queue)
+            await self.owner.receiver.deletions.wait_for(queue)
 
     # ------------------------------------------------------------------ receiving
 

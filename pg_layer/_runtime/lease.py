@@ -93,7 +93,7 @@ class Lease:
             os.getpid(),
             config.lease,
             client.fence,
-            client.counted(),
+            client.counts(),
             token,
             cursor.known_boot,
             self._swept_to,
@@ -104,22 +104,22 @@ class Lease:
         client.clock.observe(asked_at_tick, renewal.clock)
         is_first, client.renewed_at = not client.renewed_at, asked_at
         # A renewal between heartbeats, as by health(), comes too soon after what is announced just now.
-        is_beat = asked_at - self._beat_at >= config.heartbeat / 2
-        if is_beat:
+        is_heartbeat = asked_at - self._beat_at >= config.heartbeat / 2
+        if is_heartbeat:
             self._beat_at = asked_at
-        cursor.renew(renewal.moment, renewal.position, token, is_beat=is_beat)
+        cursor.renew(renewal.moment, renewal.position, token, is_heartbeat=is_heartbeat)
         if renewal.is_new or renewal.moment.boot != self._boot:
             # A crash or a sweep may have removed rows, and a crash or a failover may have undone deletions.
             self._boot = renewal.moment.boot
             self._writer.write_all_soon(may_have_old_rows=renewal.was_over or not renewal.is_new)
         if renewal.was_over:
-            self._tell_gap()
-        if not is_beat:
+            self._report_gap()
+        if not is_heartbeat:
             pass
         elif renewal.has_marked:
             self._look_for_marked_soon()
-        elif cursor.look is not None:
-            cursor.looked(cursor.look)
+        elif cursor.overdue is not None:
+            cursor.marked_searched(cursor.overdue)
         if not renewal.has_expired:
             # Others have deleted what expired: do not look at it again.
             self._swept_to = max(self._swept_to, renewal.clock - LATE)
@@ -127,12 +127,12 @@ class Lease:
             self._is_deleting = True
             self._spawn("The deletion of expired messages", self._delete_expired)
         self._is_renewed = True
-        if is_first or is_beat:
+        if is_first or is_heartbeat:
             # Also at heartbeats: a claim may have passed over a job that another one had locked, and that one
             # came to nothing.
-            self._receiver.jobs.look_again()
+            self._receiver.jobs.claim_from_all()
 
-    def _tell_gap(self) -> None:
+    def _report_gap(self) -> None:
         """This process was silent for longer than its lease, while the database was there."""
         client = self._client
         client.counters.add("expired_leases")
@@ -141,8 +141,8 @@ class Lease:
             extra={"event": log_events.LEASE_EXPIRED},
         )
         if self._outage.why is None:
-            client.announce_locally(client.config.on_disconnect)
-            client.announce_locally(client.config.on_reconnect)
+            client.send_to_consumers(client.config.on_disconnect)
+            client.send_to_consumers(client.config.on_reconnect)
         self._receiver.catch_up_soon()
 
     def _look_for_marked_soon(self) -> None:
@@ -152,8 +152,8 @@ class Lease:
 
     async def _look_for_marked(self) -> None:
         try:
-            await self._receiver.look_for_marked()
-            self._receiver.jobs.look_again()
+            await self._receiver.search_marked()
+            self._receiver.jobs.claim_from_all()
         except PgLayerError as error:
             logger.info(
                 "Could not look for marked messages: %s",

@@ -289,7 +289,7 @@ class Loops:
             pending_operations=(0 if home is None else home.pending_operations)
             + (0 if background is None else background.pending_operations),
             memberships=len(client.memberships),
-            remembered_keys=client.cursor.remembered,
+            remembered_keys=client.cursor.key_count,
             listener=receiving.listening if receiving else "off",
             lease_age=time.monotonic() - client.renewed_at if client.renewed_at else None,
             failing_tasks=len(client.failures),

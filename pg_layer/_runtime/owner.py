@@ -95,7 +95,7 @@ class Owner:
         client, config = self._client, self._client.config
         await self._wait_for_predecessor()
         if self._receiver is None:
-            client.begin_ownership()
+            client.take_ownership()
             self._receiver = Receiver(
                 client,
                 self._connections,
@@ -116,7 +116,7 @@ class Owner:
                 self._spawn("The listener", self._listener.run)
         self._receiver.start()
         for channel in self._wanted:
-            self._receiver.jobs.want(channel)
+            self._receiver.jobs.reader_waits(channel)
 
     @property
     def receiver(self) -> Receiver:
@@ -150,12 +150,12 @@ class Owner:
         if self._receiver is None:
             self._wanted.append(channel)
         else:
-            self._receiver.jobs.want(channel)
+            self._receiver.jobs.reader_waits(channel)
 
     def received(self, queue: Any) -> None:
         """A message was received that has a row. Called on the owner loop."""
         if self._receiver is not None:
-            self._receiver.deletions.soon(queue)
+            self._receiver.deletions.schedule(queue)
 
     def forget_idle(self) -> None:
         """Stop listening to normal channels that are not read any more."""
@@ -165,7 +165,7 @@ class Owner:
     async def flushed(self, key: Key, timeout: float) -> None:
         """Wait until the control message of a flush is applied, or ``timeout`` seconds."""
         await _wait(self._started, timeout)
-        await self.receiver.dispatcher.flushed(key, timeout)
+        await self.receiver.dispatcher.wait_for_flush(key, timeout)
 
     async def _change(self, changes: list[Change], timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout
@@ -316,7 +316,7 @@ class Owner:
 
     async def _beat(self, heartbeat: float) -> None:
         client, listener = self._client, self._listener
-        client.cursor.expire(client.clock.now())
+        client.cursor.forget_expired(client.clock.now())
         for pair in client.memberships.expire(client.clock.now()):
             self._writer.write_soon(*pair)
         if self.polls_because is not None:

@@ -60,15 +60,15 @@ class AnnouncementQueue:
     def restart(self) -> None:
         """Another loop goes on: forget what the last one had begun. A catch-up must follow."""
         self._kept_aside = None
-        self.lose()
+        self.mark_incomplete()
 
-    def lose(self) -> None:
+    def mark_incomplete(self) -> None:
         """Announcements may be missed from here on, and nothing may overtake them.
 
         Whatever is heard before the next catch-up begins, that one brings.
         """
         self.is_incomplete = True
-        self._cursor.deafen()
+        self._cursor.suspend()
 
     # ------------------------------------------------------------------ hearing
 
@@ -91,7 +91,7 @@ class AnnouncementQueue:
                 self.is_incomplete = self.is_over_limit = True
         elif self._rows >= MAX_ROWS or self._bytes >= MAX_BYTES:
             self.is_over_limit = True
-            self.lose()
+            self.mark_incomplete()
         elif isinstance(announcement, Messages):
             if fresh := self._cursor.admit_together(announcement.rows):
                 entry = Entry(fresh)
@@ -103,23 +103,28 @@ class AnnouncementQueue:
             self._append_span(announcement.span)
 
     def append(
-        self, rows: Iterable[Row], joining: str | None = None, opened: Container[str | None] = ()
+        self,
+        rows: Iterable[Row],
+        joining: str | None = None,
+        newly_joined: Container[str | None] = (),
     ) -> int:
         """Append rows that are here, without those that are not new. Return how many are.
 
         ``joining``: a group whose first member is being added by the control message at the head.
-        ``opened``: groups that are listened to since a moment ago. Their rows may be older than others that
+        ``newly_joined``: groups that are listened to since a moment ago. Their rows may be older than others that
         are here: see `merge`.
         """
         fresh = self._admit(rows)
         older = [
-            row for row in fresh if row.group and (row.group == joining or row.group in opened)
+            row
+            for row in fresh
+            if row.group and (row.group == joining or row.group in newly_joined)
         ]
         self._append_but(fresh, older, Entry(), behind_head=joining is not None)
         return len(fresh)
 
-    def append_late(
-        self, rows: Iterable[Row], joining: str | None, opened: Container[str | None]
+    def append_unannounced(
+        self, rows: Iterable[Row], joining: str | None, newly_joined: Container[str | None]
     ) -> None:
         """The same for marked rows that were not announced in time.
 
@@ -130,7 +135,7 @@ class AnnouncementQueue:
         sent = {
             (row.boot, row.xid)
             for row in fresh
-            if row.group and (row.group == joining or row.group in opened)
+            if row.group and (row.group == joining or row.group in newly_joined)
         }
         older = [row for row in fresh if (row.boot, row.xid) in sent]
         entry = Entry()
@@ -153,7 +158,9 @@ class AnnouncementQueue:
 
     def _append_span(self, span: Span) -> None:
         has_passed = self._cursor.has_passed(self._cursor.boot_of(span), span.xid)
-        if not (self._cursor.has_looked_for(span.boot, span.xid) if span.marked else has_passed):
+        if not (
+            self._cursor.has_searched_marked(span.boot, span.xid) if span.marked else has_passed
+        ):
             entry = Entry(span=span)
             entry.is_late = has_passed
             self._entries.append(entry)
@@ -181,7 +188,7 @@ class AnnouncementQueue:
                     break
         return found
 
-    def read(self, entry: Entry, rows: Sequence[Row], *, is_all: bool) -> None:
+    def fill(self, entry: Entry, rows: Sequence[Row], *, is_all: bool) -> None:
         """The read brought these rows of an entry, in the order of ids; ``is_all``: and there are no more."""
         span = entry.span
         if span is None or entry.is_complete:
@@ -245,14 +252,14 @@ class AnnouncementQueue:
         """The keys of the rows that are here."""
         return [row.key for entry in self._entries for row in entry.rows]
 
-    def awaits(self, moment: Moment) -> bool:
+    def has_unread(self, moment: Moment) -> bool:
         """Whether rows that this moment sees must still be read."""
         return any(
             entry.span is not None and moment.sees(self._cursor.boot_of(entry.span), entry.span.xid)
             for entry in self._entries
         )
 
-    def lacks(self, address: str, rows: Sequence[Row]) -> list[Row]:
+    def absent_rows(self, address: str, rows: Sequence[Row]) -> list[Row]:
         """Those rows at an address that no entry has, or will bring in their places."""
         held = set(self.keys())
         spans = self._spans(entry for entry in self._entries if not entry.is_late)
@@ -278,7 +285,7 @@ class AnnouncementQueue:
         """Whether jobs of a normal channel are here."""
         return channel in self._jobs
 
-    def between(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
+    def due_before_catch_up(self, rows: Iterable[Row], moment: Moment) -> list[Row]:
         """Those that a catch-up at this moment would put before rows that are here, or would not bring.
 
         Jobs that are here do not count, which are not in the order of ids.
@@ -299,15 +306,15 @@ class AnnouncementQueue:
         """How many rows are here."""
         return self._rows
 
-    def bring(self, address: str, missed: Sequence[Row]) -> None:
+    def insert_missed(self, address: str, missed: Sequence[Row]) -> None:
         """Put what the first member of a group has missed between what is here, in the order of each writer.
 
         What an entry has, or will bring in its place, stays there.
         """
-        withdrawn = self.withdraw(missed)
+        withdrawn = self.remove_late(missed)
         brought = [
             row
-            for row in self.lacks(address, missed)
+            for row in self.absent_rows(address, missed)
             if self._cursor.admit_announced(row.key, row.marked, row.expires_at)
         ]
         self.merge([*withdrawn, *brought])
@@ -394,7 +401,7 @@ class AnnouncementQueue:
                 found[row.key] = ids[index - 1][1]
         return found
 
-    def withdraw(self, rows: Iterable[Row]) -> list[Row]:
+    def remove_late(self, rows: Iterable[Row]) -> list[Row]:
         """Remove what came late of the transactions of these rows, and return it."""
         withdrawn: list[Row] = []
         sent = {(row.boot, row.xid) for row in rows}
@@ -424,9 +431,9 @@ class AnnouncementQueue:
         """From here on announcements are kept aside, and judged when the catch-up has ended."""
         self._kept_aside = []
         self.is_incomplete = self.is_over_limit = False
-        self._cursor.is_deaf = True
+        self._cursor.is_suspended = True
 
-    def missing(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
+    def keys_to_read(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
         """Those that are new, and that no entry of the queue will bring."""
         spans = self._spans(self._entries)
         return [
@@ -442,16 +449,16 @@ class AnnouncementQueue:
         """The catch-up has appended its rows, and the cursor has moved."""
         aside, self._kept_aside = self._kept_aside or [], None
         is_incomplete, self.is_incomplete = self.is_incomplete, False
-        self._cursor.is_deaf = False
+        self._cursor.is_suspended = False
         for announcement in aside:
             self.hear(announcement)
         if is_incomplete:
-            self.lose()
+            self.mark_incomplete()
 
     def fail_catch_up(self) -> None:
         """The catch-up has failed: the next one brings what was kept aside."""
         self._kept_aside = None
-        self.lose()
+        self.mark_incomplete()
 
 
 def _size(rows: Iterable[Row]) -> int:

@@ -37,7 +37,7 @@ class ChannelQueue:
     __slots__ = (
         "_lock",
         "_messages",
-        "_room_waiters",
+        "_space_waiters",
         "_waiters",
         "_woken",
         "capacity",
@@ -66,7 +66,7 @@ class ChannelQueue:
         self._messages: deque[QueuedMessage] = deque()
         self._waiters: deque[Waiter] = deque()
         self._woken: set[Waiter] = set()  # told to look, and will soon
-        self._room_waiters: list[Waiter] = []
+        self._space_waiters: list[Waiter] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class ChannelQueue:
         return len(self._waiters)
 
     @property
-    def missing(self) -> int:
+    def demand(self) -> int:
         """How many more messages the receivers could have at once."""
         with self._lock:
             return len(self._waiters) + len(self._woken) - len(self._messages)
@@ -104,7 +104,7 @@ class ChannelQueue:
             if self._waiters:
                 self._wake_one()
 
-    def put_if_room(
+    def put_fitting(
         self, messages: Sequence[QueuedMessage], here: asyncio.AbstractEventLoop | None = None
     ) -> Sequence[QueuedMessage]:
         """Append as many as there is room for, in their order. Return the rest.
@@ -122,14 +122,14 @@ class ChannelQueue:
                 self._wake_one(here)
             return messages[room:]
 
-    def room(self, loop: asyncio.AbstractEventLoop) -> Waiter:
+    def half_free(self, loop: asyncio.AbstractEventLoop) -> Waiter:
         """A future of the running loop: resolved when half of the queue is free."""
         waiter = loop.create_future()
         with self._lock:
             if 2 * len(self._messages) <= self.capacity or self.is_closed:
                 waiter.set_result(None)
             else:
-                self._room_waiters.append(waiter)
+                self._space_waiters.append(waiter)
         return waiter
 
     def push_front(self, message: QueuedMessage) -> None:
@@ -159,8 +159,8 @@ class ChannelQueue:
             message = messages.popleft()
             if self.is_stalled and 2 * len(messages) <= self.capacity:
                 self.is_stalled = False
-            if self._room_waiters and 2 * len(messages) <= self.capacity:
-                self._announce_room()
+            if self._space_waiters and 2 * len(messages) <= self.capacity:
+                self._wake_space_waiters()
             if deletes is not None and message.key is not None:
                 deletes[message.key] = self
             return message
@@ -181,7 +181,7 @@ class ChannelQueue:
                 self._messages.clear()
                 self._messages.extend(kept)
                 if 2 * len(kept) <= self.capacity:
-                    self._announce_room()
+                    self._wake_space_waiters()
             return popped
 
     def pop_idle(self) -> list[QueuedMessage]:
@@ -205,7 +205,7 @@ class ChannelQueue:
         with self._lock:
             self.is_closed = True
             self._messages.clear()
-            self._announce_room()
+            self._wake_space_waiters()
             for _ in range(len(self._waiters)):
                 self._wake_one()
 
@@ -228,7 +228,7 @@ class ChannelQueue:
         ``on_wait`` is called once this waiter counts as `waiting`. Give what is returned to `pop`, at once.
         """
         loop = asyncio.get_running_loop()
-        waiter = self.enlist(loop)
+        waiter = self.add_waiter(loop)
         if waiter is None:
             return None
         timer = None if timeout is None else loop.call_later(timeout, _resolve, waiter)
@@ -237,14 +237,14 @@ class ChannelQueue:
                 on_wait()
             await waiter
         except BaseException:
-            self.desert(waiter)
+            self.remove_waiter(waiter)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
         return waiter
 
-    def enlist(self, loop: asyncio.AbstractEventLoop) -> Waiter | None:
+    def add_waiter(self, loop: asyncio.AbstractEventLoop) -> Waiter | None:
         """A future of the running loop, resolved when there may be a message; None: look now.
 
         After awaiting it, give it to `pop`, at once; otherwise to `desert`.
@@ -258,7 +258,7 @@ class ChannelQueue:
             self._waiters.append(waiter)
         return waiter
 
-    def desert(self, waiter: Waiter) -> None:
+    def remove_waiter(self, waiter: Waiter) -> None:
         """Stop waiting: cancelled."""
         with self._lock:
             # If it was woken it will not look: the next one must.
@@ -303,8 +303,8 @@ class ChannelQueue:
             if self._messages:
                 self._wake_one()
 
-    def _announce_room(self) -> None:
-        waiters, self._room_waiters = self._room_waiters, []
+    def _wake_space_waiters(self) -> None:
+        waiters, self._space_waiters = self._space_waiters, []
         for waiter in waiters:
             try:
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)

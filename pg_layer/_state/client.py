@@ -100,7 +100,7 @@ class Client:
 
     # ------------------------------------------------------------------ the owner loop
 
-    def begin_ownership(self) -> None:
+    def take_ownership(self) -> None:
         """The running loop's thread is the only one that touches the state of receiving from here on."""
         if self._owner_thread is not None:
             # A loop that stopped did not see what became of its last statements: late ones are refused.
@@ -159,7 +159,7 @@ class Client:
             {message.key: queue for message in messages if message.key is not None}
         )
 
-    def held_keys(self) -> list[Key]:
+    def unreceived_keys(self) -> list[Key]:
         """The keys of rows at the own address that were not received yet."""
         held = self.announcements.keys()
         held += [
@@ -172,18 +172,18 @@ class Client:
             held += queue.keys()
         return held
 
-    def announce_locally(self, type: str | None) -> None:
+    def send_to_consumers(self, type: str | None) -> None:
         """Put a message of this type, if one is given, into the queue of each consumer here."""
         if type is None:
             return
         payload = self.codec.serialise({"type": type})
         for queue in self.queues():
             if queue.is_receivable and self.owns(queue.channel):
-                queue.put_if_room((QueuedMessage(payload, math.inf, None),))
+                queue.put_fitting((QueuedMessage(payload, math.inf, None),))
 
     # ------------------------------------------------------------------ counters and the end
 
-    def counted(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """What this process did since this client began, by the names in `Counts`, and what fails now."""
         return {**self.counters.since(self._counted_before), "failing_tasks": len(self.failures)}
 
@@ -218,7 +218,7 @@ class Client:
                 extra={"event": log_events.CHANNEL_FULL},
             )
 
-    def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
+    def log_undecodable(self, where: str | None, error: UndecodableMessage) -> None:
         """A message could not be decoded: it is skipped."""
         self.counters.add("dropped_undecodable")
         if (end := self.log_limit.admit("undecodable", str(error))) is not None:
@@ -230,7 +230,7 @@ class Client:
                 extra={"event": log_events.MESSAGE_UNDECODABLE},
             )
 
-    def silent(self, why: str) -> None:
+    def log_unannounced(self, why: str) -> None:
         """What this process sends is not announced."""
         if (end := self.log_limit.admit("silent")) is not None:
             logger.warning(
@@ -240,7 +240,7 @@ class Client:
                 extra={"event": log_events.ANNOUNCEMENTS_REFUSED},
             )
 
-    def foreign(self, channel: str) -> None:
+    def log_foreign_notification(self, channel: str) -> None:
         """A notification came that the layer did not send."""
         self.counters.add("ignored_notifications")
         if (end := self.log_limit.admit("foreign", channel)) is not None:
@@ -251,7 +251,7 @@ class Client:
                 extra={"event": log_events.NOTIFICATION_IGNORED},
             )
 
-    def unknown_channel(self, channel: str) -> None:
+    def log_unknown_channel(self, channel: str) -> None:
         """A message came for a channel that this client has not made."""
         self.counters.add("ignored_notifications")
         if (end := self.log_limit.admit("unknown channel")) is not None:

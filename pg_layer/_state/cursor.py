@@ -24,10 +24,10 @@ class Cursor:
         self._delayed: tuple[Moment, set[int]] | None = None  # S', and claims that it may see
         self._claims: set[int] = set()  # in flight
         self._claims_begun = 0
-        self._heard_early: str | None = None
-        self.is_deaf = True  # what is heard is not admitted now, until a catch-up has ended
+        self._early_ping: str | None = None
+        self.is_suspended = True  # what is heard is not admitted now, until a catch-up has ended
         self._renewals: list[Moment] = []  # the last two
-        self._looked: Moment | None = None  # marked rows that it sees have been looked for
+        self._searched: Moment | None = None  # marked rows that it sees have been looked for
         self._positions: list[Position] = []  # in order, all of one boot
         self.latest_boot = UNKNOWN_BOOT
 
@@ -61,7 +61,7 @@ class Cursor:
     def is_new(self, key: Key, marked: bool) -> bool:
         """Whether a row is new."""
         if marked:
-            return key not in self._done_marked and not self.has_looked_for(key.boot, key.xid)
+            return key not in self._done_marked and not self.has_searched_marked(key.boot, key.xid)
         if self.has_passed(key.boot, key.xid):
             return False
         ids = self._done.get((key.boot, key.xid))
@@ -93,12 +93,12 @@ class Cursor:
         """Whether ``S`` is of a later boot. What a catch-up did not find then is not there any more."""
         return 0 < boot < self.boot
 
-    def has_looked_for(self, boot: int, xid: int) -> bool:
+    def has_searched_marked(self, boot: int, xid: int) -> bool:
         """Whether the marked rows of a transaction that are of concern were admitted by a look.
 
         Others were sent before the client was interested in their address. An unknown boot says nothing.
         """
-        return boot != 0 and self._looked is not None and self._looked.sees(boot, xid)
+        return boot != 0 and self._searched is not None and self._searched.sees(boot, xid)
 
     def admit_announced(self, key: Key, marked: bool, expires_at: float) -> bool:
         """The same for a row that was announced when it was new, and is read later."""
@@ -126,57 +126,57 @@ class Cursor:
             claims.discard(number)
             if not claims:
                 self._delayed = None
-                self.adopt(moment)
+                self.advance_to(moment)
 
     # ------------------------------------------------------------------ renewal
 
     def renew(
-        self, moment: Moment, position: Position, token: str | None, *, is_beat: bool = True
+        self, moment: Moment, position: Position, token: str | None, *, is_heartbeat: bool = True
     ) -> None:
         """Take note of a snapshot, and of a position from before it.
 
-        With a token it becomes ``S`` when the ping with that token is heard. ``is_beat``: about a
+        With a token it becomes ``S`` when the ping with that token is heard. ``is_heartbeat``: about a
         heartbeat has passed since the last beat; the look for marked rows goes by those.
         """
         if moment.boot < self.latest_boot:
             return  # of a server that has gone
-        self.position(moment, position)
-        if is_beat:
+        self.note_position(moment, position)
+        if is_heartbeat:
             self._renewals = [*self._renewals[-1:], moment]
         if token is None:
             return
         self._pending[token] = moment
-        if token == self._heard_early:
-            self.heard(token)
+        if token == self._early_ping:
+            self.confirm(token)
 
-    def heard(self, token: str) -> bool:
+    def confirm(self, token: str) -> bool:
         """A ping was heard: what its snapshot sees had been heard before. Return whether ``S`` moved."""
         moment = self._pending.pop(token, None)
-        if self.is_deaf:
+        if self.is_suspended:
             return False
         if moment is None:
-            self._heard_early = token  # before the answer of the statement that rang it
+            self._early_ping = token  # before the answer of the statement that rang it
             return False
         if self.moment is None or not moment.is_later(self.moment):
             return False
         if self._claims:
             self._delayed = moment, set(self._claims)
             return False
-        self.adopt(moment)
+        self.advance_to(moment)
         return True
 
-    def deafen(self) -> None:
+    def suspend(self) -> None:
         """Until a catch-up has ended no snapshot becomes ``S``: it may see what was not admitted."""
-        self.is_deaf = True
-        self.missed()
+        self.is_suspended = True
+        self.discard_pending()
 
-    def missed(self) -> None:
+    def discard_pending(self) -> None:
         """Something may not have been heard, or a claim's answer is lost: no snapshot becomes ``S``."""
         self._pending.clear()
-        self._heard_early = None
+        self._early_ping = None
         self._delayed = None
 
-    def adopt(self, moment: Moment) -> None:
+    def advance_to(self, moment: Moment) -> None:
         """Move ``S``: all unmarked rows that it sees were admitted before, or are of no concern."""
         if self.moment is not None and not moment.is_later(self.moment):
             return
@@ -190,20 +190,22 @@ class Cursor:
     # ------------------------------------------------------------------ marked rows
 
     @property
-    def look(self) -> Moment | None:
+    def overdue(self) -> Moment | None:
         """The renewal before the last: marked rows that it sees should have been announced by now."""
         return self._renewals[0] if len(self._renewals) == 2 else None
 
-    def looked(self, moment: Moment) -> None:
+    def marked_searched(self, moment: Moment) -> None:
         """All marked rows that this moment sees have been looked for."""
-        if self._looked is None or moment.is_later(self._looked):
-            self._looked = moment
+        if self._searched is None or moment.is_later(self._searched):
+            self._searched = moment
 
     def is_past(self, moment: Moment) -> bool:
         """Whether no row that this moment sees can be new any more, marked or not."""
-        return all(mine is not None and mine.covers(moment) for mine in (self.moment, self._looked))
+        return all(
+            mine is not None and mine.covers(moment) for mine in (self.moment, self._searched)
+        )
 
-    def expire(self, now: float) -> None:
+    def forget_expired(self, now: float) -> None:
         """Forget the keys of marked rows whose messages have expired."""
         self._done_marked = {key: end for key, end in self._done_marked.items() if end > now}
 
@@ -215,9 +217,9 @@ class Cursor:
 
     def marked_low_id(self) -> int:
         """No marked row that has not been looked for has this id or a smaller one."""
-        return self.low_id_of(self._looked)
+        return self.low_id_of(self._searched)
 
-    def position(self, moment: Moment, position: Position) -> None:
+    def note_position(self, moment: Moment, position: Position) -> None:
         """Take note of a position from before a snapshot was taken."""
         if moment.boot < self.latest_boot:
             return  # of a server that has gone
@@ -225,9 +227,9 @@ class Cursor:
             self.latest_boot = moment.boot
             self._positions.clear()
             self._renewals.clear()
-            self.missed()
+            self.discard_pending()
         self._positions.append(position)
-        watched = [self.moment, self._looked, *self._renewals]
+        watched = [self.moment, self._searched, *self._renewals]
         oldest = min(
             (
                 moment.snapshot.xmin
@@ -248,6 +250,6 @@ class Cursor:
         return max((each.last_id for each in self._positions if each.next_xid <= xmin), default=0)
 
     @property
-    def remembered(self) -> int:
+    def key_count(self) -> int:
         """How many keys are remembered."""
         return sum(map(len, list(self._done.values()))) + len(self._done_marked)

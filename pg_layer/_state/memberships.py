@@ -12,7 +12,7 @@ from pg_layer._state.snapshot import Moment
 
 Pair = tuple[str, str]  # (group, channel)
 
-MAX_ASKED = 10_000  # changes that others asked for are remembered, the last ones
+MAX_REQUESTS = 10_000  # changes that others asked for are remembered, the last ones
 
 
 class Member:
@@ -33,13 +33,13 @@ class Memberships:
     def __init__(self) -> None:
         self._groups: dict[str, dict[str, Member]] = {}
         self._of_channel: dict[str, set[str]] = {}
-        self._young: dict[Moment, set[Pair]] = {}  # those with this `since`
-        self._changed: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
-        self._opened: dict[
+        self._by_since: dict[Moment, set[Pair]] = {}  # those with this `since`
+        self._own_changes: dict[Pair, list[Moment]] = {}  # when the owner itself changed them
+        self._joined_at: dict[
             str, Moment
         ] = {}  # when the owner itself added the first member of a group
         # The last change that a client has asked for: its number, and the id of the control message.
-        self._asked: dict[tuple[str, Pair], tuple[int, int]] = {}
+        self._requests: dict[tuple[str, Pair], tuple[int, int]] = {}
         self.last_flush = (0, 0)  # boot and transaction of the last flush that was applied
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Memberships:
     def add(self, group: str, queue: ChannelQueue, expires_at: float, since: Moment | None) -> None:
         """Add a channel, or prolong its membership: then the beginning stays."""
         if group not in self._groups:
-            self._opened.pop(group, None)
+            self._joined_at.pop(group, None)
         members = self._groups.setdefault(group, {})
         member = members.get(queue.channel)
         if member is not None:
@@ -81,7 +81,7 @@ class Memberships:
         members[queue.channel] = Member(queue, expires_at, since)
         self._of_channel.setdefault(queue.channel, set()).add(group)
         if since is not None:
-            self._young.setdefault(since, set()).add((group, queue.channel))
+            self._by_since.setdefault(since, set()).add((group, queue.channel))
 
     def discard(self, group: str, channel: str) -> bool:
         """Remove a channel. Return whether it was a member."""
@@ -101,70 +101,72 @@ class Memberships:
     def _set_since(self, member: Member, group: str, since: Moment | None) -> None:
         pair = (group, member.channel)
         if member.since is not None:
-            pairs = self._young[member.since]
+            pairs = self._by_since[member.since]
             pairs.discard(pair)
             if not pairs:
-                del self._young[member.since]
+                del self._by_since[member.since]
         member.since = since
         if since is not None:
-            self._young.setdefault(since, set()).add(pair)
+            self._by_since.setdefault(since, set()).add(pair)
 
-    def changed(self, pairs: Iterable[Pair], moment: Moment) -> None:
+    def note_own_change(self, pairs: Iterable[Pair], moment: Moment) -> None:
         """The owner itself has changed these memberships, in a statement that saw this moment."""
         for pair in pairs:
-            self._changed.setdefault(pair, []).append(moment)
+            self._own_changes.setdefault(pair, []).append(moment)
 
-    def opened(self, group: str, moment: Moment) -> None:
+    def note_join(self, group: str, moment: Moment) -> None:
         """The owner itself has added the first member of a group, in this moment."""
-        self._opened[group] = moment
+        self._joined_at[group] = moment
 
     @property
-    def opened_groups(self) -> KeysView[str]:
+    def newly_joined(self) -> KeysView[str]:
         """Groups whose first member the owner itself has added a moment ago."""
-        return self._opened.keys()
+        return self._joined_at.keys()
 
-    def opened_after(self, group: str, boot: int, xid: int) -> Moment | None:
+    def joined_after(self, group: str, boot: int, xid: int) -> Moment | None:
         """The moment in which the owner itself added the first member, if that was after this transaction.
 
         No message that it sees has been received here.
         """
-        moment = self._opened.get(group)
+        moment = self._joined_at.get(group)
         return moment if moment is not None and moment.sees(boot, xid) else None
 
-    def forget_opened(self, group: str) -> None:
+    def forget_join(self, group: str) -> None:
         """What was sent before that has been read: it must not be read again."""
-        self._opened.pop(group, None)
+        self._joined_at.pop(group, None)
 
-    def begins(self, pair: Pair, boot: int, xid: int, asked: Moment) -> Moment:
+    def start_of(self, pair: Pair, boot: int, xid: int, asked: Moment) -> Moment:
         """Where a membership begins that this transaction has asked for, in the moment ``asked``.
 
         Not before the last change by the owner itself that came before the transaction ended: what that one
-        sees was received, or was not for the channel. One that came later is judged by `overrule`.
+        sees was received, or was not for the channel. One that came later is judged by `resolve_against_own_change`.
         """
-        moments = self._changed.get(pair, ())
+        moments = self._own_changes.get(pair, ())
         if not moments or any(moment.sees(boot, xid) for moment in moments):
             return asked
         return moments[-1] if moments[-1].is_later(asked) else asked
 
-    def is_given_up(self, pair: Pair, asker: str, number: int, id: int) -> bool:
+    def is_stale_request(self, pair: Pair, asker: str, number: int, id: int) -> bool:
         """Whether a client has asked for a later change of a membership, or for the same one before.
 
         Then the statement behind this control message was given up, and the network has delivered it late.
         """
-        last, last_id = self._asked.pop((asker, pair), (0, 0))
-        is_given_up = number < last or (number == last and id != last_id)
-        self._asked[asker, pair] = (last, last_id) if is_given_up else (number, id)
-        if len(self._asked) > MAX_ASKED:
-            del self._asked[next(iter(self._asked))]
-        return is_given_up
+        last, last_id = self._requests.pop((asker, pair), (0, 0))
+        is_stale_request = number < last or (number == last and id != last_id)
+        self._requests[asker, pair] = (last, last_id) if is_stale_request else (number, id)
+        if len(self._requests) > MAX_REQUESTS:
+            del self._requests[next(iter(self._requests))]
+        return is_stale_request
 
-    def overrule(self, group: str, channel: str, boot: int, xid: int, added: Moment | None) -> bool:
+    def resolve_against_own_change(
+        self, group: str, channel: str, boot: int, xid: int, added: Moment | None
+    ) -> bool:
         """Whether the owner has changed a membership after this transaction asked for a change.
 
         Then that changes nothing but the beginning of the membership: the channel was no member between a
         discard and the owner's own change, and it was one since an add, in the moment ``added``.
         """
-        moments = self._changed.get((group, channel), ())
+        moments = self._own_changes.get((group, channel), ())
         seen_by = next((moment for moment in moments if moment.sees(boot, xid)), None)
         if seen_by is None:
             return False
@@ -185,7 +187,7 @@ class Memberships:
             member = self._groups[group][channel]
             if member.since is not None and member.since.sees(boot, xid):
                 continue
-            moments = self._changed.get((group, channel), ())
+            moments = self._own_changes.get((group, channel), ())
             again = next((moment for moment in moments if moment.sees(boot, xid)), None)
             if again is None:
                 gone.append((group, channel))
@@ -207,16 +209,16 @@ class Memberships:
             self.discard(*pair)
         return gone
 
-    def grow_old(self, is_past: Callable[[Moment], bool]) -> None:
+    def forget_past(self, is_past: Callable[[Moment], bool]) -> None:
         """Forget beginnings and changes of which this is true: no row that they see can come any more."""
-        moments = {moment for each in self._changed.values() for moment in each}
+        moments = {moment for each in self._own_changes.values() for moment in each}
         past = {moment for moment in moments if is_past(moment)}
         if past:
             changed = {
-                pair: [m for m in each if m not in past] for pair, each in self._changed.items()
+                pair: [m for m in each if m not in past] for pair, each in self._own_changes.items()
             }
-            self._changed = {pair: each for pair, each in changed.items() if each}
-        self._opened = {group: at for group, at in self._opened.items() if not is_past(at)}
-        for since in [since for since in self._young if is_past(since)]:
-            for group, channel in self._young.pop(since):
+            self._own_changes = {pair: each for pair, each in changed.items() if each}
+        self._joined_at = {group: at for group, at in self._joined_at.items() if not is_past(at)}
+        for since in [since for since in self._by_since if is_past(since)]:
+            for group, channel in self._by_since.pop(since):
                 self._groups[group][channel].since = None

@@ -404,7 +404,7 @@ class Sync:
         """The server refused NOTIFY."""
         client = self._loops.client
         client.counters.add("refused_notifications")
-        client.silent(f"the server refuses NOTIFY: {error.diag.message_primary}.")
+        client.log_unannounced(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
         alias = self._alias if using is None else using

@@ -76,11 +76,11 @@ async def test_catch_up_asked_for_after_dispatch_raised_runs_alone(
     receiver.catch_up_soon()
     await until(lambda: reading)
     await nothing_fails(layer)  # what failed was repeated
-    assert receiver.is_in_doubt
+    assert receiver.is_catch_up_pending
     receiver.catch_up_soon()
     await layer.group_count("room")  # a second catch-up would begin meanwhile
     may_read.set()
-    await until(lambda: not receiver.is_in_doubt)
+    await until(lambda: not receiver.is_catch_up_pending)
     assert most == 1
 
 

@@ -559,7 +559,7 @@ class Process:
 
     def want_job(self) -> None:
         """Wait for a job."""
-        waiter = self.client.queue(JOBS).enlist(self.world.loop)
+        waiter = self.client.queue(JOBS).add_waiter(self.world.loop)
         if waiter is None:
             self._pop(JOBS, None)
         else:
@@ -576,7 +576,7 @@ class Process:
     def desert(self) -> None:
         """Wait for jobs no more."""
         for waiter in self.waiters:
-            self.client.queue(JOBS).desert(waiter)
+            self.client.queue(JOBS).remove_waiter(waiter)
         self.waiters.clear()
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ def owner_of(layer: PostgresChannelLayer) -> Owner:
 async def hear_all(layer: PostgresChannelLayer) -> None:
     """Return when the layer listens, and no catch-up is under way."""
     await listen(layer)
-    await until(lambda: not owner_of(layer).receiver.is_in_doubt)
+    await until(lambda: not owner_of(layer).receiver.is_catch_up_pending)
 
 
 async def silently(dsn: str, group: str, n: int) -> None:
@@ -274,8 +274,8 @@ async def test_first_member_of_a_group_receives_marked_messages_that_a_look_meet
         (row,) = observer.execute(
             "SELECT boot, xid::text::bigint FROM pg_layer_message WHERE address LIKE '%@room'"
         )
-        while cursor.look is None or not cursor.look.sees(*row):
+        while cursor.overdue is None or not cursor.overdue.sees(*row):
             await owner.lease.renew(None, 30)
-        await owner.receiver.look_for_marked()
+        await owner.receiver.search_marked()
         listen_proxy.let_go()
         assert await received(layer, channel, 2) == [0, 1]

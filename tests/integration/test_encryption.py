@@ -482,7 +482,7 @@ async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_li
     caplog.clear()
     now += PERIOD
     layer._loops.client.count_dropped("room", members[0])
-    layer._loops.client.undecodable("room", UndecodableMessage("another"))
+    layer._loops.client.log_undecodable("room", UndecodableMessage("another"))
     full, undecodable = complaints(caplog)
     assert full.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")
     assert undecodable.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")

@@ -181,13 +181,13 @@ async def test_state_of_receiving_is_touched_on_the_owner_loop_alone(migrated_ds
             layer._loops.client, owner._writer, receiver, owner.lease.wait, lambda: False
         )
         entries = [
-            receiver.look_for_marked(),
+            receiver.search_marked(),
             owner.lease.renew_on(NO_SESSION, None),
             changes.write([Change("room", channel, False, CAPACITY)], PATIENCE),
         ]
         for entry in entries:
             with pytest.raises(AssertionError):
                 await asyncio.to_thread(asyncio.run, entry)
-        for enter in (receiver.pump, lambda: receiver.hear("x", "P x")):
+        for enter in (receiver.dispatch, lambda: receiver.hear("x", "P x")):
             with pytest.raises(AssertionError):
                 await asyncio.to_thread(enter)

@@ -52,7 +52,7 @@ def queue(cursor: Cursor) -> AnnouncementQueue:
     """A queue whose first catch-up has ended at transaction 100."""
     queue = AnnouncementQueue(cursor)
     queue.begin_catch_up()
-    cursor.adopt(at(100))
+    cursor.advance_to(at(100))
     queue.end_catch_up()
     return queue
 
@@ -103,7 +103,7 @@ def test_hear_before_the_first_catch_up_appends_nothing(cursor: Cursor) -> None:
 def test_hear_after_lose_appends_nothing_until_a_catch_up_begins(queue: AnnouncementQueue) -> None:
     """Announcements before it may have been missed: nothing may overtake them."""
     queue.hear(heard(row(5)))
-    queue.lose()
+    queue.mark_incomplete()
     queue.hear(heard(row(7)))
     assert dispatch(queue) == [5]
 
@@ -118,7 +118,7 @@ def test_head_waiting_entry_is_not_overtaken(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(8, 103)))
     assert dispatch(queue) == [5]
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(6, 102), row(7, 102)], is_all=True)
+    queue.fill(entry, [row(6, 102), row(7, 102)], is_all=True)
     assert dispatch(queue) == [6, 7, 8]
     assert queue.rows == 0
 
@@ -134,20 +134,20 @@ def test_read_cut_by_a_limit_goes_on_behind_its_last_row(queue: AnnouncementQueu
     """The rows that are here are dispatched; a repeated read must not bring them again."""
     queue.hear(to_read(5, 8))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5), row(6)], is_all=False)
+    queue.fill(entry, [row(5), row(6)], is_all=False)
     assert entry.span is not None
     assert entry.span.first == 7
     assert dispatch(queue) == [5, 6]
-    queue.read(entry, [row(5), row(6), row(7)], is_all=False)
-    queue.read(entry, [row(8)], is_all=True)
+    queue.fill(entry, [row(5), row(6), row(7)], is_all=False)
+    queue.fill(entry, [row(8)], is_all=True)
     assert dispatch(queue) == [7, 8]
 
 
 def test_read_second_answer_is_ignored(queue: AnnouncementQueue) -> None:
     queue.hear(to_read(5, 6))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5), row(6)], is_all=True)
-    queue.read(entry, [row(5), row(6)], is_all=True)
+    queue.fill(entry, [row(5), row(6)], is_all=True)
+    queue.fill(entry, [row(5), row(6)], is_all=True)
     assert dispatch(queue) == [5, 6]
     assert queue.rows == 0
 
@@ -156,7 +156,7 @@ def test_read_rows_that_are_gone_lets_the_next_entry_go_on(queue: AnnouncementQu
     queue.hear(to_read(5, 6, 101))
     queue.hear(heard(row(7, 102)))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [], is_all=True)
+    queue.fill(entry, [], is_all=True)
     assert dispatch(queue) == [7]
 
 
@@ -165,9 +165,9 @@ def test_read_rows_that_s_has_passed_meanwhile_are_kept(
 ) -> None:
     """S moves on when a ping is heard; the entry was announced before it."""
     queue.hear(to_read(5, 6))
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5), row(6)], is_all=True)
+    queue.fill(entry, [row(5), row(6)], is_all=True)
     assert dispatch(queue) == [5, 6]
 
 
@@ -175,7 +175,7 @@ def test_read_marked_row_that_a_look_brought_is_dropped(queue: AnnouncementQueue
     queue.hear(to_read(5, 6, marked=True))
     queue.append([row(5, marked=True)])
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(5, marked=True), row(6, marked=True)], is_all=True)
+    queue.fill(entry, [row(5, marked=True), row(6, marked=True)], is_all=True)
     assert dispatch(queue) == [6, 5]
 
 
@@ -198,18 +198,18 @@ def test_to_read_entries_that_are_read_in_any_order_leave_the_others(
     for xid in (101, 102, 103):
         queue.hear(to_read(2 * xid, 2 * xid + 1, xid))
     first, second, third = queue.to_read(10)
-    queue.read(second, [row(204, 102)], is_all=False)
+    queue.fill(second, [row(204, 102)], is_all=False)
     queue.merge([row(1, 100)])
     assert queue.to_read(10) == [first, second, third]
-    queue.read(second, [row(205, 102)], is_all=True)
-    queue.read(second, [row(205, 102)], is_all=True)  # of a read that was repeated
+    queue.fill(second, [row(205, 102)], is_all=True)
+    queue.fill(second, [row(205, 102)], is_all=True)  # of a read that was repeated
     assert queue.to_read(10) == [first, third]
-    queue.read(first, [], is_all=True)
+    queue.fill(first, [], is_all=True)
     assert queue.to_read(10) == [third]
     queue.hear(to_read(300, 301, 104))
-    queue.read(third, [row(206, 103), row(207, 103)], is_all=True)
+    queue.fill(third, [row(206, 103), row(207, 103)], is_all=True)
     (fourth,) = queue.to_read(10)
-    queue.read(fourth, [row(300, 104), row(301, 104)], is_all=True)
+    queue.fill(fourth, [row(300, 104), row(301, 104)], is_all=True)
     assert queue.to_read(10) == []
     assert dispatch(queue) == [1, 204, 205, 206, 207, 300, 301]
     assert queue.rows == 0
@@ -219,12 +219,12 @@ def test_holds_jobs_until_the_last_of_the_channel_is_dispatched(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """Other rows come and go between: those of groups, of other channels, and those that are withdrawn."""
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     queue.append([job(5, "jobs"), job(6, "jobs", 121), job(7, "mail", 122)])
     queue.hear(heard(row(9, 104, marked=True)))
     queue.append([job(8, "jobs"), row(10, 120)._replace(group=None, channel="specific.1!1")])
     missed = [row(11, 104, marked=True)]
-    queue.merge([*queue.withdraw(missed), *missed])
+    queue.merge([*queue.remove_late(missed), *missed])
     held = []
     while queue.head() is not None:
         (first, *_) = queue.pop_run()
@@ -252,18 +252,18 @@ def test_hear_during_a_catch_up_is_judged_when_it_has_ended(
     queue.hear(heard(row(6, 101)))
     assert queue.rows == 0
     queue.append([row(5, 101), row(6, 101)])
-    cursor.adopt(at(103))
+    cursor.advance_to(at(103))
     queue.end_catch_up()
     assert dispatch(queue) == [5, 6, 9]
 
 
 def test_lose_during_a_catch_up_needs_another(cursor: Cursor, queue: AnnouncementQueue) -> None:
     queue.begin_catch_up()
-    queue.lose()
+    queue.mark_incomplete()
     queue.end_catch_up()
     queue.hear(heard(row(9, 103)))
     assert queue.rows == 0
-    assert cursor.is_deaf
+    assert cursor.is_suspended
 
 
 def test_fail_catch_up_leaves_what_was_heard_to_the_next(
@@ -294,15 +294,15 @@ def test_missing_leaves_out_what_is_done_and_what_an_entry_brings(queue: Announc
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
     keys = [key_at(5), key_at(6), key_at(7), key_at(8), key_at(6, address=OWN), key_at(9, 99)]
-    assert queue.missing(keys) == [key_at(8), key_at(6, address=OWN)]
+    assert queue.keys_to_read(keys) == [key_at(8), key_at(6, address=OWN)]
 
 
 def test_append_marked_row_that_s_has_passed_is_brought(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """The connection was lost while a marked row waited for its announcement."""
-    cursor.adopt(at(200))
-    assert queue.missing([key_at(5, marked=True)]) == [key_at(5, marked=True)]
+    cursor.advance_to(at(200))
+    assert queue.keys_to_read([key_at(5, marked=True)]) == [key_at(5, marked=True)]
     assert queue.append([row(5, marked=True)]) == 1
     queue.hear(heard(row(5, marked=True)))
     assert dispatch(queue) == [5]
@@ -319,7 +319,7 @@ def test_hear_beyond_the_limit_appends_nothing_until_a_catch_up(
     cursor.renew(at(110), Position(20, 110), "token")
     queue.hear(heard(row(7)))
     assert queue.is_over_limit
-    assert not cursor.heard("token")
+    assert not cursor.confirm("token")
     assert dispatch(queue) == [5, 6]
     queue.hear(heard(row(8)))
     assert queue.rows == 0
@@ -414,7 +414,7 @@ def test_merge_rows_come_behind_what_their_transaction_has_sent_before(
     queue.merge(
         [row(6, 101, marked=True), row(7, 101, marked=True), row(14, 103, marked=True), row(4, 100)]
     )
-    queue.read(
+    queue.fill(
         queue.to_read(1)[0], [row(12, 103, marked=True), row(13, 103, marked=True)], is_all=True
     )
     assert dispatch(queue) == [4, 8, 5, 6, 7, 12, 13, 14, 11]
@@ -432,8 +432,8 @@ def test_merge_rows_of_boot_0_at_the_beginning_are_of_the_latest_boot(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """A transaction after a crash has sent it. What a join brings was sent before."""
-    cursor.position(at(100), Position(1, 100))
-    cursor.position(at(50, boot=2), Position(1, 50))
+    cursor.note_position(at(100), Position(1, 100))
+    cursor.note_position(at(50, boot=2), Position(1, 50))
     queue.append([row(20, 60, marked=True)._replace(boot=0)])
     queue.merge([row(30, 120)])
     assert dispatch(queue) == [30, 20]
@@ -443,10 +443,10 @@ def test_withdraw_takes_what_came_late_of_the_same_transactions(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """One that was sent to another group, and one that is not here but in the table."""
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     queue.append([row(9, 120)])
     queue.hear(heard(row(6, 104, marked=True)))
-    queue.merge([*queue.withdraw([row(7, 104, marked=True)]), row(7, 104, marked=True)])
+    queue.merge([*queue.remove_late([row(7, 104, marked=True)]), row(7, 104, marked=True)])
     assert dispatch(queue) == [6, 7, 9]
 
 
@@ -456,7 +456,7 @@ def test_append_late_puts_all_of_a_transaction_before_what_was_sent_later(
     """A look brings its row for a group that is being joined, and one for another channel."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
-    queue.append_late([other, row(7, 104, marked=True)], "g", ())
+    queue.append_unannounced([other, row(7, 104, marked=True)], "g", ())
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
@@ -464,9 +464,9 @@ def test_append_late_rows_are_not_what_others_come_behind(queue: AnnouncementQue
     """The look has brought the transaction's earlier row, before the group was being joined."""
     queue.hear(heard(row(4, 101), row(8, 101)))
     other = row(6, 104, marked=True)._replace(group=None, channel="specific.1!1")
-    queue.append_late([other], None, ())
+    queue.append_unannounced([other], None, ())
     missed = [row(7, 104, marked=True)]
-    queue.merge([*queue.withdraw(missed), *missed])
+    queue.merge([*queue.remove_late(missed), *missed])
     assert dispatch(queue) == [4, 6, 7, 8]
 
 
@@ -474,7 +474,7 @@ def test_hear_of_a_server_that_has_gone_appends_nothing(
     cursor: Cursor, queue: AnnouncementQueue
 ) -> None:
     """Its marked rows are at its successor, where the catch-up has found them, or lost."""
-    cursor.adopt(at(50, boot=2))
+    cursor.advance_to(at(50, boot=2))
     queue.hear(heard(row(5, 105, marked=True)))
     queue.hear(to_read(6, 7, 105, marked=True))
     assert queue.rows == 0
@@ -491,14 +491,14 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
     """A catch-up may have brought messages that were sent later, and cannot have brought these."""
     missed = [row(id, xid, marked=True) for id, xid in ((5, 105), (6, 104), (7, 103), (8, 115))]
     queue.hear(heard(row(5, 105, marked=True)))
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     queue.append([row(9, 120)])
     queue.hear(heard(row(6, 104, marked=True)))
     queue.hear(to_read(7, 7, 103, marked=True))
     queue.hear(heard(row(8, 115, marked=True)))
-    assert queue.lacks(GROUP, [row(7, 103)]) == [row(7, 103)]
-    queue.read(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
-    withdrawn = queue.withdraw(missed)
+    assert queue.absent_rows(GROUP, [row(7, 103)]) == [row(7, 103)]
+    queue.fill(queue.to_read(1)[0], [row(7, 103, marked=True)], is_all=True)
+    withdrawn = queue.remove_late(missed)
     assert [each.id for each in withdrawn] == [6, 7]
     queue.merge(withdrawn)
     assert queue.rows == 5
@@ -509,8 +509,8 @@ def test_withdraw_returns_marked_rows_that_were_announced_when_s_had_passed_them
 def test_lacks_rows_and_spans_count(queue: AnnouncementQueue) -> None:
     queue.hear(heard(row(5)))
     queue.hear(to_read(6, 7))
-    assert queue.lacks(GROUP, [row(5), row(7), row(8)]) == [row(8)]
-    assert queue.lacks(OWN, [row(7)]) == [row(7)]
+    assert queue.absent_rows(GROUP, [row(5), row(7), row(8)]) == [row(8)]
+    assert queue.absent_rows(OWN, [row(7)]) == [row(7)]
     assert queue.keys() == [Key(1, 100, 5)]
 
 
@@ -518,9 +518,9 @@ def test_awaits_span_that_a_moment_sees_until_it_was_read(queue: AnnouncementQue
     """After a crash of the server, received rows are deleted again; these were not received."""
     queue.hear(to_read(6, 7, 105))
     queue.hear(heard(row(8, 106)))
-    assert not queue.awaits(at(105))
-    assert queue.awaits(at(106))
-    assert queue.awaits(at(50, boot=2))
+    assert not queue.has_unread(at(105))
+    assert queue.has_unread(at(106))
+    assert queue.has_unread(at(50, boot=2))
     (entry,) = queue.to_read(10)
-    queue.read(entry, [row(6, 105), row(7, 105)], is_all=True)
-    assert not queue.awaits(at(106))
+    queue.fill(entry, [row(6, 105), row(7, 105)], is_all=True)
+    assert not queue.has_unread(at(106))

@@ -105,17 +105,17 @@ def test_pop_message_with_key_notes_its_row_for_deletion() -> None:
 
 def test_put_if_room_full_queue_returns_the_newest() -> None:
     queue = filled()
-    assert ids(queue.put_if_room([queued(id) for id in range(5)])) == [3, 4]
+    assert ids(queue.put_fitting([queued(id) for id in range(5)])) == [3, 4]
     queue.pop()
-    assert not queue.put_if_room([queued(5)])
-    assert ids(queue.put_if_room([queued(6)])) == [6]
+    assert not queue.put_fitting([queued(5)])
+    assert ids(queue.put_fitting([queued(6)])) == [6]
     assert ids(queue.pop_all()) == [1, 2, 5]
 
 
 def test_put_full_queue_appends_what_the_sender_counted() -> None:
     queue = filled(1, 2, 3, 4)
     assert len(queue) == 4
-    assert ids(queue.put_if_room([queued(5)])) == [5]
+    assert ids(queue.put_fitting([queued(5)])) == [5]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ async def test_put_several_receivers_wakes_one_in_turn() -> None:
     queue.put(queued(1))
     await asyncio.wait([first])
     assert queue.waiting == 2
-    assert not queue.put_if_room([queued(2)])
+    assert not queue.put_fitting([queued(2)])
     queue.push_front(queued(3))
     assert [*await asyncio.gather(first, second, third)] == [1, 3, 2]
     assert order == ["a", "b", "c"]
@@ -251,20 +251,20 @@ async def test_put_several_receivers_wakes_one_in_turn() -> None:
 
 async def test_missing_receivers_wait_counts_what_they_could_have() -> None:
     queue = filled()
-    assert queue.missing == 0
+    assert queue.demand == 0
     first, second = await begin(receive(queue)), await begin(receive(queue))
-    assert queue.missing == 2
+    assert queue.demand == 2
     queue.put(queued(1))  # the first is told to look, and has not yet
-    assert (queue.waiting, queue.missing) == (1, 1)
+    assert (queue.waiting, queue.demand) == (1, 1)
     assert await first == 1
-    assert (queue.waiting, queue.missing) == (1, 1)
+    assert (queue.waiting, queue.demand) == (1, 1)
     queue.put(queued(2))
     queue.put(queued(3))
-    assert (queue.waiting, queue.missing) == (0, -1)
+    assert (queue.waiting, queue.demand) == (0, -1)
     assert await second == 2
-    assert queue.missing == -1
+    assert queue.demand == -1
     queue.pop_all()
-    assert queue.missing == 0
+    assert queue.demand == 0
 
 
 async def test_missing_woken_receiver_counts_until_it_pops() -> None:
@@ -274,12 +274,12 @@ async def test_missing_woken_receiver_counts_until_it_pops() -> None:
     second = await begin(receive(queue))
     queue.put(queued(1))
     waiter = await first
-    assert queue.missing == 1
+    assert queue.demand == 1
     assert queue.pop(waiter=waiter) is not None
-    assert queue.missing == 1
+    assert queue.demand == 1
     queue.put(queued(2))
     assert await second == 2
-    assert queue.missing == 0
+    assert queue.demand == 0
 
 
 # --- Closing
@@ -293,7 +293,7 @@ async def test_close_receivers_wait_drops_messages_and_wakes_all() -> None:
     for waiter in await asyncio.wait_for(asyncio.gather(*waiters), 5):
         assert queue.pop(waiter=waiter) is None
     assert queue.is_closed
-    assert (queue.waiting, queue.missing) == (0, 0)
+    assert (queue.waiting, queue.demand) == (0, 0)
     full = filled(1, 2)
     full.close()
     assert full.pop() is None
@@ -303,7 +303,7 @@ def test_put_closed_queue_drops_the_message() -> None:
     queue = filled()
     queue.close()
     queue.put(queued(1))
-    assert not queue.put_if_room([queued(2)])  # nothing is said to be full
+    assert not queue.put_fitting([queued(2)])  # nothing is said to be full
     assert len(queue) == 0
 
 
@@ -374,7 +374,7 @@ async def test_wait_on_another_loop_cancelled_at_the_put_leaves_the_message_to_t
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["receive", "receive", "put", "put", "put_if_room", "cancel", "give back", "go on"]
+            ["receive", "receive", "put", "put", "put_fitting", "cancel", "give back", "go on"]
         ),
         st.integers(0, 7),
     ),
@@ -397,9 +397,9 @@ def test_channel_queue_any_order_of_steps_loses_and_doubles_nothing(
             elif action == "put":
                 put.append(len(put))
                 queue.put(queued(put[-1]))
-            elif action == "put_if_room":
+            elif action == "put_fitting":
                 some = [queued(len(put) + i) for i in range(argument % 4)]
-                left = queue.put_if_room(some)
+                left = queue.put_fitting(some)
                 put += ids(some)[: len(some) - len(left)]
             elif action == "cancel" and tasks:
                 tasks[argument % len(tasks)].cancel()
@@ -415,13 +415,13 @@ def test_channel_queue_any_order_of_steps_loses_and_doubles_nothing(
         # No receiver waits beside a message, and each that waits is counted.
         assert not (pending and len(queue))
         assert queue.waiting == len(pending)
-        assert queue.missing == len(pending) - len(queue)
+        assert queue.demand == len(pending) - len(queue)
         received = [task.result() for task in tasks if task.done() and not task.cancelled()]
         assert sorted(received + ids(queue.pop_all())) == put
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        assert (queue.waiting, queue.missing) == (0, 0)
+        assert (queue.waiting, queue.demand) == (0, 0)
 
     asyncio.run(main())
 
@@ -508,9 +508,9 @@ def test_put_loop_of_the_only_receiver_is_gone_keeps_the_message(
         other_loop.close()
     queue.put(queued(1))
     assert queue.pop() is not None
-    assert queue.missing == 0
+    assert queue.demand == 0
     gone.close()
-    assert (queue.waiting, queue.missing) == (0, 0)
+    assert (queue.waiting, queue.demand) == (0, 0)
 
 
 def test_put_loop_of_the_receiver_stopped_is_received_when_it_runs_again(

@@ -94,7 +94,7 @@ def test_address_own_channels_have_that_of_the_client() -> None:
 def test_is_owned_here_other_thread_is_false(client: Client) -> None:
     """The owner loop's thread is the only one that may touch the state of receiving."""
     assert not client.is_owned_here()
-    client.begin_ownership()
+    client.take_ownership()
     elsewhere: list[bool] = []
     thread = threading.Thread(target=lambda: elsewhere.append(client.is_owned_here()))
     thread.start()
@@ -201,7 +201,7 @@ def test_held_keys_queue_and_channel_queues_count(client: Client) -> None:
     client.queue("member").put(queued(2))
     client.announcements.begin_catch_up()
     client.announcements.append([Row(2, 11, 1, False, "message", None, "jobs", None, b"{}", LATER)])
-    assert sorted(client.held_keys()) == [waiting, ready]
+    assert sorted(client.unreceived_keys()) == [waiting, ready]
 
 
 def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client) -> None:
@@ -209,8 +209,8 @@ def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client
     for channel in (consumer, job, other):
         client.queue(channel).is_receivable = True
     client.queue(client.new_channel("s"))  # made for a sender: nothing reads it
-    client.announce_locally("db.lost")
-    client.announce_locally(None)
+    client.send_to_consumers("db.lost")
+    client.send_to_consumers(None)
     assert [len(queue) for queue in client.queues()] == [1, 0, 0, 0]
     message = client.queue(consumer).pop()
     assert message is not None
@@ -223,7 +223,7 @@ def test_announce_locally_full_queue_is_left_alone(client: Client) -> None:
     queue.is_receivable = True
     for id in range(CAPACITY):
         queue.put(queued(id))
-    client.announce_locally("db.lost")
+    client.send_to_consumers("db.lost")
     assert len(queue) == CAPACITY
 
 
@@ -243,7 +243,7 @@ def test_counted_next_client_of_a_layer_counts_from_its_own_start() -> None:
     first.counters.add("sent", 3)
     second = Client(first.config, first.codec, first.counters)
     second.counters.add("sent")
-    assert second.counted()["sent"] == 1
+    assert second.counts()["sent"] == 1
     assert second.counters["sent"] == 4
 
 
@@ -256,11 +256,11 @@ def test_foreign_same_channel_is_logged_again_after_a_while(
     now = 1000.0
     client.log_limit = LogLimit(lambda: now)
     for _ in range(3):
-        client.foreign("pg_layer_x")
-    client.foreign("pg_layer_y")
+        client.log_foreign_notification("pg_layer_x")
+    client.log_foreign_notification("pg_layer_y")
     assert len(caplog.records) == 2
     now += PERIOD
-    client.foreign("pg_layer_x")
+    client.log_foreign_notification("pg_layer_x")
     assert len(caplog.records) == 3
     assert client.counters["ignored_notifications"] == 5
 
@@ -286,7 +286,7 @@ def test_unknown_channel_of_any_text_is_one_short_line(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The name is what some role has made up."""
-    client.unknown_channel("a\nERROR forged!" + "x" * 7000)
+    client.log_unknown_channel("a\nERROR forged!" + "x" * 7000)
     assert len(caplog.messages[0]) < 300
     assert "\n" not in caplog.messages[0]
 
@@ -295,7 +295,7 @@ def test_undecodable_different_faults_are_logged_apart(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     for text in ("one", "other", "one"):
-        client.undecodable("channel", UndecodableMessage(text))
+        client.log_undecodable("channel", UndecodableMessage(text))
     assert len(caplog.records) == 2
     assert client.counters["dropped_undecodable"] == 3
 

@@ -14,4 +14,4 @@ async def test_a_queue_that_is_made_after_the_end_lets_nobody_wait() -> None:
     config = Config(dsn="host=nowhere")
     client = Client(config, Codec("json", config.max_message_size))
     client.close()
-    assert client.queue("jobs").enlist(asyncio.get_running_loop()) is None
+    assert client.queue("jobs").add_waiter(asyncio.get_running_loop()) is None

@@ -25,9 +25,9 @@ def at(xid: int, boot: int = 1, running: tuple[int, ...] = ()) -> Moment:
 def cursor() -> Cursor:
     """A cursor whose catch-up has ended at transaction 100."""
     cursor = Cursor()
-    cursor.position(at(100), Position(10, 100))
-    cursor.adopt(at(100))
-    cursor.is_deaf = False
+    cursor.note_position(at(100), Position(10, 100))
+    cursor.advance_to(at(100))
+    cursor.is_suspended = False
     return cursor
 
 
@@ -42,7 +42,7 @@ def test_admit_row_visible_in_s_is_not_new(cursor: Cursor) -> None:
 def test_admit_row_of_a_transaction_that_ran_at_s_is_new() -> None:
     """Ids are drawn before the commit: an id tells nothing of what had been committed."""
     cursor = Cursor()
-    cursor.adopt(at(100, running=(90,)))
+    cursor.advance_to(at(100, running=(90,)))
     assert cursor.admit(Key(1, 90, 3), False, END)
     assert not cursor.admit(Key(1, 95, 4), False, END)
 
@@ -68,7 +68,7 @@ def test_admit_row_of_a_later_boot_is_new_whatever_its_xid(cursor: Cursor) -> No
 
 def test_admit_row_of_an_earlier_boot_is_not_new(cursor: Cursor) -> None:
     """A standby that lagged brings back rows that were dispatched long ago."""
-    cursor.adopt(at(60, boot=2))
+    cursor.advance_to(at(60, boot=2))
     assert not cursor.admit(Key(1, 10_000, 11), False, END)
 
 
@@ -82,7 +82,7 @@ def test_admit_without_a_snapshot_takes_all_once() -> None:
 def test_admit_announced_row_that_s_has_passed_since_is_taken(cursor: Cursor) -> None:
     """S moved on while the rows of an announcement were being read."""
     key = Key(1, 100, 11)
-    cursor.adopt(at(105))
+    cursor.advance_to(at(105))
     assert not cursor.admit(key, False, END)
     assert cursor.admit_announced(key, False, END)
 
@@ -100,17 +100,17 @@ def test_admit_marked_row_visible_in_s_is_new_until_it_is_done(cursor: Cursor) -
     """S may pass a marked row before it is announced."""
     key = Key(1, 90, 5)
     assert cursor.admit(key, True, END)
-    cursor.adopt(at(200))
+    cursor.advance_to(at(200))
     assert not cursor.admit(key, True, END)
 
 
 def test_admit_marked_row_that_a_look_has_seen_is_not_new(cursor: Cursor) -> None:
     """What a look did not admit was sent before this client was interested in its address."""
-    cursor.looked(at(90))
+    cursor.marked_searched(at(90))
     assert not cursor.admit(Key(1, 89, 5), True, END)
     assert cursor.admit(Key(1, 90, 6), True, END)
     # Also after a failover, which brings old rows back to a catch-up.
-    cursor.adopt(at(50, boot=2))
+    cursor.advance_to(at(50, boot=2))
     assert not cursor.admit(Key(1, 89, 5), True, END)
     assert cursor.admit(Key(2, 40, 4), True, END)
     # The new server hands out transaction ids again: of an unknown boot they say nothing.
@@ -122,7 +122,7 @@ def test_admit_announced_marked_row_that_a_look_has_passed_since_is_taken_once(
 ) -> None:
     """The rows of an announcement may be read after the look, which leaves them to that read."""
     key = Key(1, 89, 5)
-    cursor.looked(at(90))
+    cursor.marked_searched(at(90))
     assert cursor.admit_announced(key, True, END)
     assert not cursor.admit_announced(key, True, END)
 
@@ -131,32 +131,32 @@ def test_expire_marked_keys_are_remembered_until_their_messages_expire(cursor: C
     early, late = Key(1, 90, 5), Key(1, 91, 6)
     cursor.admit(early, True, 10.0)
     cursor.admit(late, True, 20.0)
-    cursor.expire(10.0)
-    assert cursor.remembered == 1
+    cursor.forget_expired(10.0)
+    assert cursor.key_count == 1
     assert not cursor.is_new(late, True)
 
 
 def test_look_is_the_renewal_before_the_last(cursor: Cursor) -> None:
     """A marked row that was visible then should have been announced by now."""
-    assert cursor.look is None
+    assert cursor.overdue is None
     cursor.renew(at(110), Position(20, 110), "a")
-    assert cursor.look is None
+    assert cursor.overdue is None
     cursor.renew(at(120), Position(30, 120), "b")
-    assert cursor.look is not None
-    assert cursor.look.snapshot.xmax == 110
+    assert cursor.overdue is not None
+    assert cursor.overdue.snapshot.xmax == 110
     cursor.renew(at(130), Position(40, 130), "c")
-    assert cursor.look.snapshot.xmax == 120
+    assert cursor.overdue.snapshot.xmax == 120
 
 
 def test_is_past_moment_waits_for_s_and_for_the_look(cursor: Cursor) -> None:
     """A marked row from before a membership may still be announced: its beginning is needed."""
     began = at(105)
     assert not cursor.is_past(began)
-    cursor.adopt(at(110))
+    cursor.advance_to(at(110))
     assert not cursor.is_past(began)
-    cursor.looked(at(104))
+    cursor.marked_searched(at(104))
     assert not cursor.is_past(began)
-    cursor.looked(at(106))
+    cursor.marked_searched(at(106))
     assert cursor.is_past(began)
 
 
@@ -167,9 +167,9 @@ def test_heard_ping_moves_s_and_forgets_what_it_sees(cursor: Cursor) -> None:
     key = Key(1, 100, 11)
     cursor.admit(key, False, END)
     cursor.renew(at(110), Position(20, 110), "token")
-    assert cursor.remembered == 1
-    assert cursor.heard("token")
-    assert cursor.remembered == 0
+    assert cursor.key_count == 1
+    assert cursor.confirm("token")
+    assert cursor.key_count == 0
     assert not cursor.is_new(key, False)
 
 
@@ -180,7 +180,7 @@ def test_renew_ping_not_heard_leaves_s(cursor: Cursor) -> None:
 
 
 def test_heard_before_the_answer_moves_s_with_the_answer(cursor: Cursor) -> None:
-    assert not cursor.heard("token")
+    assert not cursor.confirm("token")
     cursor.renew(at(110), Position(20, 110), "token")
     assert not cursor.is_new(Key(1, 105, 15), False)
 
@@ -188,14 +188,14 @@ def test_heard_before_the_answer_moves_s_with_the_answer(cursor: Cursor) -> None
 def test_heard_after_missed_discards_the_snapshot(cursor: Cursor) -> None:
     """A connection was lost between: what S' sees may not have been heard."""
     cursor.renew(at(110), Position(20, 110), "token")
-    cursor.missed()
-    assert not cursor.heard("token")
+    cursor.discard_pending()
+    assert not cursor.confirm("token")
     assert cursor.is_new(Key(1, 105, 15), False)
 
 
 def test_heard_early_then_missed_discards_the_snapshot(cursor: Cursor) -> None:
-    assert not cursor.heard("token")
-    cursor.missed()
+    assert not cursor.confirm("token")
+    cursor.discard_pending()
     cursor.renew(at(110), Position(20, 110), "token")
     assert cursor.is_new(Key(1, 105, 15), False)
 
@@ -203,35 +203,35 @@ def test_heard_early_then_missed_discards_the_snapshot(cursor: Cursor) -> None:
 def test_heard_while_deaf_leaves_s(cursor: Cursor) -> None:
     """During a catch-up announcements are kept aside, and are not in ``done`` yet."""
     cursor.renew(at(110), Position(20, 110), "token")
-    cursor.is_deaf = True
-    assert not cursor.heard("token")
+    cursor.is_suspended = True
+    assert not cursor.confirm("token")
     assert cursor.is_new(Key(1, 105, 15), False)
 
 
 def test_heard_late_ping_of_an_older_snapshot_is_ignored(cursor: Cursor) -> None:
     cursor.renew(at(110), Position(20, 110), "old")
     cursor.renew(at(120), Position(30, 120), "new")
-    assert cursor.heard("new")
-    assert not cursor.heard("old")
+    assert cursor.confirm("new")
+    assert not cursor.confirm("old")
     assert not cursor.is_new(Key(1, 115, 25), False)
 
 
 def test_heard_unknown_token_leaves_s(cursor: Cursor) -> None:
-    assert not cursor.heard("forged")
+    assert not cursor.confirm("forged")
     assert cursor.is_new(Key(1, 100, 11), False)
 
 
 def test_adopt_older_snapshot_is_ignored(cursor: Cursor) -> None:
-    cursor.adopt(at(90))
+    cursor.advance_to(at(90))
     assert cursor.has_passed(1, 99)
 
 
 def test_renew_of_another_boot_discards_snapshots_of_the_last(cursor: Cursor) -> None:
     cursor.renew(at(110), Position(20, 110), "old")
     cursor.renew(at(50, boot=2), Position(9, 50), None)
-    assert not cursor.heard("old")
+    assert not cursor.confirm("old")
     assert cursor.low_id() == 0
-    assert cursor.look is None
+    assert cursor.overdue is None
 
 
 # --- Claims in flight
@@ -241,7 +241,7 @@ def test_heard_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None
     """S' may see rows that a claim has moved, and whose answer is still on its way."""
     number = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
-    assert not cursor.heard("token")
+    assert not cursor.confirm("token")
     claimed = Key(1, 105, 7)
     assert cursor.admit(claimed, False, END)
     cursor.end_claim(number)
@@ -252,7 +252,7 @@ def test_heard_claim_in_flight_delays_s_until_its_answer(cursor: Cursor) -> None
 def test_heard_later_claim_does_not_delay_s_for_ever(cursor: Cursor) -> None:
     first = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
-    cursor.heard("token")
+    cursor.confirm("token")
     second = cursor.begin_claim()
     cursor.end_claim(first)
     assert cursor.has_passed(1, 105)
@@ -263,8 +263,8 @@ def test_end_claim_after_missed_leaves_s(cursor: Cursor) -> None:
     """The answer is lost: a catch-up must find what was claimed."""
     number = cursor.begin_claim()
     cursor.renew(at(110), Position(20, 110), "token")
-    cursor.heard("token")
-    cursor.missed()
+    cursor.confirm("token")
+    cursor.discard_pending()
     cursor.end_claim(number)
     assert cursor.is_new(Key(1, 105, 7), False)
 
@@ -275,17 +275,17 @@ def test_end_claim_after_missed_leaves_s(cursor: Cursor) -> None:
 def test_low_id_no_new_row_has_it_or_a_smaller_one(cursor: Cursor) -> None:
     assert cursor.low_id() == 10
     cursor.renew(at(110, running=(105,)), Position(20, 105), "token")
-    cursor.heard("token")
+    cursor.confirm("token")
     assert cursor.low_id() == 20
     cursor.renew(at(130, running=(105,)), Position(40, 105), "next")
-    cursor.heard("next")
+    cursor.confirm("next")
     assert cursor.low_id() == 40
 
 
 def test_low_id_transaction_began_before_the_position_keeps_it_small(cursor: Cursor) -> None:
     """A transaction that was open at S may have drawn its ids before the position was taken."""
     cursor.renew(at(130, running=(105,)), Position(40, 130), "token")
-    cursor.heard("token")
+    cursor.confirm("token")
     assert cursor.low_id() == 10
 
 
@@ -293,9 +293,9 @@ def test_marked_low_id_nothing_looked_for_is_0(cursor: Cursor) -> None:
     assert cursor.marked_low_id() == 0
     cursor.renew(at(110), Position(20, 110), None)
     cursor.renew(at(120), Position(30, 120), None)
-    look = cursor.look
+    look = cursor.overdue
     assert look is not None
-    cursor.looked(look)
+    cursor.marked_searched(look)
     assert cursor.marked_low_id() == 20
 
 
@@ -303,18 +303,18 @@ def test_position_many_renewals_keep_a_bounded_number(cursor: Cursor) -> None:
     for number in range(1_000):
         moment = at(110 + number)
         cursor.renew(moment, Position(20 + number, 110 + number), str(number))
-        cursor.heard(str(number))
-        if cursor.look is not None:
-            cursor.looked(cursor.look)
+        cursor.confirm(str(number))
+        if cursor.overdue is not None:
+            cursor.marked_searched(cursor.overdue)
     assert len(cursor._positions) < 10
-    assert cursor.remembered == 0
+    assert cursor.key_count == 0
 
 
 def test_missed_often_keeps_no_snapshots(cursor: Cursor) -> None:
     """Without notifications, as through a pooler, nothing grows."""
     for number in range(1_000):
         cursor.renew(at(110 + number), Position(20 + number, 110 + number), f"t{number}")
-        cursor.missed()
+        cursor.discard_pending()
     assert not cursor._pending
 
 
@@ -350,14 +350,14 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
 
     def catch_up() -> None:
         moment = now()
-        cursor.position(moment, Position(last_id, next_xid))
+        cursor.note_position(moment, Position(last_id, next_xid))
         low_id = cursor.low_id()
         for key in sorted(committed, key=lambda key: key.id):
             if cursor.is_new(key, False):
                 assert key.id > low_id or key.boot != boot
             take(key)
-        cursor.adopt(moment)
-        cursor.is_deaf = False
+        cursor.advance_to(moment)
+        cursor.is_suspended = False
 
     catch_up()
     for step, number in steps:
@@ -372,7 +372,7 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
         elif step in ("hear", "ping") and socket:
             heard = socket.pop(0)
             if isinstance(heard, str):
-                cursor.heard(heard)
+                cursor.confirm(heard)
             else:
                 take(heard)
         elif step == "renew":
@@ -381,7 +381,7 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
             socket.append(str(tokens))
         elif step == "lose":
             socket.clear()
-            cursor.missed()
+            cursor.discard_pending()
             catch_up()
         elif step == "catch up":
             catch_up()
@@ -389,13 +389,13 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
             open_rows.clear()
             socket.clear()
             boot, next_xid = boot + 1, max(next_xid - number, 10)
-            cursor.missed()
+            cursor.discard_pending()
             catch_up()
         assert len(taken) == len(set(taken))
     while socket:
         heard = socket.pop(0)
         if isinstance(heard, str):
-            cursor.heard(heard)
+            cursor.confirm(heard)
         else:
             take(heard)
     assert set(taken) == set(committed)
@@ -403,18 +403,18 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
 
 def test_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
     """The answer of a server that has gone comes after that of its successor."""
-    cursor.position(at(50, boot=2), Position(4, 50))
-    cursor.position(at(200), Position(90, 200))
+    cursor.note_position(at(50, boot=2), Position(4, 50))
+    cursor.note_position(at(200), Position(90, 200))
     cursor.renew(at(200), Position(90, 200), "late")
     assert cursor.latest_boot == cursor.known_boot == 2
-    assert not cursor.heard("late")
+    assert not cursor.confirm("late")
 
 
 def test_looked_an_earlier_moment_changes_nothing(cursor: Cursor) -> None:
     """Two looks overlapped, and the earlier one ended last."""
-    cursor.looked(at(200))
-    cursor.looked(at(150))
-    assert cursor.has_looked_for(1, 199)
+    cursor.marked_searched(at(200))
+    cursor.marked_searched(at(150))
+    assert cursor.has_searched_marked(1, 199)
 
 
 def test_boot_of_a_row_without_one_is_the_latest(cursor: Cursor) -> None:
@@ -422,6 +422,6 @@ def test_boot_of_a_row_without_one_is_the_latest(cursor: Cursor) -> None:
     unknown = Row(5, 90, 0, True, "message", "room", None, None, b"", END)
     since = at(100)
     assert since.sees(cursor.boot_of(unknown), unknown.xid)
-    cursor.position(at(80, boot=2), Position(4, 80))
+    cursor.note_position(at(80, boot=2), Position(4, 80))
     assert not since.sees(cursor.boot_of(unknown), unknown.xid)
     assert cursor.boot_of(unknown._replace(boot=1)) == 1

@@ -30,7 +30,7 @@ def row(
 def cursor() -> Cursor:
     """A cursor that has passed what was committed before transaction 100."""
     cursor = Cursor()
-    cursor.adopt(Moment(1, Snapshot("100:100:")))
+    cursor.advance_to(Moment(1, Snapshot("100:100:")))
     return cursor
 
 
@@ -48,14 +48,14 @@ def ids(rows: list[Row]) -> list[int]:
 
 def test_admit_together_rows_that_s_sees_are_not_new(cursor: Cursor) -> None:
     assert cursor.admit_together([row(5, 99), row(6, 99)]) == []
-    assert cursor.remembered == 0
+    assert cursor.key_count == 0
 
 
 def test_admit_together_rows_that_were_admitted_before_are_not_new(cursor: Cursor) -> None:
     assert cursor.admit(Key(1, 100, 6), False, END)
     assert ids(cursor.admit_together([row(5), row(6), row(7)])) == [5, 7]
     assert cursor.admit_together([row(5), row(6), row(7)]) == []
-    assert cursor.remembered == 3
+    assert cursor.key_count == 3
 
 
 def test_admit_together_rows_are_not_admitted_again_one_by_one(cursor: Cursor) -> None:

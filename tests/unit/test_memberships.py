@@ -85,12 +85,12 @@ def test_add_after_discard_begins_at_the_new_moment(memberships: Memberships) ->
 def test_grow_old_forgets_only_beginnings_that_are_past(memberships: Memberships) -> None:
     memberships.add("g", QUEUES["x"], math.inf, at(10))
     memberships.add("g", QUEUES["y"], math.inf, at(20))
-    memberships.grow_old(at(15).covers)
+    memberships.forget_past(at(15).covers)
     since = {member.channel: member.since for member in memberships.members("g")}
     assert since == {"x": None, "y": since["y"]}
     assert since["y"] is not None
     memberships.discard("g", "x")
-    memberships.grow_old(at(25).covers)
+    memberships.forget_past(at(25).covers)
     assert [member.since for member in memberships.members("g")] == [None]
 
 
@@ -137,7 +137,7 @@ def test_memberships_any_changes_agree_with_a_plain_set(
         elif change == "discard":
             assert memberships.discard(*pair) is (expected.pop(pair, None) is not None)
         elif change == "grow old":
-            memberships.grow_old(at(number).covers)
+            memberships.forget_past(at(number).covers)
             for each in expected:
                 if (xid := began[each]) is not None and xid <= number:
                     began[each] = None
@@ -172,48 +172,50 @@ def test_discard_before_an_own_add_ends_the_membership_until_that_add(
     first, second = at(10), at(20)
     for moment in (first, second):
         memberships.add("g", QUEUES["x"], math.inf, moment)
-        memberships.changed([("g", "x")], moment)
-    assert memberships.overrule("g", "x", 1, 5, None)
+        memberships.note_own_change([("g", "x")], moment)
+    assert memberships.resolve_against_own_change("g", "x", 1, 5, None)
     member = memberships.get("g", "x")
     assert member is not None
     assert member.since is first
-    memberships.grow_old(lambda moment: moment is first)
+    memberships.forget_past(lambda moment: moment is first)
     assert member.since is None
 
 
 def test_add_before_an_own_add_begins_the_membership_earlier(memberships: Memberships) -> None:
     added, own = at(4), at(10)
     memberships.add("g", QUEUES["x"], math.inf, own)
-    memberships.changed([("g", "x")], own)
-    assert memberships.overrule("g", "x", 1, 5, added)
+    memberships.note_own_change([("g", "x")], own)
+    assert memberships.resolve_against_own_change("g", "x", 1, 5, added)
     member = memberships.get("g", "x")
     assert member is not None
     assert member.since is added
-    assert memberships.overrule("g", "x", 1, 6, None)
+    assert memberships.resolve_against_own_change("g", "x", 1, 6, None)
     assert member.since is own
 
 
 def test_request_after_the_last_own_change_is_not_overruled(memberships: Memberships) -> None:
     memberships.add("g", QUEUES["x"], math.inf, at(10))
-    memberships.changed([("g", "x")], at(10))
-    assert not memberships.overrule("g", "x", 1, 15, None)
-    assert not memberships.overrule("g", "y", 1, 5, None)
-    memberships.grow_old(lambda moment: True)
-    assert not memberships.overrule("g", "x", 1, 5, None)
+    memberships.note_own_change([("g", "x")], at(10))
+    assert not memberships.resolve_against_own_change("g", "x", 1, 15, None)
+    assert not memberships.resolve_against_own_change("g", "y", 1, 5, None)
+    memberships.forget_past(lambda moment: True)
+    assert not memberships.resolve_against_own_change("g", "x", 1, 5, None)
 
 
 def test_is_given_up_an_earlier_number_of_the_same_client_is() -> None:
     memberships = Memberships()
     pair = ("room", "specific.1!1")
-    assert not memberships.is_given_up(pair, "client", 5, 100)
-    assert not memberships.is_given_up(pair, "client", 5, 100)  # the same control message once more
-    assert memberships.is_given_up(
+    assert not memberships.is_stale_request(pair, "client", 5, 100)
+    assert not memberships.is_stale_request(
+        pair, "client", 5, 100
+    )  # the same control message once more
+    assert memberships.is_stale_request(
         pair, "client", 5, 101
     )  # the statement was repeated, and both arrived
-    assert memberships.is_given_up(pair, "client", 4, 102)
-    assert not memberships.is_given_up(pair, "other", 4, 103)
-    assert not memberships.is_given_up(("hall", "specific.1!1"), "client", 4, 104)
-    assert not memberships.is_given_up(pair, "client", 6, 105)
+    assert memberships.is_stale_request(pair, "client", 4, 102)
+    assert not memberships.is_stale_request(pair, "other", 4, 103)
+    assert not memberships.is_stale_request(("hall", "specific.1!1"), "client", 4, 104)
+    assert not memberships.is_stale_request(pair, "client", 6, 105)
 
 
 def test_begins_not_before_the_owners_own_last_change() -> None:
@@ -221,20 +223,20 @@ def test_begins_not_before_the_owners_own_last_change() -> None:
     memberships = Memberships()
     pair = ("room", "x")
     asked, joined, left, later = at(100), at(120), at(130), at(140)
-    assert memberships.begins(pair, 1, 150, asked) is asked
-    memberships.changed([pair], joined)
-    memberships.changed([pair], left)
-    assert memberships.begins(pair, 1, 150, asked) is left
-    assert memberships.begins(pair, 1, 150, later) is later
-    assert memberships.begins(pair, 1, 125, asked) is asked  # the owner has left after that
+    assert memberships.start_of(pair, 1, 150, asked) is asked
+    memberships.note_own_change([pair], joined)
+    memberships.note_own_change([pair], left)
+    assert memberships.start_of(pair, 1, 150, asked) is left
+    assert memberships.start_of(pair, 1, 150, later) is later
+    assert memberships.start_of(pair, 1, 125, asked) is asked  # the owner has left after that
 
 
 def test_is_given_up_remembers_the_last_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ASKED", 2)
+    monkeypatch.setattr(module, "MAX_REQUESTS", 2)
     memberships = Memberships()
     pairs = [("room", f"specific.1!{n}") for n in range(3)]
     for pair in pairs:
-        assert not memberships.is_given_up(pair, "client", 5, 100)
-    assert memberships.is_given_up(pairs[2], "client", 4, 101)
-    assert memberships.is_given_up(pairs[1], "client", 4, 102)
-    assert not memberships.is_given_up(pairs[0], "client", 4, 103)
+        assert not memberships.is_stale_request(pair, "client", 5, 100)
+    assert memberships.is_stale_request(pairs[2], "client", 4, 101)
+    assert memberships.is_stale_request(pairs[1], "client", 4, 102)
+    assert not memberships.is_stale_request(pairs[0], "client", 4, 103)
