@@ -284,7 +284,7 @@ class PostgresChannelLayer(BaseChannelLayer):
                 f"Channel {channel} is of another process: here new_channel() has not returned it."
             )
         queue = client.queue(channel)
-        queue.is_receivable = True
+        queue.allow_receive()
         return queue
 
     def _open(

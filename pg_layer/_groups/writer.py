@@ -89,9 +89,10 @@ class MembershipWriter:
 
         async def work(session: Session) -> Moment:
             nonlocal fence
-            if client.raised_fence < (fence := client.fence):
+            fence = client.fence
+            if not client.is_fence_raised:
                 await receive.raise_fence(session, client.address, fence)
-                client.raised_fence = fence
+                client.fence_raised(fence)
             return await queries.write(session, client.address, fence, rows)
 
         unknown: OutcomeUnknown | None = None  # of an attempt before
@@ -104,7 +105,7 @@ class MembershipWriter:
                 return await self._connections.run(work, timeout=left)
             except OutcomeUnknown as error:
                 unknown = error
-                client.fence += 1
+                client.advance_fence()
                 if time.monotonic() >= deadline:
                     raise
             except LayerUnavailable as error:
@@ -114,7 +115,7 @@ class MembershipWriter:
                         raise unknown from error
                     raise
             except asyncio.CancelledError:
-                client.fence += 1
+                client.advance_fence()
                 raise
 
     def _start(self) -> None:

@@ -87,10 +87,7 @@ class Deletions:
                     timeout=client.config.send_timeout,
                     is_idempotent=True,
                 )
-                for key in part:
-                    queue = client.pending_deletes.pop(key, None)
-                    if queue is not None:
-                        queue.undeleted -= 1
+                client.rows_deleted(part)
                 settled, self._settled = self._settled, asyncio.Event()
                 settled.set()
         except PgLayerError:

@@ -91,14 +91,14 @@ class Dispatcher:
                 client.log_unknown_channel(channel)
             payload = None if queue is None else self._plaintext(row)
             if queue is None or payload is None:
-                client.pending_deletes[row.key] = None
+                client.delete_row_later(row.key)
                 self._receiver.deletions.schedule()
                 continue
             if row.is_job:
                 channels.add(channel)
             if len(queue) >= queue.capacity:
                 client.drop_expired(queue)
-            queue.undeleted += 1
+            queue.count_row()
             queue.put(QueuedMessage(payload, row.expires_at, row.key))
         for channel in channels:
             self._receiver.jobs.delivered(channel)
@@ -179,7 +179,7 @@ class Dispatcher:
                     if not is_quick:
                         slow[queue] = received, rounds + 1
                 else:
-                    queue.is_stalled = True
+                    queue.mark_stalled()
                     client.count_dropped(group, queue.channel, len(rest))
             client.unplaced = unplaced
             for room in waiting:
@@ -190,7 +190,7 @@ class Dispatcher:
     def _apply(self, row: Row) -> bool:
         """Apply a control message. False: dispatch must wait for it, and it is still at the head."""
         client = self._client
-        client.pending_deletes[row.key] = None
+        client.delete_row_later(row.key)
         self._receiver.deletions.schedule()
         try:
             if row.kind == "flush":

@@ -64,7 +64,7 @@ class JobReaders:
         self._loop = asyncio.get_running_loop()
         self._readers: dict[str, JobReader] = {}
         self._unannounced: dict[str, int] = {}  # channels whose released jobs were not announced
-        self.unknown_low_id = LAST_ID  # a claim whose answer was lost has moved no smaller id
+        self._unknown_low_id = LAST_ID  # a claim whose answer was lost has moved no smaller id
         self._in_flight: dict[int, int] = {}  # claims whose answer is not here -> the same
 
     def start(self) -> None:
@@ -77,12 +77,16 @@ class JobReaders:
             if "!" not in queue.channel and len(queue):
                 self._release_later(self._reader(queue.channel))
         # What a claim of the last owner loop moved, whose answer it did not see, comes with a catch-up.
-        self.unknown_low_id = 0
+        self._unknown_low_id = 0
 
     @property
     def low_id(self) -> int:
         """No job with a smaller id may be at the own address without this process knowing."""
-        return min(self.unknown_low_id, *self._in_flight.values(), LAST_ID)
+        return min(self._unknown_low_id, *self._in_flight.values(), LAST_ID)
+
+    def caught_up(self) -> None:
+        """Note that a catch-up has read all jobs that claims with lost answers have moved."""
+        self._unknown_low_id = LAST_ID
 
     # ------------------------------------------------------------------ readers
 
@@ -209,7 +213,7 @@ class JobReaders:
             return rows
         except BaseException:
             # Rows may have been claimed and the answer lost: they are at the own address now.
-            self.unknown_low_id = min(self.unknown_low_id, low_id)
+            self._unknown_low_id = min(self._unknown_low_id, low_id)
             self._give_up()
             raise
         finally:
@@ -225,8 +229,8 @@ class JobReaders:
 
     def _give_up(self) -> None:
         """It is unknown what became of a statement that moves jobs: it must have no effect any more."""
-        self._client.fence += 1
-        self._client.cursor.suspend()
+        self._client.advance_fence()
+        self._client.cursor.interrupt()
         self._receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ releasing
@@ -276,7 +280,7 @@ class JobReaders:
             if not is_announced:
                 self._announce_later(channel, min(key.id for key in keys))
         except BaseException as error:
-            client.fence += 1
+            client.advance_fence()
             if not isinstance(error, PgLayerError):
                 raise  # the next run, or the next owner loop, finds out what became of them
             await self._resolve(reader)
@@ -296,7 +300,7 @@ class JobReaders:
         for message in reversed(messages):
             if message.key in remaining:
                 reader.queue.push_front(message)
-        reader.queue.undeleted -= len(messages) - len(remaining)
+        reader.queue.uncount_rows(len(messages) - len(remaining))
         first = min(message.key.id for message in messages if message.key is not None)
         reader.may_have_more, reader.low_id = True, min(reader.low_id, first)
         self._release_later(reader)

@@ -21,7 +21,7 @@ from pg_layer._db.session import Session
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from pg_layer._messages.announcements import Jobs, Messages, Ping, parse
-from pg_layer._messages.rows import LAST_ID, Row
+from pg_layer._messages.rows import Row
 from pg_layer._process.tasks import Spawn
 from pg_layer._receive.deletions import Deletions
 from pg_layer._receive.dispatcher import Dispatcher
@@ -332,7 +332,7 @@ class Receiver:
         before = cursor.moment
         cursor.advance_to(moment)
         if not self._is_catch_up_due:  # else a claim's answer was lost meanwhile
-            self.jobs.unknown_low_id = LAST_ID
+            self.jobs.caught_up()
         self._cursor_advanced()
         if before is not None and before.boot != moment.boot:
             # A crash may have undone deletions: senders would count those rows until they expire.
@@ -374,9 +374,10 @@ class Receiver:
     async def raise_fence(self, session: Session) -> None:
         """Have the server refuse what was given up, before anything else is concluded."""
         client = self._client
-        if client.raised_fence < (fence := client.fence):
+        if not client.is_fence_raised:
+            fence = client.fence
             await queries.raise_fence(session, client.address, fence)
-            client.raised_fence = fence
+            client.fence_raised(fence)
 
     async def _delete_received(self, moment: Moment) -> None:
         client = self._client

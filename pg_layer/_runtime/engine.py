@@ -332,7 +332,7 @@ class Engine:
                 extra={"event": log_events.CLOSE_FAILED},
             )
         else:
-            client.has_lease = False
+            client.lease_ended()
 
     async def stop(self) -> None:
         """Close when what was begun is done, or soon if the client ends. Otherwise that lives on."""

@@ -78,7 +78,7 @@ class Lease:
         client, config = self._client, self._client.config
         assert client.is_owned_here()
         asked_at, asked_at_tick = time.monotonic(), client.clock.ticks()
-        client.has_lease = True  # perhaps, from here on
+        client.expect_lease()
         cursor = client.cursor
         if token is not None:
             # A run that is repeated has a token of its own: the ping of the first says nothing of what the
@@ -102,7 +102,7 @@ class Lease:
             cursor.low_id(),
         )
         client.clock.observe(asked_at_tick, renewal.clock)
-        is_first, client.renewed_at = not client.renewed_at, asked_at
+        is_first = client.lease_renewed(asked_at)
         # A renewal between heartbeats, as by health(), comes too soon after what is announced just now.
         is_heartbeat = asked_at - self._beat_at >= config.heartbeat / 2
         if is_heartbeat:

@@ -264,9 +264,8 @@ class Loops:
         If it is of this process, an owner must apply that.
         """
         if self.client.owns(channel):
-            self.client.has_lease = (
-                True  # its end removes the row, also if it comes before the first renewal
-            )
+            # The end of the client removes the row, also if it comes before the first renewal.
+            self.client.expect_lease()
             if are_threads_real():  # otherwise the next loop that receives applies it
                 self.for_own_changes()
 
@@ -417,7 +416,7 @@ class Loops:
             if error.sqlstate not in REFUSALS:
                 raise
             lease.close_now(conn, closing, quiet=True)
-        client.has_lease = False
+        client.lease_ended()
 
     def _after_fork(self) -> None:
         # The parent's sockets and loops are not ours: forget them without a word on the wire.

@@ -68,7 +68,7 @@ class AnnouncementQueue:
         Whatever is heard before the next catch-up begins, that one brings.
         """
         self.is_incomplete = True
-        self._cursor.suspend()
+        self._cursor.interrupt()
 
     # ------------------------------------------------------------------ hearing
 
@@ -431,7 +431,7 @@ class AnnouncementQueue:
         """From here on announcements are kept aside, and judged when the catch-up has ended."""
         self._kept_aside = []
         self.is_incomplete = self.is_over_limit = False
-        self._cursor.is_suspended = True
+        self._cursor.suspend()
 
     def keys_to_read(self, keys: Iterable[KeyAt]) -> list[KeyAt]:
         """Those that are new, and that no entry of the queue will bring."""
@@ -449,7 +449,7 @@ class AnnouncementQueue:
         """The catch-up has appended its rows, and the cursor has moved."""
         aside, self._kept_aside = self._kept_aside or [], None
         is_incomplete, self.is_incomplete = self.is_incomplete, False
-        self._cursor.is_suspended = False
+        self._cursor.resume()
         for announcement in aside:
             self.hear(announcement)
         if is_incomplete:

@@ -50,11 +50,11 @@ class ChannelQueue:
         "undeleted",
     )
 
-    def __init__(self, channel: str, capacity: int) -> None:
+    def __init__(self, channel: str, capacity: int, *, is_closed: bool = False) -> None:
         self.channel = channel
         self.capacity = capacity
         self.undeleted = 0  # rows of this channel that senders may still count
-        self.is_closed = False  # the client has closed: nothing comes and goes any more
+        self.is_closed = is_closed  # the client has closed: nothing comes and goes any more
         self.is_receivable = False  # `receive()` has checked that this process may receive here
         self.is_retired = (
             False  # unused for a while: a caller that found it before must get another
@@ -92,6 +92,28 @@ class ChannelQueue:
     def is_filling(self) -> bool:
         """Whether rows must be deleted without delay, so that senders do not count them for long."""
         return 8 * self.undeleted >= self.capacity
+
+    # ------------------------------------------------------------------ state
+
+    def note_use(self) -> None:
+        """Keep the queue when `retire` is called next."""
+        self.is_used = True
+
+    def allow_receive(self) -> None:
+        """Note that `receive()` has checked that this process may receive here."""
+        self.is_receivable = True
+
+    def mark_stalled(self) -> None:
+        """Have dispatch not wait for this queue until its reader has taken messages."""
+        self.is_stalled = True
+
+    def count_row(self) -> None:
+        """Count a row of this channel that senders may still count. On the owner loop."""
+        self.undeleted += 1
+
+    def uncount_rows(self, count: int) -> None:
+        """Count rows of this channel no more. On the owner loop."""
+        self.undeleted -= count
 
     # ------------------------------------------------------------------ putting
 

@@ -48,10 +48,9 @@ class Client:
         self._secret = secrets.token_bytes(16)
         self.address = channel_address(config.prefix, f"specific.{self.id}!")
         self.process = os.getpid()
-        self.has_lease = False
-        self.renewed_at = 0.0  # by time.monotonic(); 0 before the first renewal
-        self.fence = 0  # statements that move jobs or write memberships carry it
-        self.raised_fence = 0  # the one that the database knows
+        self._has_lease = False
+        self._renewed_at = 0.0
+        self._fence = self._raised_fence = 0
         self.cursor = Cursor()
         self.announcements = AnnouncementQueue(self.cursor)
         self.memberships = Memberships()
@@ -98,13 +97,68 @@ class Client:
     def _code(self, name: str) -> str:
         return blake2s(name.encode(errors="replace"), key=self._secret, digest_size=4).hexdigest()
 
+    # ------------------------------------------------------------------ the lease
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether the database may have a row of this client, so that `close` must end it."""
+        return self._has_lease
+
+    @property
+    def renewed_at(self) -> float:
+        """When the lease was last renewed, by ``time.monotonic()``; 0 before the first renewal."""
+        return self._renewed_at
+
+    def expect_lease(self) -> None:
+        """Note that a statement that writes the client's row is about to be sent.
+
+        Call this before the statement: its outcome may stay unknown.
+        """
+        self._has_lease = True
+
+    def lease_renewed(self, at: float) -> bool:
+        """Note a renewal that was sent at ``at``. Return whether it is the first one."""
+        is_first, self._renewed_at = not self._renewed_at, at
+        return is_first
+
+    def lease_ended(self) -> None:
+        """Note that the database has marked the client as ended."""
+        self._has_lease = False
+
+    # ------------------------------------------------------------------ the fence
+
+    @property
+    def fence(self) -> int:
+        """The number that statements carry which move jobs or write memberships.
+
+        The server refuses a statement with a smaller number than the client's row has.
+        """
+        return self._fence
+
+    @property
+    def is_fence_raised(self) -> bool:
+        """Whether the database refuses all statements that were given up before now."""
+        return self._raised_fence >= self._fence
+
+    def advance_fence(self) -> None:
+        """Give up the statements with the present fence, because the outcome of one is unknown.
+
+        The network may deliver such a statement later. Before the client acts on what it reads,
+        it raises the fence in the database (see `fence_raised`).
+        """
+        self._fence += 1
+
+    def fence_raised(self, fence: int) -> None:
+        """Note that the database now refuses statements with a fence smaller than ``fence``."""
+        self._raised_fence = max(self._raised_fence, fence)
+
     # ------------------------------------------------------------------ the owner loop
 
     def take_ownership(self) -> None:
         """The running loop's thread is the only one that touches the state of receiving from here on."""
         if self._owner_thread is not None:
             # A loop that stopped did not see what became of its last statements: late ones are refused.
-            self.fence += 1
+            self.advance_fence()
         self._owner_thread = threading.get_ident()
 
     def is_owned_here(self) -> bool:
@@ -120,10 +174,11 @@ class Client:
             with self._lock:
                 queue = self._queues.get(channel)
                 if queue is None:
-                    queue = ChannelQueue(channel, self.config.capacity_of(channel))
-                    queue.is_closed = self._is_closed
+                    queue = ChannelQueue(
+                        channel, self.config.capacity_of(channel), is_closed=self._is_closed
+                    )
                     self._queues[channel] = queue
-        queue.is_used = True
+        queue.note_use()
         return queue
 
     def own_queue(self, channel: str) -> ChannelQueue | None:
@@ -152,6 +207,17 @@ class Client:
         if expired:
             self.counters.add("dropped_expired", len(expired))
             self.delete_later(queue, expired)
+
+    def delete_row_later(self, key: Key) -> None:
+        """Have a row deleted that no channel queue counts."""
+        self.pending_deletes[key] = None
+
+    def rows_deleted(self, keys: Iterable[Key]) -> None:
+        """Note that these rows are no longer in the table: senders do not count them any more."""
+        for key in keys:
+            queue = self.pending_deletes.pop(key, None)
+            if queue is not None:
+                queue.uncount_rows(1)
 
     def delete_later(self, queue: ChannelQueue, messages: Iterable[QueuedMessage]) -> None:
         """Have the rows of these messages deleted with the next ones."""

@@ -165,10 +165,18 @@ class Cursor:
         self.advance_to(moment)
         return True
 
-    def suspend(self) -> None:
-        """Until a catch-up has ended no snapshot becomes ``S``: it may see what was not admitted."""
-        self.is_suspended = True
+    def interrupt(self) -> None:
+        """Suspend, and discard the pending snapshots: something may not have been heard."""
+        self.suspend()
         self.discard_pending()
+
+    def suspend(self) -> None:
+        """Let no snapshot become ``S`` until `resume`: it may see what was not admitted."""
+        self.is_suspended = True
+
+    def resume(self) -> None:
+        """Let snapshots become ``S`` again: a catch-up has read what was not admitted."""
+        self.is_suspended = False
 
     def discard_pending(self) -> None:
         """Something may not have been heard, or a claim's answer is lost: no snapshot becomes ``S``."""

@@ -234,7 +234,7 @@ async def test_a_claim_that_was_given_up_claims_nothing_when_it_comes_late(
     pool_proxy.swallow()
     second = asyncio.create_task(one.receive("jobs"))
     await layer.send("jobs", {"number": 1})  # it is told, and its claim does not get through
-    await until(lambda: (client := one._loops.client).fence > client.raised_fence)
+    await until(lambda: not one._loops.client.is_fence_raised)
     pool_proxy.let_go(revive=False)  # other connections do
     assert await asyncio.wait_for(second, 10) == {"number": 1}
     await until(

@@ -401,7 +401,8 @@ async def test_the_listener_and_the_lease(make_layer: MakeLayer) -> None:
     assert (layer.stats()["listener"], layer.stats()["lease_age"]) == ("off", None)
     await listen(layer)
     assert layer.stats()["listener"] == "listening"
-    layer._loops.client.renewed_at -= 1000
+    client = layer._loops.client
+    client.lease_renewed(client.renewed_at - 1000)
     age = layer.stats()["lease_age"]
     assert age is not None
     assert age > 1000

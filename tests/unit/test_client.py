@@ -157,7 +157,7 @@ def test_forget_idle_queues_used_in_between_stays(client: Client) -> None:
 async def test_forget_idle_queues_needed_queues_stay_until_they_are_not(client: Client) -> None:
     kept = {name: client.queue(name) for name in ("message", "undeleted", "member", "waiting")}
     kept["message"].put(queued(1))
-    kept["undeleted"].undeleted = 1
+    kept["undeleted"].count_row()
     client.memberships.add("g", kept["member"], LATER, None)
     waiter = asyncio.create_task(kept["waiting"].wait())
     await asyncio.sleep(0)
@@ -167,7 +167,7 @@ async def test_forget_idle_queues_needed_queues_stay_until_they_are_not(client: 
     waiter.cancel()
     await asyncio.wait([waiter])
     kept["message"].pop()
-    kept["undeleted"].undeleted = 0
+    kept["undeleted"].uncount_rows(1)
     client.memberships.discard("g", "member")
     for _ in range(2):
         client.forget_idle_queues()
@@ -207,7 +207,7 @@ def test_held_keys_queue_and_channel_queues_count(client: Client) -> None:
 def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client) -> None:
     consumer, job, other = client.new_channel("s"), "jobs", "specific.other!1"
     for channel in (consumer, job, other):
-        client.queue(channel).is_receivable = True
+        client.queue(channel).allow_receive()
     client.queue(client.new_channel("s"))  # made for a sender: nothing reads it
     client.send_to_consumers("db.lost")
     client.send_to_consumers(None)
@@ -220,7 +220,7 @@ def test_announce_locally_reaches_consumers_of_this_process_alone(client: Client
 
 def test_announce_locally_full_queue_is_left_alone(client: Client) -> None:
     queue = client.queue(client.new_channel("s"))
-    queue.is_receivable = True
+    queue.allow_receive()
     for id in range(CAPACITY):
         queue.put(queued(id))
     client.send_to_consumers("db.lost")

@@ -27,7 +27,7 @@ def cursor() -> Cursor:
     cursor = Cursor()
     cursor.note_position(at(100), Position(10, 100))
     cursor.advance_to(at(100))
-    cursor.is_suspended = False
+    cursor.resume()
     return cursor
 
 
@@ -203,7 +203,7 @@ def test_heard_early_then_missed_discards_the_snapshot(cursor: Cursor) -> None:
 def test_heard_while_deaf_leaves_s(cursor: Cursor) -> None:
     """During a catch-up announcements are kept aside, and are not in ``done`` yet."""
     cursor.renew(at(110), Position(20, 110), "token")
-    cursor.is_suspended = True
+    cursor.suspend()
     assert not cursor.confirm("token")
     assert cursor.is_new(Key(1, 105, 15), False)
 
@@ -357,7 +357,7 @@ def test_cursor_any_interleaving_takes_each_row_once_and_misses_none(
                 assert key.id > low_id or key.boot != boot
             take(key)
         cursor.advance_to(moment)
-        cursor.is_suspended = False
+        cursor.resume()
 
     catch_up()
     for step, number in steps:
