@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from pg_layer._db.errors import reason_of, was_refused
+from pg_layer._db.errors import outage_reason, was_refused
 from pg_layer._state import log_events
 from pg_layer._state.client import Client
 
@@ -49,7 +49,7 @@ class Outage:
         if self.why is not None or self._is_over():
             return
         event, what = self._describe(error)
-        self.why, self.since = reason_of(error), time.monotonic()
+        self.why, self.since = outage_reason(error), time.monotonic()
         logger.warning("%s: %s", what, self.why, extra={"event": event})
         self._client.send_to_consumers(self._client.config.on_disconnect)
 

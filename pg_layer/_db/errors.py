@@ -1,10 +1,12 @@
-"""What the database's errors mean: which may be tried again, and in which words the others are told."""
+"""The meaning of the database's errors: which calls are retried, and what callers are told."""
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import psycopg
 from psycopg import errors
@@ -20,41 +22,78 @@ from pg_layer.exceptions import (
     StoppingUnknown,
 )
 
-# Errors after which the statement surely did not take effect, and another attempt may succeed.
-# Not "08": a pooler says that also of a statement that was committed and whose answer it lost.
-_TRANSIENT_CLASSES = ("26000", "40001", "40P01", "53", "57000", "57P", "25006", "55P03")
 CANCELED = "57014"
-# The server cancels a statement because of statement_timeout, or because an administrator has asked for it
-# by pg_cancel_backend(). Only the words tell, and they may be in another language.
-_BY_REQUEST = "canceling statement due to user request"
-TIMED_OUT = (
-    "The database cancelled the statement because it took longer than the statement_timeout of the role."
-    " Set a longer one for the role (ALTER ROLE ... SET statement_timeout = ...), or find what held the"
-    " statement up: a lock, or a busy server."
-)
-# With those of a connection that could not be made, was lost, or was denied for its user or database.
-_AWAY_CLASSES = (*_TRANSIENT_CLASSES, "08", "28", "3D")
-# Errors that mean that NOTIFY cannot be had, its queue being full or the server knowing none: the statement
-# is tried again without NOTIFY.
-REFUSALS = ("54000", "0A000")
 READ_ONLY = "25006"
 FORBIDDEN = "42501"
-AWAY = "The database could not be reached: "
-_HOPELESS = re.compile(
-    r"FATAL: +(password authentication failed|no pg_hba\.conf entry|(database|role) .+ does not exist)"
-    r"|no password supplied"
-)
-# Psycopg's list of what came of several hosts, and of several addresses of one.
-_ATTEMPT = re.compile(r"^- (host: .*?, port: .*?), hostaddr: .*?: ", re.MULTILINE)
+# The server cannot NOTIFY: its queue is full, or the server has no NOTIFY. The statement is then
+# repeated without NOTIFY.
+NOTIFY_REFUSED = ("54000", "0A000")
 UNDEFINED = (errors.UndefinedFunction, errors.UndefinedTable, errors.UndefinedColumn)
 
 
-class Attempts:
-    """The attempts of one call: whether another one may follow, and what the caller is told if none does.
+class Retry(enum.Enum):
+    """Whether another attempt may follow an error."""
 
-    ``is_idempotent``: another attempt may follow one that has perhaps taken effect. ``is_read``: none has an
-    effect. ``alias``: of the database, if not that of ``config``. ``gives_up``: whether the process is
-    stopping and the database is known to be away.
+    ALWAYS = "the statement had no effect, and another attempt may succeed"
+    IF_IDEMPOTENT = "the statement may have taken effect"
+    NEVER = "another attempt fails in the same way"
+
+
+class Rule(NamedTuple):
+    """What an error with a SQLSTATE means.
+
+    ``sqlstate``: the SQLSTATE, or its first characters. ``is_away``: the database is away, or its
+    connections are refused. Otherwise the database is there and refuses the statement.
+    """
+
+    sqlstate: str
+    retry: Retry
+    is_away: bool
+
+
+# Which errors may be retried. An error without a rule: never, and the database is not away.
+RULES = (
+    Rule("26000", Retry.ALWAYS, True),  # a prepared statement is gone: a pooler changed the server
+    Rule("40001", Retry.ALWAYS, True),  # serialization failure
+    Rule("40P01", Retry.ALWAYS, True),  # deadlock
+    Rule("53", Retry.ALWAYS, True),  # too many connections, out of memory or disk space
+    Rule("55P03", Retry.ALWAYS, True),  # lock not available
+    Rule("57000", Retry.ALWAYS, True),  # operator intervention
+    Rule("57P", Retry.ALWAYS, True),  # the server shuts down, starts, or has terminated the backend
+    Rule(READ_ONLY, Retry.ALWAYS, True),  # a standby; the next connection may find the primary
+    # The connection was lost, or could not be made. A pooler also reports it for a statement that
+    # was committed and whose answer the pooler has lost.
+    Rule("08", Retry.IF_IDEMPOTENT, True),
+    Rule("28", Retry.NEVER, True),  # the user is denied
+    Rule("3D", Retry.NEVER, True),  # there is no such database
+)
+_OTHER = Rule("", Retry.NEVER, False)
+# The server cancels a statement because of statement_timeout, or because an administrator has
+# called pg_cancel_backend(). The SQLSTATE is the same. Only the message differs, and it may be in
+# another language.
+_BY_REQUEST = "canceling statement due to user request"
+
+TIMED_OUT = (
+    "The database cancelled the statement because it took longer than the statement_timeout of the"
+    " role. Set a longer one for the role (ALTER ROLE ... SET statement_timeout = ...), or find"
+    " what delayed the statement: a lock, or a busy server."
+)
+AWAY = "The database could not be reached: "
+_PERMANENT = re.compile(
+    r"FATAL: +"
+    r"(password authentication failed|no pg_hba\.conf entry|(database|role) .+ does not exist)"
+    r"|no password supplied"
+)
+# A line of the list that psycopg makes for several hosts, or for several addresses of one host.
+_ATTEMPT = re.compile(r"^- (host: .*?, port: .*?), hostaddr: .*?: ", re.MULTILINE)
+
+
+class Attempts:
+    """The attempts of one call: whether another may follow, and the error if none does.
+
+    ``is_idempotent``: another attempt may follow one that may have taken effect. ``is_read``: no
+    attempt has an effect. ``alias``: the alias of the database if it is not that of ``config``.
+    ``gives_up``: returns whether the process is stopping and the database is known to be away.
     """
 
     def __init__(
@@ -71,39 +110,46 @@ class Attempts:
         self._is_idempotent = is_idempotent or is_read
         self._is_read = is_read
         self._alias = alias
-        self.is_outcome_unknown = False  # an attempt has perhaps taken effect
+        self.is_outcome_unknown = False  # an attempt may have taken effect
 
-    def failed(self, error: psycopg.Error, *, is_late: bool) -> None:
-        """Return if another attempt may follow this error, else raise what the caller is told.
+    def check_retry(self, error: psycopg.Error, *, is_late: bool) -> None:
+        """Return if another attempt may follow ``error``. Otherwise raise the error of the call.
 
-        ``is_late``: no time is left for another one.
+        ``is_late``: no time is left for another attempt.
+
+        Raises `NotMigrated`, `OutcomeUnknown`, or `LayerUnavailable`.
         """
         if isinstance(error, UNDEFINED):
             raise not_migrated(self._config, self._alias) from error
-        may_repeat = not is_late
-        if not _is_transient(error):
-            is_lost = (error.sqlstate or "08").startswith("08") and isinstance(
-                error, psycopg.OperationalError
-            )
-            self.is_outcome_unknown |= is_lost and not self._is_read
-            may_repeat &= is_lost and self._is_idempotent
-        if not may_repeat:
-            raise self.unavailable(error) from error
+        retry = _retry(error)
+        if retry is Retry.IF_IDEMPOTENT and not self._is_read:
+            self.is_outcome_unknown = True
+        may_retry = retry is Retry.ALWAYS or (retry is Retry.IF_IDEMPOTENT and self._is_idempotent)
+        if is_late or not may_retry:
+            raise self.final_error(error) from error
 
-    def unavailable(self, reason: BaseException | None) -> LayerUnavailable:
-        """What the caller is told if the call ends for this reason, which is not of an attempt.
+    def final_error(self, reason: BaseException | None) -> LayerUnavailable:
+        """Return the error that the caller receives if the call ends for ``reason``.
 
-        `OutcomeUnknown` if an attempt before has perhaps taken effect.
+        `OutcomeUnknown` if an earlier attempt may have taken effect. ``reason`` need not be the
+        error of an attempt. None: no connection became free.
         """
-        error = OutcomeUnknown() if self.is_outcome_unknown else unavailable(reason)
-        return at_the_end(error) if self._gives_up() else error
+        error = OutcomeUnknown() if self.is_outcome_unknown else layer_unavailable(reason)
+        return as_stopping(error) if self._gives_up() else error
 
 
-def _is_transient(error: psycopg.Error) -> bool:
-    """Whether the statement surely did not take effect, and another attempt may succeed."""
+def _rule(error: psycopg.Error) -> Rule:
+    sqlstate = error.sqlstate or "08"  # without a SQLSTATE the error is libpq's or psycopg's own
+    return next((rule for rule in RULES if sqlstate.startswith(rule.sqlstate)), _OTHER)
+
+
+def _retry(error: psycopg.Error) -> Retry:
     if error.sqlstate == CANCELED:
-        return _is_by_request(error)
-    return (error.sqlstate or "").startswith(_TRANSIENT_CLASSES)
+        return Retry.ALWAYS if _is_by_request(error) else Retry.NEVER
+    retry = _rule(error).retry
+    if retry is Retry.IF_IDEMPOTENT and not isinstance(error, psycopg.OperationalError):
+        return Retry.NEVER  # a mistake in the use of psycopg, and no lost connection
+    return retry
 
 
 def _is_by_request(error: psycopg.Error) -> bool:
@@ -112,17 +158,20 @@ def _is_by_request(error: psycopg.Error) -> bool:
 
 @contextmanager
 def translated(config: Config) -> Iterator[None]:
-    """Psycopg's errors become `LayerUnavailable` and `NotMigrated`."""
+    """Translate psycopg's errors in the block into `LayerUnavailable` and `NotMigrated`."""
     try:
         yield
     except UNDEFINED as error:
         raise not_migrated(config) from error
     except psycopg.Error as error:
-        raise unavailable(error) from error
+        raise layer_unavailable(error) from error
 
 
-def at_the_end(error: LayerUnavailable) -> LayerUnavailable:
-    """What a caller is told instead, if the process is stopping, where nothing waits for the database."""
+def as_stopping(error: LayerUnavailable) -> LayerUnavailable:
+    """Return the error that replaces ``error`` if the process is stopping.
+
+    Channels ends a consumer that raises `Stopping` or `StoppingUnknown`, without a traceback.
+    """
     if termination.is_stopping():
         if type(error) is LayerUnavailable:
             return Stopping(f"The process is stopping. {error}")
@@ -131,66 +180,74 @@ def at_the_end(error: LayerUnavailable) -> LayerUnavailable:
     return error
 
 
-def unavailable(reason: BaseException | None) -> LayerUnavailable:
-    """`LayerUnavailable` that says why. libpq's texts hold hosts and names, never passwords."""
+def layer_unavailable(reason: BaseException | None) -> LayerUnavailable:
+    """Return a `LayerUnavailable` whose text gives the reason. None: no connection became free.
+
+    libpq's texts contain hosts and names of users and databases, but never passwords.
+    """
     if reason is None:
         return LayerUnavailable(f"{AWAY}no connection became free")
-    if isinstance(reason, psycopg.Error) and reason.sqlstate == READ_ONLY:
-        return LayerUnavailable(
-            "The database takes no writes: it is a standby, or read-only by its settings."
-        )
-    if (
-        isinstance(reason, psycopg.Error)
-        and reason.sqlstate == CANCELED
-        and not _is_by_request(reason)
-    ):
-        return LayerUnavailable(TIMED_OUT)
+    if isinstance(reason, psycopg.Error):
+        if reason.sqlstate == READ_ONLY:
+            return LayerUnavailable(
+                "The database takes no writes: it is a standby, or read-only by its settings."
+            )
+        if reason.sqlstate == CANCELED and not _is_by_request(reason):
+            return LayerUnavailable(TIMED_OUT)
     beginning = "The database refused the call: " if was_refused(reason) else AWAY
-    return LayerUnavailable(f"{beginning}{words_of(reason)}")
+    return LayerUnavailable(f"{beginning}{one_line(reason)}")
 
 
 def was_refused(error: BaseException) -> bool:
-    """Whether the database was there, and had something against the statement itself."""
+    """Return whether the database was there and refused the statement.
+
+    ``error``: psycopg's, or one of the layer's whose cause is psycopg's.
+    """
     reason = error if isinstance(error, psycopg.Error) else error.__cause__
     return isinstance(error, NotMigrated) or (
-        isinstance(reason, psycopg.Error)
-        and not (reason.sqlstate or "08").startswith(_AWAY_CLASSES)
+        isinstance(reason, psycopg.Error) and not _rule(reason).is_away
     )
 
 
 def is_forbidden(error: BaseException) -> bool:
-    """Whether the role lacks a privilege."""
+    """Return whether the cause of ``error`` is that the role lacks a privilege."""
     return getattr(error.__cause__, "sqlstate", None) == FORBIDDEN
 
 
-def words_of(error: BaseException) -> str:
-    """An error on one line; of the server's the message alone, and not where in which function it came up."""
-    said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    return " ".join((said or str(error)).split())
+def one_line(error: BaseException) -> str:
+    """Return the text of an error on one line.
+
+    For an error of the server only the message, without the position in the server's functions.
+    """
+    message = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    return " ".join((message or str(error)).split())
 
 
-def reason_of(error: BaseException) -> str:
-    """Why the database is away, in the words of the error that was the cause."""
+def outage_reason(error: BaseException) -> str:
+    """Return why the database is away: the text of the error that was the cause."""
     if isinstance(error, OutcomeUnknown) and error.__cause__ is not None:
         error = error.__cause__
-    return words_of(error).removeprefix(AWAY)
+    return one_line(error).removeprefix(AWAY)
 
 
-def is_hopeless(error: BaseException | None) -> bool:
-    """Whether no connection can be made for what does not mend itself: a wrong password, a missing database.
+def is_permanent(error: BaseException | None) -> bool:
+    """Return whether no connection can be made until the configuration changes.
 
-    Of several hosts each has to have said so: one that is away may come back, and take what another denies.
-    libpq tells no SQLSTATE of it. A server that speaks another language than English is asked again.
+    Examples are a wrong password and a missing database. If there are several hosts, each must
+    have reported such an error: a host that is away may return and accept the connection.
+
+    libpq gives no SQLSTATE for these errors, only an English text. If the server uses another
+    language, the result is False and the caller tries again.
     """
     if not isinstance(error, psycopg.OperationalError) or error.sqlstate is not None:
         return False
     _, *attempts = _ATTEMPT.split(str(error))
     if not attempts:
         pgconn = error.pgconn
-        return bool(_HOPELESS.search(str(error))) or (
+        return bool(_PERMANENT.search(str(error))) or (
             pgconn is not None and bool(pgconn.needs_password)
         )
-    said: dict[str, bool] = {}
+    is_denied: dict[str, bool] = {}  # by host; one of its addresses is enough
     for host, text in zip(attempts[::2], attempts[1::2], strict=True):
-        said[host] = said.get(host, False) or bool(_HOPELESS.search(text))
-    return all(said.values())
+        is_denied[host] = is_denied.get(host, False) or bool(_PERMANENT.search(text))
+    return all(is_denied.values())

@@ -16,7 +16,7 @@ from psycopg import AsyncConnection, Connection
 
 from pg_layer._config.options import Config
 from pg_layer._db.availability import Outage
-from pg_layer._db.errors import READ_ONLY, REFUSALS, Attempts, is_hopeless, translated
+from pg_layer._db.errors import NOTIFY_REFUSED, READ_ONLY, Attempts, is_permanent, translated
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
 from pg_layer._process import shutdown
@@ -323,12 +323,12 @@ class Connections:
             try:
                 left = deadline - time.monotonic()
                 if left <= 0:  # a statement that is sent and cut short has an unknown outcome
-                    raise attempts.unavailable(self._pool.error) from self._pool.error
+                    raise attempts.final_error(self._pool.error) from self._pool.error
                 most = STOPPING_TIMEOUT if self.gives_up else math.inf
                 session.set_timeout(min(statement_timeout or left, most))
                 return await work(session)
             except psycopg.Error as error:
-                if error.sqlstate in REFUSALS and quietly is not None:
+                if error.sqlstate in NOTIFY_REFUSED and quietly is not None:
                     self._on_refused(error)
                     work, quietly = quietly, None
                     continue
@@ -339,7 +339,7 @@ class Connections:
                 # deadline, its outcome would be unknown.
                 now = time.monotonic()
                 is_late = now + RETRY + (now - begun_at) >= deadline
-                attempts.failed(error, is_late=is_late or self.gives_up)
+                attempts.check_retry(error, is_late=is_late or self.gives_up)
             finally:
                 self._pool.give_back(session)
             await asyncio.sleep(RETRY)
@@ -350,14 +350,14 @@ class Connections:
             if self.gives_up:
                 lost = psycopg.OperationalError("The connections to it were lost.")
                 reason = self._pool.error or lost
-                raise attempts.unavailable(reason) from reason
+                raise attempts.final_error(reason) from reason
             left = deadline - time.monotonic()
             session = await self._pool.get(max(min(_CHECK_INTERVAL, left), 0.001))
             if session is not None:
                 return session
             error = self._pool.error
-            if is_hopeless(error) or time.monotonic() >= deadline:
-                raise attempts.unavailable(error) from error
+            if is_permanent(error) or time.monotonic() >= deadline:
+                raise attempts.final_error(error) from error
         if attempts.is_outcome_unknown:
             raise OutcomeUnknown
         raise LayerUnavailable(_CLOSED)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Literal, TypedDict
 
-from pg_layer._db.errors import AWAY, reason_of
+from pg_layer._db.errors import AWAY, outage_reason
 from pg_layer._runtime.engine import Engine
 from pg_layer._state.failures import words
 from pg_layer.exceptions import OutcomeUnknown, PgLayerError
@@ -50,7 +50,7 @@ async def examine(engine: Engine) -> Health:
     except PgLayerError as error:
         # What became of the ping itself matters to nobody.
         problems.append(
-            AWAY + reason_of(error) if isinstance(error, OutcomeUnknown) else str(error)
+            AWAY + outage_reason(error) if isinstance(error, OutcomeUnknown) else str(error)
         )
     except Exception as error:
         problems.append(f"The ping failed: {words(error)}")

@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import psycopg
 
 from pg_layer._config.options import Config
-from pg_layer._db.errors import REFUSALS, at_the_end
+from pg_layer._db.errors import NOTIFY_REFUSED, as_stopping
 from pg_layer._db.queries import lease
 from pg_layer._messages.codec import Codec
 from pg_layer._process import shutdown as termination
@@ -231,7 +231,7 @@ class Loops:
     def _raise(self, error: LayerUnavailable, client: Client) -> NoReturn:
         """Raise an error of a call. While a process stops, a closed client or a lost database is no news."""
         if self.gives_up or client is not self.client:
-            raise at_the_end(error) from error.__cause__
+            raise as_stopping(error) from error.__cause__
         raise error
 
     async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
@@ -413,7 +413,7 @@ class Loops:
         try:
             lease.close_now(conn, closing, quiet=False)
         except psycopg.Error as error:
-            if error.sqlstate not in REFUSALS:
+            if error.sqlstate not in NOTIFY_REFUSED:
                 raise
             lease.close_now(conn, closing, quiet=True)
         client.lease_ended()

@@ -20,7 +20,7 @@ from psycopg import errors
 
 from pg_layer._config.databases import alias_of, not_migrated
 from pg_layer._config.options import Config
-from pg_layer._db.errors import REFUSALS, UNDEFINED, Attempts, is_hopeless
+from pg_layer._db.errors import NOTIFY_REFUSED, UNDEFINED, Attempts, is_permanent
 from pg_layer._db.pool import STOPPING_TIMEOUT
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
@@ -339,7 +339,7 @@ class Sync:
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
             if gives_up and not session.is_connected:
-                raise attempts.unavailable(
+                raise attempts.final_error(
                     psycopg.OperationalError("The connections to it were lost.")
                 )
             try:
@@ -349,8 +349,8 @@ class Sync:
                 if not isinstance(cause, psycopg.Error):
                     raise
                 is_late = time.monotonic() + RETRY >= deadline or gives_up
-                if is_late or is_hopeless(cause) or cause.sqlstate is not None:
-                    raise attempts.unavailable(cause) from error
+                if is_late or is_permanent(cause) or cause.sqlstate is not None:
+                    raise attempts.final_error(cause) from error
                 time.sleep(RETRY)
                 continue
             if session.is_in_transaction:  # AUTOCOMMIT is off
@@ -359,19 +359,19 @@ class Sync:
             if (
                 time.monotonic() >= deadline
             ):  # nothing was sent: that is better known than cut short
-                raise attempts.unavailable(TimeoutError("connecting took all the time there was"))
+                raise attempts.final_error(TimeoutError("connecting took all the time there was"))
             try:
                 return finish(work(session))
             except DjangoError as error:
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                if cause.sqlstate in REFUSALS and quietly is not None:
+                if cause.sqlstate in NOTIFY_REFUSED and quietly is not None:
                     self._refused(cause)
                     work, quietly = quietly, None
                     continue
                 is_late = time.monotonic() + RETRY >= deadline
-                attempts.failed(cause, is_late=is_late)
+                attempts.check_retry(cause, is_late=is_late)
                 if isinstance(cause, errors.InvalidSqlStatementName):
                     continue  # it will not be asked for again
             time.sleep(RETRY)
@@ -391,7 +391,7 @@ class Sync:
             cause = error.__cause__
             if isinstance(cause, UNDEFINED):
                 raise not_migrated(self._config, session.alias) from error
-            if isinstance(cause, psycopg.Error) and cause.sqlstate in REFUSALS:
+            if isinstance(cause, psycopg.Error) and cause.sqlstate in NOTIFY_REFUSED:
                 self._refused(cause)
             raise
 

@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pg_layer import LayerUnavailable, NotMigrated, OutcomeUnknown, PostgresChannelLayer
-from pg_layer._db.errors import is_hopeless
+from pg_layer._db.errors import is_permanent
 from tests.conftest import Observer
 from tests.faults.proxy import Proxy
 from tests.integration.test_django import postgres
@@ -237,7 +237,7 @@ def test_what_one_of_several_hosts_denies_is_not_hopeless_while_another_is_away(
             (f"{there},{away}", False),
         ):
             hosts = ",".join(["127.0.0.1"] * len(ports.split(",")))
-            assert is_hopeless(refused_by(migrated_dsn, host=hosts, port=ports)) is expected, ports
+            assert is_permanent(refused_by(migrated_dsn, host=hosts, port=ports)) is expected, ports
 
 
 async def test_of_one_hosts_addresses_one_is_enough(
@@ -251,7 +251,7 @@ async def test_of_one_hosts_addresses_one_is_enough(
     monkeypatch.setattr(socket, "getaddrinfo", addresses)
     error = refused_by(migrated_dsn, host="localhost")
     assert "127.0.0.2" in str(error)
-    assert is_hopeless(error)
+    assert is_permanent(error)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -265,7 +265,7 @@ def test_a_password_that_is_missing_is_hopeless(count: int) -> None:
         if count > 1
         else [text]
     )
-    assert is_hopeless(psycopg.OperationalError("\n".join(told)))
+    assert is_permanent(psycopg.OperationalError("\n".join(told)))
 
 
 # ---------------------------------------------------------------------- a server that knows no NOTIFY

@@ -330,7 +330,7 @@ class ManualConnections:
             try:
                 return await work(cast(Session, session))
             except psycopg.Error as error:
-                attempts.failed(error, is_late=getattr(error, "is_late", False))
+                attempts.check_retry(error, is_late=getattr(error, "is_late", False))
             finally:
                 session.close()
             await asyncio.sleep(RETRY)
