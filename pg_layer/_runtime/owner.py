@@ -116,7 +116,7 @@ class Owner:
                 client, self._connections, self._receiver, self._writer, self._outage, self._spawn
             )
             self._started.set()
-            self._tasks.every(config.heartbeat, "The heartbeat", self._keep)
+            self._tasks.every(config.heartbeat, "The heartbeat", self._heartbeat)
             if self._listener is None:
                 self._poll_until(config.poll_interval or FALLBACK_POLL, lambda: False)
             else:
@@ -321,13 +321,13 @@ class Owner:
 
     # ------------------------------------------------------------------ the heartbeat
 
-    async def _keep(self) -> None:
+    async def _heartbeat(self) -> None:
         try:
-            await self._beat(self._client.config.heartbeat)
+            await self._beat_once(self._client.config.heartbeat)
         except PgLayerError as error:
             self._outage.begin(error)
 
-    async def _beat(self, heartbeat: float) -> None:
+    async def _beat_once(self, heartbeat: float) -> None:
         client, listener = self._client, self._listener
         client.cursor.forget_expired(client.clock.now())
         for pair in client.memberships.expire(client.clock.now()):
@@ -342,9 +342,8 @@ class Owner:
                 self.receiver.catch_up_soon()  # the pool reaches the database
         elif await self.receiver.ping(self.lease.renew, heartbeat / 2):
             self._hears_again()
-            if (
-                self._outage.why is not None
-            ):  # a call failed, and the listening connection has stayed
+            # A call has failed, but the listening connection has stayed.
+            if self._outage.why is not None:
                 self.receiver.catch_up_soon()
         elif self.polls_because is not None:
             await self._listen_from_the_end(listener)
