@@ -62,7 +62,9 @@ class Pool:
         self._max_size = max_size
         self._max_idle = max_idle
         self._loop = asyncio.get_running_loop()
-        self._sessions: dict[Session, float] = {}  # all, and when each must be replaced
+        # All sessions that are set up, and when each must be replaced.
+        self._sessions: dict[Session, float] = {}
+        self._preparing: set[Session] = set()  # each belongs to a task in `_opening`
         self._idle: dict[Session, float] = {}  # and since when; the last one used comes last
         self._waiters: deque[asyncio.Future[Session]] = deque()
         self._opening: set[asyncio.Task[None]] = set()
@@ -189,15 +191,17 @@ class Pool:
 
     async def _open_once(self) -> Session:
         session = await self._connect()
-        # Before the next await: `abandon` must close this session, too.
-        lifetime = _MAX_LIFETIME * random.uniform(0.95, 1.0)
-        self._sessions[session] = self._loop.time() + lifetime
+        self._preparing.add(session)  # before the next await: `abandon` must close it, too
         try:
             await self._prepare(session)
         except BaseException:
             session.close()
-            self._sessions.pop(session, None)
             raise
+        finally:
+            self._preparing.discard(session)
+        if not self.is_closed:
+            lifetime = _MAX_LIFETIME * random.uniform(0.95, 1.0)
+            self._sessions[session] = self._loop.time() + lifetime
         return session
 
     async def close(self) -> None:
@@ -223,7 +227,7 @@ class Pool:
     def abandon(self) -> None:
         """Close every connection at once. May be called when the loop does not run any more."""
         self.is_closed = True
-        sessions = list(self._sessions)
+        sessions = [*self._sessions, *self._preparing]
         self._sessions.clear()
         self._idle.clear()
         for session in sessions:

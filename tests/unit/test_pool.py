@@ -329,3 +329,40 @@ async def test_abandon_closes_a_session_that_is_given_back_later(make_bench: Mak
     assert session.is_closed
     bench.give_back(session)
     assert bench.take() is None
+
+
+async def test_session_being_prepared_counts_once(make_bench: MakeBench) -> None:
+    bench = make_bench(max_size=2)
+    may_prepare = asyncio.Event()
+
+    async def prepare(session: Session) -> None:
+        await may_prepare.wait()
+
+    bench.pool._prepare = prepare
+    first = bench.asks()
+    await turns()
+    second, third = bench.asks(), bench.asks()
+    await turns()
+    assert bench.attempts == 2
+    may_prepare.set()
+    await turns()
+    assert [call.done() for call in (first, second, third)] == [True, True, False]
+    third.cancel()
+
+
+async def test_abandon_closes_a_session_being_prepared(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    may_prepare = asyncio.Event()
+
+    async def prepare(session: Session) -> None:
+        await may_prepare.wait()
+
+    bench.pool._prepare = prepare
+    call = bench.asks()
+    await turns()
+    bench.pool.abandon()
+    assert bench.opened[0].is_closed
+    call.cancel()
+    may_prepare.set()
+    await turns()
+    assert bench.take() is None
