@@ -173,7 +173,7 @@ class Log:
         self._path = server.log_path
         self._from = 0
 
-    def skip(self) -> None:
+    def forget(self) -> None:
         """Ignore the statements logged until now."""
         self._from = self._path.stat().st_size
 
@@ -229,7 +229,7 @@ async def test_idle_layer_sends_one_statement_per_heartbeat_and_normal_channel(
         waiting = "SELECT count(*) FROM pg_layer_message WHERE split_part(address, '!', 1) = 'asgi'"
         await until(lambda: logging_server.execute(waiting, dbname="logged") == [(0,)])
         await until(lambda: "pg_layer_claim" in "".join(log.statements("beating")))
-        log.skip()
+        log.forget()
         await until(
             lambda: (
                 len([entry for entry in log.statements("beating") if "pg_layer_renew" in entry])
@@ -251,7 +251,7 @@ async def test_layer_with_poll_interval_receives_everything_without_listen(
     logging_server: PostgresServer,
 ) -> None:
     log = Log(logging_server)
-    log.skip()
+    log.forget()
     async with (
         open_layer(
             logging_server.dsn("logged", application_name="polling"),
