@@ -1,4 +1,4 @@
-"""Whether the database is away: said once when it goes, and once when it is back."""
+"""Whether the database is away. Logs when it is lost, and when it is back."""
 
 from __future__ import annotations
 
@@ -7,53 +7,90 @@ import time
 from collections.abc import Callable
 
 from pg_layer._db.errors import outage_reason, was_refused
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 
 logger = logging.getLogger("pg_layer")
 
+# Seconds without any connection after which the database is away. A single failure proves
+# little: the server may have had too many connections for a moment.
+AWAY_AFTER = 1.0
+
 
 class Outage:
-    """What is known of the database being away. Belongs to one event loop."""
+    """What one event loop knows of an outage. Only `is_away` may be read from other threads.
 
-    def __init__(self, client: Client, is_over: Callable[[], bool] = lambda: False) -> None:
-        # is_over: whether the loop's connections were closed, so that they say nothing of the database
+    A process that receives calls `begin` and `end`. One that only sends has nothing that
+    notices the loss of an idle connection. There the failed attempts to connect count.
+
+    ``is_over``: returns whether the connections of this loop were closed. Then errors say
+    nothing of the database.
+    ``is_listening``: returns whether a connection listens. Then the database is there, even
+    if no other connection can be made.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        is_over: Callable[[], bool] = lambda: False,
+        is_listening: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._client = client
         self._is_over = is_over
+        self._is_listening = is_listening
         self.since = 0.0  # by time.monotonic()
-        self.why: str | None = None  # while it is away
-        self._was_there = False  # before that
-        self._is_refused = False  # it is there, and refuses what receiving needs
+        self.why: str | None = None  # the reason, while the database is away
+        self._was_connected = False  # before the outage
+        self._is_refused = False  # the database is there, and refuses what receiving needs
+        self._failing_since: float | None = None  # no connection could be made since then
 
     def begin(self, error: Exception) -> None:
-        """The database is lost, or cannot be had; the first of several calls counts."""
+        """Note that the database is lost or cannot be reached. Further calls have no effect."""
         if self.why is not None or self._is_over():
             return
-        what = self._what(error)
+        event, what = self._describe(error)
         self.why, self.since = outage_reason(error), time.monotonic()
-        logger.warning("%s: %s", what, self.why)
+        logger.warning("%s: %s", what, self.why, extra={"event": event})
         self._client.send_to_consumers(self._client.config.on_disconnect)
+
+    def _describe(self, error: Exception) -> tuple[str, str]:
+        """Return the event to log, and the beginning of its line."""
+        self._was_connected = self._client.renewed_at > 0
+        self._is_refused = was_refused(error)
+        if self._is_refused:
+            return log_events.RECEIVING_REFUSED, "Cannot receive"
+        if self._was_connected:
+            return log_events.DATABASE_LOST, "Lost the database"
+        return log_events.DATABASE_UNREACHABLE, "Cannot reach the database"
+
+    def connection_failed(self) -> None:
+        """Note that a connection could not be made."""
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+
+    def connected(self) -> None:
+        """Note that a connection was made."""
+        self._failing_since = None
 
     @property
     def is_away(self) -> bool:
         """Whether the database is known to be away. From any thread."""
-        return self.why is not None and not self._is_refused
-
-    def _what(self, error: Exception) -> str:
-        self._was_there = self._client.renewed_at > 0
-        self._is_refused = was_refused(error)
-        if self._is_refused:
-            return "Cannot receive"
-        return "Lost the database" if self._was_there else "Cannot reach the database"
+        if self.why is not None:
+            return not self._is_refused
+        since = self._failing_since
+        is_failing = since is not None and time.monotonic() - since >= AWAY_AFTER
+        return is_failing and not self._is_listening()
 
     def end(self, caught_up: int) -> None:
-        """The database is back, and so many messages that had come meanwhile have been read."""
+        """Note that the database is back, and how many missed messages have been read."""
         if self.why is None:
             return
         self.why = None
         logger.warning(
             "The database is %s after %.1f s: caught up with %d messages.",
-            "back" if self._was_there else "there",
+            "back" if self._was_connected else "there",
             time.monotonic() - self.since,
             caught_up,
+            extra={"event": log_events.DATABASE_BACK},
         )
         self._client.send_to_consumers(self._client.config.on_reconnect)

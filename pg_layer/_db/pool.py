@@ -1,166 +1,295 @@
-"""The pool, and the rules of when a statement is tried again. Bound to one event loop."""
+"""The connections of one event loop: a small pool, and the rules of repeating a statement."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
+import random
 import time
-import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, Connection, errors
-from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
+from psycopg import AsyncConnection, Connection
 
 from pg_layer._config.options import Config
+from pg_layer._db.availability import Outage
 from pg_layer._db.errors import NOTIFY_REFUSED, READ_ONLY, Attempts, is_permanent, translated
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
-from pg_layer._process import shutdown as termination
+from pg_layer._process import shutdown
+from pg_layer._process.cancelling import wait_for_cancelled
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 
 T = TypeVar("T")
 
-logger = logging.getLogger("pg_layer.connections")
-
+RETRY = 0.05  # seconds before a statement is repeated
+STOPPING_TIMEOUT = 1.0  # seconds that a stopping process waits for a database that is away
 _NAME = "pg_layer"
-
-
-class _Connection(AsyncConnection[Any]):
-    """A connection of ours, and its session."""
-
-    session: Session
-
-
-def _is_not_ours(record: logging.LogRecord) -> bool:
-    about = record.args[0] if isinstance(record.args, tuple) and record.args else None
-    return not (about == _NAME or isinstance(about, _Connection))
-
-
-# The pool warns of every connection that fails. Ours tells its user why instead, and the log once.
-logging.getLogger("psycopg.pool").addFilter(_is_not_ours)
-
-RETRY = 0.05  # seconds before the next attempt
-_WAIT = 0.5  # seconds for which to wait for a connection before the reason is looked at again
-_KEEP = 1.0  # seconds for which a session waits for its next statement before the pool has it back
-_KEEP_MOST = 600.0  # seconds after which the pool has it back however busy it is
-_SETTLE_TIMEOUT = 10.0
 _CLOSED = "The channel layer was closed."
-HURRY = 1.0  # seconds for which a process that stops asks a database that is away
+_CHECK_INTERVAL = 0.1  # seconds after which a caller that waits for a session checks why
+_RECONNECT = 0.25  # seconds before the next attempt to connect
+_SETTLE_TIMEOUT = 10.0
+_CLOSE_TIMEOUT = 1.0
+# Seconds after which a connection is replaced: a server process keeps memory that it has used.
+_MAX_LIFETIME = 3600.0
 
 
-def idle_period(seconds: float) -> float:
-    """The period for `Connections` that closes a connection before it was idle for so many seconds.
+class Pool:
+    """At most ``max_size`` sessions, opened when needed and closed when idle.
 
-    It stays at hand for up to twice `_KEEP`. Then the pool has it, for the rest of a period and a whole one.
+    Bound to the event loop on which it is made; `abandon` may be called from any thread if
+    that loop does not run. Each session belongs to one caller at a time.
+
+    ``connect``: opens a connection. ``prepare``: sets up a new session before its first use.
+    ``settle``: makes a session reusable whose caller was cancelled in a statement.
+    ``max_idle``: seconds after which an idle session is closed.
     """
-    return max((seconds - 2 * _KEEP) / 2, seconds / 4)
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Session]],
+        prepare: Callable[[Session], Awaitable[None]],
+        settle: Callable[[Session], Awaitable[None]],
+        max_size: int,
+        max_idle: float,
+    ) -> None:
+        self._connect = connect
+        self._prepare = prepare
+        self._settle = settle
+        self._max_size = max_size
+        self._max_idle = max_idle
+        self._loop = asyncio.get_running_loop()
+        # All sessions that are set up, and when each must be replaced.
+        self._sessions: dict[Session, float] = {}
+        self._preparing: set[Session] = set()  # each belongs to a task in `_opening`
+        self._idle: dict[Session, float] = {}  # and since when; the last one used comes last
+        self._waiters: deque[asyncio.Future[Session]] = deque()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Task[None]] = set()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self.error: Exception | None = None  # of the last attempt to connect, if it failed
+        self.is_closed = False
+
+    def resize(self, max_size: int, max_idle: float) -> None:
+        """Change the limits. Sessions above a smaller ``max_size`` stay until they are idle."""
+        self._max_size, self._max_idle = max_size, max_idle
+
+    def take(self) -> Session | None:
+        """Return an idle session at once, or None if there is none."""
+        while self._idle:
+            session, _ = self._idle.popitem()
+            if not session.has_hung_up:
+                return session
+            self._drop(session)
+        return None
+
+    async def get(self, timeout: float) -> Session | None:
+        """Return a session, or None if none is free within ``timeout`` seconds.
+
+        If the pool is closed meanwhile, return None.
+        """
+        session = self.take()
+        if session is not None or self.is_closed:
+            return session
+        waiter: asyncio.Future[Session] = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._open_more()
+        try:
+            await asyncio.wait((waiter,), timeout=timeout)
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self._offer(waiter.result())
+            raise
+        finally:
+            if not waiter.done():
+                self._waiters.remove(waiter)
+        return waiter.result() if waiter.done() and not waiter.cancelled() else None
+
+    def give_back(self, session: Session) -> None:
+        """Take a session back. Its statement has ended, or the caller was cancelled in it."""
+        if session not in self._sessions:  # closed by `abandon`
+            session.close()
+        elif session.is_closed or session.is_reusable:
+            self._offer(session)
+        else:
+            task = self._loop.create_task(self._settle_and_offer(session))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+
+    async def _settle_and_offer(self, session: Session) -> None:
+        try:
+            await self._settle(session)
+        finally:
+            if not session.is_reusable:
+                session.close()
+            self._offer(session)
+
+    def _offer(self, session: Session) -> None:
+        """Hand a session to the caller that waits longest, or keep it idle."""
+        now = self._loop.time()
+        if session.is_closed or self.is_closed or now >= self._sessions.get(session, now):
+            self._drop(session)
+            return
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(session)
+                return
+        self._idle[session] = now
+        if self._idle_timer is None:
+            self._idle_timer = self._loop.call_later(self._max_idle, self._close_idle)
+
+    def _drop(self, session: Session) -> None:
+        session.close()
+        self._sessions.pop(session, None)
+        self._open_more()
+
+    def _close_idle(self) -> None:
+        """Close what has been idle for long enough, and set the timer for the rest."""
+        self._idle_timer = None
+        oldest = self._loop.time() - self._max_idle
+        for session, since in list(self._idle.items()):
+            if since <= oldest:
+                del self._idle[session]
+                self._drop(session)
+        if self._idle:
+            next_at = min(self._idle.values()) + self._max_idle
+            self._idle_timer = self._loop.call_at(next_at, self._close_idle)
+
+    def _open_more(self) -> None:
+        """Open a session for a caller that waits, if there may be one more."""
+        is_full = len(self._sessions) + len(self._opening) >= self._max_size
+        if len(self._opening) < len(self._waiters) and not (is_full or self.is_closed):
+            # In a task of its own: before Python 3.12 psycopg can swallow a cancellation while
+            # it connects. A caller's cancellation must not be lost.
+            task = self._loop.create_task(self._open())
+            self._opening.add(task)
+            task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._opening.discard(task)
+        if not task.cancelled():  # otherwise the loop ends: it must not begin another one
+            self._open_more()
+
+    async def _open(self) -> None:
+        """Open a session. Repeat that while it fails and a caller waits."""
+        if len(self._opening) == 1:
+            self.error = None  # an older error says nothing of this attempt
+        while self._waiters and not self.is_closed:
+            try:
+                session = await self._open_once()
+            except Exception as error:
+                self.error = error
+                await asyncio.sleep(_RECONNECT)
+            else:
+                self.error = None
+                self._offer(session)
+                return
+
+    async def _open_once(self) -> Session:
+        session = await self._connect()
+        self._preparing.add(session)  # before the next await: `abandon` must close it, too
+        try:
+            await self._prepare(session)
+        except BaseException:
+            session.close()
+            raise
+        finally:
+            self._preparing.discard(session)
+        if not self.is_closed:
+            lifetime = _MAX_LIFETIME * random.uniform(0.95, 1.0)
+            self._sessions[session] = self._loop.time() + lifetime
+        return session
+
+    async def close(self) -> None:
+        """Close all sessions. Statements of cancelled callers have a second to end."""
+        self.is_closed = True
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        while self._waiters:
+            self._waiters.popleft().cancel()
+        opening = set(self._opening)
+        for task in opening:
+            task.cancel()
+        try:
+            await wait_for_cancelled(opening, _CLOSE_TIMEOUT)
+            if self._settling:
+                await asyncio.wait(self._settling, timeout=_CLOSE_TIMEOUT)
+        finally:
+            for task in self._opening:  # this call was cancelled: see `wait_for_cancelled`
+                task.cancel()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close every connection at once. May be called when the loop does not run any more."""
+        self.is_closed = True
+        sessions = [*self._sessions, *self._preparing]
+        self._sessions.clear()
+        self._idle.clear()
+        for session in sessions:
+            session.close()
 
 
 class Connections:
-    """At most ``max_size`` connections, opened when needed, and closed when idle.
+    """Runs statements on the sessions of a pool, and repeats those that had no effect.
 
-    At the end of each ``period`` of so many seconds the pool closes one that was idle for all of it.
+    All connections are in autocommit mode: each statement is a transaction of its own.
+    Bound to the event loop on which it is made. Nothing is connected before the first `run`.
 
-    Everything runs in autocommit mode: each statement is one transaction. Between statements a session stays
-    at hand, as going through the pool costs more than many a statement.
+    ``max_idle``: seconds after which an idle connection is closed.
+    ``on_refused``: called when the server refuses NOTIFY, or takes no writes.
+    ``outage``: is informed of attempts to connect, and says whether the database is away.
     """
 
     def __init__(
         self,
         config: Config,
         max_size: int,
-        period: float,
+        max_idle: float,
         on_refused: Callable[[psycopg.Error], None],
         client_id: str,
-        is_away: Callable[[], bool | None],
+        outage: Outage,
     ) -> None:
-        # on_refused: called from any thread when the server refuses NOTIFY, or writing.
-        # is_away: whether the listener has lost the database; None: there is none.
-        self._is_away = is_away
-        self._failing_since: float | None = None  # no connection could be made, by time.monotonic()
-        self.is_ending = False  # nothing waits for a database that is away any more
         self._config = config
-        self._client_id = client_id
         self._on_refused = on_refused
-        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self._reason: Exception | None = None
-        self._loop = asyncio.get_running_loop()
-        self._is_open = False
-        self._is_closed = False
-        self._free: dict[
-            Session, float
-        ] = {}  # at hand, and since when; the last one used comes last
-        self._getting = 0  # callers that wait for the pool
-        self._out: dict[Session, float] = {}  # those that the pool has given, and since when
-        self._tidying: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._attempts: set[asyncio.Future[Any]] = set()  # to connect
-        connections = self
+        self._client_id = client_id
+        self._outage = outage
+        self.is_closing = False
+        self._pool = Pool(self._connect, self._prepare, self._settle, max_size, max_idle)
 
-        class ReportingConnection(_Connection):
-            """A connection that tells why it could not be made: the pool says only that it took too long."""
+    def resize(self, max_size: int, max_idle: float) -> None:
+        """Allow this many connections, and close them after ``max_idle`` seconds."""
+        self._pool.resize(max_size, max_idle)
 
-            @classmethod
-            async def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
-                if connections._is_closed:
-                    raise psycopg.OperationalError(_CLOSED)
-                attempt = asyncio.ensure_future(super().connect(conninfo, **kwargs))
-                connections._attempts.add(attempt)
-                attempt.add_done_callback(connections._attempts.discard)
-                try:
-                    conn = await attempt
-                except Exception as error:
-                    connections._reason = error
-                    connections._failing_since = connections._failing_since or time.monotonic()
-                    raise
-                connections._reason = connections._failing_since = None
-                return conn
-
-        self._pool: AsyncConnectionPool[_Connection] = AsyncConnectionPool(
-            connection_class=ReportingConnection,
-            kwargs=self._kwargs,
-            configure=self._configure,
-            check=_check,
-            min_size=0,
-            max_size=max_size,
-            max_idle=period,
-            reconnect_timeout=0.0,  # who waits tries again, without the pool's growing pauses
-            num_workers=1,
-            open=False,
-            name=_NAME,
-        )
-
-    async def _kwargs(self) -> dict[str, Any]:
-        return connection_kwargs(self._config, "pool", self._client_id)
-
-    async def _configure(self, conn: _Connection) -> None:
-        conn.session = Session(conn)
-        self._all.add(conn)
-        # Through a pooler the next statement may meet another server process, which has not prepared it.
+    async def _connect(self) -> Session:
+        kwargs = connection_kwargs(self._config, "pool", self._client_id)
         try:
-            if await queries.is_direct(conn.session):
-                await queries.set_up_pooled(conn.session)
-                conn.session.can_prepare = True
-        except BaseException:
-            conn.session.close()
+            conn: AsyncConnection[Any] = await AsyncConnection.connect(**kwargs)
+        except Exception:
+            self._outage.connection_failed()
             raise
+        self._outage.connected()
+        return Session(conn)
 
-    async def _open(self) -> None:
-        if not self._is_open:
-            self._is_open = True
-            await self._pool.open()
+    async def _prepare(self, session: Session) -> None:
+        # Through a pooler the next statement may run in another server process, which does
+        # not have the prepared statements or settings of this one.
+        if await queries.is_direct(session):
+            await queries.set_up_pooled(session)
+            session.allow_preparing()
 
-    async def grow(self, max_size: int, period: float) -> None:
-        """Allow more connections, and another period."""
-        await self._open()
-        self._pool.max_idle = period
-        await self._pool.resize(min_size=0, max_size=max_size)
-
-    # ------------------------------------------------------------------ statements
+    async def _settle(self, session: Session) -> None:
+        if self.gives_up:
+            return
+        session.set_timeout(_SETTLE_TIMEOUT)
+        try:
+            await session.settle()
+        except psycopg.Error:
+            pass
 
     async def run(
         self,
@@ -172,17 +301,18 @@ class Connections:
         is_idempotent: bool = False,
         is_read: bool = False,
     ) -> T:
-        """Run a statement, and again after what surely undid it, until ``timeout`` seconds have passed.
+        """Run a statement. Repeat it within ``timeout`` seconds after errors without effect.
 
-        ``quietly``: what to run instead where the server refuses NOTIFY.
+        ``quietly``: what to run instead if the server refuses NOTIFY.
+        ``statement_timeout``: seconds for each of several statements, if all together may
+        take longer. The default is the rest of ``timeout``.
+        ``is_idempotent``: the statement may be run twice. It is then also repeated if the
+        connection was lost on the way. Otherwise that raises `OutcomeUnknown` at once,
+        because a second run could send a message twice.
+        ``is_read``: the statement changes nothing, so that no outcome is unknown.
 
-        ``statement_timeout``: seconds for each of several statements, where all together may take long.
-        ``is_idempotent``: doing it twice does no harm, so that it is also tried again where the connection
-        was lost on the way. Otherwise that raises `OutcomeUnknown` at once: trying again could send a
-        message twice. ``is_read``: it changes nothing, so that no outcome is unknown.
-
-        Raises `NotMigrated`; `OutcomeUnknown` if an attempt has perhaps taken effect, and `LayerUnavailable`
-        if none has.
+        Raises `NotMigrated`; `OutcomeUnknown` if an attempt may have taken effect;
+        `LayerUnavailable` if none has.
         """
         attempts = Attempts(
             self._config,
@@ -193,167 +323,76 @@ class Connections:
         deadline = time.monotonic() + timeout
         while True:
             begun_at = time.monotonic()
-            session = self._at_hand()
-            if session is None:
-                session = await self._from_pool(deadline, attempts)
-            left = deadline - time.monotonic()
-            if left <= 0:  # nothing was sent: that is better known than cut short
-                self._give_back(session)
-                raise attempts.final_error(self._reason) from self._reason
-            session.timeout = min(statement_timeout or left, HURRY if self.gives_up else math.inf)
-            is_refused = False
+            session = self._pool.take() or await self._wait_for_session(deadline, attempts)
             try:
+                left = deadline - time.monotonic()
+                if left <= 0:  # a statement that is sent and cut short has an unknown outcome
+                    raise attempts.final_error(self._pool.error) from self._pool.error
+                most = STOPPING_TIMEOUT if self.gives_up else math.inf
+                session.set_timeout(min(statement_timeout or left, most))
                 return await work(session)
             except psycopg.Error as error:
-                is_refused = error.sqlstate in NOTIFY_REFUSED and quietly is not None
-                if is_refused or error.sqlstate == READ_ONLY:
+                if error.sqlstate in NOTIFY_REFUSED and quietly is not None:
                     self._on_refused(error)
-                if is_refused and quietly is not None:
                     work, quietly = quietly, None
-                else:
-                    if error.sqlstate == READ_ONLY:
-                        session.close()  # another connection may lead to a server that takes writes
-                    # An attempt that is cut short would leave it unknown what became of it.
-                    now = time.monotonic()
-                    is_late = now + RETRY + (now - begun_at) >= deadline or self.gives_up
-                    attempts.check_retry(error, is_late=is_late)
+                    continue
+                if error.sqlstate == READ_ONLY:
+                    self._on_refused(error)
+                    session.close()  # another connection may lead to a server that takes writes
+                # The next attempt may take as long as this one. If it were cut short by the
+                # deadline, its outcome would be unknown.
+                now = time.monotonic()
+                is_late = now + RETRY + (now - begun_at) >= deadline
+                attempts.check_retry(error, is_late=is_late or self.gives_up)
             finally:
-                self._give_back(session)
-            if not is_refused:
-                await asyncio.sleep(RETRY)
+                self._pool.give_back(session)
+            await asyncio.sleep(RETRY)
+
+    async def _wait_for_session(self, deadline: float, attempts: Attempts) -> Session:
+        """Return a free session. Raise the reason if there is none until ``deadline``."""
+        while not self._pool.is_closed:
+            if self.gives_up:
+                lost = psycopg.OperationalError("The connections to it were lost.")
+                reason = self._pool.error or lost
+                raise attempts.final_error(reason) from reason
+            left = deadline - time.monotonic()
+            session = await self._pool.get(max(min(_CHECK_INTERVAL, left), 0.001))
+            if session is not None:
+                return session
+            error = self._pool.error
+            if is_permanent(error) or time.monotonic() >= deadline:
+                raise attempts.final_error(error) from error
+        if attempts.is_outcome_unknown:
+            raise OutcomeUnknown
+        raise LayerUnavailable(_CLOSED)
 
     @property
     def gives_up(self) -> bool:
-        """Whether nothing waits for the database: it is known to be away, and the process is stopping.
+        """Whether no call waits for the database. From any thread.
 
-        One connection that could not be made says little: the server may have had too many for a moment.
+        The process is stopping, or the client closes, while the database is known to be away.
         """
-        if not (self.is_ending or termination.is_stopping()):
-            return False
-        is_away, since = self._is_away(), self._failing_since
-        if is_away is None:
-            return since is not None and time.monotonic() - since >= HURRY
-        return is_away
+        return (self.is_closing or shutdown.is_stopping()) and self._outage.is_away
 
-    # ------------------------------------------------------------------ sessions
-
-    def _at_hand(self) -> Session | None:
-        """A session that waits for its next statement.
-
-        If there is none, the caller counts as waiting from here on, until `_from_pool` has ended.
-        """
-        while True:
-            if not self._free or self._is_closed:
-                self._getting += 1
-                return None
-            session, _ = self._free.popitem()
-            if not session.has_hung_up:
-                return session
-            session.close()
-            self._give_back(session)
-
-    async def _from_pool(self, deadline: float, attempts: Attempts) -> Session:
-        try:
-            await self._open()
-            while True:
-                if self.gives_up:
-                    lost = psycopg.OperationalError("The connections to it were lost.")
-                    reason: Exception | None = self._reason or lost
-                    raise attempts.final_error(reason) from reason
-                wait = min(_WAIT, deadline - time.monotonic())
-                try:
-                    session = (await self._pool.getconn(timeout=max(wait, 0.001))).session
-                    break
-                except PoolTimeout as error:
-                    reason = self._reason
-                    if reason is not None and is_permanent(reason):
-                        raise attempts.final_error(reason) from reason
-                    if time.monotonic() >= deadline:
-                        raise attempts.final_error(reason) from (reason or error)
-                except PoolClosed as error:
-                    if attempts.is_outcome_unknown:
-                        raise OutcomeUnknown from error
-                    raise LayerUnavailable(_CLOSED) from error
-        finally:
-            self._getting -= 1
-        self._out[session] = self._loop.time()
-        if self._tidying is None:
-            self._tidying = self._loop.call_later(_KEEP, self._tidy)
-        return session
-
-    def _give_back(self, session: Session) -> None:
-        """The statement has ended, or its caller has."""
-        now = self._loop.time()
-        # Now and then the pool is to see it: it knows when a connection has lived long enough.
-        is_due = now - self._out.get(session, now) >= _KEEP_MOST
-        if session.is_reusable and not (self._getting or self._is_closed or is_due):
-            self._free[session] = now
-            return
-        self._return(session)
-
-    def _tidy(self) -> None:
-        """Give the pool back what has been idle for a while."""
-        self._tidying = None
-        oldest = self._loop.time() - _KEEP
-        for session in [session for session, since in self._free.items() if since <= oldest]:
-            del self._free[session]
-            self._return(session)
-        if self._out:
-            self._tidying = self._loop.call_later(_KEEP, self._tidy)
-
-    def _return(self, session: Session) -> None:
-        if self._out.pop(session, None) is None:
-            return
-        task = self._loop.create_task(self._return_to_pool(session))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _return_to_pool(self, session: Session) -> None:
-        try:
-            if not (session.is_closed or session.is_reusable or self.gives_up):
-                session.timeout = _SETTLE_TIMEOUT
-                try:
-                    await session.settle()
-                except psycopg.Error:
-                    pass
-            if not session.is_reusable:
-                session.close()
-        finally:
-            await self._pool.putconn(cast(_Connection, session.conn))
-
-    # ------------------------------------------------------------------ the end
+    def begin_closing(self) -> None:
+        """From now on, do not wait for a database that is away. From any thread."""
+        self.is_closing = True
 
     async def close(self) -> None:
-        """Close in order."""
-        if self._tidying is not None:
-            self._tidying.cancel()
-        self._is_closed = True
-        free, self._free = list(self._free), {}
-        # The pool's worker outlives a cancellation, and goes on to connect; the end of the loop waits for it.
-        for attempt in self._attempts:
-            attempt.cancel()
-        for session in free:
-            self._return(session)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
-        if self._is_open:
-            await self._pool.close(timeout=1.0)
-        self.abandon()
+        """Close all connections. Statements of cancelled callers have a second to end."""
+        await self._pool.close()
 
     def abandon(self) -> None:
-        """Drop every connection at once, also when the loop will not run again."""
-        self._is_closed = True
-        self._free.clear()
-        for conn in list(self._all):
-            conn.session.close()
+        """Close every connection at once. May be called when the loop does not run any more."""
+        self._pool.abandon()
 
 
 def connection_kwargs(
     config: Config, role: Literal["pool", "listen"], client_id: str | None = None
 ) -> dict[str, Any]:
-    """The arguments for a connection of a client's, or of nobody's.
+    """Return the arguments for a connection.
 
-    Its `application_name` tells whose it is, unless the user has chosen one of his own.
+    The `application_name` contains the client's id, unless the user has set another name.
     """
     kwargs = {**config.connect_kwargs(role), "autocommit": True, "prepare_threshold": None}
     if client_id is not None and kwargs.get("application_name") == _NAME:
@@ -362,7 +401,7 @@ def connection_kwargs(
 
 
 def are_named(config: Config) -> bool:
-    """Whether connections tell whose they are."""
+    """Return whether the names of connections contain the id of their client."""
     return all(
         connection_kwargs(config, role).get("application_name") == _NAME
         for role in ("pool", "listen")
@@ -371,12 +410,9 @@ def are_named(config: Config) -> bool:
 
 @contextmanager
 def connected_now(config: Config) -> Iterator[Connection[Any]]:
-    """A blocking connection, where no loop runs. Raises `LayerUnavailable` and `NotMigrated`."""
+    """Open a blocking connection, for code without an event loop.
+
+    Raises `LayerUnavailable` and `NotMigrated`, also for errors in the `with` block.
+    """
     with translated(config), closing(psycopg.connect(**connection_kwargs(config, "pool"))) as conn:
         yield conn
-
-
-async def _check(conn: _Connection) -> None:
-    if conn.session.has_hung_up:
-        await conn.close()  # or the pool takes it for a good one that failed by chance
-        raise errors.AdminShutdown("The server closed the idle connection.")

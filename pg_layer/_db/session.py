@@ -1,7 +1,7 @@
-"""Runs statements on a connection: prepared where that works, awaited on whatever event loop asks.
+"""Runs statements on a connection, prepared if possible.
 
-It speaks to libpq itself. A cursor's execution costs several times as much as the call to libpq, and binds a
-connection to one event loop, whereas here threads lend each other a connection between statements.
+It calls libpq through `psycopg.pq`. To execute a statement by a psycopg cursor costs several
+times as much, because the cursor looks at the type of each value.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ _BINARY = 1
 _GOOD = (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK)
 _numbers = count(1)
 
-DEFAULT_TIMEOUT = 10.0
-INTERRUPTED_TIMEOUT = 2.0
+DEFAULT_TIMEOUT = 10.0  # seconds
+INTERRUPTED_TIMEOUT = 2.0  # seconds
 
 Rows = list[tuple[Any, ...]]
 
 
 class Session:
-    """A connection in the hands of one caller at a time, on any event loop.
+    """A connection that is used by one caller at a time.
 
-    ``can_prepare``: one server process answers for good, so that it remembers what was prepared. While
-    `is_reusable` is false, a statement is under way or a transaction open: only `settle` may be called.
+    ``can_prepare``: the same server process answers all statements, so that it has the prepared
+    ones. Behind a pooler it may not.
+
+    While `is_reusable` is false, a statement is in flight or a transaction is open. Then only
+    `settle`, `close` and `cut` may be called.
     """
 
     def __init__(
@@ -45,18 +48,29 @@ class Session:
     ) -> None:
         self.conn = conn
         self.can_prepare = can_prepare
-        self.timeout = DEFAULT_TIMEOUT  # seconds for each answer; then the connection is cut
+        self._timeout = DEFAULT_TIMEOUT
         self._pgconn = conn.pgconn
         self._names: dict[Statement, bytes] = {}
         self._is_waiting = False
-        self._answer_to: _Answer | None = None  # while somebody awaits it
+        self._answer: _Answer | None = None  # while a task awaits it
         self._transformer = Transformer(conn)
         self._poll = _new_poll()
         self._poll.register(self._pgconn.socket, select.POLLIN)
 
     def fileno(self) -> int:
-        """The socket's number. Raises `psycopg.OperationalError` if the connection is closed."""
+        """Return the socket's file descriptor.
+
+        Raises `psycopg.OperationalError` if the connection is closed.
+        """
         return self._pgconn.socket
+
+    def set_timeout(self, seconds: float) -> None:
+        """Wait this long for each answer of `execute`. Then the connection is cut."""
+        self._timeout = seconds
+
+    def allow_preparing(self) -> None:
+        """Prepare statements from now on: one server process answers all of them."""
+        self.can_prepare = True
 
     @property
     def is_closed(self) -> bool:
@@ -65,7 +79,10 @@ class Session:
 
     @property
     def has_hung_up(self) -> bool:
-        """Whether the server has said goodbye to this idle connection. Costs no round trip."""
+        """Whether the server has closed this idle connection. Needs no round trip.
+
+        An idle connection receives nothing else, so that a readable socket is enough.
+        """
         return self.is_closed or bool(self._poll.poll(0))
 
     @property
@@ -74,9 +91,9 @@ class Session:
         return not self._is_waiting and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
 
     async def execute(self, statement: Statement, *values: object) -> Rows:
-        """The rows that the statement returns. Raises what psycopg raises.
+        """Run a statement, and return its rows. Raises the exceptions of psycopg.
 
-        Cancelled, it leaves the statement to its own end: see `settle`.
+        If the caller is cancelled, the statement goes on in the server: see `settle`.
         """
         parameters = statement.encode(values)
         if self.can_prepare and statement not in self._names:
@@ -93,10 +110,13 @@ class Session:
         timeout: float | None = None,
         interrupt: socket.socket | None = None,
     ) -> Rows:
-        """The same, blocking this thread. The connection is closed if it raises no error of the server's.
+        """Run a statement, and block until its rows are here. Return them.
 
-        Waits ``timeout`` seconds, preparing included, or as long as it takes; and no longer than
-        `INTERRUPTED_TIMEOUT` once ``interrupt`` can be read.
+        ``timeout``: seconds to wait, preparing included. None: no limit.
+        ``interrupt``: once this socket can be read, wait at most `INTERRUPTED_TIMEOUT` longer.
+
+        Raises the exceptions of psycopg. After an error that the server has not sent, the
+        connection is closed.
         """
         parameters = statement.encode(values)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -124,7 +144,7 @@ class Session:
         self._is_waiting = True
 
     def _send_prepare(self, statement: Statement) -> bytes:
-        # Each attempt has a name of its own: it is unknown what became of one that was cancelled.
+        # Each attempt uses a new name. An attempt that was cancelled may have used its name.
         name = b"pg_layer_%d" % next(_numbers)
         self._pgconn.send_prepare(name, statement.sql, statement.oids)
         self._is_waiting = True
@@ -134,15 +154,16 @@ class Session:
         try:
             result = _checked(results)
         except errors.InvalidSqlStatementName:
-            self._names.clear()  # the server has forgotten what was prepared
+            self._names.clear()  # the prepared statements were deallocated in the server
             raise
         except errors.FeatureNotSupported as error:
             if error.diag.source_function == "get_relation_info":
-                # Unlogged tables cannot be read on a standby.
+                # A standby cannot read unlogged tables. Report it as other standbys are.
                 raise errors.ReadOnlySqlTransaction("The server is a standby.") from error
             if error.diag.source_function != "RevalidateCachedQuery":
                 raise
-            self._names.clear()  # what was prepared would return other types since
+            # The types of the result have changed since the statement was prepared.
+            self._names.clear()
             raise errors.InvalidSqlStatementName(str(error)) from None
         self._transformer.set_pgresult(result)
         rows = self._transformer.load_rows(0, result.ntuples, tuple)
@@ -150,13 +171,19 @@ class Session:
         return rows
 
     def notifies(self) -> Iterator[tuple[str, str]]:
-        """The NOTIFYs that have come, by their channel and payload. Raises what psycopg raises."""
+        """Yield the channel and payload of each notification that has arrived.
+
+        Raises the exceptions of psycopg.
+        """
         self._pgconn.consume_input()
         while (notify := self._pgconn.notifies()) is not None:
             yield notify.relname.decode(), notify.extra.decode(errors="replace")
 
     async def settle(self) -> None:
-        """Wait for a statement whose caller was cancelled, and roll back a transaction that it left open."""
+        """Make the session reusable after its caller was cancelled in a statement.
+
+        Wait for the end of the statement, and roll back a transaction that it left open.
+        """
         if self._is_waiting:
             await self._results(is_late=True)
         if self._pgconn.transaction_status in (
@@ -168,16 +195,19 @@ class Session:
             _checked(await self._results())
 
     def close(self) -> None:
-        """Close at once, and tell who waits for an answer: on their loop, or when that runs no more."""
-        if self._answer_to is not None:
-            self._answer_to.fail(psycopg.OperationalError("The connection was closed."))
+        """Close at once. A task that waits for an answer gets an `OperationalError`.
+
+        Called on the loop of that task, or when the loop does not run any more.
+        """
+        if self._answer is not None:
+            self._answer.fail(psycopg.OperationalError("The connection was closed."))
         self._pgconn.finish()
 
     def cut(self) -> None:
-        """Shut the socket, so that whoever waits for an answer is told at once."""
+        """Shut the socket down, so that waiting for an answer fails at once. From any thread."""
         try:
             duplicate = socket.socket(fileno=os.dup(self._pgconn.socket))
-        except (OSError, psycopg.OperationalError):  # closed already
+        except (OSError, psycopg.OperationalError):  # already closed
             return
         try:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -187,9 +217,12 @@ class Session:
             duplicate.close()
 
     async def _results(self, is_late: bool = False) -> list[PGresult]:
-        """What the server answers to what was sent, to its end. ``is_late``: some of it may be here."""
-        self._answer_to = answer = _Answer(self._pgconn)
-        watchdog = asyncio.get_running_loop().call_later(self.timeout, self.cut)
+        """Wait for the results of the statement that was sent, and return them.
+
+        ``is_late``: some of them may have arrived before. The socket does not report these.
+        """
+        self._answer = answer = _Answer(self._pgconn)
+        watchdog = asyncio.get_running_loop().call_later(self._timeout, self.cut)
         try:
             if is_late:
                 answer.readable()
@@ -197,7 +230,7 @@ class Session:
         finally:
             watchdog.cancel()
             answer.unwatch()
-            self._answer_to = None
+            self._answer = None
             self._is_waiting = not (answer.is_complete or self.is_closed)
 
     def _results_now(self, deadline: float, interrupt: socket.socket | None) -> list[PGresult]:
@@ -226,7 +259,7 @@ class Session:
 
 
 class _SelectPoll:
-    """As much of `select.poll` as is needed here, for eventlet, which has removed that."""
+    """The needed part of `select.poll` by `select.select`. eventlet removes `select.poll`."""
 
     def __init__(self) -> None:
         self._events: dict[int, int] = {}
@@ -235,7 +268,7 @@ class _SelectPoll:
         self._events[file if isinstance(file, int) else file.fileno()] = events
 
     def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        """``timeout``: milliseconds; None: as long as it takes."""
+        """Return the ready file descriptors. ``timeout``: milliseconds; None: no limit."""
         readers = [fd for fd, events in self._events.items() if events & select.POLLIN]
         writers = [fd for fd, events in self._events.items() if events & select.POLLOUT]
         seconds = None if timeout is None else timeout / 1000
@@ -248,7 +281,7 @@ def _new_poll() -> Any:
 
 
 class _Answer:
-    """Watches a connection's socket on the running loop until all results of what was sent have come."""
+    """Reads the results of a statement, on the running loop, as they arrive."""
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._pgconn = pgconn
@@ -286,18 +319,19 @@ class _Answer:
             self.fail(error)
 
     def fail(self, error: psycopg.Error) -> None:
-        """The connection is lost."""
-        # libpq may have closed the socket: the loop would take the next one with its number for it.
+        """End the wait with an error. The connection is lost."""
+        # libpq may have closed the socket. Another socket could get its number, and the loop
+        # would watch that.
         self.unwatch()
         if self.done.done() or self._loop.is_closed():
             return
         if any(result.status == pq.ExecStatus.FATAL_ERROR for result in self._results):
-            self.done.set_result(self._results)  # the server has said why it goes
+            self.done.set_result(self._results)  # the server has sent the reason
         else:
             self.done.set_exception(error)
 
     def unwatch(self) -> None:
-        """Leave the socket alone."""
+        """Stop watching the socket."""
         if self._fd >= 0 and not self._loop.is_closed():
             self._loop.remove_reader(self._fd)
             if self._is_sending:
@@ -306,12 +340,12 @@ class _Answer:
 
 
 def _checked(results: list[PGresult]) -> PGresult:
-    """The result of a single statement, if that went well."""
+    """Return the result of a statement. Raises its error."""
     for index, result in enumerate(results):
         if result.status not in _GOOD:
             error = errors.error_from_result(result)
-            # libpq's own words, or the server's on its way out after it had run the statement: the
-            # connection was lost, and it is unknown whether that was before the commit or after it.
+            # The error is libpq's, or the server's shutdown after it has run the statement. The
+            # connection was lost, and it is unknown whether the statement was committed before.
             if error.sqlstate is None or (index and error.sqlstate.startswith("57P")):
                 raise psycopg.OperationalError(str(error)) from None
             raise error

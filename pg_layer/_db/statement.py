@@ -1,7 +1,7 @@
-"""A statement and how its parameters are said to PostgreSQL: in binary, each of a declared type. No I/O.
+"""Statements, and the binary encoding of their parameters by declared types. No I/O.
 
-psycopg's cursors look at each parameter's type and value at every execution, and at each item of a list.
-Here the types are known, and looking would cost more than the rest of a statement.
+psycopg's cursors look at the type of each parameter, and of each item of a list, at every
+execution. That would cost more than the rest of a statement.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ _NULL = _LENGTH(-1)
 
 
 class Type(NamedTuple):
-    """A parameter's type: its name and number in PostgreSQL's catalogue, and a value's bytes in binary."""
+    """The type of a parameter.
+
+    ``name`` and ``oid`` are those of PostgreSQL's catalogue. ``encode`` returns the bytes of a
+    value in PostgreSQL's binary format.
+    """
 
     name: str
     oid: int
@@ -24,7 +28,7 @@ class Type(NamedTuple):
 
 
 def _array(oid: int, item: Type) -> Type:
-    """One-dimensional, of items that may be None."""
+    """Return the type of a one-dimensional array. Items may be None."""
 
     def encode(items: Sequence[Any]) -> bytes:
         encode_item = item.encode
@@ -43,7 +47,11 @@ def _array(oid: int, item: Type) -> Type:
 
 
 def _array_of_numbers(oid: int, item: Type, code: str, size: int) -> Type:
-    """The same, packed at once, for items of which none is None."""
+    """Return the type of a one-dimensional array of numbers. No item may be None.
+
+    All items are packed by one call, which is faster than `_array`. ``code``: the `struct` code
+    of an item. ``size``: its bytes.
+    """
 
     def encode(items: Sequence[float]) -> bytes:
         count = len(items)
@@ -83,7 +91,10 @@ class Statement:
         self._encoders = [type.encode for type in types]
 
     def encode(self, values: Sequence[object]) -> list[bytes | None]:
-        """The parameters' bytes; None is NULL. Raises `ValueError` if there are more or fewer than types."""
+        """Return the parameters in binary; None is NULL.
+
+        Raises `ValueError` if there are more or fewer values than types.
+        """
         return [
             None if value is None else encode(value)
             for encode, value in zip(self._encoders, values, strict=True)

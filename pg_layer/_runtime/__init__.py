@@ -1,1 +1,1 @@
-"""What runs: event loops, leases, the end of the process."""
+"""Event loops, the engine of a loop, receiving, the lease, and health."""

@@ -1,4 +1,4 @@
-"""What of a layer is bound to one event loop: connections, batchers, tasks, and perhaps the owner."""
+"""All objects of a layer that are bound to one event loop: connections, batchers and tasks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ import psycopg
 
 from pg_layer._db.availability import Outage
 from pg_layer._db.errors import READ_ONLY
-from pg_layer._db.pool import Connections, idle_period
+from pg_layer._db.pool import Connections
 from pg_layer._db.queries import groups, lease, maintenance
 from pg_layer._db.queries import receive as receiving
 from pg_layer._db.session import Session
+from pg_layer._process.cancelling import wait_for_cancelled
 from pg_layer._process.tasks import Tasks
 from pg_layer._process.threads import CHECK_INTERVAL, run_on
 from pg_layer._runtime.owner import Owner
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.operations import Change
 from pg_layer._send.sender import Sender
+from pg_layer._state import log_events
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown, PgLayerError
@@ -33,19 +35,21 @@ T = TypeVar("T")
 
 logger = logging.getLogger("pg_layer")
 
-SENDER_IDLE = 10.0  # seconds within which a process that only sends closes its idle connection
-CLOSE_TIMEOUT = 2.0
-STOP_TIMEOUT = 2.0
-SWALLOWED = 0.2  # seconds after which a cancellation has been swallowed
-SWEEP_BATCH = 1000
+SENDER_IDLE = 7.5  # seconds after which a process that only sends closes its idle connection
+CLOSE_TIMEOUT = 2.0  # seconds for the statement that closes the client
+STOP_TIMEOUT = 2.0  # seconds for tasks to end
+SWEEP_BATCH = 1000  # rows
 FULL_PASS = 3600.0  # seconds between two sweeps that begin with the oldest message
-PING_TIMEOUT = 3.0
+PING_TIMEOUT = 3.0  # seconds
 
 
 class Engine:
-    """A client at work on one loop. Made on that loop.
+    """The work of a client on one event loop. Created on that loop.
 
-    An engine that only sends has one connection; `start_receiving` makes it the owner and gives it the rest.
+    A new engine only sends, over one connection. `start_receiving` makes it the owner, and
+    allows the other connections.
+
+    Methods are called on the engine's loop, unless they say otherwise.
     """
 
     def __init__(self, client: Client, announcer: Announcer) -> None:
@@ -54,30 +58,34 @@ class Engine:
         self.thread = threading.current_thread()
         self.is_closed = False
         self.owner: Owner | None = None
-        # Of any thread: the next owner waits for it on another loop.
+        # Set when this engine does not touch the state of receiving any more. The next owner
+        # waits for it on another loop.
         self.stopped: Future[None] = Future()
         self._predecessor: Engine | None = None
         self.tasks = Tasks(client.failures, lambda: self.is_closed)
-        self.outage = Outage(client, lambda: self.is_closed)
+        self.outage = Outage(client, lambda: self.is_closed, self._is_listening)
         self.connections = Connections(
             client.config,
             max_size=1,
-            period=idle_period(SENDER_IDLE),
-            on_refused=lambda error: self.call(self._refused, error),
+            max_idle=SENDER_IDLE,
+            on_refused=self._refused,
             client_id=client.id,
-            is_away=lambda: None if self.owner is None else self.outage.is_away,
+            outage=self.outage,
         )
         self.sender = Sender(client, self.connections, self.tasks.spawn, announcer)
         self._swept_to = maintenance.START
         self._full_pass_at = time.monotonic() + FULL_PASS
         self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
-        self._guard_task.add_done_callback(lambda _: self.abandon())
+        self._guard_task.add_done_callback(lambda _: self.abandon())  # whatever it raised
 
     @property
     def is_receiving(self) -> bool:
-        """Whether this engine receives for the client, or is about to."""
+        """Whether this engine is the owner, or is about to be. From any thread."""
         return self.owner is not None
+
+    def _is_listening(self) -> bool:
+        return self.owner is not None and self.owner.listening == "listening"
 
     def _refused(self, error: psycopg.Error) -> None:
         if error.sqlstate != READ_ONLY:
@@ -91,31 +99,33 @@ class Engine:
 
     @property
     def is_here(self) -> bool:
-        """Whether this engine's loop is the one that runs here."""
+        """Whether the engine's loop runs in the current thread. From any thread."""
         return asyncio._get_running_loop() is self.loop
 
     @property
     def is_running(self) -> bool:
-        """Whether the loop runs, so that somebody on another may wait for it."""
+        """Whether the engine's loop runs, so that a foreign loop can wait. From any thread."""
         return not self.is_closed and self.loop.is_running()
 
     def call(self, function: Callable[..., object], *args: object) -> None:
-        """Call on the engine's loop, from any thread."""
+        """Call a function on the engine's loop. From any thread."""
         if self.is_here:
             function(*args)
             return
         try:
             self.loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # closed: whoever takes over finds what is to be done in the client
+        except RuntimeError:  # the loop is closed; the next engine reads the client's state
             pass
 
     async def bridge(
         self, work: Callable[[], Coroutine[Any, Any, T]], *, is_read: bool = False
     ) -> T:
-        """Run on the engine's loop what may be done twice, and wait for it on this one.
+        """Run work that may be done twice on the engine's loop. May be called on any loop.
 
-        ``is_read``: it changes nothing. Raises `NotBegun` if the engine ends before that is done: another one
-        does it again.
+        ``is_read``: the work changes nothing.
+
+        Raises `NotBegun` if the engine ends before the work does. Then the caller runs it on
+        another engine.
         """
         try:
             if self.is_here:
@@ -125,12 +135,12 @@ class Engine:
             timeout = self.client.config.send_timeout + 1
             return await run_on(self.loop, self.thread, self._serve(work), timeout, is_read=is_read)
         except LayerUnavailable as error:
-            if self.is_closed:  # its connections were closed
+            if self.is_closed:  # the error only says that the connections were closed
                 raise NotBegun(may_have_begun=isinstance(error, OutcomeUnknown)) from error
             raise
 
     async def _serve(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run what a caller on another loop waits for. It is cancelled when the engine ends."""
+        """Run work for a caller on a foreign loop. It is cancelled when the engine ends."""
         if self.is_closed:
             raise NotBegun
         task = asyncio.current_task()
@@ -139,10 +149,10 @@ class Engine:
         return await work()
 
     async def _guard(self) -> None:
-        """Sees the loop's end: before it closes, asyncio cancels what still runs.
+        """Wait for the end of the loop, and close the connections in order.
 
-        The pool is closed in order even then: its tasks may miss a cancellation, as `asyncio.wait_for` does
-        before Python 3.12.
+        Before a loop closes, asyncio cancels the tasks that still run, and so this one.
+        `_close_connections` cancels it as well.
         """
         try:
             await self.loop.create_future()
@@ -151,24 +161,27 @@ class Engine:
             self.sender.close()
             self.is_closed = True
             try:
-                # These have been cancelled as well.
-                await _end_of(self.tasks.running)
-                await self.connections.close()
-            except asyncio.CancelledError:
-                # The loop ends while `stop` or `close` waits here. The pool must still be closed: its worker
-                # goes on after a cancellation, and asyncio waits for it.
+                await wait_for_cancelled(self.tasks.running, STOP_TIMEOUT)
+            finally:
+                # Also if the loop ends while `stop` or `close` waits here: an attempt to connect
+                # may have swallowed its cancellation, and asyncio would wait for it.
                 await self.connections.close()
             raise
 
-    # ------------------------------------------------------------------ what callers ask for
+    # ------------------------------------------------------------------ calls
 
     @property
     def pending_operations(self) -> int:
-        """How many operations wait for a write in flight. From any thread."""
+        """The number of operations that wait for a write in flight. From any thread."""
         return self.sender.waiting + (0 if self.owner is None else self.owner.changes.waiting)
 
     async def change(self, change: Change) -> None:
-        """Add a channel to a group or discard it; the owner of the channel is asked if that is another."""
+        """Add a channel to a group, or discard it.
+
+        If another process owns the channel, send its owner a membership request.
+
+        Raises `NotBegun` if this engine does not receive and the channel is its client's.
+        """
         if not self.client.owns(change.channel):
             await self.sender.submit(change)
         elif self.owner is None:
@@ -177,7 +190,10 @@ class Engine:
             await self.owner.changes.submit(change)
 
     async def flush(self) -> None:
-        """Remove all messages and memberships of the prefix."""
+        """Remove all messages and memberships of the prefix.
+
+        Raises `OutcomeUnknown` if they were removed and this process has not noticed in time.
+        """
         key = await self.sender.flush()
         if key is not None and self.owner is not None:
             try:
@@ -186,23 +202,28 @@ class Engine:
                 raise OutcomeUnknown("All was removed, but not here yet.") from error
 
     async def group_channels(self, group: str) -> list[str]:
-        """The channels in a group, without those of clients that are gone."""
-        return await self._ask(
+        """Return the channels in a group, without those of clients whose lease is over."""
+        return await self._read(
             partial(groups.group_channels, prefix=self.client.config.prefix, group=group)
         )
 
     async def group_count(self, group: str) -> int:
-        """How many they are."""
-        return await self._ask(
+        """Return the number of channels that `group_channels` returns."""
+        return await self._read(
             partial(groups.group_count, prefix=self.client.config.prefix, group=group)
         )
 
-    async def _ask(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+    async def _read(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
         timeout = self.client.config.send_timeout
         return await self.connections.run(work, timeout=timeout, is_read=True)
 
     async def ping(self) -> bool:
-        """Ask the database whether it is there, by the way of messages. Return whether that worked."""
+        """Check that the database answers and, if this process receives, that it is notified.
+
+        Return False if the notification did not arrive.
+
+        Raises `LayerUnavailable` if the database does not answer.
+        """
         config = self.client.config
         timeout = min(config.send_timeout, config.heartbeat / 2, PING_TIMEOUT)
         if self.owner is not None:
@@ -211,24 +232,27 @@ class Engine:
         return True
 
     def want(self, channel: str) -> None:
-        """A reader waits on a normal channel. On the engine's loop."""
+        """Claim jobs for a reader that waits on a normal channel."""
         if self.owner is not None:
             self.owner.want(channel)
 
     def received(self, queue: ChannelQueue) -> None:
-        """A message was received that has a row. On the engine's loop."""
+        """Delete the row of a message that a reader of ``queue`` has received."""
         if self.owner is not None:
             self.owner.received(queue)
 
     async def settle(self, queue: ChannelQueue) -> None:
-        """Wait until senders no longer count what was received from a channel."""
+        """Wait until the rows of messages that were received from ``queue`` are deleted.
+
+        Senders count them until then, and refuse messages if the channel is full.
+        """
         if self.owner is not None:
             await self.owner.receiver.deletions.wait_for(queue)
 
     # ------------------------------------------------------------------ receiving
 
     def start_receiving(self, predecessor: Engine | None) -> None:
-        """Become the owner, when its predecessor has stopped. Called on the engine's loop."""
+        """Become the owner as soon as ``predecessor`` has stopped."""
         if self.owner is not None or self.is_closed:
             return
         self._predecessor = predecessor
@@ -236,12 +260,9 @@ class Engine:
             self.client, self.connections, self.outage, self.tasks, self._wait_for_predecessor
         )
         config = self.client.config
-        # Heartbeats use one connection: it is not closed between two of them.
-        period = max(idle_period(SENDER_IDLE), 2.5 * config.heartbeat)
-        self.tasks.spawn(
-            "The growth of the connection pool",
-            partial(self.connections.grow, config.pool_max_size, period),
-        )
+        # Heartbeats use one connection. It must not be closed between two of them.
+        max_idle = max(SENDER_IDLE, 2.5 * config.heartbeat)
+        self.connections.resize(config.pool_max_size, max_idle)
         self.tasks.every(config.heartbeat, "Housekeeping", self._keep_house)
         if config.sweep_interval:
             self.tasks.every(config.sweep_interval, "Sweeping", self._sweep)
@@ -260,7 +281,7 @@ class Engine:
         try:
             await self._sweep_all()
         except PgLayerError as error:
-            logger.info("Could not clean up: %s", error)
+            logger.info("Could not clean up: %s", error, extra={"event": log_events.SWEEP_FAILED})
 
     async def _sweep_all(self) -> None:
         prefix = self.client.config.prefix
@@ -278,15 +299,16 @@ class Engine:
             swept, self._swept_to = part
             if not any(swept):
                 return
-            logger.debug("Swept %s.", swept)
+            logger.debug("Swept %s.", swept, extra={"event": log_events.SWEPT})
 
     # ------------------------------------------------------------------ the end
 
     async def close(self) -> None:
-        """Give back the lease, the memberships, and the jobs that were taken and not handed over.
+        """Close the client: end its lease and memberships, and release its jobs.
 
-        From any loop. Begun, it goes on if a caller on another loop is cancelled. Raises `NotBegun` if the
-        engine has ended before, or its loop ends meanwhile.
+        May be called on any loop. If a caller on a foreign loop is cancelled, the close goes on.
+
+        Raises `NotBegun` if the engine has ended before, or its loop ends meanwhile.
         """
         if self.is_here:
             await self._close()
@@ -306,7 +328,7 @@ class Engine:
         if self.is_closed:
             await asyncio.wait({self._guard_task})
             raise NotBegun
-        self.connections.is_ending = True
+        self.connections.begin_closing()
         try:
             await self._stop_tasks()
             if self.client.has_lease:
@@ -326,17 +348,22 @@ class Engine:
             )
         except PgLayerError as error:
             logger.warning(
-                "Could not give back the lease on closing; it runs out by itself: %s", error
+                "Could not give back the lease on closing; it runs out by itself: %s",
+                error,
+                extra={"event": log_events.CLOSE_FAILED},
             )
         else:
             client.lease_ended()
 
     async def stop(self) -> None:
-        """Close when what was begun is done, or soon if the client ends. Otherwise that lives on."""
+        """Stop the engine when the writes in flight have ended. The client stays in use.
+
+        If the client closes, do not wait longer than `STOP_TIMEOUT`.
+        """
         finishing = self.loop.create_task(self.sender.finish())
         try:
             await asyncio.wait(
-                {finishing}, timeout=STOP_TIMEOUT if self.connections.is_ending else None
+                {finishing}, timeout=STOP_TIMEOUT if self.connections.is_closing else None
             )
         finally:
             finishing.cancel()
@@ -352,27 +379,30 @@ class Engine:
         tasks = self.tasks.running - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await _end_of(tasks)
+        await wait_for_cancelled(tasks, STOP_TIMEOUT)
 
     async def _close_connections(self) -> None:
-        """The guard does that, and ends."""
-        if not self._is_ending:  # another call may have begun: the guard must not be interrupted
+        """Have the guard close the connections, and wait for it."""
+        if not self._is_ending:  # a second cancellation would interrupt the guard
             self._is_ending = True
             self._guard_task.cancel()
         await asyncio.wait({self._guard_task})
 
     def abandon(self) -> None:
-        """Drop all that is bound to the loop, also when the loop will not run again. The client lives on."""
+        """Drop everything that is bound to the loop. The client stays in use.
+
+        May be called from any thread if the loop does not run any more.
+        """
         self.sender.close()
         self.is_closed = True
         if self.owner is not None:
             self.owner.abandon()
         self.connections.abandon()
         self._end_ownership()
-        self.call(self._cancel_tasks)  # should that loop run again, it finds nothing to do
+        self.call(self._cancel_tasks)  # in case the loop runs again
 
     async def _wait_for_predecessor(self) -> None:
-        """Wait until no other thread touches the client's state of receiving."""
+        """Wait until the previous owner does not touch the state of receiving any more."""
         before = self._predecessor
         if before is None:
             return
@@ -380,14 +410,14 @@ class Engine:
         while not stopped.done():
             await asyncio.wait((stopped,), timeout=CHECK_INTERVAL)
             if not stopped.done() and not before.loop.is_running():
-                before.abandon()  # it will not stop by itself any more
+                before.abandon()  # its loop cannot run `stop`
 
     def _end_ownership(self) -> None:
-        """This engine does not touch the client's state of receiving any more."""
+        """Tell the next owner that this engine does not touch the state of receiving any more."""
         before, self._predecessor = self._predecessor, None
         if before is None or before.stopped.done():
             self._set_stopped()
-        else:  # this one had not begun yet
+        else:  # this engine has not begun to receive, but the one before has not stopped yet
             before.stopped.add_done_callback(lambda _: self._set_stopped())
 
     def _set_stopped(self) -> None:
@@ -399,18 +429,3 @@ class Engine:
             task.cancel()
         if not self._is_ending:
             self._guard_task.cancel()
-
-
-async def _end_of(tasks: set[asyncio.Task[Any]]) -> None:
-    """Wait for tasks that were cancelled.
-
-    They are once more, if need be: before Python 3.12 `asyncio.wait_for`, on which psycopg's pool waits, may
-    swallow a cancellation. Not at once, as that would interrupt the pool's tidying up.
-    """
-    if not tasks:
-        return
-    _, late = await asyncio.wait(tasks, timeout=SWALLOWED)
-    for task in late:
-        task.cancel()
-    if late:
-        await asyncio.wait(late, timeout=STOP_TIMEOUT)

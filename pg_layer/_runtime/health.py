@@ -1,4 +1,4 @@
-"""What ``layer.health()`` returns."""
+"""The result of ``layer.health()``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pg_layer.exceptions import OutcomeUnknown, PgLayerError
 
 
 class Health(TypedDict):
-    """How a process's use of the layer fares. Times are in seconds.
+    """The health of the layer in this process. Times are in seconds.
 
-    - ``lease_age``: since the lease was renewed, not counting the renewal by this call; None without a lease,
-      as in a process that only sends.
-    - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling", by choice
-      or because notifications do not arrive.
-    - ``last_notification_age``: since a notification was heard; None if none was yet.
-    - ``round_trip``: of a ping through the whole path, to the database and back by notification; without a
-      listener to the database and back; None if there was no answer.
-    - ``problems``: what is wrong, in words; empty when all is well.
+    - ``lease_age``: time since the lease was renewed, except by this call. None without a
+      lease, as in a process that only sends.
+    - ``listener``: "off" in a process that does not receive, or "connecting", "listening" or
+      "polling". A process polls by its configuration, or because notifications do not arrive.
+    - ``last_notification_age``: time since the last notification arrived. None before the first.
+    - ``round_trip``: time of a ping to the database and back. If the process listens, the ping
+      comes back as a notification. None if there was no answer.
+    - ``problems``: descriptions of all problems. Empty if there are none.
     """
 
     lease_age: float | None
@@ -33,9 +33,10 @@ class Health(TypedDict):
 
 
 async def examine(engine: Engine) -> Health:
-    """Look at everything now. Raises nothing. Called on the engine's loop."""
+    """Ping the database, and return the health. Does not raise. Called on the engine's loop."""
     client = engine.client
-    # Before the ping, which renews the lease: otherwise a lease that nothing else keeps would look well.
+    # Before the ping, which renews the lease. After it, a lease that no heartbeat renews would
+    # look healthy.
     asked_at = time.monotonic()
     lease_age = asked_at - client.renewed_at if client.renewed_at else None
     problems = client.failures.problems()
@@ -48,7 +49,7 @@ async def examine(engine: Engine) -> Health:
         else:
             problems.append("A notification to itself was not heard.")
     except PgLayerError as error:
-        # What became of the ping itself matters to nobody.
+        # The ping changes nothing that matters: report why the connection was lost.
         problems.append(
             AWAY + outage_reason(error) if isinstance(error, OutcomeUnknown) else str(error)
         )

@@ -21,6 +21,7 @@ from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.announcements import ping_token
 from pg_layer._process.tasks import Spawn
 from pg_layer._receive.receiver import Receiver
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 
@@ -194,5 +195,9 @@ class Lease:
                 if count < DELETE_PART:
                     break
         except PgLayerError as error:
-            logger.info("Could not delete expired messages: %s", error)
+            logger.info(
+                "Could not delete expired messages: %s",
+                error,
+                extra={"event": log_events.EXPIRED_DELETE_FAILED},
+            )
         self._is_deleting = False

@@ -1,12 +1,17 @@
-"""Which event loop does the work: the owner loop, or the background loop.
+"""Which event loop does the work of a layer in this process.
 
-The first loop that uses the layer holds the connections, and other loops borrow it. A loop that receives
-takes over from one that only sends, and becomes the owner loop. The loops that `async_to_sync` makes for one
-call never take over by sending: where there is no other they borrow the background loop, which runs in a
-thread of its own. (gevent and eventlet have no such thread: each of those loops takes over there.) The
-background loop is also the owner loop of a process that adds its channels to groups by synchronous calls and
-does not receive. A new owner begins when the old one has stopped, so that one thread at a time touches the
-state of receiving. No call waits on a loop that does not run.
+The first event loop that uses the layer gets the *main engine*, which holds the connections.
+Calls on other ("foreign") loops are passed to it. A loop that receives takes over from a main
+engine that only sends, and becomes the *owner loop*.
+
+A loop that `async_to_sync` made for one call ("single-call loop") does not take over by
+sending. If there is no main engine, it uses the *background loop*, which runs in a thread of
+its own. gevent and eventlet have no such thread: there, each single-call loop takes over. The
+background loop is also the owner loop of a process that adds its channels to groups by
+synchronous calls and does not receive.
+
+A new owner begins when the old one has stopped, so that one thread at a time touches the state
+of receiving. No call waits for a loop that does not run.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.operations import Change, Operation
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
@@ -43,12 +49,13 @@ logger = logging.getLogger("pg_layer")
 
 
 class BackgroundLoop:
-    """A thread with an event loop and an engine."""
+    """A daemon thread with an event loop and an engine. It starts when it is created."""
 
     def __init__(self, client: Client, announcer: Announcer) -> None:
         self._client = client
         self._announcer = announcer
         self._ready = threading.Event()
+        self._retired = asyncio.Event()
         self._engine: Engine | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="pg_layer-background", daemon=True)
@@ -56,7 +63,10 @@ class BackgroundLoop:
 
     @property
     def engine(self) -> Engine:
-        """The engine; waits for the thread's start. Raises `LayerUnavailable` if that failed."""
+        """The engine. Waits for the start of the thread.
+
+        Raises `LayerUnavailable` if the thread could not start.
+        """
         self._ready.wait()
         if self._engine is None:
             raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
@@ -64,12 +74,12 @@ class BackgroundLoop:
 
     @property
     def pending_operations(self) -> int:
-        """How many operations wait for a write in flight. Waits for nothing."""
+        """The number of operations that wait for a write in flight. Does not block."""
         return 0 if self._engine is None else self._engine.pending_operations
 
     @property
     def is_over(self) -> bool:
-        """Whether it could not start, or has ended."""
+        """Whether the thread could not start, or its engine has ended."""
         return self._ready.is_set() and not (self._engine is not None and self._engine.is_running)
 
     def _run(self) -> None:
@@ -77,34 +87,45 @@ class BackgroundLoop:
             asyncio.run(self._serve())
         except Exception as error:
             self._error = error
-            logger.error("The channel layer's thread failed.", exc_info=error)
+            logger.error(
+                "The channel layer's thread failed.",
+                exc_info=error,
+                extra={"event": log_events.BACKGROUND_LOOP_FAILED},
+            )
         finally:
             self._ready.set()
 
     async def _serve(self) -> None:
         self._engine = engine = Engine(self._client, self._announcer)
-        self._is_retired = asyncio.Event()
         self._ready.set()
         try:
-            await self._is_retired.wait()
+            await self._retired.wait()
         finally:
             await engine.stop()
 
-    def retire(self, *, is_end: bool = False) -> None:
-        """Close the connections and end the thread, when what was begun is done. ``is_end``: the client's."""
-        if self._ready.wait() and self._engine is not None:
-            self._engine.connections.is_ending |= is_end
-            self._engine.call(self._is_retired.set)
+    def retire(self, *, is_closing: bool = False) -> None:
+        """Close the connections and end the thread when the operations in flight have ended.
+
+        ``is_closing``: the client closes. Then do not wait for a database that is away.
+        """
+        self._ready.wait()
+        if self._engine is not None:
+            if is_closing:
+                self._engine.connections.begin_closing()
+            self._engine.call(self._retired.set)
 
     def close(self) -> None:
-        """Retire, and wait for it."""
-        self.retire(is_end=True)
+        """Retire, and block until the thread has ended."""
+        self.retire(is_closing=True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
 
 class Loops:
-    """Finds the engine for a caller. Thread-safe."""
+    """Finds the engine for a caller, and moves the work from one event loop to another.
+
+    All methods may be called from any thread.
+    """
 
     def __init__(self, config: Config, codec: Codec) -> None:
         self._config = config
@@ -112,27 +133,27 @@ class Loops:
         self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
-        # Clients whose end has begun and is not known to be complete, and where that is done.
+        # Clients whose close has begun and may be incomplete, with their engines.
         self._ending: dict[Client, tuple[Engine | None, BackgroundLoop | None]] = {}
-        self._closings: set[asyncio.Task[None]] = set()  # asyncio itself forgets tasks
-        self._begin()
+        self._closings: set[asyncio.Task[None]] = set()  # asyncio keeps weak references only
+        self._begin_client()
         termination.remember(self)
 
-    def _begin(self) -> None:
+    def _begin_client(self) -> None:
         self.client = Client(self._config, self._codec, self._counters)
         self._main_engine: Engine | None = None
         self._background: BackgroundLoop | None = None
-        self._owner: Engine | None = None  # the last that became the owner
-        self.receives_in_background = False  # the background loop is the owner loop
+        self._owner: Engine | None = None  # the last engine that became the owner
+        self.receives_in_background = False  # whether the background loop is the owner loop
 
     @property
     def main_engine(self) -> Engine | None:
-        """The engine of the loop that holds the connections, whether that runs or not."""
+        """The engine that holds the connections, even if its loop does not run any more."""
         return self._main_engine
 
     @property
     def is_used(self) -> bool:
-        """Whether there is something to close."""
+        """Whether `close` has anything to do."""
         is_begun = (
             self._main_engine is not None or self._background is not None or self.client.has_lease
         )
@@ -140,7 +161,7 @@ class Loops:
 
     @property
     def gives_up(self) -> bool:
-        """Whether nothing waits for the database: see `Connections.gives_up`. From any thread."""
+        """Whether no call waits for the database: see `Connections.gives_up`."""
         engines = (self._main_engine, self._owner)
         return any(
             engine is not None and not engine.is_closed and engine.connections.gives_up
@@ -150,62 +171,65 @@ class Loops:
     # ------------------------------------------------------------------ which engine
 
     def for_receiving(self, loop: asyncio.AbstractEventLoop) -> Engine:
-        """The engine that receives for the running loop: its own, or that of one that runs elsewhere."""
-        home = self._main_engine
-        if home is not None and home.is_receiving and home.loop is loop and not home.is_closed:
-            return home
+        """Return the engine that receives for ``loop``, which runs in the current thread.
+
+        It is the engine of this loop, or one that receives already on another loop.
+        """
+        main = self._main_engine
+        if main is not None and main.is_receiving and main.loop is loop and not main.is_closed:
+            return main
         with self._lock:
-            home = self._main_engine
-            if home is None or not (home.is_running and (home.is_receiving or home.loop is loop)):
-                home = self._move_here()
-            if home.loop is loop and not home.is_receiving:
-                self._make_owner(home)
-                # Also where this loop ends with its one call: a test runner soon drops the database.
-                self._retire_background()
-                self._heed_sigterm()
-            return home
+            main = self._main_engine
+            if main is None or not (main.is_running and (main.is_receiving or main.loop is loop)):
+                main = self._move_here()
+            if main.loop is loop and not main.is_receiving:
+                self._begin_receiving(main)
+            return main
 
     def for_sending(self) -> Engine:
-        """The engine that sends for this loop."""
-        home = self._main_engine
-        if home is not None and home.is_running:
-            return home
+        """Return the engine that sends for the running loop."""
+        main = self._main_engine
+        if main is not None and main.is_running:
+            return main
         with self._lock:
-            home = self._main_engine
-            if home is not None and home.is_running:
-                return home
+            main = self._main_engine
+            if main is not None and main.is_running:
+                return main
             if not is_single_call_loop(asyncio.get_running_loop()):
                 return self._move_here()
-            engine = self._borrow_background()
+            engine = self._background_engine()
             if self.client.has_lease:
-                self._make_owner(
-                    engine
-                )  # the loop that received has ended: another must keep the lease
+                # The loop that received has ended. Without a new owner the lease would expire.
+                self._make_owner(engine)
             return engine
 
     def for_own_changes(self) -> Engine:
-        """The engine that owns the client's memberships. From any thread, with or without a loop."""
+        """Return the engine that owns the client's memberships. A running loop is not needed."""
         with self._lock:
-            home = self._main_engine
-            if home is not None and home.is_running:
-                if home.is_receiving:
-                    return home
-                if not is_single_call_loop(home.loop):
-                    self._make_owner(home)
-                    return home
+            main = self._main_engine
+            if main is not None and main.is_running:
+                if main.is_receiving:
+                    return main
+                if not is_single_call_loop(main.loop):
+                    self._make_owner(main)
+                    return main
             loop = asyncio._get_running_loop()
             if loop is not None and not is_single_call_loop(loop):
-                home = self._move_here()
-                self._make_owner(home)
-                self._retire_background()
-                self._heed_sigterm()
-                return home
-            engine = self._borrow_background()
+                main = self._move_here()
+                self._begin_receiving(main)
+                return main
+            engine = self._background_engine()
             self._make_owner(engine)
             return engine
 
+    # ------------------------------------------------------------------ calls
+
     async def submit(self, operation: Operation) -> Any:
-        """Send, or change a membership, wherever that is done now; as `Sender.submit`."""
+        """Send, or change a membership, on the engine that does this now.
+
+        Return and raise what `Sender.submit` does; while the process stops, `Stopping` or
+        `StoppingUnknown`.
+        """
         if isinstance(operation, Change):
             change = operation
             find = self.for_own_changes if self.client.owns(operation.channel) else self.for_sending
@@ -213,26 +237,32 @@ class Loops:
         client, loop = self.client, asyncio.get_running_loop()
         while True:
             try:
-                home = self._main_engine
-                if home is not None and home.loop is loop and not home.is_closed:
-                    return await home.sender.submit(operation)
-                return await self.for_sending().sender.submit(operation)
-            except NotBegun:  # that loop has ended: another takes over
+                main = self._main_engine
+                if main is None or main.loop is not loop or main.is_closed:
+                    main = self.for_sending()
+                return await main.sender.submit(operation)
+            except NotBegun:  # the engine has ended: another takes over
                 await asyncio.sleep(0)
             except LayerUnavailable as error:
                 self._raise(error, client)
 
     def _raise(self, error: LayerUnavailable, client: Client) -> NoReturn:
-        """Raise an error of a call. While a process stops, a closed client or a lost database is no news."""
+        """Raise the error of a call, as `Stopping` or `StoppingUnknown` if that is expected.
+
+        While a process stops, a closed client or a lost database is expected.
+        """
         if self.gives_up or client is not self.client:
             raise as_stopping(error) from error.__cause__
         raise error
 
     async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
-        """Run on an engine what may be done twice; on the next one if the engine ends before that is done.
+        """Run work that may be done twice. If its engine ends meanwhile, run it on the next.
 
-        ``find``: one of the methods above. ``is_read``: it changes nothing. Raises `LayerUnavailable` if the
-        client is closed meanwhile.
+        ``find``: returns the engine: one of the methods above.
+        ``is_read``: the work changes nothing.
+
+        Raises `LayerUnavailable` if the client is closed meanwhile, and `OutcomeUnknown` if
+        the work fails after an attempt that may have taken effect.
         """
         client = self.client
         may_have_begun = False
@@ -253,33 +283,37 @@ class Loops:
             self._raise(error, client)
 
     def joined(self, channel: str) -> None:
-        """A channel was added to a group without a loop, or will be when a transaction commits.
+        """Begin to own memberships if this process owns the channel.
 
-        If it is of this process, an owner must apply that.
+        The channel was added to a group by synchronous code, or will be when a transaction
+        commits. An owner must apply that.
         """
         if self.client.owns(channel):
             # The end of the client removes the row, also if it comes before the first renewal.
             self.client.expect_lease()
-            if are_threads_real():  # otherwise the next loop that receives applies it
+            if are_threads_real():  # otherwise the next loop that receives becomes the owner
                 self.for_own_changes()
 
     def announce_soon(self) -> None:
-        """Rows could not be announced without a loop: one that sends tries again, if there is one."""
+        """Have an engine announce rows that synchronous code could not announce.
+
+        Without a running engine, the next write announces them first.
+        """
         for engine in (self._main_engine, self._owner):
             if engine is not None and engine.is_running:
                 engine.call(engine.sender.announce_soon)
                 return
 
     def state(self) -> State:
-        """The state now. From any thread; waits for nothing."""
-        client, home, background = self.client, self._main_engine, self._background
+        """Return the state of the client at this moment. Does not block."""
+        client, main, background = self.client, self._main_engine, self._background
         queues = client.queues()
         receiving = self._owner is not None and self._owner.is_running and self._owner.owner
         return State(
             channels=len(queues),
             queued_messages=sum(map(len, queues)),
             pending_announcements=len(client.announcements),
-            pending_operations=(0 if home is None else home.pending_operations)
+            pending_operations=(0 if main is None else main.pending_operations)
             + (0 if background is None else background.pending_operations),
             memberships=len(client.memberships),
             remembered_keys=client.cursor.key_count,
@@ -290,8 +324,17 @@ class Loops:
 
     # ------------------------------------------------------------------ changes of loops
 
+    def _begin_receiving(self, engine: Engine) -> None:
+        """Make the running loop the owner loop."""
+        self._make_owner(engine)
+        # Also if this loop ends with its call: a test runner soon drops the database, and the
+        # background loop would hold a connection to it.
+        self._retire_background()
+        if self._config.handle_sigterm:
+            termination.heed_sigterm()
+
     def _make_owner(self, engine: Engine) -> None:
-        """Have an engine receive for the client, when the one before has stopped."""
+        """Have an engine receive for the client as soon as the previous owner has stopped."""
         before = self._owner
         if before is engine:
             return
@@ -302,17 +345,18 @@ class Loops:
             _stop(before)
         engine.call(engine.start_receiving, before)
 
-    def _borrow_background(self) -> Engine:
+    def _background_engine(self) -> Engine:
         if self._background is None or self._background.is_over:
-            self._config.connect_kwargs("pool")
+            self._config.connect_kwargs("pool")  # raises here if the configuration is invalid
             self._background = BackgroundLoop(self.client, self.announcer)
         return self._background.engine
 
     def _move_here(self) -> Engine:
+        """Make a main engine for the running loop, and stop the previous one."""
         old = self._main_engine
         if old is not None:
             _stop(old)
-        # A bad configuration is reported here, and not tried again for ever.
+        # Raises here if the configuration is invalid. In a task it would be repeated for ever.
         self._config.connect_kwargs("pool")
         self._main_engine = Engine(self.client, self.announcer)
         if not self.client.has_lease:
@@ -324,57 +368,62 @@ class Loops:
         if background is not None:
             background.retire()
 
-    def _heed_sigterm(self) -> None:
-        if self._config.handle_sigterm:
-            termination.heed_sigterm()
-
     # ------------------------------------------------------------------ the end
 
     async def close(self) -> None:
-        """Close the client, and those that an earlier call has left. The next call begins with a new one.
+        """Close the client, and clients whose earlier close was incomplete.
 
-        A close that is cancelled goes on. What does not end with its loop is left to the next close, or to
-        the end of the process.
+        The next call of the layer begins a new client. If this call is cancelled, the close
+        goes on. If its loop ends before, the next `close` or the end of the process does the
+        rest.
         """
         with self._lock:
             client = self.client
             self._ending[client] = self._main_engine, self._background
-            self._begin()
+            self._begin_client()
         client.close()  # at once: no receiver waits for a close that may fail
-        closing = asyncio.create_task(self._end_all(client))
+        closing = asyncio.create_task(self._close_clients(client))
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
         await asyncio.shield(closing)
 
-    async def _end_all(self, present: Client) -> None:
-        earlier = [client for client in list(self._ending) if client is not present]
+    async def _close_clients(self, current: Client) -> None:
+        """Close all clients in `_ending`. Raise the error of ``current``, if any."""
+        earlier = [client for client in list(self._ending) if client is not current]
         error, *others = await asyncio.gather(
-            *map(self._end, (present, *earlier)), return_exceptions=True
+            *map(self._close_client, (current, *earlier)), return_exceptions=True
         )
         for other in filter(None, others):
-            logger.debug("Could not close an earlier client.", exc_info=other)
+            logger.debug(
+                "Could not close an earlier client.",
+                exc_info=other,
+                extra={"event": log_events.EARLIER_CLOSE_FAILED},
+            )
         if error is not None:
             raise error
 
-    async def _end(self, client: Client) -> None:
-        """End a client. It does no harm if two calls do so at once."""
-        home, background = self._ending.get(client, (None, None))
+    async def _close_client(self, client: Client) -> None:
+        """Close a client. Two calls may do so at the same time."""
+        engine, background = self._ending.get(client, (None, None))
         if background is not None:
             await asyncio.to_thread(background.close)
         try:
-            if home is None:
+            if engine is None:
                 raise NotBegun
-            await home.close()
+            await engine.close()
         except NotBegun:
             if client.has_lease:
-                home = Engine(client, self.announcer)
-                self._ending[client] = home, None
-                await home.close()
+                engine = Engine(client, self.announcer)
+                self._ending[client] = engine, None
+                await engine.close()
         if not client.has_lease:
             self._ending.pop(client, None)
 
     def leave(self) -> None:
-        """At the end of the process: close the clients that were not closed in order."""
+        """Close all clients that still have a lease, over a blocking connection.
+
+        Called at the end of the process. Does not raise.
+        """
         clients = [
             client
             for client in (self.client, *self._ending)
@@ -392,7 +441,11 @@ class Loops:
                 for client in clients:
                     self._leave_on(conn, client)
         except Exception as error:  # the lease ends by itself
-            logger.debug("Could not close the client; its lease ends by itself: %s", error)
+            logger.debug(
+                "Could not close the client; its lease ends by itself: %s",
+                error,
+                extra={"event": log_events.EXIT_CLOSE_FAILED},
+            )
 
     def _leave_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
         closing = lease.Closing(self._config.prefix, client.address, client.close())
@@ -405,19 +458,22 @@ class Loops:
         client.lease_ended()
 
     def _after_fork(self) -> None:
-        # The parent's sockets and loops are not ours: forget them without a word on the wire.
+        # The child must not touch the parent's sockets and loops. Keep the objects: deleting
+        # them could close connections, or unregister sockets, that the parent still uses.
         _inherited.append(
             (self._main_engine, self._background, self._owner, self._ending, self._closings)
         )
-        self._lock = threading.RLock()  # the old one may be held by a thread that is not here
+        # A thread that does not exist in the child may have held the old lock.
+        self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
-        are_threads_real.cache_clear()  # a pre-forking server may replace them in the child only
+        # A pre-forking server may replace threads by greenlets in the child only.
+        are_threads_real.cache_clear()
         self._ending, self._closings = {}, set()
-        self._begin()
+        self._begin_client()
 
 
-_inherited: list[object] = []
+_inherited: list[object] = []  # objects of parent processes, which must not be deleted
 
 
 def _after_fork_in_child() -> None:
@@ -431,7 +487,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _stop(engine: Engine) -> None:
-    """Have an engine stop. Its loop may be about to end by itself."""
+    """Stop an engine without waiting for it. Its loop may be about to end."""
     if engine.is_running:
         stopping = engine.stop()
         try:

@@ -1,6 +1,6 @@
-"""The owner: what receives for a client, on the one loop that touches its state.
+"""The owner: receives for a client, on the one loop that touches the state of receiving.
 
-It listens, or polls where notifications do not arrive, keeps the lease and writes memberships.
+It listens, or polls if notifications do not arrive. It keeps the lease and writes memberships.
 """
 
 from __future__ import annotations
@@ -28,23 +28,28 @@ from pg_layer._receive.receiver import Receiver
 from pg_layer._runtime.lease import Lease
 from pg_layer._send.batcher import Batcher, Outcome
 from pg_layer._send.operations import Change
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 
 logger = logging.getLogger("pg_layer")
 
-FALLBACK_POLL = 1.0  # seconds between looks where notifications do not arrive
+FALLBACK_POLL = 1.0  # seconds between two polls if notifications do not arrive
 PING_TIMEOUT = 3.0  # seconds
 CHANGE_SIZE = 100  # bytes of a membership change, as the batcher counts them
-POOLED = "a connection pooler is between that does not keep LISTEN; CONFIG['listen_dsn'] must lead past it."
-# Errors that say that the server knows no LISTEN.
+POOLED = (
+    "a connection pooler is between that does not keep LISTEN; CONFIG['listen_dsn'] must lead"
+    " past it."
+)
+# SQLSTATEs of servers that do not support LISTEN.
 _REFUSALS = ("0A", "42601")
 
 
 class Owner:
-    """Receives for a client. Bound to the owner loop; `want` and `submit` may be called on any.
+    """Receives for a client. Bound to the owner loop; `changes.submit` may be called on any.
 
-    ``wait_for_predecessor``: waits until the owner before has stopped; nothing is touched earlier.
+    ``wait_for_predecessor``: waits until the previous owner has stopped. Before that, this one
+    does not touch the client's state of receiving.
     """
 
     def __init__(
@@ -63,13 +68,16 @@ class Owner:
         self._wait_for_predecessor = wait_for_predecessor
         self._started = asyncio.Event()
         self._is_pooled = False  # the listener's connection leads through a pooler
-        self._is_deaf = False  # the last ping was not heard
+        self._is_deaf = False  # the last ping did not arrive
         self._has_listened = False
-        self._proved_at = 0.0  # when the listener was known to hear, by time.monotonic()
+        # When the listener was last known to receive notifications, by time.monotonic().
+        self._proved_at = 0.0
         self._is_proving = False
         self._fallbacks = 0
-        self._wanted: list[str] = []  # normal channels, until the start
-        self.polls_because: str | None = None  # although it was not asked to
+        # Normal channels on which readers waited before the start.
+        self._wanted: list[str] = []
+        # Why the process polls although the configuration does not ask for it.
+        self.polls_because: str | None = None
         config = client.config
         self._listener = (
             Listener(
@@ -108,7 +116,7 @@ class Owner:
                 client, self._connections, self._receiver, self._writer, self._outage, self._spawn
             )
             self._started.set()
-            self._tasks.every(config.heartbeat, "The heartbeat", self._keep)
+            self._tasks.every(config.heartbeat, "The heartbeat", self._heartbeat)
             if self._listener is None:
                 self._poll_until(config.poll_interval or FALLBACK_POLL, lambda: False)
             else:
@@ -119,40 +127,40 @@ class Owner:
 
     @property
     def receiver(self) -> Receiver:
-        """The receiver. Raises `LayerUnavailable` before the start."""
+        """The receiver. Raises `LayerUnavailable` before receiving has begun."""
         if self._receiver is None:
             raise LayerUnavailable("Receiving has not begun yet.")
         return self._receiver
 
     @property
     def lease(self) -> Lease:
-        """The lease. Raises `LayerUnavailable` before the start."""
+        """The lease. Raises `LayerUnavailable` before receiving has begun."""
         if self._lease is None:
             raise LayerUnavailable("Receiving has not begun yet.")
         return self._lease
 
     @property
     def heard_at(self) -> float | None:
-        """When the last notification came, by the loop's time."""
+        """When the last notification arrived, by the loop's clock. None before the first."""
         return None if self._receiver is None else self._receiver.heard_at
 
     def abandon(self) -> None:
-        """Drop the listening connection, also when the loop will not run again."""
+        """Drop the listening connection. May be called when the loop does not run any more."""
         self.changes.close()
         if self._listener is not None:
             self._listener.abandon()
 
-    # ------------------------------------------------------------------ what others ask for
+    # ------------------------------------------------------------------ calls
 
     def want(self, channel: str) -> None:
-        """A reader waits on a normal channel. Called on the owner loop."""
+        """Claim jobs for a reader that waits on a normal channel."""
         if self._receiver is None:
             self._wanted.append(channel)
         else:
             self._receiver.jobs.reader_waits(channel)
 
     def received(self, queue: Any) -> None:
-        """A message was received that has a row. Called on the owner loop."""
+        """Delete the row of a message that a reader of ``queue`` has received."""
         if self._receiver is not None:
             self._receiver.deletions.schedule(queue)
 
@@ -162,7 +170,10 @@ class Owner:
             self._receiver.jobs.forget_idle()
 
     async def flushed(self, key: Key, timeout: float) -> None:
-        """Wait until the control message of a flush is applied, or ``timeout`` seconds."""
+        """Wait until the control message of a flush is applied.
+
+        Raises `LayerUnavailable` after ``timeout`` seconds.
+        """
         await _wait(self._started, timeout)
         await self.receiver.dispatcher.wait_for_flush(key, timeout)
 
@@ -175,11 +186,11 @@ class Owner:
         )
         return list(await own.write(changes, deadline - time.monotonic()))
 
-    # ------------------------------------------------------------------ hearing
+    # ------------------------------------------------------------------ listening
 
     @property
     def listening(self) -> Literal["connecting", "listening", "polling"]:
-        """How it learns of messages."""
+        """How the process is notified of messages."""
         if self._listener is None or self.polls_because is not None:
             return "polling"
         return "listening" if self._listener.is_connected else "connecting"
@@ -227,7 +238,7 @@ class Owner:
             self._spawn("The check of notifications", partial(self._prove, messages))
 
     async def _prove(self, messages: int) -> None:
-        """The pool's way is open again: find out whether the listener's is, too."""
+        """Find out whether notifications arrive again. The pool has reached the database."""
         proved_at = self._proved_at
         try:
             is_heard = await self.ping(PING_TIMEOUT)
@@ -235,13 +246,16 @@ class Owner:
                 self._hears_again()
                 self._outage.end(messages)
             elif not is_heard and self._listener is not None and self._proved_at == proved_at:
-                self._listener.reconnect()  # it has not connected again meanwhile
+                self._listener.reconnect()  # unless it has connected again meanwhile
         except PgLayerError:
-            pass  # still away
+            pass  # the database is still away
         self._is_proving = False
 
     async def ping(self, timeout: float) -> bool:
-        """Renew the lease, and hear of it by notification. Return whether that worked."""
+        """Renew the lease with a ping. Return False if the ping did not arrive.
+
+        A process that polls renews the lease without a ping, and returns True.
+        """
         if self.listening == "listening":
             return await self.receiver.ping(partial(self.lease.renew, timeout=timeout), timeout)
         await self.lease.renew(None, timeout)
@@ -250,9 +264,10 @@ class Owner:
     # ------------------------------------------------------------------ polling
 
     def refused(self, error: psycopg.Error) -> None:
-        """The server refused NOTIFY, or takes no writes."""
+        """Note that the server refused NOTIFY, or takes no writes."""
         if error.sqlstate == READ_ONLY:
-            if self._listener is not None:  # it must find the server that does, too
+            # The listener must leave the standby as well, and find the primary.
+            if self._listener is not None:
                 self._listener.reconnect()
             return
         self._fall_back(f"the server refuses NOTIFY: {error.diag.message_primary}.")
@@ -262,7 +277,12 @@ class Owner:
             self.polls_because = why
             self._fallbacks += 1
             number = self._fallbacks
-            logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
+            logger.warning(
+                "Without notifications: %s Polling every %g s.",
+                why,
+                FALLBACK_POLL,
+                extra={"event": log_events.POLLING_STARTED},
+            )
             self._poll_until(
                 FALLBACK_POLL, lambda: self.polls_because is None or self._fallbacks != number
             )
@@ -272,13 +292,12 @@ class Owner:
         self._proved_at = time.monotonic()
         if self.polls_because is not None:
             self.polls_because = None
-            logger.warning("Notifications arrive again.")
+            logger.warning("Notifications arrive again.", extra={"event": log_events.POLLING_ENDED})
 
     def _poll_until(self, interval: float, is_over: Callable[[], bool]) -> None:
         async def poll_once() -> None:
-            if (
-                not is_over()
-            ):  # at each try: polling that fails ends, too, when notifications arrive again
+            # A poll that fails is repeated. It must also end when notifications arrive again.
+            if not is_over():
                 await self._poll()
 
         async def poll() -> None:
@@ -295,20 +314,20 @@ class Owner:
                 await self.lease.renew(None, PING_TIMEOUT)
         except PgLayerError as error:
             self._outage.begin(error)
-        except Exception:  # messages can be read all the same
+        except Exception:  # messages can be read in spite of an unexpected error
             self.receiver.catch_up_soon()
             raise
         self.receiver.catch_up_soon()
 
     # ------------------------------------------------------------------ the heartbeat
 
-    async def _keep(self) -> None:
+    async def _heartbeat(self) -> None:
         try:
-            await self._beat(self._client.config.heartbeat)
+            await self._beat_once(self._client.config.heartbeat)
         except PgLayerError as error:
             self._outage.begin(error)
 
-    async def _beat(self, heartbeat: float) -> None:
+    async def _beat_once(self, heartbeat: float) -> None:
         client, listener = self._client, self._listener
         client.cursor.forget_expired(client.clock.now())
         for pair in client.memberships.expire(client.clock.now()):
@@ -320,12 +339,11 @@ class Owner:
         if listener is None or not listener.is_connected:
             await self.lease.renew(None)
             if listener is not None:
-                self.receiver.catch_up_soon()  # the pool's way is open
+                self.receiver.catch_up_soon()  # the pool reaches the database
         elif await self.receiver.ping(self.lease.renew, heartbeat / 2):
             self._hears_again()
-            if (
-                self._outage.why is not None
-            ):  # a call failed, and the listening connection has stayed
+            # A call has failed, but the listening connection has stayed.
+            if self._outage.why is not None:
                 self.receiver.catch_up_soon()
         elif self.polls_because is not None:
             await self._listen_from_the_end(listener)
@@ -336,15 +354,17 @@ class Owner:
         else:
             self._is_deaf = True
             logger.warning(
-                "The database answers, but its notifications do not arrive: reconnecting."
+                "The database answers, but its notifications do not arrive: reconnecting.",
+                extra={"event": log_events.NOTIFICATIONS_MISSING},
             )
             listener.reconnect()
 
     async def _listen_from_the_end(self, listener: Listener) -> None:
-        """Give up what this session has not read of NOTIFY's queue; a catch-up brings it.
+        """Skip what this session has not read of NOTIFY's queue. A catch-up reads the messages.
 
-        Only a NOTIFY that succeeds makes an idle session read. A transaction that has filled the queue, and
-        failed, leaves it full until all sessions that listen have gone on by other means.
+        Only a NOTIFY that succeeds makes an idle session read the queue. If a transaction has
+        filled the queue and failed, the queue stays full until all listening sessions have
+        moved on in another way.
         """
         self.receiver.connection_lost()
         await listener.unlisten_to_all()
@@ -353,7 +373,7 @@ class Owner:
 
 
 async def _wait(event: asyncio.Event, timeout: float) -> None:
-    """Wait for an event. Raises `LayerUnavailable` after ``timeout`` seconds."""
+    """Wait for the start of receiving. Raises `LayerUnavailable` after ``timeout`` seconds."""
     waiting = asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait((waiting,), timeout=max(timeout, 0.0))

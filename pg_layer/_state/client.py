@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from pg_layer._messages.addresses import channel_address
 from pg_layer._messages.codec import Codec
 from pg_layer._messages.rows import Key
+from pg_layer._state import log_events
 from pg_layer._state.announcement_queue import AnnouncementQueue
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.clock import DatabaseClock
@@ -286,14 +287,24 @@ class Client:
         self.counters.add("dropped_full", count)
         if (end := self.log_limit.admit("full", channel)) is not None:
             logger.warning(
-                "Channel %s is full and misses messages of group %s.%s", channel, group, end
+                "Channel %s is full and misses messages of group %s.%s",
+                channel,
+                group,
+                end,
+                extra={"event": log_events.CHANNEL_FULL},
             )
 
     def log_undecodable(self, where: str | None, error: UndecodableMessage) -> None:
         """Count and log a message that cannot be decoded and is skipped."""
         self.counters.add("dropped_undecodable")
         if (end := self.log_limit.admit("undecodable", str(error))) is not None:
-            logger.error("Skipped a message for %s that cannot be decoded: %s%s", where, error, end)
+            logger.error(
+                "Skipped a message for %s that cannot be decoded: %s%s",
+                where,
+                error,
+                end,
+                extra={"event": log_events.MESSAGE_UNDECODABLE},
+            )
 
     def log_unannounced(self, why: str) -> None:
         """Log that what this process sends is not announced."""
@@ -307,7 +318,10 @@ class Client:
         self.counters.add("ignored_notifications")
         if (end := self.log_limit.admit("foreign", channel)) is not None:
             logger.warning(
-                "Ignored a notification on %s that pg_layer did not send.%s", channel, end
+                "Ignored a notification on %s that pg_layer did not send.%s",
+                channel,
+                end,
+                extra={"event": log_events.NOTIFICATION_IGNORED},
             )
 
     def log_unknown_channel(self, channel: str) -> None:
@@ -318,4 +332,5 @@ class Client:
                 "Ignored a message for channel %.100r, which this process has not made.%s",
                 channel,
                 end,
+                extra={"event": log_events.MESSAGE_IGNORED},
             )

@@ -21,7 +21,7 @@ from psycopg import errors
 from pg_layer._config.databases import alias_of, not_migrated
 from pg_layer._config.options import Config
 from pg_layer._db.errors import NOTIFY_REFUSED, UNDEFINED, Attempts, is_permanent
-from pg_layer._db.pool import HURRY
+from pg_layer._db.pool import STOPPING_TIMEOUT
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
@@ -29,6 +29,7 @@ from pg_layer._send.announcer import PART
 from pg_layer._send.operations import Change, OperationBuilder
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
+from pg_layer._state import log_events
 from pg_layer._state.capacity import KnownCapacity
 from pg_layer._sync.django_session import DjangoSession, finish
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
@@ -295,7 +296,12 @@ class Sync:
                 attempts = self._attempts(session, is_idempotent=True)
                 self._run_on(session, work, work, attempts)
             except (PgLayerError, DjangoError) as error:
-                logger.info("Could not announce %d messages yet: %s", len(rows) - start, error)
+                logger.info(
+                    "Could not announce %d messages yet: %s",
+                    len(rows) - start,
+                    error,
+                    extra={"event": log_events.ANNOUNCEMENT_FAILED},
+                )
                 return False
         return True
 
@@ -329,7 +335,7 @@ class Sync:
     ) -> T:
         """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
         gives_up = self._loops.gives_up
-        deadline = time.monotonic() + (HURRY if gives_up else self._config.send_timeout)
+        deadline = time.monotonic() + (STOPPING_TIMEOUT if gives_up else self._config.send_timeout)
         while not session.is_in_transaction:
             left = deadline - time.monotonic()
             if gives_up and not session.is_connected:

@@ -1,4 +1,7 @@
-"""An application blocks the event loop that serves the layer: calls in other threads say which, and where."""
+"""The application blocks the event loop that serves the layer.
+
+Errors of calls in other threads name the thread and the code.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ NAME = "the-server"
 
 @contextmanager
 def blocked(layer: PostgresChannelLayer) -> Iterator[None]:
-    """The layer's loop runs in another thread, and waits there for the end of this."""
-    is_blocked, may_go_on = threading.Event(), threading.Event()
+    """Run the layer's loop in another thread, and block it there."""
+    is_blocked, may_end = threading.Event(), threading.Event()
 
     async def main() -> None:
         await listen(layer)
         is_blocked.set()
-        may_go_on.wait()
+        may_end.wait()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), name=NAME)
     thread.start()
@@ -34,7 +37,7 @@ def blocked(layer: PostgresChannelLayer) -> Iterator[None]:
         assert is_blocked.wait(PATIENCE)
         yield
     finally:
-        may_go_on.set()
+        may_end.set()
         thread.join()
 
 
@@ -55,7 +58,7 @@ def blocked(layer: PostgresChannelLayer) -> Iterator[None]:
     ],
     ids=["group_send", "flush", "group_count"],
 )
-async def test_call_while_another_thread_blocks_the_loop_says_where(
+async def test_call_while_the_loop_is_blocked_raises_an_error_that_names_the_code(
     call: Callable[[PostgresChannelLayer], Coroutine[Any, Any, object]],
     error: type[Exception],
     outcome: str,
@@ -66,13 +69,14 @@ async def test_call_while_another_thread_blocks_the_loop_says_where(
         await call(layer)
     assert type(raised.value) is error
     assert raised.match(
-        rf"^The event loop in thread {NAME} serves the channel layer, and has not run for \d+\.\d s:"
-        r" code in that thread blocks it \(now at .*threading\.py, line \d+\)\."
-        rf" Run such code in another thread, for instance with asgiref's sync_to_async\(\)\.{outcome}$"
+        rf"^The event loop in thread {NAME} serves the channel layer, and has not run for"
+        r" \d+\.\d s: code in that thread blocks it \(now at .*threading\.py, line \d+\)\."
+        r" Run such code in another thread, for instance with asgiref's"
+        rf" sync_to_async\(\)\.{outcome}$"
     )
 
 
-async def test_health_while_another_thread_blocks_the_loop_says_where(
+async def test_health_while_the_loop_is_blocked_names_the_thread(
     make_layer: MakeLayer,
 ) -> None:
     layer = make_layer(send_timeout=0.2)
@@ -81,7 +85,7 @@ async def test_health_while_another_thread_blocks_the_loop_says_where(
     assert f"thread {NAME} serves the channel layer, and has not run for" in problem
 
 
-async def test_message_that_waited_in_vain_for_a_blocked_loop_is_not_sent(
+async def test_group_send_given_up_while_the_loop_was_blocked_is_not_sent_later(
     make_layer: MakeLayer,
 ) -> None:
     layer, other = make_layer(send_timeout=0.2), make_layer()

@@ -1,4 +1,4 @@
-"""Event loops that end while the layer is at work on them."""
+"""Event loops that end during calls of the layer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.processes import PATIENCE, UNHURRIED, listen, new_layer, receive, unt
 CALLS = 8  # more than the connections that are open before
 
 
-def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(
+def test_loop_ending_while_its_engine_stops_does_not_wait_for_a_connection(
     migrated_dsn: str,
 ) -> None:
-    """The database does not answer: cancelled calls hold their connections, and the pool makes another one.
+    """The database does not answer. The connections of cancelled calls wait for it.
 
-    A takeover by another loop stops the engine, and waits for those connections. Now the loop ends, and
-    asyncio cancels that wait and the pool's worker. The worker of psycopg's pool takes the cancellation for a
-    connection that failed, and waits for its next task: it ends only when the pool is closed.
+    A takeover by another loop stops the engine, and waits for these connections. Then the loop
+    ends, and asyncio cancels that wait, and the task that opens another connection. Before
+    Python 3.12 that task may swallow the cancellation: it must be cancelled again.
     """
     with Proxy(migrated_dsn) as proxy:
         layer = PostgresChannelLayer(
@@ -43,12 +43,12 @@ def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(
             connections = engine.connections
             proxy.swallow()
             calls = [asyncio.create_task(layer.group_count("room")) for _ in range(CALLS)]
-            await until(lambda: connections._pool.get_stats().get("requests_waiting"))
+            await until(lambda: connections._pool._opening)
             for call in calls:
                 call.cancel()
             await asyncio.wait(calls)
             stopping = asyncio.create_task(engine.stop())
-            await until(lambda: connections._is_closed)
+            await until(lambda: connections._pool.is_closed)
             assert not stopping.done()
 
         thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
@@ -59,12 +59,12 @@ def test_loop_that_ends_while_its_engine_stops_ends_although_the_pool_connects(
         asyncio.run(layer.close())
 
 
-def test_close_while_a_membership_is_being_written_leaves_the_loop_running(
+def test_close_during_a_membership_write_leaves_the_loop_running(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """The write was given up, and is tried again where the pool is closed, which refuses at once.
+    """The interrupted write is repeated on the closed pool, which refuses at once.
 
-    If it went on trying until ``send_timeout``, nothing else would run on the loop meanwhile.
+    If it were repeated until ``send_timeout``, nothing else would run on the loop meanwhile.
     """
     ended: list[object] = []
 
@@ -95,19 +95,19 @@ def test_close_while_a_membership_is_being_written_leaves_the_loop_running(
 
 
 class EndingLoop(asyncio.SelectorEventLoop):
-    """A loop that is closed just when another thread wants to call something on it.
+    """A loop that closes when another thread calls `call_soon_threadsafe`.
 
-    ``is_ending``: the next of those calls comes too late.
+    ``is_ending``: the next of these calls finds the loop closed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_ending = False
-        self.is_held = threading.Event()
+        self.is_blocked = threading.Event()
         self.may_end = threading.Event()
         self.has_ended = threading.Event()
 
-    def call_soon_threadsafe(  # type: ignore[override]  # before Python 3.11 it cannot be said
+    def call_soon_threadsafe(  # type: ignore[override]  # Context is keyword-only since Python 3.11
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         if self.is_ending:
@@ -117,15 +117,15 @@ class EndingLoop(asyncio.SelectorEventLoop):
         return super().call_soon_threadsafe(callback, *args, context=context)
 
     def serve(self, main: Callable[[], Any]) -> None:
-        """Run ``main``, keep the loop from running anything else until it may end, and close it."""
+        """Run ``main``, block the loop until it may end, and close it."""
         self.run_until_complete(main())
-        self.call_soon(self._hold)
+        self.call_soon(self._block)
         self.run_until_complete(_cancel_others())
         self.close()
         self.has_ended.set()
 
-    def _hold(self) -> None:
-        self.is_held.set()
+    def _block(self) -> None:
+        self.is_blocked.set()
         self.may_end.wait()
 
 
@@ -136,8 +136,10 @@ async def _cancel_others() -> None:
     await asyncio.wait(tasks)
 
 
-async def test_takeover_from_a_loop_that_closes_just_then_receives(make_layer: MakeLayer) -> None:
-    """That loop only sends. Its engine runs when it is looked at, and not when it is asked to stop."""
+async def test_takeover_from_a_loop_that_closes_at_that_moment_receives(
+    make_layer: MakeLayer,
+) -> None:
+    """That loop only sends. It still runs at the check, and is closed when it is asked to stop."""
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     loop = EndingLoop()
@@ -145,7 +147,7 @@ async def test_takeover_from_a_loop_that_closes_just_then_receives(make_layer: M
         target=loop.serve, args=(lambda: layer.send(channel, {"number": 1}),), daemon=True
     )
     thread.start()
-    await until(loop.is_held.is_set)
+    await until(loop.is_blocked.is_set)
     loop.is_ending = True
     receiving = asyncio.create_task(receive(layer, channel))
     await until(loop.has_ended.is_set)
@@ -154,10 +156,10 @@ async def test_takeover_from_a_loop_that_closes_just_then_receives(make_layer: M
     thread.join()
 
 
-async def test_calls_of_another_loop_are_not_cancelled_when_the_owner_loop_ends(
+async def test_calls_of_a_foreign_loop_go_on_when_the_owner_loop_ends(
     make_layer: MakeLayer,
 ) -> None:
-    """The end of a loop cancels what runs there, also for others. These go on at the next owner."""
+    """The end of a loop cancels the tasks on it. Calls of foreign loops go on at the next owner."""
 
     async def own(layer: PostgresChannelLayer, owned: asyncio.Event, ends: threading.Event) -> None:
         receiving = asyncio.create_task(layer.receive(await layer.new_channel()))

@@ -1,4 +1,4 @@
-"""Processes that stop while the database is away: they wait for nothing, and log nothing for each socket."""
+"""Processes that stop while the database is away: they do not wait, and log one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.faults.test_processes import joined, start_server
 from tests.faults.test_sync_faults import locked
 from tests.processes import PATIENCE, UNHURRIED, Link, Processes, listen, open_layer, until
 
-LONG = 10 * PATIENCE  # seconds: who waits for that fails the test
+LONG = 10 * PATIENCE  # seconds: a call that waits this long fails the test
 SOCKETS = 6
 
 
@@ -40,10 +40,10 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 @pytest.mark.parametrize("how", ["cut", "swallowed"])
 @pytest.mark.parametrize("path", ["async/", "sync/", "declared/", "leaving/", "leaving-sync/"])
-async def test_server_asked_to_end_while_the_database_is_away_ends_at_once_and_quietly(
+async def test_server_stopping_while_the_database_is_away_ends_at_once_and_quietly(
     observer: Observer, ending: ExitStack, proxy: Proxy, path: str, how: str
 ) -> None:
-    """Each consumer leaves its group when its socket closes, and some tell the others."""
+    """Each consumer leaves its group when its socket closes. Some send to the group."""
     config = {"send_timeout": LONG, "heartbeat": 1}
     layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}
     server, address = start_server(ending, proxy.dsn(), settings={"CHANNEL_LAYERS": layers})
@@ -72,10 +72,10 @@ async def end_while_connecting(link: Link, dsn: str) -> None:
         await asyncio.wait_for(layer.send("jobs", MESSAGE), 0.5)
 
 
-async def test_loop_that_ends_while_a_connection_is_being_made_does_not_wait_for_it(
+async def test_loop_ending_while_it_connects_does_not_wait_for_the_connection(
     processes: Processes, proxy: Proxy
 ) -> None:
-    """psycopg's pool outlives a cancellation, and goes on to connect."""
+    """Before Python 3.12 psycopg may swallow a cancellation, and go on to connect."""
     process = processes.start(end_while_connecting, proxy.dsn(connect_timeout=int(LONG)))
     assert await process.hear() == "listening"
     goes_away(proxy)
@@ -100,7 +100,7 @@ async def test_close_does_not_wait_for_a_database_that_is_away(proxy: Proxy, how
         await asyncio.wait_for(sending, PATIENCE)
 
 
-async def test_close_does_not_wait_for_what_the_background_loop_sends(
+async def test_close_does_not_wait_for_a_send_of_the_background_loop(
     migrated_dsn: str, observer: Observer
 ) -> None:
     layer = PostgresChannelLayer(dsn=migrated_dsn, send_timeout=LONG)
@@ -119,17 +119,17 @@ async def test_close_does_not_wait_for_what_the_background_loop_sends(
 
 @pytest.fixture
 def asked_to_stop() -> Iterator[Callable[[], None]]:
-    """Ask this process to end by SIGTERM. Its handler has other things to do first."""
+    """Send this process SIGTERM. Its handler does not end it."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     yield lambda: signal.raise_signal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
     termination._after_fork()
 
 
-async def test_group_discard_of_a_process_that_stops_has_changed_the_table_when_it_returns(
+async def test_group_discard_of_a_stopping_process_changes_the_table_before_it_returns(
     make_layer: MakeLayer, asked_to_stop: Callable[[], None]
 ) -> None:
-    """The database is there."""
+    """The database is not away."""
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)
@@ -141,7 +141,7 @@ async def test_group_discard_of_a_process_that_stops_has_changed_the_table_when_
         assert await layer.group_count("room") == 0
 
 
-async def test_send_of_a_process_that_stops_waits_for_a_server_that_has_too_many_connections(
+async def test_send_of_a_stopping_process_waits_if_the_server_has_too_many_connections(
     make_layer: MakeLayer, observer: Observer, asked_to_stop: Callable[[], None]
 ) -> None:
     role = f"limited_{secrets.token_hex(4)}"
@@ -166,7 +166,7 @@ async def test_send_of_a_process_that_stops_waits_for_a_server_that_has_too_many
             sending = asyncio.create_task(layer.send("jobs", MESSAGE))
             engine = layer._loops.main_engine
             assert engine is not None
-            await until(lambda: engine.connections._failing_since is not None or sending.done())
+            await until(lambda: engine.outage._failing_since is not None or sending.done())
             observer.execute(f"ALTER ROLE {role} CONNECTION LIMIT -1".encode())
             await sending
     finally:

@@ -15,10 +15,10 @@ from tests.project.commands import PATIENCE, eventually
 NAME = "pg_layer_test_takeover"
 
 
-def test_receive_on_a_new_loop_of_a_message_that_is_here_already_ends_the_background_loop(
+def test_receive_of_a_queued_message_on_a_new_loop_ends_the_background_loop(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """Otherwise its connections would stay, and keep the database from being dropped."""
+    """Its connections would keep the database from being dropped."""
     layer = new_layer(make_conninfo(migrated_dsn, application_name=NAME))
     channel = async_to_sync(layer.new_channel)()
     async_to_sync(layer.group_add)("room", channel)

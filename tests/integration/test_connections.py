@@ -1,4 +1,4 @@
-"""How many connections a process needs, and what it asks of the database while nothing happens."""
+"""The number of connections of a process, and its statements while it is idle."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from psycopg_pool import AsyncConnectionPool
 
 from devtools.postgres import PostgresServer
-from pg_layer._db import pool
 from pg_layer._runtime import engine
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import Link, Processes, listen, open_layer, receive, until
@@ -27,7 +25,7 @@ def connections(observer: Observer, name: str) -> int:
 
 
 class Peak:
-    """Watches how many connections of one application name there are at once."""
+    """The largest number of simultaneous connections of one application name."""
 
     def __init__(self, observer: Observer, name: str) -> None:
         self._observer = observer
@@ -64,7 +62,7 @@ async def serve_many(link: Link, dsn: str, consumers: int) -> int:
         return received
 
 
-async def test_a_thousand_consumers_need_three_connections(
+async def test_process_with_a_thousand_consumers_needs_three_connections(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
     layer = make_layer()
@@ -99,7 +97,7 @@ async def write_much(link: Link, dsn: str) -> None:
         await link.hear()
 
 
-async def test_a_process_that_only_sends_needs_one_connection(
+async def test_process_that_only_sends_needs_one_connection(
     migrated_dsn: str, processes: Processes, observer: Observer
 ) -> None:
     writer = processes.start(write_much, make_conninfo(migrated_dsn, application_name="writer"))
@@ -114,38 +112,19 @@ async def test_a_process_that_only_sends_needs_one_connection(
     assert peak.most == 1
 
 
-async def test_a_process_that_only_sends_closes_its_connection_within_the_idle_seconds_of_the_readme(
-    make_layer: MakeLayer,
-) -> None:
-    """The pool closes what was idle from one look to the next. It gets what has been at hand for a while."""
-    layer = make_layer()
-    await layer.send("jobs", {})
-    home = layer._loops.main_engine
-    assert home is not None
-    period, at_hand = home.connections._pool.max_idle, (pool._KEEP, 2 * pool._KEEP)
-    assert at_hand[0] + period >= 5
-    assert at_hand[1] + 2 * period <= 10
+async def test_sender_closes_its_idle_connection_within_the_readmes_seconds() -> None:
+    assert 5 <= engine.SENDER_IDLE <= 10
 
 
-async def test_an_idle_connection_is_closed_by_the_second_look_of_the_pool(
+async def test_sender_closes_its_idle_connection_and_opens_it_again(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the looks fall: between two of them a connection comes back into the pool once, and stays."""
-    looks: list[bool] = []
-    shrink = AsyncConnectionPool._shrink_pool
-
-    async def look(self: AsyncConnectionPool) -> None:
-        is_in_pool = bool(self._pool)
-        await shrink(self)
-        if is_in_pool:
-            looks.append(bool(self._pool))
-
-    monkeypatch.setattr(AsyncConnectionPool, "_shrink_pool", look)
-    monkeypatch.setattr(engine, "SENDER_IDLE", 1.0)
+    monkeypatch.setattr(engine, "SENDER_IDLE", 0.5)
     layer = make_layer(dsn=make_conninfo(migrated_dsn, application_name="idle"))
     await layer.send("jobs", {})
     await until(lambda: connections(observer, "idle") == 0)
-    assert looks in ([True, False], [False])
+    await layer.send("jobs", {})
+    assert connections(observer, "idle") == 1
 
 
 async def test_close_closes_every_connection(
@@ -162,7 +141,7 @@ async def test_close_closes_every_connection(
     await until(lambda: connections(observer, "closing") == 0)
 
 
-async def test_pool_max_size_and_listen_dsn(
+async def test_pool_max_size_and_listen_dsn_limit_the_connections_of_each_dsn(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(
@@ -195,7 +174,7 @@ class Log:
         self._from = 0
 
     def forget(self) -> None:
-        """Look only at what comes from now on."""
+        """Ignore the statements logged until now."""
         self._from = self._path.stat().st_size
 
     def statements(self, name: str) -> list[str]:
@@ -224,12 +203,12 @@ def logging_server() -> Iterator[PostgresServer]:
         yield server
 
 
-async def test_an_idle_layer_sends_one_statement_each_heartbeat_and_one_for_a_normal_channel(
+async def test_idle_layer_sends_one_statement_per_heartbeat_and_normal_channel(
     logging_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looks for jobs of the channel that it waits on.
+    """The second statement claims jobs of the channel that a reader waits on.
 
-    No connection is made for a heartbeat, although a process that only sends would have closed its own.
+    No connection is made for a heartbeat, although an idle sender would have closed its own.
     """
     monkeypatch.setattr(engine, "SENDER_IDLE", 0.1)
     log = Log(logging_server)
@@ -246,7 +225,7 @@ async def test_an_idle_layer_sends_one_statement_each_heartbeat_and_one_for_a_no
             await listen(layer)
             tasks += [asyncio.create_task(layer.receive(name)) for name in (channel, "jobs")]
             await listen(layer)
-        # What was received is still being deleted for a moment.
+        # The rows of received messages are deleted a moment later.
         waiting = "SELECT count(*) FROM pg_layer_message WHERE split_part(address, '!', 1) = 'asgi'"
         await until(lambda: logging_server.execute(waiting, dbname="logged") == [(0,)])
         await until(lambda: "pg_layer_claim" in "".join(log.statements("beating")))
@@ -268,7 +247,7 @@ async def test_an_idle_layer_sends_one_statement_each_heartbeat_and_one_for_a_no
     assert len(claims) <= len(renewals) + 1
 
 
-async def test_without_listen_everything_arrives_all_the_same(
+async def test_layer_with_poll_interval_receives_everything_without_listen(
     logging_server: PostgresServer,
 ) -> None:
     log = Log(logging_server)

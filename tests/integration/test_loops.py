@@ -1,6 +1,6 @@
-"""Event loops: one for each test, two at once, one that stops, one that ends while another waits.
+"""Event loops: one for each test, several at once, loops that stop, and loops that end.
 
-Tests of several loops are no coroutines themselves: they run the loops.
+These tests are no coroutines, because they run the loops themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 
 
 def waiting_backends(dsn: str) -> list[int]:
-    """The server's processes that wait for a lock of another."""
+    """Return the process ids of backends that wait for a lock."""
     with psycopg.connect(dsn) as conn:
         rows = conn.execute(
             """
@@ -40,8 +40,8 @@ def waiting_backends(dsn: str) -> list[int]:
 
 
 @contextmanager
-def held_up(dsn: str) -> Iterator[Callable[[], None]]:
-    """Have statements about clients and memberships wait. Yields a function that returns when one waits."""
+def locked(dsn: str) -> Iterator[Callable[[], None]]:
+    """Lock the clients and memberships. Yield a function that returns when a statement waits."""
     with psycopg.connect(dsn) as conn:
         conn.execute("LOCK TABLE pg_layer_client, pg_layer_membership")
         yield lambda: eventually(
@@ -51,7 +51,7 @@ def held_up(dsn: str) -> Iterator[Callable[[], None]]:
 
 
 def terminate_waiting(dsn: str) -> None:
-    """Have statements that wait for a lock never take effect."""
+    """Terminate the backends that wait for a lock. Their statements have no effect."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         for pid in waiting_backends(dsn):
             conn.execute("SELECT pg_terminate_backend(%s)", (pid,))
@@ -59,7 +59,7 @@ def terminate_waiting(dsn: str) -> None:
 
 
 def left_behind(dsn: str) -> tuple[int, int]:
-    """How many clients have not ended, and how many memberships there are."""
+    """Return the number of clients that have not ended, and of memberships."""
     with psycopg.connect(dsn) as conn:
         row = conn.execute(
             """
@@ -73,7 +73,7 @@ def left_behind(dsn: str) -> tuple[int, int]:
 
 @contextmanager
 def connected_layer(dsn: str, **options: Any) -> Iterator[PostgresChannelLayer]:
-    """A layer that is closed on a loop of its own, as nobody knows which one it was used on last."""
+    """A layer that is closed on a new loop: the loop that used it last may have ended."""
     layer = PostgresChannelLayer(dsn=dsn, **options)
     try:
         yield layer
@@ -89,7 +89,7 @@ def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 @pytest.fixture
 def other(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """The layer of what could be another process."""
+    """A layer that stands for another process."""
     with connected_layer(migrated_dsn) as layer:
         yield layer
 
@@ -103,12 +103,12 @@ async def soon(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def received(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
-    """The numbers of the next messages."""
+    """Return the numbers of the next messages."""
     return [(await soon(layer.receive(channel)))["n"] for _ in range(count)]
 
 
 async def waits(task: asyncio.Task[Any]) -> None:
-    """Return when `task` has gone as far as it can without the loop's help, and is not done."""
+    """Let a task run until it waits."""
     for _ in range(10):
         await asyncio.sleep(0)
     assert not task.done()
@@ -149,7 +149,7 @@ class LoopThread:
         return self.start(work).result(PATIENCE)
 
     def halt(self) -> None:
-        """Stop the loop and leave it as it is: nothing is cancelled or closed."""
+        """Stop the loop without cancelling its tasks or closing it."""
         self._is_halted = True
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(PATIENCE)
@@ -166,7 +166,7 @@ class LoopThread:
 
 
 def run_on(make_loop: MakeLoop, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """`asyncio.run`, on a loop of a certain kind."""
+    """Run a coroutine as `asyncio.run` does, on a loop of a certain kind."""
     loop = make_loop()
     try:
         return loop.run_until_complete(main())
@@ -205,7 +205,7 @@ def loop_thread() -> Iterator[Callable[..., LoopThread]]:
 
 @pytest.fixture
 def new_loop() -> Iterator[MakeLoop]:
-    """Makes loops that a test runs now and then."""
+    """Make loops that a test runs repeatedly."""
     loops: list[asyncio.AbstractEventLoop] = []
 
     def make() -> asyncio.AbstractEventLoop:
@@ -218,7 +218,7 @@ def new_loop() -> Iterator[MakeLoop]:
 
 
 def backends(dsn: str, application_name: str) -> set[int]:
-    """The server's processes for the connections of one application."""
+    """Return the process ids of the backends of one application name."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         rows = conn.execute(
             "SELECT pid FROM pg_stat_activity WHERE application_name = %s", (application_name,)
@@ -229,7 +229,7 @@ def backends(dsn: str, application_name: str) -> set[int]:
 # ---------------------------------------------------------------------- one loop after the other
 
 
-def test_a_loop_per_test_keeps_memberships(layer: PostgresChannelLayer) -> None:
+def test_loop_per_test_keeps_memberships(layer: PostgresChannelLayer) -> None:
     async def join() -> str:
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
@@ -245,7 +245,7 @@ def test_a_loop_per_test_keeps_memberships(layer: PostgresChannelLayer) -> None:
         assert asyncio.run(talk()) == [n]
 
 
-def test_a_loop_per_test_keeps_what_waits_in_channel_queues(
+def test_loop_per_test_keeps_queued_messages(
     layer: PostgresChannelLayer, other: PostgresChannelLayer
 ) -> None:
     async def start() -> tuple[str, list[int]]:
@@ -254,7 +254,7 @@ def test_a_loop_per_test_keeps_what_waits_in_channel_queues(
         for n in range(3):
             await other.send(channel, number(n))
             await other.group_send("room", number(10 + n))
-        # With the first come those behind it, and wait in the channel queue.
+        # The messages after the first are fetched with it, and wait in the channel queue.
         return channel, await received(layer, channel, 1)
 
     channel, numbers = asyncio.run(start())
@@ -263,7 +263,7 @@ def test_a_loop_per_test_keeps_what_waits_in_channel_queues(
     assert numbers == [0, 10, 1, 11, 2, 12]
 
 
-def test_what_is_sent_between_two_loops_arrives(
+def test_message_sent_between_two_loops_arrives(
     layer: PostgresChannelLayer, other: PostgresChannelLayer
 ) -> None:
     async def start() -> str:
@@ -286,7 +286,7 @@ def test_what_is_sent_between_two_loops_arrives(
     assert asyncio.run(resume()) == [1, 2, 3]
 
 
-def test_a_receive_that_ends_with_its_loop_takes_nothing(
+def test_receive_ended_with_its_loop_takes_no_message(
     layer: PostgresChannelLayer, other: PostgresChannelLayer
 ) -> None:
     async def left_waiting() -> str:
@@ -312,8 +312,8 @@ def test_a_receive_that_ends_with_its_loop_takes_nothing(
     assert asyncio.run(resume()) == ([1, 2, 3], [1, 2, 3])
 
 
-def test_a_loop_that_was_closed_without_ceremony_hands_over(migrated_dsn: str) -> None:
-    # In a process of its own, as Python complains of the tasks that such a loop leaves pending.
+def test_loop_closed_without_cancelling_its_tasks_is_replaced(migrated_dsn: str) -> None:
+    # In a process of its own, because Python warns of the pending tasks of such a loop.
     code = """
 import asyncio, os
 from pg_layer import PostgresChannelLayer
@@ -342,7 +342,7 @@ asyncio.run(other.close())
     assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr
 
 
-def test_connections_end_with_their_loop(migrated_dsn: str) -> None:
+def test_connections_are_closed_when_their_loop_ends(migrated_dsn: str) -> None:
     name = "pg_layer_test_loops"
     with connected_layer(make_conninfo(migrated_dsn, application_name=name)) as layer:
 
@@ -356,7 +356,7 @@ def test_connections_end_with_their_loop(migrated_dsn: str) -> None:
             eventually(lambda: not backends(migrated_dsn, name), "no connections without a loop")
 
 
-def test_a_loop_per_test_leaves_nothing_to_complain_of(migrated_dsn: str) -> None:
+def test_loop_per_test_causes_no_warnings(migrated_dsn: str) -> None:
     code = """
 import asyncio, os
 from pg_layer import PostgresChannelLayer
@@ -377,10 +377,10 @@ print("done")
     assert succeeded(run(migrated_dsn, "-W", "error", "-c", code)) == "done"
 
 
-# ---------------------------------------------------------------------- one loop, run again and again
+# ---------------------------------------------------------------------- one loop, run repeatedly
 
 
-def test_a_loop_that_runs_now_and_then(
+def test_loop_run_repeatedly_receives(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, new_loop: MakeLoop
 ) -> None:
     loop = new_loop()
@@ -392,7 +392,7 @@ def test_a_loop_that_runs_now_and_then(
         assert loop.run_until_complete(received(layer, channel, 2)) == [n, 10 + n]
 
 
-def test_a_loop_that_does_not_run_is_not_the_owner(
+def test_loop_that_does_not_run_is_not_the_owner(
     layer: PostgresChannelLayer, new_loop: MakeLoop, loop_thread: Callable[..., LoopThread]
 ) -> None:
     async def start() -> str:
@@ -410,7 +410,7 @@ def test_a_loop_that_does_not_run_is_not_the_owner(
     assert thread.do(received(layer, channel, 1)) == [2]
 
 
-def test_a_loop_that_was_the_owner_and_runs_again(
+def test_former_owner_loop_that_runs_again_receives(
     migrated_dsn: str,
     new_loop: MakeLoop,
     caplog: pytest.LogCaptureFixture,
@@ -429,7 +429,7 @@ def test_a_loop_that_was_the_owner_and_runs_again(
                 await layer.send(channel, number(first + 1))
                 await layer.send("jobs", number(first + 3))
                 numbers = await received(layer, channel, 3) + await received(layer, "jobs", 1)
-                await asyncio.sleep(1.1)  # a heartbeat, also of what this loop had before
+                await asyncio.sleep(1.1)  # a heartbeat; the loop's former engine must not send one
                 return numbers
 
             waiting = loops[turn % 2].create_task(talk())
@@ -440,7 +440,7 @@ def test_a_loop_that_was_the_owner_and_runs_again(
     assert not [
         record
         for record in caplog.records
-        # asyncio's development mode says so of every slow step, on a busy machine of any.
+        # asyncio's development mode warns of every slow step. On a busy machine any step is.
         if record.levelname in ("ERROR", "WARNING")
         and not record.getMessage().startswith("Executing ")
     ]
@@ -449,7 +449,7 @@ def test_a_loop_that_was_the_owner_and_runs_again(
 # ---------------------------------------------------------------------- two loops at once
 
 
-def test_two_loops_receive_at_once_on_their_own_channels(
+def test_two_loops_receive_at_the_same_time_on_their_own_channels(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
     threads = [loop_thread(), loop_thread()]
@@ -472,13 +472,13 @@ def test_two_loops_receive_at_once_on_their_own_channels(
 
 
 @pytest.mark.parametrize("loops", [1, 2])
-def test_no_receiver_idles_beside_waiting_jobs(
+def test_receivers_do_not_wait_while_jobs_wait(
     migrated_dsn: str,
     other: PostgresChannelLayer,
     loop_thread: Callable[..., LoopThread],
     loops: int,
 ) -> None:
-    # No heartbeat comes to the rescue.
+    # No heartbeat claims the jobs instead.
     with connected_layer(migrated_dsn, heartbeat=240, lease=600) as layer:
         threads = [loop_thread() for _ in range(loops)]
         elsewhere = loop_thread()
@@ -488,7 +488,7 @@ def test_no_receiver_idles_beside_waiting_jobs(
                 await other.send("jobs", number(n))
 
         for n in range(60):
-            # Who has received does not come back before the others have, too.
+            # Each receiver takes one job, and waits for the others.
             workers = [threads[k % loops].start(received(layer, "jobs", 1)) for k in range(3)]
             elsewhere.do(send(range(3 * n, 3 * n + 3)))
             numbers = [worker.result(PATIENCE)[0] for worker in workers]
@@ -499,7 +499,7 @@ def test_no_receiver_idles_beside_waiting_jobs(
 @pytest.mark.parametrize(
     "is_own", [True, False], ids=["sent by the same process", "sent by another"]
 )
-def test_two_loops_compete_on_one_normal_channel(
+def test_two_loops_reading_one_normal_channel_share_its_jobs(
     layer: PostgresChannelLayer,
     other: PostgresChannelLayer,
     loop_thread: Callable[..., LoopThread],
@@ -532,7 +532,7 @@ def test_two_loops_compete_on_one_normal_channel(
     assert done.empty()
 
 
-def test_a_loop_sends_while_the_owner_runs_in_another_thread(
+def test_send_while_the_owner_loop_runs_in_another_thread_arrives(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     name = "pg_layer_test_loops"
@@ -559,7 +559,7 @@ def test_a_loop_sends_while_the_owner_runs_in_another_thread(
         owner.do(layer.close())
 
 
-def test_a_loop_that_receives_takes_over_from_one_that_sends(
+def test_loop_that_receives_takes_over_from_a_loop_that_sends(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     name = "pg_layer_test_loops"
@@ -579,7 +579,7 @@ def test_a_loop_that_receives_takes_over_from_one_that_sends(
 
 
 @pytest.mark.parametrize("kind", ["specific", "normal"])
-def test_another_loop_takes_over_when_the_owner_loop_ends(
+def test_waiting_loop_takes_over_when_the_owner_loop_ends(
     layer: PostgresChannelLayer,
     other: PostgresChannelLayer,
     loop_thread: Callable[..., LoopThread],
@@ -593,7 +593,7 @@ def test_another_loop_takes_over_when_the_owner_loop_ends(
         assert await received(layer, channel, 1) == [0]
         return channel
 
-    specific = first.do(start())  # so that this one is the owner loop
+    specific = first.do(start())  # so that the first is the owner loop
     channel = specific if kind == "specific" else "jobs"
     waiting = second.start(received(layer, channel, 3))
     asyncio.run(other.send(channel, number(1)))
@@ -603,7 +603,7 @@ def test_another_loop_takes_over_when_the_owner_loop_ends(
     assert waiting.result(PATIENCE) == [1, 2, 3]
 
 
-def test_what_a_loop_took_as_it_ended_comes_before_the_rest(
+def test_jobs_claimed_by_an_ended_loop_come_before_the_rest(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, migrated_dsn: str
 ) -> None:
     async def start() -> None:
@@ -619,14 +619,14 @@ def test_what_a_loop_took_as_it_ended_comes_before_the_rest(
             for n in range(1, 4):
                 asyncio.run(other.send("jobs", number(n)))
                 if n == 1:
-                    # As if the answer had been lost with the loop that asked.
+                    # As if the answer had been lost when the claiming loop ended.
                     conn.execute(
                         "SELECT pg_layer_claim('asgi', 'jobs', %s, %s, 0, 1)", (address, fence)
                     )
         assert asyncio.run(received(layer, "jobs", 3)) == [1, 2, 3]
 
 
-def test_a_cancelled_receive_on_a_second_loop_takes_nothing(
+def test_receive_cancelled_on_a_foreign_loop_takes_no_message(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
     owner = loop_thread()
@@ -655,16 +655,16 @@ def test_a_cancelled_receive_on_a_second_loop_takes_nothing(
     assert waiting.result(PATIENCE) == list(range(40))
 
 
-def test_a_second_loop_that_ends_while_it_waits_leaves_messages_to_the_others(
+def test_foreign_loop_ending_while_it_waits_leaves_messages_to_others(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
-    owner, guest = loop_thread(), loop_thread()
+    owner, foreign = loop_thread(), loop_thread()
     channel = owner.do(layer.new_channel())
     owner.do(layer.send(channel, number(0)))
     assert owner.do(received(layer, channel, 1)) == [0]
-    left = [guest.start(layer.receive(name)) for name in (channel, "jobs")]
-    guest.do(asyncio.sleep(0))
-    guest.stop()
+    left = [foreign.start(layer.receive(name)) for name in (channel, "jobs")]
+    foreign.do(asyncio.sleep(0))
+    foreign.stop()
     for future in left:
         with pytest.raises(concurrent.futures.CancelledError):
             future.result(PATIENCE)
@@ -715,20 +715,20 @@ CALLS = [joins, joins_with_another, leaves, counts, lists, flushes, examines]
 
 @pytest.mark.parametrize("is_halted", [False, True], ids=["ended", "halted"])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_another_loop_serves_outlives_that_loop(
+def test_call_served_by_another_loop_succeeds_when_that_loop_ends(
     migrated_dsn: str,
     loop_thread: Callable[..., LoopThread],
     caplog: pytest.LogCaptureFixture,
     call: Callable[[PostgresChannelLayer, str], Coroutine[Any, Any, None]],
     is_halted: bool,
 ) -> None:
-    # No timeout comes to the rescue.
+    # No timeout ends the call instead.
     with connected_layer(migrated_dsn, heartbeat=240, lease=600, send_timeout=600) as layer:
         owner, caller = loop_thread(), loop_thread()
         channel = owner.do(layer.new_channel())
         owner.do(joins(layer, channel))
         owner.do(examines(layer, channel))
-        with held_up(migrated_dsn) as until_one_waits:
+        with locked(migrated_dsn) as until_one_waits:
             waiting = caller.start(call(layer, channel))
             until_one_waits()
             if is_halted:
@@ -742,39 +742,40 @@ def test_a_call_that_another_loop_serves_outlives_that_loop(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_call_on_the_loop_that_another_takes_over_from_is_made_there(
+def test_call_on_a_loop_during_a_takeover_from_it_succeeds(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     with connected_layer(migrated_dsn, heartbeat=240, lease=600) as layer:
         sender, receiver = loop_thread(), loop_thread()
         sender.do(layer.send("jobs", number(0)))
-        with held_up(migrated_dsn) as until_one_waits:
+        with locked(migrated_dsn) as until_one_waits:
             waiting = sender.start(layer.group_count("room"))
             until_one_waits()
-            home = layer._loops.main_engine
+            main = layer._loops.main_engine
             receiving = receiver.start(received(layer, "jobs", 1))
-            eventually(lambda: home is not None and home.stopped.done(), "the sender has stopped")
+            eventually(lambda: main is not None and main.stopped.done(), "the sender has stopped")
         assert waiting.result(PATIENCE) == 0
         assert receiving.result(PATIENCE) == [0]
         receiver.do(layer.close())
 
 
-def test_a_message_that_fills_its_channel_is_received_although_the_owner_loop_halts(
+def test_receive_from_a_full_channel_succeeds_when_the_owner_loop_halts(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
-    """`receive()` waits for the owner loop to delete the row, so that senders find room."""
+    """`receive()` waits until the owner loop has deleted the row, which senders count."""
     options: dict[str, Any] = {"heartbeat": 240, "lease": 600, "send_timeout": 600, "capacity": 1}
     with connected_layer(migrated_dsn, **options) as layer, psycopg.connect(migrated_dsn) as conn:
-        owner, guest = loop_thread(), loop_thread()
+        owner, foreign = loop_thread(), loop_thread()
         channel = owner.do(layer.new_channel())
         owner.do(joins(layer, channel))
-        waiting = guest.start(received(layer, channel, 1))
+        waiting = foreign.start(received(layer, channel, 1))
         conn.execute(
             "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS "
             "'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN OLD; END'"
         )
         conn.execute(
-            "CREATE TRIGGER wait BEFORE DELETE ON pg_layer_message FOR EACH ROW EXECUTE FUNCTION wait()"
+            "CREATE TRIGGER wait BEFORE DELETE ON pg_layer_message"
+            " FOR EACH ROW EXECUTE FUNCTION wait()"
         )
         conn.commit()
         conn.execute("SELECT pg_advisory_xact_lock(1)")
@@ -784,10 +785,10 @@ def test_a_message_that_fills_its_channel_is_received_although_the_owner_loop_ha
         assert waiting.result(PATIENCE) == [0]
         conn.rollback()
         owner.stop()
-        guest.do(layer.close())
+        foreign.do(layer.close())
 
 
-def test_a_call_that_another_loop_serves_fails_when_the_layer_is_closed(
+def test_call_served_by_another_loop_fails_when_the_layer_is_closed(
     migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     name = "pg_layer_test_loops"
@@ -795,7 +796,7 @@ def test_a_call_that_another_loop_serves_fails_when_the_layer_is_closed(
     with connected_layer(dsn, heartbeat=240, lease=600) as layer:
         owner, caller = loop_thread(), loop_thread()
         owner.do(joins(layer, owner.do(layer.new_channel())))
-        with held_up(migrated_dsn) as until_one_waits:
+        with locked(migrated_dsn) as until_one_waits:
             waiting = caller.start(layer.group_count("room"))
             until_one_waits()
             closing = owner.start(layer.close())
@@ -805,10 +806,10 @@ def test_a_call_that_another_loop_serves_fails_when_the_layer_is_closed(
         assert not backends(migrated_dsn, name)
 
 
-def test_what_a_halted_loop_wrote_late_is_refused(
+def test_late_membership_write_of_a_halted_loop_is_refused(
     layer: PostgresChannelLayer, migrated_dsn: str, new_loop: MakeLoop
 ) -> None:
-    """A network may hold back the last statement of a loop that has stopped since."""
+    """A network may delay the last statement of a loop that has stopped."""
     loop = new_loop()
     channel = loop.run_until_complete(layer.new_channel())
     loop.run_until_complete(joins(layer, channel))
@@ -827,7 +828,7 @@ def test_what_a_halted_loop_wrote_late_is_refused(
 # ---------------------------------------------------------------------- closing
 
 
-def test_close_from_another_loop(
+def test_close_from_a_foreign_loop_closes_the_client(
     migrated_dsn: str, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
     name = "pg_layer_test_loops"
@@ -844,7 +845,7 @@ def test_close_from_another_loop(
         assert conn.execute(
             "SELECT count(*) FROM pg_layer_client WHERE expires_at > now()"
         ).fetchone() == (0,)
-    # It begins anew, on whatever loop.
+    # The layer begins a new client, on any loop.
     channel = asyncio.run(layer.new_channel())
     asyncio.run(layer.group_add("room", channel))
     asyncio.run(other.group_send("room", number(1)))
@@ -859,20 +860,20 @@ async def cancelled(task: asyncio.Task[None]) -> None:
 
 
 @pytest.mark.parametrize("steps", range(12))
-def test_a_close_that_is_cancelled_goes_on(
+def test_close_cancelled_at_any_step_goes_on(
     layer: PostgresChannelLayer,
     migrated_dsn: str,
     loop_thread: Callable[..., LoopThread],
     steps: int,
 ) -> None:
-    """Whatever step it has come to; another close waits for it. A receiver does not wait any more."""
-    guest = loop_thread()
+    """Another close waits for it. A receiver does not wait any more."""
+    foreign = loop_thread()
 
     async def use() -> concurrent.futures.Future[Message]:
         channel = await layer.new_channel()
         await joins(layer, channel)
-        waiting = guest.start(layer.receive(channel))
-        await asyncio.wrap_future(guest.start(asyncio.sleep(0)))
+        waiting = foreign.start(layer.receive(channel))
+        await asyncio.wrap_future(foreign.start(asyncio.sleep(0)))
         closing = asyncio.create_task(layer.close())
         for _ in range(1 + steps):
             await asyncio.sleep(0)
@@ -885,12 +886,12 @@ def test_a_close_that_is_cancelled_goes_on(
         asyncio.run(use()).result(PATIENCE)
 
 
-def test_a_close_that_is_cancelled_before_the_database_answers_goes_on(
+def test_close_cancelled_before_the_database_answers_goes_on(
     layer: PostgresChannelLayer, migrated_dsn: str
 ) -> None:
     async def use() -> None:
         await joins(layer, await layer.new_channel())
-        with held_up(migrated_dsn) as until_one_waits:
+        with locked(migrated_dsn) as until_one_waits:
             closing = asyncio.create_task(layer.close())
             await asyncio.to_thread(until_one_waits)
             await cancelled(closing)
@@ -901,12 +902,12 @@ def test_a_close_that_is_cancelled_before_the_database_answers_goes_on(
     asyncio.run(use())
 
 
-def test_a_close_whose_loop_ends_is_done_by_the_next(
+def test_close_whose_loop_ends_is_completed_by_the_next_close(
     layer: PostgresChannelLayer, migrated_dsn: str
 ) -> None:
     async def use() -> None:
         await joins(layer, await layer.new_channel())
-        until_one_waits = held.enter_context(held_up(migrated_dsn))
+        until_one_waits = held.enter_context(locked(migrated_dsn))
         closing = asyncio.create_task(layer.close())
         await asyncio.to_thread(until_one_waits)
         await cancelled(closing)
@@ -919,14 +920,14 @@ def test_a_close_whose_loop_ends_is_done_by_the_next(
     assert left_behind(migrated_dsn) == (0, 0)
 
 
-def test_a_close_that_fails_is_done_by_the_next(
+def test_close_failing_is_completed_by_the_next_close(
     layer: PostgresChannelLayer, migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "CLOSE_TIMEOUT", 0.5)
 
     async def use() -> None:
         await joins(layer, await layer.new_channel())
-        with held_up(migrated_dsn):
+        with locked(migrated_dsn):
             await layer.close()
             await asyncio.to_thread(terminate_waiting, migrated_dsn)
         assert left_behind(migrated_dsn) == (1, 1)
@@ -936,12 +937,12 @@ def test_a_close_that_fails_is_done_by_the_next(
     asyncio.run(use())
 
 
-def test_a_close_outlives_the_owner_loop(
+def test_close_from_a_foreign_loop_succeeds_when_the_owner_loop_ends(
     layer: PostgresChannelLayer, migrated_dsn: str, loop_thread: Callable[..., LoopThread]
 ) -> None:
     owner, closer = loop_thread(), loop_thread()
     owner.do(joins(layer, owner.do(layer.new_channel())))
-    with held_up(migrated_dsn) as until_one_waits:
+    with locked(migrated_dsn) as until_one_waits:
         closing = closer.start(layer.close())
         until_one_waits()
         owner.stop()
@@ -949,19 +950,19 @@ def test_a_close_outlives_the_owner_loop(
     assert left_behind(migrated_dsn) == (0, 0)
 
 
-def test_a_close_whose_loop_ends_is_done_at_the_end_of_the_process(migrated_dsn: str) -> None:
+def test_close_whose_loop_ends_is_completed_at_the_end_of_the_process(migrated_dsn: str) -> None:
     code = """
 import asyncio, os
 from contextlib import ExitStack
 from pg_layer import PostgresChannelLayer
-from tests.integration.test_loops import cancelled, held_up, joins, left_behind, terminate_waiting
+from tests.integration.test_loops import cancelled, joins, left_behind, locked, terminate_waiting
 
 dsn = os.environ["PG_LAYER_TEST_PROJECT_DSN"]
 layer = PostgresChannelLayer(dsn=dsn)
 
 async def use():
     await joins(layer, await layer.new_channel())
-    until_one_waits = held.enter_context(held_up(dsn))
+    until_one_waits = held.enter_context(locked(dsn))
     closing = asyncio.create_task(layer.close())
     await asyncio.to_thread(until_one_waits)
     await cancelled(closing)
@@ -979,7 +980,7 @@ print(left_behind(dsn))
 
 
 async def conversation(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> None:
-    """A bit of everything."""
+    """Use each method of the layer."""
     channels = [await layer.new_channel() for _ in range(2)]
     for channel in channels:
         await layer.group_add("room", channel)
@@ -1003,20 +1004,22 @@ async def conversation(layer: PostgresChannelLayer, other: PostgresChannelLayer)
     await other.close()
 
 
-def test_asyncio_debug_mode(
+def test_asyncio_debug_mode_logs_no_errors(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, caplog: pytest.LogCaptureFixture
 ) -> None:
     asyncio.run(conversation(layer, other), debug=True)
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
 
 
-def test_uvloop(layer: PostgresChannelLayer, other: PostgresChannelLayer) -> None:
+def test_uvloop_sends_and_receives(
+    layer: PostgresChannelLayer, other: PostgresChannelLayer
+) -> None:
     uvloop = pytest.importorskip("uvloop")
     for _ in range(2):
         run_on(uvloop.new_event_loop, lambda: conversation(layer, other))
 
 
-def test_uvloop_ends_without_close(
+def test_uvloop_ended_without_close_is_replaced(
     layer: PostgresChannelLayer, other: PostgresChannelLayer
 ) -> None:
     uvloop = pytest.importorskip("uvloop")
@@ -1035,7 +1038,7 @@ def test_uvloop_ends_without_close(
         assert run_on(make_loop, lambda: received(layer, channel, 1)) == [n]
 
 
-def test_uvloop_as_owner_serves_other_loops(
+def test_uvloop_as_owner_loop_serves_foreign_loops(
     layer: PostgresChannelLayer, other: PostgresChannelLayer, loop_thread: Callable[..., LoopThread]
 ) -> None:
     uvloop = pytest.importorskip("uvloop")
@@ -1044,8 +1047,8 @@ def test_uvloop_as_owner_serves_other_loops(
     owner.do(layer.group_add("room", channel))
     owner.do(layer.group_send("room", number(0)))
     assert owner.do(received(layer, channel, 1)) == [0]
-    guest = loop_thread()
-    waiting = guest.start(received(layer, channel, 20))
+    foreign = loop_thread()
+    waiting = foreign.start(received(layer, channel, 20))
     asyncio.run(_group_send_all(layer, 0, 10))
     asyncio.run(_group_send_all(other, 10, 20))
     assert waiting.result(PATIENCE) == list(range(20))
@@ -1058,11 +1061,11 @@ async def _group_send_all(layer: PostgresChannelLayer, start: int, stop: int) ->
 
 
 @pytest.mark.parametrize("steps", range(12))
-def test_a_loop_that_runs_now_and_then_leaves_no_task_behind(
+def test_close_on_a_loop_run_repeatedly_leaves_no_task(
     migrated_dsn: str, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """As in a test runner, which runs it for fixtures: whatever step the layer's own tasks have come to."""
-    monkeypatch.setattr(engine, "STOP_TIMEOUT", 600.0)  # none that it has given up
+    """A test runner runs its loop for each fixture. The layer's tasks may be at any step."""
+    monkeypatch.setattr(engine, "STOP_TIMEOUT", 600.0)  # the engine waits for all its tasks
 
     async def join(layer: PostgresChannelLayer) -> None:
         for channel in (await layer.new_channel(), "jobs"):

@@ -1,4 +1,4 @@
-"""A loop that receives takes over from the thread that received before: whole and in order."""
+"""A loop takes over receiving from another thread: all messages arrive, in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.test_django import postgres
 from tests.processes import PATIENCE, UNHURRIED, Message, open_layer, receive
 from tests.project.configured import configured
 
-LAYERS = {0: 12, 100: 12, 1500: 4}  # by how many messages wait at first
+LAYERS = {0: 12, 100: 12, 1500: 4}  # layers, by the number of messages that wait at first
 ROUNDS = 2
 PAUSES = [0.003 * step for step in range(12)]  # seconds
 LIVE = 200  # messages that are sent while a loop receives
@@ -45,7 +45,7 @@ def django_dsn(migrated_dsn: str) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def switching() -> Iterator[None]:
-    """Threads take turns often, so that one is interrupted wherever it can be."""
+    """Switch threads often, so that each may be interrupted anywhere."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0001)
     yield
@@ -59,7 +59,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def group_add(layer: PostgresChannelLayer, group: str, channel: str) -> None:
-    """In a thread whose connection to the database is closed in the end."""
+    """Call `layer.sync.group_add`, and close the thread's connection to the database."""
     try:
         layer.sync.group_add(group, channel)
     finally:
@@ -67,9 +67,9 @@ def group_add(layer: PostgresChannelLayer, group: str, channel: str) -> None:
 
 
 class Writer:
-    """Sends numbers in order, in a thread of its own: many together, some alone, some large.
+    """Sends numbers in order, in a thread of its own: in batches, alone, and in large messages.
 
-    They go to the channel; from `join` on in turn also to the group.
+    It sends them to the channel; after `join`, alternately to the group.
     """
 
     def __init__(self, dsn: str, group: str, channel: str, numbers: range, before: int) -> None:
@@ -85,11 +85,11 @@ class Writer:
         asyncio.run(self._write())
 
     def wait(self) -> None:
-        """Return when all was sent that waits in the channel before it joins."""
+        """Wait until all messages are sent that wait in the channel before it joins."""
         assert self._has_sent_before.wait(PATIENCE)
 
     def join(self) -> None:
-        """The channel is a member now."""
+        """Note that the channel is a member now."""
         self._has_joined.set()
 
     async def _write(self) -> None:
@@ -115,9 +115,9 @@ def message(number: int) -> Message:
 async def received(
     layer: PostgresChannelLayer, channel: str, count: int, others: Sequence[Future[None]]
 ) -> list[int]:
-    """The numbers of the next messages. The loop ends after the calls of other threads."""
+    """Return the numbers of the next messages, after the calls of other threads have ended."""
     numbers: list[int] = []
-    with suppress(asyncio.TimeoutError):  # the numbers say which are missing
+    with suppress(asyncio.TimeoutError):  # the numbers show which messages are missing
         while len(numbers) < count:
             numbers.append((await receive(layer, channel))["number"])
     await asyncio.gather(*map(asyncio.wrap_future, others))
@@ -125,26 +125,26 @@ async def received(
 
 
 def send_elsewhere(layer: PostgresChannelLayer, number: int) -> None:
-    """In a thread: send a few messages, which nobody receives, one after the other."""
+    """Send a few messages that are not received, one after the other. Called in a thread."""
     for _ in range(20):
         async_to_sync(layer.send)(f"jobs-{number}", {"type": "job", "blob": LARGE})
 
 
 def disorder(numbers: list[int]) -> list[tuple[int, int]]:
-    """Some pairs of neighbours that are not in order, or between which something is missing."""
+    """Return some neighbours that are out of order, or between which numbers are missing."""
     pairs = itertools.pairwise(numbers)
     return [(one, other) for one, other in pairs if other != one + 1][:5]
 
 
 @pytest.mark.parametrize("before", [0, 100, 1500])
-def test_loop_that_receives_right_after_a_thread_added_its_channel_gets_all_messages_in_order(
+def test_receive_after_a_takeover_from_a_thread_gets_all_messages_in_order(
     django_dsn: str, pool: ThreadPoolExecutor, before: int
 ) -> None:
-    """``layer.sync.group_add`` in a thread begins to receive, as no event loop does.
+    """``layer.sync.group_add`` in a thread begins to receive, on the background loop.
 
     Messages wait in the channel then, and another layer sends more. An event loop receives at
-    once, and later another one. Each time all messages arrive, once and in order, and nothing
-    follows that was received before.
+    once, and later another one. Each time all messages arrive once and in order, and none
+    arrives again.
     """
     count = before + LIVE
     for turn in range(LAYERS[before]):
@@ -160,21 +160,23 @@ def test_loop_that_receives_right_after_a_thread_added_its_channel_gets_all_mess
                 pool.submit(group_add, layer, group, channel).result()
                 writer.join()
                 others = [pool.submit(send_elsewhere, layer, other) for other in range(THREADS)]
-                time.sleep(PAUSES[turn % len(PAUSES)])  # wherever the thread has come to then
+                time.sleep(PAUSES[turn % len(PAUSES)])  # the thread is then at any step
                 found = asyncio.run(received(layer, channel, count, [writing, *others]))
                 assert found == list(numbers), f"layer {turn}, {round_}: {disorder(found)}"
         finally:
             asyncio.run(layer.close())
 
 
-async def test_state_of_receiving_is_touched_on_the_owner_loop_alone(migrated_dsn: str) -> None:
-    """Where a call enters the state from another thread, an assertion fails."""
+async def test_state_of_receiving_touched_on_a_foreign_loop_fails_an_assertion(
+    migrated_dsn: str,
+) -> None:
+    """Each method by which a call enters that state asserts the thread."""
     async with open_layer(migrated_dsn, **UNHURRIED) as layer:
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
-        home = layer._loops.main_engine
-        assert home is not None
-        owner = home.owner
+        main = layer._loops.main_engine
+        assert main is not None
+        owner = main.owner
         assert owner is not None
         receiver = owner.receiver
         changes = OwnChanges(

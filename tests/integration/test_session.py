@@ -1,4 +1,4 @@
-"""Statements on a connection: what is sent arrives, and what cuts one short spoils not the next."""
+"""Sessions: statements on a connection, and what happens to the next one after a failure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUMBER = Statement("SELECT $1", INT4)
 WAIT = Statement("SELECT 'waited' FROM pg_advisory_xact_lock_shared(7)")
 BEGIN = Statement("BEGIN")
 WRONG = Statement("SELECT 1 / $1", INT4)
-FORGET = Statement("DEALLOCATE ALL")
+DEALLOCATE = Statement("DEALLOCATE ALL")
 PREPARED = Statement("SELECT count(*) FROM pg_prepared_statements")
 
 
@@ -44,18 +44,18 @@ async def session(postgres_dsn: str, request: pytest.FixtureRequest) -> AsyncIte
 
 @pytest.fixture
 def lock(postgres_dsn: str) -> Any:
-    """Makes WAIT wait, until it is let go."""
+    """A connection with the lock for which WAIT waits."""
     with psycopg.connect(postgres_dsn, autocommit=True) as conn:
         conn.execute("SELECT pg_advisory_lock(7)")
         yield conn
 
 
-def let_go(lock: psycopg.Connection[Any]) -> None:
+def unlock(lock: psycopg.Connection[Any]) -> None:
     lock.execute("SELECT pg_advisory_unlock(7)")
 
 
 async def waiting(session: Session) -> asyncio.Task[Any]:
-    """A statement that the server has begun, and does not end."""
+    """Return the task of a statement that waits in the server."""
     task = asyncio.create_task(session.execute(WAIT))
     pid = session.conn.info.backend_pid
     async with await AsyncConnection.connect(
@@ -71,26 +71,26 @@ async def waiting(session: Session) -> asyncio.Task[Any]:
                 return task
 
 
-async def test_what_is_said_is_heard(session: Session) -> None:
+async def test_execute_returns_the_values_that_were_sent(session: Session) -> None:
     assert await session.execute(ECHO, "ü", -7, 0.1, b"\0\xff") == [("ü", -7, 0.1, b"\0\xff")]
     assert await session.execute(ECHO, None, None, None, None) == [(None, None, None, None)]
     assert await session.execute(ARRAYS, ["a", ""], [1, 2**63 - 1]) == [(["a", ""], [1, 2**63 - 1])]
     assert await session.execute(ARRAYS, [], []) == [([], [])]
 
 
-async def test_more_than_a_socket_holds(session: Session) -> None:
+async def test_execute_with_more_data_than_a_socket_buffers_returns_it(session: Session) -> None:
     data = bytes(range(256)) * 2**16
     assert await session.execute(LENGTH, data) == [(len(data), data)]
 
 
-async def test_a_statement_is_prepared_once(session: Session) -> None:
+async def test_execute_repeated_prepares_the_statement_once(session: Session) -> None:
     for n in range(3):
         assert await session.execute(NUMBER, n) == [(n,)]
     [(count,)] = await session.execute(PREPARED)
     assert count == (2 if session.can_prepare else 0)
 
 
-async def test_an_error_is_told_and_the_next_statement_runs(session: Session) -> None:
+async def test_execute_failing_raises_and_the_next_statement_runs(session: Session) -> None:
     with pytest.raises(errors.DivisionByZero) as caught:
         await session.execute(WRONG, 0)
     assert caught.value.sqlstate == "22012"
@@ -98,14 +98,14 @@ async def test_an_error_is_told_and_the_next_statement_runs(session: Session) ->
     assert await session.execute(NUMBER, 1) == [(1,)]
 
 
-async def test_too_few_values_say_so_and_send_nothing(session: Session) -> None:
+async def test_execute_with_too_few_values_raises_and_sends_nothing(session: Session) -> None:
     with pytest.raises(ValueError, match="argument"):
         await session.execute(ECHO, "one")
     assert session.is_reusable
     assert await session.execute(NUMBER, 1) == [(1,)]
 
 
-async def test_a_cancelled_statement_ends_by_itself(
+async def test_execute_cancelled_is_reusable_after_settle(
     session: Session, lock: psycopg.Connection[Any]
 ) -> None:
     task = await waiting(session)
@@ -114,19 +114,20 @@ async def test_a_cancelled_statement_ends_by_itself(
         await task
     assert not session.is_reusable
     settling = asyncio.create_task(session.settle())
-    let_go(lock)
+    unlock(lock)
     await asyncio.wait_for(settling, PATIENCE)
     assert session.is_reusable
     assert await session.execute(NUMBER, 1) == [(1,)]
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_cancelled_as_the_answer_comes(
+async def test_execute_cancelled_when_the_answer_arrives_is_reusable_after_settle(
     session: Session, lock: psycopg.Connection[Any], turns: int
 ) -> None:
     task = await waiting(session)
-    let_go(lock)
-    # The answer is here before the loop looks: it is seen in the very turn of the cancellation, or around it.
+    unlock(lock)
+    # The answer is here before the loop polls. The loop reads it in the step of the
+    # cancellation, before it, or after it.
     assert select.select([session.fileno()], [], [], PATIENCE)[0]
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -139,7 +140,7 @@ async def test_cancelled_as_the_answer_comes(
     assert await session.execute(NUMBER, 1) == [(1,)]
 
 
-async def test_a_transaction_that_a_cancelled_caller_left_open_is_rolled_back(
+async def test_settle_rolls_back_the_transaction_of_a_cancelled_caller(
     session: Session, lock: psycopg.Connection[Any]
 ) -> None:
     await session.execute(BEGIN)
@@ -147,12 +148,12 @@ async def test_a_transaction_that_a_cancelled_caller_left_open_is_rolled_back(
     task = await waiting(session)
     task.cancel()
     await asyncio.wait({task})
-    let_go(lock)
+    unlock(lock)
     await asyncio.wait_for(session.settle(), PATIENCE)
     assert session.is_reusable
 
 
-async def test_a_failed_transaction_is_rolled_back(session: Session) -> None:
+async def test_settle_rolls_back_a_failed_transaction(session: Session) -> None:
     await session.execute(BEGIN)
     with pytest.raises(errors.DivisionByZero):
         await session.execute(WRONG, 0)
@@ -161,20 +162,22 @@ async def test_a_failed_transaction_is_rolled_back(session: Session) -> None:
     assert session.is_reusable
 
 
-async def test_the_server_says_why_it_goes(session: Session, lock: psycopg.Connection[Any]) -> None:
+async def test_execute_on_a_terminated_backend_raises_the_servers_reason(
+    session: Session, lock: psycopg.Connection[Any]
+) -> None:
     task = await waiting(session)
     fd = session.fileno()
     lock.execute("SELECT pg_terminate_backend(%s)", (session.conn.info.backend_pid,))
     with pytest.raises(errors.AdminShutdown):
         await asyncio.wait_for(task, PATIENCE)
     assert not session.is_reusable
-    # Nothing is left in the loop that the next socket with that number would be taken for.
+    # The loop does not watch the file descriptor any more: the next socket may get its number.
     assert not asyncio.get_running_loop().remove_reader(fd)
     with pytest.raises(psycopg.OperationalError):
         await session.execute(NUMBER, 1)
 
 
-async def test_an_idle_session_notices_that_the_server_has_gone(
+async def test_idle_session_notices_that_the_server_closed_the_connection(
     session: Session, lock: psycopg.Connection[Any]
 ) -> None:
     await session.execute(NUMBER, 1)
@@ -186,7 +189,7 @@ async def test_an_idle_session_notices_that_the_server_has_gone(
 
 
 @pytest.mark.parametrize("way", ["close", "cut"])
-async def test_who_waits_is_told_that_the_connection_was_closed(
+async def test_execute_on_a_connection_closed_meanwhile_raises(
     session: Session, lock: psycopg.Connection[Any], way: str
 ) -> None:
     task = await waiting(session)
@@ -201,16 +204,16 @@ async def test_who_waits_is_told_that_the_connection_was_closed(
     session.close()
 
 
-async def test_statements_that_the_server_has_forgotten_are_prepared_anew(session: Session) -> None:
+async def test_execute_of_a_deallocated_statement_prepares_it_again(session: Session) -> None:
     assert await session.execute(NUMBER, 1) == [(1,)]
-    await session.execute(FORGET)
+    await session.execute(DEALLOCATE)
     if session.can_prepare:
         with pytest.raises(errors.InvalidSqlStatementName):
             await session.execute(NUMBER, 2)
     assert await session.execute(NUMBER, 3) == [(3,)]
 
 
-async def test_loops_lend_each_other_a_session(session: Session) -> None:
+async def test_execute_runs_on_any_event_loop(session: Session) -> None:
     def elsewhere(n: int) -> list[tuple[Any, ...]]:
         return asyncio.run(session.execute(NUMBER, n))
 
@@ -219,10 +222,10 @@ async def test_loops_lend_each_other_a_session(session: Session) -> None:
         assert await session.execute(NUMBER, n) == [(n,)]
 
 
-async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
+async def test_layer_whose_prepared_statements_were_deallocated_goes_on(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """As after `DISCARD ALL`, or when functions were replaced by others that return another type."""
+    """They are gone after `DISCARD ALL`, or if a function now returns another type."""
     layer: PostgresChannelLayer = make_layer()
     channel = await layer.new_channel()
     await layer.send(channel, {"n": 0})
@@ -230,19 +233,19 @@ async def test_a_layer_goes_on_when_its_prepared_statements_are_gone(
     engine = layer._loops.main_engine
     assert engine is not None
 
-    async def forget(session: Session) -> None:
-        await session.execute(FORGET)
+    async def deallocate(session: Session) -> None:
+        await session.execute(DEALLOCATE)
 
-    await engine.connections.run(forget, timeout=PATIENCE)
+    await engine.connections.run(deallocate, timeout=PATIENCE)
     for n in range(1, 4):
         await layer.send(channel, {"n": n})
         assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": n}
 
 
-# ---------------------------------------------------------------------- where no loop runs
+# ---------------------------------------------------------------------- blocking statements
 
 
-def test_a_blocking_statement_is_heard(postgres_dsn: str) -> None:
+def test_execute_now_returns_rows_and_raises_errors(postgres_dsn: str) -> None:
     data = bytes(range(256)) * 2**14
     with closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
         assert Session(conn).execute_now(LENGTH, data) == [(len(data), data)]
@@ -251,7 +254,7 @@ def test_a_blocking_statement_is_heard(postgres_dsn: str) -> None:
         assert Session(conn).execute_now(NUMBER, 1) == [(1,)]
 
 
-def test_a_blocking_statement_is_not_waited_for_without_end(
+def test_execute_now_raises_after_its_timeout(
     postgres_dsn: str, lock: psycopg.Connection[Any]
 ) -> None:
     with (
@@ -261,14 +264,14 @@ def test_a_blocking_statement_is_not_waited_for_without_end(
         Session(conn).execute_now(WAIT, timeout=0.1)
 
 
-def test_preparing_a_blocking_statement_is_part_of_the_time_it_has(
+def test_execute_now_counts_preparing_towards_its_timeout(
     postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Mock(monotonic=Mock(return_value=0.0))
     monkeypatch.setattr(session_module, "time", clock)
 
     class Slow(Session):
-        """Preparing takes all the time there is."""
+        """Preparing a statement takes the whole timeout."""
 
         def _send(self, statement: Statement, parameters: list[bytes | None]) -> None:
             clock.monotonic.return_value = 20.0
@@ -281,12 +284,12 @@ def test_preparing_a_blocking_statement_is_part_of_the_time_it_has(
         Slow(conn, can_prepare=True).execute_now(NUMBER, 1, timeout=20)
 
 
-def test_a_blocking_statement_is_waited_for_less_when_the_bell_rings(
+def test_execute_now_interrupted_waits_for_the_short_timeout_only(
     postgres_dsn: str, lock: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "INTERRUPTED_TIMEOUT", 0.1)
-    interrupt, ringer = socket.socketpair()
-    with interrupt, ringer, closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
-        ringer.send(b".")
+    interrupt, writer = socket.socketpair()
+    with interrupt, writer, closing(psycopg.connect(postgres_dsn, autocommit=True)) as conn:
+        writer.send(b".")
         with pytest.raises(psycopg.OperationalError, match="did not answer in time"):
             Session(conn).execute_now(WAIT, timeout=3600, interrupt=interrupt)

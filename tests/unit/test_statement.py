@@ -1,4 +1,4 @@
-"""Parameters in PostgreSQL's binary format: psycopg's own loaders read from them what was put in."""
+"""Parameters in PostgreSQL's binary format: psycopg's own loaders decode them unchanged."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def type_named(name: str) -> Type:
     return found
 
 
-def there_and_back(type: Type, value: object) -> Any:
+def round_trip(type: Type, value: object) -> Any:
     return Transformer().get_loader(type.oid, Format.BINARY).load(type.encode(value))
 
 
 @pytest.mark.parametrize("name", [*SCALARS, *ARRAYS])
-def test_what_goes_in_comes_out(name: str) -> None:
+def test_encoded_value_is_decoded_unchanged_by_psycopg(name: str) -> None:
     values, _ = {**SCALARS, **ARRAYS}[name]
 
     @given(values)
-    def hold(value: object) -> None:
-        assert there_and_back(type_named(name), value) == value
+    def check(value: object) -> None:
+        assert round_trip(type_named(name), value) == value
 
-    hold()
+    check()
 
 
 @pytest.mark.parametrize("name", [*SCALARS, *ARRAYS])
-def test_each_says_its_type(name: str) -> None:
+def test_type_has_the_oid_of_the_catalogue(name: str) -> None:
     if name in SCALARS:
         assert type_named(name).oid == postgres.types[SCALARS[name][1]].oid
         return
@@ -75,37 +75,37 @@ def test_each_says_its_type(name: str) -> None:
     assert int.from_bytes(data[8:12], "big") == info.oid
 
 
-def test_every_type_is_held() -> None:
+def test_all_types_are_tested() -> None:
     types = {name for name, found in vars(statement).items() if isinstance(found, Type)}
     assert types == {*SCALARS, *ARRAYS}
 
 
-def test_floats_that_are_no_numbers() -> None:
-    infinite, nan = there_and_back(statement.FLOAT8S, [math.inf, math.nan])
+def test_encode_of_infinity_and_nan_round_trips() -> None:
+    infinite, nan = round_trip(statement.FLOAT8S, [math.inf, math.nan])
     assert infinite == math.inf
     assert math.isnan(nan)
 
 
 @pytest.mark.parametrize("items", [("one",), ("", "two", "ü", "x" * 70_000)])
-def test_texts_are_the_bytes_that_psycopg_itself_sends(items: Sequence[str]) -> None:
+def test_encode_of_texts_equals_psycopgs_own_encoding(items: Sequence[str]) -> None:
     own = Transformer().get_dumper([*items], PyFormat.BINARY).dump([*items])
     assert own is not None
     assert statement.TEXTS.encode(items) == bytes(own)
 
 
-def test_what_is_no_list_will_do() -> None:
-    assert there_and_back(statement.TEXTS, ("a", "b")) == ["a", "b"]
-    assert there_and_back(statement.INT8S, range(3)) == [0, 1, 2]
+def test_encode_accepts_any_sequence() -> None:
+    assert round_trip(statement.TEXTS, ("a", "b")) == ["a", "b"]
+    assert round_trip(statement.INT8S, range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("name", "number"), [("INT4S", 2**31), ("INT8S", 2**63), ("INT4", 2**31)])
-def test_numbers_that_do_not_fit_are_refused(name: str, number: int) -> None:
+def test_encode_of_a_number_out_of_range_raises(name: str, number: int) -> None:
     value = [number] if name in ARRAYS else number
     with pytest.raises(struct.error):
         type_named(name).encode(value)
 
 
-def test_a_statement_says_its_parameters_in_order() -> None:
+def test_statement_encodes_its_parameters_in_order() -> None:
     select = Statement("SELECT $1, $2", statement.TEXT, statement.INT4)
     assert select.sql == b"SELECT $1, $2"
     assert select.oids == [25, 23]
@@ -115,6 +115,6 @@ def test_a_statement_says_its_parameters_in_order() -> None:
 
 
 @pytest.mark.parametrize("values", [(), ("a",), ("a", 1, 2)])
-def test_a_statement_wants_each_parameter_once(values: tuple[object, ...]) -> None:
+def test_statement_with_too_few_or_too_many_values_raises(values: tuple[object, ...]) -> None:
     with pytest.raises(ValueError, match="argument"):
         Statement("SELECT $1, $2", statement.TEXT, statement.INT4).encode(values)
