@@ -103,39 +103,40 @@ class Proxy:
 
     # ------------------------------------------------------------------ in the proxy's thread
 
+    # Do not use asyncio.start_server(): before Python 3.12.1 it never closes a connection that it
+    # accepts while it is being closed.
     async def _start(self) -> int:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
-        self._accepting = self._loop.create_task(self._accept())
+        self._loop.add_reader(self._listener, self._accept)
         port: int = self._listener.getsockname()[1]
         return port
 
     async def _stop(self) -> None:
-        self._accepting.cancel()
-        await asyncio.wait((self._accepting,))
+        self._loop.remove_reader(self._listener)
         self._listener.close()
         await self._cut()
 
-    # Do not use asyncio.start_server(): before Python 3.12.1 it never closes a connection that it
-    # accepts while it is being closed.
-    async def _accept(self) -> None:
-        while True:
-            connection, _ = await self._loop.sock_accept(self._listener)
-            reader, writer = await asyncio.open_connection(sock=connection)
-            flows = asyncio.Event()
-            if not self._is_swallowing:
-                flows.set()
-            path = asyncio.ensure_future(self._forward(reader, writer, flows))
-            self._paths[path] = flows
-            path.add_done_callback(self._paths.pop)
-            # The task may be cancelled before its first step: its own cleanup does not run then.
-            path.add_done_callback(lambda _, writer=writer: writer.transport.abort())  # type: ignore[misc]
-
-    async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event
-    ) -> None:
-        writers = [writer]
+    def _accept(self) -> None:
         try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # the other side has closed it already
+        connection.setblocking(False)
+        flows = asyncio.Event()
+        if not self._is_swallowing:
+            flows.set()
+        path = self._loop.create_task(self._forward(connection, flows))
+        self._paths[path] = flows
+        path.add_done_callback(self._paths.pop)
+        # The task may be cancelled before its first step: its own cleanup does not run then.
+        path.add_done_callback(lambda _: connection.close())
+
+    async def _forward(self, connection: socket.socket, flows: asyncio.Event) -> None:
+        writers: list[asyncio.StreamWriter] = []
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection)
+            writers.append(writer)
             await flows.wait()
             far_reader, far_writer = await asyncio.open_connection(*self._target)
             writers.append(far_writer)
