@@ -18,6 +18,8 @@ from tests.faults.test_backends_killed import Party, Recovery, Traffic
 from tests.faults.test_restart import assert_told_once, is_back
 from tests.processes import listen, receive, until
 
+pytestmark = pytest.mark.slow
+
 HEARTBEAT = 1.0
 SWALLOWING = {"heartbeat": HEARTBEAT, "lease": 300, "send_timeout": 2}
 CUTTING = 5.0  # seconds

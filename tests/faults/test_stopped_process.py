@@ -24,6 +24,8 @@ from tests.faults.readers import lists, numbered, readers_of
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
+pytestmark = pytest.mark.slow
+
 LEASE = 3.0
 # The sweeps are those that a test runs.
 SHORT_LEASE: dict[str, object] = {
