@@ -23,8 +23,7 @@ from benchmarks.layers import KINDS, LayerSpec, configure_django
 from benchmarks.scenarios import EVERY
 from benchmarks.scenarios.base import Receipt, Receive, Roles, Sent, Sizes, Stage
 
-#: A message to the runner: ("ready", announced), ("report", Receipt or Sent) or ("error", text).
-Word = tuple[Literal["ready", "report", "error"], Any]
+# Messages to the runner: ("ready", announced), ("report", Receipt or Sent) or ("error", text).
 
 _CLOSE_LIMIT = 5.0
 #: The number of messages of a logger that are shown.

@@ -23,6 +23,8 @@ from tests.faults.traffic import (
 )
 from tests.processes import listen, receive, until
 
+pytestmark = pytest.mark.slow
+
 HEARTBEAT = 1.0
 SWALLOWING = {"heartbeat": HEARTBEAT, "lease": 300, "send_timeout": 2}
 CUTTING = 5.0  # seconds

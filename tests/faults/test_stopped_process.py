@@ -24,6 +24,8 @@ from tests.faults.readers import numbered, readers_of, wait_for_members
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
+pytestmark = pytest.mark.slow
+
 LEASE = 3.0
 # No process sweeps by itself.
 SHORT_LEASE: dict[str, object] = {

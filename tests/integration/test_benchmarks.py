@@ -27,7 +27,7 @@ from tests.components import require_executable, require_module
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def run(dsn: str, folder: Path, *arguments: str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"^ +(server [AB]): (http://127\.0\.0\.1:\d+)/$")
 PATIENCE = 30.0
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class RunningDemo:

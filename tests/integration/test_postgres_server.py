@@ -26,6 +26,8 @@ from devtools.postgres import (
 from devtools.postgres.__main__ import main
 from devtools.postgres.binaries import WHEEL
 
+pytestmark = pytest.mark.slow
+
 # Starts a server, prints its pid and folder, and waits to be killed.
 PARENT = """
 import sys
