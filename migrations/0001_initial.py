@@ -16,7 +16,7 @@ def drop(apps: StateApps, schema_editor: BaseDatabaseSchemaEditor) -> None:
 
 
 def run(schema_editor: BaseDatabaseSchemaEditor, files: str) -> None:
-    # A project may have other databases beside PostgreSQL, and no router: the tables are of no use there.
+    # A project may have databases other than PostgreSQL, and no router. The layer cannot use them.
     if schema_editor.connection.vendor == "postgresql":
         for file in sorted(FOLDER.glob(files)):
             schema_editor.execute(file.read_text(encoding="utf-8"), params=None)

@@ -19,7 +19,7 @@ from tests.project.commands import manage, succeeded
 
 MESSAGES, MEMBERSHIPS, CLIENTS = 100_000, 5_000, 2_000
 
-# Whoever waited longer than this for a lock would fail: the sweep may hold none that traffic needs.
+# Statements that wait longer for a lock fail: a sweep must not hold locks that traffic needs.
 LOCKS = "-c lock_timeout=1s -c deadlock_timeout=100ms"
 OPTIONS: dict[str, object] = {"capacity": 100_000, "sweep_interval": 0, "expiry": 600}
 
@@ -60,7 +60,7 @@ def age(observer: Observer, address: str) -> None:
 
 
 async def member(link: Link, dsn: str) -> tuple[list[object], list[object]]:
-    """Join the room; return what came on the own channel and as jobs, up to the end."""
+    """Join the room. Return the messages of the own channel and the jobs, up to the end."""
     async with open_layer(dsn, **OPTIONS) as layer:
         channel = await layer.new_channel()
         await listen(layer)
@@ -91,7 +91,7 @@ class Traffic:
         start = time.monotonic()
         await self._layer.group_send("room", message)
         await self._layer.send("jobs", message)
-        # As those who come and go: rows of a table in which the sweep deletes.
+        # Change rows of the table in which the sweep deletes.
         await self._layer.group_add(f"room{self.sent % 20}", self._channel)
         await self._layer.group_discard(f"room{(self.sent - 5) % 20}", self._channel)
         self.slowest = max(self.slowest, time.monotonic() - start)
@@ -115,7 +115,7 @@ async def flowing(traffic: Traffic) -> AsyncIterator[None]:
 
 
 async def blocked(dsn: str, is_over: asyncio.Event) -> int:
-    """How often a statement of the layer was seen waiting for a lock of a table or a row."""
+    """Count how often a statement of the layer is seen waiting for a lock."""
     seen = 0
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as watcher:
         while not is_over.is_set():
@@ -140,7 +140,7 @@ async def test_sweeper_after_a_day_beside_traffic_removes_old_rows(
 ) -> None:
     impatient = make_conninfo(migrated_dsn, options=LOCKS)
     layer = make_layer(dsn=impatient, **OPTIONS)
-    await listen(layer)  # the first renewal of a client deletes expired messages, too
+    await listen(layer)  # the first renewal of a client also deletes expired messages
     reader = processes.start(member, impatient)
     channel = await reader.hear()
     [(address,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (channel,)).fetchall()
@@ -158,7 +158,7 @@ async def test_sweeper_after_a_day_beside_traffic_removes_old_rows(
             command = await asyncio.to_thread(manage, migrated_dsn, "pg_layer_sweep", "--once")
             assert traffic.sent > before
         is_over.set()
-        # The queries are short: a wait that was seen twice in a row is one.
+        # The queries are short: a statement that is seen waiting twice in a row does wait.
         assert await watching <= 1
     await layer.send(channel, {"number": None})
     own, jobs = await reader.result()
@@ -183,7 +183,7 @@ async def test_old_rows_before_a_sweep_are_not_delivered(
     channel = await reader.hear()
     [(address,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (channel,)).fetchall()
     age(observer, address)
-    # Announced as if they were new: the readers look at all of them.
+    # Announce the old rows as if they were new: the readers judge all of them.
     observer.execute(
         "SELECT pg_notify(pg_layer_notification_channel(address), CASE address"
         " WHEN 'asgi!:jobs' THEN 'J ' || min(id)"
@@ -209,7 +209,7 @@ def test_sweep_batch_continues_where_the_last_one_ended(
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
 
     def pages(messages: int) -> int:
-        """How many pages a sweep of so many in small batches looks at."""
+        """Return the number of pages that a sweep in small batches reads."""
         observer.execute("TRUNCATE pg_layer_message")
         observer.execute(
             "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
@@ -230,7 +230,7 @@ def test_sweep_batch_continues_where_the_last_one_ended(
 
 
 def _looked_at(observer: Observer) -> int:
-    """Pages of the messages' table and its index, since the statistics began."""
+    """Return the pages of the message table and its indexes that were read so far."""
     observer.execute("SELECT pg_stat_force_next_flush()")
     [(blocks,)] = observer.execute(
         "SELECT heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read"

@@ -22,7 +22,7 @@ from tests.processes import PATIENCE, Link, Process, Processes, listen, open_lay
 
 GROUP = "room"
 WRITE, FLUSH = "pg_layer_write_memberships", "pg_layer_flush"
-LOCK = 7205759403792794  # of those that write messages
+LOCK = 7205759403792794  # that statements take when they write messages
 ROUNDS = 25
 CHANNELS = 30
 LONG = 120.0  # seconds, the send_timeout of calls that no test waits for
@@ -36,7 +36,7 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 async def proxied(migrated_dsn: str, proxy: Proxy) -> AsyncIterator[PostgresChannelLayer]:
-    """A layer whose statements go through the proxy. It listens past it."""
+    """Return a layer whose statements go through the proxy, and whose listener does not."""
     async with open_layer(
         proxy.dsn(), listen_dsn=migrated_dsn, send_timeout=LONG, pool_max_size=8
     ) as layer:
@@ -76,7 +76,7 @@ async def answer_held(
 
 
 async def act_elsewhere(link: Link, dsn: str, group: str) -> None:
-    """Do what the test says until it says None."""
+    """Make changes for the test until it sends None."""
     async with open_layer(dsn) as layer:
         await layer.group_count(group)
         link.say("ready")

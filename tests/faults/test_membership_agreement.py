@@ -22,14 +22,14 @@ from tests.project.configured import configured
 
 GROUP = "room"
 PAIRS = 300
-SHORT = 1.0  # seconds, the send_timeout of a call that is to give up
+SHORT = 1.0  # seconds, the send_timeout of a call that must give up
 
 Pair = tuple[str, str]
 
 
 @pytest.fixture
 def sync_layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """A layer on Django's database, for ``layer.sync``."""
+    """Return a layer on Django's database, for ``layer.sync``."""
     layer = PostgresChannelLayer(**UNHURRIED)
     with configured(layer, DATABASES={"default": postgres(migrated_dsn)}, SECRET_KEY="x"):
         apps.populate([])
@@ -71,7 +71,7 @@ class OpenTransaction:
         assert self._error is None, self._error
 
     def abandon(self) -> None:
-        """End it in any case, also when the test has failed."""
+        """End the transaction, also if the test has failed."""
         self._may_end.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -97,7 +97,7 @@ class Agreement:
         self._probes = 0
 
     async def look(self, pairs: Iterable[Pair]) -> tuple[set[Pair], set[Pair]]:
-        """The pairs of group and channel that are listed, and those that a message reaches.
+        """Return the pairs of group and channel that are listed, and those that a message reaches.
 
         A message to all groups is followed by one to each channel, from the same sender: when
         a channel has received the second, the first has reached it or never will.
@@ -231,7 +231,7 @@ async def test_open_transaction_with_many_memberships_fails_no_other_change(
 
 
 async def change_elsewhere(link: Link, dsn: str) -> None:
-    """Change memberships of channels that another process owns, until the test says None."""
+    """Change memberships of channels that another process owns, until the test sends None."""
     async with open_layer(dsn) as layer:
         await layer.group_count(GROUP)
         link.say("ready")
@@ -307,7 +307,7 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 
 def backends(observer: Observer) -> set[Any]:
-    """Of the connections that lead through the proxy."""
+    """Return the process ids of the connections through the proxy."""
     query = (
         "SELECT pid FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name = 'proxied'"
@@ -340,7 +340,7 @@ async def test_membership_change_given_up_and_late_changes_nothing(
         dsn=proxy.dsn(connect_timeout=2, application_name="proxied"),
         listen_dsn=migrated_dsn,
         send_timeout=SHORT,
-        pool_max_size=1,  # no idle session is held up that has nothing to execute
+        pool_max_size=1,  # no idle session without a statement is blocked
     )
     owner = changer if by == "owner" else make_layer()
     [channel] = await new_channels(owner, 1)
@@ -352,11 +352,11 @@ async def test_membership_change_given_up_and_late_changes_nothing(
     proxy.swallow()
     with pytest.raises(LayerUnavailable):
         await getattr(changer, late)(GROUP, channel)
-    proxy.let_go(revive=False)  # new connections work, and the old ones keep what they were given
+    proxy.let_go(revive=False)  # new connections work, and the old ones stay blocked
     await returned(lambda: getattr(changer, later)(GROUP, channel))
     assert held_up & backends(observer)
     proxy.let_go()
-    # The server reads what was held back, and ends these sessions when it has executed it.
+    # The server receives the blocked statements, executes them and ends these sessions.
     await until(lambda: not held_up & backends(observer))
 
     pairs = [(GROUP, channel)]

@@ -1,4 +1,4 @@
-"""Where NOTIFY cannot be had: its queue is full, or the server knows none."""
+"""A server without NOTIFY: its queue is full, or the server does not support it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.stand_ins import find_first
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
-# Heartbeats find out that nothing is heard, and that it is again.
+# Heartbeats detect that notifications do not arrive, and that they arrive again.
 BEATING: dict[str, object] = {"heartbeat": 1, "lease": 60, "capacity": 1000}
 
 
@@ -61,7 +61,7 @@ def fill(connection: psycopg.Connection) -> None:
 
 @contextmanager
 def full_queue(dsn: str) -> Iterator[None]:
-    """NOTIFY's queue is full, as somebody who listens sits in a transaction."""
+    """Fill NOTIFY's queue: a session that listens stays idle in a transaction."""
     with (
         psycopg.connect(dsn, autocommit=True) as pin,
         psycopg.connect(dsn, autocommit=True) as filler,
@@ -119,7 +119,7 @@ async def exchange(layer: PostgresChannelLayer, sender: PostgresChannelLayer, co
 
 
 async def hears_again(layer: PostgresChannelLayer) -> None:
-    """Wait until the layer listens, and finds nothing amiss."""
+    """Wait until the layer listens and reports no problems."""
 
     async def look() -> bool:
         health = await layer.health()
@@ -153,7 +153,7 @@ async def test_messages_while_the_queue_is_full_are_received(
         await exchange(layer, sender, 20)
         assert (await layer.health())["listener"] == "listening"
     assert len(falling_back(caplog)) == 1
-    # The sender, which hears nothing anyway, says it once as well, and the layer when it was over.
+    # The sender logs it once as well, and the layer logs the end.
     assert len(warnings(caplog)) <= 3
 
 
@@ -197,7 +197,7 @@ async def test_layer_that_begins_with_full_queue_receives(
 
 # ---------------------------------------------------------------------- a server that knows none
 
-# Stand-ins for what servers that speak PostgreSQL's protocol do; found before the real functions.
+# Stand-ins for servers that speak PostgreSQL's protocol, found before the real functions.
 NO_NOTIFY = """
     CREATE FUNCTION refusing.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS $$
     BEGIN RAISE feature_not_supported USING MESSAGE = 'NOTIFY is not supported'; END $$;

@@ -36,7 +36,7 @@ def old_snapshot(dsn: str) -> Iterator[None]:
 
 
 async def talk(layer: PostgresChannelLayer, sender: PostgresChannelLayer, channel: str) -> None:
-    """Messages go through one channel, some hundred at a time, and arrive in order."""
+    """Send and receive messages through one channel in rounds. They arrive in order."""
     for start in range(0, MESSAGES, 300):
         numbers = list(range(start, start + 300))
         await asyncio.gather(*(sender.send(channel, {"n": n}) for n in numbers))
@@ -66,7 +66,7 @@ async def closed(layer: PostgresChannelLayer, observer: Observer, name: str) -> 
 
 
 async def vacuumed(observer: Observer) -> None:
-    """As autovacuum does it, once all rows are deleted."""
+    """Vacuum the table once all rows are deleted, as autovacuum does."""
     await emptied(observer)
     observer.execute("VACUUM pg_layer_message")
 
@@ -79,13 +79,13 @@ async def test_dead_rows_stay_only_as_long_as_an_old_snapshot(
     channel = await layer.new_channel()
     with old_snapshot(migrated_dsn):
         await talk(layer, sender, channel)
-        await vacuumed(observer)  # to no avail
+        await vacuumed(observer)  # it removes nothing
         held = pages(observer)
         await talk(layer, sender, channel)
         # The bound is one row, and its index entry, for each message sent during the snapshot.
         most = pages(observer)
         assert held < most <= 2 * held + 10
-    # It is over: the space is used again, and more than that is not needed, however much is sent.
+    # After the snapshot the space is used again, and the table does not grow further.
     for _ in range(4):
         await vacuumed(observer)
         await talk(layer, sender, channel)
@@ -158,7 +158,7 @@ async def test_heartbeats_and_catch_ups_read_no_dead_rows(
 async def test_heartbeats_and_catch_ups_read_no_received_group_messages(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    """Group messages stay until they expire: those from before are not read again."""
+    """Group messages stay until they expire. Earlier ones are not read again."""
     named = make_conninfo(migrated_dsn, application_name="layer")
     layer = make_layer(dsn=named, capacity=1000, lease=60, heartbeat=0.3)
     sender = make_layer(dsn=make_conninfo(migrated_dsn, application_name="sender"), expiry=3600)

@@ -31,13 +31,13 @@ def proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 
 def goes_away(proxy: Proxy) -> None:
-    """All connections break, and no other one can be made."""
+    """Break all connections, and refuse new ones."""
     proxy.swallow()
     proxy.cut()
 
 
 async def blocked(observer: Observer, count: int = 1) -> None:
-    """Return when so many statements wait for a lock."""
+    """Return when a number of statements wait for a lock."""
     await asyncio.to_thread(until_blocked, observer, count)
 
 
@@ -47,14 +47,14 @@ async def blocked(observer: Observer, count: int = 1) -> None:
 async def test_send_whose_timeout_passes_in_its_statement_raises_outcome_unknown(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The statement is given up, and takes effect later."""
+    """The layer gives the statement up, and it takes effect later."""
     layer = make_layer(send_timeout=2)
     with locked(migrated_dsn, "pg_layer_message"):
         results = await asyncio.gather(
             *(layer.send("jobs", MESSAGE) for _ in range(3)), return_exceptions=True
         )
     assert type(results[0]) is OutcomeUnknown
-    # These waited for the first one: nothing of them was sent.
+    # These operations waited for the first one, and were not sent.
     assert [type(result) for result in results[1:]] == [LayerUnavailable, LayerUnavailable]
 
     def sent() -> bool:
@@ -150,7 +150,7 @@ async def test_own_group_add_whose_first_attempt_was_lost_raises_outcome_unknown
 async def test_own_group_discard_while_the_database_is_away_raises_outcome_unknown(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer, proxy: Proxy
 ) -> None:
-    """The channel receives nothing more at once, and the row goes when the database is back."""
+    """The channel receives nothing more. The row is deleted when the database returns."""
     layer = make_layer(dsn=proxy.dsn(connect_timeout=2), listen_dsn=migrated_dsn, send_timeout=2)
     channel = await layer.new_channel()
     await layer.group_add("room", channel)

@@ -1,4 +1,4 @@
-"""Messages that are written together are treated as if they were written one by one."""
+"""Batches write the same rows as single statements."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def arrange(observer: Observer, state: State) -> int:
 
 
 def written(observer: Observer, after: int) -> list[tuple[Any, ...]]:
-    """The rows that are new, in their order; when they end in hundreds of seconds."""
+    """Return the new rows in their order, with their ends in hundreds of seconds."""
     return observer.execute(
         "SELECT address, channel, excluded, payload, kind, marked,"
         " round(extract(epoch FROM expires_at - clock_timestamp()) / 100)"

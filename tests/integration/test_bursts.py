@@ -1,4 +1,4 @@
-"""More messages at once than a channel may hold: a member that reads receives all of them."""
+"""Bursts of more messages than the capacity: a member that reads receives all of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def send_all(layer: PostgresChannelLayer, how: str, size: int = 0) -> None
 
 
 async def burst(link: Link, dsn: str, size: int) -> None:
-    """Send bursts as the test says, until it says None."""
+    """Send bursts for the test until it sends None."""
     async with open_layer(dsn) as layer:
         link.say("ready")
         while (order := await link.hear()) is not None:
@@ -53,7 +53,7 @@ async def start_burst(processes: Processes, dsn: str, size: int = 0) -> Process[
 
 
 async def member(layer: PostgresChannelLayer) -> str:
-    """A new channel in the group."""
+    """Return a new channel in the group."""
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
     return channel
@@ -62,7 +62,7 @@ async def member(layer: PostgresChannelLayer) -> str:
 async def read_directly(
     layer: PostgresChannelLayer, channel: str, seconds: float = 0.0
 ) -> list[int]:
-    """The numbers of a channel's messages up to the last, received one after the other.
+    """Receive messages one by one up to the last. Return their numbers.
 
     ``seconds``: how long the reader is busy with each.
     """
@@ -75,12 +75,12 @@ async def read_directly(
 
 
 async def read_as_a_consumer(layer: PostgresChannelLayer, channel: str) -> list[int]:
-    """The same by the loop that runs Channels' consumers."""
+    """Receive as the loop that runs Channels' consumers does."""
     numbers: list[int] = []
     is_over = asyncio.Event()
 
     async def dispatch(message: dict[str, Any]) -> None:
-        await asyncio.sleep(0)  # as a handler that awaits something
+        await asyncio.sleep(0)  # as a handler that awaits
         if message["number"] == LAST:
             is_over.set()
         else:
@@ -97,14 +97,14 @@ async def read_as_a_consumer(layer: PostgresChannelLayer, channel: str) -> list[
 
 
 async def send_burst(sender: Process[None], how: str, last_to: Iterable[str]) -> None:
-    """Have the other process send a burst, and then the last message to each of the channels."""
+    """Make the other process send a burst, and then the last message to each channel."""
     sender.say((how, list(last_to)))
     assert await sender.hear() == "sent"
 
 
 @contextmanager
 def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop that runs in a thread of its own."""
+    """Run an event loop in a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -122,7 +122,7 @@ def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
 @pytest.mark.parametrize("how", BURSTS)
 @pytest.mark.parametrize("members", [1, 20])
 @pytest.mark.parametrize("read", [read_directly, read_as_a_consumer])
-async def test_group_burst_members_that_read_receive_all_of_it(
+async def test_group_burst_members_that_read_receive_all(
     migrated_dsn: str,
     make_layer: MakeLayer,
     processes: Processes,
@@ -143,10 +143,10 @@ async def test_group_burst_members_that_read_receive_all_of_it(
 
 
 @pytest.mark.parametrize("how", BURSTS)
-async def test_group_burst_of_the_same_process_is_received_by_its_member(
+async def test_group_burst_of_the_same_process_reaches_its_member(
     make_layer: MakeLayer, how: str
 ) -> None:
-    """The process that sends ten times the capacity has the member that reads."""
+    """The sending process has the member that reads."""
     layer = make_layer()
     await listen(layer)
     channel = await member(layer)
@@ -157,7 +157,7 @@ async def test_group_burst_of_the_same_process_is_received_by_its_member(
 
 
 @pytest.mark.parametrize("how", BURSTS)
-async def test_group_burst_member_on_another_loop_receives_all_of_it(
+async def test_group_burst_member_on_another_loop_receives_all(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, how: str
 ) -> None:
     """One member reads on the loop that listens, another on the loop of another thread."""
@@ -173,7 +173,7 @@ async def test_group_burst_member_on_another_loop_receives_all_of_it(
         assert await asyncio.wrap_future(reading_there) == list(range(COUNT))
 
 
-async def test_group_burst_only_member_on_another_loop_receives_all_of_it(
+async def test_group_burst_only_member_on_another_loop_receives_all(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
     """The only member reads on the loop of another thread, while the first loop only listens."""
@@ -187,10 +187,10 @@ async def test_group_burst_only_member_on_another_loop_receives_all_of_it(
         assert await asyncio.wrap_future(reading) == list(range(COUNT))
 
 
-async def test_group_burst_member_that_receives_half_of_its_channel_in_time_receives_all_of_it(
+async def test_group_burst_member_that_reads_half_in_time_receives_all(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes
 ) -> None:
-    """It takes less than half of its channel in a tenth of a second, and more than that in half a second."""
+    """It takes less than half of its capacity in 0.1 s, and more than half in 0.5 s."""
     layer = make_layer()
     await listen(layer)
     channel = await member(layer)
@@ -204,7 +204,7 @@ async def test_group_burst_member_that_receives_half_of_its_channel_in_time_rece
 
 
 @pytest.mark.parametrize("how", BURSTS)
-async def test_group_burst_member_that_never_reads_costs_its_neighbours_no_message(
+async def test_group_burst_member_that_never_reads_costs_others_no_message(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, how: str
 ) -> None:
     """Of two bursts the idle member keeps its capacity, and its neighbours receive everything."""
@@ -220,11 +220,13 @@ async def test_group_burst_member_that_never_reads_costs_its_neighbours_no_messa
     assert await read_directly(layer, idle) == list(range(CAPACITY))
 
 
-async def test_group_burst_member_that_hangs_costs_many_neighbours_no_more_than_its_own_turn(
+async def test_group_burst_member_that_hangs_costs_others_only_its_own_turn(
     make_layer: MakeLayer,
 ) -> None:
-    """All channels are full at once. If each of the members lengthened the turn of the one that hangs,
-    the others would wait for the rest of the burst beyond all patience.
+    """All channels are full at once.
+
+    If each member lengthened the turn of the member that hangs, the others would wait far too long
+    for the rest of the burst.
     """
     capacity, count, neighbours = 10, 15, 1500
     layer, sender = make_layer(capacity=capacity), make_layer()
@@ -236,7 +238,7 @@ async def test_group_burst_member_that_hangs_costs_many_neighbours_no_more_than_
         return [(await receive(layer, channel))["number"] for _ in range(count)]
 
     await sender.send(idle, {"number": -1})
-    assert (await receive(layer, idle))["number"] == -1  # so far it has kept up
+    assert (await receive(layer, idle))["number"] == -1  # it has received everything so far
     reading = asyncio.gather(*map(read, channels))
     await sender.group_send_many(("room", {"number": number}) for number in range(count))
     assert await reading == [list(range(count))] * neighbours
@@ -263,10 +265,10 @@ async def hold(link: Link, dsn: str) -> tuple[int, int, int]:
         return received, grown, len(await read_directly(layer, idle))
 
 
-async def test_group_burst_member_that_never_reads_holds_at_most_its_capacity_in_memory(
+async def test_group_burst_member_that_never_reads_keeps_only_its_capacity(
     migrated_dsn: str, processes: Processes
 ) -> None:
-    """What a process holds of 20 MB that one member does not read follows its capacity."""
+    """One member does not read 20 MB. The process keeps only its capacity in memory."""
     size = 20_000
     reader = processes.start(hold, migrated_dsn)
     channel = await reader.hear()

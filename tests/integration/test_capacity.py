@@ -1,4 +1,4 @@
-"""Capacity: how many messages may wait in a channel, and what becomes of one more."""
+"""Capacity: the number of messages that may wait in a channel, and the result of one more."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int)
 
 
 async def expect_nothing(layer: PostgresChannelLayer, *channels: str) -> None:
-    """Whatever was sent to them would have arrived with the last message on another channel."""
+    """Check that nothing arrives: earlier messages would arrive before one on another channel."""
     await listen(layer)
     for channel in channels:
         task = asyncio.create_task(layer.receive(channel))
@@ -46,7 +46,7 @@ async def expect_nothing(layer: PostgresChannelLayer, *channels: str) -> None:
 async def receive_on_demand(
     link: Link, dsn: str, channel: str | None, starts: str, capacity: int
 ) -> None:
-    """Receive as many messages as the test says, until it says None."""
+    """Receive as many messages as the test asks for, until it sends None."""
     async with open_layer(dsn, capacity=capacity) as layer:
         channel = channel or await layer.new_channel()
         if starts == "listening":
@@ -70,7 +70,7 @@ async def test_channel_holds_its_capacity_and_each_receive_frees_one_place(
         reader.say(1)
         received += await reader.hear()
         await layer.send(channel, {"number": number})
-        if name is None:  # a worker may have taken some for its next receives: these wait no longer
+        if name is None:  # a worker may have claimed some ahead: they no longer wait
             await expect_full(layer, channel)
     reader.say(5)
     received += await reader.hear()
@@ -140,7 +140,7 @@ async def test_sends_at_once_beyond_the_capacity_only_the_last_are_refused(
 async def test_batches_of_one_sender_fill_a_channel_exactly(
     make_layer: MakeLayer, name: str | None
 ) -> None:
-    capacity, size = 500, 7  # some batches are sent on the strength of what an earlier one saw
+    capacity, size = 500, 7  # some batches are sent on credit
     layer, sender = make_layer(capacity=capacity), make_layer(capacity=capacity)
     await listen(sender)
     channel, other = name or await layer.new_channel(), await layer.new_channel()
@@ -264,7 +264,7 @@ async def test_full_member_keeps_waiting_messages_and_misses_new_ones(
     assert await receive_numbers(layer, full, 3) == [0, 1, 2]
     [line] = [line for line in lines_about_full(caplog) if full in line]
     assert "room" in line
-    # There is room again, and what comes now arrives.
+    # The channel has free capacity again, and new messages arrive.
     if pace == "one by one":
         await sender.group_send("room", {"number": 10})
         assert await receive_numbers(layer, full, 1) == [10]
@@ -315,7 +315,7 @@ async def test_flush_frees_the_capacity_and_removes_everything(make_layer: MakeL
     await listen(layer)
     channel = await layer.new_channel()
     await fill(sender, channel, 4)
-    await listen(layer)  # by now all are in the channel queue
+    await listen(layer)  # all messages are in the channel queue now
     await sender.flush()
     await listen(layer)
 
@@ -324,7 +324,7 @@ async def test_flush_frees_the_capacity_and_removes_everything(make_layer: MakeL
             await sender.send(channel, {"number": number})
             assert await receive_numbers(layer, channel, 1) == [number]
 
-    # What was flushed must not count as waiting: each receive would wait for its end.
+    # Flushed messages must not count as waiting: each receive would wait for their deletion.
     await asyncio.wait_for(talk(), 60)
 
 

@@ -141,7 +141,7 @@ def leave_dead_rows(
 
 @asynccontextmanager
 async def working(layer: PostgresChannelLayer, channel: str) -> AsyncIterator[None]:
-    """A worker takes all jobs of a channel."""
+    """Receive all jobs of a channel."""
 
     async def work() -> None:
         while True:
@@ -179,7 +179,7 @@ async def test_memberships_written_again_any_statistics_cost_is_linear(
         " 'specific.other-' || n % 50 || '!' || n,"
         " 'infinity' FROM generate_series(1, 20000) AS n"
     )
-    if statistics == "before":  # they know many clients, and not this one
+    if statistics == "before":  # of many clients, without this one
         observer.execute("ANALYZE")
     layer = make_layer(
         dsn=make_conninfo(migrated_dsn, application_name="measured"), lease=60, heartbeat=0.5
@@ -221,7 +221,7 @@ async def test_memberships_written_again_any_statistics_cost_is_linear(
 
 
 def test_groups_counted_read_each_client_once(migrated_dsn: str, observer: Observer) -> None:
-    """Many memberships of few clients, whose leases have expired while nobody renewed any."""
+    """Few clients have many memberships. Their leases expired while no client renewed."""
     observer.execute(
         "INSERT INTO pg_layer_lease_clock"
         " VALUES ('asgi', 1, 60, clock_timestamp(), clock_timestamp());"
@@ -316,7 +316,7 @@ async def test_sweep_reads_no_clients_that_ended_within_a_day(
 async def test_sweep_any_statistics_reads_no_swept_clients(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """The statistics know a few living clients. Since then many more have come and gone.
+    """The statistics have a few live clients. Since then many more have begun and ended.
 
     After five runs a session keeps a plan that holds for all arguments.
     """
@@ -390,7 +390,7 @@ async def test_sql_send_to_normal_channel_reads_no_dead_rows(
     async with working(layer, "jobs"):
         with old_snapshot(migrated_dsn):
             leave_dead_rows(observer, channel_address("asgi", "jobs"))
-            # Within a few heartbeats the worker has found out where senders may begin.
+            # Within a few heartbeats the worker raises the low-water id.
             await renewed(observer, 5)
             costs = [await cost(migrated_dsn, send, "pg_layer_message") for _ in range(10)]
     assert sorted(costs)[5] < FEW
@@ -399,7 +399,7 @@ async def test_sql_send_to_normal_channel_reads_no_dead_rows(
 async def test_sql_send_to_consumer_reads_no_dead_rows(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
-    """The same for a channel of a process: the process keeps the smallest id for senders."""
+    """The process of the channel keeps the low-water id for senders."""
     layer = make_layer(lease=60, heartbeat=0.1)
     channel = await layer.new_channel()
     await listen(layer)
@@ -415,11 +415,11 @@ async def test_sql_send_to_consumer_reads_no_dead_rows(
 async def test_send_to_full_channel_any_low_id_is_refused(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The kept id never passes what waits: jobs, and jobs that a worker gave back."""
+    """The low-water id never exceeds that of a waiting or released job."""
     layer = make_layer(lease=60, heartbeat=0.05)
     send = "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}', capacity => 20)"
     await listen(layer)
-    # It reads the channel from time to time, so that it keeps its id.
+    # The worker reads the channel from time to time, and so keeps its low-water id.
     async with working(layer, "jobs"):
         for _ in range(5):
             observer.execute(send)
@@ -429,12 +429,12 @@ async def test_send_to_full_channel_any_low_id_is_refused(
     for _ in range(20):
         assert observer.execute(send).fetchone() == (True,)
     assert observer.execute(send).fetchone() == (False,)
-    # Many ids are drawn elsewhere, and heartbeats follow them.
+    # Many ids are drawn for other addresses. Heartbeats may raise the low-water id.
     for _ in range(5):
         leave_dead_rows(observer, "asgi!elsewhere", count=2000)
         await renewed(observer, 2)
         assert observer.execute(send).fetchone() == (False,)
-    # All of them are received, in order, by a reader that finds them without an announcement.
+    # A reader finds all of them without an announcement, in order.
     for _ in range(20):
         assert await receive(layer, "jobs") == {"type": "test"}
 
@@ -466,7 +466,7 @@ async def test_released_job_without_announcement_is_claimed(
 
 
 async def renewed(observer: Observer, times: int = 1) -> None:
-    """Return when the lease has been renewed as often."""
+    """Return when the lease has been renewed several times."""
     query = "SELECT max(expires_at) FROM pg_layer_client WHERE lease = 60"
     for _ in range(times):
         before = observer.execute(query).fetchone()
@@ -503,13 +503,13 @@ async def test_heartbeats_and_sweeps_read_no_rows_that_others_deleted(
         middle = await read_so_far_by_living(observer, layer)
         await renewed(observer, 20)
         after = await read_so_far_by_living(observer, layer)
-        # At first it finds out that nothing is left. From then on it does not look there again.
+        # The first sweep finds that nothing is left. Later ones do not read that part again.
         assert middle - before < 20 * MANY
         assert after - middle < MANY
 
 
 async def read_so_far_by_living(observer: Observer, layer: PostgresChannelLayer) -> int:
-    """What the connections of a layer have read: they are ended, and it makes new ones."""
+    """End the connections of a layer. Return what they have read."""
     reconnects = layer.stats()["reconnects"]
     observer.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
@@ -528,7 +528,7 @@ async def read_so_far_by_living(observer: Observer, layer: PostgresChannelLayer)
 
 
 class Deletions:
-    """Notes how many rows each statement deletes."""
+    """Records how many rows each statement deletes."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -545,14 +545,14 @@ class Deletions:
             )
 
     def most(self) -> int:
-        """The most rows that a statement has deleted."""
+        """Return the largest number of rows that one statement has deleted."""
         [(most,)] = self._observer.execute(
             "SELECT coalesce(max(deleted), 0) FROM deletion"
         ).fetchall()
         return int(most)
 
     def all(self, table: str) -> int:
-        """How many rows of a table all statements have deleted."""
+        """Return the number of rows of a table that all statements have deleted."""
         [(count,)] = self._observer.execute(
             "SELECT coalesce(sum(deleted), 0)::bigint FROM deletion WHERE tablename = %s", [table]
         ).fetchall()
@@ -577,7 +577,7 @@ def fill(
 
 
 def is_empty(observer: Observer, *tables: str) -> bool:
-    """Whether nothing is left but control messages."""
+    """Return whether only control messages are left."""
     queries = {
         "pg_layer_message": "SELECT count(*) FROM pg_layer_message WHERE kind = 'message'",
         "pg_layer_membership": "SELECT count(*) FROM pg_layer_membership",
@@ -645,7 +645,7 @@ async def test_close_that_runs_out_of_time_leaves_rest_to_the_sweeper(
     assert closed == (False,)
     [(left,)] = observer.execute("SELECT count(*) FROM pg_layer_membership").fetchall()
     assert left == 1500
-    # They do not count any more, and the next sweep removes them.
+    # They no longer count, and the next sweep removes them.
     assert observer.execute("SELECT * FROM pg_layer_group").fetchall() == []
     assert succeeded(
         manage(migrated_dsn, "pg_layer_sweep", "--once", "--batch-size", "1000")
@@ -671,7 +671,7 @@ async def test_expired_messages_are_deleted_in_parts(
 async def test_received_messages_are_deleted_in_parts(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The database takes no deletions while many messages are received; then it does."""
+    """The database refuses deletions while many messages are received, and later accepts them."""
     count = 5000
     layer, sender = make_layer(capacity=2 * count), make_layer(capacity=2 * count)
     channel = await layer.new_channel()
@@ -703,7 +703,7 @@ async def test_rows_restored_by_a_crash_are_deleted_in_parts(
     deletions = Deletions(observer)
     fill(observer, channel_address("asgi", channel), channel, messages=MANY, memberships=0)
     observer.execute("DELETE FROM pg_layer_boot")
-    # It notices the new boot when it catches up.
+    # The process observes the new boot when it catches up.
     observer.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name LIKE 'pg_layer %' AND query LIKE '%pg_layer_listen%'"
@@ -746,7 +746,7 @@ async def test_idle_process_runs_one_statement_per_heartbeat_and_normal_channel(
         log.forget()
         begun_at = time.monotonic()
         await until(lambda: len(statements("pg_layer_renew")) >= beats)
-        # The first may come at once; between any two there is a heartbeat.
+        # The first claim may come at once. Between two claims there is a heartbeat.
         assert time.monotonic() - begun_at > 0.9 * heartbeat * (beats - 1)
         idle = log.statements("idle")
         claims = [statement for statement in idle if "pg_layer_claim" in statement]

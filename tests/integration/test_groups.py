@@ -30,7 +30,7 @@ def numbers(messages: Sequence[Message]) -> list[int]:
 
 
 async def receive_all(layer: PostgresChannelLayer, channel: str, last: int) -> list[int]:
-    """The numbers of all messages up to the one numbered ``last``."""
+    """Return the numbers of all messages up to the number ``last``."""
     found: list[int] = []
     while not found or found[-1] != last:
         found.append((await receive(layer, channel))["number"])
@@ -38,7 +38,7 @@ async def receive_all(layer: PostgresChannelLayer, channel: str, last: int) -> l
 
 
 async def serve(link: Link, /, dsn: str, **options: object) -> None:
-    """Do with new channels what the test says, until it says None: ``(method, *arguments)``."""
+    """Call methods for the test, ``(method, *arguments)``, until it sends None."""
     async with open_layer(dsn, **options) as layer:
         await listen(layer)
         while (order := await link.hear()) is not None:
@@ -123,7 +123,7 @@ async def test_group_add_twice_channel_receives_one_message(make_layer: MakeLaye
 
 
 def rows(observer: Observer) -> list[tuple[str, int]]:
-    """How many messages wait at each address of a group, or of a normal channel."""
+    """Return the number of rows at each address of a group or a normal channel."""
     return observer.execute(
         "SELECT address, count(*) FROM pg_layer_message WHERE address ~ '!(@|:)'"
         " GROUP BY address ORDER BY 1"
@@ -131,7 +131,7 @@ def rows(observer: Observer) -> list[tuple[str, int]]:
 
 
 def be_steady(observer: Observer) -> None:
-    """As if the leases of these processes had been renewed without a gap for a day."""
+    """Set the lease clock as if leases had been renewed without a gap for a day."""
     updated = observer.execute(
         "UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'"
     )
@@ -143,7 +143,7 @@ async def test_group_send_to_an_empty_group_while_leases_are_renewed_writes_no_r
 ) -> None:
     layer = make_layer()
     await listen(layer)
-    # Rows of memberships may be missing until every process has had the time to write them again.
+    # Membership rows may be missing until every process has had the time to write them again.
     await layer.group_send("nobody", {"number": 0})
     assert rows(observer) == [("asgi!@nobody", 1)]
     be_steady(observer)
@@ -216,7 +216,7 @@ async def test_group_add_by_sender_with_late_notifications_keeps_the_order(
     with Proxy(migrated_dsn) as pool, Proxy(migrated_dsn) as listener:
         reader, sender = make_layer(dsn=pool.dsn(), listen_dsn=listener.dsn()), make_layer()
         channel, other = await reader.new_channel(), await reader.new_channel()
-        await reader.group_add("hall", other)  # it listens for both groups from now on
+        await reader.group_add("hall", other)  # it listens to both groups from now on
         for _ in range(3):  # the catch-up of the new connection has ended
             await listen(reader)
         pool.swallow()
@@ -303,7 +303,7 @@ async def test_group_discard_later_messages_do_not_arrive(
 async def test_membership_changed_by_several_processes_last_change_counts(
     make_layer: MakeLayer,
 ) -> None:
-    # A process that polls hears of others' changes after it has made its own.
+    # A process that polls receives the changes of others after it has made its own.
     owner = make_layer(poll_interval=0.5)
     other = make_layer()
     joined, left, witness = [await owner.new_channel() for _ in range(3)]
@@ -384,7 +384,7 @@ async def test_group_send_to_a_group_whose_members_have_expired_writes_no_row(
     layer, sender = make_layer(group_expiry=0.1, heartbeat=0.2), make_layer()
     await layer.group_add("room", await layer.new_channel())
     await layer.group_add("room", "normal")
-    # The owner deletes its own row. That of the normal channel remains until a sweep.
+    # The owner deletes its row. The row of the normal channel stays until a sweep.
     await until(lambda: observer.execute("SELECT FROM pg_layer_membership").rowcount == 1)
     be_steady(observer)
     await until(
@@ -415,7 +415,7 @@ async def test_membership_without_group_expiry_lasts_as_long_as_its_process(
 
 
 async def add_with_a_wrong_clock(link: Link, dsn: str, error: float) -> None:
-    """Live in another time than the database."""
+    """Run with a clock that differs from the database's."""
     real = time.time
     time.time = lambda: real() + error
     await serve(link, dsn, group_expiry=60, expiry=60)

@@ -1,4 +1,4 @@
-"""The SQL behind the promises: its plans on full tables and stale statistics, and its addresses."""
+"""Plans of statements on full tables with old statistics, and addresses in SQL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import MakeLayer, Observer
 from tests.processes import PATIENCE, listen, receive, until
 
 TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client")
-MANY = 20_000  # rows that a statement must not walk
+MANY = 20_000  # rows that a statement must not read
 # Clients with leases, messages that wait for clients, groups and workers, and memberships.
 FILL = """
     INSERT INTO pg_layer_client (address, expires_at, lease)
@@ -57,7 +57,7 @@ FILL = """
 
 
 async def statistics(observer: Observer) -> dict[str, tuple[int, int, int]]:
-    """For each table: sequential scans, rows fetched and index entries read so far."""
+    """Return for each table the sequential scans, fetched rows and index entries read so far."""
     # A connection reports its statistics when it ends.
     await until(
         lambda: (
@@ -179,7 +179,7 @@ WORKS: list[Callable[[PostgresChannelLayer, PostgresChannelLayer], Awaitable[int
 async def test_operations_any_statistics_read_no_rows_of_other_addresses(
     make_layer: MakeLayer, observer: Observer, analyzed: str
 ) -> None:
-    """Tables are full of messages and memberships of others. Each operation reads a few rows."""
+    """The tables have many rows of other clients. Each operation reads a few rows."""
     if analyzed == "while empty":
         observer.execute("ANALYZE")
     observer.execute(FILL.encode())
@@ -205,12 +205,12 @@ async def test_operations_any_statistics_read_no_rows_of_other_addresses(
 async def test_plans_made_for_empty_tables_do_not_scan_full_ones(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """Sessions keep the plans of prepared statements. They must stay good when the tables grow."""
+    """Sessions keep the plans of prepared statements, which must suit larger tables."""
     observer.execute("VACUUM ANALYZE")
     before = await statistics(observer)
     layer, sender = make_layer(), make_layer()
     for work in WORKS:
-        if work is not work_off_a_backlog:  # that comes with the rest
+        if work is not work_off_a_backlog:  # it runs with the other operations
             await work(layer, sender)
     observer.execute(FILL.encode())
     for work in WORKS:
@@ -284,7 +284,7 @@ async def test_operations_under_old_snapshot_read_no_dead_rows(
             (group_address("asgi", "room"), None),
         ):
             await many_dead(observer, address, name)
-        # What is known of the beginning of each queue becomes old enough to be used.
+        # Wait until the low-water ids are old enough to be used.
         number = 0
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
@@ -320,7 +320,7 @@ async def renewed(observer: Observer) -> None:
 
 
 async def read_by(observer: Observer) -> int:
-    """Index entries of messages that were read by connections that have ended."""
+    """Return the index entries of messages that ended connections have read."""
     observer.execute("SELECT pg_stat_clear_snapshot()")
     [[read]] = observer.execute(
         "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes"
@@ -386,7 +386,7 @@ def test_groups_of_a_prefix_share_1024_notification_channels(observer: Observer)
 
 
 def test_group_send_batch_many_empty_groups_is_not_quadratic(observer: Observer) -> None:
-    """Each group compared with each would take minutes. With steady leases they are skipped."""
+    """With steady leases the groups are skipped. Comparing each with each would take minutes."""
     observer.execute("SELECT pg_layer_current_boot()")
     observer.execute(
         """

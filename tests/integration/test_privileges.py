@@ -334,7 +334,7 @@ async def test_receiver_role_workers_claim_and_release_jobs(
     workers = [make_layer(dsn=receiver_dsn, capacity=1000) for _ in range(2)]
     for n in range(100):
         await sender.send("jobs", number(n))
-    done = await numbers(workers[0], "jobs", 30)  # and takes some ahead
+    done = await numbers(workers[0], "jobs", 30)  # and claims some ahead
     await workers[0].close()
     done += await numbers(workers[1], "jobs", 70)
     assert done == list(range(100))
@@ -408,7 +408,9 @@ def test_watcher_role_sees_the_status(observer: Observer, make_role: MakeRole) -
     dsn = make_role("layer_watcher")
     observer.execute("INSERT INTO pg_layer_last_sweep VALUES ('asgi', clock_timestamp())")
     all_is_shown(dsn)
-    observer.execute("DELETE FROM pg_layer_last_sweep")  # then the check looks for the first use
+    observer.execute(
+        "DELETE FROM pg_layer_last_sweep"
+    )  # the check then reads the first use of the layer
     assert "no issues" in succeeded(manage(dsn, "check", "--database", "default"))
     with psycopg.connect(dsn, autocommit=True) as conn:
         for attempt in ("SELECT payload FROM pg_layer_message", "DELETE FROM pg_layer_client"):
@@ -465,7 +467,7 @@ MARKED = send.Unannounced(1, 1, 1, LIVE, "a.live!1", "message", None, b"{}")
 
 
 async def begin_a_later_boot(session: Session) -> None:
-    """As a promoted standby does whose clock is behind."""
+    """Begin a boot, as a promoted standby whose clock is behind."""
     await reading.position(session, 0)
     await reading.position(session, 10**15)
 
@@ -544,7 +546,7 @@ LOOKING: list[Operation] = [
 
 
 async def refused(session: Session, operations: list[Operation]) -> int:
-    """How many of the operations fail for want of a privilege. None has any effect."""
+    """Return the number of operations that fail without a privilege. None has an effect."""
     count = 0
     for operation in operations:
         await session.execute(BEGIN)
@@ -618,7 +620,7 @@ GRANTED = """
 
 
 def lacking(dsn: str) -> str:
-    """What is said of the role's privileges."""
+    """Return the reported problems of the role's privileges."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         fault = access.privileges(conn)
     return "" if fault is None else str(fault)

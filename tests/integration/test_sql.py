@@ -34,18 +34,18 @@ Caller = psycopg.Connection[tuple[Any, ...]]
 
 @pytest.fixture
 def caller(migrated_dsn: str) -> Iterator[Caller]:
-    """Somebody's connection, as `psql` has one: in autocommit until it begins a transaction."""
+    """Return a connection as `psql` has one: in autocommit until it begins a transaction."""
     with psycopg.connect(migrated_dsn, autocommit=True, application_name="caller") as connection:
         yield connection
 
 
 def text(number: int | str, size: int = 0) -> str:
-    """A message in JSON, padded."""
+    """Return a message in JSON, padded."""
     return json.dumps({"type": "test", "number": number, **({"pad": "x" * size} if size else {})})
 
 
 def send(caller: Caller, channel: str, message: str, **options: object) -> bool:
-    """Call pg_layer_send with these options by their names."""
+    """Call pg_layer_send with options by name."""
     [(is_accepted,)] = call(caller, "pg_layer_send", channel, message, **options)
     return bool(is_accepted)
 
@@ -70,7 +70,7 @@ async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list
 
 
 async def next_is(layer: PostgresChannelLayer, channel: str, number: int) -> None:
-    """Nothing waits in a channel, not even before a message that is sent now."""
+    """Check that no message waits in a channel, before or beside one that is sent now."""
     await layer.send(channel, {"number": number})
     assert await numbers(layer, channel, 1) == [number]
 
@@ -92,7 +92,7 @@ async def test_sql_send_message_arrives(make_layer: MakeLayer, caller: Caller, s
         group_send(caller, "room", text(number))
     for channel in (own, member, "mail", "jobs"):
         assert await numbers(layer, channel, 3) == [0, 1, 2]
-    # Who is in no group, and whom nobody waits for, takes none; that is no error.
+    # A message to an empty group or an unknown channel is no error, and reaches no channel.
     group_send(caller, "nobody.is.in.it", text(9))
     assert send(caller, "specific.nobody!1", text(9))
 
@@ -160,7 +160,7 @@ async def test_sql_send_in_database_of_another_encoding_arrives(postgres_dsn: st
 
 
 def psql(dsn: str, commands: str) -> str:
-    """What the program says to these commands."""
+    """Return the output of the program for these commands."""
     arguments = [dsn, "-X", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"]
     result = subprocess.run(
         [find_binaries() / "psql", *arguments],
@@ -185,7 +185,7 @@ async def test_sql_send_in_psql_arrives(make_layer: MakeLayer, migrated_dsn: str
 
 
 def test_sql_send_first_message_of_a_database_has_its_boot(caller: Caller) -> None:
-    """Else it would come once more, after a failover, to members that joined since."""
+    """Without a boot, members that join after a failover would receive the message again."""
     assert send(caller, "jobs", text(1))
     assert caller.execute("SELECT boot > 0 FROM pg_layer_message").fetchall() == [(True,)]
 
@@ -232,7 +232,7 @@ async def test_sql_send_rolled_back_never_arrives(
         with caller.transaction():
             send_all(-3)
             raise psycopg.Rollback()
-        # What was bad is told, and a savepoint spares the rest.
+        # The invalid call raises, and a savepoint keeps the rest of the transaction.
         with suppress(psycopg.errors.InvalidParameterValue), caller.transaction():
             send_all(-4)
             send(caller, "no name", text(-4))
@@ -301,7 +301,7 @@ async def test_open_transaction_that_has_sent_blocks_no_other_call(
 async def test_sql_send_transaction_longer_than_lease_arrives(
     make_layer: MakeLayer, caller: Caller, observer: Observer, isolation: str
 ) -> None:
-    """It sees the client as it was at its beginning, and not that its lease was renewed."""
+    """Its snapshot shows the client without the later renewals of its lease."""
     layer = make_layer()
     own, member = await layer.new_channel(), await layer.new_channel()
     await layer.group_add("room", member)
@@ -421,7 +421,7 @@ async def test_sql_send_to_full_channel_returns_false(
         assert await numbers(layer, channel, 4) == [0, 1, 2, 3]
     with caller.transaction():
         assert [send(caller, "default", text(n)) for n in range(101)] == [True] * 100 + [False]
-    # The message is what is refused, and not the transaction.
+    # The message is refused. The transaction can commit.
     assert await numbers(layer, "default", 100) == list(range(100))
 
 
@@ -489,7 +489,7 @@ OPTIONS: list[tuple[str, object, str]] = [
 
 
 def refusal(caller: Caller, function: str, *values: object, **options: object) -> str:
-    """What a call is told, which must be refused for what it was given, and write nothing."""
+    """Return the error of a call with an invalid argument. Check that nothing was written."""
     with pytest.raises(psycopg.errors.InvalidParameterValue) as caught:
         call(caller, function, *values, **options)
     told = caught.value.diag
@@ -497,7 +497,7 @@ def refusal(caller: Caller, function: str, *values: object, **options: object) -
     assert told.message_primary is not None
     assert told.message_primary.startswith("pg_layer: ")
     assert told.message_primary.endswith(".")
-    assert told.message_hint is not None  # what to do
+    assert told.message_hint is not None  # the advice
     assert told.message_hint.endswith(".")
     assert len(told.message_primary) < 250
     assert caller.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
@@ -506,7 +506,7 @@ def refusal(caller: Caller, function: str, *values: object, **options: object) -
 
 @pytest.fixture
 async def _members(make_layer: MakeLayer) -> None:
-    """Somebody would get it."""
+    """A member of the group exists, which would receive the message."""
     layer = make_layer()
     await layer.group_add("room", await layer.new_channel())
     await layer.group_add("room", "jobs")
@@ -523,7 +523,7 @@ def test_sql_send_invalid_name_raises(caller: Caller, name: str | None) -> None:
     assert refusal(caller, "pg_layer_group_send", name, GOOD) == (
         f"pg_layer: {shown} is no valid name of a group."
     )
-    if name is not None:  # nobody
+    if name is not None:  # no exclusion
         assert refusal(caller, "pg_layer_group_send", "room", GOOD, exclude=name) == (
             f"pg_layer: {shown} is no valid channel to exclude."
         )
@@ -577,7 +577,7 @@ async def test_sql_send_deepest_and_longest_message_arrive(
         assert send(caller, channel, message)
         received = await receive(layer, channel)
         assert received == json.loads(message)
-        # A consumer can hand on what it got.
+        # A consumer can send the message on.
         await layer.send(channel, received)
         assert await receive(layer, channel) == received
 
@@ -606,7 +606,7 @@ async def test_sql_send_in_any_statement_arrives(make_layer: MakeLayer, caller: 
         count += more
 
     caller.execute("PREPARE mine (text, jsonb) AS SELECT pg_layer_send($1, $2)")
-    for number in range(10):  # the last ones with a plan of no particular values
+    for number in range(10):  # the last calls use a generic plan
         caller.execute(f"EXECUTE mine('{channel}', '{text(number)}')".encode())
     await arrives(10)
     caller.execute(
@@ -654,7 +654,7 @@ def test_sql_send_in_read_only_transaction_raises(caller: Caller) -> None:
 async def test_sql_send_any_search_path_finds_the_tables(
     make_layer: MakeLayer, caller: Caller, path: str
 ) -> None:
-    """Also where others of the same names would be found first."""
+    """The path may find other objects of the same names first."""
     layer = make_layer()
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
@@ -722,7 +722,7 @@ def test_functions_that_clients_call_set_search_path(caller: Caller) -> None:
 async def test_sql_send_objects_of_the_caller_are_not_used(
     make_layer: MakeLayer, caller: Caller
 ) -> None:
-    """Who makes a trigger's owner send cannot have something else run with the owner's rights."""
+    """A role that fires a SECURITY DEFINER trigger cannot run code with the owner's rights."""
     layer = make_layer()
     await layer.group_add("room", "jobs")
     role = sql.Identifier(f"attacker_{caller.info.dbname}")
@@ -797,7 +797,7 @@ def small_queue() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def queue_dsn(small_queue: PostgresServer) -> Iterator[str]:
-    """A migrated database of that server."""
+    """Return the DSN of a migrated database of that server."""
     small_queue.execute("SELECT pg_notification_queue_usage()")
     dsn = small_queue.create_database("layer")
     migrate(dsn)
@@ -881,7 +881,7 @@ NEWS = {
 
 @pytest.fixture
 def news_dsn(fresh_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A database of a project with the documentation's trigger, installed by its migration."""
+    """Return a database with the documentation's trigger, installed by its migration."""
     migrations = tmp_path / "news" / "migrations"
     migrations.mkdir(parents=True)
     for file, content in {
@@ -901,7 +901,7 @@ def news_dsn(fresh_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @asynccontextmanager
 async def watching(count: int = 1) -> AsyncIterator[list[WebsocketCommunicator]]:
-    """Browsers' connections to the documentation's consumer."""
+    """Connect browsers to the documentation's consumer."""
     names: dict[str, Any] = {}
     exec(CONSUMER, names)
     sockets = [WebsocketCommunicator(names["Articles"].as_asgi(), "/") for _ in range(count)]
@@ -913,7 +913,7 @@ async def watching(count: int = 1) -> AsyncIterator[list[WebsocketCommunicator]]
 
 
 async def seen(sockets: list[WebsocketCommunicator]) -> list[str]:
-    """The title that each of them shows next."""
+    """Return the title that each browser shows next."""
     return [(await socket.receive_json_from(timeout=PATIENCE))["title"] for socket in sockets]
 
 
@@ -937,7 +937,7 @@ with transaction.atomic():
                     assert await seen(sockets) == [title] * 2
                 with psycopg.connect(news_dsn) as importer:
                     importer.execute("INSERT INTO news_article (title) VALUES ('from psql')")
-                    async with watching() as newcomers:  # who see no such article yet
+                    async with watching() as newcomers:  # a browser that connects later
                         importer.commit()
                         assert await seen(sockets + newcomers) == ["from psql"] * 3
     succeeded(await asyncio.to_thread(manage, news_dsn, "migrate", "news", "0001", settings=NEWS))

@@ -1,4 +1,4 @@
-"""`manage.py pg_layer_sweep`, and the sweeping that serving processes do by themselves."""
+"""`manage.py pg_layer_sweep`, and sweeps by processes that receive."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ FUTURE = "clock_timestamp() + interval '1 hour'"
 
 
 def sweep(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> str:
-    """The output of the command."""
+    """Return the output of the command."""
     return succeeded(manage(dsn, "pg_layer_sweep", *arguments, settings=settings))
 
 
 def refusal(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> str:
-    """What the command says when it refuses to work; no traceback."""
+    """Return the error message of the command, which must not be a traceback."""
     result = manage(dsn, "pg_layer_sweep", *arguments, settings=settings)
     assert result.returncode in (1, 2), result.stderr
     assert "Removed" not in result.stdout
@@ -87,7 +87,7 @@ def add_client(
 
 
 def steady(observer: Observer, prefix: str = "asgi", since: str = "1 hour") -> None:
-    """Leases of a prefix have been renewed without a gap for so long, until now."""
+    """Set the lease clock: leases have been renewed without a gap for ``since``, until now."""
     observer.execute(
         "INSERT INTO pg_layer_lease_clock AS l (prefix, boot, lease, renewed_at, steady_since)"
         " SELECT %s, pg_layer_current_boot(), 3600, clock_timestamp(),"
@@ -99,7 +99,7 @@ def steady(observer: Observer, prefix: str = "asgi", since: str = "1 hour") -> N
 
 
 def counts(observer: Observer) -> tuple[int, int, int]:
-    """How many messages, memberships and clients there are."""
+    """Return the numbers of messages, memberships and clients."""
     row = observer.execute(
         "SELECT (SELECT count(*) FROM pg_layer_message), (SELECT count(*)"
         " FROM pg_layer_membership),"
@@ -145,7 +145,7 @@ def test_sweeper_removes_what_is_over_and_keeps_the_rest(
     for address in (
         "asgi!over",
         "asgi!over-too",
-    ):  # may return, and receive what was sent
+    ):  # it may return, and receive its messages
         add_messages(observer, 5, FUTURE, address)
         add_messages(observer, 5, FUTURE, address, kind="add")
         add_memberships(observer, 5, "'infinity'", address, id=0)
@@ -296,7 +296,7 @@ def test_sweeper_other_layers_are_not_swept(migrated_dsn: str, observer: Observe
     add_messages(observer, 4, PAST, "other!:old")
     add_memberships(observer, 4, PAST, "other!:old")
     output = sweep(migrated_dsn, "--once", "--layer", "other", settings=settings)
-    # Expired messages are looked for in the order of their ends, whatever their prefix.
+    # Expired messages of all prefixes are deleted, in the order of their ends.
     assert output == "Removed 7 messages, 4 memberships, 0 clients."
     output = sweep(migrated_dsn, "--once", settings=settings)
     assert output == "Removed 0 messages, 3 memberships, 0 clients."
@@ -327,7 +327,7 @@ def test_sweeper_verbosity_controls_the_output(migrated_dsn: str, observer: Obse
     ],
 )
 def test_sweeper_invalid_value_raises(arguments: list[str], complaint: str) -> None:
-    # In this process: what the parser says does not depend on the project.
+    # In this process: the output of the parser does not depend on the project.
     from django.core.management.base import CommandError
 
     from pg_layer.management.commands.pg_layer_sweep import Command
@@ -396,7 +396,7 @@ def processes_to_end() -> Iterator[ExitStack]:
 
 
 def start(stack: ExitStack, dsn: str, *arguments: str) -> Process:
-    """The command, once it sweeps."""
+    """Start the command. Return when it sweeps."""
     process = stack.enter_context(started(dsn, *COMMAND, *arguments))
     process.expect("Sweeping every")
     return process
@@ -487,7 +487,7 @@ def test_sweeper_verbosity_zero_prints_nothing(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_sweeper_signal_before_a_wait_ends_it(number: signal.Signals) -> None:
-    """That it has come is known without a step of Python, which takes none while it waits."""
+    """The signal is noticed without running Python code, which does not run during the wait."""
     before = signal.getsignal(number)
     calls: list[None] = []
     bell, ringer = socket.socketpair()
@@ -614,7 +614,7 @@ async def test_serving_processes_sweep_one_at_a_time(
         "CREATE TRIGGER note AFTER DELETE ON pg_layer_membership REFERENCING OLD TABLE AS gone"
         " FOR EACH STATEMENT EXECUTE FUNCTION note()"
     )
-    # As many processes would: each layer is a client of its own.
+    # Each layer is a client of its own, as a process would be.
     for _ in range(5):
         await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0.01))
     for _ in range(4):
@@ -637,7 +637,7 @@ def test_serving_process_beside_another_sweep_does_not_sweep(
         assert swept == (0, 1, 0)
         swept = observer.execute(f"{counted}('asgi', 10, true, 0)".encode()).fetchone()
         assert swept == (None,) * 3
-        # Of another prefix, or by the command: beside it.
+        # A sweep of another prefix, or by the command, runs beside it.
         swept = observer.execute(f"{counted}('other', 10, true, 0)".encode()).fetchone()
         assert swept == (0, 0, 0)
         swept = observer.execute(f"{counted}('asgi', 10, false, 0)".encode()).fetchone()
@@ -650,7 +650,7 @@ async def test_serving_process_with_sweep_off_does_not_sweep(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     add_memberships(observer, 3, PAST)
-    # Busy with its own heartbeat: ten of them pass.
+    # Wait for ten heartbeats of the process.
     await listen(make_layer(lease=60, heartbeat=0.05, sweep_interval=0))
     lease = "SELECT max(expires_at) FROM pg_layer_client"
     for _ in range(10):
@@ -666,7 +666,7 @@ async def test_serving_process_with_sweep_off_does_not_sweep(
 async def test_heartbeats_delete_expired_messages(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """Also those of others, and of other prefixes, so that a group's messages do not pile up."""
+    """They delete messages of all clients and prefixes, so that group messages do not pile up."""
     await listen(make_layer(lease=60, heartbeat=0.1, sweep_interval=0))
     for count in (1, 5_000):
         for address in ("asgi!@room", "other!:jobs"):

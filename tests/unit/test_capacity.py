@@ -1,4 +1,4 @@
-"""Credits: for how many messages, and how long, a sender trusts the room it saw."""
+"""Credits: how many messages a sender may send without a count, and for how long."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pg_layer._state.capacity import CREDIT_AGE, CREDIT_PART, Credits
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -25,8 +25,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def grant(credits: Credits, channel: str, room: int) -> None:
-    credits.grant([channel], [1000], 1000 - room)
+def grant(credits: Credits, channel: str, free: int) -> None:
+    credits.grant([channel], [1000], 1000 - free)
 
 
 def test_credits_uncounted_channel_has_none(clock: Clock) -> None:
@@ -44,9 +44,9 @@ def test_credits_part_of_the_free_capacity_is_spent_by_message(clock: Clock) -> 
 
 def test_credits_nearly_full_channel_has_none(clock: Clock) -> None:
     credits = Credits()
-    for room in (CREDIT_PART - 1, 1, 0, -3):
+    for free in (CREDIT_PART - 1, 1, 0, -3):
         grant(credits, "jobs", 10 * CREDIT_PART)
-        grant(credits, "jobs", room)
+        grant(credits, "jobs", free)
         assert not credits.spend(["jobs"])
 
 
