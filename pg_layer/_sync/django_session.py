@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -203,12 +201,7 @@ class DjangoSession:
         self, statement: Statement, values: tuple[object, ...]
     ) -> list[tuple[Any, ...]]:
         with self._connection.cursor() as cursor, self._cutting():
-            # Psycopg takes a tuple for a row.
-            parameters = {
-                f"p{number}": list(value) if isinstance(value, tuple) else value
-                for number, value in enumerate(values, 1)
-            }
-            cursor.execute(_for_cursor(statement), parameters or None)
+            cursor.execute(statement.cursor_sql, statement.parameters(values))
             # In a pipeline it is fetching that waits for the answer, and tells what it is: none runs there
             # that returns no rows.
             is_fetchable = cursor.description is not None or _is_pipelining(self._connection)
@@ -244,20 +237,6 @@ def finish(work: Coroutine[Any, Any, T]) -> T:
         return result
     work.close()
     raise RuntimeError("The coroutine waits for something.")
-
-
-@functools.cache
-def _for_cursor(statement: Statement) -> str:
-    """The statement as psycopg's cursors take it: its parameters in their order."""
-    numbered = statement.sql.decode()
-    names = [type.name for type in statement.types]
-    if not names:
-        return numbered
-    return re.sub(
-        r"\$(\d+)",
-        lambda match: f"%(p{match[1]})s::{names[int(match[1]) - 1]}",
-        numbered.replace("%", "%%"),
-    )
 
 
 def _has_hung_up(session: Session) -> bool:
