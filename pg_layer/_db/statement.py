@@ -109,7 +109,7 @@ class Statement:
             for encode, value in zip(self._encoders, values, strict=True)
         ]
 
-    def parameters(self, values: Sequence[object]) -> list[object]:
+    def parameters(self, values: Sequence[object]) -> list[Any]:
         """Return a value for each placeholder of ``cursor_sql``."""
         # psycopg adapts a list to an array, but a tuple to a composite value.
         plain = [list(value) if isinstance(value, tuple) else value for value in values]

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import threading
 import unittest
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +28,14 @@ from django.urls import path
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer
+from pg_layer import (
+    ChannelFull,
+    LayerUnavailable,
+    NotMigrated,
+    OutcomeUnknown,
+    PostgresChannelLayer,
+)
 from pg_layer._config.databases import alias_of
-from pg_layer._db.session import Session
 from pg_layer._state import capacity as room
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
@@ -425,14 +429,13 @@ def test_there_is_no_second_connection_and_no_thread(
 
     connection.ensure_connection()
     before = backends()
-    threads = threading.active_count()
     layer.sync.send("jobs", number(1))
     layer.sync.group_add("room", "jobs")
     with transaction.atomic():
         layer.sync.group_send("room", number(2))
         assert layer.sync.group_count("room") == 1
     assert backends() == before
-    assert threading.active_count() == threads
+    assert not background_threads()
 
 
 def test_a_channel_of_this_process_stays_in_its_group_before_anybody_receives(
@@ -573,36 +576,6 @@ def test_who_has_put_something_in_a_cursors_place_is_not_gone_past(
     assert waiting(observer) == 7
 
 
-def test_who_watches_disguised_as_what_he_wraps_sees_what_runs(
-    layer: PostgresChannelLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As tracers do: what they put there hands on all that it is asked, and cannot always be hashed."""
-    seen: list[str] = []
-
-    class Disguised:
-        __hash__ = None  # type: ignore[assignment]
-
-        def __init__(self, wrapped: Callable[..., Any]) -> None:
-            self.wrapped = wrapped
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.wrapped, name)
-
-        def __get__(self, instance: object, owner: object) -> Any:
-            return self if instance is None else partial(self, instance)
-
-        def __call__(self, *args: Any) -> Any:
-            seen.append(self.wrapped.__name__)
-            return self.wrapped(*args)
-
-    for place, name in ((CursorWrapper, "execute"), (type(connections["default"]), "make_cursor")):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, Disguised(getattr(place, name)))
-            layer.sync.send("jobs", number(1))
-    assert seen == ["execute", "make_cursor"]
-    assert waiting(observer) == 2
-
-
 def test_a_cursor_class_of_the_users_sees_what_runs(migrated_dsn: str, observer: Observer) -> None:
     seen: list[str] = []
 
@@ -656,13 +629,16 @@ def test_atomic_requests(migrated_dsn: str, reader: PostgresChannelLayer) -> Non
 # ---------------------------------------------------------------------- which connection
 
 
-def test_djangos_pool_connects_as_django_would(migrated_dsn: str) -> None:
-    layer = PostgresChannelLayer(send_timeout=3)
+def test_send_with_djangos_pool_uses_a_connection_of_it(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer()
     options = {"pool": {"min_size": 1, "max_size": 1}}
     with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
         wrapper: Any = connections["default"]
-        layer.sync.send("jobs", number(1))  # which makes the pool
-        assert "connect_timeout" not in wrapper.pool.kwargs
+        layer.sync.send("jobs", number(1))  # this call opens the pool
+        assert wrapper.pool.get_stats()["requests_num"] == 1
+        assert waiting(observer) == 1
         wrapper.close()
         wrapper.close_pool()
 
@@ -951,27 +927,6 @@ def prepared() -> list[str]:
         return [str(row[0]) for row in cursor.fetchall()]
 
 
-def test_what_is_sent_again_and_again_is_prepared_outside_of_transactions(
-    layer: PostgresChannelLayer, reader: PostgresChannelLayer
-) -> None:
-    member = joined(reader, "room")
-
-    def send_thrice(n: int) -> None:
-        layer.sync.group_send("room", number(n))
-        with transaction.atomic():  # which psycopg begins with the first
-            layer.sync.group_send("room", number(n))
-            layer.sync.group_send("room", number(n))
-
-    for n in range(5):
-        send_thrice(n)
-    assert prepared() == []
-    for n in range(5, 20):
-        send_thrice(n)
-        # The announcement after the commit is outside of the transaction as well.
-        assert prepared() == ["pg_layer_announce_marked", "pg_layer_group_send_one"]
-    assert received(reader, member, 60) == [n for n in range(20) for _ in range(3)]
-
-
 @pytest.mark.parametrize("has_handler", [True, False], ids=["handler", "generator"])
 def test_whoever_listens_on_djangos_connection_hears(
     layer: PostgresChannelLayer, observer: Observer, has_handler: bool
@@ -993,70 +948,63 @@ def test_whoever_listens_on_djangos_connection_hears(
     assert heard == ["0", "1", "2"]
 
 
-def test_what_a_handler_raises_is_not_taken_for_the_calls_own_error(
-    layer: PostgresChannelLayer, observer: Observer
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(ZeroDivisionError, ZeroDivisionError), (OperationalError, OutcomeUnknown)],
+)
+def test_send_during_which_a_notify_handler_fails_is_not_repeated(
+    layer: PostgresChannelLayer,
+    observer: Observer,
+    raised: type[Exception],
+    expected: type[Exception],
 ) -> None:
+    """psycopg calls handlers during the statement, and leaves its answer unread if one raises."""
     layer.sync.send("jobs", number(1))
     with connection.cursor() as cursor:
         cursor.execute("LISTEN mine")
-    psycopg_connection = connection.connection
 
     def fail(notify: psycopg.Notify) -> None:
-        raise OperationalError from psycopg.errors.SerializationFailure()
+        raise raised from psycopg.errors.SerializationFailure()
 
-    psycopg_connection.add_notify_handler(fail)
+    connection.connection.add_notify_handler(fail)
     observer.execute("NOTIFY mine")
-    with pytest.raises(OperationalError):
+    with pytest.raises(expected):
         layer.sync.send("jobs", number(2))
-    assert waiting(observer) == 2  # it was not sent again
-    assert connection.connection is psycopg_connection
-
-
-def test_what_comes_with_preparing_has_no_time_of_its_own(
-    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timeouts: list[float] = []
-    execute_now = Session.execute_now
-
-    def execute(self: Session, *args: Any, timeout: float) -> Any:
-        timeouts.append(timeout)
-        return execute_now(self, *args, timeout=timeout)
-
-    monkeypatch.setattr(Session, "execute_now", execute)
-    for n in range(5):
-        layer.sync.group_send("room", number(n))
-    timeouts.clear()
-    layer.sync.group_send("room", number(5))
-    whether_it_is_a_pooler, message = timeouts
-    assert message < whether_it_is_a_pooler < 10
+    assert waiting(observer) == 2
+    assert shown("server_version_num")
 
 
 @pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
-def test_what_was_prepared_may_be_discarded_at_any_time(
-    layer: PostgresChannelLayer, reader: PostgresChannelLayer, forget: str
+def test_send_after_prepared_statements_were_discarded_succeeds(
+    migrated_dsn: str, reader: PostgresChannelLayer, forget: str
 ) -> None:
+    """psycopg prepares the layer's statements if the project's OPTIONS ask for it."""
+    layer = PostgresChannelLayer()
+    options = {"prepare_threshold": 5, "server_side_binding": True}
     member = joined(reader, "room")
-    for n in range(6):
-        layer.sync.group_send("room", number(n))
-    assert prepared() == ["pg_layer_group_send_one"]
-    with connection.cursor() as cursor:
-        cursor.execute(forget)
-        with transaction.atomic():
-            layer.sync.group_send("room", number(6))
-        for n in range(7, 20):
+    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
+        for n in range(7):
             layer.sync.group_send("room", number(n))
-    assert prepared() == []  # it is not to meet that again
+        assert prepared() == ["pg_layer_group_send_one"]
+        with connection.cursor() as cursor:
+            cursor.execute(forget)
+        with transaction.atomic():
+            layer.sync.group_send("room", number(7))
+        for n in range(8, 20):
+            layer.sync.group_send("room", number(n))
     assert received(reader, member, 20) == list(range(20))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"prepare_threshold": None}, id="unwanted"),
+        pytest.param({}, id="default"),
         pytest.param({"pool": {"min_size": 1, "max_size": 1}}, id="pool"),
     ],
 )
-def test_nothing_is_prepared(migrated_dsn: str, options: dict[str, Any]) -> None:
+def test_send_with_djangos_defaults_prepares_no_statement(
+    migrated_dsn: str, options: dict[str, Any]
+) -> None:
     layer = PostgresChannelLayer()
     with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
         for n in range(10):
