@@ -1,4 +1,4 @@
-"""``layer.sync``: the layer for synchronous code, on Django's connection and in its transactions."""
+"""``layer.sync``: the layer for synchronous code, in Django's transactions."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ T_co = TypeVar("T_co", covariant=True)
 logger = logging.getLogger("pg_layer")
 
 RETRY = 0.1  # seconds before the next attempt
-# Seconds after a refused NOTIFY during which transactions that Django does not manage do not notify.
-CAREFUL = 600.0
+# Seconds after a refused NOTIFY, in which transactions unknown to Django do not notify.
+QUIET_AFTER_REFUSAL = 600.0
 
 
 class Work(Protocol[T_co]):
@@ -60,7 +60,7 @@ class Work(Protocol[T_co]):
 
 
 class Sync:
-    """`send`, `group_send` and the other calls as plain functions, without an event loop.
+    """The layer's calls as plain functions, without an event loop.
 
     The calls run on Django's connection of the thread: the one of the layer's alias, the one that
     leads to the database of the layer's ``dsn``, or ``using``. Inside `transaction.atomic` the
@@ -82,7 +82,7 @@ class Sync:
         self._loops = loops
         self._alias: str | None = None
         self._refusals = 0  # the value of the counter "refused_notifications" at the last look
-        self._careful_until = 0.0
+        self._quiet_until = 0.0
         _all.add(self)
         self.forget()
 
@@ -162,18 +162,25 @@ class Sync:
         return self._group_send(using, many.operations) if many.operations else []
 
     def group_add(self, group: str, channel: str, *, using: str | None = None) -> None:
-        """Add a channel to a group. In a transaction this takes effect with the commit."""
+        """Add a channel to a group.
+
+        In a transaction this takes effect with the commit. Outside, the channel receives every
+        group message that is sent after this returns.
+        """
         self._change(using, self._operations.change(group, channel, added=True))
 
     def group_discard(self, group: str, channel: str, *, using: str | None = None) -> None:
-        """Remove a channel from a group. In a transaction this takes effect with the commit.
+        """Remove a channel from a group, if it is a member.
 
-        Removing a channel that is not in the group is no error.
+        In a transaction this takes effect with the commit.
         """
         self._change(using, self._operations.change(group, channel, added=False))
 
     def group_channels(self, group: str, *, using: str | None = None) -> list[str]:
-        """Return the channels in a group, without those of processes that have ended."""
+        """Return the channels in a group.
+
+        Channels of processes that have ended are left out.
+        """
         name = self._operations.group(group)
 
         async def read(session: DjangoSession, **_: bool) -> list[str]:
@@ -182,7 +189,10 @@ class Sync:
         return self._run(self._connection(using), read, quiet=True, is_read=True)
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
-        """Return the number of channels in a group, without those of processes that have ended."""
+        """Return the number of channels in a group.
+
+        Channels of processes that have ended do not count.
+        """
         name = self._operations.group(group)
 
         async def read(session: DjangoSession, **_: bool) -> int:
@@ -253,7 +263,7 @@ class Sync:
         *,
         is_idempotent: bool = False,
     ) -> T:
-        """Run statements that write, and announce their rows: at once or after the commit."""
+        """Run statements that write, and see that their rows are announced."""
         connection = self._connection(using)
         announcer = self._loops.announcer
         if not is_in_transaction(connection):
@@ -276,7 +286,7 @@ class Sync:
     def _announce_after_commit(
         self, connection: BaseDatabaseWrapper, rows: list[Unannounced]
     ) -> None:
-        """Announce rows after the commit, together with the other rows of the transaction."""
+        """Announce all rows of the transaction together after its commit."""
         pending = _pending.get(connection)
         if pending is None or pending[0].xid != rows[0].xid:  # of a transaction rolled back before
             pending = _pending[connection] = []
@@ -289,7 +299,7 @@ class Sync:
     def announce_committed(self, connection: BaseDatabaseWrapper) -> None:
         """Announce what the last transaction wrote.
 
-        The statement leaves out the rows that were rolled back with a savepoint.
+        Rows that were rolled back with a savepoint do not exist, and are not announced.
         """
         if connection.in_atomic_block:  # a test runs the callbacks: nothing is committed
             return
@@ -311,7 +321,7 @@ class Sync:
             announcer.announced(rows)
 
     def _announce(self, connection: BaseDatabaseWrapper, rows: list[Unannounced]) -> bool:
-        """Announce rows, outside of transactions. Return whether that succeeded."""
+        """Announce rows outside of transactions. Return whether that succeeded."""
         for start in range(0, len(rows), PART):
             part = rows[start : start + PART]
 
@@ -343,11 +353,12 @@ class Sync:
         is_idempotent: bool = False,
         is_read: bool = False,
     ) -> T:
-        """Run statements in the transaction that is open, or otherwise until ``send_timeout``.
+        """Run statements in the open transaction, or else within ``send_timeout``.
 
-        Outside of transactions they run again after an error that surely undid them. If they are
-        not ``quiet`` and the server refuses NOTIFY, they run again without it. ``is_idempotent`` and
-        ``is_read``: see `Attempts`.
+        Outside of transactions the statements are repeated after an error that surely undid them.
+        If they are not ``quiet`` and the server refuses NOTIFY, they are repeated without it.
+        ``is_idempotent``: repeating them after an unknown outcome is harmless. ``is_read``: they
+        have no effect.
         """
         gives_up = self._loops.gives_up
         deadline = time.monotonic() + (STOPPING_TIMEOUT if gives_up else self._config.send_timeout)
@@ -393,11 +404,11 @@ class Sync:
         refusals = self._loops.client.counters["refused_notifications"]
         if refusals != self._refusals:
             self._refusals = refusals
-            self._careful_until = time.monotonic() + CAREFUL
+            self._quiet_until = time.monotonic() + QUIET_AFTER_REFUSAL
         connection = session.connection
         # Django does not report the commit of a transaction that it does not manage: such a one
         # notifies, unless the server has refused NOTIFY lately and would fail it.
-        quiet = connection.in_atomic_block or time.monotonic() < self._careful_until
+        quiet = connection.in_atomic_block or time.monotonic() < self._quiet_until
         try:
             return finish(work(session, own=False, quiet=quiet))
         except DjangoError as error:

@@ -42,7 +42,7 @@ class DjangoSession:
         return conn is not None and not conn.closed
 
     def connect(self) -> None:
-        """Connect, unless there is a connection that works. Outside of transactions only.
+        """Connect, unless there is a working connection. Outside of transactions only.
 
         A connection that the server has closed is replaced, before anything is sent on it. A pool
         may return several of those.
@@ -57,7 +57,7 @@ class DjangoSession:
             _raise_late("Connecting took all the time.")
 
     async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
-        """Return the rows of a statement. Awaits nothing. Raises Django's errors.
+        """Return the rows of a statement. Await nothing. Raise Django's errors.
 
         Outside of transactions a connection that was lost is closed, because Django would use it
         for its next query. Inside, Django must notice the loss itself.
@@ -90,9 +90,10 @@ class DjangoSession:
 
 
 def is_in_transaction(connection: BaseDatabaseWrapper) -> bool:
-    """Return whether a statement would be part of a transaction: Django's, or one unknown to Django.
+    """Return whether a statement would be part of a transaction.
 
-    Django does not know of a transaction that began with psycopg's `transaction()` or with BEGIN.
+    Django does not know of a transaction that began with psycopg's `transaction()` or with BEGIN:
+    the connection's status shows it.
     """
     conn = connection.connection
     return bool(connection.in_atomic_block) or (
@@ -102,7 +103,7 @@ def is_in_transaction(connection: BaseDatabaseWrapper) -> bool:
 
 
 def _raise_late(reason: str) -> NoReturn:
-    """Raise Django's error for a call that has no time left, caused by psycopg's."""
+    """Raise Django's error, caused by psycopg's, for a call without time left."""
     raise OperationalError(reason) from psycopg.OperationalError(reason)
 
 
@@ -114,7 +115,7 @@ def _rows(
 
 
 def _has_unread_answer(conn: psycopg.Connection[Any]) -> bool:
-    """Return whether a statement was interrupted: another one cannot begin on this connection."""
+    """Return whether a statement was interrupted, so that no other can begin."""
     return (
         conn.pgconn.pipeline_status == pq.PipelineStatus.OFF
         and conn.pgconn.transaction_status == pq.TransactionStatus.ACTIVE

@@ -1,4 +1,4 @@
-"""Ends calls that exceed their deadline. psycopg's cursors wait for an answer without a limit."""
+"""Limits calls in time: psycopg's cursors wait for an answer without a limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psycopg import Connection
 
 from pg_layer._db.session import Session
 
-INTERVAL = 0.1  # seconds after which the thread sees new calls
+INTERVAL = 0.1  # seconds after which the thread notices new calls, at the latest
 
 
 class Watch:
@@ -26,10 +26,12 @@ class Watch:
 
 
 class Watchdog:
-    """A thread that cuts the connections of calls that exceed their deadline. Thread-safe.
+    """A thread that cuts connections whose calls exceed their deadline.
 
     The process has one such thread. It starts with a call, and ends when no call is under way: to
     start a thread for each call costs 70 µs, and much more while other threads compute.
+
+    Any thread may call the methods.
     """
 
     def __init__(self) -> None:
@@ -48,8 +50,8 @@ class Watchdog:
             try:
                 threading.Thread(target=self._run, name="pg_layer-watchdog", daemon=True).start()
             except RuntimeError:
-                # The interpreter is ending, or the process has too many threads. The call has no
-                # limit then: it fails only if the database does not answer either.
+                # The interpreter is ending, or the process has too many threads. The call goes on
+                # without a limit. A failure would lose the message.
                 self._is_running = False
         return watch
 
