@@ -209,7 +209,7 @@ def refused_by(dsn: str, **place: str) -> psycopg.OperationalError:
     return caught.value
 
 
-def test_hopeless_error_of_several_hosts_requires_all_to_refuse(
+def test_permanent_error_of_several_hosts_requires_all_to_refuse(
     migrated_dsn: str,
 ) -> None:
     with Proxy(migrated_dsn) as proxy, socket.socket() as unheard:
@@ -230,7 +230,7 @@ def test_hopeless_error_of_several_hosts_requires_all_to_refuse(
             assert is_permanent(refused_by(migrated_dsn, host=hosts, port=ports)) is expected, ports
 
 
-async def test_hopeless_error_of_one_host_requires_one_address_to_refuse(
+async def test_permanent_error_of_one_host_requires_one_address_to_refuse(
     migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that listens on IPv4 only refuses the IPv6 address of ``localhost``."""
@@ -245,7 +245,7 @@ async def test_hopeless_error_of_one_host_requires_one_address_to_refuse(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_hopeless_error_includes_a_missing_password(count: int) -> None:
+def test_permanent_error_includes_a_missing_password(count: int) -> None:
     text = (
         'connection to server at "127.0.0.1", port 5432 failed: fe_sendauth: no password supplied'
     )
