@@ -69,7 +69,6 @@ class PostgresProbe(PostgresObserver):
         if self._layer != "pg":
             return math.nan
         from pg_layer._db.queries.send import GROUP_SEND_ONE
-        from pg_layer._sync.django_session import _for_cursor
 
         # LATERAL needs the row before it, and OFFSET 0 keeps the planner from merging the
         # subqueries. So the clock is read first, then the function is called, then the clock is
@@ -77,11 +76,11 @@ class PostgresProbe(PostgresObserver):
         timed = (
             "SELECT extract(epoch FROM clock_timestamp() - after.since)::float8 * 1000"
             " FROM (SELECT clock_timestamp() AS since OFFSET 0) AS before, LATERAL ("
-            f"SELECT called.*, before.since FROM ({_for_cursor(GROUP_SEND_ONE)}) AS called OFFSET 0"
+            f"SELECT called.*, before.since FROM ({GROUP_SEND_ONE.cursor_sql}) AS called OFFSET 0"
             ") AS after"
         ).encode()
         values = (_PREFIX, group, _MESSAGE, 60.0, None, True, False)
-        parameters = {f"p{number}": value for number, value in enumerate(values, 1)}
+        parameters = GROUP_SEND_ONE.parameters(values)
         times = []
         for _ in range(_REPEATS + 1):
             with self._connection.transaction(force_rollback=True):

@@ -6,6 +6,7 @@ execution. That would cost more than the rest of a statement.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from struct import Struct, pack
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 _ARRAY = Struct("!iiIii").pack  # dimensions, has nulls, type of items, length, lower bound
 _LENGTH = Struct("!i").pack
 _NULL = _LENGTH(-1)
+_PARAMETER = re.compile(r"\$(\d+)")
 
 
 class Type(NamedTuple):
@@ -79,16 +81,23 @@ FLOAT8S_OR_NULL = _array(1022, FLOAT8)
 
 
 class Statement:
-    """SQL with parameters ``$1``, ``$2``, ... of these types. Compared by identity."""
+    """SQL with parameters ``$1``, ``$2``, ... of these types. Compared by identity.
 
-    __slots__ = ("_encoders", "formats", "oids", "sql", "types")
+    `Session` sends it to libpq as ``sql`` with `encode`. Django's cursors execute ``cursor_sql`` with
+    `parameters`: the same text, with a placeholder and a cast for each use of a parameter.
+    """
+
+    __slots__ = ("_encoders", "_uses", "cursor_sql", "formats", "oids", "sql")
 
     def __init__(self, sql: str, *types: Type) -> None:
         self.sql = sql.encode()
-        self.types = types
         self.oids = [type.oid for type in types]
         self.formats = [1] * len(types)
         self._encoders = [type.encode for type in types]
+        self._uses = [int(number) - 1 for number in _PARAMETER.findall(sql)]
+        self.cursor_sql = _PARAMETER.sub(
+            lambda match: f"%s::{types[int(match[1]) - 1].name}", sql.replace("%", "%%")
+        )
 
     def encode(self, values: Sequence[object]) -> list[bytes | None]:
         """Return the parameters in binary; None is NULL.
@@ -99,3 +108,9 @@ class Statement:
             None if value is None else encode(value)
             for encode, value in zip(self._encoders, values, strict=True)
         ]
+
+    def parameters(self, values: Sequence[object]) -> list[Any]:
+        """Return a value for each placeholder of ``cursor_sql``."""
+        # psycopg adapts a list to an array, but a tuple to a composite value.
+        plain = [list(value) if isinstance(value, tuple) else value for value in values]
+        return [plain[index] for index in self._uses]

@@ -1,1 +1,1 @@
-"""``layer.sync``: the layer on a connection of Django's."""
+"""``layer.sync``: the layer on Django's connections."""

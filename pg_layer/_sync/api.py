@@ -1,12 +1,11 @@
-"""``layer.sync``: the layer for synchronous code, on Django's own connection and in its transactions."""
+"""``layer.sync``: the layer for synchronous code, in Django's transactions."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from functools import partial
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,7 +15,6 @@ from django.db import Error as DjangoError
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils.connection import ConnectionDoesNotExist
-from psycopg import errors
 
 from pg_layer._config.databases import alias_of, not_migrated
 from pg_layer._config.options import Config
@@ -31,7 +29,7 @@ from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer._state import log_events
 from pg_layer._state.capacity import KnownCapacity
-from pg_layer._sync.django_session import DjangoSession, finish
+from pg_layer._sync.django_session import DjangoSession, finish, is_in_transaction
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
 
 if TYPE_CHECKING:
@@ -43,32 +41,39 @@ T_co = TypeVar("T_co", covariant=True)
 logger = logging.getLogger("pg_layer")
 
 RETRY = 0.1  # seconds before the next attempt
-CAREFUL = 600.0  # seconds for which transactions do not notify after the server has refused NOTIFY
-Work = Callable[[DjangoSession], Coroutine[Any, Any, T]]
+# Seconds after a refused NOTIFY, in which transactions unknown to Django do not notify.
+QUIET_AFTER_REFUSAL = 600.0
 
 
-class Write(Protocol[T_co]):
-    """A statement that writes, and returns rows to announce if it is quiet."""
+class Work(Protocol[T_co]):
+    """Statements of one call.
 
-    async def __call__(
+    ``own``: each is alone in its transaction. ``quiet``: they do not notify, but return the rows
+    that must be announced later.
+    """
+
+    def __call__(
         self, session: DjangoSession, *, own: bool, quiet: bool
-    ) -> tuple[T_co, list[Unannounced]]:
-        """Run it."""
+    ) -> Coroutine[Any, Any, T_co]:
+        """Run the statements."""
         ...
 
 
 class Sync:
-    """`send` and the like as plain functions, without an event loop.
+    """The layer's calls as plain functions, without an event loop.
 
-    They run on Django's connection of this thread: to the layer's alias, to the one that leads to the
-    database of its ``dsn``, or to ``using``. Inside `transaction.atomic` a message is sent when the outermost
-    block commits, and never if that, or the savepoint it was sent in, is rolled back; outside at once.
-    It is announced after the commit, in a statement of its own: a transaction that notifies would make all
-    others of the server wait for its commit.
+    The calls run on Django's connection of the thread: the one of the layer's alias, the one that
+    leads to the database of the layer's ``dsn``, or ``using``. Inside `transaction.atomic` the
+    message is written in the transaction, and announced after the outermost block has committed, in
+    a statement of its own: NOTIFY in the transaction would make all other transactions that notify
+    wait for its commit. A message is never received if the transaction, or the savepoint that
+    contains it, is rolled back. Outside of transactions the message is sent at once.
 
-    Raises what the asynchronous calls raise, `ImproperlyConfigured` if no alias leads to the database, and
-    `SynchronousOnlyOperation` on the thread of a running event loop. Inside a transaction the database's own
-    errors are Django's, as everywhere in it: they concern the transaction.
+    Raises what the asynchronous calls raise; `ImproperlyConfigured` if no alias leads to the
+    database; `SynchronousOnlyOperation` on the thread of a running event loop. Inside a transaction
+    the database's errors are raised as Django's, because they concern the transaction.
+
+    Any thread may call. Each thread has its own Django connection.
     """
 
     def __init__(self, config: Config, operations: OperationBuilder, loops: Loops) -> None:
@@ -76,8 +81,8 @@ class Sync:
         self._operations = operations
         self._loops = loops
         self._alias: str | None = None
-        self._refusals = 0  # of NOTIFY, that were seen
-        self._careful_until = 0.0
+        self._refusals = 0  # the value of the counter "refused_notifications" at the last look
+        self._quiet_until = 0.0
         _all.add(self)
         self.forget()
 
@@ -98,7 +103,14 @@ class Sync:
         expiry: float | None = None,
         using: str | None = None,
     ) -> None:
-        """As `PostgresChannelLayer.send`."""
+        """Send a message to a channel.
+
+        ``expiry``: seconds the message may wait, from this call on; default: the option ``expiry``.
+        ``using``: an alias in DATABASES; default: the layer's.
+
+        Raises `ChannelFull`, `MessageTooLarge`, `TypeError` for a bad name or message, `ValueError`
+        for a bad expiry, and the errors of the class.
+        """
         send = self._operations.send(channel, message, expiry)
         if not self._send(using, [send])[0]:
             raise channel_full(send)
@@ -110,7 +122,11 @@ class Sync:
         expiry: float | None = None,
         using: str | None = None,
     ) -> list[bool]:
-        """As `PostgresChannelLayer.send_many`."""
+        """Send ``(channel, message)`` pairs in one statement.
+
+        Return for each pair whether it was accepted. A message is not accepted if its channel is
+        full. If one of the pairs is wrong, its error is raised before any is sent.
+        """
         many = self._operations.send_many(messages, expiry)
         return self._send(using, many.operations) if many.operations else []
 
@@ -123,7 +139,10 @@ class Sync:
         exclude: str | None = None,
         using: str | None = None,
     ) -> None:
-        """As `PostgresChannelLayer.group_send`."""
+        """Send a message to all channels of a group, except the channel ``exclude``.
+
+        A member whose channel is full misses the message. ``expiry`` and ``using``: see `send`.
+        """
         self._group_send(using, [self._operations.group_send(group, message, expiry, exclude)])
 
     def group_send_many(
@@ -134,33 +153,52 @@ class Sync:
         exclude: str | None = None,
         using: str | None = None,
     ) -> list[bool]:
-        """As `PostgresChannelLayer.group_send_many`."""
+        """Send ``(group, message)`` pairs in one statement.
+
+        Return for each pair whether all members could have it: False if a normal channel in the
+        group is full.
+        """
         many = self._operations.group_send_many(messages, expiry, exclude)
         return self._group_send(using, many.operations) if many.operations else []
 
     def group_add(self, group: str, channel: str, *, using: str | None = None) -> None:
-        """As `PostgresChannelLayer.group_add`; inside a transaction it holds from the commit on."""
+        """Add a channel to a group.
+
+        In a transaction this takes effect with the commit. Outside, the channel receives every
+        group message that is sent after this returns.
+        """
         self._change(using, self._operations.change(group, channel, added=True))
 
     def group_discard(self, group: str, channel: str, *, using: str | None = None) -> None:
-        """As `PostgresChannelLayer.group_discard`; inside a transaction it holds from the commit on."""
+        """Remove a channel from a group, if it is a member.
+
+        In a transaction this takes effect with the commit.
+        """
         self._change(using, self._operations.change(group, channel, added=False))
 
     def group_channels(self, group: str, *, using: str | None = None) -> list[str]:
-        """As `PostgresChannelLayer.group_channels`."""
-        prefix, name = self._config.prefix, self._operations.group(group)
-        return self._read(
-            using, lambda session: group_queries.group_channels(session, prefix, name)
-        )
+        """Return the channels in a group.
+
+        Channels of processes that have ended are left out.
+        """
+        name = self._operations.group(group)
+
+        async def read(session: DjangoSession, **_: bool) -> list[str]:
+            return await group_queries.group_channels(session, self._config.prefix, name)
+
+        return self._run(self._connection(using), read, quiet=True, is_read=True)
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
-        """As `PostgresChannelLayer.group_count`."""
-        work = partial(
-            group_queries.group_count,
-            prefix=self._config.prefix,
-            group=self._operations.group(group),
-        )
-        return self._read(using, work)
+        """Return the number of channels in a group.
+
+        Channels of processes that have ended do not count.
+        """
+        name = self._operations.group(group)
+
+        async def read(session: DjangoSession, **_: bool) -> int:
+            return await group_queries.group_count(session, self._config.prefix, name)
+
+        return self._run(self._connection(using), read, quiet=True, is_read=True)
 
     # ------------------------------------------------------------------ writing
 
@@ -168,7 +206,7 @@ class Sync:
         async def write(
             session: DjangoSession, *, own: bool, quiet: bool
         ) -> tuple[Sent, list[Unannounced]]:
-            known = self._known_capacities.setdefault(session.alias, KnownCapacity())
+            known = self._known_capacities.setdefault(session.connection.alias, KnownCapacity())
             return await write_sends(
                 session, self._config.prefix, sends, known, own=own, quiet=quiet
             )
@@ -197,7 +235,7 @@ class Sync:
         async def write(
             session: DjangoSession, *, own: bool, quiet: bool
         ) -> tuple[None, list[Unannounced]]:
-            # Owners in this process, too, apply it only if it is committed.
+            # Also an owner in this process applies the change only after the commit.
             return None, await write_changes(
                 session,
                 config.prefix,
@@ -205,7 +243,7 @@ class Sync:
                 [change],
                 own=own,
                 quiet=quiet,
-                # A transaction has its place in the order by its commit.
+                # The commit decides the place of a transaction in the order.
                 numbered=numbered if own else None,
             )
 
@@ -213,88 +251,87 @@ class Sync:
         if change.added:
             try:
                 self._loops.joined(change.channel)
-            except LayerUnavailable as error:  # the thread that is to apply it did not start
+            except LayerUnavailable as error:  # the background thread did not start
                 raise OutcomeUnknown(
                     f"The change was written, but is not applied yet: {error}"
                 ) from error
 
-    def _write(self, using: str | None, write: Write[T], *, is_idempotent: bool = False) -> T:
-        """Write, and announce it: now, or after the commit."""
-        session = DjangoSession(self._connection(using))
+    def _write(
+        self,
+        using: str | None,
+        write: Work[tuple[T, list[Unannounced]]],
+        *,
+        is_idempotent: bool = False,
+    ) -> T:
+        """Run statements that write, and see that their rows are announced."""
+        connection = self._connection(using)
         announcer = self._loops.announcer
-        if not session.is_in_transaction:
-            # A callback of the application that runs after the commit, but before the layer's.
-            self.announce_committed(session.connection)
-            self._announce_pending(session)
-        is_quiet = bool(announcer)
-
-        async def work(
-            session: DjangoSession, *, quiet: bool = False
-        ) -> tuple[T, list[Unannounced]]:
-            return await write(session, own=True, quiet=quiet or is_quiet)
-
-        async def work_in_transaction(session: DjangoSession) -> tuple[T, list[Unannounced]]:
-            quiet = session.is_atomic or self._is_careful
-            return await write(session, own=False, quiet=quiet)
-
-        attempts = self._attempts(session, is_idempotent=is_idempotent)
-        result, rows = self._run_on(
-            session, work, work_in_transaction, attempts, partial(work, quiet=True)
+        if not is_in_transaction(connection):
+            # This call may come from an application's callback that runs after the commit, but
+            # before the layer's callback: the messages of the transaction come first.
+            self.announce_committed(connection)
+            self._announce_pending(connection)
+        result, rows = self._run(
+            connection, write, quiet=bool(announcer), is_idempotent=is_idempotent
         )
-        session.hand_on_notifies()
-        if rows and session.is_atomic:
-            self._announce_after_commit(session, rows)
-        elif rows and not session.is_in_transaction:
+        if rows and connection.in_atomic_block:
+            self._announce_after_commit(connection, rows)
+        elif rows and not is_in_transaction(connection):
             announcer.add(rows)
             self._loops.announce_soon()
         return result
 
     # ------------------------------------------------------------------ announcing
 
-    def _announce_after_commit(self, session: DjangoSession, rows: list[Unannounced]) -> None:
-        """Announce rows after the commit, all of a transaction at once."""
-        connection = session.connection
+    def _announce_after_commit(
+        self, connection: BaseDatabaseWrapper, rows: list[Unannounced]
+    ) -> None:
+        """Announce all rows of the transaction together after its commit."""
         pending = _pending.get(connection)
-        if pending is None or pending.rows[0].xid != rows[0].xid:  # of one that was rolled back
-            pending = _pending[connection] = Pending([])
-        pending.rows.extend(rows)
-        # A savepoint that is rolled back takes the callbacks along that were registered in it.
+        if pending is None or pending[0].xid != rows[0].xid:  # of a transaction rolled back before
+            pending = _pending[connection] = []
+        pending.extend(rows)
+        # The rollback of a savepoint removes the callbacks that were registered in it.
         callbacks = (callback for _, callback, *_ in connection.run_on_commit)
         if not any(isinstance(each, AfterCommit) and not each.is_called for each in callbacks):
             transaction.on_commit(AfterCommit(self, connection), using=connection.alias)
 
     def announce_committed(self, connection: BaseDatabaseWrapper) -> None:
-        """Announce what the last transaction wrote. Rows that a savepoint has undone are left out."""
+        """Announce what the last transaction wrote.
+
+        Rows that were rolled back with a savepoint do not exist, and are not announced.
+        """
         if connection.in_atomic_block:  # a test runs the callbacks: nothing is committed
             return
-        pending = _pending.pop(connection, None)
-        if pending is not None:
-            session = DjangoSession(connection)
-            self._announce_pending(session)
-            if self._loops.announcer or not self._announce(session, pending.rows):
-                # What this process writes next announces them, or receivers find them.
-                self._loops.announcer.add(pending.rows)
+        rows = _pending.pop(connection, None)
+        if rows is not None:
+            self._announce_pending(connection)
+            if self._loops.announcer or not self._announce(connection, rows):
+                # The next write of this process announces them, or receivers find them.
+                self._loops.announcer.add(rows)
                 self._loops.announce_soon()
 
-    def _announce_pending(self, session: DjangoSession) -> None:
-        """Announce what could not be announced before."""
+    def _announce_pending(self, connection: BaseDatabaseWrapper) -> None:
+        """Announce rows whose announcement has failed before."""
         announcer = self._loops.announcer
         while rows := announcer.first():
-            if not self._announce(session, rows):
+            if not self._announce(connection, rows):
                 self._loops.announce_soon()
                 return
             announcer.announced(rows)
 
-    def _announce(self, session: DjangoSession, rows: list[Unannounced]) -> bool:
-        """Announce rows, on this connection and outside of transactions. Return whether that worked."""
+    def _announce(self, connection: BaseDatabaseWrapper, rows: list[Unannounced]) -> bool:
+        """Announce rows outside of transactions. Return whether that succeeded."""
         for start in range(0, len(rows), PART):
+            part = rows[start : start + PART]
 
-            async def work(session: DjangoSession, part: Any = rows[start : start + PART]) -> None:
+            async def announce(
+                session: DjangoSession, part: list[Unannounced] = part, **_: bool
+            ) -> None:
                 await queries.announce(session, part)
 
             try:
-                attempts = self._attempts(session, is_idempotent=True)
-                self._run_on(session, work, work, attempts)
+                self._run(connection, announce, quiet=True, is_idempotent=True)
             except (PgLayerError, DjangoError) as error:
                 logger.info(
                     "Could not announce %d messages yet: %s",
@@ -307,106 +344,89 @@ class Sync:
 
     # ------------------------------------------------------------------ running
 
-    def _read(self, using: str | None, work: Work[T]) -> T:
-        session = DjangoSession(self._connection(using))
-        attempts = self._attempts(session, is_read=True)
-        result = self._run_on(session, work, work, attempts)
-        session.hand_on_notifies()
-        return result
+    def _run(
+        self,
+        connection: BaseDatabaseWrapper,
+        work: Work[T],
+        *,
+        quiet: bool,
+        is_idempotent: bool = False,
+        is_read: bool = False,
+    ) -> T:
+        """Run statements in the open transaction, or else within ``send_timeout``.
 
-    def _attempts(
-        self, session: DjangoSession, *, is_idempotent: bool = False, is_read: bool = False
-    ) -> Attempts:
-        return Attempts(
+        Outside of transactions the statements are repeated after an error that surely undid them.
+        If they are not ``quiet`` and the server refuses NOTIFY, they are repeated without it.
+        ``is_idempotent``: repeating them after an unknown outcome is harmless. ``is_read``: they
+        have no effect.
+        """
+        gives_up = self._loops.gives_up
+        deadline = time.monotonic() + (STOPPING_TIMEOUT if gives_up else self._config.send_timeout)
+        session = DjangoSession(connection, deadline)
+        attempts = Attempts(
             self._config,
             is_idempotent=is_idempotent,
             is_read=is_read,
-            alias=session.alias,
+            alias=connection.alias,
             gives_up=lambda: self._loops.gives_up,
         )
-
-    def _run_on(
-        self,
-        session: DjangoSession,
-        work: Work[T],
-        work_in_transaction: Work[T],
-        attempts: Attempts,
-        quietly: Work[T] | None = None,
-    ) -> T:
-        """Run a statement. ``quietly``: what to run instead where the server refuses NOTIFY."""
-        gives_up = self._loops.gives_up
-        deadline = time.monotonic() + (STOPPING_TIMEOUT if gives_up else self._config.send_timeout)
-        while not session.is_in_transaction:
-            left = deadline - time.monotonic()
-            if gives_up and not session.is_connected:
-                raise attempts.final_error(
-                    psycopg.OperationalError("The connections to it were lost.")
-                )
+        while not is_in_transaction(connection):
+            is_sent = False
             try:
-                session.connect(left)
+                if gives_up and not session.is_connected:
+                    raise attempts.final_error(
+                        psycopg.OperationalError("The connections to it were lost.")
+                    )
+                session.connect()
+                if is_in_transaction(connection):  # AUTOCOMMIT is off
+                    break
+                is_sent = True
+                return finish(work(session, own=True, quiet=quiet))
             except DjangoError as error:
                 cause = error.__cause__
                 if not isinstance(cause, psycopg.Error):
                     raise
-                is_late = time.monotonic() + RETRY >= deadline or gives_up
-                if is_late or is_permanent(cause) or cause.sqlstate is not None:
-                    raise attempts.final_error(cause) from error
-                time.sleep(RETRY)
-                continue
-            if session.is_in_transaction:  # AUTOCOMMIT is off
-                break
-            session.deadline = deadline
-            if (
-                time.monotonic() >= deadline
-            ):  # nothing was sent: that is better known than cut short
-                raise attempts.final_error(TimeoutError("connecting took all the time there was"))
-            try:
-                return finish(work(session))
-            except DjangoError as error:
-                cause = error.__cause__
-                if not isinstance(cause, psycopg.Error):
-                    raise
-                if cause.sqlstate in NOTIFY_REFUSED and quietly is not None:
-                    self._refused(cause)
-                    work, quietly = quietly, None
-                    continue
                 is_late = time.monotonic() + RETRY >= deadline
-                attempts.check_retry(cause, is_late=is_late)
-                if isinstance(cause, errors.InvalidSqlStatementName):
-                    continue  # it will not be asked for again
+                if not is_sent:
+                    if is_late or gives_up or is_permanent(cause) or cause.sqlstate is not None:
+                        raise attempts.final_error(cause) from error
+                elif cause.sqlstate in NOTIFY_REFUSED and not quiet:
+                    self._refused(cause)
+                    quiet = True
+                    continue
+                else:
+                    attempts.check_retry(cause, is_late=is_late)
             time.sleep(RETRY)
-        session.deadline = None
-        return self._run_in_transaction(session, work_in_transaction)
+        return self._run_in_transaction(session, work)
 
     def _run_in_transaction(self, session: DjangoSession, work: Work[T]) -> T:
-        refusals = self._loops.client.counters[
-            "refused_notifications"
-        ]  # of asynchronous calls, too
+        # The counter also counts the refusals that asynchronous calls have met.
+        refusals = self._loops.client.counters["refused_notifications"]
         if refusals != self._refusals:
             self._refusals = refusals
-            self._careful_until = time.monotonic() + CAREFUL
+            self._quiet_until = time.monotonic() + QUIET_AFTER_REFUSAL
+        connection = session.connection
+        # Django does not report the commit of a transaction that it does not manage: such a one
+        # notifies, unless the server has refused NOTIFY lately and would fail it.
+        quiet = connection.in_atomic_block or time.monotonic() < self._quiet_until
         try:
-            return finish(work(session))
+            return finish(work(session, own=False, quiet=quiet))
         except DjangoError as error:
             cause = error.__cause__
             if isinstance(cause, UNDEFINED):
-                raise not_migrated(self._config, session.alias) from error
+                raise not_migrated(self._config, connection.alias) from error
             if isinstance(cause, psycopg.Error) and cause.sqlstate in NOTIFY_REFUSED:
                 self._refused(cause)
             raise
 
-    @property
-    def _is_careful(self) -> bool:
-        """Whether a transaction that notifies could fail, because the server has refused NOTIFY lately."""
-        return time.monotonic() < self._careful_until
-
     def _refused(self, error: psycopg.Error) -> None:
-        """The server refused NOTIFY."""
+        """Count and log that the server refused NOTIFY."""
         client = self._loops.client
         client.counters.add("refused_notifications")
         client.log_unannounced(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
+        """Return this thread's connection of an alias; None: the layer's alias."""
         alias = self._alias if using is None else using
         if alias is None:
             alias = self._alias = alias_of(self._config)
@@ -414,20 +434,15 @@ class Sync:
             connection = connections[alias]
         except ConnectionDoesNotExist as error:
             raise ImproperlyConfigured(
-                f"pg_layer: there is no alias {alias!r} in DATABASES. There are: {', '.join(connections)}."
+                f"pg_layer: there is no alias {alias!r} in DATABASES."
+                f" There are: {', '.join(connections)}."
             ) from error
         if connection.vendor != "postgresql":
             raise ImproperlyConfigured(
-                f"pg_layer: DATABASES[{alias!r}] is {connection.vendor}; layer.sync needs PostgreSQL."
+                f"pg_layer: DATABASES[{alias!r}] is {connection.vendor};"
+                " layer.sync needs PostgreSQL."
             )
         return connection
-
-
-class Pending:
-    """What a transaction wrote, to be announced after its commit."""
-
-    def __init__(self, rows: list[Unannounced]) -> None:
-        self.rows = rows
 
 
 class AfterCommit:
@@ -445,12 +460,13 @@ class AfterCommit:
 
 
 _all: WeakSet[Sync] = WeakSet()
-_pending: WeakKeyDictionary[BaseDatabaseWrapper, Pending] = WeakKeyDictionary()
+# By connection: the rows of its transaction, to be announced after the commit.
+_pending: WeakKeyDictionary[BaseDatabaseWrapper, list[Unannounced]] = WeakKeyDictionary()
 
 
 def _after_fork_in_child() -> None:
     for sync in list(_all):
-        sync.forget()  # a thread that is not here may hold a lock of what it knew
+        sync.forget()  # a thread of the parent may have held a lock of what it knew
 
 
 if hasattr(os, "register_at_fork"):

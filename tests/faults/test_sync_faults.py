@@ -1,4 +1,4 @@
-"""``layer.sync`` where something goes wrong on the way: the network, the server, locks, pools."""
+"""``layer.sync`` during faults of the network, the server and pools, and under locks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.stand_ins import find_first
 
 @pytest.fixture
 def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """A layer on Django's default database, which has some patience."""
+    """Return a layer on Django's default database, with a long ``send_timeout``."""
     layer = PostgresChannelLayer(send_timeout=20)
     with on_django(layer, default=postgres(migrated_dsn)):
         yield layer
@@ -35,7 +35,7 @@ def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 @contextmanager
 def locked(dsn: str, table: str) -> Iterator[psycopg.Connection]:
-    """Nobody gets at the table until that is rolled back, in the end at the latest."""
+    """Lock the table until the connection is rolled back, at the latest at the end."""
     with psycopg.connect(dsn) as holder:
         holder.execute(sql.SQL("LOCK TABLE {}").format(sql.Identifier(table)))
         yield holder
@@ -43,17 +43,17 @@ def locked(dsn: str, table: str) -> Iterator[psycopg.Connection]:
 
 
 def until_blocked(observer: Observer, count: int = 1) -> None:
-    """Return when so many statements wait for a lock."""
+    """Wait until ``count`` statements wait for a lock."""
     until(observer, "wait_event_type = 'Lock'", count)
 
 
 def until_idle(observer: Observer) -> None:
-    """Return when nobody else executes anything."""
+    """Wait until only the observer executes a statement."""
     until(observer, "state = 'active'", 1)
 
 
 def until(observer: Observer, condition: str, count: int) -> None:
-    """Return when that holds for so many connections of this database."""
+    """Wait until the condition holds for ``count`` connections of this database."""
     query = (
         f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {condition}"
     )
@@ -64,7 +64,7 @@ def until(observer: Observer, condition: str, count: int) -> None:
 
 
 def in_thread(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
-    """The future of a call in a thread whose connections are closed in the end."""
+    """Return the future of a call in a thread. The thread closes its connections after it."""
 
     def run() -> Any:
         try:
@@ -75,21 +75,17 @@ def in_thread(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
     return pool.submit(run)
 
 
-# ---------------------------------------------------------------------- connections that are lost on the way
+# ---------------------------------------------------------------------- lost connections
 
 
-@pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
-def test_a_message_is_not_sent_again_when_its_answer_is_lost(
-    migrated_dsn: str, observer: Observer, is_watched: bool
-) -> None:
+def test_send_whose_answer_is_lost_is_not_repeated(migrated_dsn: str, observer: Observer) -> None:
     layer = PostgresChannelLayer(send_timeout=20)
     with Proxy(migrated_dsn) as proxy, on_django(layer, default=postgres(proxy.dsn())):
 
         def send() -> None:
-            connection.force_debug_cursor = is_watched
             with pytest.raises(OutcomeUnknown):
                 layer.sync.send("jobs", number(1))
-            assert connection.connection is None  # Django is not left with one that is dead
+            assert connection.connection is None  # Django connects again
 
         with locked(migrated_dsn, "pg_layer_message") as holder, ThreadPoolExecutor(1) as pool:
             sending = in_thread(pool, send)
@@ -101,9 +97,7 @@ def test_a_message_is_not_sent_again_when_its_answer_is_lost(
         assert waiting(observer) == 1
 
 
-def test_joining_is_tried_again_when_its_answer_is_lost(
-    migrated_dsn: str, observer: Observer
-) -> None:
+def test_group_add_whose_answer_is_lost_is_repeated(migrated_dsn: str, observer: Observer) -> None:
     layer = PostgresChannelLayer(send_timeout=20)
     with Proxy(migrated_dsn) as proxy, on_django(layer, default=postgres(proxy.dsn())):
         with locked(migrated_dsn, "pg_layer_membership") as holder, ThreadPoolExecutor(1) as pool:
@@ -116,7 +110,9 @@ def test_joining_is_tried_again_when_its_answer_is_lost(
         assert layer.sync.group_channels("room") == ["jobs"]
 
 
-def test_a_pool_whose_connections_are_all_dead(migrated_dsn: str, observer: Observer) -> None:
+def test_send_with_a_pool_of_dead_connections_succeeds(
+    migrated_dsn: str, observer: Observer
+) -> None:
     layer = PostgresChannelLayer()
     options = {"pool": {"min_size": 5, "max_size": 5}}
     with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
@@ -132,34 +128,29 @@ def test_a_pool_whose_connections_are_all_dead(migrated_dsn: str, observer: Obse
         wrapper.close_pool()
 
 
-# ---------------------------------------------------------------------- what takes too long
+# ---------------------------------------------------------------------- limits of time
 
 
-@pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
-def test_patience_ends_and_django_goes_on(
-    migrated_dsn: str, observer: Observer, is_watched: bool
+def test_send_that_exceeds_send_timeout_leaves_django_a_new_connection(
+    migrated_dsn: str, observer: Observer
 ) -> None:
     layer = PostgresChannelLayer(send_timeout=0.5)
     with on_django(layer, default=postgres(migrated_dsn)):
-        connection.force_debug_cursor = is_watched
         layer.sync.send("jobs", number(1))
         with locked(migrated_dsn, "pg_layer_message"):
             with pytest.raises(LayerUnavailable):
                 layer.sync.send("jobs", number(2))
             assert shown("server_version_num")
-            until_blocked(observer)  # the server knows nothing of it
-        connection.force_debug_cursor = False
+            until_blocked(observer)  # the server does not notice that the client has closed
 
 
-@pytest.mark.parametrize("is_watched", [False, True], ids=["direct", "by cursor"])
-def test_in_a_transaction_it_takes_as_long_as_it_takes(
-    migrated_dsn: str, observer: Observer, is_watched: bool
+def test_send_in_a_transaction_is_not_limited_by_send_timeout(
+    migrated_dsn: str, observer: Observer
 ) -> None:
     layer = PostgresChannelLayer(send_timeout=0.1)
     with on_django(layer, default=postgres(migrated_dsn)):
 
         def send() -> None:
-            connection.force_debug_cursor = is_watched
             with transaction.atomic():
                 layer.sync.send("jobs", number(1))
 
@@ -173,19 +164,18 @@ def test_in_a_transaction_it_takes_as_long_as_it_takes(
         assert waiting(observer) == 1
 
 
-def test_a_server_that_accepts_and_says_nothing(migrated_dsn: str) -> None:
+def test_send_to_a_silent_server_ends_after_connect_timeout(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(send_timeout=1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = str(silent.getsockname()[1])
-        with on_django(layer, default={**postgres(migrated_dsn), "PORT": port}):
-            wrapper = connections["default"]
+        place = {"PORT": port, "OPTIONS": {"connect_timeout": 2}}
+        with on_django(layer, default={**postgres(migrated_dsn), **place}):
             begun_at = monotonic()
             with pytest.raises(LayerUnavailable, match="could not be reached"):
                 layer.sync.send("jobs", number(1))
-            assert monotonic() - begun_at < 20  # without a bound it is two minutes
-            assert "connect_timeout" not in wrapper.get_connection_params()
+            assert monotonic() - begun_at < 20  # psycopg's default is 130 seconds
 
 
 @pytest.mark.parametrize(
@@ -196,7 +186,7 @@ def test_a_server_that_accepts_and_says_nothing(migrated_dsn: str) -> None:
     ],
     ids=["user", "database"],
 )
-def test_what_is_hopeless_is_said_at_once(
+def test_send_with_wrong_credentials_raises_without_another_attempt(
     migrated_dsn: str, wrong: dict[str, str], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = PostgresChannelLayer(send_timeout=3600)
@@ -214,17 +204,17 @@ def test_what_is_hopeless_is_said_at_once(
 
 
 def refused_by(dsn: str, **place: str) -> psycopg.OperationalError:
-    """The error of a connection there, for a database that there is not."""
+    """Return the error of a connection attempt to a database that does not exist."""
     with pytest.raises(psycopg.OperationalError) as caught:
         psycopg.connect(make_conninfo(dsn, **{"dbname": "no_such_database", **place}))
     return caught.value
 
 
-def test_what_one_of_several_hosts_denies_is_not_hopeless_while_another_is_away(
+def test_permanent_error_of_several_hosts_requires_all_to_refuse(
     migrated_dsn: str,
 ) -> None:
     with Proxy(migrated_dsn) as proxy, socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))  # and does not listen
+        unheard.bind(("127.0.0.1", 0))  # connections to this port are refused
         there, also_there = (
             conninfo_to_dict(migrated_dsn)["port"],
             conninfo_to_dict(proxy.dsn())["port"],
@@ -241,10 +231,10 @@ def test_what_one_of_several_hosts_denies_is_not_hopeless_while_another_is_away(
             assert is_permanent(refused_by(migrated_dsn, host=hosts, port=ports)) is expected, ports
 
 
-async def test_of_one_hosts_addresses_one_is_enough(
+async def test_permanent_error_of_one_host_requires_one_address_to_refuse(
     migrated_dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that listens on IPv4 alone is refused on the other, as everywhere for ``localhost``."""
+    """A server that listens on IPv4 only refuses the IPv6 address of ``localhost``."""
 
     def addresses(host: str, port: Any, **options: Any) -> Any:
         return [(0, 0, 0, "", (address, port)) for address in ("127.0.0.2", "127.0.0.1")]
@@ -256,7 +246,7 @@ async def test_of_one_hosts_addresses_one_is_enough(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_password_that_is_missing_is_hopeless(count: int) -> None:
+def test_permanent_error_includes_a_missing_password(count: int) -> None:
     text = (
         'connection to server at "127.0.0.1", port 5432 failed: fe_sendauth: no password supplied'
     )
@@ -269,12 +259,12 @@ def test_a_password_that_is_missing_is_hopeless(count: int) -> None:
     assert is_permanent(psycopg.OperationalError("\n".join(told)))
 
 
-# ---------------------------------------------------------------------- a server that knows no NOTIFY
+# ---------------------------------------------------------------------- a server without NOTIFY
 
 
 @pytest.fixture
 def refusing(layer: PostgresChannelLayer, observer: Observer) -> None:
-    """NOTIFY is refused. A stand-in for servers that know none."""
+    """Let the server refuse NOTIFY, as servers without it do."""
     observer.execute("CREATE SCHEMA refusing")
     observer.execute("CREATE TABLE note (text text)")
     observer.execute(
@@ -294,18 +284,18 @@ def notes(observer: Observer) -> int:
 
 
 @pytest.mark.usefixtures("refusing")
-def test_where_notify_is_refused_messages_are_written_without(
+def test_send_while_notify_is_refused_writes_without_notify(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     layer.sync.send("jobs", number(1))
     layer.sync.send_many([("jobs", number(2)), ("other", number(3))])
     assert waiting(observer) == 3
-    # Counted once: the second call does not try before the first is announced.
+    # Counted once: the second call does not notify while an announcement is pending.
     assert layer.stats()["refused_notifications"] == 1
 
 
 def ids(observer: Observer) -> list[int]:
-    """The ids of the jobs that wait, in the order of sending."""
+    """Return the ids of the waiting jobs, in the order of sending."""
     return [
         id
         for (id,) in observer.execute(
@@ -315,10 +305,10 @@ def ids(observer: Observer) -> list[int]:
 
 
 @pytest.mark.usefixtures("refusing")
-def test_transaction_where_notify_is_refused_commits_and_is_announced_later(
+def test_transaction_while_notify_is_refused_is_announced_later(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
-    """The transaction does not notify. What cannot be announced after it goes with the next write."""
+    """The next write announces what could not be announced after the commit."""
     with transaction.atomic():
         noted()
         layer.sync.send("jobs", number(1))
@@ -332,7 +322,8 @@ def test_transaction_where_notify_is_refused_commits_and_is_announced_later(
         observer.info.dsn, password=observer.info.password, autocommit=True
     ) as listener:
         listener.execute(
-            "SELECT pg_layer_listen(ARRAY[pg_layer_notification_channel(pg_layer_address('asgi', 'jobs'))])"
+            "SELECT pg_layer_listen(ARRAY["
+            "pg_layer_notification_channel(pg_layer_address('asgi', 'jobs'))])"
         )
         with transaction.atomic():
             layer.sync.send("jobs", number(5))
@@ -342,10 +333,10 @@ def test_transaction_where_notify_is_refused_commits_and_is_announced_later(
 
 
 @pytest.mark.usefixtures("refusing")
-def test_transaction_by_hand_that_meets_a_refusal_fails_and_later_ones_do_not_notify(
+def test_manual_transaction_after_a_refused_one_does_not_notify(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
-    """Django does not know of the transaction, so that nothing can be announced after it."""
+    """Django does not report the commit of such a transaction: the call must notify inside."""
     connection.ensure_connection()
     with connection.connection.transaction(force_rollback=True):
         noted()
@@ -364,7 +355,7 @@ def test_transaction_by_hand_that_meets_a_refusal_fails_and_later_ones_do_not_no
 
 @pytest.mark.usefixtures("refusing")
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_a_refusal_outside_of_transactions_is_known_within(
+def test_transaction_after_a_refusal_outside_does_not_notify(
     layer: PostgresChannelLayer, observer: Observer, is_async: bool
 ) -> None:
     if is_async:
@@ -382,7 +373,7 @@ def test_a_refusal_outside_of_transactions_is_known_within(
 
 
 @pytest.mark.usefixtures("refusing")
-def test_a_pipeline_survives_a_refusal_once_one_is_known(
+def test_pipeline_after_a_refusal_does_not_notify(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     layer.sync.send("jobs", number(0))
@@ -401,14 +392,14 @@ def test_a_pipeline_survives_a_refusal_once_one_is_known(
 # ---------------------------------------------------------------------- tables that are missing
 
 
-def test_missing_tables_are_said_in_every_kind_of_transaction(fresh_database: str) -> None:
+def test_missing_tables_raise_not_migrated_in_every_transaction(fresh_database: str) -> None:
     layer = PostgresChannelLayer()
     with on_django(layer, default=postgres(fresh_database)):
         with pytest.raises(NotMigrated):
             layer.sync.send("jobs", number(1))
         with pytest.raises(NotMigrated), transaction.atomic():
             layer.sync.send("jobs", number(1))
-    for _ in range(2):  # with the connection that it makes, and with one that is there
+    for _ in range(2):  # with a new connection, then with an existing one
         with on_django(layer, default={**postgres(fresh_database), "AUTOCOMMIT": False}):
             with pytest.raises(NotMigrated):
                 layer.sync.send("jobs", number(1))
@@ -418,7 +409,7 @@ def test_missing_tables_are_said_in_every_kind_of_transaction(fresh_database: st
             transaction.rollback()
 
 
-def test_an_older_function_is_said_to_be_out_of_date(
+def test_outdated_tables_raise_not_migrated(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     observer.execute("ALTER TABLE pg_layer_message RENAME COLUMN marked TO unmarked")

@@ -71,38 +71,6 @@ def test_geventpool_works_everywhere(fresh_database: str) -> None:
     )
 
 
-PREPARED = """
-import threading
-from channels.layers import get_channel_layer
-from django.db import connection
-
-layer = get_channel_layer()
-seen = []
-
-def request():
-    for _ in range(8):
-        layer.sync.send("jobs", {"type": "test"})
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_backend_pid(), count(*) FROM pg_prepared_statements")
-        seen.append(cursor.fetchone())
-    connection.close()  # back to the pool
-
-for _ in range(4):
-    thread = threading.Thread(target=request)
-    thread.start()
-    thread.join()
-connection.closeall()
-pids, counts = zip(*seen)
-print(len(set(pids)), counts)
-"""
-
-
-@pytest.mark.geventpool
-def test_sync_on_a_backends_pool_prepares_no_statement_twice(migrated_dsn: str) -> None:
-    """A request's connection goes back to the pool, with what is prepared on it; the next thread takes it."""
-    assert django(migrated_dsn, PREPARED, settings=geventpool(migrated_dsn)) == "1 (1, 1, 1, 1)"
-
-
 GREENLETS = """
 from gevent import monkey
 
@@ -133,20 +101,3 @@ connection.closeall()
 def test_sync_in_greenlets_sends(migrated_dsn: str) -> None:
     succeeded(run(migrated_dsn, "-c", GREENLETS, settings=geventpool(migrated_dsn)))
     assert left_behind(migrated_dsn) == ["jobs"] * 10
-
-
-FIRST = """
-from channels.layers import get_channel_layer
-from django.db import connection
-
-get_channel_layer().sync.send("jobs", {"type": "test"})
-print("connect_timeout" in connection.pool.kwargs)
-connection.close()
-connection.closeall()
-"""
-
-
-@pytest.mark.geventpool
-def test_sync_that_makes_a_backends_pool_leaves_its_parameters_alone(migrated_dsn: str) -> None:
-    """The pool keeps the parameters of the first call: what is left of a send_timeout is not for all."""
-    assert django(migrated_dsn, FIRST, settings=geventpool(migrated_dsn)) == "False"

@@ -19,7 +19,10 @@ monkey.patch_all()
 from gevent import joinall, sleep, spawn
 """,
     "eventlet": """
+import os
 import warnings
+# psycopg knows gevent alone: otherwise each query, also of the ORM, blocks all greenlets.
+os.environ["PSYCOPG_WAIT_FUNC"] = "wait_select"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it says that it is deprecated
     import eventlet

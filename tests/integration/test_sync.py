@@ -1,4 +1,4 @@
-"""``layer.sync``: plain functions on Django's own connection, in its transactions."""
+"""``layer.sync``: plain functions on Django's connection, in its transactions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import threading
 import unittest
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +28,14 @@ from django.urls import path
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pg_layer import ChannelFull, LayerUnavailable, NotMigrated, PostgresChannelLayer
+from pg_layer import (
+    ChannelFull,
+    LayerUnavailable,
+    NotMigrated,
+    OutcomeUnknown,
+    PostgresChannelLayer,
+)
 from pg_layer._config.databases import alias_of
-from pg_layer._db.session import Session
 from pg_layer._state import capacity as room
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
@@ -46,7 +50,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 @pytest.fixture
 def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """A layer on Django's default database."""
+    """Return a layer on Django's default database."""
     layer = PostgresChannelLayer(capacity=1000, lease=3600)
     with on_django(layer, default=postgres(migrated_dsn)):
         yield layer
@@ -54,7 +58,7 @@ def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 @pytest.fixture
 def reader(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """Another process's, as far as it can tell."""
+    """Return a layer that receives as another process would."""
     layer = new_layer(migrated_dsn, capacity=1000)
     yield layer
     asyncio.run(layer.close())
@@ -62,9 +66,9 @@ def reader(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 @contextmanager
 def on_django(layer: PostgresChannelLayer, **databases: dict[str, Any]) -> Iterator[None]:
-    """The layer is Django's, with these DATABASES, whose connections are closed in the end."""
+    """Configure Django with the layer and these DATABASES. Close both at the end."""
     with configured(layer, DATABASES=databases, ROOT_URLCONF=__name__, SECRET_KEY="x"):
-        apps.populate([])  # Django warns of who queries a database before that
+        apps.populate([])  # Django warns of queries before the apps are ready
         try:
             yield
         finally:
@@ -73,7 +77,7 @@ def on_django(layer: PostgresChannelLayer, **databases: dict[str, Any]) -> Itera
 
 @pytest.fixture
 def looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each message is counted, from the low id that was learned a moment ago."""
+    """Each send counts the waiting messages, from the low-water id of the last one."""
     monkeypatch.setattr(room, "LOW_ID_AGE", 0.0)
     monkeypatch.setattr(room, "CREDIT_AGE", -1.0)
 
@@ -83,7 +87,7 @@ def number(n: int) -> dict[str, Any]:
 
 
 def received(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
-    """The next messages; those are all that wait in the channel."""
+    """Receive ``count`` messages, and assert that no other one waits in the channel."""
 
     async def read() -> list[int]:
         numbers = [(await receive(layer, channel))["number"] for _ in range(count)]
@@ -97,7 +101,7 @@ def received(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]
 
 
 def joined(layer: PostgresChannelLayer, group: str) -> str:
-    """A channel of the layer in a group."""
+    """Return a new channel of the layer that is in the group."""
 
     async def join() -> str:
         channel = await layer.new_channel()
@@ -108,7 +112,7 @@ def joined(layer: PostgresChannelLayer, group: str) -> str:
 
 
 def waiting(observer: Observer) -> int:
-    """How many messages others can see."""
+    """Return the number of committed messages."""
     row = observer.execute(
         "SELECT count(*) FROM pg_layer_message WHERE kind = 'message'"
     ).fetchone()
@@ -119,7 +123,7 @@ def waiting(observer: Observer) -> int:
 # ---------------------------------------------------------------------- outside of transactions
 
 
-def test_everything_outside_of_a_transaction_is_there_at_once(
+def test_calls_outside_of_transactions_take_effect_at_once(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer
 ) -> None:
     member = joined(reader, "room")
@@ -148,7 +152,7 @@ def test_everything_outside_of_a_transaction_is_there_at_once(
     assert layer.sync.send_many([]) == layer.sync.group_send_many([]) == []
 
 
-def test_a_channel_of_this_process_joins_and_hears(layer: PostgresChannelLayer) -> None:
+def test_group_add_of_an_own_channel_receives_group_messages(layer: PostgresChannelLayer) -> None:
     channel = asyncio.run(layer.new_channel())
     layer.sync.group_add("room", channel)
     layer.sync.group_send("room", number(1))
@@ -158,7 +162,9 @@ def test_a_channel_of_this_process_joins_and_hears(layer: PostgresChannelLayer) 
     assert received(layer, channel, 0) == []
 
 
-def test_a_full_channel(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
+def test_send_to_a_full_channel_raises_channel_full(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer
+) -> None:
     for n in range(1000):
         layer.sync.send("jobs", number(n))
     with pytest.raises(ChannelFull, match="jobs"):
@@ -180,7 +186,9 @@ def test_a_full_channel(layer: PostgresChannelLayer, reader: PostgresChannelLaye
     assert received(reader, "jobs", 1) == [7]
 
 
-def test_it_is_encrypted_where_the_layer_is(migrated_dsn: str, observer: Observer) -> None:
+def test_send_with_encryption_keys_stores_encrypted_payloads(
+    migrated_dsn: str, observer: Observer
+) -> None:
     layer = PostgresChannelLayer(symmetric_encryption_keys=["secret"])
     with on_django(layer, default=postgres(migrated_dsn)):
         layer.sync.send("jobs", {"type": "a secret", "number": 1})
@@ -189,7 +197,7 @@ def test_it_is_encrypted_where_the_layer_is(migrated_dsn: str, observer: Observe
         assert received(layer, "jobs", 1) == [1]
 
 
-def test_what_is_wrong_is_said_before_anything_is_sent(
+def test_call_with_a_wrong_argument_raises_before_anything_is_sent(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     sync = layer.sync
@@ -216,7 +224,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     assert waiting(observer) == 0
 
 
-def test_how_it_is_shown() -> None:
+def test_repr_hides_passwords_and_keys() -> None:
     layer = PostgresChannelLayer(
         dsn="host=h password=Sup3r", prefix="mine", symmetric_encryption_keys=["S3cret"]
     )
@@ -230,7 +238,7 @@ def test_how_it_is_shown() -> None:
 # ---------------------------------------------------------------------- transactions
 
 
-def test_a_message_leaves_when_its_transaction_commits(
+def test_send_in_a_transaction_is_received_after_the_commit(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
 ) -> None:
     member = joined(reader, "room")
@@ -246,7 +254,7 @@ def test_a_message_leaves_when_its_transaction_commits(
     assert received(reader, member, 3) == [2, 4, 5]
 
 
-def test_a_message_never_leaves_a_transaction_that_is_rolled_back(
+def test_send_in_a_transaction_rolled_back_is_never_received(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer
 ) -> None:
     member = joined(reader, "room")
@@ -266,13 +274,14 @@ def test_a_message_never_leaves_a_transaction_that_is_rolled_back(
     assert received(reader, other, 0) == []
 
 
-def test_a_strict_transaction_counts_those_that_it_sends_to(
+def test_group_count_in_a_strict_transaction_counts_the_members_it_sends_to(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
 ) -> None:
     member = joined(reader, "room")
-    # In its snapshot the lease is about to run out. That it is renewed meanwhile is not to be seen in there.
+    # The snapshot of the transaction sees a lease that is about to end, but not its renewal.
     ends = observer.execute(
-        "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '0.5 s' RETURNING expires_at"
+        "UPDATE pg_layer_client SET expires_at = clock_timestamp() + interval '0.5 s'"
+        " RETURNING expires_at"
     ).fetchone()
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -289,7 +298,9 @@ def test_a_strict_transaction_counts_those_that_it_sends_to(
     assert received(reader, member, 1) == [1]
 
 
-def test_nor_a_savepoint_that_is(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
+def test_send_in_a_savepoint_rolled_back_is_never_received(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer
+) -> None:
     member = joined(reader, "room")
     with transaction.atomic():
         layer.sync.send("jobs", number(1))
@@ -306,7 +317,7 @@ def test_nor_a_savepoint_that_is(layer: PostgresChannelLayer, reader: PostgresCh
     assert received(reader, member, 1) == [5]
 
 
-def test_what_is_sent_on_commit_comes_after_what_was_sent_before_it(
+def test_send_in_on_commit_is_received_after_the_transactions_messages(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer
 ) -> None:
     with transaction.atomic():
@@ -317,7 +328,7 @@ def test_what_is_sent_on_commit_comes_after_what_was_sent_before_it(
     assert received(reader, "jobs", 4) == [1, 2, 3, 4]
 
 
-def test_a_full_channel_leaves_the_transaction_as_it_is(
+def test_channel_full_in_a_transaction_does_not_abort_it(
     migrated_dsn: str, reader: PostgresChannelLayer
 ) -> None:
     layer = PostgresChannelLayer(capacity=1)
@@ -331,7 +342,7 @@ def test_a_full_channel_leaves_the_transaction_as_it_is(
         assert received(reader, "other", 1) == [3]
 
 
-def test_a_transaction_that_is_broken_says_so(
+def test_send_in_an_aborted_transaction_raises_djangos_error(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     with transaction.atomic():
@@ -350,7 +361,7 @@ def test_a_transaction_that_is_broken_says_so(
     assert waiting(observer) == 0
 
 
-def test_without_autocommit_it_is_the_commit_that_sends(
+def test_send_without_autocommit_is_received_after_the_commit(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
 ) -> None:
     transaction.set_autocommit(False)
@@ -364,13 +375,13 @@ def test_without_autocommit_it_is_the_commit_that_sends(
 
 
 def shown(setting: str) -> str:
-    """A setting of Django's connection."""
+    """Return a setting of Django's connection."""
     with connection.cursor() as cursor:
         cursor.execute(f"SHOW {setting}")
         return str(cursor.fetchone()[0])
 
 
-def test_a_transaction_that_django_knows_nothing_of_is_one(
+def test_send_in_a_transaction_unknown_to_django_is_part_of_it(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
 ) -> None:
     layer.sync.send("jobs", number(1))
@@ -392,7 +403,9 @@ def test_a_transaction_that_django_knows_nothing_of_is_one(
     assert received(reader, "jobs", 4) == [1, 2, 3, 6]
 
 
-def test_in_a_pipeline(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
+def test_send_in_a_pipeline_is_received(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer
+) -> None:
     layer.sync.send("jobs", number(1))
     with connection.connection.pipeline():
         layer.sync.send("jobs", number(2))
@@ -404,7 +417,7 @@ def test_in_a_pipeline(layer: PostgresChannelLayer, reader: PostgresChannelLayer
     assert received(reader, "jobs", 6) == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_users_transaction_is_as_durable_as_he_wants_it(layer: PostgresChannelLayer) -> None:
+def test_send_in_a_transaction_keeps_synchronous_commit(layer: PostgresChannelLayer) -> None:
     with transaction.atomic():
         layer.sync.send("jobs", number(1))
         layer.sync.send_many([("jobs", number(1)), ("jobs", number(1))])
@@ -415,7 +428,7 @@ def test_the_users_transaction_is_as_durable_as_he_wants_it(layer: PostgresChann
     assert shown("synchronous_commit") == "on"
 
 
-def test_there_is_no_second_connection_and_no_thread(
+def test_calls_open_no_connection_and_start_no_event_loop(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     def backends() -> list[Any]:
@@ -425,23 +438,22 @@ def test_there_is_no_second_connection_and_no_thread(
 
     connection.ensure_connection()
     before = backends()
-    threads = threading.active_count()
     layer.sync.send("jobs", number(1))
     layer.sync.group_add("room", "jobs")
     with transaction.atomic():
         layer.sync.group_send("room", number(2))
         assert layer.sync.group_count("room") == 1
     assert backends() == before
-    assert threading.active_count() == threads
+    assert not background_threads()
 
 
-def test_a_channel_of_this_process_stays_in_its_group_before_anybody_receives(
+def test_group_add_of_an_own_channel_without_a_loop_renews_the_lease(
     migrated_dsn: str, observer: Observer
 ) -> None:
     layer = PostgresChannelLayer(lease=2, heartbeat=0.5)
 
     def lease() -> float:
-        """When it ends; 0 before there is one."""
+        """Return when the lease ends; 0 before there is one."""
         query = "SELECT coalesce(max(extract(epoch FROM expires_at)), 0) FROM pg_layer_client"
         return float(observer.execute(query).fetchall()[0][0])
 
@@ -455,20 +467,20 @@ def test_a_channel_of_this_process_stays_in_its_group_before_anybody_receives(
         layer.sync.group_add("room", channel)
         renewed()
         layer.sync.group_send("room", number(1))
-        asyncio.run(layer.send("jobs", number(0)))  # by a loop that ends with it
+        asyncio.run(layer.send("jobs", number(0)))  # on a loop that ends with the call
         renewed()
         layer.sync.group_send("room", number(2))
         assert async_to_sync(layer.receive)(channel) == number(1)
-        layer.sync.group_add("room", channel)  # who received is gone with his loop
+        layer.sync.group_add("room", channel)  # the loop that received has ended
         renewed()
         assert received(layer, channel, 1) == [2]
-        eventually(lambda: not background_threads(), "who serves keeps the lease by itself")
-        # A loop that was gone as well, and a thread that takes over from it.
+        eventually(lambda: not background_threads(), "the receiving loop renews the lease itself")
+        # The receiving loop has ended: a thread renews the lease in its place.
         async_to_sync(layer.send)("jobs", number(3))
         renewed()
 
 
-def test_send_in_a_transaction_costs_one_round_trip_and_the_announcement_one_more(
+def test_send_in_a_transaction_costs_one_round_trip_and_one_announcement(
     layer: PostgresChannelLayer, observer: Observer, tmp_path: Path
 ) -> None:
     observer.execute("CREATE TABLE note (text text)")
@@ -497,7 +509,7 @@ def test_send_in_a_transaction_costs_one_round_trip_and_the_announcement_one_mor
     assert round_trips(one, one, one) == without + 4
 
 
-def test_who_watches_queries_sees_those_of_the_layer(layer: PostgresChannelLayer) -> None:
+def test_execute_wrapper_sees_the_layers_statements(layer: PostgresChannelLayer) -> None:
     seen: list[str] = []
 
     def watch(execute: Callable[..., Any], query: str, *rest: Any) -> Any:
@@ -517,7 +529,9 @@ def test_who_watches_queries_sees_those_of_the_layer(layer: PostgresChannelLayer
     assert received(layer, "jobs", 2) == [1, 2]
 
 
-def test_the_readmes_example(layer: PostgresChannelLayer, reader: PostgresChannelLayer) -> None:
+def test_readme_example_announces_after_the_commit(
+    layer: PostgresChannelLayer, reader: PostgresChannelLayer
+) -> None:
     (example,) = re.findall(
         r"```python\n(from channels.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
     )
@@ -539,7 +553,7 @@ def test_the_readmes_example(layer: PostgresChannelLayer, reader: PostgresChanne
     assert asyncio.run(receive(reader, member)) == {"type": "article.published", "id": 7}
 
 
-def test_who_has_put_something_in_a_cursors_place_is_not_gone_past(
+def test_patched_cursors_see_or_refuse_the_layers_statements(
     layer: PostgresChannelLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class OnlyInTransactions(SimpleTestCase):
@@ -573,37 +587,9 @@ def test_who_has_put_something_in_a_cursors_place_is_not_gone_past(
     assert waiting(observer) == 7
 
 
-def test_who_watches_disguised_as_what_he_wraps_sees_what_runs(
-    layer: PostgresChannelLayer, observer: Observer, monkeypatch: pytest.MonkeyPatch
+def test_cursor_factory_of_the_project_runs_the_layers_statements(
+    migrated_dsn: str, observer: Observer
 ) -> None:
-    """As tracers do: what they put there hands on all that it is asked, and cannot always be hashed."""
-    seen: list[str] = []
-
-    class Disguised:
-        __hash__ = None  # type: ignore[assignment]
-
-        def __init__(self, wrapped: Callable[..., Any]) -> None:
-            self.wrapped = wrapped
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.wrapped, name)
-
-        def __get__(self, instance: object, owner: object) -> Any:
-            return self if instance is None else partial(self, instance)
-
-        def __call__(self, *args: Any) -> Any:
-            seen.append(self.wrapped.__name__)
-            return self.wrapped(*args)
-
-    for place, name in ((CursorWrapper, "execute"), (type(connections["default"]), "make_cursor")):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, Disguised(getattr(place, name)))
-            layer.sync.send("jobs", number(1))
-    assert seen == ["execute", "make_cursor"]
-    assert waiting(observer) == 2
-
-
-def test_a_cursor_class_of_the_users_sees_what_runs(migrated_dsn: str, observer: Observer) -> None:
     seen: list[str] = []
 
     class Seeing(psycopg.ClientCursor[Any]):
@@ -641,7 +627,9 @@ def committing(request: HttpRequest) -> HttpResponse:
 urlpatterns = [path("", committing)]
 
 
-def test_atomic_requests(migrated_dsn: str, reader: PostgresChannelLayer) -> None:
+def test_send_in_atomic_requests_is_received_after_the_request(
+    migrated_dsn: str, reader: PostgresChannelLayer
+) -> None:
     layer = PostgresChannelLayer()
     with on_django(layer, default={**postgres(migrated_dsn), "ATOMIC_REQUESTS": True}):
         client = Client(raise_request_exception=False, headers={"host": "localhost"})
@@ -649,25 +637,28 @@ def test_atomic_requests(migrated_dsn: str, reader: PostgresChannelLayer) -> Non
         assert received(reader, "jobs", 0) == []
         assert (
             client.get("/", {"dsn": migrated_dsn}).content == b"0"
-        )  # not before the request has ended
+        )  # other connections see the message only after the request
         assert received(reader, "jobs", 1) == [1]
 
 
 # ---------------------------------------------------------------------- which connection
 
 
-def test_djangos_pool_connects_as_django_would(migrated_dsn: str) -> None:
-    layer = PostgresChannelLayer(send_timeout=3)
+def test_send_with_djangos_pool_uses_a_connection_of_it(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer()
     options = {"pool": {"min_size": 1, "max_size": 1}}
     with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
         wrapper: Any = connections["default"]
-        layer.sync.send("jobs", number(1))  # which makes the pool
-        assert "connect_timeout" not in wrapper.pool.kwargs
+        layer.sync.send("jobs", number(1))  # this call opens the pool
+        assert wrapper.pool.get_stats()["requests_num"] == 1
+        assert waiting(observer) == 1
         wrapper.close()
         wrapper.close_pool()
 
 
-def test_a_dsn_finds_its_alias(
+def test_dsn_of_a_database_in_databases_uses_its_alias(
     migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer
 ) -> None:
     layer = new_layer(migrated_dsn)
@@ -676,11 +667,13 @@ def test_a_dsn_finds_its_alias(
     ):
         with transaction.atomic(using="events"), transaction.atomic():
             layer.sync.send("jobs", number(1))
-            transaction.set_rollback(True)  # of the default one, which has nothing to do with it
+            transaction.set_rollback(True)  # rolls back the other alias only
         assert received(reader, "jobs", 1) == [1]
 
 
-def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -> None:
+def test_dsn_without_an_alias_raises_improperly_configured(
+    migrated_dsn: str, fresh_database: str
+) -> None:
     layer = new_layer(migrated_dsn)
     with on_django(layer, default=postgres(fresh_database), lite=SQLITE):
         with pytest.raises(
@@ -695,7 +688,7 @@ def test_a_dsn_that_no_alias_points_to(migrated_dsn: str, fresh_database: str) -
             layer.sync.send("jobs", number(1), using="default")
 
 
-def test_a_dsn_never_finds_the_alias_of_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dsn_of_another_place_does_not_match_the_alias(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(dsn: str, parameters: str) -> bool:
         layer = new_layer(dsn)
         options = conninfo_to_dict(parameters)
@@ -727,7 +720,7 @@ def test_a_dsn_never_finds_the_alias_of_another_place(monkeypatch: pytest.Monkey
     assert not found("dbname=d options=-csearch_path=shop", "dbname=d")
 
 
-def test_using_names_another_alias(
+def test_using_runs_the_call_on_that_alias(
     migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer
 ) -> None:
     layer = PostgresChannelLayer()
@@ -747,7 +740,7 @@ def test_using_names_another_alias(
         assert layer.sync.group_count("room", using="events") == 0
 
 
-def test_an_alias_that_is_broken_by_itself_is_passed_over(
+def test_dsn_lookup_skips_aliases_with_wrong_settings(
     migrated_dsn: str, fresh_database: str, reader: PostgresChannelLayer
 ) -> None:
     layer = new_layer(migrated_dsn)
@@ -762,14 +755,16 @@ def test_an_alias_that_is_broken_by_itself_is_passed_over(
         assert received(reader, "jobs", 1) == [1]
 
 
-def test_an_empty_alias_is_none_of_djangos(layer: PostgresChannelLayer, observer: Observer) -> None:
+def test_using_an_empty_alias_raises_improperly_configured(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
     with pytest.raises(ImproperlyConfigured, match="''"):
         layer.sync.send("jobs", number(1), using="")
     assert waiting(observer) == 0
 
 
 @pytest.mark.usefixtures("looking")
-def test_databases_do_not_share_what_is_known_of_their_channels(
+def test_known_capacities_of_two_databases_are_separate(
     migrated_dsn: str, fresh_database: str, observer: Observer
 ) -> None:
     migrate(fresh_database)
@@ -790,13 +785,13 @@ def test_databases_do_not_share_what_is_known_of_their_channels(
 
 
 def begin_a_boot(observer: Observer) -> None:
-    """As a crash does after which ids are drawn again."""
+    """Do what a crash does after which ids are drawn again."""
     observer.execute("TRUNCATE pg_layer_message RESTART IDENTITY")
     observer.execute("TRUNCATE pg_layer_boot")
 
 
 @pytest.mark.usefixtures("looking")
-def test_room_in_a_later_boot_is_counted_anew(
+def test_known_capacity_after_a_new_boot_is_counted_again(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     observer.execute("SELECT setval('pg_layer_message_id_seq', 1000000)")
@@ -804,14 +799,14 @@ def test_room_in_a_later_boot_is_counted_anew(
         layer.sync.send("jobs", number(n))
         observer.execute("DELETE FROM pg_layer_message")
     begin_a_boot(observer)
-    layer.sync.send("jobs", number(0))  # which notices it
+    layer.sync.send("jobs", number(0))  # this call notices the boot
     assert sum(layer.sync.send_many([("jobs", number(n)) for n in range(1000)])) == 999
     with pytest.raises(ChannelFull):
         layer.sync.send("jobs", number(0))
 
 
 @pytest.mark.usefixtures("looking")
-def test_full_channel_in_a_later_boot_is_noticed_by_the_second_message(
+def test_full_channel_after_a_new_boot_refuses_the_second_message(
     migrated_dsn: str, observer: Observer
 ) -> None:
     layer = PostgresChannelLayer(capacity=5)
@@ -831,7 +826,7 @@ def test_full_channel_in_a_later_boot_is_noticed_by_the_second_message(
 
 
 @pytest.mark.usefixtures("looking")
-def test_room_that_was_seen_outlives_connections(layer: PostgresChannelLayer) -> None:
+def test_known_capacity_after_a_reconnect_is_kept(layer: PostgresChannelLayer) -> None:
     layer.sync.send("jobs", number(0))
     before = layer.sync._known_capacities["default"]
     for n in range(3):
@@ -840,7 +835,7 @@ def test_room_that_was_seen_outlives_connections(layer: PostgresChannelLayer) ->
         assert layer.sync._known_capacities["default"] is before
 
 
-def test_a_role_that_django_assumes_is_the_layers_own_too(
+def test_assume_role_applies_to_the_layers_own_connections(
     migrated_dsn: str, observer: Observer
 ) -> None:
     name = f"the owner of {observer.info.dbname}"
@@ -864,11 +859,11 @@ def test_a_role_that_django_assumes_is_the_layers_own_too(
         observer.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
 
 
-def test_on_an_event_loops_own_thread_it_is_refused(layer: PostgresChannelLayer) -> None:
+def test_send_on_the_thread_of_an_event_loop_is_refused(layer: PostgresChannelLayer) -> None:
     async def send() -> None:
         with pytest.raises(SynchronousOnlyOperation):
             layer.sync.send("jobs", number(1))
-        # Where synchronous code belongs, it works.
+        # In a thread without an event loop the call works.
         await asyncio.to_thread(send_and_close)
 
     def send_and_close() -> None:
@@ -879,7 +874,7 @@ def test_on_an_event_loops_own_thread_it_is_refused(layer: PostgresChannelLayer)
     assert received(layer, "jobs", 1) == [2]
 
 
-def test_threads_send_at_once_each_in_its_order(
+def test_sends_of_each_thread_are_received_in_order(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer
 ) -> None:
     def send(thread: int) -> None:
@@ -896,7 +891,7 @@ def test_threads_send_at_once_each_in_its_order(
         ]
 
 
-def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
+def test_send_on_another_threads_connection_raises_djangos_error(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     layer.sync.send("jobs", number(1))
@@ -914,13 +909,13 @@ def test_a_connection_of_another_thread_is_refused_as_django_refuses_it(
     assert waiting(observer) == 1
 
 
-def test_who_was_forked_while_others_sent_sends(
+def test_send_in_a_child_forked_during_a_send_succeeds(
     layer: PostgresChannelLayer, observer: Observer
 ) -> None:
     layer.sync.send("jobs", number(1))
     connections.close_all()
     (known,) = layer.sync._known_capacities.values()
-    with known._lock:  # as a thread has that is about to send
+    with known._lock:  # another thread holds it during a send
         child = os.fork()
         if not child:
             signal.alarm(10)
@@ -930,7 +925,7 @@ def test_who_was_forked_while_others_sent_sends(
     assert waiting(observer) == 2
 
 
-def test_a_channel_of_this_process_that_joined_leaves_with_it(layer: PostgresChannelLayer) -> None:
+def test_close_removes_own_channels_from_their_groups(layer: PostgresChannelLayer) -> None:
     channel = asyncio.run(layer.new_channel())
     layer.sync.group_add("room", channel)
     assert layer.sync.group_channels("room") == [channel]
@@ -942,7 +937,7 @@ def test_a_channel_of_this_process_that_joined_leaves_with_it(layer: PostgresCha
 
 
 def prepared() -> list[str]:
-    """The functions in statements that the server has prepared for Django's connection."""
+    """Return the layer's functions in the prepared statements of Django's connection."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT substring(statement FROM 'pg_layer_[a-z]+_[a-z]+\\w*') AS function"
@@ -951,29 +946,8 @@ def prepared() -> list[str]:
         return [str(row[0]) for row in cursor.fetchall()]
 
 
-def test_what_is_sent_again_and_again_is_prepared_outside_of_transactions(
-    layer: PostgresChannelLayer, reader: PostgresChannelLayer
-) -> None:
-    member = joined(reader, "room")
-
-    def send_thrice(n: int) -> None:
-        layer.sync.group_send("room", number(n))
-        with transaction.atomic():  # which psycopg begins with the first
-            layer.sync.group_send("room", number(n))
-            layer.sync.group_send("room", number(n))
-
-    for n in range(5):
-        send_thrice(n)
-    assert prepared() == []
-    for n in range(5, 20):
-        send_thrice(n)
-        # The announcement after the commit is outside of the transaction as well.
-        assert prepared() == ["pg_layer_announce_marked", "pg_layer_group_send_one"]
-    assert received(reader, member, 60) == [n for n in range(20) for _ in range(3)]
-
-
 @pytest.mark.parametrize("has_handler", [True, False], ids=["handler", "generator"])
-def test_whoever_listens_on_djangos_connection_hears(
+def test_listen_on_djangos_connection_receives_notifications(
     layer: PostgresChannelLayer, observer: Observer, has_handler: bool
 ) -> None:
     heard: list[str] = []
@@ -993,70 +967,63 @@ def test_whoever_listens_on_djangos_connection_hears(
     assert heard == ["0", "1", "2"]
 
 
-def test_what_a_handler_raises_is_not_taken_for_the_calls_own_error(
-    layer: PostgresChannelLayer, observer: Observer
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(ZeroDivisionError, ZeroDivisionError), (OperationalError, OutcomeUnknown)],
+)
+def test_send_during_which_a_notify_handler_fails_is_not_repeated(
+    layer: PostgresChannelLayer,
+    observer: Observer,
+    raised: type[Exception],
+    expected: type[Exception],
 ) -> None:
+    """psycopg calls handlers during the statement, and leaves its answer unread if one raises."""
     layer.sync.send("jobs", number(1))
     with connection.cursor() as cursor:
         cursor.execute("LISTEN mine")
-    psycopg_connection = connection.connection
 
     def fail(notify: psycopg.Notify) -> None:
-        raise OperationalError from psycopg.errors.SerializationFailure()
+        raise raised from psycopg.errors.SerializationFailure()
 
-    psycopg_connection.add_notify_handler(fail)
+    connection.connection.add_notify_handler(fail)
     observer.execute("NOTIFY mine")
-    with pytest.raises(OperationalError):
+    with pytest.raises(expected):
         layer.sync.send("jobs", number(2))
-    assert waiting(observer) == 2  # it was not sent again
-    assert connection.connection is psycopg_connection
-
-
-def test_what_comes_with_preparing_has_no_time_of_its_own(
-    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timeouts: list[float] = []
-    execute_now = Session.execute_now
-
-    def execute(self: Session, *args: Any, timeout: float) -> Any:
-        timeouts.append(timeout)
-        return execute_now(self, *args, timeout=timeout)
-
-    monkeypatch.setattr(Session, "execute_now", execute)
-    for n in range(5):
-        layer.sync.group_send("room", number(n))
-    timeouts.clear()
-    layer.sync.group_send("room", number(5))
-    whether_it_is_a_pooler, message = timeouts
-    assert message < whether_it_is_a_pooler < 10
+    assert waiting(observer) == 2
+    assert shown("server_version_num")
 
 
 @pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
-def test_what_was_prepared_may_be_discarded_at_any_time(
-    layer: PostgresChannelLayer, reader: PostgresChannelLayer, forget: str
+def test_send_after_prepared_statements_were_discarded_succeeds(
+    migrated_dsn: str, reader: PostgresChannelLayer, forget: str
 ) -> None:
+    """psycopg prepares the layer's statements if the project's OPTIONS ask for it."""
+    layer = PostgresChannelLayer()
+    options = {"prepare_threshold": 5, "server_side_binding": True}
     member = joined(reader, "room")
-    for n in range(6):
-        layer.sync.group_send("room", number(n))
-    assert prepared() == ["pg_layer_group_send_one"]
-    with connection.cursor() as cursor:
-        cursor.execute(forget)
-        with transaction.atomic():
-            layer.sync.group_send("room", number(6))
-        for n in range(7, 20):
+    with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
+        for n in range(7):
             layer.sync.group_send("room", number(n))
-    assert prepared() == []  # it is not to meet that again
+        assert prepared() == ["pg_layer_group_send_one"]
+        with connection.cursor() as cursor:
+            cursor.execute(forget)
+        with transaction.atomic():
+            layer.sync.group_send("room", number(7))
+        for n in range(8, 20):
+            layer.sync.group_send("room", number(n))
     assert received(reader, member, 20) == list(range(20))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"prepare_threshold": None}, id="unwanted"),
+        pytest.param({}, id="default"),
         pytest.param({"pool": {"min_size": 1, "max_size": 1}}, id="pool"),
     ],
 )
-def test_nothing_is_prepared(migrated_dsn: str, options: dict[str, Any]) -> None:
+def test_send_with_djangos_defaults_prepares_no_statement(
+    migrated_dsn: str, options: dict[str, Any]
+) -> None:
     layer = PostgresChannelLayer()
     with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
         for n in range(10):
@@ -1072,12 +1039,12 @@ def test_nothing_is_prepared(migrated_dsn: str, options: dict[str, Any]) -> None
 
 
 def kill(observer: Observer) -> None:
-    """The backend of Django's connection of this thread ends, and that is known to have happened."""
+    """End the backend of Django's connection of this thread, and wait until it has ended."""
     pid = connection.connection.info.backend_pid
     observer.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
 
 
-def test_a_connection_that_was_lost_meanwhile_is_opened_anew(
+def test_send_on_a_connection_closed_while_idle_connects_again(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
 ) -> None:
     for n in range(5):
@@ -1087,7 +1054,7 @@ def test_a_connection_that_was_lost_meanwhile_is_opened_anew(
     assert received(reader, "jobs", 6) == list(range(6))
 
 
-def test_a_connection_that_is_lost_within_a_transaction_is_djangos_affair(
+def test_send_on_a_connection_lost_in_a_transaction_raises_djangos_error(
     layer: PostgresChannelLayer, reader: PostgresChannelLayer, observer: Observer
 ) -> None:
     with transaction.atomic():
@@ -1101,7 +1068,7 @@ def test_a_connection_that_is_lost_within_a_transaction_is_djangos_affair(
 
 
 def lose(observer: Observer, is_closed: bool) -> None:
-    """Django's connection is lost, and Django has been told."""
+    """Lose Django's connection so that psycopg knows that it is closed."""
     if is_closed:
         connection.connection.close()
     else:
@@ -1113,7 +1080,7 @@ def lose(observer: Observer, is_closed: bool) -> None:
 
 @pytest.mark.parametrize("is_used", [False, True], ids=["unused", "used"])
 @pytest.mark.parametrize("is_closed", [False, True], ids=["terminated", "closed"])
-def test_a_connection_that_django_knows_to_be_lost_is_opened_anew(
+def test_send_on_a_connection_known_to_be_lost_connects_again(
     layer: PostgresChannelLayer,
     reader: PostgresChannelLayer,
     observer: Observer,
@@ -1126,7 +1093,7 @@ def test_a_connection_that_django_knows_to_be_lost_is_opened_anew(
         layer.sync.send,
     ]
     for n, send in enumerate(sends):
-        connection.close()  # what the layer knew of the last one is of no use for this one
+        connection.close()  # each call gets a new connection
         connection.ensure_connection()
         if is_used:
             layer.sync.group_count("room")
@@ -1138,13 +1105,13 @@ def test_a_connection_that_django_knows_to_be_lost_is_opened_anew(
 
 @pytest.mark.parametrize("is_used", [False, True], ids=["unused", "used"])
 @pytest.mark.parametrize("is_closed", [False, True], ids=["terminated", "closed"])
-def test_one_that_is_known_to_be_lost_within_a_transaction_is_djangos_affair_too(
+def test_send_in_a_transaction_on_a_connection_known_to_be_lost_raises(
     layer: PostgresChannelLayer, observer: Observer, is_used: bool, is_closed: bool
 ) -> None:
     for call in (layer.sync.send, layer.sync.group_send):
         with transaction.atomic():
             if is_used:
-                layer.sync.group_count("room")  # begins the transaction, by psycopg's cursor
+                layer.sync.group_count("room")  # psycopg begins the transaction
                 layer.sync.group_count("room")
             lose(observer, is_closed)
             with pytest.raises(OperationalError):
@@ -1154,7 +1121,7 @@ def test_one_that_is_known_to_be_lost_within_a_transaction_is_djangos_affair_too
         connection.close()
 
 
-def test_a_database_that_is_away(migrated_dsn: str) -> None:
+def test_send_while_the_database_is_down_raises_layer_unavailable(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(send_timeout=0.5)
     with (
         on_django(layer, default={**postgres(migrated_dsn), "PORT": "1"}),

@@ -1,0 +1,121 @@
+"""The limit of a ``layer.sync`` call outside of transactions, and the thread that keeps it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from django.db import connection, connections
+
+from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
+from tests.conftest import Observer
+from tests.faults.test_sync_faults import in_thread, locked, until_blocked
+from tests.integration.test_django import postgres
+from tests.integration.test_sync import number, on_django, shown, waiting
+from tests.project.commands import eventually
+
+
+def watchdogs() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "pg_layer-watchdog"]
+
+
+def test_watchdog_of_many_calls_is_one_thread_that_ends_after_them(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer()
+
+    def send() -> None:
+        for n in range(50):
+            layer.sync.send("jobs", number(n))
+            assert len(watchdogs()) <= 1
+        connections.close_all()
+
+    with on_django(layer, default=postgres(migrated_dsn)), ThreadPoolExecutor(2) as pool:
+        for sending in [pool.submit(send) for _ in range(2)]:
+            sending.result()
+    assert waiting(observer) == 100
+    eventually(lambda: not watchdogs(), "the watchdog's thread ends")
+
+
+def test_watchdog_cuts_a_call_whose_deadline_comes_before_those_of_earlier_calls(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    patient = PostgresChannelLayer(send_timeout=3600)
+    hasty = PostgresChannelLayer(send_timeout=0.5)
+    with (
+        on_django(hasty, default=postgres(migrated_dsn)),
+        locked(migrated_dsn, "pg_layer_message") as holder,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sending = in_thread(pool, lambda: patient.sync.send("jobs", number(1)))
+        until_blocked(observer)
+        connection.ensure_connection()
+        with pytest.raises(OutcomeUnknown):
+            hasty.sync.send("jobs", number(2))
+        assert not sending.done()
+        holder.rollback()
+        sending.result()
+
+
+def test_read_that_exceeds_send_timeout_says_so(migrated_dsn: str) -> None:
+    layer = PostgresChannelLayer(send_timeout=0.5)
+    with (
+        on_django(layer, default=postgres(migrated_dsn)),
+        locked(migrated_dsn, "pg_layer_client"),
+    ):
+        connection.ensure_connection()
+        with pytest.raises(LayerUnavailable, match="did not answer in time") as caught:
+            layer.sync.group_count("room")
+        assert not isinstance(caught.value, OutcomeUnknown)
+        assert shown("server_version_num")
+
+
+def test_call_in_a_child_is_limited_although_the_parent_was_in_a_call(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    layer = PostgresChannelLayer(send_timeout=0.5)
+    patient = PostgresChannelLayer(send_timeout=3600)
+    with (
+        on_django(layer, default=postgres(migrated_dsn)),
+        locked(migrated_dsn, "pg_layer_message") as holder,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sending = in_thread(pool, lambda: patient.sync.send("jobs", number(1)))
+        until_blocked(observer)
+        assert watchdogs()
+        connections.close_all()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            try:
+                connection.ensure_connection()
+                layer.sync.send("jobs", number(2))
+            except OutcomeUnknown:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0) == (child, 0)
+        holder.rollback()
+        sending.result()
+
+
+def test_send_when_no_thread_can_be_started_succeeds(
+    migrated_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a function that runs at the end of the interpreter."""
+    eventually(lambda: not watchdogs(), "the watchdog of an earlier call ends")
+    layer = PostgresChannelLayer(send_timeout=0.5)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with on_django(layer, default=postgres(migrated_dsn)):
+        connection.ensure_connection()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            layer.sync.send("jobs", number(1))
+        assert waiting(observer) == 1
+        with locked(migrated_dsn, "pg_layer_message"), pytest.raises(OutcomeUnknown):
+            layer.sync.send("jobs", number(2))  # the next call starts the thread
