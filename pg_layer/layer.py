@@ -238,7 +238,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             return Health(
                 lease_age=None,
                 listener="off",
-                last_notification=None,
+                last_notification_age=None,
                 round_trip=None,
                 problems=[str(error)],
             )

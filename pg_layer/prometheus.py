@@ -85,9 +85,9 @@ _COUNTERS = (
         "reconnects",
     ),
     _plain(
-        "pg_layer_gaps",
+        "pg_layer_expired_leases",
         "Times this process was silent for longer than its lease, so that messages may have been missed.",
-        "gaps",
+        "expired_leases",
     ),
     _plain(
         "pg_layer_notifications_refused",
@@ -95,9 +95,9 @@ _COUNTERS = (
         "refused_notifications",
     ),
     _plain(
-        "pg_layer_notifications_foreign",
+        "pg_layer_notifications_ignored",
         "Notifications on the layer's NOTIFY channels that it did not send.",
-        "foreign_notifications",
+        "ignored_notifications",
     ),
 )
 _GAUGES = (
@@ -105,7 +105,11 @@ _GAUGES = (
     _plain(
         "pg_layer_queued_messages", "Messages in those queues, not yet received.", "queued_messages"
     ),
-    _plain("pg_layer_announced", "Announcements that are not dispatched yet.", "announced"),
+    _plain(
+        "pg_layer_pending_announcements",
+        "Announcements that are not dispatched yet.",
+        "pending_announcements",
+    ),
     _plain(
         "pg_layer_pending_operations",
         "Sends and membership changes that wait for the statement in flight.",

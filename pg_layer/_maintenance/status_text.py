@@ -44,8 +44,8 @@ def page(problems: Sequence[str], status: Status | None) -> Page:
 def _facts(status: Status) -> list[str]:
     drops = ", ".join(f"{name} {count}" for name, count in status.drops.items())
     return [
-        f"Last sweep: {'never' if status.last_sweep is None else f'{in_words(status.last_sweep)} ago'}",
-        f"NOTIFY's queue: {status.notify_queue:.2%} used",
+        f"Last sweep: {'never' if status.last_sweep_age is None else f'{in_words(status.last_sweep_age)} ago'}",
+        f"NOTIFY's queue: {status.notify_queue_usage:.2%} used",
         f"Dropped by live clients: {drops}",
     ]
 
@@ -86,7 +86,7 @@ def _sections(status: Status) -> list[Section]:
             f"Normal channels with a backlog: {status.all_channels}, with {status.all_waiting} messages",
             [("channel", _LEFT), ("waiting", _RIGHT), ("oldest", _RIGHT)],
             [
-                (_shown(channel.name), str(channel.waiting), in_words(channel.oldest))
+                (_shown(channel.name), str(channel.waiting), in_words(channel.oldest_age))
                 for channel in status.channels
             ],
         ),

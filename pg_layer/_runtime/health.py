@@ -19,7 +19,7 @@ class Health(TypedDict):
       as in a process that only sends.
     - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling", by choice
       or because notifications do not arrive.
-    - ``last_notification``: since a notification was heard; None if none was yet.
+    - ``last_notification_age``: since a notification was heard; None if none was yet.
     - ``round_trip``: of a ping through the whole path, to the database and back by notification; without a
       listener to the database and back; None if there was no answer.
     - ``problems``: what is wrong, in words; empty when all is well.
@@ -27,7 +27,7 @@ class Health(TypedDict):
 
     lease_age: float | None
     listener: Literal["off", "connecting", "listening", "polling"]
-    last_notification: float | None
+    last_notification_age: float | None
     round_trip: float | None
     problems: list[str]
 
@@ -65,7 +65,7 @@ async def examine(engine: Engine) -> Health:
     return Health(
         lease_age=lease_age,
         listener="off" if owner is None else owner.listening,
-        last_notification=None
+        last_notification_age=None
         if heard_at is None
         else asyncio.get_running_loop().time() - heard_at,
         round_trip=round_trip,

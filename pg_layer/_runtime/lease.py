@@ -134,7 +134,7 @@ class Lease:
     def _tell_gap(self) -> None:
         """This process was silent for longer than its lease, while the database was there."""
         client = self._client
-        client.counters.add("gaps")
+        client.counters.add("expired_leases")
         logger.warning(
             "The lease of this process was over: it was silent for too long. Messages may have been missed."
         )

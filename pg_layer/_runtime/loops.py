@@ -278,7 +278,7 @@ class Loops:
         return State(
             channels=len(queues),
             queued_messages=sum(map(len, queues)),
-            announced=len(client.announcements),
+            pending_announcements=len(client.announcements),
             pending_operations=(0 if home is None else home.pending_operations)
             + (0 if background is None else background.pending_operations),
             memberships=len(client.memberships),

@@ -228,7 +228,7 @@ class Client:
 
     def foreign(self, channel: str) -> None:
         """A notification came that the layer did not send."""
-        self.counters.add("foreign_notifications")
+        self.counters.add("ignored_notifications")
         if (end := self.log_limit.admit("foreign", channel)) is not None:
             logger.warning(
                 "Ignored a notification on %s that pg_layer did not send.%s", channel, end
@@ -236,7 +236,7 @@ class Client:
 
     def unknown_channel(self, channel: str) -> None:
         """A message came for a channel that this client has not made."""
-        self.counters.add("foreign_notifications")
+        self.counters.add("ignored_notifications")
         if (end := self.log_limit.admit("unknown channel")) is not None:
             logger.warning(
                 "Ignored a message for channel %.100r, which this process has not made.%s",

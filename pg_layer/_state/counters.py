@@ -25,11 +25,11 @@ class Counts(TypedDict):
     - ``inline_messages``: messages delivered inside the notification, without a read.
     - ``reads``: statements that read announced messages.
     - ``reconnects``: how often the listening connection was lost and made again.
-    - ``gaps``: how often this process had been silent for longer than its lease, so that messages may have
+    - ``expired_leases``: how often this process had been silent for longer than its lease, so that messages may have
       been missed.
     - ``refused_notifications``: statements for which the server refused NOTIFY, and that were repeated
       without.
-    - ``foreign_notifications``: notifications on the layer's NOTIFY channels that it did not send, and
+    - ``ignored_notifications``: notifications on the layer's NOTIFY channels that it did not send, and
       messages for channels that the process has not made.
     """
 
@@ -45,9 +45,9 @@ class Counts(TypedDict):
     inline_messages: int
     reads: int
     reconnects: int
-    gaps: int
+    expired_leases: int
     refused_notifications: int
-    foreign_notifications: int
+    ignored_notifications: int
 
 
 class State(TypedDict):
@@ -55,7 +55,7 @@ class State(TypedDict):
 
     - ``channels``: channels for which this process has a queue.
     - ``queued_messages``: messages in those queues, not yet received.
-    - ``announced``: announcements that are not dispatched yet.
+    - ``pending_announcements``: announcements that are not dispatched yet.
     - ``pending_operations``: sends and membership changes that wait for the statement in flight to end.
     - ``memberships``: of this process's channels, one for each channel and group.
     - ``remembered_keys``: keys of messages that are remembered, so that none is delivered twice.
@@ -68,7 +68,7 @@ class State(TypedDict):
 
     channels: int
     queued_messages: int
-    announced: int
+    pending_announcements: int
     pending_operations: int
     memberships: int
     remembered_keys: int

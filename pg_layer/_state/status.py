@@ -12,7 +12,7 @@ FULL_QUEUE = 0.5  # of NOTIFY's queue; when all of it is used, PostgreSQL refuse
 DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full")
 
 
-class Fault(NamedTuple):
+class Problem(NamedTuple):
     """What is wrong, and what to do."""
 
     text: str
@@ -54,7 +54,7 @@ class ChannelStatus:
 
     name: str
     waiting: int
-    oldest: float
+    oldest_age: float
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Status:
 
     ``drops``: messages that live clients have dropped or refused since their start, by the reason.
     ``failing_tasks``: of live clients, as of their last heartbeat: what an unexpected error keeps from work.
-    ``notify_queue``: how much of the server's NOTIFY queue is used, from 0 to 1. ``last_sweep``: since the
-    last one ended; None: there was none. ``faults``: what keeps the role from the rows.
+    ``notify_queue_usage``: how much of the server's NOTIFY queue is used, from 0 to 1. ``last_sweep_age``: since the
+    last one ended; None: there was none. ``role_problems``: what keeps the role from the rows.
     """
 
     clients: list[ClientStatus]
@@ -91,18 +91,18 @@ class Status:
     drops: dict[str, int]
     failing_tasks: int
     tables: list[TableStatus]
-    notify_queue: float
-    last_sweep: float | None
-    faults: list[Fault]
+    notify_queue_usage: float
+    last_sweep_age: float | None
+    role_problems: list[Problem]
 
     def problems(self, sweep_age: float) -> list[str]:
         """What is not well, in words. ``sweep_age``: how old the last sweep may be."""
-        problems = [str(fault) for fault in self.faults]
-        if self.last_sweep is None:
+        problems = [str(problem) for problem in self.role_problems]
+        if self.last_sweep_age is None:
             problems.append("There was no sweep yet: run manage.py pg_layer_sweep.")
-        elif self.last_sweep > sweep_age:
+        elif self.last_sweep_age > sweep_age:
             problems.append(
-                f"The last sweep was {in_words(self.last_sweep)} ago: run manage.py pg_layer_sweep."
+                f"The last sweep was {in_words(self.last_sweep_age)} ago: run manage.py pg_layer_sweep."
             )
         if self.overdue_clients:
             overdue = [
@@ -120,9 +120,9 @@ class Status:
             problems.append(
                 f"Tasks of live clients that fail: {self.failing_tasks}. The processes' logs say why."
             )
-        if self.notify_queue > FULL_QUEUE:
+        if self.notify_queue_usage > FULL_QUEUE:
             problems.append(
-                f"{self.notify_queue:.0%} of NOTIFY's queue is used: "
+                f"{self.notify_queue_usage:.0%} of NOTIFY's queue is used: "
                 "a session that listens has been in a transaction for long."
             )
         return problems
@@ -152,8 +152,8 @@ class Status:
             "drops": self.drops,
             "failing_tasks": self.failing_tasks,
             "tables": [asdict(table) for table in self.tables],
-            "notify_queue": self.notify_queue,
-            "last_sweep": self.last_sweep,
+            "notify_queue_usage": self.notify_queue_usage,
+            "last_sweep_age": self.last_sweep_age,
         }
 
 

@@ -142,7 +142,7 @@ async def test_with_listen_dsn_everything_arrives_by_notification(
             assert sorted(await numbers(other, "elsewhere", 500)) == list(range(500))
             health = await layer.health()
             assert health["listener"] == "listening"
-            assert health["last_notification"] is not None
+            assert health["last_notification_age"] is not None
             assert health["problems"] == []
         with psycopg.connect(dsn, autocommit=True) as connection:
             assert connection.execute("SELECT name FROM pg_prepared_statements").fetchall() == []

@@ -82,7 +82,7 @@ async def be_stopped(link: Link, dsn: str, options: dict[str, object]) -> Found:
                 numbers=[readers.numbers[channel] for channel in channels],
                 told=[readers.other[channel] for channel in channels],
                 warnings=handler.texts,
-                gaps=int(str(stats.get("gaps", 0))),
+                gaps=int(str(stats.get("expired_leases", 0))),
                 memberships=int(str(stats["memberships"])),
             )
     logging.getLogger().removeHandler(handler)

@@ -158,7 +158,7 @@ async def test_catch_up_beside_announced_rows_that_are_not_read_yet_makes_progre
     pool_proxy.swallow()
     for n in range(30):
         await sender.send(channel, number(n, 20_000))
-    await until(lambda: layer.stats()["announced"] == 30)
+    await until(lambda: layer.stats()["pending_announcements"] == 30)
     await lose_listener(layer, observer)
     for n in range(30, 130):
         await sender.send(channel, number(n))
@@ -234,7 +234,7 @@ async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two
     await layer.group_add("first", channel)
     await hear_all(layer)
     pool_proxy.swallow()
-    before = layer.stats()["announced"]
+    before = layer.stats()["pending_announcements"]
     await sender.group_add("second", channel)
     async with await AsyncConnection.connect(migrated_dsn) as application:
         for n, group in enumerate(["first", "second", "second"]):
@@ -242,7 +242,7 @@ async def test_first_member_of_a_group_receives_what_one_transaction_sent_to_two
             await application.execute("SELECT pg_layer_group_send(%s, %s::jsonb)", (group, message))
         await sender.send(channel, number(100))
     await sender.send(channel, number(101))
-    await until(lambda: layer.stats()["announced"] >= before + 4)
+    await until(lambda: layer.stats()["pending_announcements"] >= before + 4)
     pool_proxy.let_go()
     assert await received(layer, channel, 5) == [100, 0, 1, 2, 101]
 
@@ -266,7 +266,7 @@ async def test_first_member_of_a_group_receives_marked_messages_that_a_look_meet
         await silently(migrated_dsn, "room", 0)
         await sender.group_discard("room", channel)
         await sender.send(channel, number(1))
-        await until(lambda: layer.stats()["announced"] >= 3)
+        await until(lambda: layer.stats()["pending_announcements"] >= 3)
         listen_proxy.swallow()
         pool_proxy.let_go()
         owner = owner_of(layer)

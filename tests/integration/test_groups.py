@@ -220,13 +220,17 @@ async def test_messages_of_the_process_that_added_a_channel_keep_their_order_whe
             await listen(reader)
         pool.swallow()
         await sender.group_add(group, channel)
-        await until(lambda: reader.stats()["announced"] == 1)
+        await until(lambda: reader.stats()["pending_announcements"] == 1)
         listener.swallow()
         await sender.send(channel, {"number": 0})
         await sender.group_send(group, {"number": 1})
         pool.let_go()
         # The read ends before the notifications are forwarded.
-        await until(lambda: reader.stats()["memberships"] == 2 or reader.stats()["announced"] > 1)
+        await until(
+            lambda: (
+                reader.stats()["memberships"] == 2 or reader.stats()["pending_announcements"] > 1
+            )
+        )
         listener.let_go()
         await sender.send(channel, {"number": 2})
         assert await receive_all(reader, channel, 2) == [0, 1, 2]

@@ -63,7 +63,7 @@ def state(stats: Stats) -> State:
 NOTHING: State = {
     "channels": 0,
     "queued_messages": 0,
-    "announced": 0,
+    "pending_announcements": 0,
     "pending_operations": 0,
     "memberships": 0,
     "remembered_keys": 0,
@@ -453,14 +453,14 @@ def test_another_home_is_not_a_reconnect(migrated_dsn: str) -> None:
 async def test_a_lease_that_was_over_is_a_gap(make_layer: MakeLayer, observer: Observer) -> None:
     layer = make_layer(lease=60, heartbeat=0.2)
     await listen(layer)
-    assert layer.stats()["gaps"] == 0
+    assert layer.stats()["expired_leases"] == 0
     for times in range(1, 3):
         with observer.transaction():
             observer.execute("UPDATE pg_layer_client SET expires_at = now() - interval '1 second'")
             steady(observer)
-        await until(lambda: layer.stats()["gaps"] == times)  # noqa: B023
+        await until(lambda: layer.stats()["expired_leases"] == times)  # noqa: B023
         await listen(layer)
-    assert layer.stats()["gaps"] == 2
+    assert layer.stats()["expired_leases"] == 2
 
 
 async def test_foreign_notifications(make_layer: MakeLayer, observer: Observer) -> None:
@@ -473,7 +473,7 @@ async def test_foreign_notifications(make_layer: MakeLayer, observer: Observer) 
             "SELECT pg_notify(pg_layer_notification_channel(pg_layer_address('asgi', %s)), %s)",
             (channel, said),
         )
-    await until(lambda: moved["foreign_notifications"] == 3)
+    await until(lambda: moved["ignored_notifications"] == 3)
     assert moved.of("received", "dropped_undecodable") == {"received": 0, "dropped_undecodable": 0}
 
 

@@ -134,7 +134,7 @@ async def test_a_layer_at_work(
         ("jobs", 4),
         ("letters", 1),
     ]
-    assert channels["list"][0]["oldest"] >= channels["list"][1]["oldest"] > 0
+    assert channels["list"][0]["oldest_age"] >= channels["list"][1]["oldest_age"] > 0
     assert shown["drops"] == {
         "dropped_full": 0,
         "dropped_expired": 0,
@@ -153,8 +153,8 @@ async def test_a_layer_at_work(
     for table in shown["tables"]:
         assert table["size"] > 0
         assert table["index_size"] > 0
-    assert 0 <= shown["notify_queue"] < 0.5
-    assert shown["last_sweep"] >= 0
+    assert 0 <= shown["notify_queue_usage"] < 0.5
+    assert shown["last_sweep_age"] >= 0
 
     await layer.send(far, {"type": "test"})
     await other.result()
@@ -328,7 +328,7 @@ def test_connections_that_have_a_name_of_the_users(
 
 def test_it_was_never_swept(migrated_dsn: str) -> None:
     shown = look(migrated_dsn)
-    assert shown["last_sweep"] is None
+    assert shown["last_sweep_age"] is None
     assert shown["problems"] == ["There was no sweep yet: run manage.py pg_layer_sweep."]
     status, lines = read_text(migrated_dsn)
     assert status == 1
@@ -344,7 +344,7 @@ def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> N
     sweep(observer, "125 minutes")
     shown = look(migrated_dsn)
     assert shown["problems"] == ["The last sweep was 2 h 5 min ago: run manage.py pg_layer_sweep."]
-    assert shown["last_sweep"] == pytest.approx(7500, abs=100)
+    assert shown["last_sweep_age"] == pytest.approx(7500, abs=100)
     assert look(migrated_dsn, "--sweep-age", "8000")["ok"]
 
 
@@ -411,7 +411,7 @@ def test_notifys_queue_is_full() -> None:
         assert look(server.dsn())["ok"]
         with full_queue(server.dsn()):
             shown = look(server.dsn())
-            assert 0.5 < shown["notify_queue"] <= 1
+            assert 0.5 < shown["notify_queue_usage"] <= 1
             [problem] = shown["problems"]
             assert re.match(r"\d+% of NOTIFY's queue is used", problem)
 
@@ -615,9 +615,9 @@ def test_a_status_tells_all_it_holds() -> None:
         drops={"dropped_full": 8},
         failing_tasks=10,
         tables=[],
-        notify_queue=0.51,
-        last_sweep=9.0,
-        faults=[],
+        notify_queue_usage=0.51,
+        last_sweep_age=9.0,
+        role_problems=[],
     )
     assert status.as_dict(10) == {
         "ok": False,
@@ -628,8 +628,8 @@ def test_a_status_tells_all_it_holds() -> None:
         "drops": {"dropped_full": 8},
         "failing_tasks": 10,
         "tables": [],
-        "notify_queue": 0.51,
-        "last_sweep": 9.0,
+        "notify_queue_usage": 0.51,
+        "last_sweep_age": 9.0,
     }
     assert len(status.problems(10)) == 3
     assert len(status.problems(8)) == 4

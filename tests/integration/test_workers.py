@@ -503,7 +503,7 @@ async def test_a_client_whose_lease_was_over_writes_its_memberships_again(
         lambda: count(observer, "client", "expires_at > clock_timestamp() AND swept_at IS NULL")
     )
     await until(lambda: count(observer, "membership") == 1)
-    assert layer.stats()["gaps"] == 1
+    assert layer.stats()["expired_leases"] == 1
     await sender.group_send("room", {"number": 1})
     # The first one was sent when the table had no members.
     assert (await receive(layer, channel))["number"] == 1

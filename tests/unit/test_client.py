@@ -262,7 +262,7 @@ def test_foreign_same_channel_is_logged_again_after_a_while(
     now += PERIOD
     client.foreign("pg_layer_x")
     assert len(caplog.records) == 3
-    assert client.counters["foreign_notifications"] == 5
+    assert client.counters["ignored_notifications"] == 5
 
 
 def test_count_dropped_many_channels_says_how_many_lines_were_left_out(

@@ -27,7 +27,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(enco
 NOTHING = State(
     channels=0,
     queued_messages=0,
-    announced=0,
+    pending_announcements=0,
     pending_operations=0,
     memberships=0,
     remembered_keys=0,
@@ -148,7 +148,7 @@ def test_stats_are_the_counters_and_the_state() -> None:
     state = State(
         channels=1,
         queued_messages=2,
-        announced=3,
+        pending_announcements=3,
         pending_operations=4,
         memberships=5,
         remembered_keys=6,

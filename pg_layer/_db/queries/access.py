@@ -10,7 +10,7 @@ from psycopg import Connection, errors
 from pg_layer._db.queries.maintenance import LOOK_PATIENCE, TABLES
 from pg_layer._db.session import Session
 from pg_layer._db.statement import TEXTS, Statement
-from pg_layer._state.status import Fault
+from pg_layer._state.status import Problem
 
 MESSAGE = "pg_layer_message"
 FUNCTIONS = "pg_layer_*"  # all of them count as one
@@ -118,27 +118,27 @@ def prove_usage(conn: Connection[Any]) -> None:
         raise errors.InsufficientPrivilege(f"permission denied for schema {schema}")
 
 
-def faults(conn: Connection[Any]) -> list[Fault]:
+def role_problems(conn: Connection[Any]) -> list[Problem]:
     """Return all that keeps the role from rows. Raise psycopg's error if there are no tables for it."""
     prove_usage(conn)
     return [fault for fault in (row_security(conn), privileges(conn)) if fault is not None]
 
 
-def row_security(conn: Connection[Any]) -> Fault | None:
+def row_security(conn: Connection[Any]) -> Problem | None:
     """Whether row-level security applies to the role. Needs no privilege."""
     run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
     tables = [table for (table,) in run(ROW_SECURITY, TABLES)]
     if not tables:
         return None
     ((role,),) = run(ROLE)
-    return Fault(
+    return Problem(
         f"Row-level security applies to the role {role} on {', '.join(tables)}:"
         " rows that it needs are hidden from it, or refused.",
         f"As the owner: {'; '.join(f'ALTER TABLE {table} DISABLE ROW LEVEL SECURITY' for table in tables)}.",
     )
 
 
-def privileges(conn: Connection[Any]) -> Fault | None:
+def privileges(conn: Connection[Any]) -> Problem | None:
     """Whether the role lacks a part of what it needs for what it does. Needs no privilege.
 
     What it does is told by what it may write: each such privilege has to be one of a kind of role that is
@@ -160,7 +160,7 @@ def privileges(conn: Connection[Any]) -> Fault | None:
     kind = min(kinds, key=lambda kind: len(lacks[kind]))
     ((role,),) = run(ROLE)
     grants = _grants(lacks[kind], functions)
-    return Fault(
+    return Problem(
         f"The role {role} lacks privileges to {kind}: {'; '.join(grants)}.",
         f"As the owner: {'; '.join(f'GRANT {grant} TO {role}' for grant in grants)}."
         " See docs/permissions.md.",

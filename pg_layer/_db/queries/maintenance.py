@@ -18,8 +18,8 @@ from pg_layer._state.status import (
     DROPS,
     ChannelStatus,
     ClientStatus,
-    Fault,
     GroupStatus,
+    Problem,
     Status,
     TableStatus,
 )
@@ -188,11 +188,11 @@ def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
 
 
 def status(
-    conn: Connection[Any], prefix: str, top: int, *, are_named: bool, faults: list[Fault]
+    conn: Connection[Any], prefix: str, top: int, *, are_named: bool, role_problems: list[Problem]
 ) -> Status:
     """Return the status of a prefix at one moment, with the first ``top`` of clients, groups and channels.
 
-    ``are_named``: the names of connections tell which client they belong to. ``faults``: of the role's
+    ``are_named``: the names of connections tell which client they belong to. ``role_problems``: of the role's
     access.
     """
     run = partial(Session(conn).execute_now, patience=LOOK_PATIENCE)
@@ -214,7 +214,7 @@ def status(
     counted: dict[str, int] = dict(run(COUNTED, prefix, (*DROPS, "failing_tasks")))
     failing_tasks = counted.pop("failing_tasks")
     tables = run(TABLE_SIZES, TABLES)
-    ((notify_queue,),) = run(QUEUE_USAGE)
+    ((notify_queue_usage,),) = run(QUEUE_USAGE)
     sweeps = run(LAST_SWEEP, prefix)
     run(COMMIT)
     return Status(
@@ -231,9 +231,9 @@ def status(
         drops=counted,
         failing_tasks=failing_tasks,
         tables=[TableStatus(*table) for table in tables],
-        notify_queue=notify_queue,
-        last_sweep=sweeps[0][0] if sweeps else None,
-        faults=faults,
+        notify_queue_usage=notify_queue_usage,
+        last_sweep_age=sweeps[0][0] if sweeps else None,
+        role_problems=role_problems,
     )
 
 

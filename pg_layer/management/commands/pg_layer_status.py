@@ -17,7 +17,7 @@ from pg_layer._db.errors import is_forbidden
 from pg_layer._db.pool import are_named, connected_now
 from pg_layer._db.queries import access, maintenance
 from pg_layer._maintenance import status_text as _status_text
-from pg_layer._state.status import Fault, Status
+from pg_layer._state.status import Problem, Status
 from pg_layer.exceptions import PgLayerError
 from pg_layer.management.commands._layer import LayerCommand, count, ended_by_signals, seconds
 
@@ -85,19 +85,23 @@ class Command(LayerCommand):
     ) -> list[str]:
         """Look, and show it; returns what is wrong."""
         sweep_age = options["sweep_age"]
-        faults: list[Fault] = []
+        role_problems: list[Problem] = []
         try:
             with connected_now(config) as conn:
-                faults = access.faults(conn)
+                role_problems = access.role_problems(conn)
                 status = maintenance.status(
-                    conn, config.prefix, options["top"], are_named=are_named(config), faults=faults
+                    conn,
+                    config.prefix,
+                    options["top"],
+                    are_named=are_named(config),
+                    role_problems=role_problems,
                 )
             problems = status.problems(sweep_age)
         except PgLayerError as error:
             said = " ".join(str(error).split())
             if is_forbidden(error):
                 said += ". Grant the role what docs/permissions.md names."
-            status, problems = None, [*map(str, faults), said]
+            status, problems = None, [*map(str, role_problems), said]
         show(status, problems, options)
         return problems
 
