@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from pg_layer._db.errors import reason_of, was_refused
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 
 logger = logging.getLogger("pg_layer")
@@ -28,9 +29,9 @@ class Outage:
         """The database is lost, or cannot be had; the first of several calls counts."""
         if self.why is not None or self._is_over():
             return
-        what = self._what(error)
+        event, what = self._what(error)
         self.why, self.since = reason_of(error), time.monotonic()
-        logger.warning("%s: %s", what, self.why)
+        logger.warning("%s: %s", what, self.why, extra={"event": event})
         self._client.announce_locally(self._client.config.on_disconnect)
 
     @property
@@ -38,12 +39,15 @@ class Outage:
         """Whether the database is known to be away. From any thread."""
         return self.why is not None and not self._is_refused
 
-    def _what(self, error: Exception) -> str:
+    def _what(self, error: Exception) -> tuple[str, str]:
+        """Return the event to log, and the beginning of its line."""
         self._was_there = self._client.renewed_at > 0
         self._is_refused = was_refused(error)
         if self._is_refused:
-            return "Cannot receive"
-        return "Lost the database" if self._was_there else "Cannot reach the database"
+            return log_events.RECEIVING_REFUSED, "Cannot receive"
+        if self._was_there:
+            return log_events.DATABASE_LOST, "Lost the database"
+        return log_events.DATABASE_UNREACHABLE, "Cannot reach the database"
 
     def end(self, caught_up: int) -> None:
         """The database is back, and so many messages that had come meanwhile have been read."""
@@ -55,5 +59,6 @@ class Outage:
             "back" if self._was_there else "there",
             time.monotonic() - self.since,
             caught_up,
+            extra={"event": log_events.DATABASE_BACK},
         )
         self._client.announce_locally(self._client.config.on_reconnect)

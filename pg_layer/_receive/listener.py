@@ -17,6 +17,7 @@ from pg_layer._db.pool import connection_kwargs
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
 from pg_layer._process.tasks import Spawn
+from pg_layer._state import log_events
 
 logger = logging.getLogger("pg_layer.listener")
 
@@ -74,7 +75,9 @@ class Listener:
                 error = caught
             except Exception as caught:  # a bug must not make the process deaf
                 if not is_faulty:
-                    logger.exception("Listening failed.")
+                    logger.exception(
+                        "Listening failed.", extra={"event": log_events.LISTENING_FAILED}
+                    )
                 error, is_faulty = caught, True
             finally:
                 self._drop()

@@ -27,6 +27,7 @@ from pg_layer._receive.deletions import Deletions
 from pg_layer._receive.dispatcher import Dispatcher
 from pg_layer._receive.jobs import JobReaders
 from pg_layer._receive.listener import Listener
+from pg_layer._state import log_events
 from pg_layer._state.announcement_queue import MAX_ROWS
 from pg_layer._state.client import Client
 from pg_layer._state.snapshot import Moment
@@ -391,7 +392,11 @@ class Receiver:
                 is_idempotent=True,
             )
         except PgLayerError as error:
-            logger.info("Could not delete received messages after a restart: %s", error)
+            logger.info(
+                "Could not delete received messages after a restart: %s",
+                error,
+                extra={"event": log_events.RECEIVED_DELETE_FAILED},
+            )
 
     async def look_for_marked(self) -> None:
         """Append marked rows whose announcement should have come by now."""

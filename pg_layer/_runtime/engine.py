@@ -25,6 +25,7 @@ from pg_layer._runtime.owner import Owner
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.operations import Change
 from pg_layer._send.sender import Sender
+from pg_layer._state import log_events
 from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown, PgLayerError
@@ -264,7 +265,7 @@ class Engine:
         try:
             await self._sweep_all()
         except PgLayerError as error:
-            logger.info("Could not clean up: %s", error)
+            logger.info("Could not clean up: %s", error, extra={"event": log_events.SWEEP_FAILED})
 
     async def _sweep_all(self) -> None:
         prefix = self.client.config.prefix
@@ -282,7 +283,7 @@ class Engine:
             swept, self._swept_to = part
             if not any(swept):
                 return
-            logger.debug("Swept %s.", swept)
+            logger.debug("Swept %s.", swept, extra={"event": log_events.SWEPT})
 
     # ------------------------------------------------------------------ the end
 
@@ -330,7 +331,9 @@ class Engine:
             )
         except PgLayerError as error:
             logger.warning(
-                "Could not give back the lease on closing; it runs out by itself: %s", error
+                "Could not give back the lease on closing; it runs out by itself: %s",
+                error,
+                extra={"event": log_events.CLOSE_FAILED},
             )
         else:
             client.has_lease = False

@@ -21,6 +21,7 @@ from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.announcements import ping_token
 from pg_layer._process.tasks import Spawn
 from pg_layer._receive.receiver import Receiver
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 
@@ -136,7 +137,8 @@ class Lease:
         client = self._client
         client.counters.add("expired_leases")
         logger.warning(
-            "The lease of this process was over: it was silent for too long. Messages may have been missed."
+            "The lease of this process was over: it was silent for too long. Messages may have been missed.",
+            extra={"event": log_events.LEASE_EXPIRED},
         )
         if self._outage.why is None:
             client.announce_locally(client.config.on_disconnect)
@@ -153,7 +155,11 @@ class Lease:
             await self._receiver.look_for_marked()
             self._receiver.jobs.look_again()
         except PgLayerError as error:
-            logger.info("Could not look for marked messages: %s", error)
+            logger.info(
+                "Could not look for marked messages: %s",
+                error,
+                extra={"event": log_events.MARKED_READ_FAILED},
+            )
         self._is_looking = False
 
     async def _delete_expired(self) -> None:
@@ -169,5 +175,9 @@ class Lease:
                 if count < DELETE_PART:
                     break
         except PgLayerError as error:
-            logger.info("Could not delete expired messages: %s", error)
+            logger.info(
+                "Could not delete expired messages: %s",
+                error,
+                extra={"event": log_events.EXPIRED_DELETE_FAILED},
+            )
         self._is_deleting = False

@@ -32,6 +32,7 @@ from pg_layer._process.threads import are_threads_real, is_passing
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.operations import Change, Operation
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
@@ -77,7 +78,11 @@ class BackgroundLoop:
             asyncio.run(self._serve())
         except Exception as error:
             self._error = error
-            logger.error("The channel layer's thread failed.", exc_info=error)
+            logger.error(
+                "The channel layer's thread failed.",
+                exc_info=error,
+                extra={"event": log_events.BACKGROUND_LOOP_FAILED},
+            )
         finally:
             self._ready.set()
 
@@ -352,7 +357,11 @@ class Loops:
             *map(self._end, (present, *earlier)), return_exceptions=True
         )
         for other in filter(None, others):
-            logger.debug("Could not close an earlier client.", exc_info=other)
+            logger.debug(
+                "Could not close an earlier client.",
+                exc_info=other,
+                extra={"event": log_events.EARLIER_CLOSE_FAILED},
+            )
         if error is not None:
             raise error
 
@@ -392,7 +401,11 @@ class Loops:
                 for client in clients:
                     self._leave_on(conn, client)
         except Exception as error:  # the lease ends by itself
-            logger.debug("Could not close the client; its lease ends by itself: %s", error)
+            logger.debug(
+                "Could not close the client; its lease ends by itself: %s",
+                error,
+                extra={"event": log_events.EXIT_CLOSE_FAILED},
+            )
 
     def _leave_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
         closing = lease.Closing(self._config.prefix, client.address, client.close())

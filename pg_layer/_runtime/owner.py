@@ -28,6 +28,7 @@ from pg_layer._receive.receiver import Receiver
 from pg_layer._runtime.lease import Lease
 from pg_layer._send.batcher import Batcher, Outcome
 from pg_layer._send.operations import Change
+from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 
@@ -262,7 +263,12 @@ class Owner:
             self.polls_because = why
             self._fallbacks += 1
             number = self._fallbacks
-            logger.warning("Without notifications: %s Polling every %g s.", why, FALLBACK_POLL)
+            logger.warning(
+                "Without notifications: %s Polling every %g s.",
+                why,
+                FALLBACK_POLL,
+                extra={"event": log_events.POLLING_STARTED},
+            )
             self._poll_until(
                 FALLBACK_POLL, lambda: self.polls_because is None or self._fallbacks != number
             )
@@ -272,7 +278,7 @@ class Owner:
         self._proved_at = time.monotonic()
         if self.polls_because is not None:
             self.polls_because = None
-            logger.warning("Notifications arrive again.")
+            logger.warning("Notifications arrive again.", extra={"event": log_events.POLLING_ENDED})
 
     def _poll_until(self, interval: float, is_over: Callable[[], bool]) -> None:
         async def poll_once() -> None:
@@ -336,7 +342,8 @@ class Owner:
         else:
             self._is_deaf = True
             logger.warning(
-                "The database answers, but its notifications do not arrive: reconnecting."
+                "The database answers, but its notifications do not arrive: reconnecting.",
+                extra={"event": log_events.NOTIFICATIONS_MISSING},
             )
             listener.reconnect()
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from pg_layer._messages.addresses import channel_address
 from pg_layer._messages.codec import Codec
 from pg_layer._messages.rows import Key
+from pg_layer._state import log_events
 from pg_layer._state.announcement_queue import AnnouncementQueue
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.clock import DatabaseClock
@@ -210,20 +211,33 @@ class Client:
         self.counters.add("dropped_full", count)
         if (end := self.log_limit.admit("full", channel)) is not None:
             logger.warning(
-                "Channel %s is full and misses messages of group %s.%s", channel, group, end
+                "Channel %s is full and misses messages of group %s.%s",
+                channel,
+                group,
+                end,
+                extra={"event": log_events.CHANNEL_FULL},
             )
 
     def undecodable(self, where: str | None, error: UndecodableMessage) -> None:
         """A message could not be decoded: it is skipped."""
         self.counters.add("dropped_undecodable")
         if (end := self.log_limit.admit("undecodable", str(error))) is not None:
-            logger.error("Skipped a message for %s that cannot be decoded: %s%s", where, error, end)
+            logger.error(
+                "Skipped a message for %s that cannot be decoded: %s%s",
+                where,
+                error,
+                end,
+                extra={"event": log_events.MESSAGE_UNDECODABLE},
+            )
 
     def silent(self, why: str) -> None:
         """What this process sends is not announced."""
         if (end := self.log_limit.admit("silent")) is not None:
             logger.warning(
-                "Without notifications: %s Messages wait until their receivers look.%s", why, end
+                "Without notifications: %s Messages wait until their receivers look.%s",
+                why,
+                end,
+                extra={"event": log_events.ANNOUNCEMENTS_REFUSED},
             )
 
     def foreign(self, channel: str) -> None:
@@ -231,7 +245,10 @@ class Client:
         self.counters.add("ignored_notifications")
         if (end := self.log_limit.admit("foreign", channel)) is not None:
             logger.warning(
-                "Ignored a notification on %s that pg_layer did not send.%s", channel, end
+                "Ignored a notification on %s that pg_layer did not send.%s",
+                channel,
+                end,
+                extra={"event": log_events.NOTIFICATION_IGNORED},
             )
 
     def unknown_channel(self, channel: str) -> None:
@@ -242,4 +259,5 @@ class Client:
                 "Ignored a message for channel %.100r, which this process has not made.%s",
                 channel,
                 end,
+                extra={"event": log_events.MESSAGE_IGNORED},
             )

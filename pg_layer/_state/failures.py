@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 
+from pg_layer._state import log_events
+
 logger = logging.getLogger("pg_layer")
 
 LOG_PERIOD = 60.0  # seconds between two log lines about the same work
@@ -32,7 +34,12 @@ class Failures:
                 return
             self._logged[what] = now
             self._in_log.add(what)
-        logger.error("%s failed, and is tried again until it succeeds.", what, exc_info=error)
+        logger.error(
+            "%s failed, and is tried again until it succeeds.",
+            what,
+            exc_info=error,
+            extra={"event": log_events.TASK_FAILED, "task": what},
+        )
 
     def end(self, task: object, *, is_done: bool) -> None:
         """A task has ended: it succeeded, or nobody needs it any more."""
@@ -44,7 +51,9 @@ class Failures:
                 return
             self._in_log.remove(what)
         if is_done:
-            logger.warning("%s works again.", what)
+            logger.warning(
+                "%s works again.", what, extra={"event": log_events.TASK_RECOVERED, "task": what}
+            )
 
     def problems(self) -> list[str]:
         """What fails, in words."""

@@ -29,6 +29,7 @@ from pg_layer._send.announcer import PART
 from pg_layer._send.operations import Change, OperationBuilder
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
+from pg_layer._state import log_events
 from pg_layer._state.capacity import Room
 from pg_layer._sync.django_session import DjangoSession, finish
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown, PgLayerError
@@ -295,7 +296,12 @@ class Sync:
                 attempts = self._attempts(session, is_idempotent=True)
                 self._run_on(session, work, work, attempts)
             except (PgLayerError, DjangoError) as error:
-                logger.info("Could not announce %d messages yet: %s", len(rows) - start, error)
+                logger.info(
+                    "Could not announce %d messages yet: %s",
+                    len(rows) - start,
+                    error,
+                    extra={"event": log_events.ANNOUNCEMENT_FAILED},
+                )
                 return False
         return True
 
