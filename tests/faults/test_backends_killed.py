@@ -21,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import LayerUnavailable, PostgresChannelLayer
 from tests.conftest import Observer
+from tests.logs import event_of
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
@@ -45,6 +46,7 @@ class Logged(NamedTuple):
 
     logger: str
     level: int
+    event: str | None
     text: str
     has_traceback: bool
 
@@ -59,7 +61,9 @@ class Says(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         has_traceback = bool(record.exc_info) or "Traceback" in record.getMessage()
         text = self.format(record) if has_traceback else record.getMessage()
-        self._link.say(("log", Logged(record.name, record.levelno, text, has_traceback)))
+        self._link.say(
+            ("log", Logged(record.name, record.levelno, event_of(record), text, has_traceback))
+        )
 
 
 @contextlib.contextmanager
@@ -202,9 +206,9 @@ class Party:
                 await self.process.result()
                 return
 
-    def warnings(self) -> list[str]:
-        """What the layer has logged."""
-        return [entry.text for entry in self.logged if entry.logger.startswith("pg_layer")]
+    def warnings(self) -> list[Logged]:
+        """Return what the layer has logged."""
+        return [entry for entry in self.logged if entry.logger == "pg_layer"]
 
 
 class Traffic:

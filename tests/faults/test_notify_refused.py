@@ -13,8 +13,10 @@ from psycopg import sql
 
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
+from tests.logs import events, records
 from tests.processes import listen, open_layer, receive, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
@@ -69,12 +71,8 @@ def full_queue(dsn: str) -> Iterator[None]:
         yield
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-def falling_back(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [warning for warning in warnings(caplog) if "Polling" in warning]
+def falling_back(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return records(caplog, log_events.POLLING_STARTED)
 
 
 async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
@@ -134,7 +132,7 @@ async def test_while_the_queue_is_full_messages_are_found_and_afterwards_heard(
     async with open_layer(dsn, **BEATING) as layer, open_layer(dsn, **BEATING) as sender:
         await listen(layer)
         await exchange(layer, sender, 5)
-        assert warnings(caplog) == []
+        assert events(caplog) == []
         with full_queue(dsn):
             with recovery("NOTIFY's queue is full: until messages are found without it"):
                 await exchange(layer, sender, 20)
@@ -148,7 +146,7 @@ async def test_while_the_queue_is_full_messages_are_found_and_afterwards_heard(
         assert (await layer.health())["listener"] == "listening"
     assert len(falling_back(caplog)) == 1
     # The sender, which hears nothing anyway, says it once as well, and the layer when it was over.
-    assert len(warnings(caplog)) <= 3
+    assert len(events(caplog)) <= 3
 
 
 async def test_with_a_full_queue_a_layer_closes_in_order(dsn: str) -> None:
@@ -238,9 +236,9 @@ async def test_a_server_without_notifications_is_polled_until_it_has_them(
         assert health["listener"] == "polling"
         assert health["problems"]
         assert len(falling_back(caplog)) == 1
-        before = warnings(caplog)
+        before = events(caplog)
         observer.execute("DROP SCHEMA refusing CASCADE")
         with recovery("a server that has notifications now: until they are used"):
             await hears_again(layer)
         await exchange(layer, sender, 20)
-        assert len(warnings(caplog)) <= len(before) + 1
+        assert len(events(caplog)) <= len(before) + 1

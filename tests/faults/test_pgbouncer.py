@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 
@@ -13,12 +12,14 @@ from django.db import connections, transaction
 
 from devtools.postgres import PostgresServer
 from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from pg_layer._state import log_events
 from pg_layer._sync import django_session
 from tests.components import require_executable
 from tests.faults.conftest import migrate
 from tests.faults.pgbouncer import PgBouncer, version
 from tests.integration.test_django import postgres
 from tests.integration.test_sync import on_django
+from tests.logs import events, records
 from tests.processes import Link, Process, Processes, listen, open_layer, receive, until
 
 pytestmark = pytest.mark.pgbouncer
@@ -65,10 +66,6 @@ def processes() -> Iterator[Processes]:
     started = Processes()
     yield started
     started.close()
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
@@ -147,7 +144,7 @@ async def test_with_listen_dsn_everything_arrives_by_notification(
         with psycopg.connect(dsn, autocommit=True) as connection:
             assert connection.execute("SELECT name FROM pg_prepared_statements").fetchall() == []
         await has_left(direct)
-    assert warnings(caplog) == []
+    assert events(caplog) == []
 
 
 # ---------------------------------------------------------------------- the pooler fails
@@ -285,7 +282,7 @@ async def test_with_poll_interval_the_pooler_alone_will_do(
         assert health["listener"] == "polling"
         assert health["problems"] == []
     await has_left(direct)
-    assert warnings(caplog) == []
+    assert events(caplog) == []
 
 
 async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
@@ -301,11 +298,11 @@ async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
             channel = await layer.new_channel()
             await layer.send(channel, {"number": 0})
             assert await numbers(layer, channel, 1) == [0]
-            await until(lambda: warnings(caplog))
+            await until(lambda: events(caplog))
         await exchange(layer, dsn, processes, 100)
         health = await layer.health()
         assert health["listener"] == "polling"
-        assert any("pooler" in problem for problem in health["problems"])
+        assert any("listen_dsn" in problem for problem in health["problems"])
         assert health["round_trip"] is not None
         # Several heartbeats later it is still so, and not said again.
         renewed = [lease(direct)]
@@ -315,9 +312,7 @@ async def test_a_pooler_alone_is_noticed_said_once_and_polled_through(
             )
         await layer.send(channel, {"number": 1})
         assert await numbers(layer, channel, 1) == [1]
-        assert [w for w in warnings(caplog) if "pooler" in w] == warnings(caplog)
-        assert len(warnings(caplog)) == 1
-        assert "listen_dsn" in warnings(caplog)[0]
+        assert events(caplog) == [log_events.POLLING_STARTED]
     await has_left(direct)
 
 
@@ -338,13 +333,13 @@ async def test_a_pooler_alone_that_is_restarted_is_polled_through_again(
 ) -> None:
     dsn = pooler.dsn(direct)
     async with open_layer(dsn, **QUICK) as layer, traffic(layer, dsn, processes) as received:
-        await until(lambda: warnings(caplog))
+        await until(lambda: events(caplog))
         await asyncio.to_thread(pooler.stop)
         with recovery("PgBouncer alone is back: until messages arrive at all"):
             await asyncio.to_thread(pooler.start)
             await received.more(5)
     await has_left(direct)
-    assert len([w for w in warnings(caplog) if "pooler" in w]) == 1
+    assert len(records(caplog, log_events.POLLING_STARTED)) == 1
 
 
 async def test_a_worker_through_a_pooler_alone_gives_back_what_it_took_when_it_closes(
@@ -376,7 +371,7 @@ async def test_a_pooler_in_session_mode_needs_nothing(
             assert health["listener"] == "listening"
             assert health["problems"] == []
     await has_left(direct)
-    assert warnings(caplog) == []
+    assert events(caplog) == []
 
 
 # ---------------------------------------------------------------------- layer.sync

@@ -11,19 +11,21 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from devtools.postgres.server import StopMode
+from pg_layer._state import log_events
 from tests.faults.readers import lists
 from tests.faults.test_backends_killed import Recovery, Sent, Traffic, begin
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 
 DOWN = 5.0  # seconds for which the server is away in the tests of a long outage
-LOST = "Lost the database"
-BACK = "The database is back"
 
 
 async def is_back(traffic: Traffic) -> None:
     """Returns when all receivers listen again: messages may arrive a while before, by the pool."""
     await traffic.until(
-        lambda: all(any(text.startswith(BACK) for text in r.warnings()) for r in traffic.receivers)
+        lambda: all(
+            any(line.event == log_events.DATABASE_BACK for line in receiver.warnings())
+            for receiver in traffic.receivers
+        )
     )
 
 
@@ -31,8 +33,9 @@ def assert_told_once(traffic: Traffic) -> None:
     """Each process has logged the outage's beginning and its end, once, and no retry."""
     for party in (*traffic.receivers, *traffic.senders):
         warnings = party.warnings()
-        beginnings = [number for number, text in enumerate(warnings) if text.startswith(LOST)]
-        ends = [number for number, text in enumerate(warnings) if text.startswith(BACK)]
+        events = [line.event for line in warnings]
+        beginnings = [at for at, event in enumerate(events) if event == log_events.DATABASE_LOST]
+        ends = [at for at, event in enumerate(events) if event == log_events.DATABASE_BACK]
         assert len(beginnings) == len(ends), warnings
         # A sender that was only slowed down need not say so.
         assert len(ends) == 1 or (party in traffic.senders and not ends), warnings

@@ -19,8 +19,10 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.faults.readers import lists, numbered, readers_of
+from tests.logs import event_of
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
@@ -42,21 +44,21 @@ class Found(NamedTuple):
 
     numbers: list[list[int]]
     told: list[list[str]]
-    warnings: list[str]
-    gaps: int
+    events: list[str | None]
+    expired_leases: int
     memberships: int
 
 
 class Warnings(logging.Handler):
-    """Collects the warnings that the layer logs."""
+    """Collects the events of the warnings that the layer logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.texts: list[str] = []
+        self.events: list[str | None] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("pg_layer"):
-            self.texts.append(record.getMessage())
+            self.events.append(event_of(record))
 
 
 async def be_stopped(link: Link, dsn: str, options: dict[str, object]) -> Found:
@@ -81,8 +83,8 @@ async def be_stopped(link: Link, dsn: str, options: dict[str, object]) -> Found:
             found = Found(
                 numbers=[readers.numbers[channel] for channel in channels],
                 told=[readers.other[channel] for channel in channels],
-                warnings=handler.texts,
-                gaps=int(str(stats.get("expired_leases", 0))),
+                events=handler.events,
+                expired_leases=int(str(stats.get("expired_leases", 0))),
                 memberships=int(str(stats["memberships"])),
             )
     logging.getLogger().removeHandler(handler)
@@ -158,9 +160,8 @@ async def test_process_stopped_for_longer_than_its_lease_notices_the_gap_once(
     found = await found_after(process, 1)
     assert found.numbers == [[0, 1], [0, 1], [0, 1]]
     assert found.told == [["database.lost", "database.back"]] * 3
-    assert len(found.warnings) == 1, found.warnings
-    assert "missed" in found.warnings[0]
-    assert found.gaps == 1
+    assert found.events == [log_events.LEASE_EXPIRED]
+    assert found.expired_leases == 1
     assert found.memberships == 2
 
 
@@ -283,8 +284,8 @@ async def test_process_stopped_for_less_than_its_lease_notices_no_gap(
     found = await found_after(process, 19)
     assert found.numbers == [list(range(20))] * 3
     assert found.told == [[], [], []]
-    assert found.warnings == []
-    assert found.gaps == 0
+    assert found.events == []
+    assert found.expired_leases == 0
 
 
 # --------------------------------------------------------------- discarded while it was stopped

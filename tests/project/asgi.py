@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import django
 from channels.routing import ChannelNameRouter, ProtocolTypeRouter, URLRouter
 from django.urls import path
 
 from tests.project import consumers
+
+if "DJANGO_SETTINGS_MODULE" in os.environ:  # a server; tests that import this have no settings
+    django.setup()  # configures the log
 
 # Channels routes applications by Django's `path`, whose types know of views only.
 route: Any = path
