@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 from channels.layers import BaseChannelLayer, channel_layers
 from django.core.exceptions import ImproperlyConfigured
 
+from pg_layer._configured_layers import aliases as configured_aliases
 from pg_layer._state.counters import Stats
-from pg_layer.checks import is_ours
 from pg_layer.layer import PostgresChannelLayer
 
 try:
@@ -199,7 +199,7 @@ def register(registry: CollectorRegistry = REGISTRY) -> Collector:
     settings have no layer of this package, and the `ValueError` of `prometheus_client` if the
     registry has a `Collector` that was registered in another way.
     """
-    aliases = [alias for alias, entry in channel_layers.configs.items() if is_ours(entry)]
+    aliases = configured_aliases()
     if not aliases:
         raise ImproperlyConfigured(
             "pg_layer.prometheus.register() found no layer of pg_layer in CHANNEL_LAYERS: "

@@ -82,8 +82,8 @@ def test_without_database_nobody_connects(migrated_dsn: str) -> None:
         ({"capactiy": 5}, "CONFIG has an unknown option 'capactiy'. Did you mean 'capacity'?"),
         ({"capacity": "many"}, "CONFIG['capacity'] must be an integer"),
         ({"using": "default", "dsn": "dbname=x"}, "CONFIG must not have both 'dsn' and 'using'"),
-        (["capacity"], "CONFIG must be a dict of options by their names, not list."),
-        (None, "CONFIG must be a dict of options by their names, not NoneType."),
+        (["capacity"], "CONFIG must be a dict of options by name, not list."),
+        (None, "CONFIG must be a dict of options by name, not NoneType."),
     ],
 )
 def test_a_config_that_is_wrong(migrated_dsn: str, config: object, complaint: str) -> None:
@@ -118,7 +118,7 @@ def test_a_backend_that_is_misspelt(migrated_dsn: str) -> None:
     message, hint = check(migrated_dsn, settings=settings)
     assert (
         message
-        == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND is no channel layer of pg_layer: "
+        == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND is not a channel layer of pg_layer: "
         + ("'pg_layer.PostgresLayer'.")
     )
     assert hint == "HINT: Set it to 'pg_layer.PostgresChannelLayer'."
@@ -135,7 +135,7 @@ def test_two_layers_that_are_one(migrated_dsn: str) -> None:
     message, hint = check(migrated_dsn, settings=settings)
     assert message == (
         "CHANNEL_LAYERS['second']: (pg_layer.W003) It is the same layer as 'first': "
-        "the same database, and the same prefix."
+        "the same database and the same prefix."
     )
     assert "'prefix'" in hint
     same = layers(first={}, second={"dsn": migrated_dsn})
@@ -148,9 +148,9 @@ def test_keys_that_nobody_reads(migrated_dsn: str) -> None:
     wrong = {"CHANNEL_LAYERS": {"default": {**entry, "CONFGI": {"capacity": 5}, "capacity": 5}}}
     message, hint = check(migrated_dsn, settings=wrong)
     assert message == (
-        "CHANNEL_LAYERS['default']: (pg_layer.W005) It has keys that nobody reads: 'CONFGI', 'capacity'."
+        "CHANNEL_LAYERS['default']: (pg_layer.W005) Channels ignores these keys: 'CONFGI', 'capacity'."
     )
-    assert "stand in CONFIG" in hint
+    assert "belong in CONFIG" in hint
 
 
 TENANT_TYPES = {
@@ -179,9 +179,9 @@ TENANT_TYPES = {
 def test_app_of_tenants_is_an_error(migrated_dsn: str, where: str, settings: Settings) -> None:
     message, hint = check(migrated_dsn, settings=settings)
     assert message.startswith(
-        f"?: (pg_layer.E004) pg_layer is in {where}: each tenant has tables of its own."
+        f"?: (pg_layer.E004) pg_layer is in {where}, so each tenant has its own tables."
     )
-    assert hint.endswith("alone: see docs/tenants.md.")
+    assert hint.endswith("only: see docs/tenants.md.")
 
 
 @pytest.mark.parametrize(
@@ -347,9 +347,7 @@ def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> N
     observer.execute(set_sweep, ("asgi", "25 hours"))
     observer.execute(set_sweep, ("other", "1 second"))
     message, hint = check(migrated_dsn, *DATABASE)
-    assert message.endswith(
-        "(pg_layer.W002) Nobody has swept the tables of pg_layer for a day: they grow."
-    )
+    assert "(pg_layer.W002) The tables of pg_layer have not been swept for a day." in message
     assert "manage.py pg_layer_sweep" in hint
     succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once"))
     assert not is_warned_of_sweeping(migrated_dsn)
