@@ -337,7 +337,7 @@ def test_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) ->
     id = add_message(
         observer, Codec("msgpack", 10**9).encode({"type": "greet", "blob": bytes(2**24)}, "jobs")
     )
-    assert content(migrated_dsn, id) == "Not shown, as it is too large."
+    assert content(migrated_dsn, id) == "Not shown, because it is too large."
 
 
 KEYS = {"symmetric_encryption_keys": ["secret"]}
@@ -350,7 +350,7 @@ def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> 
     plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for id in (encrypted, plain):
         assert (
-            content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, as messages are encrypted."
+            content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, because messages are encrypted."
         )
     assert content(migrated_dsn, encrypted) == (
         "A stored message is encrypted, but symmetric_encryption_keys is not set here."
@@ -365,7 +365,7 @@ def test_with_keys_of_another_layer_nothing_is_decoded(
         entries = {"default": {"BACKEND": BACKEND}, "other": {"BACKEND": BACKEND, "CONFIG": config}}
         assert (
             content(migrated_dsn, id, CHANNEL_LAYERS=entries)
-            == "Not shown, as messages are encrypted."
+            == "Not shown, because messages are encrypted."
         )
 
 

@@ -308,7 +308,7 @@ def test_a_dsn_is_checked_where_an_alias_leads_there(
         "CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to "
     )
     assert message.endswith("The aliases are default.")
-    assert hint.startswith("HINT: Add one")
+    assert hint.startswith("HINT: Add an alias")
 
 
 @pytest.mark.parametrize("command", ["check", "migrate"])
