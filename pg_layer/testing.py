@@ -25,7 +25,7 @@ from django.test import TestCase, TransactionTestCase
 
 from pg_layer._config.databases import alias_of
 from pg_layer._messages.addresses import channel_address, group_address, group_name
-from pg_layer._process.shutdown import leavers
+from pg_layer._process.shutdown import registered
 from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.loops import Loops
 from pg_layer.layer import PostgresChannelLayer
@@ -157,7 +157,7 @@ def reset_layers(databases: Container[str] | None = None) -> None:
 
 
 async def _reset_layers(databases: Container[str] | None) -> None:
-    used = [loops for loops in leavers() if isinstance(loops, Loops) and loops.is_used]
+    used = [loops for loops in registered() if isinstance(loops, Loops) and loops.is_used]
     strays = set()
     async with AsyncExitStack() as stack:
         for loops in used:

@@ -121,7 +121,7 @@ class Loops:
         self._ending: dict[Client, tuple[Engine | None, BackgroundLoop | None]] = {}
         self._closings: set[asyncio.Task[None]] = set()  # asyncio itself forgets tasks
         self._begin()
-        termination.remember(self)
+        termination.register(self)
 
     def _begin(self) -> None:
         self.client = Client(self._config, self._codec, self._counters)
@@ -165,7 +165,7 @@ class Loops:
                 self._make_owner(home)
                 # Also where this loop ends with its one call: a test runner soon drops the database.
                 self._retire_background()
-                self._heed_sigterm()
+                self._close_on_sigterm()
             return home
 
     def for_sending(self) -> Engine:
@@ -201,7 +201,7 @@ class Loops:
                 home = self._move_here()
                 self._make_owner(home)
                 self._retire_background()
-                self._heed_sigterm()
+                self._close_on_sigterm()
                 return home
             engine = self._borrow_background()
             self._make_owner(engine)
@@ -302,7 +302,7 @@ class Loops:
             return
         self._owner = engine
         self.receives_in_background = engine is not self._home
-        termination.heed_end_of_child()
+        termination.close_at_end_of_child()
         if before is not None and not before.stopped.done():
             _stop(before)
         engine.call(engine.start_receiving, before)
@@ -329,9 +329,9 @@ class Loops:
         if background is not None:
             background.retire()
 
-    def _heed_sigterm(self) -> None:
+    def _close_on_sigterm(self) -> None:
         if self._config.handle_sigterm:
-            termination.heed_sigterm()
+            termination.close_on_sigterm()
 
     # ------------------------------------------------------------------ the end
 
@@ -382,7 +382,7 @@ class Loops:
         if not client.has_lease:
             self._ending.pop(client, None)
 
-    def leave(self) -> None:
+    def close_at_exit(self) -> None:
         """At the end of the process: close the clients that were not closed in order."""
         clients = [
             client
@@ -399,7 +399,7 @@ class Loops:
             }
             with closing_connection(psycopg.connect(**kwargs)) as conn:
                 for client in clients:
-                    self._leave_on(conn, client)
+                    self._close_on(conn, client)
         except Exception as error:  # the lease ends by itself
             logger.debug(
                 "Could not close the client; its lease ends by itself: %s",
@@ -407,7 +407,7 @@ class Loops:
                 extra={"event": log_events.EXIT_CLOSE_FAILED},
             )
 
-    def _leave_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
+    def _close_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
         closing = lease.Closing(self._config.prefix, client.address, client.close())
         try:
             lease.close_now(conn, closing, quiet=False)
@@ -432,7 +432,7 @@ _inherited: list[object] = []
 
 
 def _after_fork_in_child() -> None:
-    for loops in termination.leavers():
+    for loops in termination.registered():
         if isinstance(loops, Loops):
             loops._after_fork()
 

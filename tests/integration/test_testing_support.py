@@ -547,12 +547,12 @@ def test_layers_are_closed_before_django_empties_its_tables(
         migrated_dsn,
         """
         from django.db.models.signals import post_migrate
-        from pg_layer._process.shutdown import leavers
+        from pg_layer._process.shutdown import registered
 
         calls = []
 
         def is_emptied(**arguments):
-            calls.append(any(loops.is_used for loops in leavers()))
+            calls.append(any(loops.is_used for loops in registered()))
 
         class FirstTests(ResetLayersMixin, TransactionTestCase):
             def test_it(self):

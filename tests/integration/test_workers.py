@@ -297,7 +297,7 @@ async def test_the_end_of_a_process_while_a_transaction_changes_its_memberships_
         if how == "close":
             await layer.close()
         else:
-            layer._loops.leave()
+            layer._loops.close_at_exit()
         assert count(observer, "message", "address = 'asgi!:jobs'") == 3
         assert leases(observer) == 0
         assert count(observer, "membership") == 0
