@@ -350,7 +350,8 @@ def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> 
     plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for id in (encrypted, plain):
         assert (
-            content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, because messages are encrypted."
+            content(migrated_dsn, id, **layers(**KEYS))
+            == "Not shown, because messages are encrypted."
         )
     assert content(migrated_dsn, encrypted) == (
         "A stored message is encrypted, but symmetric_encryption_keys is not set here."

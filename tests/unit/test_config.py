@@ -282,7 +282,7 @@ def test_layers_do_not_share_remembered_capacities() -> None:
 
 
 def test_few_capacities_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "_REMEMBERED_CAPACITIES", 10)
+    monkeypatch.setattr(config_module, "_MAX_CACHED_CAPACITIES", 10)
     function: Any = load({"channel_capacity": {"a*": 1}})._capacity_of
     for n in range(50):
         function(f"specific.{n}!{n}")
@@ -327,7 +327,7 @@ def test_wrong_capacities_are_refused(value: Any, says: str) -> None:
         ([b""], "must be a non-empty str or bytes, not empty."),
         (["Sup3rS3cret", 5], "must be a str or bytes, not this int."),
         ([["Sup3rS3cret"]], "must be a str or bytes, not this list."),
-        (["Sup3rS3cret\ud800"], "must be text that UTF-8 can carry, not this str."),
+        (["Sup3rS3cret\ud800"], "must be text that UTF-8 can encode, not this str."),
     ],
 )
 def test_wrong_keys_are_refused_and_not_shown(value: Any, says: str) -> None:
@@ -372,7 +372,7 @@ def test_connection_strings_that_libpq_knows_are_taken(name: str, dsn: str) -> N
         ("Sup3r", "a part has no '='"),
         ("host=h password=Sup3r S3cret", "a part has no '='"),
         ("host=h password=Sup3r S3cret=1", "unknown option"),
-        ("host=h password='Sup3r", "a quote is opened"),
+        ("host=h password='Sup3r", "it has an opening quote"),
         ("postgresql://u:Sup3r%zz@h/d", "write '%25'"),
         ("postgresql://u:Sup3r%00@h/d", "libpq does not understand it"),
         ("postgresql://u:Sup3r%ff@h/d", "libpq does not understand it"),
@@ -380,8 +380,8 @@ def test_connection_strings_that_libpq_knows_are_taken(name: str, dsn: str) -> N
         ("postgresql://u:Sup3r/S3cret@h/d", "'@' as '%40'"),
         ("postgresql://u:1/S3cret@", "'@' as '%40'"),
         ("postgresql://u:1/x?user=S3cret@h", "'@' as '%40'"),
-        ("postgresql://u:Sup3r@h:port/d", "its port is no number"),
-        ("postgresql://u:Sup3r/d", "its port is no number"),
+        ("postgresql://u:Sup3r@h:port/d", "its port is not a number"),
+        ("postgresql://u:Sup3r/d", "its port is not a number"),
         ("postgresql://h/d?Sup3r=1", "unknown option"),
         ("postgresql://[S3cret", "libpq does not understand it"),
         ("postgresql+psycopg://u:Sup3r@h/d", "a URL of another kind: 'postgresql+psycopg://'"),
@@ -412,7 +412,7 @@ def test_wrong_connection_strings_are_refused_and_not_shown(name: str, dsn: Any,
         ),
         (
             "host=h colour=red",
-            "it has an unknown option, not shown here as it may be a part of a password",
+            "it has an unknown option, not shown here because it may be a part of a password",
         ),
         ("host=h password=my passwort=1", "it has an unknown option, not shown here"),
     ],
@@ -619,7 +619,9 @@ def test_the_role_that_django_assumes_is_the_layers_too(connections: Connections
 def test_an_alias_must_exist_by_the_time_of_connecting(connections: Connections) -> None:
     connections.update(default=None, replica=None)
     config = load({"using": "other"})
-    with pytest.raises(ImproperlyConfigured, match=r"not 'other'\. There are: default, replica\."):
+    with pytest.raises(
+        ImproperlyConfigured, match=r"not 'other'\. The aliases are: default, replica\."
+    ):
         config.connect_kwargs("pool")
 
 
