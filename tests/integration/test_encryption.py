@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pg_layer._state import log_events
-from pg_layer._state.log_limit import MOST_LINES, PERIOD, LogLimit
+from pg_layer._state.log_limit import MAX_RECORDS, PERIOD, LogLimit
 from pg_layer.exceptions import UndecodableMessage
 from tests.conftest import MakeLayer, Observer
 from tests.logs import events, records
@@ -473,10 +473,10 @@ async def test_many_full_channels_and_forged_messages_log_a_bounded_number_of_li
     assert await receive(layer, channel) == {"text": "the end"}
     stats = layer.stats()
     assert (stats["dropped_full"], stats["dropped_undecodable"]) == (count, count)
-    assert len(complaints(caplog)) == 2 * MOST_LINES
+    assert len(complaints(caplog)) == 2 * MAX_RECORDS
     caplog.clear()
     now += PERIOD
     layer._loops.client.count_dropped("room", members[0])
     layer._loops.client.undecodable("room", UndecodableMessage("another"))
     assert events(caplog) == [log_events.CHANNEL_FULL, log_events.MESSAGE_UNDECODABLE]
-    assert all(f" {count - MOST_LINES}." in complaint for complaint in complaints(caplog))
+    assert all(f": {count - MAX_RECORDS}.)" in complaint for complaint in complaints(caplog))

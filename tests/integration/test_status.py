@@ -329,10 +329,10 @@ def test_connections_that_have_a_name_of_the_users(
 def test_it_was_never_swept(migrated_dsn: str) -> None:
     shown = look(migrated_dsn)
     assert shown["last_sweep_age"] is None
-    assert shown["problems"] == ["There was no sweep yet: run manage.py pg_layer_sweep."]
+    assert shown["problems"] == ["The tables have never been swept: run manage.py pg_layer_sweep."]
     status, lines = read_text(migrated_dsn)
     assert status == 1
-    assert lines[0] == "problem: There was no sweep yet: run manage.py pg_layer_sweep."
+    assert lines[0] == "problem: The tables have never been swept: run manage.py pg_layer_sweep."
     assert "Last sweep: never" in lines
 
 
@@ -368,10 +368,10 @@ def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
     assert [client["id"] for client in clients["list"]] == ["late", "later", "live"]
     assert clients["list"][0]["lease_left"] == pytest.approx(-150, abs=100)
     assert shown["problems"] == [
-        "Leases that are overdue: 2 (process 77 on host-of-late, process 77 on host-of-later)."
+        "Overdue leases: 2 (process 77 on host-of-late, process 77 on host-of-later)."
     ]
     assert look(migrated_dsn, "--top", "1")["problems"] == [
-        "Leases that are overdue: 2 (process 77 on host-of-late, ...)."
+        "Overdue leases: 2 (process 77 on host-of-late, ...)."
     ]
     # Nobody has renewed a lease meanwhile: it may have been the database that was away.
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
@@ -430,10 +430,10 @@ def test_who_calls_it_from_python_is_told_by_an_error(
     with configured(layer, DATABASES={"default": postgres(migrated_dsn)}):
         apps.populate([])
         shown = StringIO()
-        with pytest.raises(CommandError, match="There was no sweep yet") as raised:
+        with pytest.raises(CommandError, match="The tables have never been swept") as raised:
             call_command(pg_layer_status.Command(), stdout=shown)
         assert raised.value.returncode == 1
-        assert shown.getvalue().startswith("problem: There was no sweep yet")
+        assert shown.getvalue().startswith("problem: The tables have never been swept")
         sweep(observer)
         call_command(pg_layer_status.Command(), stdout=StringIO())
 
@@ -461,7 +461,7 @@ def test_the_database_cannot_be_asked(
         (["--top", "0"], "'0' is not a number from 1"),
         (["--watch", "0"], "'0' is not a number of seconds"),
         (["--sweep-age", "soon"], "'soon' is not a number of seconds"),
-        (["--layer", "jobs"], "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."),
+        (["--layer", "jobs"], "CommandError: CHANNEL_LAYERS has no channel layer 'jobs'."),
     ],
 )
 def test_what_is_asked_for_makes_no_sense(

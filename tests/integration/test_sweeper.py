@@ -341,14 +341,14 @@ def test_invalid_values_on_the_command_line(migrated_dsn: str) -> None:
 
 def test_a_layer_that_does_not_exist(migrated_dsn: str) -> None:
     assert refusal(migrated_dsn, "--once", "--layer", "jobs") == (
-        "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."
+        "CommandError: CHANNEL_LAYERS has no channel layer 'jobs'."
     )
 
 
 def test_a_layer_that_is_another(migrated_dsn: str) -> None:
     settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}}
     assert refusal(migrated_dsn, "--once", settings=settings) == (
-        "CommandError: The channel layer 'default' is no pg_layer.PostgresChannelLayer."
+        "CommandError: The channel layer 'default' is not a pg_layer.PostgresChannelLayer."
     )
 
 
@@ -540,7 +540,7 @@ def test_it_outlives_a_restart_of_the_database(processes_to_end: ExitStack) -> N
         assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
         assert process.end(signal.SIGTERM) == 0
     for line in process.errors:
-        assert line.startswith("Could not sweep, trying again: ")
+        assert line.startswith("The sweep failed and will be repeated: ")
 
 
 async def test_two_sweepers_do_no_harm_while_traffic_flows(
