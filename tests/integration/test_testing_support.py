@@ -682,7 +682,7 @@ def test_the_mixin_stands_first(migrated_dsn: str) -> None:
         """
         for bases in [(TestCase, ResetLayersMixin), (TransactionTestCase, ResetLayersMixin),
                       (ResetLayersMixin, SimpleTestCase)]:
-            with pytest.raises(TypeError, match="Wrong: ResetLayersMixin must stand before Django's Test"):
+            with pytest.raises(TypeError, match="Wrong: ResetLayersMixin must precede Django's Test"):
                 type("Wrong", bases, {})
 
         class Mine(ResetLayersMixin):
