@@ -90,7 +90,7 @@ def _check_keys(alias: str, where: str) -> Iterator[CheckMessage]:
     if unread:
         yield Warning(
             f"Channels ignores these keys: {', '.join(unread)}.",
-            hint="Options belong in CONFIG. The other keys of an entry are BACKEND and TEST_CONFIG.",
+            hint="Options belong in CONFIG. The other allowed keys are BACKEND and TEST_CONFIG.",
             obj=where,
             id="pg_layer.W005",
         )

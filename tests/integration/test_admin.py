@@ -105,7 +105,8 @@ def add_message(
 ) -> int:
     row = observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
-        " VALUES (%s, pg_current_xact_id(), 0, %s, %s, clock_timestamp() + interval '1 hour') RETURNING id",
+        " VALUES (%s, pg_current_xact_id(), 0, %s, %s, clock_timestamp() + interval '1 hour')"
+        " RETURNING id",
         (address, channel, payload),
     ).fetchone()
     assert row is not None
@@ -113,7 +114,7 @@ def add_message(
 
 
 def fill(observer: Observer) -> int:
-    """A client that is live, one overdue, one closed, one swept; groups; a message, whose id is returned."""
+    """Write clients in each state, groups and a message. Return the id of the message."""
     for client, expires, ended, swept in (
         ("live", "1 hour", None, None),
         ("late", "-1 minute", None, None),
@@ -135,7 +136,8 @@ def fill(observer: Observer) -> int:
         )
     for client in ("gone", "lost"):
         observer.execute(
-            "INSERT INTO pg_layer_membership VALUES ('old', 'asgi!' || %s, 'a.old!1', 0, true, 'infinity')",
+            "INSERT INTO pg_layer_membership"
+            " VALUES ('old', 'asgi!' || %s, 'a.old!1', 0, true, 'infinity')",
             (client,),
         )
     observer.execute(
@@ -162,7 +164,8 @@ def test_clients(migrated_dsn: str, observer: Observer) -> None:
         migrated_dsn,
         """
 print(json.dumps([row[:3] for row in shown("client")]))
-for query in ("?state=live", "?state=overdue", "?state=ended", "?q=host-late", "?q=4711", "?q=nothing",
+for query in ("?state=live", "?state=overdue", "?state=ended",
+              "?q=host-late", "?q=4711", "?q=nothing",
               "?host=host-gone", "?state=nonsense"):
     print(json.dumps([row[0] for row in shown("client", query)]))
 page = detail("client", "asgi!live")
@@ -205,7 +208,8 @@ def test_groups(migrated_dsn: str, observer: Observer) -> None:
 print(json.dumps(shown("group")))
 print(json.dumps([row[:2] for row in shown("group", "?prefix=other")]))
 print(json.dumps([row[:2] for row in shown("group", "?q=hal")]))
-print("room" in detail("group", "asgi!room"), browser.get(address("group", "change", "asgi!no")).status_code)
+missing = browser.get(address("group", "change", "asgi!no"))
+print("room" in detail("group", "asgi!room"), missing.status_code)
 """,
     )
     everything, other, hall, page = output.splitlines()
@@ -239,8 +243,10 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
 
 def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
     observer.execute(
-        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!live', 'infinity', 60);"
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity');"
+        "INSERT INTO pg_layer_client (address, expires_at, lease)"
+        " VALUES ('asgi!live', 'infinity', 60);"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity');"
         "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
         " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, 'jobs', 'infinity')"
     )
@@ -282,7 +288,8 @@ def content(dsn: str, id: int, **settings: Any) -> str:
     code = f"""
 page = detail("message", {id})
 assert len(page) < 60_000, len(page)
-[found] = re.findall(r'<label>Content:</label>\\s*<div class="readonly">(.*?)</div>', page, re.DOTALL)
+content = r'<label>Content:</label>\\s*<div class="readonly">(.*?)</div>'
+[found] = re.findall(content, page, re.DOTALL)
 print(json.dumps(found))
 """
     return str(json.loads(ask(dsn, code, **settings)))
@@ -376,7 +383,8 @@ def test_with_keys_of_another_layer_nothing_is_decoded(
 def test_nobody_changes_anything(migrated_dsn: str, observer: Observer) -> None:
     id = fill(observer)
     everything = (
-        "SELECT c::text FROM pg_layer_client AS c UNION ALL SELECT m::text FROM pg_layer_message AS m"
+        "SELECT c::text FROM pg_layer_client AS c"
+        " UNION ALL SELECT m::text FROM pg_layer_message AS m"
         " UNION ALL SELECT m::text FROM pg_layer_membership AS m ORDER BY 1"
     )
     before = observer.execute(everything.encode()).fetchall()
@@ -392,7 +400,8 @@ for model, key in (("client", "asgi!live"), ("group", "asgi!room"), ("message", 
         browser.post(address(model, "delete", key), {{"post": "yes"}}),
     ]
     print(*(answer.status_code for answer in answers))
-    browser.post(address(model), {{"action": "delete_selected", "_selected_action": [key], "post": "yes"}})
+    deletion = {{"action": "delete_selected", "_selected_action": [key], "post": "yes"}}
+    browser.post(address(model), deletion)
     print("action-select" in browser.get(address(model)).content.decode())
 """,
     )
@@ -410,7 +419,8 @@ browser.force_login(user)
 def answers():
     return [browser.get(address(model)).status_code for model in ("client", "group", "message")]
 print(answers(), "PostgreSQL channel layer" in browser.get("/admin/").content.decode())
-user.user_permissions.add(Permission.objects.get(content_type__app_label="pg_layer", codename="view_group"))
+permissions = Permission.objects.filter(content_type__app_label="pg_layer")
+user.user_permissions.add(permissions.get(codename="view_group"))
 print(answers(), "PostgreSQL channel layer" in browser.get("/admin/").content.decode())
 browser.logout()
 print(answers())

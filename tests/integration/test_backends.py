@@ -99,7 +99,7 @@ print(len(set(pids)), counts)
 
 @pytest.mark.geventpool
 def test_sync_on_a_backends_pool_prepares_no_statement_twice(migrated_dsn: str) -> None:
-    """A request's connection goes back to the pool, with what is prepared on it; the next thread takes it."""
+    """A connection returns to the pool with its prepared statements, for the next thread."""
     assert django(migrated_dsn, PREPARED, settings=geventpool(migrated_dsn)) == "1 (1, 1, 1, 1)"
 
 
@@ -148,5 +148,5 @@ connection.closeall()
 
 @pytest.mark.geventpool
 def test_sync_that_makes_a_backends_pool_leaves_its_parameters_alone(migrated_dsn: str) -> None:
-    """The pool keeps the parameters of the first call: what is left of a send_timeout is not for all."""
+    """The pool keeps the parameters of the first call. They must not depend on its timeout."""
     assert django(migrated_dsn, FIRST, settings=geventpool(migrated_dsn)) == "False"

@@ -148,7 +148,8 @@ def test_keys_that_nobody_reads(migrated_dsn: str) -> None:
     wrong = {"CHANNEL_LAYERS": {"default": {**entry, "CONFGI": {"capacity": 5}, "capacity": 5}}}
     message, hint = check(migrated_dsn, settings=wrong)
     assert message == (
-        "CHANNEL_LAYERS['default']: (pg_layer.W005) Channels ignores these keys: 'CONFGI', 'capacity'."
+        "CHANNEL_LAYERS['default']: (pg_layer.W005) "
+        "Channels ignores these keys: 'CONFGI', 'capacity'."
     )
     assert "belong in CONFIG" in hint
 
@@ -248,7 +249,8 @@ def test_tables_that_are_missing(fresh_database: str) -> None:
     assert check(fresh_database) == []
     message, hint = check(fresh_database, *DATABASE)
     assert message == (
-        "CHANNEL_LAYERS['default']: (pg_layer.W001) The tables of pg_layer are missing or out of date."
+        "CHANNEL_LAYERS['default']: (pg_layer.W001) "
+        "The tables of pg_layer are missing or out of date."
     )
     assert hint == "HINT: Run `python manage.py migrate pg_layer`."
 
@@ -359,7 +361,8 @@ ADD_CLIENT = (
 )
 ADD_MESSAGE = (
     "INSERT INTO pg_layer_message (address, xid, boot, sent_at, expires_at) VALUES"
-    " (%s || '!:jobs', pg_current_xact_id(), 0, clock_timestamp() - %s::interval, clock_timestamp())"
+    " (%s || '!:jobs', pg_current_xact_id(), 0,"
+    " clock_timestamp() - %s::interval, clock_timestamp())"
 )
 
 

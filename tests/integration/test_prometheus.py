@@ -199,7 +199,7 @@ async def test_several_layers(make_layer: MakeLayer) -> None:
 
 
 async def test_openmetrics_takes_it_as_well(used: PostgresChannelLayer) -> None:
-    """Its parser is strict: it refuses what breaks the format's rules of names, units and suffixes."""
+    """The strict parser refuses names, units and suffixes that violate the format."""
     text = openmetrics.generate_latest(registry_of(used)).decode()  # type: ignore[no-untyped-call]
     families = {
         family.name: family.type
@@ -262,7 +262,7 @@ def test_register_takes_all_layers_of_the_settings(migrated_dsn: str) -> None:
         assert "memory" not in channel_layers.backends
         aliases = {dict(labels)["alias"] for _, labels in scrape(registry)}
         assert aliases == {"default", "chat"}
-        # A second time there is nothing to be done, and a layer outside of the settings can be added.
+        # A second call returns the collector, to which other layers can be added.
         assert register(registry) is collector
         register(registry).add(new_layer(migrated_dsn), "other")
         assert {dict(labels)["alias"] for _, labels in scrape(registry)} == {*aliases, "other"}
@@ -422,7 +422,8 @@ def test_a_port_for_each_process(
     monkeypatch.setenv("METRICS_PORT", str(unused_tcp_port))
     assert environment(migrated_dsn)["METRICS_PORT"]
     # Its server's thread and socket end with the process.
-    code = f"import django; django.setup()\n{snippet}\n{SERVED}\nimport sys; sys.stdout.flush(); os._exit(0)"
+    end = "import sys; sys.stdout.flush(); os._exit(0)"
+    code = f"import django; django.setup()\n{snippet}\n{SERVED}\n{end}"
     assert "pg_layer_memberships" in succeeded(run(migrated_dsn, "-c", code))
 
 

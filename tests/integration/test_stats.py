@@ -99,7 +99,8 @@ def test_before_anything_is_used(migrated_dsn: str, observer: Observer) -> None:
     assert stats["mean_batch_size"] == 0.0
     assert json.loads(json.dumps(stats)) == stats
     rows = observer.execute(
-        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        "SELECT 1 FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
     assert rows.fetchall() == []
 

@@ -1,4 +1,4 @@
-"""`manage.py pg_layer_status`: what it tells of a layer at work, and when it says that all is not well."""
+"""`manage.py pg_layer_status`: the status of a working layer, and its problems."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def add_client(
 ) -> None:
     """A client whose lease ends so long from now, and which has ended so long ago, if it has."""
     observer.execute(
-        "INSERT INTO pg_layer_client (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
+        "INSERT INTO pg_layer_client"
+        " (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
         " ('asgi!' || %s, 'host-of-' || %s, 77, clock_timestamp() + %s::interval, 60,"
         " clock_timestamp() - %s::interval, %s)",
         (client, client, expires, ended, json.dumps(counters)),
@@ -192,7 +193,8 @@ def test_what_is_over_does_not_count(migrated_dsn: str, observer: Observer) -> N
     sweep(observer)
     add_client(observer, "gone", "-1 hour", "1 hour")
     observer.execute(
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity')"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity')"
     )
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
@@ -458,7 +460,7 @@ def test_the_database_cannot_be_asked(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--top", "0"], "'0' is not a number from 1"),
+        (["--top", "0"], "'0' is not an integer from 1"),
         (["--watch", "0"], "'0' is not a number of seconds"),
         (["--sweep-age", "soon"], "'soon' is not a number of seconds"),
         (["--layer", "jobs"], "CommandError: CHANNEL_LAYERS has no channel layer 'jobs'."),
@@ -484,7 +486,8 @@ def fill(observer: Observer) -> None:
         "UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE address = 'asgi!one'"
     )
     observer.execute(
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!one', 'a.one!1', 0, true, 'infinity')"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!one', 'a.one!1', 0, true, 'infinity')"
     )
     observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
 

@@ -313,10 +313,10 @@ def test_verbosity(migrated_dsn: str, observer: Observer) -> None:
         (["--interval", "inf"], "'inf' is not a number of seconds"),
         (["--interval", "soon"], "'soon' is not a number of seconds"),
         (["--interval", "1e18"], "'1e18' is not a number of seconds"),
-        (["--batch-size", "0"], "'0' is not a number from 1"),
-        (["--batch-size", "many"], "'many' is not a number from 1"),
-        (["--batch-size", "1.5"], "'1.5' is not a number from 1"),
-        (["--batch-size", "99999999999"], "'99999999999' is not a number from 1"),
+        (["--batch-size", "0"], "'0' is not an integer from 1"),
+        (["--batch-size", "many"], "'many' is not an integer from 1"),
+        (["--batch-size", "1.5"], "'1.5' is not an integer from 1"),
+        (["--batch-size", "99999999999"], "'99999999999' is not an integer from 1"),
     ],
 )
 def test_invalid_values(arguments: list[str], complaint: str) -> None:

@@ -295,7 +295,8 @@ def test_few_capacities_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ([("a*", 5)], "must be a dict of globs"),
         (
             {"": 5},
-            "keys of CONFIG['channel_capacity'] must be globs (str) or compiled patterns of str, not ''.",
+            "keys of CONFIG['channel_capacity'] must be globs (str) or compiled patterns of str, "
+            "not ''.",
         ),
         ({3: 5}, "not 3."),
         ({re.compile(b"a"): 5}, "not re.compile(b'a')."),
@@ -470,7 +471,9 @@ def test_repr_tells_everything_but_secrets() -> None:
     config = load(
         {
             "dsn": "postgresql://me:Sup3r@h:5433/name?sslpassword=S3cret&sslmode=require",
-            "listen_dsn": "host=direct password=Sup3r user='a b\\'c' options='-c x.password=S3cret'",
+            "listen_dsn": (
+                "host=direct password=Sup3r user='a b\\'c' options='-c x.password=S3cret'"
+            ),
             "symmetric_encryption_keys": ["Sup3r", b"S3cret"],
             "channel_capacity": {"a*": 5},
         }
@@ -550,7 +553,7 @@ def test_each_call_gives_its_own_kwargs() -> None:
 
 
 class Connections(dict[str, Any]):
-    """Stands for `django.db.connections`: the wrappers are Django's own, the settings are not needed."""
+    """Stands for `django.db.connections`, with Django's wrappers and without settings."""
 
     def __missing__(self, alias: str) -> Any:
         raise ConnectionDoesNotExist(alias)
@@ -658,7 +661,8 @@ def test_a_dsn_needs_no_settings() -> None:
 def test_django_itself_gives_the_parameters() -> None:
     code = (
         "from django.conf import settings\n"
-        "settings.configure(DATABASES={'default': {'ENGINE': 'django.db.backends.postgresql', 'NAME': 'n',"
+        "settings.configure(DATABASES={'default': {"
+        "'ENGINE': 'django.db.backends.postgresql', 'NAME': 'n',"
         "'USER': 'u', 'PASSWORD': 'p', 'OPTIONS': {'sslmode': 'prefer', 'isolation_level': 4,"
         "'assume_role': 'r', 'server_side_binding': True, 'pool': True}}})\n"
         "from pg_layer._config.options import load\n"

@@ -1,4 +1,4 @@
-"""Tasks that fail for a reason that the layer does not expect: each goes on, and says once that it fails."""
+"""Tasks that fail with an unexpected error continue, and are logged once."""
 
 from __future__ import annotations
 
