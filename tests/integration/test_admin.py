@@ -158,7 +158,7 @@ def fill(observer: Observer) -> int:
 # ---------------------------------------------------------------------- what is shown
 
 
-def test_clients(migrated_dsn: str, observer: Observer) -> None:
+def test_client_pages_show_clients_by_state(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -200,7 +200,7 @@ print("unknown process" in detail("client", "asgi!stranger"))
     assert output.splitlines() == ['[["asgi!stranger", "unknown", "unknown"]]', "[]", "True"]
 
 
-def test_groups(migrated_dsn: str, observer: Observer) -> None:
+def test_group_pages_show_groups(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -223,7 +223,7 @@ print("room" in detail("group", "asgi!room"), missing.status_code)
     assert page == "True 302"
 
 
-def test_waiting_messages(migrated_dsn: str, observer: Observer) -> None:
+def test_message_pages_show_waiting_messages(migrated_dsn: str, observer: Observer) -> None:
     id = fill(observer)
     output = ask(
         migrated_dsn,
@@ -241,7 +241,7 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
     assert page == "True"
 
 
-def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
+def test_pages_show_never_for_infinity(migrated_dsn: str, observer: Observer) -> None:
     observer.execute(
         "INSERT INTO pg_layer_client (address, expires_at, lease)"
         " VALUES ('asgi!live', 'infinity', 60);"
@@ -264,7 +264,7 @@ print(Membership.objects.get().expires_at)
     assert output.splitlines() == ["['never'] ['never']", "True True", "None"]
 
 
-def test_lists_do_not_fetch_payloads(migrated_dsn: str, observer: Observer) -> None:
+def test_message_list_fetches_no_payload(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -308,14 +308,14 @@ print(json.dumps(found))
     ],
     ids=["empty", "zero", "cut short", "cut JSON", "a lie", "deep", "noise"],
 )
-def test_a_damaged_payload_breaks_nothing(
+def test_content_of_a_damaged_payload_is_its_error(
     migrated_dsn: str, observer: Observer, payload: bytes
 ) -> None:
     id = add_message(observer, payload)
     assert content(migrated_dsn, id).startswith("A stored message is ")
 
 
-def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer) -> None:
+def test_content_in_json_with_html_is_escaped(migrated_dsn: str, observer: Observer) -> None:
     text = "<script>alert(1)</script>"
     id = add_message(observer, Codec("json", 1000).encode({"type": "greet", "text": text}, "jobs"))
     found = content(migrated_dsn, id)
@@ -333,14 +333,16 @@ def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer
     ],
     ids=["text", "bytes", "a list", "a dict"],
 )
-def test_a_large_payload_is_truncated(migrated_dsn: str, observer: Observer, message: Any) -> None:
+def test_content_of_a_large_payload_is_truncated(
+    migrated_dsn: str, observer: Observer, message: Any
+) -> None:
     id = add_message(observer, Codec("msgpack", 10**9).encode(message, "jobs"))
     found = content(migrated_dsn, id)
     assert "beginning" in found
     assert len(found) < 10_000
 
 
-def test_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) -> None:
+def test_content_of_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) -> None:
     id = add_message(
         observer, Codec("msgpack", 10**9).encode({"type": "greet", "blob": bytes(2**24)}, "jobs")
     )
@@ -350,7 +352,7 @@ def test_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) ->
 KEYS = {"symmetric_encryption_keys": ["secret"]}
 
 
-def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
+def test_content_with_keys_is_not_decoded(migrated_dsn: str, observer: Observer) -> None:
     encrypted = add_message(
         observer, Codec("msgpack", 1000, ["secret"]).encode({"type": "confidential"}, "jobs")
     )
@@ -365,7 +367,7 @@ def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> 
     )
 
 
-def test_with_keys_of_another_layer_nothing_is_decoded(
+def test_content_with_keys_of_another_layer_is_not_decoded(
     migrated_dsn: str, observer: Observer
 ) -> None:
     id = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
@@ -380,7 +382,7 @@ def test_with_keys_of_another_layer_nothing_is_decoded(
 # ---------------------------------------------------------------------- nobody changes anything
 
 
-def test_nobody_changes_anything(migrated_dsn: str, observer: Observer) -> None:
+def test_pages_are_read_only(migrated_dsn: str, observer: Observer) -> None:
     id = fill(observer)
     everything = (
         "SELECT c::text FROM pg_layer_client AS c"
@@ -409,7 +411,7 @@ for model, key in (("client", "asgi!live"), ("group", "asgi!room"), ("message", 
     assert observer.execute(everything.encode()).fetchall() == before
 
 
-def test_staff_need_the_permission_to_view(migrated_dsn: str, observer: Observer) -> None:
+def test_pages_need_the_view_permission(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -436,7 +438,9 @@ print(answers())
 # ---------------------------------------------------------------------- which database
 
 
-def test_the_layers_own_database(migrated_dsn: str, observer: Observer, tmp_path: Any) -> None:
+def test_pages_show_the_database_of_the_layer(
+    migrated_dsn: str, observer: Observer, tmp_path: Any
+) -> None:
     id = fill(observer)
     lite = {**SQLITE, "NAME": str(tmp_path / "db.sqlite3")}
     databases = {"default": lite, "events": postgres(migrated_dsn)}
@@ -458,9 +462,7 @@ print("hello there" in detail("message", {id}))
     ],
     ids=["none", "another", "out of reach"],
 )
-def test_without_a_database_to_show_there_are_no_pages(
-    migrated_dsn: str, entries: dict[str, Any]
-) -> None:
+def test_pages_without_an_alias_do_not_exist(migrated_dsn: str, entries: dict[str, Any]) -> None:
     output = ask(
         migrated_dsn,
         """
@@ -472,7 +474,7 @@ print("PostgreSQL channel layer" in browser.get("/admin/").content.decode())
     assert output.splitlines() == ["[403, 403, 403]", "False"]
 
 
-def test_the_first_layer_is_shown_where_none_is_the_default(
+def test_pages_without_a_default_layer_show_the_first(
     migrated_dsn: str, observer: Observer
 ) -> None:
     fill(observer)
