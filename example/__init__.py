@@ -1,1 +1,1 @@
-"""A chat in two server processes that speak to each other through PostgreSQL alone."""
+"""A chat in two server processes that communicate through PostgreSQL only."""

@@ -1,4 +1,4 @@
-"""What the servers run: pages through Django, sockets through Channels."""
+"""The ASGI application: pages through Django, WebSockets through Channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pg_layer import PostgresChannelLayer
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "example.settings")
 pages = get_asgi_application()
 
-# Needs the apps, which the line above has loaded.
+# This import needs the apps, which get_asgi_application() has loaded.
 from example.urls import websocket_urlpatterns  # noqa: E402
 
 
@@ -25,7 +25,7 @@ async def lifespan(
     receive: Callable[[], Awaitable[dict[str, Any]]],
     send: Callable[[dict[str, Any]], Awaitable[None]],
 ) -> None:
-    """Close the layer when the server stops: its connections end now, not when the system notices."""
+    """Close the layer when the server stops, so that its lease and connections end at once."""
     await receive()
     await send({"type": "lifespan.startup.complete"})
     await receive()

@@ -1,4 +1,4 @@
-"""The commands of the demo, written once for everything that runs them."""
+"""The commands of the demo's processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ SWEEP = ["python", "-m", "example.manage", "pg_layer_sweep"]
 
 
 def serve(host: str, port: int) -> list[str]:
-    """The command of one server process."""
+    """Return the command of a server process."""
     return [
         "python",
         "-m",

@@ -1,6 +1,6 @@
-"""The chat itself, as the Channels documentation teaches it: a consumer, a group, and one handler per event.
+"""The chat, as in the documentation of Channels: a consumer, a group and a handler for each event.
 
-Nothing in here knows how the layer works. The group spans all server processes because the layer does.
+The code does not depend on this layer. A group spans all server processes because the layer does.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ MAX_TEXT = 1000
 
 
 def this_process() -> dict[str, Any]:
-    """Who is speaking here: what the page shows, and what goes along with every message."""
+    """Return the name and id of this process, which the page and every message show."""
     return {"name": settings.DEMO_NAME, "pid": os.getpid()}
 
 
 def group_of(room: str) -> str:
-    """The group of everybody in a room, in all processes."""
+    """Return the group of all users in a room, in all processes."""
     return f"chat.{room}"
 
 
 def clean(value: object, limit: int) -> str:
-    """``value`` as text that can be sent: at most ``limit`` characters, trimmed; empty if it is no text."""
+    """Return ``value`` as text of at most ``limit`` characters, trimmed; "" if it is not a str."""
     if not isinstance(value, str):
         return ""
-    # JSON may carry half a surrogate pair, which no encoder takes.
+    # JSON may contain a lone surrogate, which UTF-8 cannot encode.
     return value.encode("utf-8", "replace").decode("utf-8").strip()[:limit].rstrip()
 
 
 def clean_name(value: object) -> str:
-    """A name to show, on one line; whoever gives none is called somebody."""
+    """Return a name on one line; "somebody" for an empty name."""
     return clean(" ".join(clean(value, 4 * MAX_NAME).split()), MAX_NAME) or "somebody"
 
 
 class ChatConsumer(AsyncJsonWebsocketConsumer):
     """One browser in one room.
 
-    From the page come ``{"type": "say", "text": …}``, ``{"type": "rename", "name": …}`` and
-    ``{"type": "count"}``, which asks how many are ``here``; anything else is answered with an ``error``. To
-    the page go ``welcome``, ``message``, ``announcement``, ``joined``, ``left``, ``renamed``, ``here``.
+    The page sends ``{"type": "say", "text": …}``, ``{"type": "rename", "name": …}`` and
+    ``{"type": "count"}``, which requests the number of users (``here``). The answer to anything
+    else is an ``error``. The page receives ``welcome``, ``message``, ``announcement``, ``joined``,
+    ``left``, ``renamed`` and ``here``.
     """
 
     channel_layer: PostgresChannelLayer
@@ -116,18 +117,18 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
     # To the page
 
     async def send_json(self, content: Any, close: bool = False) -> None:
-        # A browser may go while events are on their way to it. The server raises OSError then, which would
-        # end the consumer before it hears of the disconnect, and the others would never see it leave.
+        # If the browser has disconnected, the server raises OSError. The error would end the
+        # consumer before its disconnect handler runs, and other users would not see it leave.
         with contextlib.suppress(OSError):
             await super().send_json(content, close)
 
     async def complain(self, text: str) -> None:
         await self.send_json({"type": "error", "text": text})
 
-    # What is so right now, for all processes
+    # Current numbers, for all processes
 
     async def count_here(self) -> int | None:
-        """How many are in the room; None if the database is away."""
+        """Return the number of users in the room; None if the database is away."""
         try:
             return await self.channel_layer.group_count(self.group)
         except LayerUnavailable:
@@ -135,13 +136,13 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
 
     @database_sync_to_async
     def count_saved(self) -> int | None:
-        """How many announcements of the room are saved; None if the database is away."""
+        """Return the number of saved announcements of the room; None if the database is away."""
         try:
             return Announcement.objects.filter(room=self.room).count()
         except OperationalError:
             return None
 
-    # To everybody in the room, whichever process they are connected to
+    # To all users in the room, in every process
 
     async def tell(self, event: str, **fields: Any) -> None:
         await self.channel_layer.group_send(
@@ -162,7 +163,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         await self.show("message", event, text=event["text"])
 
     async def chat_joined(self, event: dict[str, Any]) -> None:
-        # Counted by each who shows it, after the event: whoever sent it may have counted before another came.
+        # Each receiver counts after the event. The sender's count may already be out of date.
         await self.show("joined", event, here=await self.count_here())
 
     async def chat_left(self, event: dict[str, Any]) -> None:
@@ -172,7 +173,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
         await self.show("renamed", event, before=event["before"])
 
     async def chat_announcement(self, event: dict[str, Any]) -> None:
-        # The message left when its transaction committed: so the row is there by now.
+        # The message was announced after its transaction committed, so the row exists.
         await self.send_json(
             {
                 **event,

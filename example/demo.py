@@ -1,6 +1,6 @@
-"""``python -m example.demo``: the chat in two server processes, with a PostgreSQL of its own.
+"""``python -m example.demo``: the chat in two server processes, with its own PostgreSQL.
 
-Set ``PG_LAYER_DSN`` to use a database that exists already. Ctrl-C ends it all and leaves nothing behind.
+Set ``PG_LAYER_DSN`` to use an existing database. Ctrl-C ends the demo and removes what it created.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ T = TypeVar("T")
 HOST = "127.0.0.1"
 FIRST_PORT = 8001
 ROOT = Path(__file__).resolve().parent.parent
-READY_WITHIN = 60.0  # seconds until both servers must have answered
-STOP_WITHIN = 10.0  # seconds that a child has for ending by itself
+READY_WITHIN = 60.0  # seconds within which both servers must answer
+STOP_WITHIN = 10.0  # seconds after which a child is killed
 
 
 class Stopped(Exception):
-    """Somebody asked the demo to end."""
+    """A signal has asked the demo to end."""
 
 
 class Failed(Exception):
-    """The demo cannot go on; the text says why."""
+    """The demo cannot continue. The text gives the reason."""
 
 
 def say(line: str = "") -> None:
-    # A terminal that is gone must not keep the demo from cleaning up.
+    # If the terminal has closed, the demo must still clean up.
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 def choose_ports(first: int, count: int) -> list[int]:
-    """The first ``count`` ports from ``first`` on that nobody listens on; any free ones if ``first`` is 0."""
+    """Return ``count`` free ports, from ``first`` on; any free ports if ``first`` is 0."""
     chosen: list[int] = []
     with contextlib.ExitStack() as held:
         for port in range(first, 65536) if first else itertools.repeat(0):
@@ -63,13 +63,13 @@ def choose_ports(first: int, count: int) -> list[int]:
 
 
 def wait_for_end(pid: int) -> None:
-    """Wait for a child of this process, and leave it to somebody else to reap."""
+    """Wait for a child of this process without reaping it."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 class Child:
-    """A process of the demo. What it prints appears on the terminal with its name in front."""
+    """A process of the demo. The terminal shows its output after its name."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
@@ -79,7 +79,7 @@ class Child:
 
     @classmethod
     async def start(cls, name: str, command: list[str], **environment: str) -> Child:
-        """Start ``command`` in a session of its own: the terminal's Ctrl-C reaches the demo alone."""
+        """Start ``command`` in its own session, so that Ctrl-C reaches only the demo."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "example.tied", str(os.getpid())),
             *(sys.executable, *command[1:]),
@@ -103,7 +103,7 @@ class Child:
         while True:
             try:
                 line = await output.readline()
-            except ValueError:  # longer than the reader's buffer: left out
+            except ValueError:  # skip a line that is longer than the reader's buffer
                 continue
             if not line:
                 return await self.process.wait()
@@ -118,7 +118,7 @@ class Child:
         return f"{self.name} ended {how}. The last it said:\n{output}"
 
     async def stop(self) -> None:
-        """End the process: asked first, then forced."""
+        """Terminate the process; kill it after `STOP_WITHIN` seconds."""
         for request in (signal.SIGTERM, signal.SIGKILL):
             if self.ended.done():
                 return
@@ -128,7 +128,7 @@ class Child:
 
 
 class Demo:
-    """The steps of the demo. While it waits for one, it notices signals and whatever dies."""
+    """The steps of the demo. During each step it observes signals and the end of processes."""
 
     def __init__(self, ports: list[int]) -> None:
         self.ports = dict(zip(("server A", "server B"), ports, strict=True))
@@ -137,7 +137,7 @@ class Demo:
         self.deaths: dict[asyncio.Future[Any], Callable[[], str]] = {}
 
     async def run(self) -> None:
-        """All of it. Ends with ``Stopped`` or ``Failed``, and with everything cleaned up."""
+        """Run the demo until it raises ``Stopped`` or ``Failed``, and clean up."""
         async with self.database() as dsn:
             try:
                 await self.migrate(dsn)
@@ -150,7 +150,7 @@ class Demo:
 
     @contextlib.asynccontextmanager
     async def database(self) -> AsyncIterator[str]:
-        """The DSN of a database: the one in the environment, or one that lives as long as the demo."""
+        """Yield the DSN of the environment's database, or of a temporary database."""
         if dsn := os.environ.get("PG_LAYER_DSN"):
             say("Using the PostgreSQL that PG_LAYER_DSN names")
             yield dsn
@@ -158,7 +158,7 @@ class Demo:
         say("Starting a PostgreSQL of its own, which goes when the demo ends")
         server = PostgresServer(fsync=False)
         try:
-            # Not to be interrupted half-way: a signal is noticed afterwards.
+            # This must not be interrupted. A signal is handled afterwards.
             await asyncio.to_thread(server.start)
             dsn = await asyncio.to_thread(server.create_database, "chat")
             if hasattr(os, "waitid"):  # macOS has it since Python 3.13
@@ -187,7 +187,7 @@ class Demo:
             raise Failed("The tables could not be created: see above.")
 
     async def serve(self, dsn: str) -> None:
-        """Start everything, and tell where it is once it answers."""
+        """Start all processes, and print their addresses when they answer."""
         say("Starting two servers, and the sweeper that clears away what has expired")
         addresses = {name: f"http://{HOST}:{port}" for name, port in self.ports.items()}
         servers = []
@@ -203,13 +203,11 @@ class Demo:
         for name, address in addresses.items():
             say(f"    {name}: {address}/")
         say()
-        say(
-            "Open both, side by side: what you say in one appears in the other. Ctrl-C ends the demo."
-        )
+        say("Open both side by side: text in one window appears in the other. Ctrl-C ends it.")
         say()
 
     async def meanwhile(self, awaitable: Awaitable[T]) -> T:
-        """The result of ``awaitable``, unless a signal or a death comes first."""
+        """Return the result of ``awaitable``, unless a signal or a process's end comes first."""
         result = asyncio.ensure_future(awaitable)
         stop = asyncio.ensure_future(self.stopped.wait())
         try:
@@ -226,16 +224,16 @@ class Demo:
 
 
 async def answers(server: Child, port: int) -> None:
-    """Return when ``server``, and nobody else, serves a page on ``port``."""
+    """Return when ``server``, and no other process, serves a page on ``port``."""
     deadline = time.monotonic() + READY_WITHIN
     while await asyncio.to_thread(who_answers, port) != str(server.process.pid):
         if time.monotonic() > deadline:
             raise Failed(f"{server.name} does not answer on port {port} after {READY_WITHIN:g} s.")
-        await asyncio.sleep(0.05)  # a port tells nobody that it opens
+        await asyncio.sleep(0.05)  # an opened port sends no event
 
 
 def who_answers(port: int) -> str | None:
-    """The process id that the page on ``port`` gives, if there is such a page."""
+    """Return the process id that the page on ``port`` shows, if there is such a page."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", "/")
@@ -266,11 +264,11 @@ async def run(ports: list[int]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 when it was stopped, 1 when something failed."""
+    """Run the command line. Return the exit status: 0 after a signal, 1 after an error."""
     parser = argparse.ArgumentParser(
         prog="python -m example.demo",
-        description="A chat in two server processes that speak to each other through PostgreSQL alone.",
-        epilog="PG_LAYER_DSN in the environment names the database; without it, the demo starts its own.",
+        description="A chat in two server processes that communicate through PostgreSQL only.",
+        epilog="PG_LAYER_DSN names the database. Without it, the demo starts a database.",
     )
     parser.add_argument(
         "--port",

@@ -1,4 +1,4 @@
-"""What the demo keeps: announcements. What is said in the chat is kept nowhere."""
+"""The model of the demo: announcements. Chat messages are not saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_ANNOUNCEMENT = 200
 
 
 class Announcement(models.Model):
-    """A line that somebody put up in a room."""
+    """A line that a user announced in a room."""
 
     room: models.CharField[str, str] = models.CharField(max_length=40, db_index=True)
     text: models.CharField[str, str] = models.CharField(max_length=MAX_ANNOUNCEMENT)

@@ -1,7 +1,7 @@
 """Settings of the demo: one database, and the layer on it.
 
-Environment: ``PG_LAYER_DSN`` (required) says where PostgreSQL is; ``DEMO_NAME`` is what this process calls
-itself; ``DEMO_OTHER_URL`` is the address of the other server, which the page then links to.
+Environment: ``PG_LAYER_DSN`` (required) is the DSN of the database; ``DEMO_NAME`` is the name of
+this process; ``DEMO_OTHER_URL`` is the address of the other server, to which the page links.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BASE_DIR = Path(__file__).resolve().parent
 
 
 def database_from_dsn(dsn: str) -> dict[str, Any]:
-    """A ``DATABASES`` entry for a libpq connection string or URL."""
+    """Return an entry of ``DATABASES`` for a libpq connection string or URL."""
     try:
         parameters = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
@@ -40,22 +40,22 @@ def database_from_dsn(dsn: str) -> dict[str, Any]:
 DSN = os.environ.get("PG_LAYER_DSN", "")
 if not DSN:
     raise ImproperlyConfigured(
-        "Set PG_LAYER_DSN to a PostgreSQL database, for example postgresql://user:password@localhost/chat; "
-        "`python -m example.demo` brings one of its own."
+        "Set PG_LAYER_DSN to a PostgreSQL database, for example "
+        "postgresql://user:password@localhost/chat; `python -m example.demo` starts its own."
     )
 
-# What the demo is about.
+# The settings that the demo shows.
 INSTALLED_APPS = ["channels", "pg_layer", "example"]
 DATABASES = {"default": database_from_dsn(DSN)}
 CHANNEL_LAYERS = {
     "default": {
         "BACKEND": "pg_layer.PostgresChannelLayer",
-        # Shorter than usual, so that one sees who was in a process that is killed vanish.
+        # Short, so that the users of a killed process soon disappear.
         "CONFIG": {"lease": 12, "heartbeat": 4},
     }
 }
 
-# What any Django project has.
+# The settings of any Django project.
 DEBUG = False
 SECRET_KEY = "only-for-the-demo-which-keeps-no-secrets"
 ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
@@ -76,6 +76,6 @@ TEMPLATES = [
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
 
-# Which process this is: shown on the page, and sent along with every message.
+# The name of this process. The page shows it, and every message includes it.
 DEMO_NAME = os.environ.get("DEMO_NAME") or "this server"
 DEMO_OTHER_URL = os.environ.get("DEMO_OTHER_URL", "").rstrip("/")

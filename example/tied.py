@@ -1,6 +1,6 @@
-"""``python -m example.tied <pid> <command …>``: become the command, and die when its parent, ``pid``, does.
+"""``python -m example.tied <pid> <command …>``: run the command until its parent ``pid`` ends.
 
-Only Linux can do this; elsewhere the command just runs.
+Only Linux supports this. On other systems the command runs without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 def main(parent: str, *command: str) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == int(parent):  # or it was gone already before the line above
+    if os.getppid() == int(parent):  # the parent had ended before prctl()
         os.execvp(command[0], command)
 
 

@@ -1,4 +1,4 @@
-"""Pages and sockets: a room has the same name in both."""
+"""The URLs of pages and WebSockets. A room has the same name in both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from django.urls import re_path
 from example.consumers import ChatConsumer
 from example.views import chat
 
-# What a room may be called: anything that may stand in the name of a group, too.
+# The name of a room consists of characters that are allowed in the name of a group.
 ROOM = r"(?P<room>[A-Za-z0-9_-]{1,40})"
 
 urlpatterns = [
@@ -18,5 +18,5 @@ urlpatterns = [
 ]
 
 websocket_urlpatterns: list[Any] = [
-    re_path(rf"^ws/{ROOM}/$", ChatConsumer.as_asgi()),  # type: ignore[arg-type]  # no view, but Channels' way
+    re_path(rf"^ws/{ROOM}/$", ChatConsumer.as_asgi()),  # type: ignore[arg-type]  # not a view
 ]

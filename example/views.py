@@ -1,4 +1,4 @@
-"""The one page: the chat, and a form that announces something in the room."""
+"""The page: the chat, and a form for announcements in the room."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTCOMES = {
 
 
 class AnnouncementForm(forms.Form):
-    """What to announce; ``roll_back`` is the second button."""
+    """An announcement; ``roll_back`` is the second button."""
 
     text = forms.CharField(
         max_length=MAX_ANNOUNCEMENT,
@@ -33,12 +33,12 @@ class AnnouncementForm(forms.Form):
 
 
 class Mishap(Exception):
-    """Stands for whatever may go wrong in a view after it has sent its message."""
+    """Stands for an error in a view after it has sent its message."""
 
 
 @require_http_methods(["GET", "HEAD", "POST"])
 def chat(request: HttpRequest, room: str) -> HttpResponse:
-    """The room's page, with the name of the process that serves it; announces what is posted to it."""
+    """Show the room with the name of this process. A POST makes an announcement."""
     form = AnnouncementForm(request.POST if request.method == "POST" else None)
     if form.is_valid():
         try:
@@ -70,7 +70,7 @@ def chat(request: HttpRequest, room: str) -> HttpResponse:
 
 
 def announce(room: str, text: str, *, fails: bool) -> None:
-    """Save an announcement and tell the room of it: both or, where something fails, neither."""
+    """Save an announcement and send it to the room, in one transaction."""
     layer = cast(PostgresChannelLayer, get_channel_layer())
     with transaction.atomic():
         announcement = Announcement.objects.create(room=room, text=text)

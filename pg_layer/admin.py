@@ -1,6 +1,7 @@
-"""Pages of Django's admin that show clients, groups and waiting messages.
+"""Read-only pages of Django's admin for clients, groups and waiting messages.
 
-They are read-only. They read the database of the layer ``default``, or else of the first one of this package.
+They show the database of the layer ``default`` if it is of this package, otherwise the database of
+the first layer of this package.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ from django.http import HttpRequest
 
 from pg_layer._config.databases import alias_of
 from pg_layer._config.options import Config
+from pg_layer._configured_layers import configurations
 from pg_layer._messages.codec import Codec
-from pg_layer.checks import configs
 from pg_layer.exceptions import UndecodableMessage
 from pg_layer.models import Client, Group, Message
 
 M = TypeVar("M", bound=Model)
 
-MOST_DECODED = 16 * 1024 * 1024  # bytes of a payload; larger ones are not even fetched
-MOST_SHOWN = 4000  # characters
-READER = Codec("msgpack", MOST_DECODED)  # reads the other format, too
+MAX_DECODED = 16 * 1024 * 1024  # bytes of a payload; a larger payload is not fetched
+MAX_SHOWN = 4000  # characters
+READER = Codec("msgpack", MAX_DECODED)  # it also reads JSON
 
 if TYPE_CHECKING:
     ModelAdmin = admin.ModelAdmin
-else:  # generic for the type checker alone
+else:  # Django's class is generic for the type checker only
 
     class ModelAdmin(admin.ModelAdmin):
         def __class_getitem__(cls, item: object) -> type:
             return cls
 
 
-def _configs() -> list[Config | ImproperlyConfigured]:
-    found = dict(configs())
+def _configurations() -> list[Config | ImproperlyConfigured]:
+    """Return the options of all layers of this package, those of the default layer first."""
+    found = dict(configurations())
     return sorted(found.values(), key=lambda config: config is not found.get(DEFAULT_CHANNEL_LAYER))
 
 
 def _alias() -> str | None:
-    """Return the alias in DATABASES whose tables are shown; None if none leads to the layer's."""
-    for config in _configs():
+    """Return the alias in DATABASES whose tables are shown; None if no alias leads to a layer's."""
+    for config in _configurations():
         if isinstance(config, Config):
             try:
                 return alias_of(config)
@@ -55,7 +57,7 @@ def _alias() -> str | None:
 
 
 class ReadOnlyAdmin(ModelAdmin[M]):
-    """Shows, and adds, changes and deletes nothing."""
+    """Admin pages without permission to add, change or delete."""
 
     actions = None
     list_per_page = 50
@@ -86,6 +88,8 @@ class ReadOnlyAdmin(ModelAdmin[M]):
 
 
 class StateFilter(admin.SimpleListFilter):
+    """Filters clients by the state of their lease."""
+
     title = "state"
     parameter_name = "state"
 
@@ -137,9 +141,10 @@ class GroupAdmin(ReadOnlyAdmin[Group]):
 
 @admin.register(Message)
 class MessageAdmin(ReadOnlyAdmin[Message]):
-    """Messages that have not expired. Their content is shown only if no layer of the project encrypts.
+    """Messages that have not expired. Their content is shown only if no layer encrypts.
 
-    A message to a channel is deleted when it was received; one to a group stays until it expires.
+    A message to a channel is deleted after it was received. A message to a group stays until it
+    expires.
     """
 
     list_display = ("id", "kind", "address", "channel", "size", "sent_at", "shown_end")
@@ -159,14 +164,14 @@ class MessageAdmin(ReadOnlyAdmin[Message]):
 
     @admin.display
     def content(self, message: Message) -> str:
-        # A layer with an error in its configuration may encrypt, too.
+        # A layer whose configuration is invalid may also encrypt.
         if any(
             isinstance(config, ImproperlyConfigured) or config.symmetric_encryption_keys
-            for config in _configs()
+            for config in _configurations()
         ):
-            return "Not shown, as messages are encrypted."
-        if self.size(message) > MOST_DECODED:
-            return "Not shown, as it is too large."
+            return "Not shown, because messages are encrypted."
+        if self.size(message) > MAX_DECODED:
+            return "Not shown, because it is too large."
         try:
             return _shown(READER.decode(READER.open(bytes(message.payload), message.channel or "")))
         except UndecodableMessage as error:
@@ -179,4 +184,4 @@ def _shown(message: dict[str, Any]) -> str:
     writer.maxdict = writer.maxlist = 50
     writer.maxstring = writer.maxother = writer.maxlong = 1000
     text = writer.repr(message)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""System checks, by id in docs/checks.md: of the settings, and of the database where one is named."""
+"""System checks of the settings and of the layer's tables. docs/checks.md lists them by id."""
 
 from __future__ import annotations
 
@@ -12,113 +12,54 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
-from django.utils.module_loading import import_string
 
 from pg_layer._config.databases import alias_of, how_to_migrate
 from pg_layer._config.dsn import without_secrets
 from pg_layer._config.options import Config
+from pg_layer._configured_layers import configurations, is_pg_layer
 from pg_layer._db.errors import is_forbidden
 from pg_layer._db.pool import connected_now
 from pg_layer._db.queries import access, maintenance
 from pg_layer.exceptions import NotMigrated, PgLayerError
-from pg_layer.layer import PostgresChannelLayer
 
 DAY = 86400.0  # seconds
-KEYS = ("BACKEND", "CONFIG", "TEST_CONFIG")  # what Channels reads of an entry
+ENTRY_KEYS = ("BACKEND", "CONFIG", "TEST_CONFIG")  # the keys of an entry that Channels reads
 
 
 def register_checks() -> None:
-    """Have Django run them."""
+    """Register the checks with Django."""
     register(check_settings)
     register(check_tenants)
     register(check_database, Tags.database)
 
 
-def configs() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
-    """The entries of CHANNEL_LAYERS that are ours: alias and options, or what is wrong with these."""
-    for alias, entry in channel_layers.configs.items():
-        if not is_ours(entry):
-            continue
-        options = entry.get("CONFIG", {})
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            kind = type(options).__name__
-            yield (
-                alias,
-                ImproperlyConfigured(
-                    f"CONFIG must be a dict of options by their names, not {kind}."
-                ),
-            )
-            continue
-        try:
-            layer = channel_layers[alias]
-        except ImproperlyConfigured as error:
-            yield alias, error
-        else:
-            if isinstance(layer, PostgresChannelLayer):  # and not another that a test has set
-                yield alias, layer.config
-
-
-def is_ours(entry: Any) -> bool:
-    """Whether an entry of CHANNEL_LAYERS is ours. What is wrong with one that is not, Channels says."""
-    try:
-        backend = import_string(entry["BACKEND"])
-    except (ImportError, KeyError, TypeError, AttributeError):
-        return False
-    return isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)
-
-
-def _misspelt_backend(entry: Any) -> str | None:
-    """The BACKEND of an entry that is not ours, if it is below this package."""
-    backend = entry.get("BACKEND") if isinstance(entry, Mapping) else None
-    return backend if isinstance(backend, str) and backend.partition(".")[0] == "pg_layer" else None
+# ---------------------------------------------------------------------- settings
 
 
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
-    """Whether CHANNEL_LAYERS is sound. Connects to nothing."""
-    found: list[CheckMessage] = []
-    places: dict[tuple[str, ...], str] = {}
-    for alias, entry in channel_layers.configs.items():
-        if not is_ours(entry) and (misspelt := _misspelt_backend(entry)) is not None:
-            found.append(
-                Error(
-                    f"BACKEND is no channel layer of pg_layer: {misspelt!r}.",
-                    hint="Set it to 'pg_layer.PostgresChannelLayer'.",
-                    obj=f"CHANNEL_LAYERS[{alias!r}]",
-                    id="pg_layer.E003",
-                )
-            )
-    for alias, config in configs():
+    """Check CHANNEL_LAYERS. Opens no connection."""
+    found = list(_check_backends())
+    aliases: dict[tuple[str, ...], str] = {}  # database and prefix -> the first alias
+    for alias, config in configurations():
         where = f"CHANNEL_LAYERS[{alias!r}]"
-        unread = [repr(key) for key in channel_layers.configs[alias] if key not in KEYS]
-        if unread:
-            found.append(
-                Warning(
-                    f"It has keys that nobody reads: {', '.join(unread)}.",
-                    hint="The layer's options stand in CONFIG. Beside it there are BACKEND and TEST_CONFIG.",
-                    obj=where,
-                    id="pg_layer.W005",
-                )
-            )
+        found += _check_keys(alias, where)
         if isinstance(config, ImproperlyConfigured):
-            hint = 'The options are described in the README of pg_layer, under "Options".'
-            found.append(Error(_text(config), hint=hint, obj=where, id="pg_layer.E001"))
+            hint = 'The README of pg_layer describes the options, under "Options".'
+            found.append(Error(_one_line(config), hint=hint, obj=where, id="pg_layer.E001"))
             continue
         try:
             parameters = config.connect_kwargs("pool")
         except ImproperlyConfigured as error:
-            hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or 'dsn' to where it is."
-            found.append(Error(_text(error), hint=hint, obj=where, id="pg_layer.E002"))
+            hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or set 'dsn'."
+            found.append(Error(_one_line(error), hint=hint, obj=where, id="pg_layer.E002"))
             continue
-        place = (
-            config.prefix,
-            *(str(parameters.get(name) or "") for name in ("host", "port", "dbname")),
-        )
-        first = places.setdefault(place, alias)
+        database = (str(parameters.get(name) or "") for name in ("host", "port", "dbname"))
+        first = aliases.setdefault((config.prefix, *database), alias)
         if first != alias:
             found.append(
                 Warning(
-                    f"It is the same layer as {first!r}: the same database, and the same prefix.",
-                    hint="Give each a 'prefix' of its own in CONFIG.",
+                    f"It is the same layer as {first!r}: the same database and the same prefix.",
+                    hint="Give each layer its own 'prefix' in CONFIG.",
                     obj=where,
                     id="pg_layer.W003",
                 )
@@ -126,8 +67,37 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     return found
 
 
+def _check_backends() -> Iterator[CheckMessage]:
+    """Find backends in this package that are not channel layers, or do not exist."""
+    for alias, entry in channel_layers.configs.items():
+        backend = entry.get("BACKEND") if isinstance(entry, Mapping) else None
+        if (
+            isinstance(backend, str)
+            and backend.partition(".")[0] == "pg_layer"
+            and not is_pg_layer(entry)
+        ):
+            yield Error(
+                f"BACKEND is not a channel layer of pg_layer: {backend!r}.",
+                hint="Set it to 'pg_layer.PostgresChannelLayer'.",
+                obj=f"CHANNEL_LAYERS[{alias!r}]",
+                id="pg_layer.E003",
+            )
+
+
+def _check_keys(alias: str, where: str) -> Iterator[CheckMessage]:
+    """Find keys of an entry that Channels ignores."""
+    unread = [repr(key) for key in channel_layers.configs[alias] if key not in ENTRY_KEYS]
+    if unread:
+        yield Warning(
+            f"Channels ignores these keys: {', '.join(unread)}.",
+            hint="Options belong in CONFIG. The other allowed keys are BACKEND and TEST_CONFIG.",
+            obj=where,
+            id="pg_layer.W005",
+        )
+
+
 def check_tenants(**kwargs: Any) -> list[CheckMessage]:
-    """Whether django-tenants is told to make the tables for each tenant."""
+    """Check that django-tenants does not create the tables for each tenant."""
     public = getattr(settings, "PUBLIC_SCHEMA_NAME", "public")
     if getattr(settings, "HAS_MULTI_TYPE_TENANTS", False):
         kinds = getattr(settings, "TENANT_TYPES", {})
@@ -147,31 +117,36 @@ def check_tenants(**kwargs: Any) -> list[CheckMessage]:
         return []
     return [
         Error(
-            f"pg_layer is in {', '.join(wrong)}: each tenant has tables of its own. What layer.sync sends"
-            " while a tenant is active goes to these, and is lost: receivers read the shared ones.",
-            hint=f"Name pg_layer in {shared} alone: see docs/tenants.md.",
+            f"pg_layer is in {', '.join(wrong)}, so each tenant has its own tables. Messages that"
+            " layer.sync sends while a tenant is active go to these tables and are lost, because"
+            " receivers read the shared ones.",
+            hint=f"Name pg_layer in {shared} only: see docs/tenants.md.",
             id="pg_layer.E004",
         )
     ]
 
 
+# ---------------------------------------------------------------------- databases
+
+
 def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
-    """Whether the tables are there and are swept, in these databases."""
+    """Check that the tables exist in these databases, are swept and can be used by the role."""
     found = []
-    for alias, config in configs():
+    for alias, config in configurations():
         if not databases or not isinstance(config, Config):
             continue
         using = _alias_of(config)
         messages: list[CheckMessage] = []
         if using is not None:
-            messages = list(_examine(config, using)) if using in databases else []
+            messages = list(_check_tables(config, using)) if using in databases else []
         elif config.dsn is not None and not _is_migrating():
             messages = [
                 Warning(
-                    f"No alias in DATABASES leads to the database of 'dsn' ({without_secrets(config.dsn)}):"
-                    f" nothing is known of its tables. The aliases are {', '.join(connections)}.",
-                    hint="Add one with the same host, port, name, service and search_path: migrate, check,"
-                    " layer.sync and the admin find databases by their aliases.",
+                    "No alias in DATABASES leads to the database of 'dsn'"
+                    f" ({without_secrets(config.dsn)}), so its tables cannot be checked."
+                    f" The aliases are {', '.join(connections)}.",
+                    hint="Add an alias with the same host, port, name, service and search_path:"
+                    " migrate, check, layer.sync and the admin find databases by alias.",
                     id="pg_layer.W006",
                 )
             ]
@@ -181,15 +156,15 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
     return found
 
 
-def _examine(config: Config, using: str) -> Iterator[CheckMessage]:
+def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
     try:
         with connected_now(config) as conn:
             access.prove_usage(conn)
             maintenance.prove_tables(conn)
-            if (fault := access.row_security(conn)) is not None:
-                yield Warning(fault.text, hint=fault.advice, id="pg_layer.W007")
-            if (fault := access.privileges(conn)) is not None:
-                yield Warning(fault.text, hint=fault.advice, id="pg_layer.W008")
+            if (problem := access.row_security(conn)) is not None:
+                yield Warning(problem.text, hint=problem.advice, id="pg_layer.W007")
+            if (problem := access.privileges(conn)) is not None:
+                yield Warning(problem.text, hint=problem.advice, id="pg_layer.W008")
             unswept_for = maintenance.unswept_for(conn, config.prefix)
     except NotMigrated:
         # `migrate` runs this check before it creates the tables. Do not warn then.
@@ -202,39 +177,41 @@ def _examine(config: Config, using: str) -> Iterator[CheckMessage]:
             )
         return
     except PgLayerError as error:
-        hint = "See whether the database runs, and may be reached from here."
+        hint = "Check that the database runs and can be reached from this machine."
         if is_forbidden(error):
             hint = (
-                "Grant the role what docs/permissions.md names for what it does; to check, as a role that"
-                " only looks."
+                "Grant the role what docs/permissions.md names for its use of the layer; to run"
+                " the check, as a role that only looks."
             )
         yield Warning(
-            f"The tables of pg_layer could not be checked. {_text(error)}",
+            f"The tables of pg_layer could not be checked. {_one_line(error)}",
             hint=hint,
             id="pg_layer.W004",
         )
         return
     if unswept_for is not None and unswept_for > DAY:
         yield Warning(
-            "Nobody has swept the tables of pg_layer for a day: they grow.",
+            "The tables of pg_layer have not been swept for a day. They grow without a sweep.",
             hint="Keep manage.py pg_layer_sweep running beside the servers.",
             id="pg_layer.W002",
         )
 
 
 def _alias_of(config: Config) -> str | None:
+    """Return the alias of a layer's database; None without one.
+
+    It is also None if the database cannot be used: `check_settings` reports the reason.
+    """
     try:
         config.connect_kwargs("pool")
         return alias_of(config)
-    except (
-        ImproperlyConfigured
-    ):  # `check_settings` tells why; or no alias leads to the database of its dsn
+    except ImproperlyConfigured:
         return None
 
 
 def _is_migrating() -> bool:
-    return sys.argv[1:2] in (["migrate"], ["migrate_schemas"])  # the second one is django-tenants'
+    return sys.argv[1:2] in (["migrate"], ["migrate_schemas"])  # the second is of django-tenants
 
 
-def _text(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).removeprefix("pg_layer: ").split())

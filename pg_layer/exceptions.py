@@ -1,8 +1,9 @@
-"""The exceptions of pg_layer, one tree for faults of operation and Channels' own where it has one.
+"""The exceptions of pg_layer.
 
-`ChannelFull` and `MessageTooLarge` are the classes of `channels.exceptions`, re-exported, so that code which
-catches them works with any channel layer. A bad channel name is a `TypeError`, as in Channels itself, and so
-is a bad message (`InvalidMessage`). A bad configuration is Django's `ImproperlyConfigured`.
+Errors of operation derive from `PgLayerError`. `ChannelFull` and `MessageTooLarge` are the classes
+of `channels.exceptions`, re-exported: code that catches them works with any channel layer. An
+invalid channel name raises `TypeError`, as in Channels, and so does an invalid message
+(`InvalidMessage`). An invalid configuration raises Django's `ImproperlyConfigured`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ __all__ = [
 class PgLayerError(Exception):
     """The channel layer failed.
 
-    The base of what can go wrong while the layer runs, through no fault of the caller. The first paragraph of
-    a class's docstring is its message unless another is given.
+    The base class of errors that occur while the layer runs and that the caller did not cause.
+    Without another message, the message is the first paragraph of the docstring of the class.
     """
 
     def __init__(self, message: str | None = None) -> None:
@@ -35,7 +36,7 @@ class PgLayerError(Exception):
 
     @classmethod
     def _default_message(cls) -> str:
-        # Docstrings are gone under `python -OO`; the name still says what happened.
+        # `python -OO` removes docstrings. The name of the class remains.
         doc = inspect.getdoc(cls) or cls.__name__
         return " ".join(doc.split("\n\n", 1)[0].split())
 
@@ -43,36 +44,38 @@ class PgLayerError(Exception):
 class LayerUnavailable(PgLayerError):
     """The database could not be reached within send_timeout.
 
-    Raised by what writes (`send`, `group_send`, `group_add`, `group_discard`, `flush`), never by `receive`. A
-    call that surely did not commit is retried until `send_timeout`. One that may have committed raises
-    `OutcomeUnknown`, a subclass: after any other the call has changed nothing, and may be made again. The
-    database's own error is the `__cause__`.
+    Raised by calls that write (`send`, `group_send`, `group_add`, `group_discard`, `flush`) and by
+    calls that read groups, never by `receive`. A call that certainly did not commit is retried
+    until `send_timeout`. A call that may have committed raises the subclass `OutcomeUnknown`.
+    After any other `LayerUnavailable` the call has changed nothing and may be repeated. The
+    `__cause__` is the error of the database.
     """
 
 
 class OutcomeUnknown(LayerUnavailable):
     """The connection to the database was lost; it is unknown whether the call took effect.
 
-    A message is not sent again then, as that could deliver it twice.
+    The layer does not send such a message again, because that could deliver it twice.
     """
 
 
 class Stopping(LayerUnavailable, StopConsumer):
     """The process is stopping while the database is away; the call did not take effect.
 
-    Channels ends a consumer that raises it, without a traceback: each consumer of the process would have one.
+    It is also Channels' `StopConsumer`, so that a consumer that raises it ends without a
+    traceback. Otherwise each consumer of the process would log one.
     """
 
 
 class StoppingUnknown(OutcomeUnknown, StopConsumer):
-    """The same of a call that was under way; it is unknown whether it took effect."""
+    """The process is stopping while the database is away; the outcome of the call is unknown."""
 
 
 class NotBegun(PgLayerError):
     """The event loop that served the channel layer ended before the call began.
 
-    Internal: the call is made again on the loop that takes over. ``may_have_begun``: it may have taken
-    effect already, and does no harm if it is made twice.
+    Internal: the layer repeats the call on the loop that takes over. ``may_have_begun``: the call
+    may have taken effect, and repeating it does no harm.
     """
 
     def __init__(self, *, may_have_begun: bool = False) -> None:
@@ -83,22 +86,24 @@ class NotBegun(PgLayerError):
 class NotMigrated(PgLayerError):
     """The tables of pg_layer are missing or out of date: run `python manage.py migrate pg_layer`.
 
-    Where the layer does not use the database "default", the command needs `--database <alias>`, too.
+    If the layer does not use the database "default", add `--database <alias>` to the command.
     """
 
 
 class UndecodableMessage(PgLayerError):
     """A stored message could not be read.
 
-    Internal to the receiving side, which counts such a message and drops it: written with another key,
-    damaged, or in no format that pg_layer knows. The text never holds any part of the message.
+    Internal to receiving, which counts the message and drops it. The message is encrypted with
+    another key, damaged, or in a format that pg_layer does not know. The text of the error never
+    contains a part of the message.
     """
 
 
 class InvalidMessage(TypeError, ValueError):
-    """The message is not a dict, or holds something that the specification has no place for.
+    """The message is not a dict, or contains a value that Channels' specification does not allow.
 
-    A mistake in the calling code, hence no `PgLayerError`: who catches those to retry must not swallow this.
-    It is a `TypeError` as Channels raises for bad names, and a `ValueError` too, as some values have the
-    right type but are out of range. The text names the path to the value, never the value.
+    It is an error in the calling code and therefore not a `PgLayerError`: code that catches
+    `PgLayerError` to retry must not hide it. It is a `TypeError`, as Channels raises for invalid
+    names, and also a `ValueError`, because some values have the right type and are out of range.
+    The text gives the path to the value, never the value.
     """

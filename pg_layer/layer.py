@@ -1,4 +1,4 @@
-"""The channel layer: Channels' interface, and nothing else."""
+"""The channel layer: the interface of Channels."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 
 T = TypeVar("T")
 
-NAMES_MOST = 10_000
-# Characters of a new channel's prefix. Its name adds 26 and a number that grows; Channels allows 99.
+MAX_REMEMBERED_NAMES = 10_000
+# Characters of a new channel's prefix. The name adds 26 and a growing number; Channels allows 99.
 MAX_PREFIX = 60
-BRIDGED_WAIT = (
-    1.0  # seconds after which a receiver on another loop looks whether the home loop still runs
-)
+# Seconds after which a receiver on another loop checks that the owner loop still runs.
+FOREIGN_WAIT = 1.0
 
 
 class PostgresChannelLayer(BaseChannelLayer):
     """A channel layer on PostgreSQL.
 
-    Options are those of ``CONFIG`` in ``CHANNEL_LAYERS``, keyword-only, and described in the README; a
-    wrong one raises `django.core.exceptions.ImproperlyConfigured`. Nothing is connected before the first
-    call that needs it. Every method may be called from any event loop in any thread.
+    The keyword arguments are the options of ``CONFIG`` in ``CHANNEL_LAYERS``; the README describes
+    them. An invalid option raises `django.core.exceptions.ImproperlyConfigured`. The layer opens
+    its connections with the first call that needs them. Every method may be called from any event
+    loop in any thread.
     """
 
     extensions = ("groups", "flush")
 
-    # Channels' own rules, without the loopholes of Unicode digits and a newline at the end.
+    # The rules of Channels. Its own expressions also accept Unicode digits and a final newline.
     channel_name_regex = re.compile(r"[a-zA-Z\d\-_.]+(![\w\-.]*)?\Z", re.ASCII)
     group_name_regex = re.compile(r"[a-zA-Z\d\-_.]+\Z", re.ASCII)
 
@@ -63,7 +63,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             config, self._codec, self._check_channel, self._check_group
         )
         self.sync = Sync(config, self._operations, self._loops)
-        # Names that were found valid, as the check costs more than much of the rest.
+        # Names that were found valid. The check is a large part of the cost of a call.
         self._valid_channels: set[str] = set()
         self._valid_groups: set[str] = set()
 
@@ -71,7 +71,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         return f"{type(self).__name__}({self.config!r})"
 
     def get_capacity(self, channel: str) -> int:
-        """How many messages may wait in a channel."""
+        """Return how many messages may wait in a channel."""
         return self.config.capacity_of(channel)
 
     # ------------------------------------------------------------------ channels
@@ -79,23 +79,30 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def send(
         self, channel: str, message: dict[str, Any], *, expiry: float | None = None
     ) -> None:
-        """Send a message to a channel; when this returns, it is committed.
+        """Send a message to a channel.
 
-        ``expiry``: seconds for which this message may wait, if not as the option says. Raises `ChannelFull`
-        if as many messages wait in the channel as it holds, `MessageTooLarge`, `TypeError` for a bad name or
-        message, `ValueError` for a bad expiry, `LayerUnavailable` if the database cannot be reached within
-        ``send_timeout``, `OutcomeUnknown` (which is one) if it cannot be told whether the message was sent,
-        `NotMigrated`. What is sent to the channel of a client that is gone expires.
+        Return when the message is committed. A message to a channel of a client that has ended
+        expires.
+
+        ``expiry``: seconds the message may wait; default: the option ``expiry``.
+
+        Raises `ChannelFull` if the channel has no free capacity; `MessageTooLarge`; `TypeError` for
+        an invalid name or message; `ValueError` for an invalid expiry; `LayerUnavailable` if the
+        database cannot be reached within ``send_timeout``; its subclass `OutcomeUnknown` if the
+        connection broke before the result was known; `NotMigrated` if the tables are missing.
         """
         await self._loops.submit(self._operations.send(channel, message, expiry))
 
     async def send_many(
         self, messages: Iterable[tuple[str, dict[str, Any]]], *, expiry: float | None = None
     ) -> list[bool]:
-        """Send ``(channel, message)`` pairs in one statement; returns of each whether it was accepted.
+        """Send ``(channel, message)`` pairs in one statement.
 
-        False: its channel is full. Otherwise as `send`; what is wrong with one is raised before any is sent.
-        At most 100,000 messages, together 256 MiB.
+        Return a list of booleans in the order of the pairs: False if the channel was full and the
+        message was not sent. ``expiry``: seconds the messages may wait; default: the option.
+
+        At most 100,000 messages, together 256 MiB. An error in one pair is raised before any
+        message is sent. Raises what `send` raises, except `ChannelFull`.
         """
         many = self._operations.send_many(messages, expiry)
         return await self._loops.submit(many) if many.operations else []
@@ -103,8 +110,11 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def receive(self, channel: str) -> dict[str, Any]:
         """Wait for the next message of a channel, and return it.
 
-        A specific channel must be one of this process's own. A cancelled call takes no message. Never
-        raises because the database is away: it waits.
+        A specific channel must be a channel that `new_channel` returned in this process. A
+        cancelled call takes no message. While the database is away, the call waits.
+
+        Raises `TypeError` for an invalid name or a channel of another process; `LayerUnavailable`
+        if the layer was closed and the channel no longer exists.
         """
         loops = self._loops
         client = loops.client
@@ -113,35 +123,16 @@ class PostgresChannelLayer(BaseChannelLayer):
             queue = self._queue_to_receive(client, channel)
         is_specific = "!" in channel
         if loops.receives_in_background:
-            # Also if a message is here already: the thread would keep its connections, which test runners
-            # wait for when they drop their database.
+            # Move receiving to this loop even if the queue has a message. Otherwise the background
+            # thread keeps its connections, and a test runner cannot drop its database.
             loops.for_receiving(asyncio.get_running_loop())
         waiter: Waiter | None = None
         while True:
             taken = queue.pop(client.pending_deletes, waiter)
             if taken is None:
-                loop = asyncio.get_running_loop()
-                engine = loops.for_receiving(loop)
-                if is_specific and engine.loop is loop:
-                    waiter = queue.add_waiter(loop)
-                    if waiter is not None:
-                        try:
-                            await waiter
-                        except BaseException:
-                            queue.remove_waiter(waiter)
-                            raise
-                else:
-                    want = None if is_specific else partial(engine.call, engine.want, channel)
-                    waiter = await queue.wait(None if engine.loop is loop else BRIDGED_WAIT, want)
-                if queue.is_retired:
-                    queue = self._queue_to_receive(client, channel)
-                elif queue.is_closed:
-                    if is_specific or loops.client is client:  # closed: the process ends
-                        raise LayerUnavailable(
-                            "The channel layer was closed, and its channels are gone."
-                        )
-                    client = loops.client
-                    queue = self._queue_to_receive(client, channel)
+                waiter = await self._wait(queue, is_specific)
+                if queue.is_retired or queue.is_closed:
+                    client, queue = self._replace(client, queue)
                 continue
             waiter = None
             message = self._open(client, queue, taken)
@@ -153,9 +144,10 @@ class PostgresChannelLayer(BaseChannelLayer):
             return message
 
     async def new_channel(self, prefix: str = "specific") -> str:
-        """A new channel name that only this process can receive on. Costs no round trip.
+        """Return a new channel name on which only this process can receive. No round trip.
 
-        ``prefix``: what the name begins with; letters, digits, ``-``, ``_`` and ``.``, at most 60.
+        ``prefix``: the beginning of the name: letters, digits, ``-``, ``_`` and ``.``, at most 60
+        characters. Raises `TypeError` for another prefix.
         """
         if not isinstance(prefix, str):
             raise TypeError(
@@ -172,14 +164,19 @@ class PostgresChannelLayer(BaseChannelLayer):
     # ------------------------------------------------------------------ groups
 
     async def group_add(self, group: str, channel: str) -> None:
-        """Add a channel to a group: when this returns, it gets every later `group_send` from anywhere.
+        """Add a channel to a group.
 
-        Ends ``group_expiry`` seconds after the last call, or, where that is None, with the channel's process.
+        After this returns, the channel receives every later `group_send` of any process. The
+        membership ends ``group_expiry`` seconds after the last call; if the option is None, with
+        the process of the channel. Raises what `send` raises, except `ChannelFull`.
         """
         await self._loops.submit(self._operations.change(group, channel, added=True))
 
     async def group_discard(self, group: str, channel: str) -> None:
-        """Remove a channel from a group; no error if it is not in it."""
+        """Remove a channel from a group. It is no error if the channel is not a member.
+
+        Raises what `group_add` raises.
+        """
         await self._loops.submit(self._operations.change(group, channel, added=False))
 
     async def group_send(
@@ -190,10 +187,16 @@ class PostgresChannelLayer(BaseChannelLayer):
         expiry: float | None = None,
         exclude: str | None = None,
     ) -> None:
-        """Send a message to all channels of a group; when this returns, it is committed.
+        """Send a message to every channel in a group.
 
-        ``exclude``: a channel that is not to get it, most often the sender's own. A member whose channel is
-        full misses it, silently but for a counter and a log line. Otherwise as `send`.
+        Return when the message is committed. Members added by a `group_add` that has returned, in
+        any process, receive it. A member whose channel is full misses it: the message is dropped
+        for that member, counted in `stats` and logged.
+
+        ``expiry``: seconds the message may wait; default: the option ``expiry``.
+        ``exclude``: a channel that must not receive it, usually the sender's own.
+
+        Raises what `send` raises, except `ChannelFull`.
         """
         await self._loops.submit(self._operations.group_send(group, message, expiry, exclude))
 
@@ -204,34 +207,46 @@ class PostgresChannelLayer(BaseChannelLayer):
         expiry: float | None = None,
         exclude: str | None = None,
     ) -> list[bool]:
-        """Send ``(group, message)`` pairs in one statement; returns of each whether all could have it.
+        """Send ``(group, message)`` pairs in one statement.
 
-        False: a normal channel in its group is full and misses it. Otherwise as `group_send` and `send_many`.
+        Return a list of booleans in the order of the pairs: False if a normal channel in the group
+        was full and misses the message. ``expiry`` and ``exclude`` apply to all messages, as in
+        `group_send`. The limits and the errors are those of `send_many`.
         """
         many = self._operations.group_send_many(messages, expiry, exclude)
         return await self._loops.submit(many) if many.operations else []
 
     async def group_channels(self, group: str) -> list[str]:
-        """The channels in a group, without those of processes that are gone. Raises as `send`."""
+        """Return the channels in a group, without channels of processes that have ended.
+
+        Raises `TypeError` for an invalid name, `LayerUnavailable` and `NotMigrated`.
+        """
         name = self._operations.group(group)
         return await self._read(lambda engine: engine.group_channels(name))
 
     async def group_count(self, group: str) -> int:
-        """How many channels are in a group, without those of processes that are gone. Raises as `send`."""
+        """Return the number of channels in a group, without channels of processes that have ended.
+
+        Raises `TypeError` for an invalid name, `LayerUnavailable` and `NotMigrated`.
+        """
         name = self._operations.group(group)
         return await self._read(lambda engine: engine.group_count(name))
 
     # ------------------------------------------------------------------ all
 
     async def flush(self) -> None:
-        """Remove all messages and memberships of this layer's prefix, for every process.
+        """Remove all messages and memberships of this layer's prefix, in every process.
 
-        What open transactions have written or locked stays, and so do jobs that are handed out just now.
+        Rows that an open transaction has written or locked remain. Jobs that are being claimed at
+        this moment also remain. Raises `LayerUnavailable` and `NotMigrated`.
         """
         await self._loops.run(self._loops.for_sending, Engine.flush)
 
     async def health(self) -> Health:
-        """How this process's use of the layer fares. Raises nothing: what is wrong stands in ``problems``."""
+        """Try the path to the database and back, and return the result: see `Health`.
+
+        Raises no error of the layer: ``problems`` lists what is wrong.
+        """
         try:
             return await self._read(examine)
         except LayerUnavailable as error:
@@ -244,20 +259,23 @@ class PostgresChannelLayer(BaseChannelLayer):
             )
 
     def stats(self) -> Stats:
-        """What the layer did in this process since it was made, and how it stands now: see `Stats`.
+        """Return the counters and the state of the layer in this process: see `Stats`.
 
-        A plain dict that JSON can carry. Costs no query and waits for nothing; may be called at any time,
-        from any thread, with or without an event loop. `close` leaves the counters as they are; in a child
-        after ``fork`` all begin at zero.
+        The dict can be serialised as JSON. The call runs no query and does not wait. It may be made
+        at any time, from any thread, with or without an event loop. `close` does not reset the
+        counters. In a child after ``fork`` they begin at zero.
         """
         return make_stats(self._loops.client.counters.read(), self._loops.state())
 
     async def close(self) -> None:
-        """Take leave: give back the lease, the memberships and the jobs not handed over, and close the
-        connections.
+        """Close the layer in this process.
 
-        The layer can be used again afterwards; channels made before are gone. A close that is cancelled goes
-        on; what does not end with its event loop is done by the next close, or at the end of the process.
+        End the lease and the memberships, release the jobs that `receive` has not returned, and
+        close the connections. The layer can be used again afterwards, but its channels no longer
+        exist.
+
+        If the call is cancelled, closing continues. If its event loop ends first, the next `close`
+        or the end of the process completes it.
         """
         self.sync.forget()
         await self._loops.close()
@@ -281,16 +299,45 @@ class PostgresChannelLayer(BaseChannelLayer):
         self._check_channel(channel)
         if "!" in channel and not client.owns(channel):
             raise TypeError(
-                f"Channel {channel} is of another process: here new_channel() has not returned it."
+                f"Channel {channel} belongs to another process: "
+                "new_channel() has not returned it here."
             )
         queue = client.queue(channel)
         queue.allow_receive()
         return queue
 
+    async def _wait(self, queue: ChannelQueue, is_specific: bool) -> Waiter | None:
+        """Wait until the queue may have a message, or has ended. Return the waiter for `pop`."""
+        loop = asyncio.get_running_loop()
+        engine = self._loops.for_receiving(loop)
+        if not is_specific or engine.loop is not loop:
+            want = None if is_specific else partial(engine.call, engine.want, queue.channel)
+            return await queue.wait(None if engine.loop is loop else FOREIGN_WAIT, want)
+        waiter = queue.add_waiter(loop)
+        if waiter is not None:
+            try:
+                await waiter
+            except BaseException:
+                queue.remove_waiter(waiter)
+                raise
+        return waiter
+
+    def _replace(self, client: Client, queue: ChannelQueue) -> tuple[Client, ChannelQueue]:
+        """Return the client and the queue that take the place of a queue that has ended.
+
+        Raises `LayerUnavailable` if the layer was closed and the channel no longer exists. A normal
+        channel continues with the next client; if there is none, the process is ending.
+        """
+        if not queue.is_retired:
+            if "!" in queue.channel or self._loops.client is client:
+                raise LayerUnavailable("The channel layer was closed, and its channels are gone.")
+            client = self._loops.client
+        return client, self._queue_to_receive(client, queue.channel)
+
     def _open(
         self, client: Client, queue: ChannelQueue, message: QueuedMessage
     ) -> dict[str, Any] | None:
-        """Decode a message that was taken; None if it has expired or cannot be decoded."""
+        """Decode a message of the queue. Return None if it has expired or is undecodable."""
         payload, expires_at, key = message
         if key is not None:
             engine = self._loops.main_engine
@@ -306,19 +353,19 @@ class PostgresChannelLayer(BaseChannelLayer):
             return None
 
     async def _settle(self, queue: ChannelQueue, message: QueuedMessage) -> None:
-        """Wait until what was received makes room: senders count its row until that is gone."""
+        """Wait until the row of a received message is deleted, because senders count it."""
         find = partial(self._loops.for_receiving, asyncio.get_running_loop())
         try:
             await self._loops.run(find, lambda engine: engine.settle(queue), is_read=True)
         except LayerUnavailable:
             pass
         except asyncio.CancelledError:
-            # Not handed over. Its row is being deleted, so that it has none any more.
+            # The caller does not receive the message. Put it back, without its deleted row.
             queue.push_front(message._replace(key=None))
             raise
 
 
 def _remember(names: set[str], name: str) -> None:
-    if len(names) >= NAMES_MOST:
+    if len(names) >= MAX_REMEMBERED_NAMES:
         names.clear()
     names.add(name)

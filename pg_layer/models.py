@@ -1,7 +1,7 @@
-"""The layer's tables as Django knows them: for ``flush``, routers and the admin.
+"""Models of the layer's tables, for Django's ``flush``, database routers and the admin.
 
-The layer itself does not use these models, and the SQL of the migrations makes the tables. A message that is
-written through a model is not announced: send messages with the layer.
+The layer does not use these models, and the SQL of the migrations creates the tables. A message
+that is written through a model is not announced: use the layer to send messages.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from django.db import models
 
 if TYPE_CHECKING:
     DateTimeField = models.DateTimeField[datetime | None, datetime | None]
-else:  # generic for the type checker alone
+else:  # Django's class is generic for the type checker only
     DateTimeField = models.DateTimeField
 
 
 class EndField(DateTimeField):
-    """When something ends. None: never; the database says infinity, which no datetime can."""
+    """The time of an end; None if there is no end.
+
+    The database stores ``infinity`` for that, which `datetime` cannot represent.
+    """
 
     def select_format(self, compiler: Any, sql: str, params: Any) -> tuple[str, Any]:
         return f"NULLIF(NULLIF({sql}, 'infinity'), '-infinity')", params
 
     def deconstruct(self) -> Any:
-        # To migrations it is the field that it is in the database.
+        # Migrations must see the type of the column, not this class.
         name, _, args, kwargs = super().deconstruct()
         return name, "django.db.models.DateTimeField", args, kwargs
 
@@ -55,7 +58,7 @@ class Message(models.Model):
 
 
 class Membership(models.Model):
-    """A row about a channel in a group: the owner's row (id 0) or a request. The largest id counts."""
+    """A membership, or a request to change it. The row with the largest id is valid."""
 
     pk = models.CompositePrimaryKey("group_name", "address", "channel", "id")
     group_name: models.TextField[str, str] = models.TextField(db_collation="C")
@@ -74,7 +77,7 @@ class Membership(models.Model):
 
 
 class Group(models.Model):
-    """A group that has members: a view, so that nothing can be written."""
+    """A group that has members. A view, therefore read-only."""
 
     key: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     prefix: models.TextField[str, str] = models.TextField(db_collation="C")
@@ -91,7 +94,7 @@ class Group(models.Model):
 
 
 class Client(models.Model):
-    """A client and its lease. A process that receives has one."""
+    """A client and its lease. Each process that receives has a row."""
 
     address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     host: models.TextField[str, str] = models.TextField(default="")
@@ -117,12 +120,12 @@ class Client(models.Model):
 
     @property
     def is_unknown(self) -> bool:
-        """Whether host and process are unknown: the client closed without having had a lease."""
+        """Whether host and process are unknown: the client closed before it had a lease."""
         return self.host == "" and self.pid == 0
 
 
 class LeaseClock(models.Model):
-    """Since when leases of a prefix have been renewed without a gap."""
+    """The time since which the leases of a prefix have been renewed without a gap."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     boot: models.BigIntegerField[int, int] = models.BigIntegerField()
@@ -138,7 +141,7 @@ class LeaseClock(models.Model):
 
 
 class LowId(models.Model):
-    """Nothing that waits at an address has a smaller id."""
+    """The low-water id of an address: no row that waits there has a smaller id."""
 
     address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     low_id: models.BigIntegerField[int, int] = models.BigIntegerField()
@@ -152,7 +155,7 @@ class LowId(models.Model):
 
 
 class LastSweep(models.Model):
-    """When the last sweep of a prefix ended."""
+    """The time at which the last sweep of a prefix ended."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
     swept_at: models.DateTimeField[datetime, datetime] = models.DateTimeField()

@@ -1,10 +1,10 @@
-"""The layer's counters for Prometheus: ``pip install pg-layer[prometheus]``.
+"""A collector of the layer's statistics for Prometheus: ``pip install pg-layer[prometheus]``.
 
     from pg_layer import prometheus
 
     prometheus.register()
 
-Needs `prometheus_client`; nothing else of the package imports this.
+This module needs `prometheus_client`. No other module of the package imports it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 from channels.layers import BaseChannelLayer, channel_layers
 from django.core.exceptions import ImproperlyConfigured
 
+from pg_layer._configured_layers import aliases as configured_aliases
 from pg_layer._state.counters import Stats
-from pg_layer.checks import is_ours
 from pg_layer.layer import PostgresChannelLayer
 
 try:
@@ -31,8 +31,11 @@ except ImportError as error:
     ) from error
 
 
-class _Spec(NamedTuple):
-    """A metric: where its values stand in `Stats`, by the values of its ``label``, if it has one."""
+class _Metric(NamedTuple):
+    """A metric and the keys of its values in `Stats`.
+
+    ``keys`` maps each value of ``label`` to a key. Without a label it has one item, for "".
+    """
 
     name: str
     help: str
@@ -40,32 +43,34 @@ class _Spec(NamedTuple):
     label: str | None = None
 
 
-def _plain(name: str, help: str, key: str) -> _Spec:
-    return _Spec(name, help, {"": key})
+def _unlabelled(name: str, help: str, key: str) -> _Metric:
+    return _Metric(name, help, {"": key})
 
 
 _COUNTERS = (
-    _Spec(
+    _Metric(
         "pg_layer_messages_sent",
-        "Messages that the database accepted, for a channel or for a group.",
+        "Messages that the database accepted, to a channel or to a group.",
         {"channel": "sent", "group": "group_sent"},
         "to",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_messages_refused",
         "Messages that were refused because their channel was full.",
         "refused_full",
     ),
-    _plain("pg_layer_batches", "Statements that carried sent and refused messages.", "batches"),
-    _plain(
+    _unlabelled(
+        "pg_layer_batches", "Statements that carried sent and refused messages.", "batches"
+    ),
+    _unlabelled(
         "pg_layer_messages_received",
-        "Messages that came to this process; a group message once for all its members.",
+        "Messages that reached this process; a group message once for all its members.",
         "received",
     ),
-    _plain("pg_layer_messages_delivered", "Messages that receive() returned.", "delivered"),
-    _Spec(
+    _unlabelled("pg_layer_messages_delivered", "Messages that receive() returned.", "delivered"),
+    _Metric(
         "pg_layer_messages_dropped",
-        "Messages that were dropped before they were received, by the reason.",
+        "Messages that were dropped before they were received, by reason.",
         {
             "full": "dropped_full",
             "expired": "dropped_expired",
@@ -73,76 +78,77 @@ _COUNTERS = (
         },
         "reason",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_inline_messages",
         "Messages delivered inside the notification, without a read.",
         "inline_messages",
     ),
-    _plain("pg_layer_reads", "Statements that read announced messages.", "reads"),
-    _plain(
+    _unlabelled("pg_layer_reads", "Statements that read announced messages.", "reads"),
+    _unlabelled(
         "pg_layer_reconnects",
         "Times the listening connection was lost and made again.",
         "reconnects",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_expired_leases",
-        "Times this process was silent for longer than its lease, so that messages may have been missed.",
+        "Times the lease of this process had expired, so that messages may have been missed.",
         "expired_leases",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_notifications_refused",
-        "Statements for which the server refused NOTIFY, and that were repeated without.",
+        "Statements for which the server refused NOTIFY, and that were repeated without it.",
         "refused_notifications",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_notifications_ignored",
-        "Notifications on the layer's NOTIFY channels that it did not send.",
+        "Notifications that the layer did not send, and messages for channels that this process "
+        "has not made.",
         "ignored_notifications",
     ),
 )
 _GAUGES = (
-    _plain("pg_layer_channels", "Channels for which this process has a queue.", "channels"),
-    _plain(
+    _unlabelled("pg_layer_channels", "Channels for which this process has a queue.", "channels"),
+    _unlabelled(
         "pg_layer_queued_messages", "Messages in those queues, not yet received.", "queued_messages"
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_pending_announcements",
         "Announcements that are not dispatched yet.",
         "pending_announcements",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_pending_operations",
         "Sends and membership changes that wait for the statement in flight.",
         "pending_operations",
     ),
-    _plain("pg_layer_memberships", "Memberships of this process's channels.", "memberships"),
-    _plain(
+    _unlabelled("pg_layer_memberships", "Memberships of this process's channels.", "memberships"),
+    _unlabelled(
         "pg_layer_remembered_keys",
-        "Keys of messages that are remembered, so that none is delivered twice.",
+        "Keys of messages that are remembered, so that no message is delivered twice.",
         "remembered_keys",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_lease_age_seconds",
         "Time since the lease was renewed; absent without a lease.",
         "lease_age",
     ),
-    _plain(
+    _unlabelled(
         "pg_layer_failing_tasks",
-        "Tasks of the layer that an unexpected error keeps from their work.",
+        "Tasks of the layer that fail with an unexpected error.",
         "failing_tasks",
     ),
 )
 _LISTENER = "pg_layer_listener"
-_LISTENER_HELP = "1 for the state in which the listener is, 0 for the others."
+_LISTENER_HELP = "1 for the current state of the listener, 0 for the others."
 _LISTENER_STATES = ("off", "connecting", "listening", "polling")
 
 
 class Collector(BaseCollector):
-    """Collects `PostgresChannelLayer.stats` of a layer, or of several, for a registry of `prometheus_client`.
+    """A collector of `PostgresChannelLayer.stats` for a registry of `prometheus_client`.
 
-    ``alias``: the value of the label of that name. As a registry takes a metric from one collector only,
-    further layers are given to `add`. Each scrape looks at the layers of the process that answers it. Raises
-    `TypeError` for another kind of layer.
+    ``alias``: the value of the label ``alias`` for this layer. A registry accepts a metric from
+    one collector only; pass further layers to `add`. A scrape reads the layers of the process
+    that answers it. Raises `TypeError` for a layer of another class.
     """
 
     def __init__(self, layer: BaseChannelLayer | None, alias: str = "default") -> None:
@@ -150,28 +156,31 @@ class Collector(BaseCollector):
         self.add(layer, alias)
 
     def add(self, layer: BaseChannelLayer | None, alias: str) -> None:
-        """Collect another layer as well. Raises `ValueError` if there is one with that alias."""
+        """Add a layer.
+
+        Raises `ValueError` if the alias is in use, `TypeError` for a layer of another class.
+        """
         if not isinstance(layer, PostgresChannelLayer):
             raise TypeError(
-                f"The layer {alias!r} must be a PostgresChannelLayer, not {type(layer).__name__}: only those "
-                "have stats()."
+                f"The layer {alias!r} must be a PostgresChannelLayer, not {type(layer).__name__}: "
+                "other classes have no stats()."
             )
         if alias in self._layers:
             raise ValueError(
-                f"There is a layer with the alias {alias!r} already: give this one another."
+                f"The collector already has a layer with the alias {alias!r}. Use another alias."
             )
         self._layers[alias] = layer
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, for the registry."""
+        """Return all metrics. The registry calls this for each scrape."""
         stats = {alias: layer.stats() for alias, layer in list(self._layers.items())}
-        for spec in _COUNTERS:
+        for metric in _COUNTERS:
             yield _filled(
-                CounterMetricFamily(spec.name, spec.help, labels=_labels(spec)), spec, stats
+                CounterMetricFamily(metric.name, metric.help, labels=_labels(metric)), metric, stats
             )
-        for spec in _GAUGES:
+        for metric in _GAUGES:
             yield _filled(
-                GaugeMetricFamily(spec.name, spec.help, labels=_labels(spec)), spec, stats
+                GaugeMetricFamily(metric.name, metric.help, labels=_labels(metric)), metric, stats
             )
         listener = GaugeMetricFamily(_LISTENER, _LISTENER_HELP, labels=["alias", "state"])
         for alias, values in stats.items():
@@ -184,12 +193,13 @@ _registered: WeakKeyDictionary[CollectorRegistry, Collector] = WeakKeyDictionary
 
 
 def register(registry: CollectorRegistry = REGISTRY) -> Collector:
-    """Register a collector of all layers in ``CHANNEL_LAYERS`` that are of this package.
+    """Register a collector of all layers of this package in ``CHANNEL_LAYERS``, and return it.
 
-    A second time it returns the collector that the registry has already. Raises `ImproperlyConfigured` if
-    there is no such layer, and `prometheus_client`'s `ValueError` if the registry has another `Collector`.
+    A second call returns the collector of the first. Raises `ImproperlyConfigured` if the
+    settings have no layer of this package, and the `ValueError` of `prometheus_client` if the
+    registry has a `Collector` that was registered in another way.
     """
-    aliases = [alias for alias, entry in channel_layers.configs.items() if is_ours(entry)]
+    aliases = configured_aliases()
     if not aliases:
         raise ImproperlyConfigured(
             "pg_layer.prometheus.register() found no layer of pg_layer in CHANNEL_LAYERS: "
@@ -209,16 +219,16 @@ def register(registry: CollectorRegistry = REGISTRY) -> Collector:
     return collector
 
 
-def _labels(spec: _Spec) -> list[str]:
-    return ["alias"] if spec.label is None else ["alias", spec.label]
+def _labels(metric: _Metric) -> list[str]:
+    return ["alias"] if metric.label is None else ["alias", metric.label]
 
 
 def _filled(
-    family: CounterMetricFamily | GaugeMetricFamily, spec: _Spec, stats: Mapping[str, Stats]
+    family: CounterMetricFamily | GaugeMetricFamily, metric: _Metric, stats: Mapping[str, Stats]
 ) -> Metric:
     for alias, values in stats.items():
-        for label, key in spec.keys.items():
+        for label, key in metric.keys.items():
             value = values[key]  # type: ignore[literal-required]
             if value is not None:
-                family.add_metric([alias] if spec.label is None else [alias, label], value)
+                family.add_metric([alias] if metric.label is None else [alias, label], value)
     return family

@@ -1,6 +1,6 @@
-"""For tests of projects that use the layer: what was sent in a test's transaction, and clean layers after it.
+"""Support for the tests of projects: messages sent in a test's transaction, and clean layers.
 
-See docs/testing.md. Loaded by ``pytest_plugins``, it resets layers after each test by itself.
+See docs/testing.md. As a plugin of pytest (``pytest_plugins``), it resets layers after each test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from django.test import TestCase, TransactionTestCase
 
 from pg_layer._config.databases import alias_of
 from pg_layer._messages.addresses import channel_address, group_address, group_name
-from pg_layer._process.shutdown import leavers
+from pg_layer._process.shutdown import registered
 from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.loops import Loops
 from pg_layer.layer import PostgresChannelLayer
@@ -37,19 +37,16 @@ except ImportError:
 else:
     HAS_PYTEST = True
 
-FOR_DATABASES = {
-    "db",
-    "transactional_db",
-    "live_server",
-}  # fixtures of pytest-django, which others need
-LONGEST_TEST = timedelta(days=1)  # it may stop at a breakpoint
+# The fixtures of pytest-django on which its other database fixtures depend.
+DATABASE_FIXTURES = {"db", "transactional_db", "live_server"}
+MAX_TEST_DURATION = timedelta(days=1)  # a test may stop at a breakpoint
 
 
-# ---------------------------------------------------------------------- what was sent
+# ---------------------------------------------------------------------- sent messages
 
 
 class Sent(NamedTuple):
-    """A message that was sent to a group, but for the member ``exclude``, or to a channel."""
+    """A message that was sent to a channel, or to a group without the member ``exclude``."""
 
     message: dict[str, Any]
     group: str | None = None
@@ -65,19 +62,23 @@ def captured_messages(
     layer: str = DEFAULT_CHANNEL_LAYER,
     using: str | None = None,
 ) -> Iterator[list[Sent]]:
-    """A list that holds, when the block has ended, what was sent to these groups and channels, in order.
+    """Capture the messages that a block sends to these groups and channels.
 
-    It reads the layer's own tables on Django's connection, and so sees what the test's transaction wrote:
-    what was sent by `layer.sync` or from SQL and not rolled back. Outside of a transaction it sees what all
-    processes sent; of messages to a channel only those that have not been received. A normal channel that is
-    a member of a group is sent a message of its own, and that is listed if the channel is captured.
+    Yield a list that is filled at the end of the block, in the order of sending. The function reads
+    the layer's tables on Django's connection. So it finds the messages that the test's transaction
+    sent with `layer.sync` or from SQL and did not roll back. Outside of a transaction it finds the
+    messages of all processes, except messages to a channel that have been received. A normal
+    channel that is a member of a group is sent its own message, which is listed if the channel is
+    captured.
 
-    Messages to a group without members are not written. So, while the block lasts, each group has a member
-    more, which counts in `group_count`. ``layer`` is an alias in CHANNEL_LAYERS, ``using`` one in DATABASES,
-    if the calls name it. For synchronous code: raises `SynchronousOnlyOperation` on the thread of a running
-    event loop.
+    Messages to a group without members are not written. Therefore each group has an additional
+    member during the block, which `group_count` counts.
+
+    ``layer``: an alias in CHANNEL_LAYERS. ``using``: the alias in DATABASES that the calls name.
+    Raises `ValueError` without groups and channels. For synchronous code only: Django raises
+    `SynchronousOnlyOperation` on the thread of a running event loop.
     """
-    # Their import needs Django's apps, which are not there yet when pytest loads this module.
+    # pytest loads this module before Django's apps are ready, which the import of models needs.
     from pg_layer.models import Membership, Message
 
     groups, channels = _names("groups", groups), _names("channels", channels)
@@ -103,8 +104,8 @@ def captured_messages(
     )
     earlier = list(messages.values_list("id", flat=True))
 
-    def leave() -> None:
-        # The member, and the message to its owner that asked for it.
+    def remove_member() -> None:
+        # Delete the member and the control message to its owner.
         for rows in (memberships, Message.objects.using(alias).filter(address=own_address)):
             rows.delete()
 
@@ -112,7 +113,7 @@ def captured_messages(
     try:
         for group in groups:
             channel_layer.sync.group_add(group, own_channel, using=using)
-        memberships.update(expires_at=Now() + LONGEST_TEST)
+        memberships.update(expires_at=Now() + MAX_TEST_DURATION)
         yield sent
         for row in messages.exclude(id__in=earlier).order_by("id"):
             to_group = group_of.get(row.address)
@@ -121,10 +122,10 @@ def captured_messages(
             excluded = None if to_group is None else row.excluded
             sent.append(Sent(message, to_group, row.channel, excluded))
     except BaseException:
-        with suppress(DjangoError):  # the transaction may be broken, and is rolled back then
-            leave()
+        with suppress(DjangoError):  # a broken transaction is rolled back
+            remove_member()
         raise
-    leave()
+    remove_member()
 
 
 def _names(what: str, names: Iterable[str]) -> list[str]:
@@ -138,7 +139,8 @@ def _layer(alias: str) -> PostgresChannelLayer:
     if not isinstance(layer, PostgresChannelLayer):
         what = "does not exist" if layer is None else f"is a {type(layer).__name__}"
         raise ImproperlyConfigured(
-            f"pg_layer: CHANNEL_LAYERS[{alias!r}] {what}: captured_messages() needs a PostgresChannelLayer."
+            f"pg_layer: CHANNEL_LAYERS[{alias!r}] {what}: "
+            "captured_messages() needs a PostgresChannelLayer."
         )
     return layer
 
@@ -147,17 +149,18 @@ def _layer(alias: str) -> PostgresChannelLayer:
 
 
 def reset_layers(databases: Container[str] | None = None) -> None:
-    """Flush and close all layers that were used in this process: they can be used again, as if new.
+    """Flush and close all layers that were used in this process. They can be used again.
 
-    A layer by ``dsn`` is closed and not flushed: that database may be anybody's. With ``databases``, the
-    aliases that the test has: raises `ImproperlyConfigured` if a layer was used on another one, which is
-    neither flushed, and may not be a test database. Not on the thread of a running event loop.
+    A layer with a ``dsn`` is closed but not flushed, because its database may not be a test
+    database. ``databases``: the aliases that the test may use. A layer that was used on another
+    alias is not flushed either, and the function raises `ImproperlyConfigured`. Must not be called
+    on the thread of a running event loop.
     """
     async_to_sync(_reset_layers)(databases)
 
 
 async def _reset_layers(databases: Container[str] | None) -> None:
-    used = [loops for loops in leavers() if isinstance(loops, Loops) and loops.is_used]
+    used = [loops for loops in registered() if isinstance(loops, Loops) and loops.is_used]
     strays = set()
     async with AsyncExitStack() as stack:
         for loops in used:
@@ -170,9 +173,9 @@ async def _reset_layers(databases: Container[str] | None) -> None:
                 strays.add(using)
     if strays:
         raise ImproperlyConfigured(
-            f"pg_layer: the test used the layer on a database that it has not asked for, and that may be no "
-            f"test database: {', '.join(sorted(strays))}. Name it in `databases` of the test case; with "
-            f"pytest, mark the test: @pytest.mark.django_db(transaction=True)."
+            "pg_layer: the test used the layer on a database that it did not request and that may "
+            f"be no test database: {', '.join(sorted(strays))}. Name it in `databases` of the test "
+            "case; with pytest, mark the test: @pytest.mark.django_db(transaction=True)."
         )
 
 
@@ -183,7 +186,7 @@ else:
 
 
 class ResetLayersMixin(_TestCase):
-    """Has layers reset after each test of a `TestCase` or `TransactionTestCase`, before which it stands.
+    """Resets layers after each test. Name it before `TestCase` or `TransactionTestCase`.
 
     class ChatTests(ResetLayersMixin, TransactionTestCase): ...
     """
@@ -193,18 +196,19 @@ class ResetLayersMixin(_TestCase):
         later = cls.__mro__[cls.__mro__.index(ResetLayersMixin) :]
         if issubclass(cls, unittest.TestCase) and TransactionTestCase not in later:
             raise TypeError(
-                f"{cls.__name__}: ResetLayersMixin must stand before Django's TestCase or "
-                f"TransactionTestCase among the base classes."
+                f"{cls.__name__}: ResetLayersMixin must precede Django's TestCase or "
+                "TransactionTestCase in the base classes."
             )
 
     def _fixture_teardown(self) -> None:
-        # After all clean-ups, which may still use the layer. What a `TestCase` locked is free when it has
-        # rolled back; the tables that a `TransactionTestCase` empties must not be in use by others.
+        # This method runs after all clean-ups, which may still use the layer. A `TestCase` must
+        # first roll back, because it may hold locks on rows. Before a `TransactionTestCase`
+        # truncates tables, the layer must have stopped using them.
         try:
             if not isinstance(self, TestCase):
                 reset_layers(self.databases)
         finally:
-            super()._fixture_teardown()  # type: ignore[misc]  # no part of its public face
+            super()._fixture_teardown()  # type: ignore[misc]  # not public
         if isinstance(self, TestCase):
             reset_layers(self.databases)
 
@@ -213,16 +217,16 @@ if HAS_PYTEST:
 
     @pytest.fixture(autouse=True)
     def _reset_pg_layers(request: pytest.FixtureRequest) -> Iterator[None]:
-        """Has layers reset after each test, before its database goes."""
+        """Reset layers after each test, before its database is torn down."""
         is_test_case = isinstance(request.cls, type) and issubclass(
             request.cls, TransactionTestCase
         )
         is_marked = request.node.get_closest_marker("django_db") is not None
-        has_database = is_marked or not FOR_DATABASES.isdisjoint(request.fixturenames)
+        has_database = is_marked or not DATABASE_FIXTURES.isdisjoint(request.fixturenames)
         if has_database and not is_test_case:
-            request.getfixturevalue("db")  # what is set up first goes last
+            request.getfixturevalue("db")  # set up first, therefore torn down last
         yield
         reset_layers(None if has_database or is_test_case else ())
         if has_database and inspect.iscoroutinefunction(request.function):
-            # Where its queries ran. Nobody else closes that thread's connections.
+            # The test's queries ran in this thread. Nothing else closes its connections.
             SyncToAsync.single_thread_executor.submit(connections.close_all).result()

@@ -1,1 +1,1 @@
-"""The options of a layer, and the databases that they name."""
+"""The options of a layer and the databases that they name."""

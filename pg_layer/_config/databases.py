@@ -1,4 +1,4 @@
-"""Which alias in DATABASES leads to the layer's database, and what to do where the tables are missing."""
+"""The alias in DATABASES of the layer's database, and the advice if its tables are missing."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from pg_layer.exceptions import NotMigrated
 
 
 def alias_of(config: Config) -> str:
-    """The alias in DATABASES that leads to the layer's database.
+    """Return the alias in DATABASES that leads to the layer's database.
 
-    Raises `ImproperlyConfigured` if that was given by ``dsn``, and none does.
+    Raises `ImproperlyConfigured` if the layer has a ``dsn`` and no alias leads to its database.
     """
     if config.dsn is None:
         return config.using or "default"
     place = _place(parsed(config.dsn))
     for alias in connections:
-        with suppress(ImproperlyConfigured, ImportError):  # that alias is wrong by itself
+        # An alias with an error of its own does not lead to the database.
+        with suppress(ImproperlyConfigured, ImportError):
             wrapper = connections[alias]
             if wrapper.vendor == "postgresql" and _place(wrapper.get_connection_params()) == place:
                 return alias
     raise ImproperlyConfigured(
-        "pg_layer: layer.sync runs on one of Django's own connections, and no alias in DATABASES leads to "
-        "the database of CONFIG['dsn']: with the same host, port, name, service and search_path in options. "
+        "pg_layer: layer.sync runs on one of Django's connections, and no alias in DATABASES leads "
+        "to the database of CONFIG['dsn']: the same host, port, name, service and search_path. "
         "Set CONFIG['using'] to an alias instead of 'dsn', or name one in the call: "
         "layer.sync.send(..., using='default')."
     )
 
 
 def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where the tables are, as far as a connection's parameters say it.
+    """Return where the tables are, as far as the parameters of a connection determine it.
 
-    A service file is not looked into: with a service in one of them alone, two are different places.
+    Service files are not read. So two connections differ if only one of them names a service.
     """
 
     def of(*names: str, variable: str) -> str:
@@ -59,8 +60,8 @@ def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _search_path(options: str) -> str:
-    """The search_path that a connection's options for the server set, without spaces; or nothing."""
-    # As the server takes them apart: at spaces, but for those after a backslash.
+    """Return the search_path in a connection's options for the server, without spaces, or ""."""
+    # The server splits the options at spaces that do not follow a backslash.
     words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^\s\\])+", options)]
     settings = re.findall(r"(?:^|\0)(?:-c\0?|--)([^\0=]+)=([^\0]*)", "\0".join(words))
     paths = [
@@ -70,14 +71,17 @@ def _search_path(options: str) -> str:
 
 
 def not_migrated(config: Config, alias: str | None = None) -> NotMigrated:
-    """`NotMigrated` that says how to make the tables. ``alias``: of the database, if not that of `config`."""
+    """Return a `NotMigrated` that tells how to create the tables.
+
+    ``alias``: of the database; default: the alias for `config`.
+    """
     return NotMigrated(
         f"The tables of pg_layer are missing or out of date: {how_to_migrate(config, alias)}."
     )
 
 
 def how_to_migrate(config: Config, alias: str | None = None) -> str:
-    """What to do to have the tables made, as the rest of a sentence."""
+    """Return the steps that create the tables, as the end of a sentence."""
     steps = []
     if apps.ready and not apps.is_installed("pg_layer"):
         steps.append('add "pg_layer" to INSTALLED_APPS')
@@ -87,7 +91,7 @@ def how_to_migrate(config: Config, alias: str | None = None) -> str:
         if apps.ready:
             steps.append("add an alias to DATABASES for the database of CONFIG['dsn']")
             alias = "<alias>"
-        else:  # without Django's settings nothing is known of aliases, not even that there is none
+        else:  # without Django's settings it is unknown which aliases exist
             alias = "default"
     option = "" if alias == "default" else f" --database {alias}"
     run = f"run `python manage.py migrate pg_layer{option}`"

@@ -1,9 +1,9 @@
-"""CHANNEL_LAYERS' CONFIG, checked once and then constant.
+"""The options of CONFIG in CHANNEL_LAYERS, checked once and then constant.
 
-What is wrong with it is said when the layer is made, as Django's `ImproperlyConfigured`, with the option's
-name, its value and what is allowed. Passwords and keys are shown nowhere: not in an error, not in its causes,
-not in a `repr`. Nothing here reads Django's settings before a connection opens, so that a layer with a `dsn`
-needs none, and one with `using` follows test databases.
+An invalid option raises Django's `ImproperlyConfigured` when the layer is created, with the name of
+the option, its value and the allowed values. Passwords and keys are never shown: not in an error,
+its causes or a `repr`. Django's settings are read when a connection opens, not before. So a layer
+with a `dsn` needs no settings, and a layer with `using` follows test databases.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 
 from pg_layer._config.dsn import (
-    fault_of,
     is_utf8,
     known_parameters,
     looks_secret,
     parsed,
+    problem_with,
     without_secrets,
 )
 
 MAX_COUNT = 2**31 - 1
-# Longer than any use, and far within what PostgreSQL's intervals and C's integers hold: 31 years.
+# 31 years: longer than any use, and far below the limits of PostgreSQL's intervals.
 MAX_SECONDS = 1_000_000_000
 MAX_MESSAGE_SIZE = 512 * 1024 * 1024
 
-# Specific channel names are made without end, so only this many answers are remembered.
-_REMEMBERED_CAPACITIES = 4096
+# Specific channel names are unlimited, so the cache of capacities is bounded.
+_MAX_CACHED_CAPACITIES = 4096
 
-# What to assume about a connection where neither the options nor the environment say it: notice within
-# seconds, not hours, that the other side is gone.
+# Defaults for a connection, if neither the options nor the environment set them: detect within
+# seconds, not hours, that the server has gone.
 _CONNECTION_DEFAULTS: Mapping[str, str | int] = {
     "application_name": "pg_layer",
     "connect_timeout": 5,
@@ -57,31 +57,33 @@ _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,50}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Config:
-    """The layer's options, valid if it exists. Times are in seconds (int or float), sizes in bytes.
+    """The options of a layer. Every instance is valid.
 
-    `load` makes one from CONFIG; made directly, it checks the same. Raises `ImproperlyConfigured`.
+    Times are in seconds (int or float), sizes in bytes. `load` creates an instance from CONFIG; the
+    constructor makes the same checks. Raises `ImproperlyConfigured`.
 
-    - `dsn`: a PostgreSQL connection string or URL. Or
-    - `using`: an alias in DATABASES; "default" if neither is given.
-    - `listen_dsn`: a connection string for the listening connection alone, to lead it past a pooler.
-    - `prefix`: sets layers in one database apart; 1 to 50 letters, digits, `-`, `_`, `.`.
-    - `expiry`: for how long a message may wait unread.
-    - `group_expiry`: how long a membership lasts after its last `group_add`; None: as long as its process.
-    - `capacity`: how many messages may wait on a channel.
-    - `channel_capacity`: other capacities, by glob or compiled pattern; the first that matches counts.
-    - `symmetric_encryption_keys`: a list; messages are encrypted with its first key and read with any.
-    - `allow_unencrypted`: with such keys, deliver plain messages, too.
+    - `dsn`: a PostgreSQL connection string or URL; not together with `using`.
+    - `using`: an alias in DATABASES; "default" if `dsn` is not set either.
+    - `listen_dsn`: a connection string for the listening connection, to bypass a pooler.
+    - `prefix`: separates layers in one database; 1 to 50 letters, digits, `-`, `_`, `.`.
+    - `expiry`: how long a message may wait unread.
+    - `group_expiry`: how long a membership lasts after its last `group_add`; None: as long as its
+      process.
+    - `capacity`: how many messages may wait in a channel.
+    - `channel_capacity`: other capacities, by glob or compiled pattern; the first match counts.
+    - `symmetric_encryption_keys`: a list; the first key encrypts, every key decrypts.
+    - `allow_unencrypted`: if there are keys, also deliver messages that are not encrypted.
     - `serializer_format`: "msgpack" or "json".
     - `max_message_size`: of a serialised message; up to 512 MiB.
-    - `lease`: how long a process that shows no life still counts as living.
-    - `heartbeat`: how often it is renewed; at most two fifths of the lease.
-    - `send_timeout`: for how long a send is tried.
-    - `poll_interval`: how often to look for messages instead of listening; None: listen.
-    - `pool_max_size`: the most connections in the pool.
-    - `sweep_interval`: how often to remove what has expired; 0: never.
+    - `lease`: how long a process without heartbeats counts as alive.
+    - `heartbeat`: the interval at which the lease is renewed; at most two fifths of `lease`.
+    - `send_timeout`: how long a send is tried.
+    - `poll_interval`: how often to read messages instead of listening; None: listen.
+    - `pool_max_size`: the largest number of connections in the pool.
+    - `sweep_interval`: how often to remove expired rows; 0: never.
     - `handle_sigterm`: whether a process that receives closes the layer when SIGTERM ends it.
-    - `on_disconnect`, `on_reconnect`: types of messages that each consumer of this process gets when the
-      database is lost, and when it is back.
+    - `on_disconnect`, `on_reconnect`: types of messages that each consumer of this process receives
+      when the connection to the database is lost, and when it returns.
     """
 
     dsn: str | None = None
@@ -109,8 +111,18 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_database()
-        if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix):
-            raise _bad("prefix", self.prefix, "1 to 50 letters, digits, '-', '_' or '.'")
+        self._check_times()
+        self._check_messages()
+        for name in ("allow_unencrypted", "handle_sigterm"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
+        _set(self, "symmetric_encryption_keys", _checked_keys(self.symmetric_encryption_keys))
+        patterns = _compiled_capacities(self.channel_capacity)
+        if self.channel_capacity is not None:
+            _set(self, "channel_capacity", MappingProxyType(dict(self.channel_capacity)))
+        _set(self, "_capacity_of", _capacity_function(patterns, self.capacity))
+
+    def _check_times(self) -> None:
         for name in ("expiry", "lease", "heartbeat", "send_timeout"):
             _check_seconds(name, getattr(self, name))
         for name in ("group_expiry", "poll_interval"):
@@ -121,8 +133,13 @@ class Config:
         if self.heartbeat > 0.4 * self.lease:
             raise ImproperlyConfigured(
                 f"pg_layer: CONFIG['heartbeat'] must be at most two fifths of 'lease' "
-                f"({self.lease!r} seconds), not {self.heartbeat!r}: one late heartbeat must not end a lease."
+                f"({self.lease!r} seconds), not {self.heartbeat!r}: "
+                "one late heartbeat must not end a lease."
             )
+
+    def _check_messages(self) -> None:
+        if not isinstance(self.prefix, str) or not _PREFIX.fullmatch(self.prefix):
+            raise _bad("prefix", self.prefix, "1 to 50 letters, digits, '-', '_' or '.'")
         for name in ("on_disconnect", "on_reconnect"):
             type_ = getattr(self, name)
             if type_ is not None and (not isinstance(type_, str) or not type_):
@@ -137,14 +154,6 @@ class Config:
         )
         if self.serializer_format not in ("msgpack", "json"):
             raise _bad("serializer_format", self.serializer_format, "'msgpack' or 'json'")
-        for name in ("allow_unencrypted", "handle_sigterm"):
-            if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "True or False")
-        _set(self, "symmetric_encryption_keys", _checked_keys(self.symmetric_encryption_keys))
-        patterns = _compiled_capacities(self.channel_capacity)
-        if self.channel_capacity is not None:
-            _set(self, "channel_capacity", MappingProxyType(dict(self.channel_capacity)))
-        _set(self, "_capacity_of", _capacity_function(patterns, self.capacity))
 
     def _check_database(self) -> None:
         if self.dsn is not None and self.using is not None:
@@ -156,14 +165,14 @@ class Config:
             if getattr(self, name) is not None:
                 _check_dsn(name, getattr(self, name))
         if self.using is not None:
-            alias = "an alias in DATABASES (for a connection string there is 'dsn')"
+            alias = "an alias in DATABASES (a connection string belongs in 'dsn')"
             if (
                 not isinstance(self.using, str)
                 or not self.using
                 or "://" in self.using
                 or "=" in self.using
             ):
-                # Not even a part of it: most likely it is a connection string.
+                # Show no part of the value: most likely it is a connection string.
                 raise _bad("using", self.using, alias, shown=f"this {type(self.using).__name__}")
         elif self.dsn is None:
             _set(self, "using", "default")
@@ -183,28 +192,29 @@ class Config:
         return f"Config({', '.join(shown)})"
 
     def capacity_of(self, channel: str) -> int:
-        """How many messages may wait on `channel`: as `channel_capacity` says, or else `capacity`.
+        """Return how many messages may wait in a channel: by `channel_capacity`, then `capacity`.
 
-        Patterns are tried in their order at the beginning of the whole name, as Channels does it
-        (`BaseChannelLayer.get_capacity`). Safe from any thread.
+        Patterns are tried in their order and match from the beginning of the name, as in
+        `BaseChannelLayer.get_capacity`. May be called from any thread.
         """
         return self._capacity_of(channel)
 
     def connect_kwargs(self, role: Literal["pool", "listen"]) -> dict[str, Any]:
-        """The arguments for `psycopg.connect`, as they are now: call it for each connection that is opened.
+        """Return the current arguments for `psycopg.connect`. Call it for each connection.
 
-        `role` is what the connection is for; "listen" goes by `listen_dsn` if that is set. The values hold
-        the password. Timeouts and keepalives are added where neither the options nor libpq's environment
-        variables set them; a service file is not looked into, what is added takes precedence over it.
+        `role`: the purpose of the connection; "listen" uses `listen_dsn` if it is set. The values
+        contain the password. Timeouts and keepalives are added unless the options or libpq's
+        environment variables set them. Service files are not read: the added values take
+        precedence over them.
 
-        Raises `ImproperlyConfigured` if `using` names no alias in DATABASES, or one that is no PostgreSQL.
+        Raises `ImproperlyConfigured` if `using` is not the alias of a PostgreSQL database.
         """
         dsn = self.listen_dsn if role == "listen" and self.listen_dsn is not None else self.dsn
         kwargs = _django_parameters(self.using or "default") if dsn is None else parsed(dsn)
         for name, value in _CONNECTION_DEFAULTS.items():
             if _ENVIRONMENT.get(name, "") not in os.environ:
                 kwargs.setdefault(name, value)
-        # Not for the user to choose: with SQL_ASCII texts would arrive as bytes.
+        # This must not be configurable: with SQL_ASCII psycopg returns texts as bytes.
         kwargs["client_encoding"] = "UTF8"
         return kwargs
 
@@ -213,10 +223,10 @@ OPTIONS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Conf
 
 
 def load(options: Mapping[str, object]) -> Config:
-    """CONFIG, as Channels hands it to the layer, made into a `Config`.
+    """Return the `Config` for the keyword arguments that Channels passes to the layer.
 
-    Raises `ImproperlyConfigured` for an unknown option, naming it and the nearest known one, and for any
-    option that `Config` does not accept.
+    Raises `ImproperlyConfigured` for an unknown option, with the most similar option, and for a
+    value that `Config` does not accept.
     """
     for name in options:
         if name not in OPTIONS:
@@ -239,7 +249,7 @@ def _bad(
 
 
 def _shown(value: object) -> str:
-    """The value for an error message, unless it could be a secret in the wrong place, or is long."""
+    """Return a value for an error message, or its type if it is long or may be a secret."""
     try:
         text = repr(value)
     except Exception:
@@ -250,7 +260,7 @@ def _shown(value: object) -> str:
 
 
 def _set(config: Config, name: str, value: object) -> None:
-    # Only while it is being made; see "frozen" in the dataclasses' documentation.
+    # For `__post_init__` only: the dataclass is frozen.
     object.__setattr__(config, name, value)
 
 
@@ -259,7 +269,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_seconds(name: str, value: Any, or_else: str = "") -> None:
-    # NaN fails every comparison, and so it fails here.
+    # NaN fails every comparison and therefore this check.
     if not (_is_number(value) and 0 < value <= MAX_SECONDS):
         raise _bad(name, value, f"a number of seconds above 0, at most {MAX_SECONDS}{or_else}")
 
@@ -273,7 +283,7 @@ def _checked_keys(keys: object) -> tuple[str | bytes, ...] | None:
     name = "symmetric_encryption_keys"
     if keys is None:
         return None
-    # Of these values nothing is shown but the type.
+    # Show only the type of these values.
     if not isinstance(keys, (list, tuple)):
         raise _bad(
             name, keys, "a list of keys (str or bytes)", shown=f"a single {type(keys).__name__}"
@@ -293,12 +303,13 @@ def _checked_keys(keys: object) -> tuple[str | bytes, ...] | None:
         if not key:
             raise _bad(f"{name}[{index}]", key, "a non-empty str or bytes", shown="empty")
         if isinstance(key, str) and not is_utf8(key):
-            raise _bad(f"{name}[{index}]", key, "text that UTF-8 can carry", shown="this str")
+            raise _bad(f"{name}[{index}]", key, "text that UTF-8 can encode", shown="this str")
     try:
         import cryptography.fernet  # noqa: F401
     except ImportError as error:
         raise ImproperlyConfigured(
-            f"pg_layer: CONFIG[{name!r}] needs the package cryptography: pip install pg-layer[encryption]"
+            f"pg_layer: CONFIG[{name!r}] needs the package cryptography: "
+            "pip install pg-layer[encryption]"
         ) from error
     return tuple(keys)
 
@@ -317,8 +328,8 @@ def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]
             compiled = pattern
         else:
             raise ImproperlyConfigured(
-                f"pg_layer: the keys of CONFIG[{name!r}] must be globs (str) or compiled patterns of str, "
-                f"not {_shown(pattern)}."
+                f"pg_layer: the keys of CONFIG[{name!r}] must be globs (str) or compiled patterns "
+                f"of str, not {_shown(pattern)}."
             )
         if (
             not isinstance(capacity, int)
@@ -326,8 +337,8 @@ def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]
             or not 1 <= capacity <= MAX_COUNT
         ):
             raise ImproperlyConfigured(
-                f"pg_layer: CONFIG[{name!r}][{_shown(pattern)}] must be an integer from 1 to {MAX_COUNT}, "
-                f"not {_shown(capacity)}."
+                f"pg_layer: CONFIG[{name!r}][{_shown(pattern)}] must be an integer "
+                f"from 1 to {MAX_COUNT}, not {_shown(capacity)}."
             )
         patterns.append((compiled, capacity))
     return patterns
@@ -342,16 +353,16 @@ def _capacity_function(
                 return capacity
         return default
 
-    return functools.lru_cache(_REMEMBERED_CAPACITIES)(capacity_of) if patterns else capacity_of
+    return functools.lru_cache(_MAX_CACHED_CAPACITIES)(capacity_of) if patterns else capacity_of
 
 
 def _check_dsn(name: str, dsn: object) -> None:
     allowed = "a connection string: 'postgresql://user:password@host/name' or 'host=... dbname=...'"
     if not isinstance(dsn, str):
         raise _bad(name, dsn, allowed, shown=f"this {type(dsn).__name__}")
-    fault = fault_of(dsn)
-    if fault is not None:
-        raise ImproperlyConfigured(f"pg_layer: CONFIG[{name!r}] must be {allowed}; {fault}.")
+    problem = problem_with(dsn)
+    if problem is not None:
+        raise ImproperlyConfigured(f"pg_layer: CONFIG[{name!r}] must be {allowed}; {problem}.")
 
 
 def _django_parameters(alias: str) -> dict[str, Any]:
@@ -360,21 +371,23 @@ def _django_parameters(alias: str) -> dict[str, Any]:
     except ConnectionDoesNotExist as error:
         raise ImproperlyConfigured(
             f"pg_layer: CONFIG['using'] must be an alias in DATABASES, not {alias!r}. "
-            f"There are: {', '.join(connections)}."
+            f"The aliases are: {', '.join(connections)}."
         ) from error
     if connection.vendor != "postgresql":
         raise ImproperlyConfigured(
-            f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has the ENGINE "
-            f"{connection.settings_dict['ENGINE']!r}. Name another alias in 'using', or a database in 'dsn'."
+            f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has "
+            f"the ENGINE {connection.settings_dict['ENGINE']!r}. "
+            "Set 'using' to another alias, or set 'dsn'."
         )
-    # The others are for psycopg, or for the backend: one that pools connections has keys of its own in
-    # OPTIONS, and takes them out when it connects. One that is misspelt, Django's own connection refuses.
+    # The other parameters are for psycopg or for the backend: a backend that pools connections has
+    # its own keys in OPTIONS and removes them when it connects. Django's own connection refuses a
+    # misspelt one.
     known = known_parameters()
     parameters = {
         name: value for name, value in connection.get_connection_params().items() if name in known
     }
     role = connection.settings_dict["OPTIONS"].get("assume_role")
-    if role:  # Django sets it on each connection that it has made
+    if role:  # Django sets the role after it has connected
         escaped = re.sub(r"([\\\s])", r"\\\1", str(role))
         given = parameters.get("options") or os.environ.get("PGOPTIONS", "")
         parameters["options"] = f"{given} -c role={escaped}".strip()

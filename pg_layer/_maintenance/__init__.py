@@ -1,1 +1,1 @@
-"""The sweeper, and the status in words."""
+"""The sweeper, and the text of the status."""

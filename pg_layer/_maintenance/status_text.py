@@ -1,4 +1,4 @@
-"""A status as text: in plain columns, or in tables where `rich` is installed. Both say the same."""
+"""A status as text: in plain columns, or in tables of the library `rich`. The content is equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEFT, _RIGHT = "left", "right"
 
 
 class Section(NamedTuple):
-    """A table: its title with what there is in all, its columns (a name and "left" or "right"), its rows."""
+    """A table: a title with totals, columns (a name and "left" or "right"), and rows."""
 
     title: str
     columns: Sequence[tuple[str, str]]
@@ -20,7 +20,7 @@ class Section(NamedTuple):
 
 
 class Page(NamedTuple):
-    """All there is to be shown: whether all is well, or what is wrong; single facts; tables."""
+    """The content of the status: the problems, single facts, and tables."""
 
     problems: Sequence[str]
     facts: Sequence[str]
@@ -28,12 +28,12 @@ class Page(NamedTuple):
 
     @property
     def headline(self) -> list[str]:
-        """The first lines."""
+        """The first lines: "ok", or a line for each problem."""
         return [f"problem: {_shown(problem)}" for problem in self.problems] or ["ok"]
 
 
 def page(problems: Sequence[str], status: Status | None) -> Page:
-    """``status``: None, if the database could not be asked."""
+    """Return the content. ``status``: None if the database could not be queried."""
     return (
         Page(problems, [], [])
         if status is None
@@ -42,9 +42,11 @@ def page(problems: Sequence[str], status: Status | None) -> Page:
 
 
 def _facts(status: Status) -> list[str]:
+    age = status.last_sweep_age
+    last_sweep = "never" if age is None else f"{in_words(age)} ago"
     drops = ", ".join(f"{name} {count}" for name, count in status.drops.items())
     return [
-        f"Last sweep: {'never' if status.last_sweep_age is None else f'{in_words(status.last_sweep_age)} ago'}",
+        f"Last sweep: {last_sweep}",
         f"NOTIFY's queue: {status.notify_queue_usage:.2%} used",
         f"Dropped by live clients: {drops}",
     ]
@@ -83,7 +85,8 @@ def _sections(status: Status) -> list[Section]:
             ],
         ),
         Section(
-            f"Normal channels with a backlog: {status.all_channels}, with {status.all_waiting} messages",
+            f"Normal channels with a backlog: {status.all_channels}, "
+            f"with {status.all_waiting} messages",
             [("channel", _LEFT), ("waiting", _RIGHT), ("oldest", _RIGHT)],
             [
                 (_shown(channel.name), str(channel.waiting), in_words(channel.oldest_age))
@@ -120,7 +123,7 @@ def _left(lease_left: float | None) -> str:
 
 
 def plain(page: Page) -> str:
-    """As plain text."""
+    """Return the content as plain text."""
     lines = [*page.headline, *page.facts]
     for section in page.sections:
         lines += ["", section.title]
@@ -138,7 +141,7 @@ def plain(page: Page) -> str:
 
 
 def rich(page: Page, width: int, *, has_colours: bool) -> str:
-    """As tables of this width. Raises `ImportError` where the library `rich` is missing."""
+    """Return the content as tables of this width. Raises `ImportError` without `rich`."""
     from rich.console import Console, Group, RenderableType
     from rich.table import Table
     from rich.text import Text
@@ -157,7 +160,7 @@ def rich(page: Page, width: int, *, has_colours: bool) -> str:
             table.add_row(*map(Text, row))
         parts.append(table)
     text = StringIO()
-    # Given the width alone, it takes 80 columns where TERM is "dumb".
+    # Without a height, rich ignores the width if TERM is "dumb", and takes 80 columns.
     console = Console(
         file=text, width=width, height=25, force_terminal=True, no_color=not has_colours
     )
@@ -166,7 +169,7 @@ def rich(page: Page, width: int, *, has_colours: bool) -> str:
 
 
 def _shown(text: str) -> str:
-    """What comes from outside, on one line and without the codes that terminals obey."""
+    """Return text from outside on one line and without control codes of terminals."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -1,4 +1,4 @@
-"""Sweeping from outside the serving processes: the loop behind ``manage.py pg_layer_sweep``."""
+"""The loop of ``manage.py pg_layer_sweep``, which sweeps from outside the serving processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ FULL_PASS = 3600.0  # seconds between two passes that begin with the oldest mess
 
 
 class Sweeper:
-    """Removes what expired, in parts, until it is stopped.
+    """Removes expired rows in parts, until it is stopped.
 
-    Several may run at once. A round goes on where the last one ended among the messages; the first one, and
-    one each hour, begins with the oldest: a message that was written with an end in the past, as in a
-    transaction that was open for long, is not seen otherwise.
+    Several sweepers may run at the same time. A pass over the messages continues where the last one
+    ended. The first pass, and one each hour, begins with the oldest message. Otherwise a message
+    that was written with an expiry in the past would remain, such as a message of a transaction
+    that was open for a long time.
 
-    ``report`` is called with what each round removed, ``complain`` with the error that ended a round. After
-    an error the next round connects again.
+    ``report`` is called with the counts of each pass, ``complain`` with the error that ended a
+    pass. After an error the next pass connects again.
     """
 
     def __init__(
@@ -44,17 +45,17 @@ class Sweeper:
         self._conn: psycopg.Connection[tuple[object, ...]] | None = None
         self._is_stopped = False
         self._after = maintenance.START
-        self._full_pass_at = time.monotonic()  # when the next one begins
-        # Not an Event: its lock may be held by the very thread that a signal interrupts.
-        self._bell, self.ringer = socket.socketpair()  # what is written into the ringer ends a wait
+        self._full_pass_at = time.monotonic()  # when the next full pass begins
+        # Not an Event: the thread that a signal interrupts may hold the lock of the Event.
+        self._bell, self.ringer = socket.socketpair()  # a byte written to the ringer ends a wait
         self.ringer.setblocking(False)
 
     def stop(self) -> None:
-        """End after the part that runs. May be called from a signal handler."""
+        """End after the current part. May be called from a signal handler."""
         self._is_stopped = True
         try:
             self.ringer.send(b".")
-        except OSError:  # it has ended already, or was rung enough
+        except OSError:  # the sweeper has ended, or the buffer is full
             pass
 
     def run(self, interval: float) -> None:
@@ -72,14 +73,14 @@ class Sweeper:
             self.close()
 
     def run_once(self) -> Swept:
-        """Sweep once, to the end. Raises `LayerUnavailable` and `NotMigrated`."""
+        """Make one pass and return its counts. Raises `LayerUnavailable` and `NotMigrated`."""
         try:
             return self._sweep()
         finally:
             self.close()
 
     def look(self) -> Swept:
-        """Return what sweeping would remove."""
+        """Return how much a sweep would remove. Raises what `run_once` raises."""
         try:
             with translated(self._config):
                 return maintenance.sweepable(self._connection(), self._config.prefix)
@@ -87,7 +88,7 @@ class Sweeper:
             self.close()
 
     def close(self) -> None:
-        """Close the connection; the next sweep makes another."""
+        """Close the connection. The next pass opens another."""
         conn, self._conn = self._conn, None
         if conn is not None:
             conn.close()

@@ -1,4 +1,4 @@
-"""The end of the process: its layers take leave of the database, also where SIGTERM ends it."""
+"""Closes the layers at the end of the process, also if SIGTERM ends it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from functools import wraps
 from types import FrameType
 from typing import Any, Protocol
 
-LEAVE_TIMEOUT = 5.0  # seconds
-STOPPING_MOST = 300.0  # seconds in which a server stops
-END_PRIORITY = -1000  # among the finalizers of multiprocessing: last
+CLOSE_TIMEOUT = 5.0  # seconds
+MAX_STOPPING = 300.0  # seconds; a process that runs longer after SIGTERM is not stopping
+EXIT_PRIORITY = -1000  # the last of the finalizers of multiprocessing
 
 
-class Leaver(Protocol):
-    """Something that takes leave at the end, once."""
+class Closable(Protocol):
+    """An object that must be closed at the end of the process."""
 
-    def leave(self) -> None: ...
+    def close_at_exit(self) -> None: ...
 
 
-_leavers: weakref.WeakSet[Leaver] = weakref.WeakSet()
-_heeded_child: int | None = None  # the process in which `heed_end_of_child` was called
+_closables: weakref.WeakSet[Closable] = weakref.WeakSet()
+_prepared_child: int | None = None  # the process in which `close_at_end_of_child` was called
 _stopping_since = -math.inf  # by time.monotonic()
 
 
 def is_stopping() -> bool:
-    """Whether a SIGTERM has asked this process to end. A process that is still there later lives on."""
-    return time.monotonic() - _stopping_since < STOPPING_MOST
+    """Return whether SIGTERM has asked this process to end.
+
+    If the process still runs after `MAX_STOPPING` seconds, it is assumed to continue.
+    """
+    return time.monotonic() - _stopping_since < MAX_STOPPING
 
 
 def _begin_to_stop() -> None:
@@ -42,81 +45,86 @@ def _begin_to_stop() -> None:
     _stopping_since = time.monotonic()
 
 
-def remember(leaver: Leaver) -> None:
-    """Have this take leave at the end of the process."""
-    _leavers.add(leaver)
+def register(closable: Closable) -> None:
+    """Close an object at the end of the process. Keeps only a weak reference."""
+    _closables.add(closable)
 
 
-def leavers() -> list[Leaver]:
-    """All that are remembered."""
-    return list(_leavers)
+def registered() -> list[Closable]:
+    """Return the registered objects that still exist."""
+    return list(_closables)
 
 
-def heed_end_of_child() -> None:
-    """Close the clients at the end of a child of `multiprocessing`, too.
+def close_at_end_of_child() -> None:
+    """Close the registered objects also at the end of a child of `multiprocessing`.
 
-    A forked one does not run the functions that its parent has registered with `atexit`.
+    A forked child does not run the functions that its parent has registered with `atexit`.
     """
-    global _heeded_child
-    if multiprocessing.parent_process() is not None and _heeded_child != os.getpid():
-        _heeded_child = os.getpid()
-        multiprocessing.util.Finalize(None, _end_of_child, exitpriority=END_PRIORITY)
+    global _prepared_child
+    if multiprocessing.parent_process() is not None and _prepared_child != os.getpid():
+        _prepared_child = os.getpid()
+        multiprocessing.util.Finalize(None, _end_of_child, exitpriority=EXIT_PRIORITY)
 
 
 def _end_of_child() -> None:
-    # Not before other threads end, which may use a layer. Python joins them after this, and ours as well.
+    # Other threads may still use a layer. Python joins them after this function returns, so wait
+    # for them in another thread, which Python also joins.
     others = [thread for thread in threading.enumerate() if not thread.daemon]
     others = [thread for thread in others if thread is not threading.current_thread()]
     if others:
         threading.Thread(
-            target=_leave_after, args=(others,), name="pg_layer-farewell", daemon=False
+            target=_close_after, args=(others,), name="pg_layer-close", daemon=False
         ).start()
     else:
-        _leave_all()
+        _close_all()
 
 
-def _leave_after(threads: list[threading.Thread]) -> None:
+def _close_after(threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.join()
-    _leave_all()
+    _close_all()
 
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
-_is_heeding = False
-_set_handler: Callable[[int, _Handler], _Handler] | None = None  # signal.signal, as it was
+_handles_sigterm = False
+_set_handler: Callable[[int, _Handler], _Handler] | None = None  # the original signal.signal
 
 
-def heed_sigterm() -> None:
-    """Have SIGTERM close the clients where it would end the process on the spot. On the main thread only.
+def close_on_sigterm() -> None:
+    """Close the registered objects when SIGTERM ends the process.
 
-    A server's own handler stays, also for a second SIGTERM; `is_stopping` tells when it was called. But
-    uvicorn, once it has stopped, restores the default effect and sends SIGTERM to itself, and then nothing of
-    Python runs. So from here on `signal.signal` sets our handler instead of the default effect. Blocking the
-    signal until the exit would not do: processes that the application starts meanwhile would inherit that.
+    Takes effect on the main thread only, and only if SIGTERM has its default effect. A server's own
+    handler remains, also for a second SIGTERM; a wrapper around it notes when it is called. uvicorn
+    restores the default effect after it has stopped, and sends itself SIGTERM: then no Python code
+    would run. Therefore `signal.signal` is replaced: it installs this module's handler instead of
+    the default effect.
+
+    Blocking the signal until the exit is no alternative: processes that the application starts
+    meanwhile would inherit the blocked signal.
     """
-    global _is_heeding, _set_handler
+    global _handles_sigterm, _set_handler
     if threading.current_thread() is not threading.main_thread():
         return
     try:
         handler = signal.getsignal(signal.SIGTERM)
         if handler is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _leave_and_die)
+            signal.signal(signal.SIGTERM, _close_and_die)
         elif (
             callable(handler)
-            and handler is not _leave_and_die
-            and not isinstance(handler, _Noticed)
+            and handler is not _close_and_die
+            and not isinstance(handler, _NotingHandler)
         ):
-            signal.signal(signal.SIGTERM, _Noticed(handler))
-    except ValueError:  # an interpreter within another's process, whose signals are not ours
+            signal.signal(signal.SIGTERM, _NotingHandler(handler))
+    except ValueError:  # a subinterpreter cannot handle signals
         return
-    _is_heeding = True
-    if _set_handler is None:  # once: another library may have wrapped ours since
+    _handles_sigterm = True
+    if _set_handler is None:  # once: another library may have wrapped the replacement since
         _set_handler = signal.signal
-        signal.signal = wraps(_set_handler)(_set_ours_for_default)
+        signal.signal = wraps(_set_handler)(_replace_default)
 
 
-class _Noticed:
-    """A server's handler, of which we know when it is called."""
+class _NotingHandler:
+    """Wraps a server's handler and notes that the process is stopping."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
         self.handler = handler
@@ -126,47 +134,47 @@ class _Noticed:
         self.handler(signum, frame)
 
 
-def _set_ours_for_default(signalnum: int, handler: _Handler) -> _Handler:
+def _replace_default(signalnum: int, handler: _Handler) -> _Handler:
     assert _set_handler is not None
-    if _is_heeding and signalnum == signal.SIGTERM and handler == signal.SIG_DFL:
-        handler = _leave_and_die
+    if _handles_sigterm and signalnum == signal.SIGTERM and handler == signal.SIG_DFL:
+        handler = _close_and_die
     return _set_handler(signalnum, handler)
 
 
 def _restore_default() -> None:
-    """Let SIGTERM do what it does without us."""
-    global _is_heeding
-    _is_heeding = False
+    """Restore the effect that SIGTERM has without this module."""
+    global _handles_sigterm
+    _handles_sigterm = False
     handler = signal.getsignal(signal.SIGTERM)
-    if handler is _leave_and_die:
+    if handler is _close_and_die:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    elif isinstance(handler, _Noticed):
+    elif isinstance(handler, _NotingHandler):
         signal.signal(signal.SIGTERM, handler.handler)
 
 
-def _leave_and_die(signum: int, frame: FrameType | None) -> None:
+def _close_and_die(signum: int, frame: FrameType | None) -> None:
     _begin_to_stop()
-    # In a thread of its own: this one may have been interrupted while it held a lock that leaving needs.
-    thread = threading.Thread(target=_leave_all, name="pg_layer-farewell", daemon=True)
+    # Close in another thread: the signal may have interrupted this one while it holds a lock.
+    thread = threading.Thread(target=_close_all, name="pg_layer-close", daemon=True)
     thread.start()
-    thread.join(LEAVE_TIMEOUT)
+    thread.join(CLOSE_TIMEOUT)
     _restore_default()
     os.kill(os.getpid(), signum)
-    os._exit(128 + signum)  # the first process of a container is spared what has its default effect
+    os._exit(128 + signum)  # the kernel ignores the default effect for process 1 of a container
 
 
-def _leave_all() -> None:
-    for leaver in leavers():
-        leaver.leave()
+def _close_all() -> None:
+    for closable in registered():
+        closable.close_at_exit()
 
 
 @atexit.register
-def _end() -> None:
-    _leave_all()
+def _at_exit() -> None:
+    _close_all()
 
 
 def _after_fork() -> None:
-    """A child has nothing to close yet: SIGTERM does there what it did before."""
+    """Restore SIGTERM in a child, which has nothing to close yet."""
     global _stopping_since
     _stopping_since = -math.inf
     _restore_default()

@@ -1,4 +1,4 @@
-"""Tasks that go on after an error. No I/O."""
+"""Tasks that continue after an unexpected error. No I/O."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 from pg_layer._state.failures import Failures
 
 Work = Callable[[], Coroutine[Any, Any, None]]
-# Runs work in a task, by its name, until it has succeeded.
+# Runs work in a task until it succeeds. The first argument is the name of the work.
 Spawn = Callable[[str, Work], object]
 
-PAUSE = 1.0  # seconds before what failed is tried again
+PAUSE = 1.0  # seconds before failed work is tried again
 
 
 class Tasks:
-    """The tasks of an engine. They end when their work is done, or are cancelled with the engine.
+    """The tasks of an engine. A task ends when its work is done, or is cancelled with the engine.
 
-    No exception ends one, or the work would never be done: it is noted in `Failures`, and the work is tried
-    again from its beginning. So what says that work is under way is withdrawn when the work is done, and not
-    if it raises. That is the last that the work does: what follows is other work, with a task of its own.
+    An exception does not end a task, because its work would never be done. `Failures` records the
+    exception, and the work starts again from its beginning. Therefore a flag that work is under way
+    must be reset at the end of the work, not if it raises, and nothing may follow the reset: what
+    follows is other work, in its own task.
     """
 
     def __init__(self, failures: Failures, is_over: Callable[[], bool] = lambda: False) -> None:
-        # is_over: whether the engine has ended, so that an error says nothing
+        # is_over: whether the engine has ended; errors are then expected and ignored
         self._failures = failures
         self._is_over = is_over
         self._loop = asyncio.get_running_loop()
@@ -36,27 +37,30 @@ class Tasks:
         return set(self._tasks)
 
     def add(self, task: asyncio.Task[Any]) -> None:
-        """Cancel a task that was made elsewhere with the others."""
+        """Add a task that was created elsewhere, so that it is cancelled with the others."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def spawn(self, what: str, work: Work) -> None:
-        """Do it in a task."""
+        """Run work in a task until it succeeds. ``what``: the name of the work."""
         if not self._is_over():
             self.add(self._loop.create_task(self.succeed(what, work)))
 
     def every(self, seconds: float, what: str, work: Work) -> None:
-        """Do it again and again in a task, after so many seconds each time."""
+        """Run work repeatedly in a task, after a pause of ``seconds`` each time."""
 
-        async def again_and_again() -> None:
+        async def repeat() -> None:
             while True:
                 await asyncio.sleep(seconds)
                 await self.succeed(what, work)
 
-        self.spawn(what, again_and_again)
+        self.spawn(what, repeat)
 
     async def succeed(self, what: str, work: Work) -> None:
-        """Do it, again after a pause for as long as it raises. ``what``: begins a sentence in the log."""
+        """Run work until it succeeds, with a pause after each error.
+
+        ``what``: the name of the work, at the beginning of a sentence in the log.
+        """
         task = object()
         is_done = False
         try:

@@ -162,7 +162,8 @@ class Lease:
         client.counters.add("expired_leases")
         logger.warning(
             "The lease of this process was over: it was silent for too long. "
-            "Messages may have been missed."
+            "Messages may have been missed.",
+            extra={"event": log_events.LEASE_EXPIRED},
         )
         if self._outage.why is None:
             client.send_to_consumers(client.config.on_disconnect)
@@ -179,7 +180,11 @@ class Lease:
             await self._receiver.search_marked()
             self._receiver.jobs.claim_from_all()
         except PgLayerError as error:
-            logger.info("Could not search for marked messages: %s", error)
+            logger.info(
+                "Could not search for marked messages: %s",
+                error,
+                extra={"event": log_events.MARKED_READ_FAILED},
+            )
         self._is_searching = False
 
     async def _delete_expired(self) -> None:

@@ -137,7 +137,7 @@ class Loops:
         self._ending: dict[Client, tuple[Engine | None, BackgroundLoop | None]] = {}
         self._closings: set[asyncio.Task[None]] = set()  # asyncio keeps weak references only
         self._begin_client()
-        termination.remember(self)
+        termination.register(self)
 
     def _begin_client(self) -> None:
         self.client = Client(self._config, self._codec, self._counters)
@@ -331,7 +331,7 @@ class Loops:
         # background loop would hold a connection to it.
         self._retire_background()
         if self._config.handle_sigterm:
-            termination.heed_sigterm()
+            termination.close_on_sigterm()
 
     def _make_owner(self, engine: Engine) -> None:
         """Have an engine receive for the client as soon as the previous owner has stopped."""
@@ -340,7 +340,7 @@ class Loops:
             return
         self._owner = engine
         self.receives_in_background = engine is not self._main_engine
-        termination.heed_end_of_child()
+        termination.close_at_end_of_child()
         if before is not None and not before.stopped.done():
             _stop(before)
         engine.call(engine.start_receiving, before)
@@ -419,7 +419,7 @@ class Loops:
         if not client.has_lease:
             self._ending.pop(client, None)
 
-    def leave(self) -> None:
+    def close_at_exit(self) -> None:
         """Close all clients that still have a lease, over a blocking connection.
 
         Called at the end of the process. Does not raise.
@@ -439,7 +439,7 @@ class Loops:
             }
             with closing_connection(psycopg.connect(**kwargs)) as conn:
                 for client in clients:
-                    self._leave_on(conn, client)
+                    self._close_on(conn, client)
         except Exception as error:  # the lease ends by itself
             logger.debug(
                 "Could not close the client; its lease ends by itself: %s",
@@ -447,7 +447,7 @@ class Loops:
                 extra={"event": log_events.EXIT_CLOSE_FAILED},
             )
 
-    def _leave_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
+    def _close_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
         closing = lease.Closing(self._config.prefix, client.address, client.close())
         try:
             lease.close_now(conn, closing, quiet=False)
@@ -477,7 +477,7 @@ _inherited: list[object] = []  # objects of parent processes, which must not be 
 
 
 def _after_fork_in_child() -> None:
-    for loops in termination.leavers():
+    for loops in termination.registered():
         if isinstance(loops, Loops):
             loops._after_fork()
 

@@ -310,7 +310,10 @@ class Client:
         """Log that what this process sends is not announced."""
         if (end := self.log_limit.admit("silent")) is not None:
             logger.warning(
-                "Without notifications: %s Receivers find the messages at a heartbeat.%s", why, end
+                "Without notifications: %s Receivers find the messages at a heartbeat.%s",
+                why,
+                end,
+                extra={"event": log_events.ANNOUNCEMENTS_REFUSED},
             )
 
     def log_foreign_notification(self, channel: str) -> None:

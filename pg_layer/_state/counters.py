@@ -1,4 +1,4 @@
-"""What ``layer.stats()`` returns, and how it is counted. Pure; any thread."""
+"""The result of ``layer.stats()``, and its counters. No I/O; any thread."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Literal, TypedDict, cast
 
 
 class Counts(TypedDict):
-    """What a layer did in this process since it was created. None of them ever decreases.
+    """Counters of a layer in this process since it was created. They never decrease.
 
-    - ``sent``: messages to channels that the database accepted; in a transaction of Django's, whether or
-      not that commits.
+    - ``sent``: messages to channels that the database accepted; in a transaction of Django, whether
+      or not it commits.
     - ``group_sent``: messages to groups, each once, however many members.
-    - ``refused_full``: messages to channels that were refused, because the channel was full.
+    - ``refused_full``: messages to channels that were refused because the channel was full.
     - ``batches``: statements that carried those messages.
-    - ``received``: messages that came here; a group message once for all its members, a job that was
-      released unread and claimed again once more.
+    - ``received``: messages that reached this process; a group message once for all its members, a
+      job that is released unread and claimed again twice.
     - ``delivered``: messages that ``receive()`` returned; a group message once for each member.
-    - ``dropped_full``: group messages that a member missed, because its channel was full. Counted in the
-      member's process; for normal channels in the sender's.
-    - ``dropped_expired``: messages that expired here before they were received.
+    - ``dropped_full``: group messages that a member missed because its channel was full. Counted
+      in the member's process; for a normal channel, in the sender's.
+    - ``dropped_expired``: messages that expired in this process before they were received.
     - ``dropped_undecodable``: messages that could not be decoded.
     - ``inline_messages``: messages delivered inside the notification, without a read.
     - ``reads``: statements that read announced messages.
-    - ``reconnects``: how often the listening connection was lost and made again.
-    - ``expired_leases``: how often this process had been silent for longer than its lease, so that messages may have
-      been missed.
-    - ``refused_notifications``: statements for which the server refused NOTIFY, and that were repeated
-      without.
-    - ``ignored_notifications``: notifications on the layer's NOTIFY channels that it did not send, and
-      messages for channels that the process has not made.
+    - ``reconnects``: times the listening connection was lost and made again.
+    - ``expired_leases``: times the lease of this process had expired while the database was there,
+      so that messages may have been missed.
+    - ``refused_notifications``: statements for which the server refused NOTIFY, and that were
+      repeated without it.
+    - ``ignored_notifications``: notifications on the layer's NOTIFY channels that the layer did not
+      send, and messages for channels that this process has not made.
     """
 
     sent: int
@@ -51,19 +51,20 @@ class Counts(TypedDict):
 
 
 class State(TypedDict):
-    """The state of a layer in this process now.
+    """The state of a layer in this process at one moment.
 
     - ``channels``: channels for which this process has a queue.
     - ``queued_messages``: messages in those queues, not yet received.
     - ``pending_announcements``: announcements that are not dispatched yet.
-    - ``pending_operations``: sends and membership changes that wait for the statement in flight to end.
-    - ``memberships``: of this process's channels, one for each channel and group.
-    - ``remembered_keys``: keys of messages that are remembered, so that none is delivered twice.
-    - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling", by choice
-      or because notifications do not arrive.
+    - ``pending_operations``: sends and membership changes that wait for the statement in flight.
+    - ``memberships``: memberships of this process's channels, one for each channel and group.
+    - ``remembered_keys``: keys of messages that the process remembers so that no message is
+      delivered twice.
+    - ``listener``: "off" in a process that does not receive; "connecting"; "listening"; "polling",
+      by the option ``poll_interval`` or because notifications do not arrive.
     - ``lease_age``: seconds since the lease was renewed; None without a lease.
-    - ``failing_tasks``: tasks of the layer that an unexpected error keeps from their work; they try again.
-      `health()` and the log say which.
+    - ``failing_tasks``: tasks of the layer that fail with an unexpected error and try again.
+      `health()` and the log name them.
     """
 
     channels: int
@@ -78,7 +79,7 @@ class State(TypedDict):
 
 
 class Stats(Counts, State):
-    """Both. ``mean_batch_size``: messages in a statement, since the start; 0.0 before the first."""
+    """Counters and state. ``mean_batch_size``: messages in a statement on average; at first 0.0."""
 
     mean_batch_size: float
 
@@ -92,14 +93,14 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTED, 0)
-        # receive() counts each message, and a lock would cost a tenth of its time. next() of this is one
-        # step of the interpreter.
+        # receive() counts each message, and a lock would take a tenth of its time. next() of this
+        # iterator is atomic.
         self._delivered = itertools.count()
-        self._reads = 0  # reading it increases it
+        self._reads = 0  # each read increases `_delivered`
         self.delivered = self._delivered.__next__
 
     def add(self, name: str, count: int = 1) -> None:
-        """Increase a counter of `Counts`; ``delivered`` by calling `delivered`."""
+        """Increase a counter of `Counts`. For ``delivered``, call `delivered` instead."""
         with self._lock:
             self._counts[name] += count
 
@@ -112,17 +113,17 @@ class Counters:
             return counts
 
     def __getitem__(self, name: str) -> int:
-        """Return one of them."""
+        """Return one counter."""
         return self.read()[name]  # type: ignore[literal-required,no-any-return]
 
     def since(self, before: Counts) -> dict[str, int]:
-        """Return what was counted since that was read."""
+        """Return how much each counter has increased since ``before`` was read."""
         now = self.read()
         return {name: now[name] - before[name] for name in COUNTED}  # type: ignore[literal-required]
 
 
 def make_stats(counts: Counts, state: State) -> Stats:
-    """Return what ``layer.stats()`` returns."""
+    """Return the result of ``layer.stats()``."""
     messages = counts["sent"] + counts["group_sent"] + counts["refused_full"]
     mean = messages / counts["batches"] if counts["batches"] else 0.0
     return Stats(**counts, **state, mean_batch_size=mean)

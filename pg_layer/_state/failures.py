@@ -1,4 +1,4 @@
-"""What of the layer's own work fails right now: for the log, `health()` and `stats()`. Pure; any thread."""
+"""The layer's tasks that fail at present, for the log, `health()` and `stats()`. Any thread."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ LOG_PERIOD = 60.0  # seconds between two log lines about the same work
 
 
 class Failures:
-    """Work that failed for a reason that the layer does not expect, and that is tried again."""
+    """Work that failed with an unexpected error and is tried again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._failing: dict[object, tuple[str, str]] = {}  # task -> what fails, and why
-        self._logged: dict[str, float] = {}  # what failed -> when it was logged last
-        self._in_log: set[str] = set()  # what fails now, and whose failure is in the log
+        self._failing: dict[object, tuple[str, str]] = {}  # task -> work and error
+        self._logged: dict[str, float] = {}  # work -> time of its last record
+        self._in_log: set[str] = set()  # failing work that was logged
 
     def __len__(self) -> int:
         return len(self._failing)
 
     def begin(self, task: object, what: str, error: Exception) -> None:
-        """A task has failed, perhaps again. Logged once, however many tries and tasks fail at the same."""
+        """Record that a task failed. Log it once for the same work, however many tries."""
         with self._lock:
             self._failing[task] = what, words(error)
             now = time.monotonic()
@@ -42,7 +42,7 @@ class Failures:
         )
 
     def end(self, task: object, *, is_done: bool) -> None:
-        """A task has ended: it succeeded, or nobody needs it any more."""
+        """Record that a task ended. ``is_done``: it succeeded; otherwise it is no longer needed."""
         with self._lock:
             what, _ = self._failing.pop(task, (None, None))
             if what not in self._in_log or any(
@@ -56,12 +56,12 @@ class Failures:
             )
 
     def problems(self) -> list[str]:
-        """What fails, in words."""
+        """Return a sentence for each failing work."""
         with self._lock:
             failing = dict(self._failing.values())
         return [f"{what} fails, and is tried again: {why}" for what, why in failing.items()]
 
 
 def words(error: Exception) -> str:
-    """An unexpected error on one line."""
+    """Return an unexpected error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""Which lines about what others cause are logged, so that nobody can fill the log. Pure."""
+"""A limit for log records that other processes or roles can cause. No I/O."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 PERIOD = 60.0  # seconds
-MOST_LINES = 20  # of a kind in a period
+MAX_RECORDS = 20  # of one kind in a period
 
 
 class LogLimit:
-    """Has each thing logged once in a period, and of things of a kind only some. Thread-safe."""
+    """Admits each subject once in a period, and a limited number of records of a kind.
+
+    Thread-safe.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # By kind: what was logged in the last period, and when, in that order.
+        # kind -> subjects logged in the last period and their times, in this order
         self._logged: defaultdict[str, dict[object, float]] = defaultdict(dict)
         self._left_out: Counter[str] = Counter()
 
     def admit(self, kind: str, about: object = None) -> str | None:
-        """None: do not log it. Otherwise what the line must end with: how many lines were left out before.
+        """Return the end of the text to log, or None if the record must not be logged.
 
-        ``kind``: one of a few. ``about``: anything.
+        The end gives the number of records of the kind that were left out since the last one.
+        ``kind``: from a small set, because kinds are never forgotten. ``about``: the subject.
         """
         now = self._clock()
         with self._lock:
@@ -33,9 +37,9 @@ class LogLimit:
                 if now - at < PERIOD:
                     break
                 del logged[earlier]
-            if about in logged or len(logged) >= MOST_LINES:
+            if about in logged or len(logged) >= MAX_RECORDS:
                 self._left_out[kind] += 1
                 return None
             logged[about] = now
             left_out = self._left_out.pop(kind, 0)
-        return f" (Left out since the last such line: {left_out}.)" if left_out else ""
+        return f" (Similar records left out: {left_out}.)" if left_out else ""

@@ -1,6 +1,6 @@
-"""How a layer fares, as its tables tell: what `manage.py pg_layer_status` shows. No I/O.
+"""The status of a layer by its tables, for `manage.py pg_layer_status`. No I/O.
 
-Times are in seconds, by the database's clock; sizes in bytes.
+Times are in seconds by the database's clock, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-FULL_QUEUE = 0.5  # of NOTIFY's queue; when all of it is used, PostgreSQL refuses NOTIFY
+MAX_QUEUE_USAGE = 0.5  # of NOTIFY's queue; PostgreSQL refuses NOTIFY when all of it is used
 DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full")
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what to do."""
+    """A problem and the advice for it."""
 
     text: str
     advice: str
@@ -26,9 +26,9 @@ class Problem(NamedTuple):
 class ClientStatus:
     """A client that has neither closed nor been swept.
 
-    ``lease_age``: since its lease was renewed. ``lease_left``: until its lease expires; negative if it is
-    overdue. Both None if it never expires, which is not the layer's doing. ``connections``: None if they
-    cannot be told apart, because their `application_name` is the user's.
+    ``lease_age``: since its lease was renewed. ``lease_left``: until its lease expires; negative if
+    it is overdue. Both are None if the lease never expires; the layer writes no such lease.
+    ``connections``: None if they are unknown, because the user has set `application_name`.
     """
 
     id: str
@@ -41,7 +41,7 @@ class ClientStatus:
 
 @dataclass(frozen=True)
 class GroupStatus:
-    """A group: how many members, and at how many addresses (clients and normal channels)."""
+    """A group: the number of its members and of their addresses (clients and normal channels)."""
 
     name: str
     members: int
@@ -50,7 +50,7 @@ class GroupStatus:
 
 @dataclass(frozen=True)
 class ChannelStatus:
-    """A normal channel in which messages wait: how many, and since when the oldest does."""
+    """A normal channel in which messages wait: their number and the age of the oldest."""
 
     name: str
     waiting: int
@@ -59,7 +59,7 @@ class ChannelStatus:
 
 @dataclass(frozen=True)
 class TableStatus:
-    """A table of the layer's, which it shares with those of other prefixes; rows as PostgreSQL estimates."""
+    """A table, shared by all prefixes. The numbers of rows are estimates of PostgreSQL."""
 
     name: str
     size: int
@@ -70,12 +70,15 @@ class TableStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How the layer of a prefix fares. Of clients, groups and channels it holds the first ones, and counts.
+    """The status of the layer of a prefix.
 
-    ``drops``: messages that live clients have dropped or refused since their start, by the reason.
-    ``failing_tasks``: of live clients, as of their last heartbeat: what an unexpected error keeps from work.
-    ``notify_queue_usage``: how much of the server's NOTIFY queue is used, from 0 to 1. ``last_sweep_age``: since the
-    last one ended; None: there was none. ``role_problems``: what keeps the role from the rows.
+    The lists of clients, groups and channels are limited; the counts are complete.
+
+    ``drops``: messages that live clients have dropped or refused since their start, by reason.
+    ``failing_tasks``: tasks of live clients that fail with an unexpected error, as of the last
+    heartbeats. ``notify_queue_usage``: the used part of the server's NOTIFY queue, from 0 to 1.
+    ``last_sweep_age``: since the last sweep ended; None if there was none. ``role_problems``:
+    privileges that the role lacks, and row-level security that applies to it.
     """
 
     clients: list[ClientStatus]
@@ -96,13 +99,14 @@ class Status:
     role_problems: list[Problem]
 
     def problems(self, sweep_age: float) -> list[str]:
-        """What is not well, in words. ``sweep_age``: how old the last sweep may be."""
+        """Return a sentence for each problem. ``sweep_age``: the largest allowed age of a sweep."""
         problems = [str(problem) for problem in self.role_problems]
         if self.last_sweep_age is None:
-            problems.append("There was no sweep yet: run manage.py pg_layer_sweep.")
+            problems.append("The tables have never been swept: run manage.py pg_layer_sweep.")
         elif self.last_sweep_age > sweep_age:
             problems.append(
-                f"The last sweep was {in_words(self.last_sweep_age)} ago: run manage.py pg_layer_sweep."
+                f"The last sweep was {in_words(self.last_sweep_age)} ago: "
+                "run manage.py pg_layer_sweep."
             )
         if self.overdue_clients:
             overdue = [
@@ -113,22 +117,20 @@ class Status:
             names = [f"process {client.pid} on {client.host}" for client in overdue]
             if len(names) < self.overdue_clients:
                 names.append("...")
-            problems.append(
-                f"Leases that are overdue: {self.overdue_clients} ({', '.join(names)})."
-            )
+            problems.append(f"Overdue leases: {self.overdue_clients} ({', '.join(names)}).")
         if self.failing_tasks:
             problems.append(
-                f"Tasks of live clients that fail: {self.failing_tasks}. The processes' logs say why."
+                f"Failing tasks of live clients: {self.failing_tasks}. See the processes' logs."
             )
-        if self.notify_queue_usage > FULL_QUEUE:
+        if self.notify_queue_usage > MAX_QUEUE_USAGE:
             problems.append(
                 f"{self.notify_queue_usage:.0%} of NOTIFY's queue is used: "
-                "a session that listens has been in a transaction for long."
+                "a session that listens has been in a transaction for a long time."
             )
         return problems
 
     def as_dict(self, sweep_age: float) -> dict[str, Any]:
-        """All of it in plain types, with the problems."""
+        """Return the status and its problems in types that JSON supports."""
         problems = self.problems(sweep_age)
         return {
             "ok": not problems,
@@ -158,7 +160,7 @@ class Status:
 
 
 def in_words(seconds: float) -> str:
-    """A time in the one or two units that matter: "7 s", "2 min 5 s", "3 d 4 h"."""
+    """Return a duration in its one or two largest units: "7 s", "2 min 5 s", "3 d 4 h"."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     left = max(round(seconds), 0)
     parts = []

@@ -11,8 +11,10 @@ import psycopg
 import pytest
 
 from pg_layer import LayerUnavailable, NotMigrated, PgLayerError, PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.conftest import migrate
+from tests.logs import event_of, records
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
@@ -21,28 +23,19 @@ OPTIONS: dict[str, object] = {"capacity": 100_000}
 HUGE = 10**30
 
 
-def warnings_about(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
-    """Return the warnings and errors of pg_layer that contain the text."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("pg_layer")
-        and record.levelno >= logging.WARNING
-        and about in record.getMessage()
-    ]
-
-
 async def receive_everything(
     link: Link, /, dsn: str, **options: object
 ) -> tuple[list[int], list[int], list[int]]:
     """In a process: receive on a member of the room, on another channel, and on "jobs".
 
-    Report the two channels first, and all logged warnings at the end. Return the numbers that
+    Report the two channels first, and the events and texts of all warnings at the end. Return the numbers that
     arrived on each.
     """
-    warnings: list[str] = []
+    warnings: list[tuple[str | None, str]] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warnings.append(  # type: ignore[method-assign]
+        (event_of(record), record.getMessage())
+    )
     logging.getLogger("pg_layer").addHandler(handler)
     async with open_layer(dsn, **OPTIONS, **options) as layer:
         member, alone = await layer.new_channel(), await layer.new_channel()
@@ -212,7 +205,7 @@ async def test_broken_rows_among_others_harm_no_other_message(
     assert await reader.result() == traffic.sure
     assert traffic.errors == []
     assert len(warnings) == len(set(warnings))
-    assert not [line for line in warnings if "failed" in line]
+    assert log_events.TASK_FAILED not in [event for event, _ in warnings]
     # Broken rows are deleted like others. Only expired rows stay, until a sweep.
     left = (
         "SELECT kind, channel FROM pg_layer_message"
@@ -239,7 +232,7 @@ async def test_payloads_overwritten_while_they_wait_are_skipped_and_logged_once(
     undamaged = [number for number in range(300) if number % 3]
     for name in (channel, "jobs"):
         assert [(await receive(layer, name))["number"] for _ in undamaged] == undamaged
-    assert len(warnings_about(caplog, "cannot be decoded")) == 1
+    assert len(records(caplog, log_events.MESSAGE_UNDECODABLE)) == 1
     await until(
         lambda: observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
     )
@@ -262,8 +255,9 @@ async def test_messages_encrypted_with_a_wrong_key_harm_no_other_message(
     warnings = await reader.hear()
     assert await reader.result() == traffic.sure
     assert traffic.errors == wrong_traffic.errors == []
-    [line] = warnings
-    assert "symmetric_encryption_keys" in line
+    [(event, text)] = warnings
+    assert event == log_events.MESSAGE_UNDECODABLE
+    assert "symmetric_encryption_keys" in text
 
 
 # ---------------------------------------------------------------------- notifications
@@ -332,8 +326,9 @@ async def test_foreign_notifications_under_traffic_are_ignored_and_logged_once(
     # One warning for each notification channel, and one for a payload that looks like a message
     # and cannot be decoded.
     assert len(warnings) == len(set(warnings))
-    assert len([line for line in warnings if "that pg_layer did not send" in line]) == 2
-    assert len([line for line in warnings if "that pg_layer did not send" not in line]) <= 1
+    events = [event for event, _ in warnings]
+    assert events.count(log_events.NOTIFICATION_IGNORED) == 2
+    assert len(events) <= 3
 
 
 async def test_notification_repeated_delivers_its_message_once(
@@ -420,7 +415,7 @@ async def test_tables_dropped_and_migrated_again_without_traffic_lose_nothing(
     assert later_traffic.errors == traffic.errors == []
     for place in range(3):
         assert found[place] == [*traffic.sure[place], *later_traffic.sure[place]]
-    assert len([line for line in warnings if "manage.py migrate pg_layer" in line]) <= 1
+    assert len([text for _, text in warnings if "manage.py migrate pg_layer" in text]) <= 1
     assert len(warnings) == len(set(warnings))
     assert len(warnings) <= 3
 

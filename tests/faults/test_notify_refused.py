@@ -12,8 +12,10 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
+from tests.logs import events, records
 from tests.processes import listen, open_layer, receive, until
 from tests.stand_ins import find_first
 
@@ -75,12 +77,8 @@ def full_queue(dsn: str) -> Iterator[None]:
         yield
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-def falling_back(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [warning for warning in warnings(caplog) if "Polling" in warning]
+def falling_back(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return records(caplog, log_events.POLLING_STARTED)
 
 
 async def numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
@@ -140,7 +138,7 @@ async def test_messages_while_the_queue_is_full_are_received(
     async with open_layer(dsn, **BEATING) as layer, open_layer(dsn, **BEATING) as sender:
         await listen(layer)
         await exchange(layer, sender, 5)
-        assert warnings(caplog) == []
+        assert events(caplog) == []
         with full_queue(dsn):
             with recovery("NOTIFY's queue is full: until messages are found without it"):
                 await exchange(layer, sender, 20)
@@ -154,7 +152,7 @@ async def test_messages_while_the_queue_is_full_are_received(
         assert (await layer.health())["listener"] == "listening"
     assert len(falling_back(caplog)) == 1
     # The sender logs it once as well, and the layer logs the end.
-    assert len(warnings(caplog)) <= 3
+    assert len(events(caplog)) <= 3
 
 
 async def test_close_with_full_queue_releases_jobs(dsn: str) -> None:
@@ -241,9 +239,9 @@ async def test_server_without_notify_is_polled_until_it_has_it(
         assert health["listener"] == "polling"
         assert health["problems"]
         assert len(falling_back(caplog)) == 1
-        before = warnings(caplog)
+        before = events(caplog)
         observer.execute("DROP SCHEMA refusing CASCADE")
         with recovery("a server that has notifications now: until they are used"):
             await hears_again(layer)
         await exchange(layer, sender, 20)
-        assert len(warnings(caplog)) <= len(before) + 1
+        assert len(events(caplog)) <= len(before) + 1

@@ -10,8 +10,10 @@ import pytest
 from channels.generic.websocket import AsyncWebsocketConsumer, WebsocketConsumer
 
 from devtools.postgres import PostgresServer
+from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.integration.test_django import postgres
+from tests.logs import events, records
 from tests.processes import PATIENCE, listen, open_layer, receive, until
 from tests.project.commands import ROOT, django
 from tests.project.communicators import WebsocketCommunicator
@@ -149,7 +151,7 @@ async def test_health_with_a_listener_that_cannot_connect_reports_the_problem(
     layer = make_layer(listen_dsn=elsewhere)  # a database without tables
     waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
 
-    await until(lambda: "migrate" in caplog.text)
+    await until(lambda: records(caplog, log_events.RECEIVING_REFUSED))
     health = await layer.health()
     assert health["listener"] == "connecting"
     assert any("migrate" in problem for problem in health["problems"])
@@ -160,25 +162,20 @@ async def test_health_with_a_listener_that_cannot_connect_reports_the_problem(
 # ---------------------------------------------------------------------- the log
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-
-
 async def test_database_absent_from_the_start_is_not_logged_as_lost(
     server: PostgresServer, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await asyncio.to_thread(server.stop)
     async with open_layer(database) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
-        await until(lambda: warnings(caplog))
+        await until(lambda: events(caplog))
         await asyncio.to_thread(server.start)
-        await until(lambda: len(warnings(caplog)) > 1)
+        await until(lambda: len(events(caplog)) > 1)
         waiting.cancel()
         await until(waiting.done)
-    first, second = warnings(caplog)
-    assert first.startswith("Cannot reach the database: ")
-    assert "could not be reached" not in first
-    assert second.startswith("The database is there after ")
+    assert events(caplog) == [log_events.DATABASE_UNREACHABLE, log_events.DATABASE_BACK]
+    # The reason follows; it does not repeat that the database cannot be reached.
+    assert "could not be reached" not in records(caplog)[0].getMessage()
 
 
 async def test_wrong_password_is_not_logged_as_a_loss(
@@ -186,10 +183,9 @@ async def test_wrong_password_is_not_logged_as_a_loss(
 ) -> None:
     async with open_layer(server.dsn(password="wrong")) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
-        (warning,) = await until(lambda: warnings(caplog))
+        assert await until(lambda: events(caplog)) == [log_events.DATABASE_UNREACHABLE]
         waiting.cancel()
         await until(waiting.done)
-    assert warning.startswith("Cannot reach the database: ")
 
 
 async def test_missing_tables_are_not_logged_as_a_loss(
@@ -197,10 +193,10 @@ async def test_missing_tables_are_not_logged_as_a_loss(
 ) -> None:
     async with open_layer(fresh_database) as layer:
         waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
-        (warning,) = await until(lambda: warnings(caplog))
+        assert await until(lambda: events(caplog)) == [log_events.RECEIVING_REFUSED]
         waiting.cancel()
         await until(waiting.done)
-    assert warning.startswith("Cannot receive: The tables of pg_layer are missing or out of date")
+    assert "manage.py migrate pg_layer" in records(caplog)[0].getMessage()
 
 
 async def test_close_without_a_database_logs_that_the_lease_remains(
@@ -209,10 +205,7 @@ async def test_close_without_a_database_logs_that_the_lease_remains(
     async with open_layer(database) as layer:
         await layer.group_add("room", await layer.new_channel())
         await asyncio.to_thread(server.stop)
-    assert warnings(caplog)[-1].startswith(
-        "Could not give back the lease on closing; it runs out by itself:"
-        " The database could not be reached: "
-    )
+    assert events(caplog)[-1] == log_events.CLOSE_FAILED
 
 
 VIEW = """

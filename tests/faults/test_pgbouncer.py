@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 
@@ -13,11 +12,13 @@ from django.db import transaction
 
 from devtools.postgres import PostgresServer
 from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.components import require_executable
 from tests.faults.conftest import migrate
 from tests.faults.pgbouncer import PgBouncer, version
 from tests.integration.test_django import postgres
 from tests.integration.test_sync import on_django
+from tests.logs import events, records
 from tests.processes import Link, Process, Processes, listen, open_layer, receive, until
 
 pytestmark = pytest.mark.pgbouncer
@@ -64,10 +65,6 @@ def processes() -> Iterator[Processes]:
     started = Processes()
     yield started
     started.close()
-
-
-def logged_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
@@ -160,7 +157,7 @@ async def test_pooler_with_listen_dsn_delivers_by_notification(
         with psycopg.connect(dsn, autocommit=True) as connection:
             assert connection.execute("SELECT name FROM pg_prepared_statements").fetchall() == []
         await assert_nothing_left(direct)
-    assert logged_warnings(caplog) == []
+    assert events(caplog) == []
 
 
 # ---------------------------------------------------------------------- the pooler fails
@@ -315,7 +312,7 @@ async def test_pooler_without_listen_dsn_and_with_poll_interval_delivers(
         assert health["listener"] == "polling"
         assert health["problems"] == []
     await assert_nothing_left(direct)
-    assert logged_warnings(caplog) == []
+    assert events(caplog) == []
 
 
 async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
@@ -331,11 +328,11 @@ async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
             channel = await layer.new_channel()
             await layer.send(channel, {"number": 0})
             assert await receive_numbers(layer, channel, 1) == [0]
-            await until(lambda: logged_warnings(caplog))
+            await until(lambda: events(caplog))
         await exchange(layer, dsn, processes, 100)
         health = await layer.health()
         assert health["listener"] == "polling"
-        assert any("pooler" in problem for problem in health["problems"])
+        assert any("listen_dsn" in problem for problem in health["problems"])
         assert health["round_trip"] is not None
         # After several heartbeats the layer still polls, and has logged nothing more.
         renewed = [lease_end(direct)]
@@ -345,9 +342,7 @@ async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
             )
         await layer.send(channel, {"number": 1})
         assert await receive_numbers(layer, channel, 1) == [1]
-        assert [w for w in logged_warnings(caplog) if "pooler" in w] == logged_warnings(caplog)
-        assert len(logged_warnings(caplog)) == 1
-        assert "listen_dsn" in logged_warnings(caplog)[0]
+        assert events(caplog) == [log_events.POLLING_STARTED]
     await assert_nothing_left(direct)
 
 
@@ -371,13 +366,13 @@ async def test_pooler_without_listen_dsn_restarted_is_polled_through_again(
         open_layer(dsn, **OPTIONS) as layer,
         outside_traffic(layer, dsn, processes) as received,
     ):
-        await until(lambda: logged_warnings(caplog))
+        await until(lambda: events(caplog))
         await asyncio.to_thread(pooler.stop)
         with recovery("PgBouncer alone is back: until messages arrive at all"):
             await asyncio.to_thread(pooler.start)
             await received.more(5)
     await assert_nothing_left(direct)
-    assert len([w for w in logged_warnings(caplog) if "pooler" in w]) == 1
+    assert len(records(caplog, log_events.POLLING_STARTED)) == 1
 
 
 async def test_worker_behind_a_pooler_releases_its_jobs_when_it_closes(
@@ -409,7 +404,7 @@ async def test_pooler_in_session_mode_needs_no_options(
             assert health["listener"] == "listening"
             assert health["problems"] == []
     await assert_nothing_left(direct)
-    assert logged_warnings(caplog) == []
+    assert events(caplog) == []
 
 
 # ---------------------------------------------------------------------- layer.sync

@@ -19,8 +19,10 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.faults.readers import numbered, readers_of, wait_for_members
+from tests.logs import event_of
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
@@ -44,21 +46,21 @@ class Report(NamedTuple):
 
     numbers: list[list[int]]
     notices: list[list[str]]
-    warnings: list[str]
-    gaps: int
+    events: list[str | None]
+    expired_leases: int
     memberships: int
 
 
 class WarningCollector(logging.Handler):
-    """Collects the warnings that the layer logs."""
+    """Collects the events of the warnings that the layer logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.texts: list[str] = []
+        self.events: list[str | None] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("pg_layer"):
-            self.texts.append(record.getMessage())
+            self.events.append(event_of(record))
 
 
 async def read_and_report(link: Link, dsn: str, options: dict[str, object]) -> Report:
@@ -83,8 +85,8 @@ async def read_and_report(link: Link, dsn: str, options: dict[str, object]) -> R
             report = Report(
                 numbers=[readers.numbers[channel] for channel in channels],
                 notices=[readers.other[channel] for channel in channels],
-                warnings=handler.texts,
-                gaps=int(str(stats.get("expired_leases", 0))),
+                events=handler.events,
+                expired_leases=int(str(stats.get("expired_leases", 0))),
                 memberships=int(str(stats["memberships"])),
             )
     logging.getLogger().removeHandler(handler)
@@ -163,9 +165,8 @@ async def test_process_stopped_longer_than_its_lease_notices_the_gap_once(
     report = await report_after(process, 1)
     assert report.numbers == [[0, 1], [0, 1], [0, 1]]
     assert report.notices == [["database.lost", "database.back"]] * 3
-    assert len(report.warnings) == 1, report.warnings
-    assert "missed" in report.warnings[0]
-    assert report.gaps == 1
+    assert report.events == [log_events.LEASE_EXPIRED]
+    assert report.expired_leases == 1
     assert report.memberships == 2
 
 
@@ -288,8 +289,8 @@ async def test_process_stopped_shorter_than_its_lease_notices_no_gap(
     report = await report_after(process, 19)
     assert report.numbers == [list(range(20))] * 3
     assert report.notices == [[], [], []]
-    assert report.warnings == []
-    assert report.gaps == 0
+    assert report.events == []
+    assert report.expired_leases == 0
 
 
 # --------------------------------------------------------------- discarded while it was stopped

@@ -15,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
 from pg_layer._process import shutdown as termination
+from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.faults.test_outcomes import MESSAGE, blocked, goes_away
@@ -54,7 +55,7 @@ async def test_server_stopping_while_the_database_is_away_ends_at_once_and_quiet
         goes_away(proxy)
     else:
         proxy.swallow()
-    await until(lambda: any("Lost the database" in line for line in server.errors))
+    await until(lambda: any(f"[{log_events.DATABASE_LOST}]" in line for line in server.errors))
     await asyncio.to_thread(server.end, signal.SIGTERM)
     assert len(server.errors) == 1, server.all_output()
     for client in clients:

@@ -21,6 +21,8 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from pg_layer import LayerUnavailable, PostgresChannelLayer
+from pg_layer._state import log_events
+from tests.logs import event_of
 from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
@@ -32,8 +34,6 @@ TRAFFIC: dict[str, object] = {"capacity": 1_000_000, "expiry": 3600}
 PAUSE = 0.008  # seconds at most between two messages of a stream
 SIZES = (10, 10, 10, 10, 6000)  # bytes; the last is too large for a notification
 
-LOST = "Lost the database"
-BACK = "The database is back"
 
 RETURNED, UNKNOWN, REFUSED = "returned", "unknown", "refused"
 
@@ -46,6 +46,7 @@ class Logged(NamedTuple):
 
     logger: str
     level: int
+    event: str | None
     text: str
     has_traceback: bool
 
@@ -60,7 +61,8 @@ class WarningForwarder(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         has_traceback = bool(record.exc_info) or "Traceback" in record.getMessage()
         text = self.format(record) if has_traceback else record.getMessage()
-        self._link.say(("log", Logged(record.name, record.levelno, text, has_traceback)))
+        logged = Logged(record.name, record.levelno, event_of(record), text, has_traceback)
+        self._link.say(("log", logged))
 
 
 @contextlib.contextmanager
@@ -205,9 +207,9 @@ class TrafficProcess:
                 await self.process.result()
                 return
 
-    def warnings(self) -> list[str]:
+    def warnings(self) -> list[Logged]:
         """Return what the layer in the process has logged."""
-        return [entry.text for entry in self.logged if entry.logger.startswith("pg_layer")]
+        return [entry for entry in self.logged if entry.logger.startswith("pg_layer")]
 
 
 class Traffic:
@@ -403,7 +405,10 @@ async def all_listen_again(traffic: Traffic) -> None:
     Messages may arrive earlier, because the pool reconnects before the listener.
     """
     await traffic.until(
-        lambda: all(any(text.startswith(BACK) for text in r.warnings()) for r in traffic.receivers)
+        lambda: all(
+            log_events.DATABASE_BACK in [entry.event for entry in receiver.warnings()]
+            for receiver in traffic.receivers
+        )
     )
 
 
@@ -411,8 +416,9 @@ def assert_outage_logged_once(traffic: Traffic) -> None:
     """Assert that each process logged the outage's beginning and end once, and no retry."""
     for process in (*traffic.receivers, *traffic.senders):
         warnings = process.warnings()
-        beginnings = [number for number, text in enumerate(warnings) if text.startswith(LOST)]
-        ends = [number for number, text in enumerate(warnings) if text.startswith(BACK)]
+        events = [entry.event for entry in warnings]
+        beginnings = [at for at, event in enumerate(events) if event == log_events.DATABASE_LOST]
+        ends = [at for at, event in enumerate(events) if event == log_events.DATABASE_BACK]
         assert len(beginnings) == len(ends), warnings
         # A sender that was only slowed down may log nothing.
         assert len(ends) == 1 or (process in traffic.senders and not ends), warnings

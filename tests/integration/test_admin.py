@@ -105,7 +105,8 @@ def add_message(
 ) -> int:
     row = observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, channel, payload, expires_at)"
-        " VALUES (%s, pg_current_xact_id(), 0, %s, %s, clock_timestamp() + interval '1 hour') RETURNING id",
+        " VALUES (%s, pg_current_xact_id(), 0, %s, %s, clock_timestamp() + interval '1 hour')"
+        " RETURNING id",
         (address, channel, payload),
     ).fetchone()
     assert row is not None
@@ -113,7 +114,7 @@ def add_message(
 
 
 def fill(observer: Observer) -> int:
-    """A client that is live, one overdue, one closed, one swept; groups; a message, whose id is returned."""
+    """Write clients in each state, groups and a message. Return the id of the message."""
     for client, expires, ended, swept in (
         ("live", "1 hour", None, None),
         ("late", "-1 minute", None, None),
@@ -135,7 +136,8 @@ def fill(observer: Observer) -> int:
         )
     for client in ("gone", "lost"):
         observer.execute(
-            "INSERT INTO pg_layer_membership VALUES ('old', 'asgi!' || %s, 'a.old!1', 0, true, 'infinity')",
+            "INSERT INTO pg_layer_membership"
+            " VALUES ('old', 'asgi!' || %s, 'a.old!1', 0, true, 'infinity')",
             (client,),
         )
     observer.execute(
@@ -156,13 +158,14 @@ def fill(observer: Observer) -> int:
 # ---------------------------------------------------------------------- what is shown
 
 
-def test_clients(migrated_dsn: str, observer: Observer) -> None:
+def test_client_pages_show_clients_by_state(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
         """
 print(json.dumps([row[:3] for row in shown("client")]))
-for query in ("?state=live", "?state=overdue", "?state=ended", "?q=host-late", "?q=4711", "?q=nothing",
+for query in ("?state=live", "?state=overdue", "?state=ended",
+              "?q=host-late", "?q=4711", "?q=nothing",
               "?host=host-gone", "?state=nonsense"):
     print(json.dumps([row[0] for row in shown("client", query)]))
 page = detail("client", "asgi!live")
@@ -197,7 +200,7 @@ print("unknown process" in detail("client", "asgi!stranger"))
     assert output.splitlines() == ['[["asgi!stranger", "unknown", "unknown"]]', "[]", "True"]
 
 
-def test_groups(migrated_dsn: str, observer: Observer) -> None:
+def test_group_pages_show_groups(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -205,7 +208,8 @@ def test_groups(migrated_dsn: str, observer: Observer) -> None:
 print(json.dumps(shown("group")))
 print(json.dumps([row[:2] for row in shown("group", "?prefix=other")]))
 print(json.dumps([row[:2] for row in shown("group", "?q=hal")]))
-print("room" in detail("group", "asgi!room"), browser.get(address("group", "change", "asgi!no")).status_code)
+missing = browser.get(address("group", "change", "asgi!no"))
+print("room" in detail("group", "asgi!room"), missing.status_code)
 """,
     )
     everything, other, hall, page = output.splitlines()
@@ -219,7 +223,7 @@ print("room" in detail("group", "asgi!room"), browser.get(address("group", "chan
     assert page == "True 302"
 
 
-def test_waiting_messages(migrated_dsn: str, observer: Observer) -> None:
+def test_message_pages_show_waiting_messages(migrated_dsn: str, observer: Observer) -> None:
     id = fill(observer)
     output = ask(
         migrated_dsn,
@@ -237,10 +241,12 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
     assert page == "True"
 
 
-def test_what_never_ends(migrated_dsn: str, observer: Observer) -> None:
+def test_pages_show_never_for_infinity(migrated_dsn: str, observer: Observer) -> None:
     observer.execute(
-        "INSERT INTO pg_layer_client (address, expires_at, lease) VALUES ('asgi!live', 'infinity', 60);"
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity');"
+        "INSERT INTO pg_layer_client (address, expires_at, lease)"
+        " VALUES ('asgi!live', 'infinity', 60);"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!live', 'a.live!1', 0, true, 'infinity');"
         "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
         " VALUES ('asgi!:jobs', pg_current_xact_id(), 0, 'jobs', 'infinity')"
     )
@@ -258,7 +264,7 @@ print(Membership.objects.get().expires_at)
     assert output.splitlines() == ["['never'] ['never']", "True True", "None"]
 
 
-def test_lists_do_not_fetch_payloads(migrated_dsn: str, observer: Observer) -> None:
+def test_message_list_fetches_no_payload(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -282,7 +288,8 @@ def content(dsn: str, id: int, **settings: Any) -> str:
     code = f"""
 page = detail("message", {id})
 assert len(page) < 60_000, len(page)
-[found] = re.findall(r'<label>Content:</label>\\s*<div class="readonly">(.*?)</div>', page, re.DOTALL)
+content = r'<label>Content:</label>\\s*<div class="readonly">(.*?)</div>'
+[found] = re.findall(content, page, re.DOTALL)
 print(json.dumps(found))
 """
     return str(json.loads(ask(dsn, code, **settings)))
@@ -301,14 +308,14 @@ print(json.dumps(found))
     ],
     ids=["empty", "zero", "cut short", "cut JSON", "a lie", "deep", "noise"],
 )
-def test_a_damaged_payload_breaks_nothing(
+def test_content_of_a_damaged_payload_is_its_error(
     migrated_dsn: str, observer: Observer, payload: bytes
 ) -> None:
     id = add_message(observer, payload)
     assert content(migrated_dsn, id).startswith("A stored message is ")
 
 
-def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer) -> None:
+def test_content_in_json_with_html_is_escaped(migrated_dsn: str, observer: Observer) -> None:
     text = "<script>alert(1)</script>"
     id = add_message(observer, Codec("json", 1000).encode({"type": "greet", "text": text}, "jobs"))
     found = content(migrated_dsn, id)
@@ -326,38 +333,41 @@ def test_a_payload_in_json_with_html_in_it(migrated_dsn: str, observer: Observer
     ],
     ids=["text", "bytes", "a list", "a dict"],
 )
-def test_a_large_payload_is_truncated(migrated_dsn: str, observer: Observer, message: Any) -> None:
+def test_content_of_a_large_payload_is_truncated(
+    migrated_dsn: str, observer: Observer, message: Any
+) -> None:
     id = add_message(observer, Codec("msgpack", 10**9).encode(message, "jobs"))
     found = content(migrated_dsn, id)
     assert "beginning" in found
     assert len(found) < 10_000
 
 
-def test_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) -> None:
+def test_content_of_a_huge_payload_is_not_fetched(migrated_dsn: str, observer: Observer) -> None:
     id = add_message(
         observer, Codec("msgpack", 10**9).encode({"type": "greet", "blob": bytes(2**24)}, "jobs")
     )
-    assert content(migrated_dsn, id) == "Not shown, as it is too large."
+    assert content(migrated_dsn, id) == "Not shown, because it is too large."
 
 
 KEYS = {"symmetric_encryption_keys": ["secret"]}
 
 
-def test_with_keys_nothing_is_decoded(migrated_dsn: str, observer: Observer) -> None:
+def test_content_with_keys_is_not_decoded(migrated_dsn: str, observer: Observer) -> None:
     encrypted = add_message(
         observer, Codec("msgpack", 1000, ["secret"]).encode({"type": "confidential"}, "jobs")
     )
     plain = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
     for id in (encrypted, plain):
         assert (
-            content(migrated_dsn, id, **layers(**KEYS)) == "Not shown, as messages are encrypted."
+            content(migrated_dsn, id, **layers(**KEYS))
+            == "Not shown, because messages are encrypted."
         )
     assert content(migrated_dsn, encrypted) == (
         "A stored message is encrypted, but symmetric_encryption_keys is not set here."
     )
 
 
-def test_with_keys_of_another_layer_nothing_is_decoded(
+def test_content_with_keys_of_another_layer_is_not_decoded(
     migrated_dsn: str, observer: Observer
 ) -> None:
     id = add_message(observer, Codec("msgpack", 1000).encode({"type": "confidential"}, "jobs"))
@@ -365,17 +375,18 @@ def test_with_keys_of_another_layer_nothing_is_decoded(
         entries = {"default": {"BACKEND": BACKEND}, "other": {"BACKEND": BACKEND, "CONFIG": config}}
         assert (
             content(migrated_dsn, id, CHANNEL_LAYERS=entries)
-            == "Not shown, as messages are encrypted."
+            == "Not shown, because messages are encrypted."
         )
 
 
 # ---------------------------------------------------------------------- nobody changes anything
 
 
-def test_nobody_changes_anything(migrated_dsn: str, observer: Observer) -> None:
+def test_pages_are_read_only(migrated_dsn: str, observer: Observer) -> None:
     id = fill(observer)
     everything = (
-        "SELECT c::text FROM pg_layer_client AS c UNION ALL SELECT m::text FROM pg_layer_message AS m"
+        "SELECT c::text FROM pg_layer_client AS c"
+        " UNION ALL SELECT m::text FROM pg_layer_message AS m"
         " UNION ALL SELECT m::text FROM pg_layer_membership AS m ORDER BY 1"
     )
     before = observer.execute(everything.encode()).fetchall()
@@ -391,7 +402,8 @@ for model, key in (("client", "asgi!live"), ("group", "asgi!room"), ("message", 
         browser.post(address(model, "delete", key), {{"post": "yes"}}),
     ]
     print(*(answer.status_code for answer in answers))
-    browser.post(address(model), {{"action": "delete_selected", "_selected_action": [key], "post": "yes"}})
+    deletion = {{"action": "delete_selected", "_selected_action": [key], "post": "yes"}}
+    browser.post(address(model), deletion)
     print("action-select" in browser.get(address(model)).content.decode())
 """,
     )
@@ -399,7 +411,7 @@ for model, key in (("client", "asgi!live"), ("group", "asgi!room"), ("message", 
     assert observer.execute(everything.encode()).fetchall() == before
 
 
-def test_staff_need_the_permission_to_view(migrated_dsn: str, observer: Observer) -> None:
+def test_pages_need_the_view_permission(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     output = ask(
         migrated_dsn,
@@ -409,7 +421,8 @@ browser.force_login(user)
 def answers():
     return [browser.get(address(model)).status_code for model in ("client", "group", "message")]
 print(answers(), "PostgreSQL channel layer" in browser.get("/admin/").content.decode())
-user.user_permissions.add(Permission.objects.get(content_type__app_label="pg_layer", codename="view_group"))
+permissions = Permission.objects.filter(content_type__app_label="pg_layer")
+user.user_permissions.add(permissions.get(codename="view_group"))
 print(answers(), "PostgreSQL channel layer" in browser.get("/admin/").content.decode())
 browser.logout()
 print(answers())
@@ -425,7 +438,9 @@ print(answers())
 # ---------------------------------------------------------------------- which database
 
 
-def test_the_layers_own_database(migrated_dsn: str, observer: Observer, tmp_path: Any) -> None:
+def test_pages_show_the_database_of_the_layer(
+    migrated_dsn: str, observer: Observer, tmp_path: Any
+) -> None:
     id = fill(observer)
     lite = {**SQLITE, "NAME": str(tmp_path / "db.sqlite3")}
     databases = {"default": lite, "events": postgres(migrated_dsn)}
@@ -447,9 +462,7 @@ print("hello there" in detail("message", {id}))
     ],
     ids=["none", "another", "out of reach"],
 )
-def test_without_a_database_to_show_there_are_no_pages(
-    migrated_dsn: str, entries: dict[str, Any]
-) -> None:
+def test_pages_without_an_alias_do_not_exist(migrated_dsn: str, entries: dict[str, Any]) -> None:
     output = ask(
         migrated_dsn,
         """
@@ -461,7 +474,7 @@ print("PostgreSQL channel layer" in browser.get("/admin/").content.decode())
     assert output.splitlines() == ["[403, 403, 403]", "False"]
 
 
-def test_the_first_layer_is_shown_where_none_is_the_default(
+def test_pages_without_a_default_layer_show_the_first(
     migrated_dsn: str, observer: Observer
 ) -> None:
     fill(observer)

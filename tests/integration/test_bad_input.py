@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import socket
 import threading
@@ -26,8 +27,10 @@ from pg_layer import (
     OutcomeUnknown,
     PostgresChannelLayer,
 )
+from pg_layer._state import log_events
 from pg_layer.layer import MAX_PREFIX
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
+from tests.logs import records
 from tests.processes import Message, Processes, listen, open_layer, read, receive, until
 
 
@@ -278,17 +281,13 @@ async def test_receiver_without_tables_logs_once_and_starts_after_the_migration(
         receiving = asyncio.create_task(layer.receive(channel))
         jobs = asyncio.create_task(layer.receive("jobs"))
 
-        def lines() -> list[str]:
-            return [
-                record.getMessage()
-                for record in caplog.records
-                if record.name.startswith("pg_layer")
-                and "manage.py migrate pg_layer" in record.getMessage()
-            ]
+        def refusals() -> list[logging.LogRecord]:
+            return records(caplog, log_events.RECEIVING_REFUSED)
 
-        await until(lines)
-        await asyncio.wait({receiving, jobs}, timeout=1)  # several attempts
-        assert len(lines()) == 1
+        await until(refusals)
+        await asyncio.wait({receiving, jobs}, timeout=1)  # it tries again and again meanwhile
+        assert len(refusals()) == 1
+        assert "manage.py migrate pg_layer" in refusals()[0].getMessage()
         assert not receiving.done()
         with psycopg.connect(fresh_database) as connection:
             for file in sorted(MIGRATIONS.glob("0001_[0-9]_*.sql")):

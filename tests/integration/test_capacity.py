@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 
 import pytest
 
 from pg_layer import ChannelFull, PostgresChannelLayer
+from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
+from tests.logs import records
 from tests.processes import Link, Processes, listen, open_layer, receive, until
 
 
@@ -232,11 +233,7 @@ async def test_full_channel_of_a_consumer_does_not_affect_another(
 
 
 def lines_about_full(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("pg_layer") and record.levelno == logging.WARNING
-    ]
+    return [record.getMessage() for record in records(caplog, log_events.CHANNEL_FULL)]
 
 
 @pytest.mark.parametrize("pace", ["one by one", "at once"])

@@ -67,12 +67,12 @@ def nowhere(dsn: str) -> str:
         {"CHANNEL_LAYERS": {}},
     ],
 )
-def test_nothing_to_say(migrated_dsn: str, settings: Settings) -> None:
+def test_check_sound_settings_reports_nothing(migrated_dsn: str, settings: Settings) -> None:
     assert check(migrated_dsn, settings=settings) == []
     assert check(migrated_dsn, *DATABASE, settings=settings) == []
 
 
-def test_without_database_nobody_connects(migrated_dsn: str) -> None:
+def test_check_without_database_opens_no_connection(migrated_dsn: str) -> None:
     assert check(nowhere(migrated_dsn)) == []
 
 
@@ -82,11 +82,11 @@ def test_without_database_nobody_connects(migrated_dsn: str) -> None:
         ({"capactiy": 5}, "CONFIG has an unknown option 'capactiy'. Did you mean 'capacity'?"),
         ({"capacity": "many"}, "CONFIG['capacity'] must be an integer"),
         ({"using": "default", "dsn": "dbname=x"}, "CONFIG must not have both 'dsn' and 'using'"),
-        (["capacity"], "CONFIG must be a dict of options by their names, not list."),
-        (None, "CONFIG must be a dict of options by their names, not NoneType."),
+        (["capacity"], "CONFIG must be a dict of options by name, not list."),
+        (None, "CONFIG must be a dict of options by name, not NoneType."),
     ],
 )
-def test_a_config_that_is_wrong(migrated_dsn: str, config: object, complaint: str) -> None:
+def test_check_invalid_config_is_e001(migrated_dsn: str, config: object, complaint: str) -> None:
     for arguments in ((), DATABASE):
         message, hint = check(migrated_dsn, *arguments, settings=layers(default={}, jobs=config))
         assert message.startswith("CHANNEL_LAYERS['jobs']: (pg_layer.E001) ")
@@ -102,7 +102,7 @@ def test_a_config_that_is_wrong(migrated_dsn: str, config: object, complaint: st
     ],
     ids=["missing", "SQLite"],
 )
-def test_a_database_that_cannot_be_used(migrated_dsn: str, using: str, complaint: str) -> None:
+def test_check_unusable_database_is_e002(migrated_dsn: str, using: str, complaint: str) -> None:
     settings = layers(default={"using": using}) | {
         "DATABASES": {"default": postgres(migrated_dsn), "lite": SQLITE}
     }
@@ -113,44 +113,45 @@ def test_a_database_that_cannot_be_used(migrated_dsn: str, using: str, complaint
         assert "'dsn'" in hint
 
 
-def test_a_backend_that_is_misspelt(migrated_dsn: str) -> None:
+def test_check_misspelt_backend_is_e003(migrated_dsn: str) -> None:
     settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "pg_layer.PostgresLayer"}}}
     message, hint = check(migrated_dsn, settings=settings)
     assert (
         message
-        == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND is no channel layer of pg_layer: "
+        == "CHANNEL_LAYERS['default']: (pg_layer.E003) BACKEND is not a channel layer of pg_layer: "
         + ("'pg_layer.PostgresLayer'.")
     )
     assert hint == "HINT: Set it to 'pg_layer.PostgresChannelLayer'."
 
 
-def test_an_error_ends_other_commands(migrated_dsn: str) -> None:
+def test_migrate_with_an_error_in_the_settings_fails(migrated_dsn: str) -> None:
     result = manage(migrated_dsn, "migrate", settings=layers(default={"capactiy": 5}))
     assert result.returncode == 1
     assert "pg_layer.E001" in result.stderr
 
 
-def test_two_layers_that_are_one(migrated_dsn: str) -> None:
+def test_check_two_layers_of_one_prefix_is_w003(migrated_dsn: str) -> None:
     settings = layers(first={}, apart={"prefix": "apart"}, second={"expiry": 5})
     message, hint = check(migrated_dsn, settings=settings)
     assert message == (
         "CHANNEL_LAYERS['second']: (pg_layer.W003) It is the same layer as 'first': "
-        "the same database, and the same prefix."
+        "the same database and the same prefix."
     )
     assert "'prefix'" in hint
     same = layers(first={}, second={"dsn": migrated_dsn})
     assert "(pg_layer.W003)" in check(migrated_dsn, settings=same)[0]
 
 
-def test_keys_that_nobody_reads(migrated_dsn: str) -> None:
+def test_check_unread_keys_is_w005(migrated_dsn: str) -> None:
     entry = {"BACKEND": BACKEND, "CONFIG": {}, "TEST_CONFIG": {}}
     assert check(migrated_dsn, settings={"CHANNEL_LAYERS": {"default": entry}}) == []
     wrong = {"CHANNEL_LAYERS": {"default": {**entry, "CONFGI": {"capacity": 5}, "capacity": 5}}}
     message, hint = check(migrated_dsn, settings=wrong)
     assert message == (
-        "CHANNEL_LAYERS['default']: (pg_layer.W005) It has keys that nobody reads: 'CONFGI', 'capacity'."
+        "CHANNEL_LAYERS['default']: (pg_layer.W005) "
+        "Channels ignores these keys: 'CONFGI', 'capacity'."
     )
-    assert "stand in CONFIG" in hint
+    assert "belong in CONFIG" in hint
 
 
 TENANT_TYPES = {
@@ -176,12 +177,14 @@ TENANT_TYPES = {
     ],
     ids=["alone", "beside SHARED_APPS", "types"],
 )
-def test_app_of_tenants_is_an_error(migrated_dsn: str, where: str, settings: Settings) -> None:
+def test_check_app_in_tenant_apps_is_e004(
+    migrated_dsn: str, where: str, settings: Settings
+) -> None:
     message, hint = check(migrated_dsn, settings=settings)
     assert message.startswith(
-        f"?: (pg_layer.E004) pg_layer is in {where}: each tenant has tables of its own."
+        f"?: (pg_layer.E004) pg_layer is in {where}, so each tenant has its own tables."
     )
-    assert hint.endswith("alone: see docs/tenants.md.")
+    assert hint.endswith("only: see docs/tenants.md.")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_app_of_tenants_is_an_error(migrated_dsn: str, where: str, settings: Set
     [{"SHARED_APPS": ["pg_layer"], "TENANT_APPS": ["channels"]}, TENANT_TYPES],
     ids=["apps", "types"],
 )
-def test_app_that_tenants_share_is_not_reported(migrated_dsn: str, settings: Settings) -> None:
+def test_check_app_in_shared_apps_reports_nothing(migrated_dsn: str, settings: Settings) -> None:
     assert check(migrated_dsn, settings=settings) == []
 
 
@@ -221,7 +224,7 @@ except NotMigrated as error:
 """
 
 
-def test_who_must_migrate_is_told_how(fresh_database: str) -> None:
+def test_not_migrated_names_the_command_for_each_layer(fresh_database: str) -> None:
     other = make_conninfo(fresh_database, dbname="template1")
     third = make_conninfo(fresh_database, dbname="postgres")
     settings = layers(
@@ -244,11 +247,12 @@ def test_who_must_migrate_is_told_how(fresh_database: str) -> None:
     assert told[6] == f"{add_app}, {expected[6]}"
 
 
-def test_tables_that_are_missing(fresh_database: str) -> None:
+def test_check_missing_tables_is_w001(fresh_database: str) -> None:
     assert check(fresh_database) == []
     message, hint = check(fresh_database, *DATABASE)
     assert message == (
-        "CHANNEL_LAYERS['default']: (pg_layer.W001) The tables of pg_layer are missing or out of date."
+        "CHANNEL_LAYERS['default']: (pg_layer.W001) "
+        "The tables of pg_layer are missing or out of date."
     )
     assert hint == "HINT: Run `python manage.py migrate pg_layer`."
 
@@ -265,19 +269,19 @@ def test_tables_that_are_missing(fresh_database: str) -> None:
         "ALTER FUNCTION pg_layer_claim RENAME TO pg_layer_claimed",
     ],
 )
-def test_tables_that_are_out_of_date(migrated_dsn: str, observer: Observer, change: str) -> None:
+def test_check_outdated_tables_is_w001(migrated_dsn: str, observer: Observer, change: str) -> None:
     assert check(migrated_dsn, *DATABASE) == []
     observer.execute(change.encode())
     assert "(pg_layer.W001)" in check(migrated_dsn, *DATABASE)[0]
 
 
-def test_the_first_migrate_is_not_warned(fresh_database: str) -> None:
+def test_migrate_of_an_empty_database_reports_nothing(fresh_database: str) -> None:
     # Of what it is about to do.
     assert "pg_layer.0001_initial... OK" in succeeded(manage(fresh_database, "migrate"))
     assert check(fresh_database, *DATABASE) == []
 
 
-def test_only_databases_that_are_named_are_checked(migrated_dsn: str, fresh_database: str) -> None:
+def test_check_examines_only_named_databases(migrated_dsn: str, fresh_database: str) -> None:
     databases = {
         "DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}
     }
@@ -290,9 +294,7 @@ def test_only_databases_that_are_named_are_checked(migrated_dsn: str, fresh_data
     assert both == [message, hint]
 
 
-def test_a_dsn_is_checked_where_an_alias_leads_there(
-    migrated_dsn: str, fresh_database: str
-) -> None:
+def test_check_dsn_uses_the_alias_of_its_database(migrated_dsn: str, fresh_database: str) -> None:
     databases = {
         "DATABASES": {"default": postgres(migrated_dsn), "events": postgres(fresh_database)}
     }
@@ -308,11 +310,11 @@ def test_a_dsn_is_checked_where_an_alias_leads_there(
         "CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to "
     )
     assert message.endswith("The aliases are default.")
-    assert hint.startswith("HINT: Add one")
+    assert hint.startswith("HINT: Add an alias")
 
 
 @pytest.mark.parametrize("command", ["check", "migrate"])
-def test_a_database_that_is_away(migrated_dsn: str, command: str) -> None:
+def test_check_unreachable_database_is_w004(migrated_dsn: str, command: str) -> None:
     result = manage(nowhere(migrated_dsn), command, *DATABASE)
     assert (
         "(pg_layer.W004) The tables of pg_layer could not be checked. The database could"
@@ -337,7 +339,7 @@ def is_warned_of_sweeping(dsn: str) -> bool:
     return bool(found)
 
 
-def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> None:
+def test_check_old_sweep_is_w002(migrated_dsn: str, observer: Observer) -> None:
     set_sweep = (
         "INSERT INTO pg_layer_last_sweep VALUES (%s, clock_timestamp() - %s::interval)"
         " ON CONFLICT (prefix) DO UPDATE SET swept_at = excluded.swept_at"
@@ -347,9 +349,7 @@ def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> N
     observer.execute(set_sweep, ("asgi", "25 hours"))
     observer.execute(set_sweep, ("other", "1 second"))
     message, hint = check(migrated_dsn, *DATABASE)
-    assert message.endswith(
-        "(pg_layer.W002) Nobody has swept the tables of pg_layer for a day: they grow."
-    )
+    assert "(pg_layer.W002) The tables of pg_layer have not been swept for a day." in message
     assert "manage.py pg_layer_sweep" in hint
     succeeded(manage(migrated_dsn, "pg_layer_sweep", "--once"))
     assert not is_warned_of_sweeping(migrated_dsn)
@@ -361,12 +361,15 @@ ADD_CLIENT = (
 )
 ADD_MESSAGE = (
     "INSERT INTO pg_layer_message (address, xid, boot, sent_at, expires_at) VALUES"
-    " (%s || '!:jobs', pg_current_xact_id(), 0, clock_timestamp() - %s::interval, clock_timestamp())"
+    " (%s || '!:jobs', pg_current_xact_id(), 0,"
+    " clock_timestamp() - %s::interval, clock_timestamp())"
 )
 
 
 @pytest.mark.parametrize("use", [ADD_CLIENT, ADD_MESSAGE], ids=["received", "sent"])
-def test_it_was_never_swept(migrated_dsn: str, observer: Observer, use: str) -> None:
+def test_check_no_sweep_a_day_after_the_first_use_is_w002(
+    migrated_dsn: str, observer: Observer, use: str
+) -> None:
     # Not a fault in a database that was made a moment ago, such as one for tests.
     assert not is_warned_of_sweeping(migrated_dsn)
     observer.execute(use.encode(), ("other", "25 hours"))
@@ -376,7 +379,7 @@ def test_it_was_never_swept(migrated_dsn: str, observer: Observer, use: str) -> 
     assert is_warned_of_sweeping(migrated_dsn)
 
 
-def test_nobody_stays_connected(migrated_dsn: str, observer: Observer) -> None:
+def test_check_closes_its_connection(migrated_dsn: str, observer: Observer) -> None:
     check(migrated_dsn, *DATABASE)
     with psycopg.connect(migrated_dsn, dbname="postgres", autocommit=True) as other:
         name = conninfo_to_dict(migrated_dsn)["dbname"]
@@ -388,7 +391,7 @@ def test_nobody_stays_connected(migrated_dsn: str, observer: Observer) -> None:
 # ---------------------------------------------------------------------- documentation
 
 
-def test_every_id_is_documented_and_has_a_hint() -> None:
+def test_checks_each_id_is_documented_and_has_a_hint() -> None:
     code = (Path(pg_layer.__file__).parent / "checks.py").read_text(encoding="utf-8")
     ids = re.findall(r'id="(pg_layer\.[EW]\d{3})"', code)
     assert len(ids) == code.count("hint=") == len(set(ids))

@@ -19,8 +19,10 @@ from psycopg.conninfo import make_conninfo
 from devtools.postgres import PostgresServer
 from pg_layer import PostgresChannelLayer
 from pg_layer._messages.addresses import channel_address
+from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.integration.test_connections import Log, connections, logging_server
+from tests.logs import records
 from tests.processes import listen, receive, until
 from tests.project.commands import manage, succeeded
 
@@ -212,7 +214,7 @@ async def test_memberships_written_again_any_statistics_cost_is_linear(
         assert await receive(layer, channels[0]) == {"n": 1}
         peak = max(peak, connections(observer, "measured"))
     assert 2 <= peak <= 3
-    assert "Lost the database" not in caplog.text
+    assert not records(caplog, log_events.DATABASE_LOST)
     mine = "SELECT count(*) FROM pg_layer_membership WHERE address = %s"
     assert observer.execute(mine, [address]).fetchone() == (groups * members,)
     await layer.close()

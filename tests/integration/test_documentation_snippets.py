@@ -1,4 +1,4 @@
-"""The examples of Channels' documentation, run as they are printed; and those of our own pages."""
+"""The examples in the documentation of Channels and of this package, run unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.project.configured import configured
 
 
 async def execute(snippet: str, **names: Any) -> dict[str, Any]:
-    """Run a snippet with these names, awaiting it if it awaits. Return all its names."""
+    """Run a snippet, which may await, with these names. Return all its names."""
     code = compile(
         textwrap.dedent(snippet), "snippet", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import pytest
 
-from pg_layer._state.log_limit import MOST_LINES, PERIOD, LogLimit
+from pg_layer._state import log_events
+from pg_layer._state.log_limit import MAX_RECORDS, PERIOD, LogLimit
 from pg_layer.exceptions import UndecodableMessage
 from tests.conftest import MakeLayer, Observer
+from tests.logs import events, records
 from tests.processes import Link, Message, Processes, listen, open_layer, read, receive, until
 
 OLD, NEW, WRONG = "the old key", b"the new key", "a key of another project"
@@ -19,12 +20,8 @@ IS_ALL_RECEIVED = "SELECT count(*) = 0 FROM pg_layer_message WHERE address NOT L
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what pg_layer logged as warnings and errors."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("pg_layer") and record.levelno >= logging.WARNING
-    ]
+    """Return the texts of the warnings and errors that the package logged."""
+    return [record.getMessage() for record in records(caplog)]
 
 
 # ---------------------------------------------------------------------- keys
@@ -122,6 +119,7 @@ async def test_message_that_no_key_opens_is_skipped_and_logged_once(
         await friend.send(name, {"text": "readable"})
         assert await receive(reader, name) == {"text": "readable"}
     [complaint] = complaints(caplog)
+    assert events(caplog) == [log_events.MESSAGE_UNDECODABLE]
     assert "symmetric_encryption_keys" in complaint
     assert SECRET not in caplog.text
     # They do not come again, and do not use capacity.
@@ -277,7 +275,7 @@ async def test_message_from_sql_with_allow_unencrypted_is_delivered(
     await stranger.send(channel, {"text": SECRET})
     await layer.send(channel, {"text": SECRET})
     assert await receive(layer, channel) == {"text": SECRET}
-    assert len(complaints(caplog)) == 1
+    assert events(caplog) == [log_events.MESSAGE_UNDECODABLE]
     await layer.send("mail", {"text": SECRET})
     assert await receive(strict, "mail") == {"text": SECRET}
 
@@ -313,7 +311,7 @@ async def test_damaged_row_is_skipped_and_logged_once(
     for name in (channel, "jobs"):
         await sender.send(name, {"text": "sound"})
         assert await receive(layer, name) == {"text": "sound"}
-    assert len(complaints(caplog)) == 1
+    assert events(caplog) == [log_events.MESSAGE_UNDECODABLE]
     assert layer.stats()["dropped_undecodable"] == 5
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
@@ -387,10 +385,7 @@ async def test_foreign_notification_is_ignored_and_logged_once(
         for size in (10, 10_000):
             await sender.send(channel, {"number": number, "blob": bytes(size)})
             assert (await receive(layer, channel))["number"] == number
-    foreign = [
-        complaint for complaint in complaints(caplog) if "Ignored a notification" in complaint
-    ]
-    assert len(foreign) == 1
+    assert len(records(caplog, log_events.NOTIFICATION_IGNORED)) == 1
     assert layer.stats()["ignored_notifications"] >= 20
     # Received messages are still deleted.
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
@@ -481,11 +476,10 @@ async def test_log_many_full_channels_and_forged_messages_is_bounded(
     assert await receive(layer, channel) == {"text": "the end"}
     stats = layer.stats()
     assert (stats["dropped_full"], stats["dropped_undecodable"]) == (count, count)
-    assert len(complaints(caplog)) == 2 * MOST_LINES
+    assert len(complaints(caplog)) == 2 * MAX_RECORDS
     caplog.clear()
     now += PERIOD
     layer._loops.client.count_dropped("room", members[0])
     layer._loops.client.log_undecodable("room", UndecodableMessage("another"))
-    full, undecodable = complaints(caplog)
-    assert full.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")
-    assert undecodable.endswith(f"(Left out since the last such line: {count - MOST_LINES}.)")
+    assert events(caplog) == [log_events.CHANNEL_FULL, log_events.MESSAGE_UNDECODABLE]
+    assert all(f": {count - MAX_RECORDS}.)" in complaint for complaint in complaints(caplog))

@@ -94,8 +94,8 @@ async def test_async_to_sync_under_greenlets_works_one_call_at_a_time(
     assert [(await receive(layer, channel))["number"] for _ in range(7)] == list(range(7))
 
 
-# All senders wait for a lock, and the main greenlet waits for all of them: if one blocked the thread, no
-# other could begin, nor could the lock be released.
+# All senders wait for a lock, and the main greenlet waits for all of them. If a sender blocked the
+# thread, no other sender could begin, and the lock could not be released.
 CONCURRENT = """
 def send(number):
     layer.sync.group_send("room", message(number))
@@ -103,7 +103,8 @@ def send(number):
         layer.sync.group_send("room", message(number + 10))
     connection.close()
 
-with psycopg.connect(sys.argv[1]) as blocker, psycopg.connect(sys.argv[1], autocommit=True) as observer:
+dsn = sys.argv[1]
+with psycopg.connect(dsn) as blocker, psycopg.connect(dsn, autocommit=True) as observer:
     blocker.execute("LOCK TABLE pg_layer_message IN ACCESS EXCLUSIVE MODE")
     senders = [spawn(send, number) for number in range(3)]
     query = "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted"

@@ -101,7 +101,7 @@ async def used(make_layer: MakeLayer) -> PostgresChannelLayer:
 # ---------------------------------------------------------------------- what is exposed
 
 
-async def test_the_samples_are_the_stats(used: PostgresChannelLayer) -> None:
+async def test_collect_samples_equal_the_stats(used: PostgresChannelLayer) -> None:
     registry = registry_of(used)
     values, stats = scrape(registry), used.stats()
     assert value(values, "pg_layer_messages_sent_total", to="channel") == stats["sent"] == 5
@@ -126,7 +126,7 @@ async def test_the_samples_are_the_stats(used: PostgresChannelLayer) -> None:
     assert 0 <= value(values, "pg_layer_lease_age_seconds") <= (stats["lease_age"] or 0)
 
 
-async def test_every_counter_is_exposed(used: PostgresChannelLayer) -> None:
+async def test_collect_exposes_every_counter(used: PostgresChannelLayer) -> None:
     counters = used._loops.client.counters
     registry = registry_of(used)
     for name in COUNTED:
@@ -142,7 +142,7 @@ async def test_every_counter_is_exposed(used: PostgresChannelLayer) -> None:
         assert len(moved) == 1, name
 
 
-async def test_before_use_and_after_close(migrated_dsn: str) -> None:
+async def test_collect_before_use_and_after_close(migrated_dsn: str) -> None:
     layer = new_layer(migrated_dsn)
     registry = registry_of(layer)
     unused = scrape(registry)
@@ -158,7 +158,7 @@ async def test_before_use_and_after_close(migrated_dsn: str) -> None:
     assert {key: closed[key] for key in counters} == {key: in_use[key] for key in counters}
 
 
-async def test_counters_never_go_down(migrated_dsn: str, observer: Observer) -> None:
+async def test_collect_counters_never_decrease(migrated_dsn: str, observer: Observer) -> None:
     layer = new_layer(migrated_dsn, capacity=4)
     registry = registry_of(layer)
     seen: list[Values] = [scrape(registry)]
@@ -189,7 +189,7 @@ async def test_counters_never_go_down(migrated_dsn: str, observer: Observer) -> 
     assert value(seen[-1], "pg_layer_messages_delivered_total") == 120
 
 
-async def test_several_layers(make_layer: MakeLayer) -> None:
+async def test_collect_several_layers_by_alias(make_layer: MakeLayer) -> None:
     first, second = make_layer(prefix="one"), make_layer(prefix="two")
     await first.send("jobs", {"type": "test"})
     await second.send_many([("jobs", {"type": "test"})] * 2)
@@ -198,8 +198,8 @@ async def test_several_layers(make_layer: MakeLayer) -> None:
     assert value(values, "pg_layer_messages_sent_total", to="channel", alias="layer-1") == 2
 
 
-async def test_openmetrics_takes_it_as_well(used: PostgresChannelLayer) -> None:
-    """Its parser is strict: it refuses what breaks the format's rules of names, units and suffixes."""
+async def test_collect_is_valid_openmetrics(used: PostgresChannelLayer) -> None:
+    """The strict parser refuses names, units and suffixes that violate the format."""
     text = openmetrics.generate_latest(registry_of(used)).decode()  # type: ignore[no-untyped-call]
     families = {
         family.name: family.type
@@ -226,7 +226,7 @@ NOT_BASE_UNITS = (
 TYPES = ("counter", "gauge", "histogram", "summary", "metric")
 
 
-async def test_names_follow_prometheus_conventions(used: PostgresChannelLayer) -> None:
+async def test_collect_names_follow_conventions(used: PostgresChannelLayer) -> None:
     """The rules of `promtool check metrics`."""
     found = metrics(used)
     assert len({metric.name for metric in found}) == len(found)
@@ -254,7 +254,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_register_takes_all_layers_of_the_settings(migrated_dsn: str) -> None:
+def test_register_adds_all_layers_of_the_settings(migrated_dsn: str) -> None:
     registry = CollectorRegistry(auto_describe=True)
     settings = {**SETTINGS, "chat": {**SETTINGS["chat"], "CONFIG": {"dsn": migrated_dsn}}}
     with configured(new_layer(migrated_dsn), CHANNEL_LAYERS=settings):
@@ -262,7 +262,7 @@ def test_register_takes_all_layers_of_the_settings(migrated_dsn: str) -> None:
         assert "memory" not in channel_layers.backends
         aliases = {dict(labels)["alias"] for _, labels in scrape(registry)}
         assert aliases == {"default", "chat"}
-        # A second time there is nothing to be done, and a layer outside of the settings can be added.
+        # A second call returns the collector, to which other layers can be added.
         assert register(registry) is collector
         register(registry).add(new_layer(migrated_dsn), "other")
         assert {dict(labels)["alias"] for _, labels in scrape(registry)} == {*aliases, "other"}
@@ -274,7 +274,7 @@ def test_register_takes_all_layers_of_the_settings(migrated_dsn: str) -> None:
             register(taken)
 
 
-def test_register_without_a_layer(migrated_dsn: str) -> None:
+def test_register_without_a_layer_raises(migrated_dsn: str) -> None:
     settings = {"default": SETTINGS["memory"]}
     with (
         configured(new_layer(migrated_dsn), CHANNEL_LAYERS=settings),
@@ -286,12 +286,12 @@ def test_register_without_a_layer(migrated_dsn: str) -> None:
 
 
 @pytest.mark.parametrize("layer", [None, InMemoryChannelLayer()], ids=["none", "another kind"])
-def test_other_layers_are_refused(layer: Any) -> None:
+def test_collector_refuses_layers_of_other_classes(layer: Any) -> None:
     with pytest.raises(TypeError, match=f"PostgresChannelLayer, not {type(layer).__name__}"):
         Collector(layer)
 
 
-def test_an_alias_stands_for_one_layer(migrated_dsn: str) -> None:
+def test_add_same_alias_raises(migrated_dsn: str) -> None:
     collector = Collector(new_layer(migrated_dsn))
     with pytest.raises(ValueError, match="'default'"):
         collector.add(new_layer(migrated_dsn), "default")
@@ -308,7 +308,7 @@ except ImportError as error:
 """
 
 
-def test_without_the_client_library(migrated_dsn: str) -> None:
+def test_import_without_prometheus_client_raises(migrated_dsn: str) -> None:
     said = succeeded(run(migrated_dsn, "-c", WITHOUT_CLIENT))
     assert "pip install pg-layer[prometheus]" in said
 
@@ -350,7 +350,7 @@ print(json.dumps([read(first, "own_total"), read(first, "pg_layer"), read(second
 """
 
 
-def test_multiprocess_mode_is_as_documented(migrated_dsn: str) -> None:
+def test_multiprocess_collector_omits_the_layer(migrated_dsn: str) -> None:
     own, layers, beside = json.loads(succeeded(run(migrated_dsn, "-c", MULTIPROCESS)))
     assert own == ["2.0"]
     assert layers == []
@@ -368,7 +368,7 @@ def snippets(language: str) -> list[str]:
     ]
 
 
-async def test_the_table_of_metrics(used: PostgresChannelLayer) -> None:
+async def test_documented_metrics_equal_the_exposed(used: PostgresChannelLayer) -> None:
     rows = re.findall(
         r"^\| `(pg_layer_\w+)` \| (\w+) \| (.*?) ?\| (.*) \|$", DOCUMENT, re.MULTILINE
     )
@@ -389,7 +389,7 @@ async def test_the_table_of_metrics(used: PostgresChannelLayer) -> None:
     assert documented == exposed
 
 
-def test_python_snippets_run(migrated_dsn: str) -> None:
+def test_documented_snippets_run(migrated_dsn: str) -> None:
     """But for the server, which needs a port."""
     code = []
     for snippet in snippets("python"):
@@ -415,18 +415,21 @@ print(urllib.request.urlopen(f"http://127.0.0.1:{os.environ['METRICS_PORT']}/met
 """
 
 
-def test_a_port_for_each_process(
+def test_documented_port_for_each_process_works(
     migrated_dsn: str, unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (snippet,) = (snippet for snippet in snippets("python") if "start_http_server" in snippet)
     monkeypatch.setenv("METRICS_PORT", str(unused_tcp_port))
     assert environment(migrated_dsn)["METRICS_PORT"]
     # Its server's thread and socket end with the process.
-    code = f"import django; django.setup()\n{snippet}\n{SERVED}\nimport sys; sys.stdout.flush(); os._exit(0)"
+    end = "import sys; sys.stdout.flush(); os._exit(0)"
+    code = f"import django; django.setup()\n{snippet}\n{SERVED}\n{end}"
     assert "pg_layer_memberships" in succeeded(run(migrated_dsn, "-c", code))
 
 
-async def test_the_query_for_all_processes(migrated_dsn: str, make_layer: MakeLayer) -> None:
+async def test_documented_query_for_all_processes_works(
+    migrated_dsn: str, make_layer: MakeLayer
+) -> None:
     layer = make_layer(heartbeat=0.1, lease=60)
     channel = await layer.new_channel()
     await layer.send(channel, {"type": "test"})
@@ -446,7 +449,7 @@ async def test_the_query_for_all_processes(migrated_dsn: str, make_layer: MakeLa
         assert counters() == {}
 
 
-async def test_alerts_name_metrics_and_labels_that_exist(used: PostgresChannelLayer) -> None:
+async def test_documented_alerts_use_exposed_metrics_and_labels(used: PostgresChannelLayer) -> None:
     (text,) = snippets("yaml")
     (group,) = yaml.safe_load(text)["groups"]
     exposed = {metric.name: metric.labels | {"instance"} for metric in metrics(used)}

@@ -90,7 +90,7 @@ async def elsewhere(processes: Processes, dsn: str, channel: str, messages: list
 # ---------------------------------------------------------------------- any time, anywhere
 
 
-def test_before_anything_is_used(migrated_dsn: str, observer: Observer) -> None:
+def test_stats_before_use_are_zero(migrated_dsn: str, observer: Observer) -> None:
     layer = new_layer(migrated_dsn)
     stats = layer.stats()
     assert list(stats) == list(Stats.__annotations__)
@@ -99,12 +99,13 @@ def test_before_anything_is_used(migrated_dsn: str, observer: Observer) -> None:
     assert stats["mean_batch_size"] == 0.0
     assert json.loads(json.dumps(stats)) == stats
     rows = observer.execute(
-        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        "SELECT 1 FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
     assert rows.fetchall() == []
 
 
-async def test_after_close_the_counters_stay_and_go_on(make_layer: MakeLayer) -> None:
+async def test_stats_after_close_counters_continue(make_layer: MakeLayer) -> None:
     layer = make_layer()
     for n in range(1, 4):
         channel = await layer.new_channel()
@@ -118,7 +119,7 @@ async def test_after_close_the_counters_stay_and_go_on(make_layer: MakeLayer) ->
         assert layer.stats()["sent"] == layer.stats()["delivered"] == layer.stats()["received"] == n
 
 
-async def test_in_a_thread_without_a_loop(make_layer: MakeLayer) -> None:
+async def test_stats_in_a_thread_without_a_loop(make_layer: MakeLayer) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await layer.send(channel, number(1))
@@ -160,7 +161,7 @@ asyncio.run(layer.close())
 """
 
 
-def test_a_child_begins_at_zero(migrated_dsn: str) -> None:
+def test_stats_in_a_forked_child_begin_at_zero(migrated_dsn: str) -> None:
     lines = [json.loads(line) for line in succeeded(run(migrated_dsn, "-c", FORKS)).splitlines()]
     child_at_first, child, parent = lines
     assert child_at_first == [0, 0, 0, 0]
@@ -349,7 +350,7 @@ async def test_messages_that_cannot_be_read(
     }
 
 
-async def test_what_is_not_handed_over_is_not_delivered(
+async def test_delivered_does_not_count_messages_put_back(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     """So full that `receive()` waits for the row's end, and is cancelled there."""
@@ -420,7 +421,7 @@ async def test_polling(make_layer: MakeLayer) -> None:
     assert stats["lease_age"] is not None
 
 
-def test_a_loop_that_has_ended_does_not_listen(migrated_dsn: str) -> None:
+def test_listener_of_an_ended_loop_is_off(migrated_dsn: str) -> None:
     layer = new_layer(migrated_dsn)
     asyncio.run(listen(layer))
     assert layer.stats()["listener"] == "off"
@@ -442,7 +443,7 @@ async def test_reconnects(make_layer: MakeLayer, observer: Observer) -> None:
     assert layer.stats()["reconnects"] == 3
 
 
-def test_another_home_is_not_a_reconnect(migrated_dsn: str) -> None:
+def test_reconnects_another_main_engine_does_not_count(migrated_dsn: str) -> None:
     layer = new_layer(migrated_dsn)
     for _ in range(3):
         asyncio.run(listen(layer))
@@ -451,7 +452,9 @@ def test_another_home_is_not_a_reconnect(migrated_dsn: str) -> None:
     asyncio.run(layer.close())
 
 
-async def test_a_lease_that_was_over_is_a_gap(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_expired_leases_counts_each_expired_lease(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer(lease=60, heartbeat=0.2)
     await listen(layer)
     assert layer.stats()["expired_leases"] == 0
@@ -464,7 +467,9 @@ async def test_a_lease_that_was_over_is_a_gap(make_layer: MakeLayer, observer: O
     assert layer.stats()["expired_leases"] == 2
 
 
-async def test_foreign_notifications(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_ignored_notifications_counts_foreign_ones(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)

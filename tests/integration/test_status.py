@@ -1,4 +1,4 @@
-"""`manage.py pg_layer_status`: what it tells of a layer at work, and when it says that all is not well."""
+"""`manage.py pg_layer_status`: the status of a working layer, and its problems."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def add_client(
 ) -> None:
     """A client whose lease ends so long from now, and which has ended so long ago, if it has."""
     observer.execute(
-        "INSERT INTO pg_layer_client (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
+        "INSERT INTO pg_layer_client"
+        " (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
         " ('asgi!' || %s, 'host-of-' || %s, 77, clock_timestamp() + %s::interval, 60,"
         " clock_timestamp() - %s::interval, %s)",
         (client, client, expires, ended, json.dumps(counters)),
@@ -89,7 +90,7 @@ def read_text(dsn: str, *arguments: str) -> tuple[int, list[str]]:
 # ---------------------------------------------------------------------- all is well
 
 
-async def test_a_layer_at_work(
+async def test_status_of_a_working_layer_is_ok(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, processes: Processes
 ) -> None:
     sweep(observer)
@@ -163,7 +164,7 @@ async def test_a_layer_at_work(
     assert after["ok"]
 
 
-def test_the_first_of_many(migrated_dsn: str, observer: Observer) -> None:
+def test_status_lists_the_first_of_many(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     for n in range(12):
         add_client(observer, f"client{n:02}", "1 minute")
@@ -188,11 +189,12 @@ def test_the_first_of_many(migrated_dsn: str, observer: Observer) -> None:
         assert (channels["count"], channels["waiting"]) == (12, 78)
 
 
-def test_what_is_over_does_not_count(migrated_dsn: str, observer: Observer) -> None:
+def test_status_ignores_expired_and_ended_rows(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "gone", "-1 hour", "1 hour")
     observer.execute(
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity')"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!gone', 'a.gone!1', 0, true, 'infinity')"
     )
     observer.execute(
         "INSERT INTO pg_layer_message (address, xid, boot, channel, expires_at)"
@@ -204,7 +206,7 @@ def test_what_is_over_does_not_count(migrated_dsn: str, observer: Observer) -> N
     assert shown["clients"] == {"live": 0, "overdue": 0, "ended": 1, "list": []}
 
 
-def test_drops_of_live_clients_are_added_up(migrated_dsn: str, observer: Observer) -> None:
+def test_status_adds_up_drops_of_live_clients(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute", dropped_full=3, dropped_expired=1, sent=100)
     add_client(
@@ -219,7 +221,9 @@ def test_drops_of_live_clients_are_added_up(migrated_dsn: str, observer: Observe
     }
 
 
-def test_what_is_no_count_counts_for_nothing(migrated_dsn: str, observer: Observer) -> None:
+def test_status_ignores_counters_that_are_not_numbers(
+    migrated_dsn: str, observer: Observer
+) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute", dropped_full=3)
     odd = ('{"dropped_full": "x"}', '{"dropped_full": 1e30}', '{"dropped_full": 1.5}', "[]", "7")
@@ -233,7 +237,7 @@ def test_what_is_no_count_counts_for_nothing(migrated_dsn: str, observer: Observ
     assert "Dropped by live clients: dropped_full 3" in "\n".join(read_text(migrated_dsn)[1])
 
 
-def test_a_lease_that_never_runs_out(migrated_dsn: str, observer: Observer) -> None:
+def test_status_lease_without_end_is_unknown(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute")
     observer.execute("UPDATE pg_layer_client SET expires_at = 'infinity'")
@@ -245,7 +249,7 @@ def test_a_lease_that_never_runs_out(migrated_dsn: str, observer: Observer) -> N
     assert re.search(r"unknown +for ever", line)
 
 
-def test_dead_rows(migrated_dsn: str, observer: Observer) -> None:
+def test_status_shows_dead_rows(migrated_dsn: str, observer: Observer) -> None:
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
     observer.execute(
         "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}') FROM generate_series(1, 50)"
@@ -266,7 +270,7 @@ def test_dead_rows(migrated_dsn: str, observer: Observer) -> None:
 # ---------------------------------------------------------------------- connections
 
 
-def test_connections_of_a_client(migrated_dsn: str, observer: Observer) -> None:
+def test_status_counts_connections_of_a_client(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "one", "1 minute")
     add_client(observer, "two", "1 minute")
@@ -281,7 +285,7 @@ def test_connections_of_a_client(migrated_dsn: str, observer: Observer) -> None:
         assert {client["id"]: client["connections"] for client in shown} == {"one": 2, "two": 0}
 
 
-async def test_connections_of_a_layer(
+async def test_status_counts_connections_of_a_layer(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer, processes: Processes
 ) -> None:
     sweep(observer)
@@ -302,7 +306,7 @@ async def test_connections_of_a_layer(
 
 
 @pytest.mark.parametrize("option", ["dsn", "listen_dsn"])
-def test_connections_that_have_a_name_of_the_users(
+def test_status_connections_with_another_name_are_unknown(
     migrated_dsn: str, observer: Observer, option: str
 ) -> None:
     sweep(observer)
@@ -326,17 +330,17 @@ def test_connections_that_have_a_name_of_the_users(
 # ---------------------------------------------------------------------- all is not well
 
 
-def test_it_was_never_swept(migrated_dsn: str) -> None:
+def test_status_without_a_sweep_is_a_problem(migrated_dsn: str) -> None:
     shown = look(migrated_dsn)
     assert shown["last_sweep_age"] is None
-    assert shown["problems"] == ["There was no sweep yet: run manage.py pg_layer_sweep."]
+    assert shown["problems"] == ["The tables have never been swept: run manage.py pg_layer_sweep."]
     status, lines = read_text(migrated_dsn)
     assert status == 1
-    assert lines[0] == "problem: There was no sweep yet: run manage.py pg_layer_sweep."
+    assert lines[0] == "problem: The tables have never been swept: run manage.py pg_layer_sweep."
     assert "Last sweep: never" in lines
 
 
-def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> None:
+def test_status_old_sweep_is_a_problem(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer, "19 minutes")
     sweep(observer, "0 minutes", prefix="other")
     assert look(migrated_dsn)["ok"]
@@ -348,14 +352,14 @@ def test_the_last_sweep_was_long_ago(migrated_dsn: str, observer: Observer) -> N
     assert look(migrated_dsn, "--sweep-age", "8000")["ok"]
 
 
-def test_a_real_sweep_is_seen(migrated_dsn: str) -> None:
+def test_status_after_a_sweep_is_ok(migrated_dsn: str) -> None:
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
     assert look(migrated_dsn)["ok"]
     status, lines = read_text(migrated_dsn)
     assert (status, lines[0]) == (0, "ok")
 
 
-def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
+def test_status_overdue_leases_are_a_problem(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     add_client(observer, "live", "1 minute")
     add_client(observer, "ended", "-2 hours", "2 hours")
@@ -368,10 +372,10 @@ def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
     assert [client["id"] for client in clients["list"]] == ["late", "later", "live"]
     assert clients["list"][0]["lease_left"] == pytest.approx(-150, abs=100)
     assert shown["problems"] == [
-        "Leases that are overdue: 2 (process 77 on host-of-late, process 77 on host-of-later)."
+        "Overdue leases: 2 (process 77 on host-of-late, process 77 on host-of-later)."
     ]
     assert look(migrated_dsn, "--top", "1")["problems"] == [
-        "Leases that are overdue: 2 (process 77 on host-of-late, ...)."
+        "Overdue leases: 2 (process 77 on host-of-late, ...)."
     ]
     # Nobody has renewed a lease meanwhile: it may have been the database that was away.
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
@@ -384,7 +388,7 @@ def test_leases_that_are_overdue(migrated_dsn: str, observer: Observer) -> None:
     assert (after["clients"]["overdue"], after["clients"]["ended"]) == (0, 3)
 
 
-async def test_a_client_is_listed_once_it_has_members_or_listens(
+async def test_status_lists_a_client_with_members_or_a_listener(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
     sweep(observer)
@@ -402,7 +406,7 @@ async def test_a_client_is_listed_once_it_has_members_or_listens(
         await layer.close()
 
 
-def test_notifys_queue_is_full() -> None:
+def test_status_full_notify_queue_is_a_problem() -> None:
     settings = {"max_notify_queue_pages": 64}
     with PostgresServer(fsync=False, version="18", settings=settings) as server:
         migrate(server.dsn())
@@ -423,23 +427,21 @@ def migrate(dsn: str) -> None:
                 connection.execute(file.read_bytes())
 
 
-def test_who_calls_it_from_python_is_told_by_an_error(
-    migrated_dsn: str, observer: Observer
-) -> None:
+def test_status_by_call_command_raises_for_problems(migrated_dsn: str, observer: Observer) -> None:
     layer = PostgresChannelLayer()
     with configured(layer, DATABASES={"default": postgres(migrated_dsn)}):
         apps.populate([])
         shown = StringIO()
-        with pytest.raises(CommandError, match="There was no sweep yet") as raised:
+        with pytest.raises(CommandError, match="The tables have never been swept") as raised:
             call_command(pg_layer_status.Command(), stdout=shown)
         assert raised.value.returncode == 1
-        assert shown.getvalue().startswith("problem: There was no sweep yet")
+        assert shown.getvalue().startswith("problem: The tables have never been swept")
         sweep(observer)
         call_command(pg_layer_status.Command(), stdout=StringIO())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "JSON"])
-def test_the_database_cannot_be_asked(
+def test_status_unreachable_database_is_a_problem(
     migrated_dsn: str, fresh_database: str, arguments: list[str]
 ) -> None:
     gone = make_conninfo(migrated_dsn, dbname="not_there")
@@ -458,13 +460,13 @@ def test_the_database_cannot_be_asked(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--top", "0"], "'0' is not a number from 1"),
+        (["--top", "0"], "'0' is not an integer from 1"),
         (["--watch", "0"], "'0' is not a number of seconds"),
         (["--sweep-age", "soon"], "'soon' is not a number of seconds"),
-        (["--layer", "jobs"], "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."),
+        (["--layer", "jobs"], "CommandError: CHANNEL_LAYERS has no channel layer 'jobs'."),
     ],
 )
-def test_what_is_asked_for_makes_no_sense(
+def test_status_invalid_arguments_are_refused(
     migrated_dsn: str, arguments: list[str], complaint: str
 ) -> None:
     result = manage(migrated_dsn, COMMAND[2], *arguments)
@@ -484,7 +486,8 @@ def fill(observer: Observer) -> None:
         "UPDATE pg_layer_client SET host = E'\\x1b[31mred\\n[bold]' WHERE address = 'asgi!one'"
     )
     observer.execute(
-        "INSERT INTO pg_layer_membership VALUES ('room', 'asgi!one', 'a.one!1', 0, true, 'infinity')"
+        "INSERT INTO pg_layer_membership"
+        " VALUES ('room', 'asgi!one', 'a.one!1', 0, true, 'infinity')"
     )
     observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
 
@@ -506,7 +509,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "without rich"])
-def test_both_kinds_of_text_say_the_same(
+def test_status_text_and_tables_have_equal_content(
     migrated_dsn: str, observer: Observer, has_rich: bool
 ) -> None:
     fill(observer)
@@ -527,7 +530,7 @@ def test_both_kinds_of_text_say_the_same(
     assert text.startswith("ok\n")
 
 
-def test_what_is_no_terminal_is_given_plain_text(migrated_dsn: str, observer: Observer) -> None:
+def test_status_without_a_terminal_is_plain_text(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     with_it = run(migrated_dsn, *COMMAND)
     without_it = run(migrated_dsn, "-c", WITHOUT_RICH)
@@ -550,11 +553,11 @@ def test_what_is_no_terminal_is_given_plain_text(migrated_dsn: str, observer: Ob
         (86400 * 3 + 4 * 3600 + 59, "3 d 4 h"),
     ],
 )
-def test_times_in_words(seconds: float, words: str) -> None:
+def test_in_words_uses_the_two_largest_units(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
 
 
-def test_sizes_in_words() -> None:
+def test_in_bytes_uses_the_largest_unit() -> None:
     assert [
         status_text._in_bytes(size) for size in (0, 1023, 1024, 5 * 2**20, 3 * 2**30, 2**41)
     ] == [
@@ -579,7 +582,7 @@ def keys(shown: Any, path: str = "") -> Iterator[str]:
         yield from keys(shown[0], path[:-1] + "[].")
 
 
-def test_the_keys_are_documented(migrated_dsn: str, observer: Observer) -> None:
+def test_status_json_keys_are_documented(migrated_dsn: str, observer: Observer) -> None:
     fill(observer)
     told = [
         key
@@ -590,7 +593,7 @@ def test_the_keys_are_documented(migrated_dsn: str, observer: Observer) -> None:
     assert sorted(documented) == sorted(told)
 
 
-def test_the_options_are_documented() -> None:
+def test_status_options_are_documented() -> None:
     (usage,) = re.findall(r"manage\.py pg_layer_status (\[.*\])", OPERATIONS)
     from pg_layer.management.commands.pg_layer_status import Command
 
@@ -600,7 +603,7 @@ def test_the_options_are_documented() -> None:
     assert own <= {option for action in parser._actions for option in action.option_strings}
 
 
-def test_a_status_tells_all_it_holds() -> None:
+def test_as_dict_contains_all_fields() -> None:
     status = Status(
         clients=[],
         live_clients=1,
@@ -640,7 +643,7 @@ def test_a_status_tells_all_it_holds() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("seconds", [["0.05"], ["3600"], []], ids=["often", "seldom", "by default"])
-def test_it_watches_until_a_signal(
+def test_watch_ends_with_a_signal(
     migrated_dsn: str, observer: Observer, number: signal.Signals, seconds: list[str]
 ) -> None:
     sweep(observer)
@@ -655,7 +658,7 @@ def test_it_watches_until_a_signal(
     assert process.errors == []
 
 
-def test_it_says_when_it_looked_where_that_is_kept(migrated_dsn: str, observer: Observer) -> None:
+def test_watch_without_a_terminal_prints_times(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     begun = datetime.now().astimezone().replace(microsecond=0)
     with started(migrated_dsn, *COMMAND, "--watch", "0.05") as process:
@@ -668,7 +671,7 @@ def test_it_says_when_it_looked_where_that_is_kept(migrated_dsn: str, observer: 
     assert process.errors == []
 
 
-def test_it_watches_in_json(migrated_dsn: str, observer: Observer) -> None:
+def test_watch_json_prints_a_line_each_time(migrated_dsn: str, observer: Observer) -> None:
     sweep(observer)
     with started(migrated_dsn, *COMMAND, "--watch", "0.05", "--json") as process:
         assert json.loads(process.expect("{"))["ok"] is True
@@ -678,7 +681,7 @@ def test_it_watches_in_json(migrated_dsn: str, observer: Observer) -> None:
     assert process.errors == []
 
 
-def test_it_watches_a_database_go_and_come_back() -> None:
+def test_watch_continues_during_an_outage() -> None:
     with PostgresServer(fsync=False) as server:
         migrate(server.dsn())
         with psycopg.connect(server.dsn(), autocommit=True) as observer:
@@ -714,7 +717,7 @@ def on_a_terminal(dsn: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[
 
 
 @pytest.mark.parametrize("has_rich", [True, False], ids=["rich", "without rich"])
-def test_on_a_terminal_it_repaints_what_fits(
+def test_watch_on_a_terminal_repaints_the_first_lines(
     migrated_dsn: str, observer: Observer, has_rich: bool
 ) -> None:
     fill(observer)
@@ -737,6 +740,6 @@ def test_on_a_terminal_it_repaints_what_fits(
     assert re.sub(r"\x1b\[[\d;]*m", "", frame).startswith("ok\r\n")
 
 
-def test_the_package_is_told_of(tmp_path: Path) -> None:
+def test_status_extra_is_documented(tmp_path: Path) -> None:
     assert re.search(r'^status = \["rich', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "pg-layer[status]" in OPERATIONS

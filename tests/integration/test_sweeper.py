@@ -320,10 +320,10 @@ def test_sweeper_verbosity_controls_the_output(migrated_dsn: str, observer: Obse
         (["--interval", "inf"], "'inf' is not a number of seconds"),
         (["--interval", "soon"], "'soon' is not a number of seconds"),
         (["--interval", "1e18"], "'1e18' is not a number of seconds"),
-        (["--batch-size", "0"], "'0' is not a number from 1"),
-        (["--batch-size", "many"], "'many' is not a number from 1"),
-        (["--batch-size", "1.5"], "'1.5' is not a number from 1"),
-        (["--batch-size", "99999999999"], "'99999999999' is not a number from 1"),
+        (["--batch-size", "0"], "'0' is not an integer from 1"),
+        (["--batch-size", "many"], "'many' is not an integer from 1"),
+        (["--batch-size", "1.5"], "'1.5' is not an integer from 1"),
+        (["--batch-size", "99999999999"], "'99999999999' is not an integer from 1"),
     ],
 )
 def test_sweeper_invalid_value_raises(arguments: list[str], complaint: str) -> None:
@@ -348,14 +348,14 @@ def test_sweeper_invalid_value_on_the_command_line_fails(migrated_dsn: str) -> N
 
 def test_sweeper_unknown_layer_fails(migrated_dsn: str) -> None:
     assert refusal(migrated_dsn, "--once", "--layer", "jobs") == (
-        "CommandError: There is no channel layer 'jobs' in CHANNEL_LAYERS."
+        "CommandError: CHANNEL_LAYERS has no channel layer 'jobs'."
     )
 
 
 def test_sweeper_layer_of_another_backend_fails(migrated_dsn: str) -> None:
     settings = {"CHANNEL_LAYERS": {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}}
     assert refusal(migrated_dsn, "--once", settings=settings) == (
-        "CommandError: The channel layer 'default' is no pg_layer.PostgresChannelLayer."
+        "CommandError: The channel layer 'default' is not a pg_layer.PostgresChannelLayer."
     )
 
 
@@ -551,7 +551,7 @@ def test_sweeper_continues_after_a_restart_of_the_database(processes_to_end: Exi
         assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
         assert process.end(signal.SIGTERM) == 0
     for line in process.errors:
-        assert line.startswith("Could not sweep, trying again: ")
+        assert line.startswith("The sweep failed and will be repeated: ")
 
 
 async def test_two_sweepers_beside_traffic_lose_no_message(

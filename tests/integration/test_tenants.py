@@ -1,4 +1,4 @@
-"""The layer in a project with django-tenants: one schema for each tenant, and one that they share."""
+"""The layer in a project with django-tenants: a schema for each tenant, and a shared one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ async def main():
     await send()
     numbers = [(await asyncio.wait_for(layer.receive(channel), 30))["n"] for _ in range(3)]
     await layer.group_send("room", {{"type": "test", "n": 6}})
-    numbers += [(await asyncio.wait_for(layer.receive(name), 30))["n"] for name in (channel, "jobs")]
+    for name in (channel, "jobs"):
+        numbers.append((await asyncio.wait_for(layer.receive(name), 30))["n"])
     await layer.close()
     return numbers
 
@@ -133,7 +134,7 @@ def test_tenants_with_the_layer_shared_send_and_receive(
 
 @pytest.mark.tenants
 def test_tenants_with_tables_of_their_own_can_drop_them(fresh_database: str, project: None) -> None:
-    """A project that had the layer in TENANT_APPS removes the tenants' tables with `migrate_schemas`."""
+    """`migrate_schemas` removes the tables of tenants that had the layer in TENANT_APPS."""
     settings = tenants(fresh_database)
     wrong = settings | {"TENANT_APPS": [*TENANTS, "pg_layer"]}
     succeeded(manage(fresh_database, "makemigrations", "customers", "-v0", settings=settings))

@@ -1,4 +1,4 @@
-"""`pg_layer.testing` as users' projects have it: their suites, run by Django's runner and by pytest."""
+"""`pg_layer.testing` in the test suites of projects, run by Django's runner and by pytest."""
 
 from __future__ import annotations
 
@@ -284,7 +284,8 @@ def test_encrypted_messages_of_another_prefix_and_from_sql(migrated_dsn: str) ->
     captured(
         migrated_dsn,
         """
-        with transaction.atomic(), captured_messages(groups=["room"]) as sent, connection.cursor() as cursor:
+        capture = captured_messages(groups=["room"])
+        with transaction.atomic(), capture as sent, connection.cursor() as cursor:
             cursor.execute("SELECT pg_layer_group_send('room', %s)", ['{"type": "say", "n": 1}'])
         assert sent == [Sent(say(1), group="room")]
         """,
@@ -330,7 +331,9 @@ def test_where_transactions_commit_it_tells_what_was_committed(
                     raise LookupError
             except LookupError:
                 pass
-        assert sent == [Sent(say(1), group="room"), Sent(say(2), group="room"), Sent(say(3), channel="jobs")]
+        assert sent == [
+            Sent(say(1), group="room"), Sent(say(2), group="room"), Sent(say(3), channel="jobs")
+        ]
         async_to_sync(layer.close)()
         """,
     )
@@ -392,7 +395,7 @@ def test_what_cannot_be_captured_leaves_no_member(migrated_dsn: str, observer: O
 def test_group_whose_only_member_is_the_captured_one_is_not_skipped(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """While leases have been renewed without a gap, messages to groups without members are not written."""
+    """If leases have been renewed without a gap, messages to empty groups are not written."""
     observer.execute(
         "INSERT INTO pg_layer_lease_clock (prefix, boot, lease, renewed_at, steady_since)"
         " VALUES ('asgi', pg_layer_current_boot(), 3600, now(), now() - interval '2 hours')"
@@ -427,7 +430,8 @@ def test_wrong_calls_say_what_is_wrong(migrated_dsn: str) -> None:
         refuses(ValueError, "needs groups or channels")
         refuses(TypeError, "Group name must be a valid unicode string", groups=["a room"])
         refuses(TypeError, "Channel name must be a valid unicode string", channels=["a channel"])
-        refuses(ImproperlyConfigured, "'memory'] is a InMemoryChannelLayer", groups=["room"], layer="memory")
+        what = "'memory'] is a InMemoryChannelLayer"
+        refuses(ImproperlyConfigured, what, groups=["room"], layer="memory")
         refuses(ConnectionDoesNotExist, "'nowhere' doesn't exist", groups=["room"], using="nowhere")
         refuses(ImproperlyConfigured, "'nothing'] does not exist", groups=["room"], layer="nothing")
 
@@ -547,12 +551,12 @@ def test_layers_are_closed_before_django_empties_its_tables(
         migrated_dsn,
         """
         from django.db.models.signals import post_migrate
-        from pg_layer._process.shutdown import leavers
+        from pg_layer._process.shutdown import registered
 
         calls = []
 
         def is_emptied(**arguments):
-            calls.append(any(loops.is_used for loops in leavers()))
+            calls.append(any(loops.is_used for loops in registered()))
 
         class FirstTests(ResetLayersMixin, TransactionTestCase):
             def test_it(self):
@@ -682,7 +686,8 @@ def test_the_mixin_stands_first(migrated_dsn: str) -> None:
         """
         for bases in [(TestCase, ResetLayersMixin), (TransactionTestCase, ResetLayersMixin),
                       (ResetLayersMixin, SimpleTestCase)]:
-            with pytest.raises(TypeError, match="Wrong: ResetLayersMixin must stand before Django's Test"):
+            wrong = "Wrong: ResetLayersMixin must precede Django's Test"
+            with pytest.raises(TypeError, match=wrong):
                 type("Wrong", bases, {})
 
         class Mine(ResetLayersMixin):
@@ -714,5 +719,8 @@ def test_the_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: 
 
 
 def test_it_needs_no_pytest() -> None:
-    code = "import sys; sys.modules['pytest'] = None; import pg_layer.testing; pg_layer.testing.reset_layers()"
+    code = (
+        "import sys; sys.modules['pytest'] = None; "
+        "import pg_layer.testing; pg_layer.testing.reset_layers()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

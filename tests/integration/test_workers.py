@@ -322,7 +322,7 @@ async def test_close_while_a_transaction_changes_its_memberships_does_not_wait(
         if ending == "close":
             await layer.close()
         else:
-            layer._loops.leave()
+            layer._loops.close_at_exit()
         assert count_rows(observer, "message", "address = 'asgi!:jobs'") == 3
         assert count_leases(observer) == 0
         assert count_rows(observer, "membership") == 0

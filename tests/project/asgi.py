@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import django
 from channels.routing import ChannelNameRouter, ProtocolTypeRouter, URLRouter
 from django.urls import path
 
 from tests.project import consumers
 
-# Channels routes applications with Django's `path`, whose types only allow views.
+if "DJANGO_SETTINGS_MODULE" in os.environ:  # a server; tests that import this have no settings
+    django.setup()  # configures the log
+
+# Channels routes applications by Django's `path`, whose types know of views only.
 route: Any = path
 
 application = ProtocolTypeRouter(

@@ -33,5 +33,12 @@ INSTALLED_APPS = ["channels", "pg_layer"]
 ASGI_APPLICATION = "tests.project.asgi.application"
 DATABASES = {"default": database(os.environ["PG_LAYER_TEST_PROJECT_DSN"])}
 CHANNEL_LAYERS: dict[str, Any] = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer"}}
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"event": {"()": "tests.project.logs.EventFormatter"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "event"}},
+    "loggers": {"pg_layer": {"handlers": ["stderr"], "level": "WARNING", "propagate": False}},
+}
 
 globals().update(json.loads(os.environ.get("PG_LAYER_TEST_PROJECT_SETTINGS", "{}")))

@@ -33,7 +33,7 @@ def refusal(**options: object) -> str:
 # --- Defaults and normal values
 
 
-def test_defaults() -> None:
+def test_config_defaults() -> None:
     config = load({})
     assert {name: getattr(config, name) for name in OPTIONS} == {
         "dsn": None,
@@ -60,7 +60,7 @@ def test_defaults() -> None:
     }
 
 
-def test_all_options_are_taken() -> None:
+def test_config_accepts_all_options() -> None:
     options: dict[str, Any] = {
         "dsn": DSN,
         "listen_dsn": "host=direct",
@@ -86,7 +86,7 @@ def test_all_options_are_taken() -> None:
     assert config.using is None
 
 
-def test_config_cannot_change() -> None:
+def test_config_is_immutable() -> None:
     keys, capacities = ["a"], {"a*": 5}
     config = load({"dsn": DSN, "symmetric_encryption_keys": keys, "channel_capacity": capacities})
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -99,7 +99,7 @@ def test_config_cannot_change() -> None:
         config.channel_capacity["a*"] = 6  # type: ignore[index]
 
 
-def test_a_config_made_directly_is_checked_too() -> None:
+def test_config_created_directly_is_checked() -> None:
     with pytest.raises(ImproperlyConfigured, match="'expiry'"):
         Config(expiry=0)
     with pytest.raises(TypeError):
@@ -119,7 +119,7 @@ def test_a_config_made_directly_is_checked_too() -> None:
         ("_capacity_of", "capacity"),
     ],
 )
-def test_an_unknown_option_is_named_with_its_nearest(wrong: str, right: str | None) -> None:
+def test_load_unknown_option_names_the_nearest(wrong: str, right: str | None) -> None:
     text = refusal(**{wrong: 1})
     assert f"unknown option {wrong!r}" in text
     if right:
@@ -149,7 +149,7 @@ NOT_COUNTS: list[Any] = [0, -1, True, "1", 1.0, 2**31, float("nan"), None]
 @pytest.mark.parametrize(
     "name", ["expiry", "group_expiry", "lease", "heartbeat", "send_timeout", "poll_interval"]
 )
-def test_times_are_positive_numbers(name: str, value: Any) -> None:
+def test_config_times_must_be_positive_numbers(name: str, value: Any) -> None:
     text = refusal(**{name: value})
     assert f"CONFIG[{name!r}] must be a number of seconds above 0" in text
     if len(repr(value)) < 100:
@@ -157,24 +157,24 @@ def test_times_are_positive_numbers(name: str, value: Any) -> None:
     assert (", or None, not" in text) == (name in ("group_expiry", "poll_interval"))
 
 
-def test_times_have_a_limit() -> None:
+def test_config_times_have_a_limit() -> None:
     assert load({"expiry": 1_000_000_000}).expiry == 1_000_000_000
     assert "at most 1000000000, not 1000000000.5" in refusal(expiry=1_000_000_000.5)
 
 
 @pytest.mark.parametrize("name", ["expiry", "lease", "heartbeat", "send_timeout", "sweep_interval"])
-def test_only_some_times_can_be_none(name: str) -> None:
+def test_config_only_some_times_may_be_none(name: str) -> None:
     assert refusal(**{name: None}).endswith("not None.")
 
 
 @pytest.mark.parametrize("value", [-1, True, "0", float("nan"), float("inf")])
-def test_sweep_interval_is_a_number_or_0(value: Any) -> None:
+def test_config_sweep_interval_must_be_a_number_or_0(value: Any) -> None:
     assert "CONFIG['sweep_interval']" in refusal(sweep_interval=value)
 
 
 @pytest.mark.parametrize("value", NOT_COUNTS, ids=repr)
 @pytest.mark.parametrize("name", ["capacity", "pool_max_size", "max_message_size"])
-def test_counts_are_integers_of_at_least_1(name: str, value: Any) -> None:
+def test_config_counts_must_be_positive_integers(name: str, value: Any) -> None:
     text = refusal(**{name: value})
     kind = "a number of bytes, an integer" if name == "max_message_size" else "an integer"
     assert f"CONFIG[{name!r}] must be {kind} from 1 to" in text
@@ -183,12 +183,12 @@ def test_counts_are_integers_of_at_least_1(name: str, value: Any) -> None:
     )
 
 
-def test_max_message_size_has_a_limit() -> None:
+def test_config_max_message_size_has_a_limit() -> None:
     assert load({"max_message_size": 512 * 1024 * 1024}).max_message_size == 2**29
     assert "536870912" in refusal(max_message_size=512 * 1024 * 1024 + 1)
 
 
-def test_the_heartbeat_leaves_room_for_a_late_one() -> None:
+def test_config_heartbeat_must_fit_twice_into_the_lease() -> None:
     assert load({"lease": 30, "heartbeat": 12}).heartbeat == 12
     text = refusal(lease=30, heartbeat=12.1)
     assert "at most two fifths of 'lease' (30 seconds), not 12.1" in text
@@ -196,20 +196,20 @@ def test_the_heartbeat_leaves_room_for_a_late_one() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "a" * 51, "a b", "a!", "é", "a\n", b"a", None, 1])
-def test_prefix_is_a_short_name(value: Any) -> None:
+def test_config_prefix_must_be_a_short_name(value: Any) -> None:
     assert (
         f"CONFIG['prefix'] must be 1 to 50 letters, digits, '-', '_' or '.', not {value!r}."
         in refusal(prefix=value)
     )
 
 
-def test_prefix_may_be_50_long() -> None:
+def test_config_prefix_may_have_50_characters() -> None:
     assert load({"prefix": "a" * 50}).prefix == "a" * 50
 
 
 @pytest.mark.parametrize("value", [None, 0, 1, "yes", "False"])
 @pytest.mark.parametrize("name", ["allow_unencrypted", "handle_sigterm"])
-def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
+def test_config_switches_must_be_bool(name: str, value: Any) -> None:
     assert (
         refusal(**{name: value})
         == f"pg_layer: CONFIG[{name!r}] must be True or False, not {value!r}."
@@ -217,11 +217,11 @@ def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["pickle", "JSON", "", None, 1, ["json"]])
-def test_serializer_format_is_one_of_two(value: Any) -> None:
+def test_config_serializer_format_must_be_known(value: Any) -> None:
     assert f"must be 'msgpack' or 'json', not {value!r}." in refusal(serializer_format=value)
 
 
-def test_dsn_and_using_exclude_each_other() -> None:
+def test_config_dsn_and_using_exclude_each_other() -> None:
     text = refusal(dsn=DSN, using="default")
     assert "both 'dsn' and 'using'" in text
     assert "pw" not in text
@@ -230,13 +230,13 @@ def test_dsn_and_using_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     "value", ["", 1, b"default", "postgresql://u:Sup3r@h/d", "host=h password=Sup3r"]
 )
-def test_using_is_an_alias(value: Any) -> None:
+def test_config_using_must_be_an_alias(value: Any) -> None:
     text = refusal(using=value)
     assert "CONFIG['using'] must be an alias in DATABASES" in text
     assert "Sup3r" not in text
 
 
-def test_a_secret_in_the_wrong_option_is_not_shown() -> None:
+def test_config_secret_in_another_option_is_not_shown() -> None:
     for name in ("prefix", "capacity", "expiry", "serializer_format"):
         for value in ("postgresql://u:Sup3r@h/d", {"PASSWORD": "Sup3r"}):
             text = refusal(**{name: value})
@@ -244,7 +244,7 @@ def test_a_secret_in_the_wrong_option_is_not_shown() -> None:
             assert "Sup3r" not in text
 
 
-def test_a_value_that_cannot_be_shown_is_still_refused() -> None:
+def test_config_value_without_repr_is_refused() -> None:
     class Unshowable:
         def __repr__(self) -> str:
             raise RuntimeError
@@ -255,7 +255,7 @@ def test_a_value_that_cannot_be_shown_is_still_refused() -> None:
 # --- Capacities
 
 
-def test_the_first_pattern_that_matches_counts() -> None:
+def test_capacity_of_uses_the_first_matching_pattern() -> None:
     config = load(
         {
             "capacity": 7,
@@ -276,13 +276,13 @@ def test_the_first_pattern_that_matches_counts() -> None:
         assert config.capacity_of("specific.abc") == 7
 
 
-def test_layers_do_not_share_remembered_capacities() -> None:
+def test_capacity_of_caches_are_not_shared() -> None:
     one, two = load({"channel_capacity": {"a": 1}}), load({"channel_capacity": {"a": 2}})
     assert (one.capacity_of("a"), two.capacity_of("a"), load({}).capacity_of("a")) == (1, 2, 100)
 
 
-def test_few_capacities_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "_REMEMBERED_CAPACITIES", 10)
+def test_capacity_of_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "_MAX_CACHED_CAPACITIES", 10)
     function: Any = load({"channel_capacity": {"a*": 1}})._capacity_of
     for n in range(50):
         function(f"specific.{n}!{n}")
@@ -295,7 +295,8 @@ def test_few_capacities_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ([("a*", 5)], "must be a dict of globs"),
         (
             {"": 5},
-            "keys of CONFIG['channel_capacity'] must be globs (str) or compiled patterns of str, not ''.",
+            "keys of CONFIG['channel_capacity'] must be globs (str) or compiled patterns of str, "
+            "not ''.",
         ),
         ({3: 5}, "not 3."),
         ({re.compile(b"a"): 5}, "not re.compile(b'a')."),
@@ -309,7 +310,7 @@ def test_few_capacities_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ({re.compile("a"): 2**31}, "CONFIG['channel_capacity'][re.compile('a')]"),
     ],
 )
-def test_wrong_capacities_are_refused(value: Any, says: str) -> None:
+def test_config_invalid_capacities_are_refused(value: Any, says: str) -> None:
     assert says in refusal(channel_capacity=value)
 
 
@@ -327,16 +328,16 @@ def test_wrong_capacities_are_refused(value: Any, says: str) -> None:
         ([b""], "must be a non-empty str or bytes, not empty."),
         (["Sup3rS3cret", 5], "must be a str or bytes, not this int."),
         ([["Sup3rS3cret"]], "must be a str or bytes, not this list."),
-        (["Sup3rS3cret\ud800"], "must be text that UTF-8 can carry, not this str."),
+        (["Sup3rS3cret\ud800"], "must be text that UTF-8 can encode, not this str."),
     ],
 )
-def test_wrong_keys_are_refused_and_not_shown(value: Any, says: str) -> None:
+def test_config_invalid_keys_are_refused_and_not_shown(value: Any, says: str) -> None:
     text = refusal(symmetric_encryption_keys=value)
     assert says in text
     assert "Sup3r" not in text
 
 
-def test_keys_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_keys_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography.fernet", None)
     assert "pip install pg-layer[encryption]" in refusal(symmetric_encryption_keys=["a"])
     assert load({}).symmetric_encryption_keys is None
@@ -360,7 +361,7 @@ def test_keys_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["dsn", "listen_dsn"])
-def test_connection_strings_that_libpq_knows_are_taken(name: str, dsn: str) -> None:
+def test_config_dsn_accepts_what_libpq_accepts(name: str, dsn: str) -> None:
     assert getattr(load({name: dsn}), name) == dsn
 
 
@@ -372,7 +373,7 @@ def test_connection_strings_that_libpq_knows_are_taken(name: str, dsn: str) -> N
         ("Sup3r", "a part has no '='"),
         ("host=h password=Sup3r S3cret", "a part has no '='"),
         ("host=h password=Sup3r S3cret=1", "unknown option"),
-        ("host=h password='Sup3r", "a quote is opened"),
+        ("host=h password='Sup3r", "it has an opening quote"),
         ("postgresql://u:Sup3r%zz@h/d", "write '%25'"),
         ("postgresql://u:Sup3r%00@h/d", "libpq does not understand it"),
         ("postgresql://u:Sup3r%ff@h/d", "libpq does not understand it"),
@@ -380,8 +381,8 @@ def test_connection_strings_that_libpq_knows_are_taken(name: str, dsn: str) -> N
         ("postgresql://u:Sup3r/S3cret@h/d", "'@' as '%40'"),
         ("postgresql://u:1/S3cret@", "'@' as '%40'"),
         ("postgresql://u:1/x?user=S3cret@h", "'@' as '%40'"),
-        ("postgresql://u:Sup3r@h:port/d", "its port is no number"),
-        ("postgresql://u:Sup3r/d", "its port is no number"),
+        ("postgresql://u:Sup3r@h:port/d", "its port is not a number"),
+        ("postgresql://u:Sup3r/d", "its port is not a number"),
         ("postgresql://h/d?Sup3r=1", "unknown option"),
         ("postgresql://[S3cret", "libpq does not understand it"),
         ("postgresql+psycopg://u:Sup3r@h/d", "a URL of another kind: 'postgresql+psycopg://'"),
@@ -394,7 +395,7 @@ def test_connection_strings_that_libpq_knows_are_taken(name: str, dsn: str) -> N
     ],
 )
 @pytest.mark.parametrize("name", ["dsn", "listen_dsn"])
-def test_wrong_connection_strings_are_refused_and_not_shown(name: str, dsn: Any, says: str) -> None:
+def test_config_invalid_dsn_is_refused_and_not_shown(name: str, dsn: Any, says: str) -> None:
     text = refusal(**{name: dsn})
     assert f"CONFIG[{name!r}] must be a connection string" in text
     assert says in text
@@ -412,14 +413,12 @@ def test_wrong_connection_strings_are_refused_and_not_shown(name: str, dsn: Any,
         ),
         (
             "host=h colour=red",
-            "it has an unknown option, not shown here as it may be a part of a password",
+            "it has an unknown option, not shown here because it may be a part of a password",
         ),
         ("host=h password=my passwort=1", "it has an unknown option, not shown here"),
     ],
 )
-def test_an_unknown_option_in_a_connection_string_is_named_if_it_can_be_no_secret(
-    dsn: str, says: str
-) -> None:
+def test_config_unknown_option_in_a_dsn_is_named_unless_secret(dsn: str, says: str) -> None:
     assert says in refusal(dsn=dsn)
 
 
@@ -434,7 +433,7 @@ UGLY = st.text(st.sampled_from("@/:?#%&=+'\"\\ \t\n[](),;*é\0\ud800") | st.char
 @example("'", " ", "'")
 @example("", "\\", "\\")
 @example("", " x=", "")
-def test_no_password_is_ever_shown(before: str, between: str, behind: str) -> None:
+def test_config_never_shows_a_password(before: str, between: str, behind: str) -> None:
     password = f"{before}Sup3r{between}S3cret{behind}"
     escaped = password.replace("\\", "\\\\").replace("'", "\\'")
     quoted = quote(password.encode("utf-8", "replace"), safe="")
@@ -458,7 +457,7 @@ def test_no_password_is_ever_shown(before: str, between: str, behind: str) -> No
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
-def test_a_percent_encoded_password_arrives(password: str) -> None:
+def test_connect_kwargs_decode_a_percent_encoded_password(password: str) -> None:
     config = load({"dsn": f"postgresql://user:{quote(password, safe='')}@host/name"})
     assert config.connect_kwargs("pool")["password"] == password
 
@@ -466,11 +465,13 @@ def test_a_percent_encoded_password_arrives(password: str) -> None:
 # --- repr
 
 
-def test_repr_tells_everything_but_secrets() -> None:
+def test_repr_shows_everything_except_secrets() -> None:
     config = load(
         {
             "dsn": "postgresql://me:Sup3r@h:5433/name?sslpassword=S3cret&sslmode=require",
-            "listen_dsn": "host=direct password=Sup3r user='a b\\'c' options='-c x.password=S3cret'",
+            "listen_dsn": (
+                "host=direct password=Sup3r user='a b\\'c' options='-c x.password=S3cret'"
+            ),
             "symmetric_encryption_keys": ["Sup3r", b"S3cret"],
             "channel_capacity": {"a*": 5},
         }
@@ -519,19 +520,19 @@ def _no_libpq_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PGCONNECT_TIMEOUT", raising=False)
 
 
-def test_connect_kwargs_of_a_dsn() -> None:
+def test_connect_kwargs_of_a_dsn_add_defaults() -> None:
     own = {"user": "user", "password": "pw", "host": "db.example", "dbname": "name"}
     assert load({"dsn": DSN}).connect_kwargs("pool") == own | DEFAULTS
     assert load({"dsn": DSN}).connect_kwargs("listen") == own | DEFAULTS
 
 
-def test_listening_has_its_own_dsn() -> None:
+def test_connect_kwargs_to_listen_use_listen_dsn() -> None:
     config = load({"dsn": DSN, "listen_dsn": "host=direct"})
     assert config.connect_kwargs("listen") == {"host": "direct"} | DEFAULTS
     assert config.connect_kwargs("pool")["host"] == "db.example"
 
 
-def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_kwargs_keep_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = dict.fromkeys(DEFAULTS, "0") | {"client_encoding": "UTF8"}
     dsn = " ".join(f"{name}={value}" for name, value in chosen.items())
     assert load({"dsn": dsn}).connect_kwargs("pool") == chosen
@@ -543,14 +544,14 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kwargs["keepalives_idle"] == 10
 
 
-def test_each_call_gives_its_own_kwargs() -> None:
+def test_connect_kwargs_are_not_shared() -> None:
     config = load({"dsn": DSN})
     config.connect_kwargs("pool").clear()
     assert config.connect_kwargs("pool")["host"] == "db.example"
 
 
 class Connections(dict[str, Any]):
-    """Stands for `django.db.connections`: the wrappers are Django's own, the settings are not needed."""
+    """Stands for `django.db.connections`, with Django's wrappers and without settings."""
 
     def __missing__(self, alias: str) -> Any:
         raise ConnectionDoesNotExist(alias)
@@ -563,7 +564,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
     return stand_in
 
 
-def test_connect_kwargs_of_an_alias_follow_djangos_settings(connections: Connections) -> None:
+def test_connect_kwargs_of_an_alias_follow_the_settings(connections: Connections) -> None:
     parameters = {
         "dbname": "test_name",
         "password": "pw",
@@ -600,7 +601,7 @@ def test_connect_kwargs_of_an_alias_follow_djangos_settings(connections: Connect
     assert load({"listen_dsn": "host=h"}).connect_kwargs("listen") == {"host": "h"} | DEFAULTS
 
 
-def test_the_role_that_django_assumes_is_the_layers_too(connections: Connections) -> None:
+def test_connect_kwargs_include_the_assumed_role(connections: Connections) -> None:
     options: dict[str, Any] = {"assume_role": "the owner"}
     connections["default"] = SimpleNamespace(
         vendor="postgresql",
@@ -616,14 +617,16 @@ def test_the_role_that_django_assumes_is_the_layers_too(connections: Connections
     )
 
 
-def test_an_alias_must_exist_by_the_time_of_connecting(connections: Connections) -> None:
+def test_connect_kwargs_unknown_alias_raises(connections: Connections) -> None:
     connections.update(default=None, replica=None)
     config = load({"using": "other"})
-    with pytest.raises(ImproperlyConfigured, match=r"not 'other'\. There are: default, replica\."):
+    with pytest.raises(
+        ImproperlyConfigured, match=r"not 'other'\. The aliases are: default, replica\."
+    ):
         config.connect_kwargs("pool")
 
 
-def test_an_alias_must_be_postgresql(connections: Connections) -> None:
+def test_connect_kwargs_other_database_raises(connections: Connections) -> None:
     connections["files"] = SimpleNamespace(
         vendor="sqlite", settings_dict={"ENGINE": "django.db.backends.sqlite3"}
     )
@@ -644,7 +647,7 @@ def run(code: str) -> str:
     ).stdout
 
 
-def test_a_dsn_needs_no_settings() -> None:
+def test_config_dsn_needs_no_settings() -> None:
     code = (
         "from django.conf import settings; from pg_layer._config.options import load;"
         f"host = load({{'dsn': {DSN!r}}}).connect_kwargs('pool')['host'];"
@@ -653,10 +656,11 @@ def test_a_dsn_needs_no_settings() -> None:
     assert run(code).split() == ["db.example", "default", "False"]
 
 
-def test_django_itself_gives_the_parameters() -> None:
+def test_connect_kwargs_are_those_of_django() -> None:
     code = (
         "from django.conf import settings\n"
-        "settings.configure(DATABASES={'default': {'ENGINE': 'django.db.backends.postgresql', 'NAME': 'n',"
+        "settings.configure(DATABASES={'default': {"
+        "'ENGINE': 'django.db.backends.postgresql', 'NAME': 'n',"
         "'USER': 'u', 'PASSWORD': 'p', 'OPTIONS': {'sslmode': 'prefer', 'isolation_level': 4,"
         "'assume_role': 'r', 'server_side_binding': True, 'pool': True}}})\n"
         "from pg_layer._config.options import load\n"

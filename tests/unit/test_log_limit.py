@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pg_layer._state.log_limit import MOST_LINES, PERIOD, LogLimit
+from pg_layer._state.log_limit import MAX_RECORDS, PERIOD, LogLimit
 
 
 class Clock:
@@ -39,7 +39,7 @@ def test_admit_same_thing_is_logged_once_in_a_period(clock: Clock, limit: LogLim
     clock.now += PERIOD - 1
     assert limit.admit("full", "a") is None
     clock.now += 1
-    assert limit.admit("full", "a") == " (Left out since the last such line: 1.)"
+    assert limit.admit("full", "a") == " (Similar records left out: 1.)"
     clock.now += PERIOD
     assert limit.admit("full", "a") == ""
 
@@ -58,8 +58,8 @@ def test_admit_many_things_are_bounded_in_any_period_and_counted(
             logged.append(clock.now)
             told += said(end)
         clock.now += 0.1
-    assert max(sum(at <= other < at + PERIOD for other in logged) for at in logged) == MOST_LINES
-    assert len(logged) >= MOST_LINES * int(500 / PERIOD)
+    assert max(sum(at <= other < at + PERIOD for other in logged) for at in logged) == MAX_RECORDS
+    assert len(logged) >= MAX_RECORDS * int(500 / PERIOD)
     clock.now += PERIOD
     end = limit.admit("full", "the end")
     assert end is not None
@@ -67,7 +67,7 @@ def test_admit_many_things_are_bounded_in_any_period_and_counted(
 
 
 def test_admit_kinds_are_counted_apart(limit: LogLimit) -> None:
-    for number in range(MOST_LINES + 5):
+    for number in range(MAX_RECORDS + 5):
         limit.admit("full", number)
     assert limit.admit("foreign", 1) == ""
     assert limit.admit("silent") == ""
@@ -78,7 +78,7 @@ def test_admit_remembers_a_bounded_number(clock: Clock, limit: LogLimit) -> None
     for number in range(3000):
         limit.admit("foreign", number)
         clock.now += 1.0
-    assert len(limit._logged["foreign"]) <= MOST_LINES
+    assert len(limit._logged["foreign"]) <= MAX_RECORDS
 
 
 def test_admit_from_many_threads_is_exact(limit: LogLimit) -> None:
@@ -92,5 +92,5 @@ def test_admit_from_many_threads_is_exact(limit: LogLimit) -> None:
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert len(admitted) == MOST_LINES
-    assert limit._left_out["full"] == 2000 - MOST_LINES
+    assert len(admitted) == MAX_RECORDS
+    assert limit._left_out["full"] == 2000 - MAX_RECORDS

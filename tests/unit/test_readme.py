@@ -19,22 +19,22 @@ DOCUMENTED = dict(
 )
 
 
-def test_every_option_is_documented_and_no_other() -> None:
+def test_readme_documents_every_option() -> None:
     assert list(DOCUMENTED) == list(OPTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"using"}))
-def test_the_documented_default_is_the_default(name: str) -> None:
+def test_readme_defaults_are_those_of_config(name: str) -> None:
     text = DOCUMENTED[name].strip("`")
     documented = None if text == "none" else ast.literal_eval(text)
     assert (getattr(Config(dsn="dbname=x"), name) or None) == (documented or None) or name == "dsn"
 
 
-def test_the_default_alias() -> None:
+def test_readme_default_alias_is_that_of_config() -> None:
     assert Config().using == ast.literal_eval(DOCUMENTED["using"].strip("`"))
 
 
-def test_the_sweepers_options_are_documented() -> None:
+def test_readme_documents_the_options_of_the_sweeper() -> None:
     (usage,) = re.findall(r"manage\.py pg_layer_sweep (\[.*\])", README)
     parser = Command().create_parser("manage.py", "pg_layer_sweep")
     for option, value in re.findall(r"\[(--[\w-]+) ?(\S*)\]", usage):
@@ -45,12 +45,12 @@ def test_the_sweepers_options_are_documented() -> None:
             assert action.help
 
 
-def test_python_snippets_compile() -> None:
+def test_readme_python_snippets_compile() -> None:
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         ast.parse("\n".join(line.removeprefix("   ") for line in snippet.splitlines()))
 
 
-def test_the_named_exceptions_can_be_imported() -> None:
+def test_readme_exceptions_can_be_imported() -> None:
     for name in (
         "ChannelFull",
         "MessageTooLarge",
@@ -63,13 +63,13 @@ def test_the_named_exceptions_can_be_imported() -> None:
         assert name in pg_layer.__all__
 
 
-def test_links_lead_somewhere() -> None:
+def test_readme_links_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make ([\w ]+?) *(?:#.*)?$", README, re.MULTILINE))
-def test_the_commands_exist(target: str) -> None:
+def test_readme_make_targets_exist(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in target.split():
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), name

@@ -60,12 +60,12 @@ def counts(**some: int) -> Counts:
 # ---------------------------------------------------------------------- counting
 
 
-def test_all_begins_at_zero() -> None:
+def test_counters_begin_at_zero() -> None:
     assert Counters().read() == counts()
 
 
 @given(st.lists(st.tuples(st.sampled_from(COUNTED), st.integers(0, 1000))))
-def test_each_is_counted_by_itself(events: list[tuple[str, int]]) -> None:
+def test_add_increases_one_counter(events: list[tuple[str, int]]) -> None:
     counters, expected = Counters(), Counter[str]()
     for name, count in events:
         if name == "delivered":
@@ -78,13 +78,13 @@ def test_each_is_counted_by_itself(events: list[tuple[str, int]]) -> None:
     assert counters.read() == counts(**expected)
 
 
-def test_reading_changes_nothing() -> None:
+def test_read_changes_no_counter() -> None:
     counters = Counters()
     counters.delivered()
     assert [counters.read()["delivered"] for _ in range(100)] == [1] * 100
 
 
-def test_what_is_read_does_not_change() -> None:
+def test_read_result_does_not_change_later() -> None:
     counters = Counters()
     read = counters.read()
     counters.add("sent")
@@ -92,12 +92,12 @@ def test_what_is_read_does_not_change() -> None:
     assert read == counts()
 
 
-def test_what_has_no_name_is_not_counted() -> None:
+def test_add_unknown_name_raises() -> None:
     with pytest.raises(KeyError):
         Counters().add("sendt")
 
 
-def test_since() -> None:
+def test_since_returns_the_increase() -> None:
     counters = Counters()
     counters.add("sent", 3)
     counters.delivered()
@@ -108,7 +108,7 @@ def test_since() -> None:
 
 
 @pytest.mark.usefixtures("hasty_switches")
-def test_threads_lose_no_count_while_others_read() -> None:
+def test_add_in_threads_loses_no_count_during_reads() -> None:
     counters = Counters()
     seen: list[Counts] = []
     is_over = Event()
@@ -144,7 +144,7 @@ def test_threads_lose_no_count_while_others_read() -> None:
 # ---------------------------------------------------------------------- what is made of it
 
 
-def test_stats_are_the_counters_and_the_state() -> None:
+def test_make_stats_joins_counters_and_state() -> None:
     state = State(
         channels=1,
         queued_messages=2,
@@ -172,7 +172,7 @@ def test_stats_are_the_counters_and_the_state() -> None:
         (counts(batches=2, sent=1, group_sent=6, refused_full=2), 4.5),
     ],
 )
-def test_the_mean_size_of_batches(counted: Counts, mean: float) -> None:
+def test_make_stats_computes_the_mean_batch_size(counted: Counts, mean: float) -> None:
     assert make_stats(counted, NOTHING)["mean_batch_size"] == mean
 
 
@@ -184,15 +184,15 @@ def documented_keys(heading: str) -> list[str]:
     return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
 
 
-def test_every_counter_is_documented_and_no_other() -> None:
+def test_documented_counters_are_complete() -> None:
     assert documented_keys("Counters") == list(COUNTED)
 
 
-def test_every_other_key_is_documented() -> None:
+def test_documented_state_is_complete() -> None:
     assert documented_keys("State") == [*State.__annotations__, "mean_batch_size"]
 
 
 @pytest.mark.parametrize("kind", [Counts, State])
-def test_the_docstrings_name_every_key(kind: type) -> None:
+def test_docstrings_name_every_key(kind: type) -> None:
     named = re.findall(r"``(\w+)``[:,]", str(kind.__doc__))
     assert named == list(kind.__annotations__)

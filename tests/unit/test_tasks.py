@@ -1,14 +1,15 @@
-"""Tasks that fail for a reason that the layer does not expect: each goes on, and says once that it fails."""
+"""Tasks that fail with an unexpected error continue, and are logged once."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
 
 from pg_layer._process.tasks import Tasks
+from pg_layer._state import log_events
 from pg_layer._state.failures import Failures
+from tests.logs import event_of, records
 from tests.processes import until
 
 PROBLEM = "Counting fails, and is tried again: ValueError: No."
@@ -32,12 +33,11 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pg_layer._process.tasks.PAUSE", 0.001)
 
 
-def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    return [
-        (record.levelno, record.getMessage())
-        for record in caplog.records
-        if record.name == "pg_layer"
-    ]
+FAILED, RECOVERED = (log_events.TASK_FAILED, "Counting"), (log_events.TASK_RECOVERED, "Counting")
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str | None, str]]:
+    return [(event_of(record), record.__dict__["task"]) for record in records(caplog)]
 
 
 async def ended(tasks: Tasks) -> None:
@@ -52,13 +52,13 @@ async def test_tasks_spawn_work_that_fails_is_tried_until_it_succeeds(
     tasks.spawn("Counting", work)
     await until(lambda: work.tries >= 5)
     assert (len(failures), failures.problems()) == (1, [PROBLEM])
-    failed = (logging.ERROR, "Counting failed, and is tried again until it succeeds.")
-    assert logged(caplog) == [failed]
-    assert "ValueError: No." in caplog.text
+    assert logged(caplog) == [FAILED]
+    assert caplog.records[0].exc_info
+    assert caplog.records[0].exc_info[0] is ValueError
     work.may_succeed = True
     await ended(tasks)
     assert (len(failures), failures.problems()) == (0, [])
-    assert logged(caplog) == [failed, (logging.WARNING, "Counting works again.")]
+    assert logged(caplog) == [FAILED, RECOVERED]
 
 
 async def test_tasks_every_round_that_fails_is_tried_again_and_the_next_follows() -> None:
@@ -90,7 +90,7 @@ async def test_failures_of_several_tasks_at_the_same_work_are_logged_once(
         work.may_succeed = True
     await ended(tasks)
     assert not failures
-    assert logged(caplog)[1:] == [(logging.WARNING, "Counting works again.")]
+    assert logged(caplog)[1:] == [RECOVERED]
 
 
 async def test_failures_end_while_another_task_fails_at_the_same_says_nothing(
@@ -100,9 +100,9 @@ async def test_failures_end_while_another_task_fails_at_the_same_says_nothing(
     for task in range(2):
         failures.begin(task, "Counting", ValueError("No."))
     failures.end(0, is_done=True)
-    assert [level for level, _ in logged(caplog)] == [logging.ERROR]
+    assert logged(caplog) == [FAILED]
     failures.end(1, is_done=True)
-    assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING]
+    assert logged(caplog) == [FAILED, RECOVERED]
 
 
 async def test_failures_that_come_within_a_minute_and_stay_are_logged_after_it(
@@ -117,7 +117,7 @@ async def test_failures_that_come_within_a_minute_and_stay_are_logged_after_it(
     monkeypatch.setattr("pg_layer._state.failures.LOG_PERIOD", 0.0)
     failures.begin(1, "Counting", ValueError("No."))
     failures.begin(1, "Counting", ValueError("No."))
-    assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING, logging.ERROR]
+    assert logged(caplog) == [FAILED, RECOVERED, FAILED]
 
 
 async def test_failures_that_come_and_go_are_logged_once_a_minute(
@@ -127,7 +127,7 @@ async def test_failures_that_come_and_go_are_logged_once_a_minute(
     for task in range(3):
         failures.begin(task, "Counting", ValueError("No."))
         failures.end(task, is_done=True)
-    assert [level for level, _ in logged(caplog)] == [logging.ERROR, logging.WARNING]
+    assert logged(caplog) == [FAILED, RECOVERED]
 
 
 async def test_tasks_cancelled_while_they_fail_do_not_fail_any_more(

@@ -1,4 +1,4 @@
-"""What the commands about a layer have in common."""
+"""The base of the management commands."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pg_layer._config.options import MAX_COUNT, MAX_SECONDS, Config
 from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class LayerCommand(BaseCommand):
-    """A command about the layer that ``--layer`` names: `begin` is given its configuration.
+    """A command for the layer that ``--layer`` names. Subclasses implement `begin`.
 
-    What is wrong with that, and a database that is away, is a `CommandError`.
+    An invalid configuration and a database that cannot be reached raise `CommandError`.
     """
 
-    # Runs where the tables may not be migrated yet, and touches no models.
+    # The command uses no models, and the tables may not be migrated yet.
     requires_system_checks = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -46,25 +46,25 @@ class LayerCommand(BaseCommand):
             raise CommandError(str(error)) from error
 
     def begin(self, config: Config, options: dict[str, Any]) -> None:
-        """Do what the command is for."""
+        """Run the command for a layer with these options of CONFIG."""
         raise NotImplementedError
 
 
 def _find_layer(alias: str) -> PostgresChannelLayer:
     if alias not in channel_layers:
-        raise CommandError(f"There is no channel layer {alias!r} in CHANNEL_LAYERS.")
+        raise CommandError(f"CHANNEL_LAYERS has no channel layer {alias!r}.")
     layer = channel_layers[alias]
     if not isinstance(layer, PostgresChannelLayer):
-        raise CommandError(f"The channel layer {alias!r} is no pg_layer.PostgresChannelLayer.")
+        raise CommandError(f"The channel layer {alias!r} is not a pg_layer.PostgresChannelLayer.")
     return layer
 
 
 @contextmanager
 def ended_by_signals(stop: Callable[[], object], ringer: socket.socket) -> Iterator[None]:
-    """SIGTERM and SIGINT call ``stop``, where this is the main thread, and write into ``ringer``.
+    """Call ``stop`` on SIGTERM and SIGINT, and write to ``ringer``. On the main thread only.
 
-    Python calls nothing while it waits, and a signal that came just before does not end the wait: that has to
-    be for the other end of the ringer, too.
+    Python runs no handler while it waits, and a signal that arrives just before a wait does not end
+    it. So the caller must also wait for the other end of the ringer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -73,7 +73,7 @@ def ended_by_signals(stop: Callable[[], object], ringer: socket.socket) -> Itera
     fd_before = signal.set_wakeup_fd(ringer.fileno(), warn_on_full_buffer=False)
     before: dict[signal.Signals, Any] = {}
     try:
-        for number in ENDING:
+        for number in END_SIGNALS:
             before[number] = signal.signal(number, lambda *_: stop())
         yield
     finally:
@@ -83,7 +83,7 @@ def ended_by_signals(stop: Callable[[], object], ringer: socket.socket) -> Itera
 
 
 def seconds(text: str) -> float:
-    """An argument that is a number of seconds above 0."""
+    """Parse an argument that is a number of seconds above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -94,11 +94,11 @@ def seconds(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """An argument that is a number from 1 on."""
+    """Parse an argument that is an integer from 1 on."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if not 1 <= value <= MAX_COUNT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 on")
     return value

@@ -26,8 +26,9 @@ CLEAR = "\x1b[H\x1b[2J"
 
 class Command(LayerCommand):
     help = (
-        "Shows whether all is well with a channel layer: its clients, groups and channels with a backlog, "
-        "what was dropped, its tables, NOTIFY's queue and the last sweep. Ends with 1 unless all is well."
+        "Shows the problems of a channel layer, its clients, groups and channels with a backlog, "
+        "the messages that were dropped, its tables, NOTIFY's queue and the last sweep. "
+        "Exits with status 1 if there are problems."
     )
 
     _is_in_shell = False
@@ -45,30 +46,30 @@ class Command(LayerCommand):
             nargs="?",
             const=2.0,
             metavar="SECONDS",
-            help="Look again and again, every SECONDS (default: 2), until SIGTERM or SIGINT.",
+            help="Repeat every SECONDS (default: 2), until SIGTERM or SIGINT.",
         )
         parser.add_argument(
             "--top",
             type=count,
             default=10,
             metavar="N",
-            help="How many clients, groups and channels to list (default: 10).",
+            help="The number of clients, groups and channels to list (default: 10).",
         )
         parser.add_argument(
             "--sweep-age",
             type=seconds,
             default=1200.0,
             metavar="SECONDS",
-            help="How old the last sweep may be (default: 1200).",
+            help="The largest allowed age of the last sweep (default: 1200).",
         )
 
     def begin(self, config: Config, options: dict[str, Any]) -> None:
         show = self._show_json if options["json"] else self._show_text
         if options["watch"] is not None:
             self._watch(config, options, show)
-        elif problems := self._look(config, options, show):
+        elif problems := self._show_status(config, options, show):
             if self._is_in_shell:
-                sys.exit(1)  # what is wrong has been said
+                sys.exit(1)  # the problems have been shown
             raise CommandError("; ".join(problems), returncode=1)
 
     def _watch(self, config: Config, options: dict[str, Any], show: Callable[..., None]) -> None:
@@ -76,14 +77,14 @@ class Command(LayerCommand):
         with bell, ringer, suppress(KeyboardInterrupt), ended_by_signals(_interrupt, ringer):
             is_over = False
             while not is_over:
-                self._look(config, options, show)
+                self._show_status(config, options, show)
                 self.stdout.flush()
                 is_over = bool(select.select([bell], [], [], options["watch"])[0])
 
-    def _look(
+    def _show_status(
         self, config: Config, options: dict[str, Any], show: Callable[..., None]
     ) -> list[str]:
-        """Look, and show it; returns what is wrong."""
+        """Query the status and show it. Return the problems."""
         sweep_age = options["sweep_age"]
         role_problems: list[Problem] = []
         try:
@@ -98,17 +99,17 @@ class Command(LayerCommand):
                 )
             problems = status.problems(sweep_age)
         except PgLayerError as error:
-            said = " ".join(str(error).split())
+            problem = " ".join(str(error).split())
             if is_forbidden(error):
-                said += ". Grant the role what docs/permissions.md names."
-            status, problems = None, [*map(str, role_problems), said]
+                problem += ". Grant the role what docs/permissions.md names."
+            status, problems = None, [*map(str, role_problems), problem]
         show(status, problems, options)
         return problems
 
     def _show_json(
         self, status: Status | None, problems: list[str], options: dict[str, Any]
     ) -> None:
-        # Where the database could not be asked, there is nothing else to tell.
+        # Without an answer of the database there are no other keys.
         shown: dict[str, Any] = {"ok": False, "problems": problems}
         if status is not None:
             shown = status.as_dict(options["sweep_age"])
@@ -128,7 +129,7 @@ class Command(LayerCommand):
                 pass
         if options["watch"] is not None:
             if is_terminal:
-                # The first lines matter most: they must not scroll away.
+                # The problems are in the first lines, which must not scroll away.
                 text = CLEAR + "".join(text.splitlines(keepends=True)[: size.lines - 1])
             else:
                 text = f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{text}\n"

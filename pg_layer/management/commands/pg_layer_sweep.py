@@ -12,13 +12,14 @@ from pg_layer.management.commands._layer import LayerCommand, count, ended_by_si
 
 class Command(LayerCommand):
     help = (
-        "Removes expired messages, and memberships of processes that ended without closing their layer. "
-        "Runs until SIGTERM or SIGINT. Several at once do no harm; only the size of the tables depends on it."
+        "Removes expired messages, and memberships of processes that ended without closing their "
+        "layer. Runs until SIGTERM or SIGINT. Several may run at once. Only the size of the tables "
+        "depends on it."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
         super().add_arguments(parser)
-        parser.add_argument("--once", action="store_true", help="Sweep once, and end.")
+        parser.add_argument("--once", action="store_true", help="Sweep once, then exit.")
         parser.add_argument(
             "--interval",
             type=seconds,
@@ -29,10 +30,12 @@ class Command(LayerCommand):
             "--batch-size",
             type=count,
             default=1000,
-            help="About how many rows one statement removes (default: 1000).",
+            help="The approximate number of rows that one statement removes (default: 1000).",
         )
         parser.add_argument(
-            "--dry-run", action="store_true", help="Say what would be removed, and end."
+            "--dry-run",
+            action="store_true",
+            help="Print the numbers of rows that would be removed, then exit.",
         )
 
     def begin(self, config: Config, options: dict[str, Any]) -> None:
@@ -60,7 +63,7 @@ class Command(LayerCommand):
             self.stdout.write(f"Removed {_counts(swept)}.")
 
     def _complain(self, error: Exception) -> None:
-        self.stderr.write(f"Could not sweep, trying again: {' '.join(str(error).split())}")
+        self.stderr.write(f"The sweep failed and will be repeated: {' '.join(str(error).split())}")
 
 
 def _counts(swept: Swept) -> str:

@@ -1,0 +1,53 @@
+"""The entries of CHANNEL_LAYERS whose backend is of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from channels.layers import channel_layers
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
+
+from pg_layer._config.options import Config
+from pg_layer.layer import PostgresChannelLayer
+
+
+def is_pg_layer(entry: Any) -> bool:
+    """Return whether an entry of CHANNEL_LAYERS has a backend of this package.
+
+    An entry that is invalid in another way is not an error here: Channels reports it.
+    """
+    try:
+        backend = import_string(entry["BACKEND"])
+    except (ImportError, KeyError, TypeError, AttributeError):
+        return False
+    return isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)
+
+
+def aliases() -> list[str]:
+    """Return the aliases of the entries that have a backend of this package, in their order."""
+    return [alias for alias, entry in channel_layers.configs.items() if is_pg_layer(entry)]
+
+
+def configurations() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
+    """Yield the alias of each such entry, with its options or with the error in them.
+
+    An alias for which a test has set a layer of another class is left out.
+    """
+    for alias in aliases():
+        options = channel_layers.configs[alias].get("CONFIG", {})
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            kind = type(options).__name__
+            yield (
+                alias,
+                ImproperlyConfigured(f"CONFIG must be a dict of options by name, not {kind}."),
+            )
+            continue
+        try:
+            layer = channel_layers[alias]
+        except ImproperlyConfigured as error:
+            yield alias, error
+        else:
+            if isinstance(layer, PostgresChannelLayer):
+                yield alias, layer.config

@@ -1,0 +1,14 @@
+"""The log of the test project's processes, which tests read from the standard error stream."""
+
+from __future__ import annotations
+
+import logging
+
+
+class EventFormatter(logging.Formatter):
+    """Puts the name of a record's event before its text: ``[database_lost] Lost the database``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = getattr(record, "event", None)
+        text = super().format(record)
+        return text if event is None else f"[{event}] {text}"
