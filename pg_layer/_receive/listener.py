@@ -20,6 +20,7 @@ from pg_layer._db.pool import connection_kwargs
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
 from pg_layer._process.tasks import Spawn
+from pg_layer._state import log_events
 
 logger = logging.getLogger("pg_layer.listener")
 
@@ -77,7 +78,9 @@ class Listener:
                 error = caught
             except Exception as caught:  # after a bug, too, the process must hear
                 if not has_failed:
-                    logger.exception("Listening failed.")
+                    logger.exception(
+                        "Listening failed.", extra={"event": log_events.LISTENING_FAILED}
+                    )
                 error, has_failed = caught, True
             finally:
                 self._drop()
