@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
@@ -28,6 +29,12 @@ Observer = psycopg.Connection[tuple[Any, ...]]
 # asyncio's debug mode logs slow steps on a busy machine. Tests that expect no warnings must not
 # see them.
 logging.getLogger("asyncio").addFilter(lambda record: not SLOW_STEPS.match(record.getMessage()))
+
+# On a busy machine examples take long. Tests do not assert times.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 class MakeLayer(Protocol):

@@ -83,8 +83,8 @@ FLOAT8S_OR_NULL = _array(1022, FLOAT8)
 class Statement:
     """SQL with parameters ``$1``, ``$2``, ... of these types. Compared by identity.
 
-    `Session` sends it to libpq as ``sql`` with `encode`. Django's cursors execute ``cursor_sql`` with
-    `parameters`: the same text, with a placeholder and a cast for each use of a parameter.
+    `Session` sends it to libpq as ``sql`` with `encode`. Django's cursors execute ``cursor_sql``
+    with `parameters`: the same text, with a placeholder and a cast for each use of a parameter.
     """
 
     __slots__ = ("_encoders", "_uses", "cursor_sql", "formats", "oids", "sql")

@@ -28,8 +28,8 @@ async def receive_everything(
 ) -> tuple[list[int], list[int], list[int]]:
     """In a process: receive on a member of the room, on another channel, and on "jobs".
 
-    Report the two channels first, and the events and texts of all warnings at the end. Return the numbers that
-    arrived on each.
+    Report the two channels first, and the events and texts of all warnings at the end. Return
+    the numbers that arrived on each.
     """
     warnings: list[tuple[str | None, str]] = []
     handler = logging.Handler(logging.WARNING)

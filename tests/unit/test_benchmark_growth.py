@@ -189,7 +189,10 @@ async def test_who_keeps_no_messages_is_not_measured_with_some(
 
 
 def test_messages_to_groups_are_counted_by_channel() -> None:
-    """Two tasks, two channels: sender ``task * 2 + channel``; the second channel missed its task's last."""
+    """Two tasks have two channels. The sender is ``task * 2 + channel``.
+
+    The second channel of each task missed its last message.
+    """
     sizes = Sizes(seconds=1, members=2, groups=4, tasks=2)
     heard = [{0: Stream(next=3), 2: Stream(next=1)}, {1: Stream(next=4), 3: Stream(next=1)}]
     run = Run(sizes, Sent([3, 4, 1, 2]), [Receipt(heard)], 9, 1, 1_000_000_001)

@@ -31,7 +31,7 @@ def written(results: Results, folder: Path) -> Path:
 
 
 def sample_results() -> Results:
-    """Some of everything: distributions, bars, a curve, failures, faults, figures of zero and none at all."""
+    """Return distributions, bars, a curve, failures, faults, and figures of zero or none."""
     latency, throughput, connections = (
         SCENARIOS[name] for name in ("latency", "throughput", "connections")
     )

@@ -16,7 +16,7 @@ from benchmarks.resources import Processes, local_process, raise_file_limit
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[str]]:
-    """A process of ours that, once it reads a line, uses 0.2 s of CPU and 50 MB, and says when it has."""
+    """A process that uses 0.2 s of CPU and 50 MB when it reads a line, and then prints one."""
     code = """
 import sys, time
 sys.stdin.readline()

@@ -1,4 +1,4 @@
-"""Who plays what in the benchmarks: each kind of layer, tasks of one event loop, roles without any layer."""
+"""The roles of the benchmarks: kinds of layers, tasks of one event loop, roles without a layer."""
 
 from __future__ import annotations
 

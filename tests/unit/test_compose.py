@@ -1,4 +1,4 @@
-"""docker-compose.yml is well-formed, runs the demo's own commands, and opens nothing to the network."""
+"""docker-compose.yml is well-formed, runs the demo's commands, and opens no port to the network."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ OTHER = "specific.b!1"
 
 
 def test_a_discard_by_another_process_takes_its_place_behind_what_was_sent_before() -> None:
-    """Only a message that must be found without an announcement may come too late for the member."""
+    """Only a message that is found without an announcement may come too late for the member."""
     stay = [*join(CHANNEL), *left(2.3)]
     assert causes(ledger(group(2), OPENED, other=stay), "group") == {UNEXPLAINED: 1}
 
