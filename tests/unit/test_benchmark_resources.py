@@ -16,7 +16,7 @@ from benchmarks.resources import Processes, local_process, raise_file_limit
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[str]]:
-    """A process that uses 0.2 s of CPU and 50 MB when it reads a line, and then prints one."""
+    """A process that uses 0.2 s of CPU and 50 MB when it reads a line, then prints a line."""
     code = """
 import sys, time
 sys.stdin.readline()
