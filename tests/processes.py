@@ -25,6 +25,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
+import psutil
+import psycopg
+
 from pg_layer import PostgresChannelLayer
 
 T = TypeVar("T")
@@ -236,6 +239,23 @@ async def until(check: Callable[[], T], patience: float = PATIENCE) -> T:
             raise TimeoutError(f"Still not after {patience:g} seconds.")
         await asyncio.sleep(0.02)
     return found
+
+
+def terminate_backends(connection: psycopg.Connection[Any], condition: str) -> None:
+    """Terminate the server's processes that meet an SQL condition, and wait until they are gone.
+
+    ``pg_terminate_backend(pid, timeout)`` returns a moment before a process closes its socket.
+    """
+    pids = [
+        pid
+        for (pid, _) in connection.execute(
+            f"SELECT pid, pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {condition}"
+        )
+    ]
+    deadline = time.monotonic() + PATIENCE
+    while any(map(psutil.pid_exists, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 # ------------------------------------------------------------------ shared functions

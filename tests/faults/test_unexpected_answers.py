@@ -20,7 +20,7 @@ from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.integration.test_status import look, sweep
 from tests.logs import records
-from tests.processes import listen, receive, until
+from tests.processes import listen, receive, terminate_backends, until
 
 SHORT_HEARTBEAT: dict[str, object] = {"heartbeat": 0.1, "lease": 60}
 
@@ -32,9 +32,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def terminate_connections(observer: Observer) -> None:
     """Terminate the layer's connections, whose prepared statements still use the old function."""
-    observer.execute(
-        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND application_name LIKE 'pg_layer%'"
+    terminate_backends(
+        observer, "datname = current_database() AND application_name LIKE 'pg_layer%'"
     )
 
 

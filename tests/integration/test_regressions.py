@@ -17,6 +17,7 @@ from pg_layer._db.queries import receive as queries
 from pg_layer._messages.rows import Row
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from tests.conftest import MakeLayer
+from tests.processes import terminate_backends
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 TIMEOUT = 20.0
@@ -207,10 +208,7 @@ async def test_connection_lost_leaves_no_closed_socket_in_the_event_loop(
     loop = asyncio.get_running_loop()
     for number in range(3):
         with psycopg.connect(migrated_dsn, autocommit=True) as conn:
-            conn.execute(
-                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
-                " WHERE application_name = 'to be killed'"
-            )
+            terminate_backends(conn, "application_name = 'to be killed'")
         await asyncio.sleep(0)
         watched = set(loop._selector.get_map())  # type: ignore[attr-defined]
         assert watched <= {int(name) for name in os.listdir("/proc/self/fd")}

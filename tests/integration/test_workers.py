@@ -308,7 +308,7 @@ async def test_close_while_a_transaction_changes_its_memberships_does_not_wait(
     with psycopg.connect(migrated_dsn) as other:
         # What layer.sync executes in a transaction that is still open.
         other.execute(
-            "SELECT pg_layer_ask('asgi', ARRAY['room', 'room'], ARRAY[%s, %s],"
+            "SELECT pg_layer_request_memberships('asgi', ARRAY['room', 'room'], ARRAY[%s, %s],"
             " ARRAY[false, true], NULL, ARRAY[100, 100], 30, false, true)",
             [held, free],
         )
