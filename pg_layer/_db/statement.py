@@ -111,6 +111,26 @@ class Statement:
 
     def parameters(self, values: Sequence[object]) -> list[Any]:
         """Return a value for each placeholder of ``cursor_sql``."""
-        # psycopg adapts a list to an array, but a tuple to a composite value.
-        plain = [list(value) if isinstance(value, tuple) else value for value in values]
+        plain = [
+            _array_literal(value) if isinstance(value, (list, tuple)) else value for value in values
+        ]
         return [plain[index] for index in self._uses]
+
+
+def _array_literal(items: Sequence[Any]) -> str:
+    """Return a one-dimensional array in PostgreSQL's text format.
+
+    psycopg would adapt a list item by item, at 20 us a list.
+    """
+    return f"{{{','.join(map(_array_item, items))}}}"
+
+
+def _array_item(item: Any) -> str:
+    if item is None:
+        return "NULL"
+    if isinstance(item, str):
+        escaped = item.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(item, bytes):
+        return f'"\\\\x{item.hex()}"'
+    return str(item)

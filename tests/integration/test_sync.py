@@ -36,6 +36,15 @@ from pg_layer import (
     PostgresChannelLayer,
 )
 from pg_layer._config.databases import alias_of
+from pg_layer._db.statement import (
+    BOOLS,
+    BYTEAS,
+    FLOAT8S_OR_NULL,
+    INT8S_OR_NULL,
+    TEXTS,
+    Statement,
+    Type,
+)
 from pg_layer._state import capacity as room
 from tests.conftest import Observer
 from tests.faults.conftest import migrate
@@ -1128,3 +1137,24 @@ def test_send_while_the_database_is_down_raises_layer_unavailable(migrated_dsn: 
         pytest.raises(LayerUnavailable, match="could not be reached"),
     ):
         layer.sync.send("jobs", number(1))
+
+
+@pytest.mark.parametrize(
+    ("type", "items"),
+    [
+        (TEXTS, ["", "NULL", "null", " a ", 'b"c', "d\\e", "f,g", "{h}", "é\n", None]),
+        (BYTEAS, [b"", b"\x00\xff\\", b'"', None]),
+        (INT8S_OR_NULL, [-(2**63), 2**63 - 1, 0, None]),
+        (FLOAT8S_OR_NULL, [0.1, -1e300, float("inf"), None]),
+        (BOOLS, [True, False, None]),
+        (TEXTS, []),
+    ],
+)
+def test_parameters_lists_arrive_as_arrays_unchanged(
+    layer: PostgresChannelLayer, type: Type, items: list[object]
+) -> None:
+    statement = Statement("SELECT $1", type)
+    with connection.cursor() as cursor:
+        cursor.execute(statement.cursor_sql, statement.parameters([items]))
+        [(array,)] = cursor.fetchall()
+    assert array == items

@@ -123,6 +123,6 @@ def test_statement_with_too_few_or_too_many_values_raises(values: tuple[object, 
 def test_statement_for_cursors_has_a_cast_placeholder_for_each_use_of_a_parameter() -> None:
     select = Statement("SELECT 5 % $2, $1, $2", statement.TEXTS, statement.INT4)
     assert select.cursor_sql == "SELECT 5 %% %s::integer, %s::text[], %s::integer"
-    assert select.parameters((("a", "b"), 7)) == [7, ["a", "b"], 7]
+    assert select.parameters((("a", "b"), 7)) == [7, '{"a","b"}', 7]
     assert select.parameters((None, None)) == [None, None, None]
     assert Statement("SELECT 1").parameters(()) == []
