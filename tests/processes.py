@@ -241,8 +241,8 @@ async def until(check: Callable[[], T], patience: float = PATIENCE) -> T:
     return found
 
 
-def terminate_backends(connection: psycopg.Connection[Any], condition: str) -> None:
-    """Terminate the server's processes that meet an SQL condition, and wait until they are gone.
+def terminate_backends(connection: psycopg.Connection[Any], condition: str) -> list[int]:
+    """Terminate the server's processes that meet an SQL condition. Return when they are gone.
 
     ``pg_terminate_backend(pid, timeout)`` returns a moment before a process closes its socket.
     """
@@ -256,6 +256,7 @@ def terminate_backends(connection: psycopg.Connection[Any], condition: str) -> N
     while any(map(psutil.pid_exists, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
+    return pids
 
 
 # ------------------------------------------------------------------ shared functions

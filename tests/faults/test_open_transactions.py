@@ -15,7 +15,7 @@ import pytest
 from pg_layer import PostgresChannelLayer
 from pg_layer._db.queries import groups
 from tests.conftest import MakeLayer, Observer
-from tests.processes import listen, receive, until
+from tests.processes import listen, receive, terminate_backends, until
 
 REQUEST = "SELECT pg_layer_request_memberships('asgi', %s, %s, %s, 86400, %s, 10, false, false)"
 
@@ -77,9 +77,8 @@ async def new_member(layer: PostgresChannelLayer, group: str) -> str:
 async def reconnect(layer: PostgresChannelLayer, observer: Observer) -> None:
     """Terminate all connections of layers. Return when this layer listens again."""
     before = layer.stats()["reconnects"]
-    observer.execute(
-        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND application_name LIKE 'pg_layer %'"
+    terminate_backends(
+        observer, "datname = current_database() AND application_name LIKE 'pg_layer %'"
     )
     await until(lambda: layer.stats()["reconnects"] > before)
 

@@ -21,7 +21,16 @@ from tests.faults.proxy import Proxy
 from tests.faults.test_outcomes import MESSAGE, blocked, goes_away
 from tests.faults.test_processes import joined, start_server
 from tests.faults.test_sync_faults import locked
-from tests.processes import PATIENCE, UNHURRIED, Link, Processes, listen, open_layer, until
+from tests.processes import (
+    PATIENCE,
+    UNHURRIED,
+    Link,
+    Processes,
+    listen,
+    open_layer,
+    terminate_backends,
+    until,
+)
 
 LONG = 10 * PATIENCE  # seconds: a call that waits this long fails the test
 SOCKETS = 6
@@ -159,11 +168,8 @@ async def test_send_of_a_stopping_process_waits_if_the_server_has_too_many_conne
             asked_to_stop()
             # The listener's connection is the only one that may be there.
             observer.execute(f"ALTER ROLE {role} CONNECTION LIMIT 1".encode())
-            ended = (
-                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-                " WHERE usename = %s AND query !~ 'listen'"
-            )
-            await until(lambda: observer.execute(ended.encode(), [role]).rowcount > 0)
+            ended = f"usename = '{role}' AND query !~ 'listen'"
+            await until(lambda: terminate_backends(observer, ended))
             sending = asyncio.create_task(layer.send("jobs", MESSAGE))
             engine = layer._loops.main_engine
             assert engine is not None

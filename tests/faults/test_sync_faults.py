@@ -22,6 +22,7 @@ from tests.conftest import Observer
 from tests.faults.proxy import Proxy
 from tests.integration.test_django import postgres
 from tests.integration.test_sync import number, on_django, shown, waiting
+from tests.processes import terminate_backends
 from tests.stand_ins import find_first
 
 
@@ -118,10 +119,7 @@ def test_send_with_a_pool_of_dead_connections_succeeds(
     with on_django(layer, default={**postgres(migrated_dsn), "OPTIONS": options}):
         wrapper: Any = connections["default"]
         wrapper.pool.open(wait=True)
-        observer.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
+        terminate_backends(observer, "datname = current_database() AND pid <> pg_backend_pid()")
         layer.sync.send("jobs", number(1))
         assert waiting(observer) == 1
         wrapper.close()

@@ -50,7 +50,7 @@ from tests.conftest import Observer
 from tests.faults.conftest import migrate
 from tests.integration.test_django import SQLITE, postgres
 from tests.integration.test_threads import background_threads
-from tests.processes import new_layer, receive
+from tests.processes import new_layer, receive, terminate_backends
 from tests.project.commands import eventually
 from tests.project.configured import configured
 
@@ -1050,7 +1050,7 @@ def test_send_with_djangos_defaults_prepares_no_statement(
 def kill(observer: Observer) -> None:
     """End the backend of Django's connection of this thread, and wait until it has ended."""
     pid = connection.connection.info.backend_pid
-    observer.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+    assert terminate_backends(observer, f"pid = {pid}")
 
 
 def test_send_on_a_connection_closed_while_idle_connects_again(
