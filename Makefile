@@ -29,9 +29,9 @@ venv: $(VENV)/.installed-dev ## install the project and the tools for its develo
 test: $(VENV)/.installed-dev ## run the tests, except the slow ones, on a PostgreSQL server of their own
 	PYTHONDEVMODE=1 $(python) $(pytest) -m "not slow" $(ARGS)
 
-coverage: $(VENV)/.installed-dev ## run all tests and print the branch coverage
+coverage: $(VENV)/.installed-dev ## run the same tests and print the branch coverage
 	rm -rf .coverage
-	PYTHONDEVMODE=1 $(python) -m coverage run $(pytest) $(ARGS)
+	PYTHONDEVMODE=1 $(python) -m coverage run $(pytest) -m "not slow" $(ARGS)
 	$(python) -m coverage combine --quiet
 	$(python) -m coverage report
 
