@@ -1,7 +1,45 @@
--- Clients: the heartbeat, the end of a client, and flush. See docs/protocols.md, sections 5 and 7.
+-- Clients: the fence, the heartbeat, the end of a client, and flush. See docs/protocols.md,
+-- sections 5 and 7.
 
 -- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
 SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
+
+-- ------------------------------------------------------------------------- the fence
+
+-- Raise an error if a client may no longer write with this fence: it has closed, or a larger fence
+-- is in the table. The row is locked, so that a statement that raises the fence waits for the
+-- calling statement.
+--
+-- A client without a row may write: a test suite may have emptied the table, and the next heartbeat
+-- writes the row again.
+--
+--   Raises SQLSTATE 55000.
+--   Called by the statements that carry a fence: pg_layer_write_memberships(), pg_layer_claim(),
+--   pg_layer_release().
+CREATE FUNCTION pg_layer_check_fence(_address text, _fence bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    _may_write boolean;
+BEGIN
+    SELECT c.fence <= _fence AND c.ended_at IS NULL INTO _may_write
+    FROM pg_layer_client AS c WHERE c.address = _address FOR SHARE;
+    IF NOT _may_write THEN
+        RAISE object_not_in_prerequisite_state
+            USING MESSAGE = 'pg_layer: the client has closed, or has given this statement up.';
+    END IF;
+END
+$$;
+
+-- Raise the fence of a client. The client calls it before it repeats a statement whose outcome is
+-- unknown: the network may deliver the earlier statement late, and it is then refused.
+--
+--   Called by clients (_db/queries/receive.py).
+CREATE FUNCTION pg_layer_raise_fence(_address text, _fence bigint) RETURNS void
+LANGUAGE sql
+SET search_path FROM CURRENT
+AS $$
+    UPDATE pg_layer_client AS c SET fence = greatest(c.fence, _fence) WHERE c.address = _address
+$$;
 
 -- ------------------------------------------------------------------------- the heartbeat
 

@@ -54,7 +54,8 @@ $$;
 --   _after: as for pg_layer_delete_expired()
 --   Returns the number of removed rows of each kind, and in last the _after of the next part. All
 --   null if _alone and another session sweeps.
---   Called by the sweeper (_db/queries/maintenance.py), in a heartbeat or by the command.
+--   Called by clients every sweep_interval, and by the command (_db/queries/maintenance.py).
+--   pg_layer_sweepable() below counts by the same rules: change both.
 CREATE FUNCTION pg_layer_sweep(
     _prefix text, _limit integer, _alone boolean, _after float8,
     OUT messages bigint, OUT memberships bigint, OUT clients bigint, OUT last float8

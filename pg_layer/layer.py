@@ -342,7 +342,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         if key is not None:
             engine = self._loops.main_engine
             if engine is not None:
-                engine.call(engine.received, queue)
+                engine.call(engine.schedule_deletion, queue)
         if expires_at <= client.clock.now():
             client.counters.add("dropped_expired")
             return None

@@ -59,7 +59,10 @@ RULES = (
     Rule("53", Retry.ALWAYS, True),  # too many connections, out of memory or disk space
     Rule("55P03", Retry.ALWAYS, True),  # lock not available
     Rule("57000", Retry.ALWAYS, True),  # operator intervention
-    Rule("57P", Retry.ALWAYS, True),  # the server shuts down, starts, or has terminated the backend
+    # The server shuts down, starts, or has terminated the backend. If this error comes after the
+    # result of the statement, the commit may be over: `_checked` in _db/session.py, and
+    # `DjangoSession.execute`, then raise an error without a SQLSTATE, which counts as "08".
+    Rule("57P", Retry.ALWAYS, True),
     Rule(READ_ONLY, Retry.ALWAYS, True),  # a standby; the next connection may find the primary
     # The connection was lost, or could not be made. A pooler also reports it for a statement that
     # was committed and whose answer the pooler has lost.

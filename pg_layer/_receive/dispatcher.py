@@ -82,11 +82,11 @@ class Dispatcher:
             run = announcements.pop_run()
             self._client.counters.add("received", len(run))
             if first.group is None:
-                self._deliver(run)
+                self._dispatch_to_channels(run)
             else:
                 self._fan_out(first.group, first.excluded, run)
 
-    def _deliver(self, rows: Sequence[Row]) -> None:
+    def _dispatch_to_channels(self, rows: Sequence[Row]) -> None:
         """Put messages that were sent to channels into the channel queues."""
         client = self._client
         channels = set()
@@ -107,7 +107,7 @@ class Dispatcher:
             queue.count_row()
             queue.put(QueuedMessage(payload, row.expires_at, row.key))
         for channel in channels:
-            self._receiver.jobs.delivered(channel)
+            self._receiver.jobs.dispatched(channel)
 
     def _fan_out(self, group: str, excluded: str | None, rows: Sequence[Row]) -> None:
         """Put messages of one transaction into the channel queues of a group's members."""

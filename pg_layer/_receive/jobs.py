@@ -244,7 +244,7 @@ class JobReaders:
 
     # ------------------------------------------------------------------ releasing
 
-    def delivered(self, channel: str) -> None:
+    def dispatched(self, channel: str) -> None:
         """Note that jobs were put into a channel's queue.
 
         Perhaps no reader waits for them any more, or more readers wait.

@@ -236,10 +236,10 @@ class Engine:
         if self.owner is not None:
             self.owner.want(channel)
 
-    def received(self, queue: ChannelQueue) -> None:
-        """Delete the row of a message that a reader of ``queue`` has received."""
+    def schedule_deletion(self, queue: ChannelQueue) -> None:
+        """Have the row of a message deleted that a reader of ``queue`` has received."""
         if self.owner is not None:
-            self.owner.received(queue)
+            self.owner.schedule_deletion(queue)
 
     async def settle(self, queue: ChannelQueue) -> None:
         """Wait until the rows of messages that were received from ``queue`` are deleted.

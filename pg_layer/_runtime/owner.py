@@ -29,6 +29,7 @@ from pg_layer._runtime.lease import Lease
 from pg_layer._send.batcher import Batcher, Outcome
 from pg_layer._send.operations import Change
 from pg_layer._state import log_events
+from pg_layer._state.channel_queue import ChannelQueue
 from pg_layer._state.client import Client
 from pg_layer.exceptions import LayerUnavailable, PgLayerError
 
@@ -159,8 +160,8 @@ class Owner:
         else:
             self._receiver.jobs.reader_waits(channel)
 
-    def received(self, queue: Any) -> None:
-        """Delete the row of a message that a reader of ``queue`` has received."""
+    def schedule_deletion(self, queue: ChannelQueue) -> None:
+        """Have the row of a message deleted that a reader of ``queue`` has received."""
         if self._receiver is not None:
             self._receiver.deletions.schedule(queue)
 

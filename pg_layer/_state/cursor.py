@@ -35,6 +35,11 @@ class Cursor:
     ``S`` says nothing about them: their keys are kept until they expire, and a search for
     marked rows finds those whose announcement is lost (`overdue`).
 
+    `admit_announced` is the exception to the rule of ``S``: a row that was new when its span was
+    announced stays new when ``S`` passes it before it is read. For such a row the announcement
+    queue ensures that it comes once: an entry takes each id of its span once, and a catch-up
+    leaves the rows of waiting entries to them.
+
     Only the owner loop uses a cursor.
     """
 

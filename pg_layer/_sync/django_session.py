@@ -21,6 +21,8 @@ from pg_layer.exceptions import OutcomeUnknown
 
 T = TypeVar("T")
 
+# The server ends the connection. psycopg does not tell whether the result came before.
+_ENDING = ("57P01", "57P02")
 _TRANSACTION = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
 
@@ -54,7 +56,7 @@ class DjangoSession:
             self.connection.ensure_connection()
         if time.monotonic() >= self.deadline:
             # Nothing was sent: a statement that is cut short would leave its outcome unknown.
-            _raise_late("Connecting took all the time.")
+            _raise_lost("Connecting took all the time.")
 
     async def execute(self, statement: Statement, *values: object) -> list[tuple[Any, ...]]:
         """Return the rows of a statement. Await nothing. Raise Django's errors.
@@ -71,7 +73,11 @@ class DjangoSession:
                 return _rows(cursor, statement, values)
             except DjangoError as error:
                 if watch.is_cut:
-                    _raise_late("The database did not answer in time.")
+                    _raise_lost("The database did not answer in time.")
+                if getattr(error.__cause__, "sqlstate", None) in _ENDING:
+                    # If the result came before, the transaction may be committed. A send that is
+                    # repeated then would be received twice.
+                    _raise_lost(str(error))
                 if _has_unread_answer(conn):
                     # Not the server's error: a notify handler of the application raised it. The
                     # statement has perhaps taken effect, and must not be repeated.
@@ -102,8 +108,8 @@ def is_in_transaction(connection: BaseDatabaseWrapper) -> bool:
     )
 
 
-def _raise_late(reason: str) -> NoReturn:
-    """Raise Django's error, caused by psycopg's, for a call without time left."""
+def _raise_lost(reason: str) -> NoReturn:
+    """Raise Django's error of a lost connection, caused by psycopg's, without a SQLSTATE."""
     raise OperationalError(reason) from psycopg.OperationalError(reason)
 
 

@@ -98,6 +98,35 @@ def test_send_whose_answer_is_lost_is_not_repeated(migrated_dsn: str, observer: 
         assert waiting(observer) == 1
 
 
+def test_send_on_a_backend_that_ends_at_the_commit_is_not_repeated(
+    layer: PostgresChannelLayer, observer: Observer
+) -> None:
+    """The server's reason comes after the result: the transaction may be committed."""
+    observer.execute("CREATE SEQUENCE attempts")  # a rollback does not undo its values
+    observer.execute(
+        """
+        CREATE FUNCTION end_backend() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM nextval('attempts');
+            PERFORM pg_terminate_backend(pg_backend_pid());
+            RETURN NULL;
+        END
+        $$
+        """
+    )
+    # A deferred trigger runs at the commit, when the server has sent the result.
+    observer.execute(
+        """
+        CREATE CONSTRAINT TRIGGER at_the_commit AFTER INSERT ON pg_layer_message
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION end_backend()
+        """
+    )
+    with pytest.raises(OutcomeUnknown):
+        layer.sync.send("jobs", number(1))
+    assert observer.execute("SELECT last_value FROM attempts").fetchone() == (1,)
+    assert connection.connection is None  # Django connects again
+
+
 def test_group_add_whose_answer_is_lost_is_repeated(migrated_dsn: str, observer: Observer) -> None:
     layer = PostgresChannelLayer(send_timeout=20)
     with Proxy(migrated_dsn) as proxy, on_django(layer, default=postgres(proxy.dsn())):

@@ -554,7 +554,7 @@ class Process:
             found = True
             self.received[channel].append(self.client.codec.decode(message.payload)["n"])
             if message.key is not None:
-                self.world.loop.call_soon(self.owner.received, queue)
+                self.world.loop.call_soon(self.owner.schedule_deletion, queue)
             if channel == JOBS:
                 break
             waiter = None

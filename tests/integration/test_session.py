@@ -32,6 +32,22 @@ BEGIN = Statement("BEGIN")
 WRONG = Statement("SELECT 1 / $1", INT4)
 DEALLOCATE = Statement("DEALLOCATE ALL")
 PREPARED = Statement("SELECT count(*) FROM pg_prepared_statements")
+# A deferred trigger runs at the commit, when the server has sent the result of the statement.
+ENDING_AT_THE_COMMIT = (
+    "CREATE TEMP TABLE sent (id integer)",
+    """
+    CREATE FUNCTION pg_temp.end_backend() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        PERFORM pg_terminate_backend(pg_backend_pid());
+        RETURN NULL;
+    END
+    $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER at_the_commit AFTER INSERT ON sent DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION pg_temp.end_backend()
+    """,
+)
 
 
 @pytest.fixture(params=[True, False], ids=["prepared", "not prepared"])
@@ -175,6 +191,22 @@ async def test_execute_on_a_terminated_backend_raises_the_servers_reason(
     assert not asyncio.get_running_loop().remove_reader(fd)
     with pytest.raises(psycopg.OperationalError):
         await session.execute(NUMBER, 1)
+
+
+async def test_execute_on_a_backend_that_ends_at_the_commit_raises_a_lost_connection(
+    session: Session,
+) -> None:
+    """The result is here, so that the transaction may be committed.
+
+    With the server's reason the error would count as one without effect, and the statement would
+    be repeated: a message would be sent twice.
+    """
+    for sql in ENDING_AT_THE_COMMIT:
+        await session.execute(Statement(sql))
+    with pytest.raises(psycopg.OperationalError) as caught:
+        await session.execute(Statement("INSERT INTO pg_temp.sent VALUES (1) RETURNING id"))
+    assert caught.value.sqlstate is None
+    assert session.is_closed
 
 
 async def test_idle_session_notices_that_the_server_closed_the_connection(

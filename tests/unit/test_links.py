@@ -22,6 +22,12 @@ PAGES = sorted(
     ]
 )
 ARCHITECTURE = [page for page in PAGES if "architecture" in page.relative_to(ROOT).as_posix()]
+FOR_MAINTAINERS = [
+    *ARCHITECTURE,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docs" / "protocols.md",
+    ROOT / "docs" / "glossary.md",
+]
 
 
 def name_of(page: Path) -> str:
@@ -78,10 +84,10 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     assert list(links(page)) == ["b.md#c", "e.svg", "h", "#j"]
 
 
-# ---------------------------------------------------------------------- names in docs/architecture
+# ---------------------------------------------------------------------- names for maintainers
 
 
-FROM_POSTGRESQL = {"clock_timestamp", "now", "pg_backend_pid"}
+FROM_POSTGRESQL = {"clock_timestamp", "now", "pg_backend_pid", "pg_current_snapshot"}
 
 
 @functools.cache
@@ -120,20 +126,28 @@ def functions() -> set[str]:
     return found | FROM_POSTGRESQL
 
 
-@pytest.mark.parametrize("page", ARCHITECTURE, ids=name_of)
-def test_architecture_names_only_modules_that_exist(page: Path) -> None:
+@pytest.mark.parametrize("page", FOR_MAINTAINERS, ids=name_of)
+def test_pages_for_maintainers_name_only_modules_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w/.])((?:\w+/)+\w+\.(?:py|sql))\b", text)
     assert [name for name in named if not any((at / name).exists() for at in (PACKAGE, ROOT))] == []
 
 
-@pytest.mark.parametrize("page", ARCHITECTURE, ids=name_of)
-def test_architecture_names_only_functions_that_exist(page: Path) -> None:
+@pytest.mark.parametrize("page", FOR_MAINTAINERS, ids=name_of)
+def test_pages_for_maintainers_name_only_functions_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named_methods = re.findall(r"\b([A-Z]\w+)\.(\w+)\(\)", text)
     named_functions = re.findall(r"(?<![\w.])([a-z]\w+)\(\)", text)
     assert [name for name in named_methods if name not in methods()] == []
     assert [name for name in named_functions if name not in functions()] == []
+
+
+def test_glossary_gives_only_names_that_exist() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    code = "\n".join(map(ast.unparse, modules().values()))
+    names = re.findall(r"\*\* \((?:parameter )?`(\w+)`\)", text)
+    assert len(names) > 3
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
 
 
 def test_architecture_names_every_module() -> None:

@@ -163,7 +163,7 @@ CLIENT_COUNTS = Statement(
     TEXT,
 )
 # A role that may write the counters may have written values that are not numbers. They are ignored.
-COUNTED = Statement(
+COUNTER_SUMS = Statement(
     """
     SELECT d.name, coalesce(sum(
         CASE WHEN c.counters ->> d.name ~ '^[0-9]{1,15}$' THEN (c.counters ->> d.name)::bigint END
@@ -230,7 +230,7 @@ def status(
     ((live, overdue, ended),) = run(CLIENT_COUNTS, prefix)
     groups = run(GROUPS, prefix, top)
     channels = run(CHANNELS, prefix, top)
-    counted: dict[str, int] = dict(run(COUNTED, prefix, (*DROPS, "failing_tasks")))
+    counted: dict[str, int] = dict(run(COUNTER_SUMS, prefix, (*DROPS, "failing_tasks")))
     failing_tasks = counted.pop("failing_tasks")
     tables = run(TABLE_SIZES, TABLES)
     ((notify_queue_usage,),) = run(QUEUE_USAGE)

@@ -1,6 +1,7 @@
 """Sessions, listening, reading, received rows and jobs.
 
-See ``migrations/0001_5_receiving.sql`` and ``migrations/0001_7_jobs.sql``.
+See ``migrations/0001_5_receiving.sql``, ``migrations/0001_7_jobs.sql`` and, for the fence,
+``migrations/0001_6_leases.sql``.
 """
 
 from __future__ import annotations
