@@ -379,7 +379,7 @@ def _django_parameters(alias: str) -> dict[str, Any]:
             f"the ENGINE {connection.settings_dict['ENGINE']!r}. "
             "Set 'using' to another alias, or set 'dsn'."
         )
-    # The other parameters are for psycopg or for the backend: a backend that pools connections has
+    # The other parameters are for psycopg or for the backend. A backend that pools connections has
     # its own keys in OPTIONS and removes them when it connects. Django's own connection refuses a
     # misspelt one.
     known = known_parameters()

@@ -1,4 +1,4 @@
-"""Waiting for tasks that were cancelled. No I/O."""
+"""The wait for cancelled tasks. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moves messages to channel queues, and applies control messages.
+"""Dispatch to channel queues, and the application of control messages.
 
 It takes both from the head of the announcement queue, in its order.
 Bound to the owner loop. See ``docs/protocols.md``, sections 2 and 4.
@@ -37,11 +37,11 @@ SLICES = 5  # of a round for one member
 
 
 class Dispatcher:
-    """Dispatches the entries that are ready, in the order of the announcement queue.
+    """The dispatch of entries that are ready, in the order of the announcement queue.
 
-    Dispatch stops at a head whose rows must still be read. It also waits (``is_blocked``)
-    for members with full channel queues, for a `Receiver.join`, and for an own change of a
-    membership that the control message at the head changes, too.
+    Dispatch stops at a head whose rows must still be read. It also waits (``is_blocked``) for
+    members with full channel queues, and for a `Receiver.join`. If the control message at the head
+    changes a membership, it waits for an own change of the same membership.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Dispatcher:
         memberships = self._client.memberships
         pair = (str(change["group"]), channel)
         if pair in self._own_changes:
-            # Which of the two comes first is known when the statement of the own change returns.
+            # The order of the two is known when the statement of the own change returns.
             self._block(partial(self.wait_for_own_change, pair))
             return False
         requester = change.get("requester")
@@ -252,8 +252,8 @@ class Dispatcher:
     async def wait_for_flush(self, key: Key, timeout: float) -> None:
         """Wait until a flush is applied, or a later one, at most ``timeout`` seconds.
 
-        A later flush stands for an earlier one: it may have removed the control message of
-        the earlier one before this client has read it.
+        A later flush counts for an earlier one: it may have removed the control message of the
+        earlier one before this client has read it.
         """
         if self._client.memberships.last_flush >= (key.boot, key.xid):
             return

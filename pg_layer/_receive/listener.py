@@ -29,7 +29,7 @@ BACKOFF_LAST = 2.0  # seconds: a server that is back is found within this time
 
 
 class Listener:
-    """Keeps a connection that listens while `run` runs.
+    """The connection that listens, kept while `run` runs.
 
     ``prepare`` is awaited with the session of each new connection. Then ``on_connect`` is
     awaited: it calls `listen` and requests a catch-up.

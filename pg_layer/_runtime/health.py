@@ -21,7 +21,7 @@ class Health(TypedDict):
       "polling". A process polls by its configuration, or because notifications do not arrive.
     - ``last_notification_age``: time since the last notification arrived. None before the first.
     - ``round_trip``: time of a ping to the database and back. If the process listens, the ping
-      comes back as a notification. None if there was no answer.
+      arrives as a notification. None if there was no answer.
     - ``problems``: descriptions of all problems. Empty if there are none.
     """
 

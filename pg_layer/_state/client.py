@@ -38,9 +38,9 @@ logger = logging.getLogger("pg_layer")
 
 
 class Client:
-    """What this process knows, whichever event loops use the layer.
+    """The state of the layer in this process, shared by all event loops.
 
-    ``counters``: those of the layer, which continue when the next client begins.
+    ``counters``: the layer's counters, which continue when the next client begins.
     """
 
     def __init__(self, config: Config, codec: Codec, counters: Counters | None = None) -> None:
@@ -89,8 +89,8 @@ class Client:
     def next_number(self) -> tuple[str, int]:
         """Return the client's id, and a number that is larger than before.
 
-        A membership request carries both, so that its receiver can ignore an older one that
-        comes late.
+        A membership request carries both, so that its receiver can ignore an older one that arrives
+        late.
         """
         return self.id, next(self._numbers)
 
@@ -139,7 +139,7 @@ class Client:
 
     @property
     def fence(self) -> int:
-        """The number that statements carry which move jobs or write memberships.
+        """The number in statements that move jobs or write memberships.
 
         The server refuses a statement with a smaller number than the client's row has.
         """
@@ -153,8 +153,8 @@ class Client:
     def advance_fence(self) -> None:
         """Give up statements with the present fence: an outcome is unknown.
 
-        The network may deliver such a statement later. Before the client acts on what it reads,
-        it raises the fence in the database (see `fence_raised`).
+        The network may deliver such a statement later. Before the client acts on its reads, it
+        raises the fence in the database (see `fence_raised`).
         """
         self._fence += 1
 
@@ -167,8 +167,8 @@ class Client:
     def take_ownership(self) -> None:
         """Let only the running loop's thread touch the state of receiving."""
         if self._owner_thread is not None:
-            # The last owner loop may not have seen the outcome of its last statements. The
-            # server must refuse those that come late.
+            # The last owner loop may not have seen the outcome of its last statements. The server
+            # must refuse those that arrive late.
             self.advance_fence()
         self._owner_thread = threading.get_ident()
 

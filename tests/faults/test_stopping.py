@@ -1,4 +1,4 @@
-"""Processes that stop while the database is away: they do not wait, and log one line."""
+"""Processes that stop while the database is unavailable: they do not wait, and log one line."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def asked_to_stop() -> Iterator[Callable[[], None]]:
 async def test_group_discard_of_a_stopping_process_changes_the_table_before_it_returns(
     make_layer: MakeLayer, asked_to_stop: Callable[[], None]
 ) -> None:
-    """The database is not away."""
+    """The database is available."""
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)

@@ -171,7 +171,7 @@ async def test_memberships_written_again_any_statistics_cost_is_linear(
     """A crash has emptied the table of memberships, and its statistics are old.
 
     The process writes its rows again, in parts. Meanwhile it receives messages, opens no further
-    connection, and does not report the database as away.
+    connection, and does not report the database as unavailable.
     """
     caplog.set_level(logging.WARNING, "pg_layer")
     groups, members = 100, 200

@@ -492,7 +492,7 @@ NO_NOTIFY = """
 
 @pytest.fixture
 def no_notify(observer: Observer) -> None:
-    """The database refuses NOTIFY to everybody who connects from here on."""
+    """The database refuses NOTIFY on all connections made from here on."""
     observer.execute(NO_NOTIFY.encode())
     find_first(observer, "refusing")
 
@@ -594,7 +594,7 @@ def test_deliveries_in_threads_are_counted_exactly(migrated_dsn: str) -> None:
 
 @pytest.mark.usefixtures("hasty_switches")
 def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Observer) -> None:
-    """On the home loop, through `async_to_sync`, and by `layer.sync`, all at once."""
+    """Send on the owner loop, through `async_to_sync`, and by `layer.sync`, all at once."""
     layer = PostgresChannelLayer(lease=3600, capacity=10_000)
     each = TIMES // 2
 
