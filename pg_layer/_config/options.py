@@ -40,7 +40,7 @@ MAX_MESSAGE_SIZE = 512 * 1024 * 1024
 _MAX_CACHED_CAPACITIES = 4096
 
 # Defaults for a connection, if neither the options nor the environment set them: detect within
-# seconds, not hours, that the server has gone.
+# seconds, not hours, that the server does not answer.
 _CONNECTION_DEFAULTS: Mapping[str, str | int] = {
     "application_name": "pg_layer",
     "connect_timeout": 5,

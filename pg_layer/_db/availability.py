@@ -25,7 +25,7 @@ class Outage:
 
     ``is_over``: returns whether the connections of this loop were closed. Then errors do not show
     the state of the database.
-    ``is_listening``: returns whether a connection listens. Then the database is there, even
+    ``is_listening``: returns whether a connection listens. Then the database is available, even
     if no other connection can be made.
     """
 
@@ -41,7 +41,7 @@ class Outage:
         self.since = 0.0  # by time.monotonic()
         self.why: str | None = None  # the reason, while the database is unavailable
         self._was_connected = False  # before the outage
-        self._is_refused = False  # the database is there, and refuses what receiving needs
+        self._is_refused = False  # the database is available, but refuses to let the client receive
         self._failing_since: float | None = None  # no connection could be made since then
 
     def begin(self, error: Exception) -> None:
@@ -82,7 +82,7 @@ class Outage:
         return is_failing and not self._is_listening()
 
     def end(self, caught_up: int) -> None:
-        """Note that the database is back, and how many missed messages have been read."""
+        """Note that the database has returned, and how many missed messages have been read."""
         if self.why is None:
             return
         self.why = None

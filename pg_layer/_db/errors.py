@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     """The meaning of an error with a SQLSTATE.
 
     ``sqlstate``: the SQLSTATE, or its first characters. ``is_away``: the database is unavailable,
-    or refuses connections. Otherwise the database is there and refuses the statement.
+    or refuses connections. Otherwise the database is available and refuses the statement.
     """
 
     sqlstate: str
@@ -200,7 +200,7 @@ def layer_unavailable(reason: BaseException | None) -> LayerUnavailable:
 
 
 def was_refused(error: BaseException) -> bool:
-    """Return whether the database was there and refused the statement.
+    """Return whether the database was available and refused the statement.
 
     ``error``: psycopg's, or one of the layer's whose cause is psycopg's.
     """

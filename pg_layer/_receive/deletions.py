@@ -42,7 +42,7 @@ class Deletions:
         self.schedule()
 
     def schedule(self, queue: ChannelQueue | None = None) -> None:
-        """Have the pending rows deleted soon.
+        """Request the deletion of the pending rows.
 
         ``queue``: the channel queue of the last row. Delete at once if so many of
         its rows are pending that senders may find the channel full.

@@ -291,7 +291,7 @@ class Dispatcher:
 
     @contextmanager
     def own_change(self, pairs: Iterable[Pair]) -> Iterator[None]:
-        """Have requests for these memberships wait until the block ends.
+        """Make requests for these memberships wait until the block ends.
 
         An own change of them is in flight: its snapshot decides which change came first.
         """

@@ -140,7 +140,7 @@ class Receiver:
 
     @contextmanager
     def expecting(self, channels: Iterable[str]) -> Iterator[None]:
-        """Have a new connection listen to these channels, too, until the block ends.
+        """Make a new connection also listen to these channels, until the block ends.
 
         A statement is in flight that makes the client a member of their groups.
         """
@@ -277,7 +277,7 @@ class Receiver:
         return self.is_catch_up_pending or self._client.announcements.is_incomplete
 
     def catch_up_soon(self) -> None:
-        """Have all new rows at the own addresses read; again, if a catch-up is running."""
+        """Request a catch-up of all new rows at the own addresses, even if one is running."""
         self._is_catch_up_due = True
         if not self._is_catching_up:
             self._is_catching_up = True
@@ -388,7 +388,7 @@ class Receiver:
             self._joins_may_read.clear()
 
     def _delay_joins(self) -> None:
-        """Have each `join` wait until the next catch-up has ended.
+        """Make each `join` wait until the next catch-up has ended.
 
         Not while a catch-up is paused: dispatch may wait for the `join`, and the catch-up for
         dispatch.
@@ -410,7 +410,7 @@ class Receiver:
         return groups
 
     async def raise_fence(self, session: Session) -> None:
-        """Have the server refuse the statements that were given up.
+        """Make the server refuse the statements that were given up.
 
         Call this before the next statement that moves jobs, and before a read that must find
         all effects of the last ones.

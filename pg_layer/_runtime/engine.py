@@ -58,7 +58,7 @@ class Engine:
         self.thread = threading.current_thread()
         self.is_closed = False
         self.owner: Owner | None = None
-        # Set when this engine does not touch the state of receiving any more. The next owner
+        # Set when this engine no longer uses the state of receiving. The next owner
         # waits for it on another loop.
         self.stopped: Future[None] = Future()
         self._predecessor: Engine | None = None
@@ -382,7 +382,7 @@ class Engine:
         await wait_for_cancelled(tasks, STOP_TIMEOUT)
 
     async def _close_connections(self) -> None:
-        """Have the guard close the connections, and wait for it."""
+        """Make the guard close the connections, and wait for it."""
         if not self._is_ending:  # a second cancellation would interrupt the guard
             self._is_ending = True
             self._guard_task.cancel()
@@ -402,7 +402,7 @@ class Engine:
         self.call(self._cancel_tasks)  # in case the loop runs again
 
     async def _wait_for_predecessor(self) -> None:
-        """Wait until the previous owner does not touch the state of receiving any more."""
+        """Wait until the previous owner no longer uses the state of receiving."""
         before = self._predecessor
         if before is None:
             return
@@ -413,7 +413,7 @@ class Engine:
                 before.abandon()  # its loop cannot run `stop`
 
     def _end_ownership(self) -> None:
-        """Notify the next owner that this engine does not use the state of receiving any more."""
+        """Notify the next owner that this engine no longer uses the state of receiving."""
         before, self._predecessor = self._predecessor, None
         if before is None or before.stopped.done():
             self._set_stopped()

@@ -35,8 +35,8 @@ class Health(TypedDict):
 async def examine(engine: Engine) -> Health:
     """Ping the database, and return the health. Does not raise. Called on the engine's loop."""
     client = engine.client
-    # Before the ping, which renews the lease. After it, a lease that no heartbeat renews would
-    # look healthy.
+    # Before the ping, which renews the lease. After it, a lease that no heartbeat renews would seem
+    # healthy.
     asked_at = time.monotonic()
     lease_age = asked_at - client.renewed_at if client.renewed_at else None
     problems = client.failures.problems()

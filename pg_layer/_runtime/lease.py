@@ -161,7 +161,7 @@ class Lease:
         client = self._client
         client.counters.add("expired_leases")
         logger.warning(
-            "The lease of this process was over: it was silent for too long. "
+            "The lease of this process was over: it was not renewed in time. "
             "Messages may have been missed.",
             extra={"event": log_events.LEASE_EXPIRED},
         )

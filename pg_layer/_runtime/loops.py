@@ -10,7 +10,7 @@ own. gevent and eventlet have no such thread. There, each single-call loop takes
 background loop is also the owner loop of a process that adds its channels to groups by synchronous
 calls and does not receive.
 
-A new owner begins when the old one has stopped, so that one thread at a time touches the state
+A new owner begins when the old one has stopped, so that one thread at a time uses the state
 of receiving. No call waits for a loop that does not run.
 """
 
@@ -295,7 +295,7 @@ class Loops:
                 self.for_own_changes()
 
     def announce_soon(self) -> None:
-        """Have an engine announce rows that synchronous code could not announce.
+        """Make an engine announce rows that synchronous code could not announce.
 
         Without a running engine, the next write announces them first.
         """
@@ -334,7 +334,7 @@ class Loops:
             termination.close_on_sigterm()
 
     def _make_owner(self, engine: Engine) -> None:
-        """Have an engine receive for the client as soon as the previous owner has stopped."""
+        """Make an engine receive for the client as soon as the previous owner has stopped."""
         before = self._owner
         if before is engine:
             return
@@ -458,7 +458,7 @@ class Loops:
         client.lease_ended()
 
     def _after_fork(self) -> None:
-        # The child must not touch the parent's sockets and loops. Keep the objects: deleting
+        # The child must not use the parent's sockets and loops. Keep the objects: deleting
         # them could close connections, or unregister sockets, that the parent still uses.
         _inherited.append(
             (self._main_engine, self._background, self._owner, self._ending, self._closings)

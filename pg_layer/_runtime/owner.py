@@ -1,4 +1,4 @@
-"""The owner: receives for a client, on the one loop that touches the state of receiving.
+"""The owner: the receiving side of a client, on the one loop that uses its state.
 
 It listens, or polls if notifications do not arrive. It keeps the lease and writes memberships.
 """
@@ -49,7 +49,7 @@ class Owner:
     """The receiving side of a client. Bound to the owner loop, except `changes.submit`.
 
     ``wait_for_predecessor``: waits until the previous owner has stopped. Before that, this one
-    does not touch the client's state of receiving.
+    does not use the client's state of receiving.
     """
 
     def __init__(

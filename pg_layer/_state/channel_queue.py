@@ -107,7 +107,7 @@ class ChannelQueue:
     # ------------------------------------------------------------------ state
 
     def note_use(self) -> None:
-        """Have the next call of `retire` keep the queue."""
+        """Make the next call of `retire` keep the queue."""
         self.is_used = True
 
     def allow_receive(self) -> None:
@@ -115,7 +115,7 @@ class ChannelQueue:
         self.is_receivable = True
 
     def mark_stalled(self) -> None:
-        """Have dispatch not wait for this queue until its reader has taken messages."""
+        """Mark the queue as stalled: dispatch does not wait until its reader has taken messages."""
         self.is_stalled = True
 
     def count_row(self) -> None:

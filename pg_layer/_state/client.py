@@ -165,7 +165,7 @@ class Client:
     # ------------------------------------------------------------------ the owner loop
 
     def take_ownership(self) -> None:
-        """Let only the running loop's thread touch the state of receiving."""
+        """Let only the running loop's thread use the state of receiving."""
         if self._owner_thread is not None:
             # The last owner loop may not have seen the outcome of its last statements. The server
             # must refuse those that arrive late.
@@ -220,7 +220,7 @@ class Client:
             self.delete_later(queue, expired)
 
     def delete_row_later(self, key: Key) -> None:
-        """Have a row deleted that no channel queue counts."""
+        """Request the deletion of a row that no channel queue counts."""
         self.pending_deletes[key] = None
 
     def rows_deleted(self, keys: Iterable[Key]) -> None:
@@ -231,7 +231,7 @@ class Client:
                 queue.uncount_rows(1)
 
     def delete_later(self, queue: ChannelQueue, messages: Iterable[QueuedMessage]) -> None:
-        """Have the rows of messages from a channel queue deleted with the next ones."""
+        """Request the deletion of rows of a channel queue, together with the next ones."""
         self.pending_deletes.update(
             {message.key: queue for message in messages if message.key is not None}
         )

@@ -133,7 +133,7 @@ async def send_jobs(dsn: str) -> None:
 def test_release_in_flight_when_its_loop_ends_neither_loses_nor_doubles_jobs(
     migrated_dsn: str, observer: Observer, takes_effect: bool
 ) -> None:
-    """The statement goes on in the server. The next loop finds out its outcome."""
+    """The statement continues in the server. The next loop finds out its outcome."""
     layer, other = [new_layer(migrated_dsn, capacity=1000) for _ in range(2)]
     done: list[int] = []
 

@@ -76,7 +76,7 @@ async def end_while_connecting(link: Link, dsn: str) -> None:
 async def test_loop_ending_while_it_connects_does_not_wait_for_the_connection(
     processes: Processes, proxy: Proxy
 ) -> None:
-    """Before Python 3.12 psycopg may swallow a cancellation, and go on to connect."""
+    """Before Python 3.12 psycopg may swallow a cancellation, and continue to connect."""
     process = processes.start(end_while_connecting, proxy.dsn(connect_timeout=int(LONG)))
     assert await process.hear() == "listening"
     goes_away(proxy)

@@ -239,7 +239,7 @@ async def test_message_of_a_transaction_arrives_after_its_commit(
 async def test_message_of_a_transaction_that_is_rolled_back_never_arrives(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """Neither at once, nor with what the next transaction sends, nor at a heartbeat."""
+    """It is announced neither at once, nor with the next transaction, nor at a heartbeat."""
     reader = make_layer(heartbeat=0.2)
     channel = await member(reader)
 
@@ -266,8 +266,8 @@ async def test_message_of_a_savepoint_that_is_rolled_back_never_arrives(
 ) -> None:
     """The transaction's other messages arrive at once, also those sent after the savepoint.
 
-    Django forgets what was to be done on commit together with a savepoint: the messages after
-    it must be announced all the same. The reader's next heartbeat is 20 minutes away.
+    Django discards on_commit callbacks together with a savepoint. The messages after it must be
+    announced nevertheless. The reader's next heartbeat is 20 minutes away.
     """
     reader = make_layer()
     channel = await member(reader)
@@ -299,7 +299,7 @@ async def test_message_of_a_savepoint_that_is_rolled_back_never_arrives(
 async def test_message_sent_on_commit_arrives_after_those_of_its_transaction(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """Callbacks of the application may run before the layer's own: what they send comes later."""
+    """Callbacks of the application may run before the layer's own: their messages arrive later."""
     reader = make_layer()
     channel = await member(reader)
 
@@ -318,7 +318,7 @@ async def test_message_sent_on_commit_arrives_after_those_of_its_transaction(
 async def test_message_of_a_transaction_that_django_does_not_manage_arrives(
     layer: PostgresChannelLayer, make_layer: MakeLayer, begins: str
 ) -> None:
-    """Django calls nothing after such a commit. The messages arrive all the same."""
+    """Django calls nothing after such a commit. The messages arrive nevertheless."""
     reader = make_layer(heartbeat=1)
     channel = await member(reader)
 
@@ -395,7 +395,7 @@ async def test_capture_on_commit_callbacks_of_a_test_case_runs_the_announcement(
     """A test of the application, in its transaction that is never committed, runs the callbacks.
 
     There is one for all messages of a block, also of a later block. It raises nothing and leaves
-    the test's transaction usable. Nothing arrives, as the test is rolled back.
+    the test's transaction usable. Nothing arrives, because the test is rolled back.
     """
     reader = make_layer(heartbeat=0.2)
     channel = await member(reader)

@@ -248,7 +248,7 @@ async def test_group_burst_member_that_hangs_costs_others_only_its_own_turn(
 
 
 async def hold(link: Link, dsn: str) -> tuple[int, int, int]:
-    """One member reads, another does not.
+    """Send to two members, of which only one reads.
 
     Returns how many messages the first received, how many bytes the process then holds more
     than before, and how many messages the other has.

@@ -42,7 +42,7 @@ def test_fork_before_use(forking: Any) -> None:
 def test_fork_after_use(forking: Any) -> None:
     result = forking("after_use")
     assert_different(result["clients"])
-    assert result["again"] == result["clients"][0]  # the parent is who it was
+    assert result["again"] == result["clients"][0]  # the parent is still the same client
 
 
 def test_fork_while_the_parent_receives(forking: Any) -> None:

@@ -89,7 +89,7 @@ def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 @pytest.fixture
 def other(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """A layer that stands for another process."""
+    """A layer in the role of another process."""
     with connected_layer(migrated_dsn) as layer:
         yield layer
 

@@ -33,7 +33,7 @@ Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class Metric(NamedTuple):
-    """A metric as Prometheus knows it."""
+    """A metric in the form of Prometheus."""
 
     name: str
     type: str
@@ -51,7 +51,7 @@ def registry_of(*layers: PostgresChannelLayer) -> CollectorRegistry:
 
 
 def scrape(registry: CollectorRegistry) -> Values:
-    """What Prometheus reads: the value of each sample."""
+    """Return the value of each sample that Prometheus reads."""
     text = generate_latest(registry).decode()
     values: Values = {}
     for family in text_string_to_metric_families(text):

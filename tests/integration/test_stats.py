@@ -37,7 +37,7 @@ def number(n: int, size: int = 0) -> Message:
 
 
 class Moved:
-    """What has moved since this was made."""
+    """The changes of counters since this object was made."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self._layer = layer
@@ -75,7 +75,7 @@ NOTHING: State = {
 
 @pytest.fixture
 def hasty_switches() -> Iterator[None]:
-    """Threads take turns so often that what is not one step is interrupted."""
+    """Threads switch so often that any code of more than one step is interrupted."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -554,7 +554,7 @@ def test_synchronous_calls_are_counted_with_the_others(migrated_dsn: str) -> Non
 
 @contextmanager
 def home_thread() -> Iterator[LoopThread]:
-    """A thread whose event loop lasts, for the layer to live on."""
+    """A thread with a lasting event loop, which the layer uses."""
     home = LoopThread()
     try:
         yield home

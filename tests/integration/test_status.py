@@ -60,7 +60,7 @@ def sweep(observer: Observer, age: str = "0 seconds", prefix: str = "asgi") -> N
 def add_client(
     observer: Observer, client: str, expires: str, ended: str | None = None, **counters: int
 ) -> None:
-    """A client whose lease ends so long from now, and which has ended so long ago, if it has."""
+    """Insert a client whose lease expires after ``expires``. ``ended``: it ended so long ago."""
     observer.execute(
         "INSERT INTO pg_layer_client"
         " (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
@@ -380,7 +380,7 @@ def test_status_overdue_leases_are_a_problem(migrated_dsn: str, observer: Observ
     # No client has renewed a lease meanwhile: the database may have been unavailable.
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
     assert look(migrated_dsn)["clients"]["overdue"] == 2
-    # When their leases are over, a sweep removes what they left, and they have ended.
+    # When their leases are over, a sweep removes their rows, and they have ended.
     steady(observer)
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
     after = look(migrated_dsn)

@@ -1,4 +1,4 @@
-"""What the benchmarks read in pgbench's output, and how they end it."""
+"""The benchmarks' reading of pgbench's output, and its end."""
 
 from __future__ import annotations
 

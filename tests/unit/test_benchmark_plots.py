@@ -1,4 +1,4 @@
-"""The benchmarks' drawings: from a file, and of whatever there is in it."""
+"""The benchmarks' drawings, from a file with any subset of the measurements."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sample_results() -> Results:
 
 
 def texts(file: Path) -> str:
-    """All that a drawing says; fails if it is no SVG."""
+    """Return all texts of a drawing. Fail if it is no SVG."""
     root = ElementTree.parse(file).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     return "\n".join(
@@ -65,7 +65,7 @@ def texts(file: Path) -> str:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> dict[str, str]:
-    """What the drawings of the sample say, by name."""
+    """Return the texts of the sample's drawings, by name."""
     folder = tmp_path / "plots"
     assert plots.main([str(written(sample_results(), tmp_path)), str(folder)]) == 0
     return {file.name: texts(file) for file in folder.iterdir()}
