@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # Dispatch waits for members whose channel queue is full. A round lasts PAUSE seconds, and
 # PAUSE more for each such member. A member must receive something in each round, and half of
-# its queue in ROUNDS rounds. So a slow member costs its neighbours at most that once for each
-# half of its queue.
+# its queue in ROUNDS rounds. So a slow member delays other channels by at most these rounds, once
+# for each half of its queue.
 PAUSE = 0.05
 ROUNDS = 5
 SLICES = 5  # of a round for one member

@@ -70,7 +70,7 @@ class Cursor:
         """Admit the rows of an announcement, and return those that are new.
 
         The rows are of one transaction, and all of them are marked or none is. Most rows
-        that a process hears pass here, so they are judged with one look-up.
+        that a process hears pass here, so one look-up decides about all of them.
         """
         boot, xid, marked = rows[0].boot, rows[0].xid, rows[0].marked
         if marked:

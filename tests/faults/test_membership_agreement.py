@@ -316,7 +316,7 @@ def backends(observer: Observer) -> set[Any]:
 
 
 async def returned(call: Callable[[], Awaitable[None]]) -> None:
-    """Call until the call returns: its first attempt may find a connection that leads nowhere."""
+    """Call until the call returns: its first attempt may use a connection that no longer works."""
     deadline = asyncio.get_running_loop().time() + PATIENCE
     while True:
         try:

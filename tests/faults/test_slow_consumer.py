@@ -1,4 +1,4 @@
-"""A consumer that no longer receives: its queue is bounded, and its neighbours notice nothing."""
+"""A consumer that no longer receives: its queue is bounded, and others are not affected."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ async def test_consumer_that_stops_receiving_harms_no_neighbour(
             await layer.send(stuck_channel, {"number": -1})
         except ChannelFull:
             refused += 1
-        # Wait for the neighbours, because their capacity is small too.
+        # Wait for the other channels, because their capacity is small too.
         await until(
             lambda: unexpired_rows(first_reader) + unexpired_rows(second_reader) <= CAPACITY // 4
         )

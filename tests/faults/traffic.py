@@ -356,7 +356,7 @@ def _problems_of(
         "arrived though refused": [number for number in got if log[number].outcome == REFUSED],
     }
     if len(receivers) == 1:
-        # A message whose outcome is unknown may have been in flight for long.
+        # A message of unknown outcome may have been in flight for a long time.
         in_order = [number for number in got if log[number].outcome == RETURNED]
         problems["out of order"] = [b for a, b in pairwise(in_order) if b < a]
     return [

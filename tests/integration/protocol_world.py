@@ -265,7 +265,7 @@ class ManualConnection:
 
 
 def listening_session(name: str) -> ListeningSession:
-    """Replaces `Session` in the module of the listener."""
+    """Return a replacement of `Session` in the module of the listener."""
     return ListeningSession(_processes[name.split()[-1]])
 
 
@@ -310,8 +310,7 @@ class ManualListener(Listener):
 
 
 class ManualConnections:
-    """A replacement of the layer's pool: it repeats statements if they may be, and raises
-    otherwise."""
+    """A replacement of the layer's pool: it repeats a statement if it may, and raises otherwise."""
 
     gives_up = False  # the process does not stop
 

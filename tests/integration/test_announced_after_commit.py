@@ -52,7 +52,7 @@ CLUSTER_LOCKS = (
 
 @contextmanager
 def on_django(dsn: str, **options: object) -> Iterator[PostgresChannelLayer]:
-    """A layer on Django's default database; to be closed by the caller if it was used on a loop."""
+    """Return a layer on Django's default database. Callers close it if a loop has used it."""
     layer = PostgresChannelLayer(**{**UNHURRIED, **options})
     with configured(layer, DATABASES={"default": postgres(dsn)}, SECRET_KEY="x"):
         apps.populate([])
@@ -80,7 +80,7 @@ async def in_thread(function: Callable[[], T]) -> T:
 
 
 async def member(layer: PostgresChannelLayer) -> str:
-    """A channel of a layer that listens, in the group."""
+    """Return a channel of a layer that listens, in the group."""
     await listen(layer)
     channel = await layer.new_channel()
     await layer.group_add(GROUP, channel)
@@ -100,7 +100,7 @@ def number(n: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A server whose commits can be held up, and that prepares transactions."""
+    """A server whose commits can be delayed, and that prepares transactions."""
     with PostgresServer(fsync=True, settings={"max_prepared_transactions": 2}) as server:
         yield server
 
@@ -139,13 +139,13 @@ def commits_held_up(server: PostgresServer, observer: Observer) -> Iterator[None
 
 
 def waiting(observer: Observer, wait_event: str) -> list[int]:
-    """The sessions that wait for that."""
+    """Return the sessions that wait for that."""
     query = "SELECT pid FROM pg_stat_activity WHERE wait_event = %s"
     return [pid for (pid,) in observer.execute(query, [wait_event])]
 
 
 async def test_transactions_that_send_commit_at_once(server: PostgresServer, database: str) -> None:
-    """Commits are held up on their way to the disk. Four transactions send, and commit at once.
+    """Commits are delayed on their way to the disk. Four transactions send, and commit at once.
 
     All of them wait for the disk, and none for another one, as none has the lock of the
     cluster. The layer's other messages pass meanwhile. The messages of the transactions arrive

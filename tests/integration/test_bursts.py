@@ -207,7 +207,7 @@ async def test_group_burst_member_that_reads_half_in_time_receives_all(
 async def test_group_burst_member_that_never_reads_costs_others_no_message(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, how: str
 ) -> None:
-    """Of two bursts the idle member keeps its capacity, and its neighbours receive everything."""
+    """Of two bursts, the idle member keeps as many messages as its capacity. Others miss none."""
     layer = make_layer()
     await listen(layer)
     idle, *channels = [await member(layer) for _ in range(4)]

@@ -42,7 +42,7 @@ def check(dsn: str, *arguments: str, settings: Settings | None = None) -> list[s
 
 
 def nowhere(dsn: str) -> str:
-    """A connection string that leads to no server."""
+    """Return a connection string without a server behind it."""
     return make_conninfo(dsn, host="127.0.0.1", port="1")
 
 

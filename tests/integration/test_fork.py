@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 
 @pytest.fixture
 def forking(migrated_dsn: str) -> Any:
-    """Runs one of the programs; it must end well and complain of nothing."""
+    """Runs one of the programs, which must succeed without warnings."""
 
     def run_program(name: str) -> dict[str, Any]:
         output = succeeded(run(migrated_dsn, "-m", "tests.project.forks", name))

@@ -73,7 +73,7 @@ def left_behind(dsn: str) -> tuple[int, int]:
 
 @contextmanager
 def connected_layer(dsn: str, **options: Any) -> Iterator[PostgresChannelLayer]:
-    """A layer that is closed on a new loop: the loop that used it last may have ended."""
+    """Yield a layer, and close it on a new loop: the loop that used it last may have ended."""
     layer = PostgresChannelLayer(dsn=dsn, **options)
     try:
         yield layer

@@ -82,7 +82,7 @@ def metrics(layer: PostgresChannelLayer) -> list[Metric]:
 
 @pytest.fixture
 async def used(make_layer: MakeLayer) -> PostgresChannelLayer:
-    """A layer in which something of most kinds has happened."""
+    """A layer with events of most kinds."""
     layer = make_layer(capacity=4)
     slow, quick = [await layer.new_channel() for _ in range(2)]
     for channel in (slow, quick):
@@ -361,7 +361,7 @@ def test_multiprocess_collector_omits_the_layer(migrated_dsn: str) -> None:
 
 
 def snippets(language: str) -> list[str]:
-    """The code blocks of a language, without the indentation of their list."""
+    """Return the code blocks of a language, without the indentation of their list."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", DOCUMENT, re.DOTALL | re.MULTILINE)
     return [
         "\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found

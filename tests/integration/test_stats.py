@@ -52,7 +52,7 @@ class Moved:
         return self.all().get(name, 0)
 
     def of(self, *names: str) -> dict[str, int]:
-        """Some of them."""
+        """Return some of the changes."""
         return {name: self[name] for name in names}
 
 

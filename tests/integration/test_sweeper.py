@@ -64,7 +64,7 @@ def add_messages(
 def add_memberships(
     observer: Observer, count: int, expires_at: str, address: str = "asgi!:old", id: int = 1
 ) -> None:
-    """Rows of memberships: with the id 0 of the owner, otherwise requests."""
+    """Insert membership rows: rows of the owner with the id 0, otherwise requests."""
     observer.execute(
         "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
         f" SELECT 'group-' || n, '{address}', 'old', {id}, {expires_at}"

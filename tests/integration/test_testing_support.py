@@ -172,7 +172,7 @@ def captured(dsn: str, code: str, **config: Any) -> None:
 
 
 def addresses(observer: Observer) -> list[str]:
-    """The addresses of all messages, in the order of sending."""
+    """Return the addresses of all messages, in the order of sending."""
     rows = observer.execute("SELECT address FROM pg_layer_message ORDER BY id").fetchall()
     return [address for (address,) in rows]
 

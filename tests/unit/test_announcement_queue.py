@@ -24,7 +24,7 @@ def row(id: int, xid: int = 100, *, marked: bool = False, payload: bytes = b"{}"
 
 
 def job(id: int, channel: str, xid: int = 120) -> Row:
-    """A job that was claimed from a normal channel."""
+    """Return a job that was claimed from a normal channel."""
     return row(id, xid)._replace(group=None, channel=channel)
 
 

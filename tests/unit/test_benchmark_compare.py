@@ -18,7 +18,7 @@ def result(**values: float) -> dict[str, Any]:
 
 
 def table(comparison: Comparison) -> list[list[str]]:
-    """The cells of each line below the head of the table."""
+    """Return the cells of each line below the head of the table."""
     lines = [line for line in comparison.as_markdown().splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 

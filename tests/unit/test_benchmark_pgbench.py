@@ -37,7 +37,7 @@ DSN = "host=127.0.0.1 port=1 user=me password=secret dbname=bench"
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A pgbench of our own to fill with a script."""
+    """A replacement of pgbench, to fill with a script."""
     file = tmp_path / "pgbench"
     file.touch()
     file.chmod(file.stat().st_mode | stat.S_IXUSR)

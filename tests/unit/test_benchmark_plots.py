@@ -23,7 +23,7 @@ MEMBERS = choose(["growth-members"], "full")
 
 
 def written(results: Results, folder: Path) -> Path:
-    """The file that ``--json`` would have written."""
+    """Return the contents of a file that ``--json`` writes."""
     servers = {"postgres": {"server_version": "18.4", "fsync": "on"}}
     file = folder / "results.json"
     file.write_text(json.dumps(results.as_json(context({"rounds": 1, "scale": "full"}, servers))))

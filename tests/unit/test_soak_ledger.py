@@ -378,7 +378,7 @@ def pair(*kinds: tuple[str, float, bool], outcome: Outcome = "returned") -> list
 
 
 def hears(channel: str, *messages: tuple[str, float]) -> list[Record]:
-    """A member receives message 1 of each writer at a time."""
+    """Return records of a member that receives message 1 of each writer at a time."""
     return [
         Opened(0, channel),
         *join(channel),
