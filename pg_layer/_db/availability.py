@@ -20,8 +20,8 @@ AWAY_AFTER = 1.0
 class Outage:
     """An outage as one event loop observes it. Only `is_away` may be read from other threads.
 
-    A process that receives calls `begin` and `end`. One that only sends has nothing that
-    notices the loss of an idle connection. There the failed attempts to connect count.
+    A process that receives calls `begin` and `end`. A process that only sends does not notice the
+    loss of an idle connection. There the failed attempts to connect count.
 
     ``is_over``: returns whether the connections of this loop were closed. Then errors do not show
     the state of the database.

@@ -322,7 +322,7 @@ class Receiver:
         self._spawn("Dispatch", self._resume)
 
     async def _resume(self) -> None:
-        # `dispatch` requests a catch-up if announcements were left out because too much was heard.
+        # `dispatch` requests a catch-up if announcements were left out because there were too many.
         self.dispatch()
         self.jobs.claim_from_all()
 

@@ -56,7 +56,7 @@ class AnnouncementQueue:
     - Announcements are appended when they are heard.
     - During a catch-up (`begin_catch_up` to `end_catch_up`) they are kept aside. The
       catch-up appends its rows first, and the announcements are admitted after it.
-    - The queue is incomplete: an announcement may have been missed, or too much was heard.
+    - The queue is incomplete: an announcement may have been missed, or there were too many.
       Nothing that is heard is appended until a catch-up has begun, which reads it all.
     """
 

@@ -213,7 +213,7 @@ class Client:
                     del self._queues[channel]
 
     def drop_expired(self, queue: ChannelQueue) -> None:
-        """Drop expired messages of a channel queue, and have their rows deleted."""
+        """Drop expired messages of a channel queue, and request the deletion of their rows."""
         expired = queue.pop_expired(self.clock.now())
         if expired:
             self.counters.add("dropped_expired", len(expired))

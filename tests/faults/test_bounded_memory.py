@@ -61,7 +61,7 @@ async def send_batches(link: Link, dsn: str, channel: str) -> None:
 
 
 class Counter:
-    """Receives on two channels, one of them in "room", and keeps only the count."""
+    """A receiver on two channels, one of them in "room", that keeps only the count."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self._layer = layer

@@ -58,7 +58,7 @@ async def receive_everything(
 
 
 class NumberedTraffic:
-    """Sends numbers to the room, to a channel and to workers.
+    """A sender of numbers to the room, to a channel and to workers.
 
     For each of the three: ``sure`` lists the sends that returned, ``perhaps`` those with an
     unknown outcome.

@@ -1,4 +1,4 @@
-"""The database is down for longer than a lease.
+"""The database is unavailable for longer than a lease.
 
 Time in which the database is down ends no lease. So a process that still runs loses nothing
 that was acknowledged, whichever process reconnects first.

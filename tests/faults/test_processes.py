@@ -52,7 +52,7 @@ def receiving_pids(observer: Observer) -> set[int]:
 
 
 class EndlessSends:
-    """Sends numbers to a group and to channels, in turn. Each receiver gets all numbers."""
+    """A sender of numbers to a group and to channels, in turn. Each receiver gets all numbers."""
 
     def __init__(self, layer: PostgresChannelLayer, channels: list[str]) -> None:
         self._layer = layer

@@ -38,7 +38,7 @@ def pool_proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 
 class LockedReleases:
-    """Releases wait for a lock that this object holds, after they have moved the jobs."""
+    """A lock that this object holds: releases wait for it after they have moved the jobs."""
 
     def __init__(self, dsn: str) -> None:
         self._holder: psycopg.Connection[tuple[Any, ...]] = psycopg.connect(dsn)

@@ -52,7 +52,7 @@ class Report(NamedTuple):
 
 
 class WarningCollector(logging.Handler):
-    """Collects the events of the warnings that the layer logs."""
+    """A handler that collects the events of the warnings that the layer logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -52,7 +52,7 @@ class Logged(NamedTuple):
 
 
 class WarningForwarder(logging.Handler):
-    """Sends each warning to the test."""
+    """A handler that sends each warning to the test."""
 
     def __init__(self, link: Link) -> None:
         super().__init__(logging.WARNING)

@@ -67,7 +67,7 @@ def group_add(layer: PostgresChannelLayer, group: str, channel: str) -> None:
 
 
 class Writer:
-    """Sends numbers in order, in a thread of its own: in batches, alone, and in large messages.
+    """A thread that sends numbers in order: in batches, alone, and in large messages.
 
     It sends them to the channel; after `join`, alternately to the group.
     """
