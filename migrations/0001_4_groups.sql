@@ -7,7 +7,7 @@ SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', t
 
 -- ------------------------------------------------------------------------- what counts
 
--- Return whether the membership rows of a prefix are known to be complete. They are if, in this
+-- Return whether the membership rows of a prefix are known to be complete. The condition: in this
 -- boot, leases have been renewed without a gap for a whole lease, and still are.
 --
 --   _boot: the current boot
@@ -21,8 +21,8 @@ LANGUAGE sql STABLE AS $$
         FROM pg_layer_lease_clock AS l WHERE l.prefix = _prefix), false)
 $$;
 
--- Return whether the lease of a client is over. It is if it has expired, and clients of the prefix
--- have renewed their leases without a gap for as long as the lease, and still do.
+-- Return whether the lease of a client is over. The condition: it has expired, and clients of the
+-- prefix have renewed their leases without a gap for as long as the lease, and still do.
 --
 -- now() and not clock_timestamp(): a lease that was valid when the transaction began counts as
 -- valid. A transaction with one snapshot does not see later renewals.

@@ -199,8 +199,8 @@ class Dispatcher:
     def _apply(self, row: Row) -> bool:
         """Apply a control message.
 
-        Return False if dispatch must wait: the message is still at the head then, and is
-        applied after that, or is removed by `Receiver.join`.
+        Return False if dispatch must wait. The message then stays at the head until it is applied,
+        or `Receiver.join` removes it.
         """
         client = self._client
         client.delete_row_later(row.key)

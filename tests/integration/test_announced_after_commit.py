@@ -394,8 +394,8 @@ async def test_capture_on_commit_callbacks_of_a_test_case_runs_the_announcement(
 ) -> None:
     """A test of the application, in its transaction that is never committed, runs the callbacks.
 
-    There is one for all messages of a block, also of a later block. It raises nothing and leaves
-    the test's transaction usable. Nothing arrives, because the test is rolled back.
+    One callback announces all messages of a block, also of a later block. It raises nothing and
+    leaves the test's transaction usable. Nothing arrives, because the test is rolled back.
     """
     reader = make_layer(heartbeat=0.2)
     channel = await member(reader)

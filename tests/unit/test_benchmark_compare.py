@@ -54,7 +54,7 @@ def test_comparison_several_rounds_shows_medians_ranges_and_quotient() -> None:
 
 
 def test_comparison_figure_of_one_tree_has_no_quotient() -> None:
-    """A fault that only one tree shows has a line of its own, and none for the other tree."""
+    """A fault in one tree only has its own line, without a figure for the other tree."""
     comparison = Comparison(["latency/one"])
     comparison.results["latency/one"]["before"].append(result(p50=2.0, FAULT=7.0))
     comparison.results["latency/one"]["after"].append(result(p50=2.0))
