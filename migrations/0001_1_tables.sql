@@ -11,15 +11,14 @@
 -- Names of columns have COLLATE "C" (bytewise comparison): all addresses of a prefix then lie in
 -- one range of an index.
 --
--- All times are the database's, from clock_timestamp(). now() is the start of the transaction: a
+-- All times are the database's, from clock_timestamp(). now() is the start of the transaction. A
 -- message that is sent late in a long transaction would be expired when it is written.
 
 -- The functions in these files find the layer's objects in one schema, the current one of the
--- migration: they store the path that is set here (SET search_path FROM CURRENT), except where that
--- costs too much. A caller then reaches the tables with any search_path, and a temporary table of
--- the same name is never used instead. Each file sets the path again, because a file may be
--- executed in a transaction of its own. The last one restores the path for the rest of the
--- transaction.
+-- migration. They store the path that is set here (SET search_path FROM CURRENT), unless that costs
+-- too much. A caller then reaches the tables with any search_path, and a temporary table of the
+-- same name is never used instead. Each file sets the path again, because a file may be executed in
+-- a transaction of its own. The last one restores the path for the rest of the transaction.
 SELECT set_config('pg_layer.search_path', current_setting('search_path'), true),
     set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);
 

@@ -89,7 +89,7 @@ END
 $$;
 
 -- Return the current boot, as pg_layer_current_boot(). Begin another one if the row was copied from
--- another cluster, or if its boot is earlier than _known: the clock of a promoted standby may be
+-- another cluster, or if its boot is earlier than _known. The clock of a promoted standby may be
 -- behind.
 --
 --   _known: the latest boot that the caller knows, or 0

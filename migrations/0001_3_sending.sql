@@ -3,7 +3,7 @@
 -- Words that this and the next files use:
 --   own      A parameter. True: the statement is the layer's own and alone in its transaction. It
 --            takes an advisory lock before it draws ids, so that ids are in the order of the
---            commits, and begins a boot if there is none. False: the statement is part of a
+--            commits. It begins a boot if there is none. False: the statement is part of a
 --            transaction of the application. It does neither, because the application may keep
 --            the transaction open, and other statements would wait.
 --   quiet    A parameter. True: the statement marks its rows and does not announce them. It returns
@@ -358,8 +358,8 @@ $$;
 --   _own, _quiet: see the top of this file
 --   Returns in full_positions the positions (from 1) of messages that were refused because their
 --   channel is full; in ids the ids of the rows, in the order of the accepted messages. If it
---   counted, also the low-water ids for the next call, and in waiting the number of messages that
---   now wait at the fullest of the addresses.
+--   counted, it also returns the low-water ids for the next call, and in waiting the number of
+--   messages that now wait at the fullest address.
 --   Raises SQLSTATE 25006 on a standby.
 --   Called by clients (_db/queries/send.py).
 CREATE FUNCTION pg_layer_send_batch(
@@ -546,8 +546,8 @@ BEGIN
         FROM unnest(_groups, _expiries) WITH ORDINALITY AS s (group_name, expiry, position);
     ELSE
         -- The groups without a membership row of any client. Client addresses sort before and after
-        -- those of normal channels. Scalar subqueries: an anti join may read all rows of a large
-        -- group.
+        -- the addresses of normal channels. Scalar subqueries: an anti join may read all rows of a
+        -- large group.
         SELECT array_agg(g.group_name) INTO _empty
         FROM (SELECT DISTINCT group_name FROM unnest(_groups) AS u (group_name)) AS g
         WHERE (SELECT true FROM pg_layer_membership AS m

@@ -7,8 +7,8 @@ SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', t
 
 -- ------------------------------------------------------------------------- what counts
 
--- Return whether the membership rows of a prefix are known to be complete: in this boot, leases
--- have been renewed without a gap for a whole lease, and still are.
+-- Return whether the membership rows of a prefix are known to be complete. The condition: in this
+-- boot, leases have been renewed without a gap for a whole lease, and still are.
 --
 --   _boot: the current boot
 --   Called by pg_layer_group_send_batch(), which skips groups without rows only then.
@@ -21,11 +21,11 @@ LANGUAGE sql STABLE AS $$
         FROM pg_layer_lease_clock AS l WHERE l.prefix = _prefix), false)
 $$;
 
--- Return whether the lease of a client is over: it has expired, renewals of any client have come
--- without a gap for as long as the lease, and they still come.
+-- Return whether the lease of a client is over. The condition: it has expired, and clients of the
+-- prefix have renewed their leases without a gap for as long as the lease, and still do.
 --
 -- now() and not clock_timestamp(): a lease that was valid when the transaction began counts as
--- valid, because a transaction with one snapshot does not see later renewals.
+-- valid. A transaction with one snapshot does not see later renewals.
 --
 -- search_path is set because the view pg_layer_group calls this function with the path of its
 -- reader.
@@ -60,7 +60,8 @@ LANGUAGE sql STABLE AS $$
     WHERE c.present
 $$;
 
--- Return the channels in a group, except those of clients that have closed or whose lease is over.
+-- Return the channels in a group, except the channels of clients that have closed or whose lease is
+-- over.
 --
 --   Called by clients (_db/queries/groups.py).
 CREATE FUNCTION pg_layer_group_channels(_prefix text, _group text) RETURNS SETOF text
@@ -178,8 +179,8 @@ $$;
 -- Request that channels are added to groups or discarded.
 --
 -- For a specific channel the statement writes a control message, which the owner applies in its one
--- order, and a request row, which counts until the owner has written its own row. A normal channel
--- has no owner: its request row is the membership.
+-- order. It also writes a request row, which counts until the owner has written its own row. A
+-- normal channel has no owner: its request row is the membership.
 --
 --   _groups, _channels: one element per change; a pair occurs only once
 --   _adds: whether the channel is added

@@ -53,7 +53,7 @@ BEGIN
     SELECT CASE WHEN s.is_called THEN s.last_value ELSE 0 END INTO last_id
     FROM pg_layer_message_id_seq AS s;
     -- age() counts up to the next transaction id as long as this transaction has none. The xmax of
-    -- the snapshot is not that id: it follows the last transaction that has ended, and open
+    -- the snapshot is not that id. It follows the last transaction that has ended, and open
     -- transactions from there on may have drawn ids.
     _xmax := pg_snapshot_xmax(pg_current_snapshot());
     next_xid := _xmax::text::bigint + age(_xmax::xid);

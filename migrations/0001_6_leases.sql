@@ -45,7 +45,7 @@ $$;
 
 -- Renew the lease of a client, or begin it. A heartbeat is one call of this function. It also
 -- reports the client's counters, takes the snapshot that may become the cursor's, keeps low-water
--- ids, and sends the ping: a listener that does not receive the ping is deaf.
+-- ids, and sends the ping. A listener that does not receive the ping is deaf.
 --
 --   _lease: its length in seconds
 --   _fence: the client's; a smaller one in the table is raised
@@ -108,8 +108,8 @@ BEGIN
         INSERT INTO pg_layer_lease_clock AS l (prefix, boot, lease, renewed_at, steady_since)
         VALUES (_prefix, pg_layer_renew.boot, _lease, _now, _now)
         ON CONFLICT (prefix) DO UPDATE SET renewed_at = excluded.renewed_at, boot = excluded.boot,
-            -- A gap is half a lease without renewals. Heartbeats come more often, and a lease that
-            -- expires in an outage needs a longer gap.
+            -- A gap is half a lease without renewals. Heartbeats are more frequent, and a lease
+            -- that expires in an outage needs a longer gap.
             steady_since = CASE
                 WHEN l.boot = excluded.boot AND l.renewed_at > excluded.renewed_at
                     - make_interval(secs => greatest(l.lease, excluded.lease) / 2)
@@ -161,7 +161,7 @@ BEGIN
     FOR _address IN
         SELECT a.address FROM unnest(_addresses) AS a (address) ORDER BY a.address COLLATE "C"
     LOOP
-        -- Lock the row before the SELECT below. pg_layer_release() locks it as well: released jobs
+        -- Lock the row before the SELECT below. pg_layer_release() locks it as well. Released jobs
         -- are then either visible to the SELECT, or lower the id later.
         SELECT l.* INTO _kept
         FROM pg_layer_low_id AS l WHERE l.address = _address FOR UPDATE SKIP LOCKED;
@@ -186,8 +186,8 @@ $$;
 
 -- ------------------------------------------------------------------------- the end of a client
 
--- Close a client: release its jobs, and delete its memberships and other messages. What is left
--- over after the caller's last call expires, or the sweeper removes it.
+-- Close a client: release its jobs, and delete its memberships and other messages. Rows that are
+-- left after the caller's last call expire, or the sweeper removes them.
 --
 --   _limit: the number of messages, and of memberships, that one call handles
 --   _quiet: do not announce the released jobs
@@ -298,8 +298,8 @@ DECLARE
     _xid xid8;
 BEGIN
     -- The lock keeps statements from sending messages that the last call would not see. All senders
-    -- wait for this transaction, so it must not wait for locked rows: those of open transactions,
-    -- and jobs that are being claimed or released. They stay.
+    -- wait for this transaction, so it leaves locked rows. Open transactions lock rows, and so
+    -- do claims and releases of jobs.
     SELECT w.xid, w.boot INTO _xid, boot FROM pg_layer_begin_write(true) AS w;
     xid := _xid::text::bigint;
     WITH part AS MATERIALIZED (

@@ -83,8 +83,8 @@ DECLARE
 BEGIN
     IF _fence IS NOT NULL THEN
         PERFORM pg_layer_check_fence(_address, _fence);
-        -- Commit durably: a client that goes on would count jobs as received whose release a crash
-        -- has undone.
+        -- Commit durably. Otherwise a crash could undo the release, and the client would count
+        -- these jobs as received.
         IF current_setting('synchronous_commit') = 'off' THEN
             PERFORM set_config('synchronous_commit', 'on', true);
         END IF;

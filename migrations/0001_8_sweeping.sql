@@ -47,8 +47,9 @@ AS $$
 $$;
 
 -- Remove up to _limit of each kind: expired messages, membership requests that no longer count,
--- memberships of clients whose lease is over, and clients that ended a day ago. Rows that other
--- transactions have locked stay for the next part, so that several sweepers may run at a time.
+-- memberships of clients whose lease is over, and clients that ended over a day ago. Rows that
+-- other transactions have locked stay for the next part, so that several sweepers may run at the
+-- same time.
 --
 --   _alone: sweep only if no other session sweeps this prefix right now
 --   _after: as for pg_layer_delete_expired()

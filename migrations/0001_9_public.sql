@@ -1,8 +1,8 @@
 -- The public functions, for psql, triggers and other languages: messages as JSON, under the rules
 -- of the layer. They are sent when the transaction commits. docs/sql.md describes them.
 --
--- Arguments are copied into variables with COLLATE "C", so that they are compared bytewise,
--- whatever the collation of the column or variable that the caller passes.
+-- Arguments are copied into variables with COLLATE "C". So they are compared bytewise, whatever the
+-- collation of the column or variable that the caller passes.
 
 -- For SET search_path FROM CURRENT: see 0001_1_tables.sql.
 SELECT set_config('search_path', quote_ident(current_schema()) || ', pg_temp', true);

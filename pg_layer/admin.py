@@ -40,7 +40,7 @@ else:  # Django's class is generic for the type checker only
 
 
 def _configurations() -> list[Config | ImproperlyConfigured]:
-    """Return the options of all layers of this package, those of the default layer first."""
+    """Return the options of all layers of this package, the default layer's first."""
     found = dict(configurations())
     return sorted(found.values(), key=lambda config: config is not found.get(DEFAULT_CHANNEL_LAYER))
 
@@ -88,7 +88,7 @@ class ReadOnlyAdmin(ModelAdmin[M]):
 
 
 class StateFilter(admin.SimpleListFilter):
-    """Filters clients by the state of their lease."""
+    """A filter of clients by the state of their lease."""
 
     title = "state"
     parameter_name = "state"

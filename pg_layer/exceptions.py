@@ -60,7 +60,7 @@ class OutcomeUnknown(LayerUnavailable):
 
 
 class Stopping(LayerUnavailable, StopConsumer):
-    """The process is stopping while the database is away; the call did not take effect.
+    """The process is stopping, the database is unavailable, and the call did not take effect.
 
     It is also Channels' `StopConsumer`, so that a consumer that raises it ends without a
     traceback. Otherwise each consumer of the process would log one.
@@ -68,7 +68,7 @@ class Stopping(LayerUnavailable, StopConsumer):
 
 
 class StoppingUnknown(OutcomeUnknown, StopConsumer):
-    """The process is stopping while the database is away; the outcome of the call is unknown."""
+    """The process is stopping, the database is unavailable, and the outcome is unknown."""
 
 
 class NotBegun(PgLayerError):
@@ -103,7 +103,7 @@ class InvalidMessage(TypeError, ValueError):
     """The message is not a dict, or contains a value that Channels' specification does not allow.
 
     It is an error in the calling code and therefore not a `PgLayerError`: code that catches
-    `PgLayerError` to retry must not hide it. It is a `TypeError`, as Channels raises for invalid
-    names, and also a `ValueError`, because some values have the right type and are out of range.
-    The text gives the path to the value, never the value.
+    `PgLayerError` to retry must not hide it. It is a `TypeError`, because Channels raises that for
+    invalid names. It is also a `ValueError`, because some values have the right type and are out of
+    range. The text gives the path to the value, never the value.
     """

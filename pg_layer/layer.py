@@ -111,7 +111,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         """Wait for the next message of a channel, and return it.
 
         A specific channel must be a channel that `new_channel` returned in this process. A
-        cancelled call takes no message. While the database is away, the call waits.
+        cancelled call takes no message. While the database is unavailable, the call waits.
 
         Raises `TypeError` for an invalid name or a channel of another process; `LayerUnavailable`
         if the layer was closed and the channel no longer exists.
@@ -211,7 +211,7 @@ class PostgresChannelLayer(BaseChannelLayer):
 
         Return a list of booleans in the order of the pairs: False if a normal channel in the group
         was full and misses the message. ``expiry`` and ``exclude`` apply to all messages, as in
-        `group_send`. The limits and the errors are those of `send_many`.
+        `group_send`. The limits and the errors are the same as for `send_many`.
         """
         many = self._operations.group_send_many(messages, expiry, exclude)
         return await self._loops.submit(many) if many.operations else []

@@ -195,9 +195,9 @@ _registered: WeakKeyDictionary[CollectorRegistry, Collector] = WeakKeyDictionary
 def register(registry: CollectorRegistry = REGISTRY) -> Collector:
     """Register a collector of all layers of this package in ``CHANNEL_LAYERS``, and return it.
 
-    A second call returns the collector of the first. Raises `ImproperlyConfigured` if the
-    settings have no layer of this package, and the `ValueError` of `prometheus_client` if the
-    registry has a `Collector` that was registered in another way.
+    A second call returns the collector of the first. Raises `ImproperlyConfigured` if the settings
+    have no layer of this package. Raises the `ValueError` of `prometheus_client` if the registry
+    has a `Collector` that was registered in another way.
     """
     aliases = configured_aliases()
     if not aliases:

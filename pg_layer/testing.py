@@ -186,7 +186,7 @@ else:
 
 
 class ResetLayersMixin(_TestCase):
-    """Resets layers after each test. Name it before `TestCase` or `TransactionTestCase`.
+    """A mixin that resets layers after each test. Name it before Django's test case class.
 
     class ChatTests(ResetLayersMixin, TransactionTestCase): ...
     """

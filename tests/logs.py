@@ -1,4 +1,4 @@
-"""What the package has logged, by the names of its events (`pg_layer._state.log_events`)."""
+"""The log records of the package, by the names of their events (`pg_layer._state.log_events`)."""
 
 from __future__ import annotations
 

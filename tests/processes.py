@@ -5,9 +5,9 @@
     process = processes.start(double, 21)
     assert await process.result() == 42
 
-`link` connects the function with the test: both ends say and hear objects that can be pickled. The
-processes are forked from a clean process that has imported the modules. They are as isolated as new
-processes, but start at once.
+`link` connects the function with the test: both ends send and receive objects that can be pickled.
+The processes are forked from a clean process that has imported the modules. They are as isolated as
+new processes, but start at once.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Link:
         return await asyncio.wait_for(self._heard.get(), PATIENCE)
 
     def pretend(self, last: object) -> None:
-        """Act as if the other end had sent a last message."""
+        """Append a last message, in place of one from the other end."""
         self._heard.put_nowait(last)
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Process(Generic[T]):
         self._link.say(what)
 
     async def hear(self) -> Any:
-        """Return what the function says next. Raises `ProcessFailed` if it ends instead."""
+        """Return the next object from the function. Raises `ProcessFailed` if it ends instead."""
         said = await self._next()
         if isinstance(said, _Returned):
             raise ProcessFailed(
@@ -135,7 +135,7 @@ class Process(Generic[T]):
     async def result(self) -> T:
         """Return the result of the function.
 
-        Raises `ProcessFailed` if the function fails or says something instead.
+        Raises `ProcessFailed` if the function fails or sends an object instead.
         """
         said = await self._next()
         if not isinstance(said, _Returned):

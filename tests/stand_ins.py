@@ -1,4 +1,4 @@
-"""Functions that stand in for PostgreSQL's own, such as a ``pg_notify`` that refuses."""
+"""Functions that replace PostgreSQL's own, such as a ``pg_notify`` that refuses."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _search_path(options: str) -> str:
 
 
 def not_migrated(config: Config, alias: str | None = None) -> NotMigrated:
-    """Return a `NotMigrated` that tells how to create the tables.
+    """Return a `NotMigrated` that names the command that creates the tables.
 
     ``alias``: of the database; default: the alias for `config`.
     """

@@ -47,12 +47,12 @@ def looks_secret(text: str) -> bool:
 def problem_with(dsn: str) -> str | None:
     """Return what is wrong with a connection string, without quoting a part of it; None if valid.
 
-    It is stricter than libpq: libpq cuts a password that was not percent-encoded at an `@` or `/`
+    It is stricter than libpq. libpq cuts a password that is not percent-encoded at an `@` or `/`,
     and takes the rest for the host, the port or the database. Connecting would fail later, and the
     error would show that rest.
     """
     if not dsn.strip():
-        return "it is empty (is the environment variable set that it comes from?)"
+        return "it is empty (is its environment variable set?)"
     if "\0" in dsn or not is_utf8(dsn):
         return "it contains a NUL or a lone surrogate"
     scheme = _SCHEME.match(dsn)

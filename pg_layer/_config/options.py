@@ -40,7 +40,7 @@ MAX_MESSAGE_SIZE = 512 * 1024 * 1024
 _MAX_CACHED_CAPACITIES = 4096
 
 # Defaults for a connection, if neither the options nor the environment set them: detect within
-# seconds, not hours, that the server has gone.
+# seconds, not hours, that the server does not answer.
 _CONNECTION_DEFAULTS: Mapping[str, str | int] = {
     "application_name": "pg_layer",
     "connect_timeout": 5,
@@ -379,7 +379,7 @@ def _django_parameters(alias: str) -> dict[str, Any]:
             f"the ENGINE {connection.settings_dict['ENGINE']!r}. "
             "Set 'using' to another alias, or set 'dsn'."
         )
-    # The other parameters are for psycopg or for the backend: a backend that pools connections has
+    # The other parameters are for psycopg or for the backend. A backend that pools connections has
     # its own keys in OPTIONS and removes them when it connects. Django's own connection refuses a
     # misspelt one.
     known = known_parameters()

@@ -1,4 +1,4 @@
-"""Whether the database is away. Logs when it is lost, and when it is back."""
+"""The availability of the database. Logs one line when it is lost, and one when it returns."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pg_layer._state.client import Client
 
 logger = logging.getLogger("pg_layer")
 
-# Seconds without any connection after which the database is away. A single failure proves
-# little: the server may have had too many connections for a moment.
+# Seconds without any connection after which the database counts as unavailable. A single failure
+# proves little: the server may have had too many connections for a moment.
 AWAY_AFTER = 1.0
 
 
 class Outage:
-    """What one event loop knows of an outage. Only `is_away` may be read from other threads.
+    """An outage as one event loop observes it. Only `is_away` may be read from other threads.
 
-    A process that receives calls `begin` and `end`. One that only sends has nothing that
-    notices the loss of an idle connection. There the failed attempts to connect count.
+    A process that receives calls `begin` and `end`. A process that only sends does not notice the
+    loss of an idle connection. There the failed attempts to connect count.
 
-    ``is_over``: returns whether the connections of this loop were closed. Then errors say
-    nothing of the database.
-    ``is_listening``: returns whether a connection listens. Then the database is there, even
+    ``is_over``: returns whether the connections of this loop were closed. Then errors do not show
+    the state of the database.
+    ``is_listening``: returns whether a connection listens. Then the database is available, even
     if no other connection can be made.
     """
 
@@ -39,9 +39,9 @@ class Outage:
         self._is_over = is_over
         self._is_listening = is_listening
         self.since = 0.0  # by time.monotonic()
-        self.why: str | None = None  # the reason, while the database is away
+        self.why: str | None = None  # the reason, while the database is unavailable
         self._was_connected = False  # before the outage
-        self._is_refused = False  # the database is there, and refuses what receiving needs
+        self._is_refused = False  # the database is available, but refuses to let the client receive
         self._failing_since: float | None = None  # no connection could be made since then
 
     def begin(self, error: Exception) -> None:
@@ -74,7 +74,7 @@ class Outage:
 
     @property
     def is_away(self) -> bool:
-        """Whether the database is known to be away. From any thread."""
+        """Whether the database is known to be unavailable. From any thread."""
         if self.why is not None:
             return not self._is_refused
         since = self._failing_since
@@ -82,7 +82,7 @@ class Outage:
         return is_failing and not self._is_listening()
 
     def end(self, caught_up: int) -> None:
-        """Note that the database is back, and how many missed messages have been read."""
+        """Note that the database has returned, and how many missed messages have been read."""
         if self.why is None:
             return
         self.why = None

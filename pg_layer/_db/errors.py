@@ -1,4 +1,4 @@
-"""The meaning of the database's errors: which calls are retried, and what callers are told."""
+"""The meaning of the database's errors: which calls are retried, and what they raise."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Retry(enum.Enum):
 
 
 class Rule(NamedTuple):
-    """What an error with a SQLSTATE means.
+    """The meaning of an error with a SQLSTATE.
 
-    ``sqlstate``: the SQLSTATE, or its first characters. ``is_away``: the database is away, or its
-    connections are refused. Otherwise the database is there and refuses the statement.
+    ``sqlstate``: the SQLSTATE, or its first characters. ``is_away``: the database is unavailable,
+    or refuses connections. Otherwise the database is available and refuses the statement.
     """
 
     sqlstate: str
@@ -51,7 +51,8 @@ class Rule(NamedTuple):
     is_away: bool
 
 
-# Which errors may be retried. An error without a rule: never, and the database is not away.
+# Which errors may be retried. An error without a rule may not be retried, and the database counts
+# as available.
 RULES = (
     Rule("26000", Retry.ALWAYS, True),  # a prepared statement is gone: a pooler changed the server
     Rule("40001", Retry.ALWAYS, True),  # serialization failure
@@ -95,8 +96,8 @@ class Attempts:
     """The attempts of one call: whether another may follow, and the error if none does.
 
     ``is_idempotent``: another attempt may follow one that may have taken effect. ``is_read``: no
-    attempt has an effect. ``alias``: the alias of the database if it is not that of ``config``.
-    ``gives_up``: returns whether the process is stopping and the database is known to be away.
+    attempt has an effect. ``alias``: the alias of the database, if ``config`` names another one.
+    ``gives_up``: returns whether the process is stopping and the database is unavailable.
     """
 
     def __init__(
@@ -134,8 +135,8 @@ class Attempts:
     def final_error(self, reason: BaseException | None) -> LayerUnavailable:
         """Return the error that the caller receives if the call ends for ``reason``.
 
-        `OutcomeUnknown` if an earlier attempt may have taken effect. ``reason`` need not be the
-        error of an attempt. None: no connection became free.
+        `OutcomeUnknown` if an earlier attempt may have taken effect. ``reason`` may be another
+        error than that of an attempt. None: no connection became free.
         """
         error = OutcomeUnknown() if self.is_outcome_unknown else layer_unavailable(reason)
         return as_stopping(error) if self._gives_up() else error
@@ -202,7 +203,7 @@ def layer_unavailable(reason: BaseException | None) -> LayerUnavailable:
 
 
 def was_refused(error: BaseException) -> bool:
-    """Return whether the database was there and refused the statement.
+    """Return whether the database was available and refused the statement.
 
     ``error``: psycopg's, or one of the layer's whose cause is psycopg's.
     """
@@ -227,7 +228,7 @@ def one_line(error: BaseException) -> str:
 
 
 def outage_reason(error: BaseException) -> str:
-    """Return why the database is away: the text of the error that was the cause."""
+    """Return why the database is unavailable: the text of the error that was the cause."""
     if isinstance(error, OutcomeUnknown) and error.__cause__ is not None:
         error = error.__cause__
     return one_line(error).removeprefix(AWAY)
@@ -237,7 +238,7 @@ def is_permanent(error: BaseException | None) -> bool:
     """Return whether no connection can be made until the configuration changes.
 
     Examples are a wrong password and a missing database. If there are several hosts, each must
-    have reported such an error: a host that is away may return and accept the connection.
+    have reported such an error: an unavailable host may return and accept the connection.
 
     libpq gives no SQLSTATE for these errors, only an English text. If the server uses another
     language, the result is False and the caller tries again.

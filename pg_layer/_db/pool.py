@@ -26,7 +26,7 @@ from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 T = TypeVar("T")
 
 RETRY = 0.05  # seconds before a statement is repeated
-STOPPING_TIMEOUT = 1.0  # seconds that a stopping process waits for a database that is away
+STOPPING_TIMEOUT = 1.0  # seconds that a stopping process waits for the database
 _NAME = "pg_layer"
 _CLOSED = "The channel layer was closed."
 _CHECK_INTERVAL = 0.1  # seconds after which a caller that waits for a session checks why
@@ -38,7 +38,7 @@ _MAX_LIFETIME = 3600.0
 
 
 class Pool:
-    """At most ``max_size`` sessions, opened when needed and closed when idle.
+    """Up to ``max_size`` sessions, opened when needed and closed when idle.
 
     Bound to the event loop on which it is made; `abandon` may be called from any thread if
     that loop does not run. Each session belongs to one caller at a time.
@@ -148,7 +148,7 @@ class Pool:
         self._open_more()
 
     def _close_idle(self) -> None:
-        """Close what has been idle for long enough, and set the timer for the rest."""
+        """Close sessions that have been idle for long enough, and set the timer for the rest."""
         self._idle_timer = None
         oldest = self._loop.time() - self._max_idle
         for session, since in list(self._idle.items()):
@@ -177,7 +177,7 @@ class Pool:
     async def _open(self) -> None:
         """Open a session. Repeat that while it fails and a caller waits."""
         if len(self._opening) == 1:
-            self.error = None  # an older error says nothing of this attempt
+            self.error = None  # an older error is not about this attempt
         while self._waiters and not self.is_closed:
             try:
                 session = await self._open_once()
@@ -235,14 +235,14 @@ class Pool:
 
 
 class Connections:
-    """Runs statements on the sessions of a pool, and repeats those that had no effect.
+    """The execution of statements on a pool's sessions, with retries of those without effect.
 
     All connections are in autocommit mode: each statement is a transaction of its own.
     Bound to the event loop on which it is made. Nothing is connected before the first `run`.
 
     ``max_idle``: seconds after which an idle connection is closed.
     ``on_refused``: called when the server refuses NOTIFY, or takes no writes.
-    ``outage``: is informed of attempts to connect, and says whether the database is away.
+    ``outage``: records attempts to connect, and returns whether the database is unavailable.
     """
 
     def __init__(
@@ -370,12 +370,12 @@ class Connections:
     def gives_up(self) -> bool:
         """Whether no call waits for the database. From any thread.
 
-        The process is stopping, or the client closes, while the database is known to be away.
+        The process is stopping, or the client closes, while the database is unavailable.
         """
         return (self.is_closing or shutdown.is_stopping()) and self._outage.is_away
 
     def begin_closing(self) -> None:
-        """From now on, do not wait for a database that is away. From any thread."""
+        """Stop waiting for a database that is unavailable. From any thread."""
         self.is_closing = True
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs statements on a connection, prepared if possible.
+"""Statements on a connection, prepared if possible.
 
 It calls libpq through `psycopg.pq`. To execute a statement by a psycopg cursor costs several
 times as much, because the cursor looks at the type of each value.
@@ -34,7 +34,7 @@ Rows = list[tuple[Any, ...]]
 
 
 class Session:
-    """A connection that is used by one caller at a time.
+    """A connection that one caller uses at a time.
 
     ``can_prepare``: the same server process answers all statements, so that it has the prepared
     ones. Behind a pooler it may not.
@@ -93,7 +93,7 @@ class Session:
     async def execute(self, statement: Statement, *values: object) -> Rows:
         """Run a statement, and return its rows. Raises the exceptions of psycopg.
 
-        If the caller is cancelled, the statement goes on in the server: see `settle`.
+        If the caller is cancelled, the statement continues in the server: see `settle`.
         """
         parameters = statement.encode(values)
         if self.can_prepare and statement not in self._names:
@@ -281,7 +281,7 @@ def _new_poll() -> Any:
 
 
 class _Answer:
-    """Reads the results of a statement, on the running loop, as they arrive."""
+    """The results of a statement, read on the running loop when they arrive."""
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._pgconn = pgconn

@@ -25,7 +25,7 @@ DISCARDED = "The channel receives nothing more from the group, but the table may
 
 
 class OwnChanges:
-    """Adds the client's own channels to groups, and discards them. Bound to the owner loop.
+    """Membership changes of the client's own channels. Bound to the owner loop.
 
     ``lease`` waits for the first renewal of the lease, at most a number of seconds. ``gives_up``
     returns whether calls no longer wait for the database.
@@ -80,7 +80,7 @@ class OwnChanges:
             while True:
                 last_flush = client.memberships.last_flush
                 since = await self._writer.write(present, gone, deadline - time.monotonic())
-                # A flush that was applied during the statement came first in the owner's order, but
+                # A flush that was applied during the statement is earlier in the owner's order, but
                 # may have removed the new rows. Then write them again.
                 if client.memberships.last_flush == last_flush:
                     break

@@ -1,4 +1,4 @@
-"""Writes the membership rows of the owner: the table follows the owner's memory.
+"""The membership rows of the owner: the table follows the owner's memory.
 
 Bound to the owner loop. See ``docs/protocols.md``, section 4.
 """
@@ -28,7 +28,7 @@ READ_TIMEOUT = 60.0  # seconds to read all rows of the client
 
 
 class MembershipWriter:
-    """Writes rows, one statement at a time, in the background and for callers."""
+    """The writer of the rows, one statement at a time, in the background and for callers."""
 
     def __init__(
         self,

@@ -20,12 +20,12 @@ FULL_PASS = 3600.0  # seconds between two passes that begin with the oldest mess
 
 
 class Sweeper:
-    """Removes expired rows in parts, until it is stopped.
+    """A loop that removes expired rows in parts, until it is stopped.
 
     Several sweepers may run at the same time. A pass over the messages continues where the last one
     ended. The first pass, and one each hour, begins with the oldest message. Otherwise a message
-    that was written with an expiry in the past would remain, such as a message of a transaction
-    that was open for a long time.
+    that was written with an expiry in the past would remain. A transaction that was open for a long
+    time can write one.
 
     ``report`` is called with the counts of each pass, ``complain`` with the error that ended a
     pass. After an error the next pass connects again.

@@ -1,1 +1,1 @@
-"""What is sent: rows, addresses, announcements, payloads. No I/O, no database."""
+"""The data that is sent: rows, addresses, announcements, payloads. No I/O, no database."""

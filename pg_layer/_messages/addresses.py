@@ -1,7 +1,7 @@
 """Addresses of rows, and the NOTIFY channels on which rows are announced.
 
-The functions follow the rules in ``migrations/0001_2_addresses.sql``, so that neither side
-has to ask the other.
+The functions follow the rules in ``migrations/0001_2_addresses.sql``, so that neither side asks the
+other.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ BUCKETS = 1024  # NOTIFY channels that all groups of a prefix share: 10 bits of 
 def channel_address(prefix: str, channel: str) -> str:
     """Return the address of a channel.
 
-    For a specific channel it is the address of its client, for a normal channel that of
-    the channel's readers.
+    For a specific channel it is the address of its client, for a normal channel the address of the
+    channel's readers.
     """
     head, bang, _ = channel.partition("!")
     return f"{prefix}!{head.rpartition('.')[2]}" if bang else f"{prefix}!:{channel}"

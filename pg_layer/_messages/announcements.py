@@ -1,4 +1,4 @@
-"""Parse the text of notifications. See ``docs/protocols.md``, section 2."""
+"""The parser of notifications. See ``docs/protocols.md``, section 2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ToRead(NamedTuple):
 
 
 class Jobs(NamedTuple):
-    """Jobs wait in a normal channel, from the id ``first`` on."""
+    """Jobs that wait in a normal channel, from the id ``first`` on."""
 
     first: int
 

@@ -1,8 +1,7 @@
-"""Serialise, validate and encrypt messages, and the reverse. No I/O. Thread-safe.
+"""Serialisation, validation and encryption of messages, and the reverse. No I/O. Thread-safe.
 
-The first byte of a payload says which format it has. So readers understand every format,
-whichever they write themselves, and a deployment can change the format while rows in both
-are in the table:
+The first byte of a payload is its format. So readers understand every format, whichever they write
+themselves, and a deployment can change the format while rows in both are in the table:
 
 - ``{``: JSON in UTF-8. SQL callers and ``serializer_format="json"`` write it.
 - 0x80-0x8f, 0xde, 0xdf: a map of msgpack.
@@ -48,7 +47,7 @@ MAX_DEPTH = 200
 # routing in one.
 _RESERVED = "__asgi_"
 
-# Types that contain no other values, and whose values `_is_sound` need not check. The
+# Types that contain no other values, and whose values `_is_sound` does not check. The
 # serialiser itself refuses what is wrong with such a value: a lone surrogate; in JSON also
 # bytes and NaN.
 _LEAVES = frozenset((str, float, bool, type(None), bytes, bytearray, memoryview))
@@ -72,7 +71,7 @@ class Template:
 
 
 class Codec:
-    """Converts messages into payloads, and payloads into messages.
+    """A converter of messages into payloads, and of payloads into messages.
 
     ``serializer_format``: "msgpack" or "json". It decides how messages are written; a
     payload itself decides how it is read.
@@ -171,8 +170,8 @@ class Codec:
 
         Raises ``UndecodableMessage`` for a payload in no known format, for one that no key
         opens or that was encrypted for another name, and for an encrypted one if there are
-        no keys. Also for a plain one if there are keys and plain ones are not allowed:
-        otherwise every role that can write to the table could forge messages.
+        no keys. Also for a plain one if there are keys and plain ones are not allowed. Otherwise
+        every role that can write to the table could forge messages.
         """
         first = payload[0] if payload else -1
         if self._crypter is None:
@@ -303,8 +302,8 @@ class _Place(NamedTuple):
 def _find_problem(message: object, *, as_json: bool) -> str | None:
     """Return what is wrong with a message, as a sentence with the path, or None.
 
-    It must find all that `_is_sound` or the serialiser refuses. It uses a stack of its own,
-    because it may be called when Python's stack was too small for the message.
+    It must find every error for which `_is_sound` or the serialiser refuses a message. It uses a
+    stack of its own, because it may be called when Python's stack was too small for the message.
     """
     todo = [_Place(message, "message", None, 0)]
     while todo:

@@ -18,7 +18,7 @@ from pg_layer.exceptions import UndecodableMessage
 
 
 class Crypter:
-    """Encrypts with the first key, and decrypts with any key.
+    """A set of keys: the first one encrypts, and any of them decrypts.
 
     Keys may have any length: like channels_redis, the class uses their SHA-256 digests.
     """
@@ -40,9 +40,9 @@ class Crypter:
     def decrypt(self, token: bytes, name: str) -> bytes:
         """Return the plaintext of a token that was found in a row for ``name``.
 
-        A normal channel accepts a token for any group of the prefix. A group message for a
-        normal channel is copied into a row of the channel with the token of the group, and
-        the readers of the channel do not know its groups.
+        A normal channel accepts a token for any group of the prefix. A group message for a normal
+        channel is copied into a row of the channel, with the token of the group. The readers of the
+        channel do not know its groups.
 
         Raises ``UndecodableMessage`` for a token that no key opens, or for another name.
         """

@@ -1,4 +1,4 @@
-"""Rows of ``pg_layer_message`` as a client sees them."""
+"""Rows of ``pg_layer_message`` in the memory of a client."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 class KeyAt(NamedTuple):
-    """A key with its address. ``size`` is that of the payload in bytes."""
+    """A key with its address. ``size`` is the size of the payload in bytes."""
 
     address: str
     id: int

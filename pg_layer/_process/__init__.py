@@ -1,1 +1,1 @@
-"""What belongs to the process: tasks, threads, and its end."""
+"""The parts that belong to the process: tasks, threads, and its end."""

@@ -1,4 +1,4 @@
-"""Waiting for tasks that were cancelled. No I/O."""
+"""The wait for cancelled tasks. No I/O."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ async def wait_for_cancelled(tasks: Iterable[asyncio.Task[Any]], timeout: float)
     """Wait for the end of tasks that were cancelled just now, about ``timeout`` seconds.
 
     Before Python 3.12 `asyncio.wait_for` may swallow a cancellation, and psycopg waits on it
-    while it connects. So cancel once more what still runs after a pause. Without the pause,
-    the second cancellation would interrupt the `finally` blocks of the tasks.
+    while it connects. So cancel the tasks that still run after a pause once more. Without the
+    pause, the second cancellation would interrupt the `finally` blocks of the tasks.
     """
     waited = set(tasks)
     if not waited:

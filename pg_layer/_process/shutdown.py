@@ -1,4 +1,4 @@
-"""Closes the layers at the end of the process, also if SIGTERM ends it."""
+"""The close of the layers at the end of the process, also if SIGTERM ends it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def close_on_sigterm() -> None:
 
     Takes effect on the main thread only, and only if SIGTERM has its default effect. A server's own
     handler remains, also for a second SIGTERM; a wrapper around it notes when it is called. uvicorn
-    restores the default effect after it has stopped, and sends itself SIGTERM: then no Python code
+    restores the default effect after it has stopped, and sends itself SIGTERM. Then no Python code
     would run. Therefore `signal.signal` is replaced: it installs this module's handler instead of
     the default effect.
 
@@ -124,7 +124,7 @@ def close_on_sigterm() -> None:
 
 
 class _NotingHandler:
-    """Wraps a server's handler and notes that the process is stopping."""
+    """A wrapper of a server's handler that notes that the process is stopping."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
         self.handler = handler

@@ -19,9 +19,9 @@ class Tasks:
     """The tasks of an engine. A task ends when its work is done, or is cancelled with the engine.
 
     An exception does not end a task, because its work would never be done. `Failures` records the
-    exception, and the work starts again from its beginning. Therefore a flag that work is under way
-    must be reset at the end of the work, not if it raises, and nothing may follow the reset: what
-    follows is other work, in its own task.
+    exception, and the work starts again from its beginning. Therefore a flag for work under way
+    must be reset at the end of the work, and not if it raises. No code of the work may follow the
+    reset: later work is another task.
     """
 
     def __init__(self, failures: Failures, is_over: Callable[[], bool] = lambda: False) -> None:

@@ -1,4 +1,4 @@
-"""Event loops in other threads: whether they can exist, and running a coroutine on one."""
+"""Event loops in other threads, and coroutines that run on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 T = TypeVar("T")
 
-# Seconds for which an event loop has not run, after which the error says that it is blocked.
+# Seconds without progress of an event loop after which the error calls it blocked.
 BLOCKED_AFTER = 0.5
 CHECK_INTERVAL = 0.1  # seconds between two checks whether the other loop still runs
 

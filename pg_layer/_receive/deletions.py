@@ -1,4 +1,4 @@
-"""Deletes received rows in batches. Bound to the owner loop.
+"""The deletion of received rows in batches. Bound to the owner loop.
 
 A statement that reads rows never deletes them: if its answer were lost, the messages would
 be lost with it. Rows are deleted after `receive()` has taken their messages.
@@ -23,7 +23,7 @@ WAIT_TIMEOUT = 1.0  # seconds
 
 
 class Deletions:
-    """Deletes the rows in `Client.pending_deletes`."""
+    """The task that deletes the rows in `Client.pending_deletes`."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class Deletions:
         self.schedule()
 
     def schedule(self, queue: ChannelQueue | None = None) -> None:
-        """Have the pending rows deleted soon.
+        """Request the deletion of the pending rows.
 
-        ``queue``: the channel queue that the last row came from. Delete at once if so many of
+        ``queue``: the channel queue of the last row. Delete at once if so many of
         its rows are pending that senders may find the channel full.
         """
         is_urgent = queue is not None and queue.is_filling

@@ -1,4 +1,4 @@
-"""Moves messages to channel queues, and applies control messages.
+"""Dispatch to channel queues, and the application of control messages.
 
 It takes both from the head of the announcement queue, in its order.
 Bound to the owner loop. See ``docs/protocols.md``, sections 2 and 4.
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 # Dispatch waits for members whose channel queue is full. A round lasts PAUSE seconds, and
 # PAUSE more for each such member. A member must receive something in each round, and half of
-# its queue in ROUNDS rounds. So a slow member costs its neighbours at most that once for each
-# half of its queue.
+# its queue in ROUNDS rounds. So a slow member delays other channels by at most these rounds, once
+# for each half of its queue.
 PAUSE = 0.05
 ROUNDS = 5
 SLICES = 5  # of a round for one member
 
 
 class Dispatcher:
-    """Dispatches the entries that are ready, in the order of the announcement queue.
+    """The dispatch of entries that are ready, in the order of the announcement queue.
 
-    Dispatch stops at a head whose rows must still be read. It also waits (``is_blocked``)
-    for members with full channel queues, for a `Receiver.join`, and for an own change of a
-    membership that the control message at the head changes, too.
+    Dispatch stops at a head whose rows must still be read. It also waits (``is_blocked``) for
+    members with full channel queues, and for a `Receiver.join`. If the control message at the head
+    changes a membership, it waits for an own change of the same membership.
     """
 
     def __init__(
@@ -199,8 +199,8 @@ class Dispatcher:
     def _apply(self, row: Row) -> bool:
         """Apply a control message.
 
-        Return False if dispatch must wait: the message is still at the head then, and is
-        applied after that, or is removed by `Receiver.join`.
+        Return False if dispatch must wait. The message then stays at the head until it is applied,
+        or `Receiver.join` removes it.
         """
         client = self._client
         client.delete_row_later(row.key)
@@ -222,7 +222,7 @@ class Dispatcher:
         memberships = self._client.memberships
         pair = (str(change["group"]), channel)
         if pair in self._own_changes:
-            # Which of the two comes first is known when the statement of the own change returns.
+            # The order of the two is known when the statement of the own change returns.
             self._block(partial(self.wait_for_own_change, pair))
             return False
         requester = change.get("requester")
@@ -252,8 +252,8 @@ class Dispatcher:
     async def wait_for_flush(self, key: Key, timeout: float) -> None:
         """Wait until a flush is applied, or a later one, at most ``timeout`` seconds.
 
-        A later flush stands for an earlier one: it may have removed the control message of
-        the earlier one before this client has read it.
+        A later flush counts for an earlier one: it may have removed the control message of the
+        earlier one before this client has read it.
         """
         if self._client.memberships.last_flush >= (key.boot, key.xid):
             return
@@ -291,7 +291,7 @@ class Dispatcher:
 
     @contextmanager
     def own_change(self, pairs: Iterable[Pair]) -> Iterator[None]:
-        """Have requests for these memberships wait until the block ends.
+        """Make requests for these memberships wait until the block ends.
 
         An own change of them is in flight: its snapshot decides which change came first.
         """

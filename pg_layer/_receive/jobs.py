@@ -1,9 +1,9 @@
-"""Claims jobs for waiting readers, and releases jobs that no reader takes.
+"""The claim of jobs for waiting readers, and the release of jobs that no reader takes.
 
 A claim moves rows to the client's address. If its answer is lost, the jobs are there
-without the process knowing. The fence then refuses the statement if it comes later, and a
-catch-up reads what it has moved. Each claim gives a row a new key, so that the row is new
-once, whether the answer or a catch-up brings it first.
+without the process knowing. The fence then refuses the statement if it arrives later, and a
+catch-up reads the moved jobs. Each claim gives a row a new key, so that the row is new once,
+whether the answer or a catch-up brings it first.
 
 Bound to the owner loop. See ``docs/protocols.md``, section 6.
 """
@@ -72,7 +72,7 @@ class JobReaders:
         self._readers: dict[str, JobReader] = {}
         # Channels whose released jobs were not announced -> the first id.
         self._unannounced: dict[str, int] = {}
-        # Low-water ids of claims: of those whose answer was lost, and of those in flight.
+        # Low-water ids of claims in flight, and of claims whose answer was lost.
         self._unknown_low_id = LAST_ID
         self._in_flight: dict[int, int] = {}
 
@@ -90,7 +90,7 @@ class JobReaders:
 
     @property
     def low_id(self) -> int:
-        """Jobs that the process does not know of may be at its address from this id on."""
+        """The smallest id at which the process may have a job that it does not know of."""
         return min(self._unknown_low_id, *self._in_flight.values(), LAST_ID)
 
     def caught_up(self) -> None:
@@ -117,7 +117,7 @@ class JobReaders:
             self._claim_soon(reader)
 
     def claim_from_all(self) -> None:
-        """Claim for all channels as if jobs had been announced in each."""
+        """Claim for all channels, whether or not jobs were announced in them."""
         for reader in self._readers.values():
             reader.may_have_more, reader.low_id = True, 0
             self._claim_soon(reader)
@@ -159,8 +159,8 @@ class JobReaders:
     # ------------------------------------------------------------------ claiming
 
     def _claim_soon(self, reader: JobReader) -> None:
-        # A catch-up that is pending brings jobs that were claimed before, which come first. Without
-        # a lease nothing is claimed: `claim_from_all` follows the first renewal.
+        # A pending catch-up brings jobs that were claimed earlier, and they are delivered first.
+        # Without a lease nothing is claimed: `claim_from_all` follows the first renewal.
         if self._receiver.is_catch_up_pending or not self._client.renewed_at:
             return
         if (
@@ -237,7 +237,7 @@ class JobReaders:
         )
 
     def _give_up_claim(self) -> None:
-        """Have a claim with an unknown outcome refused if it comes late, and catch up."""
+        """Make the server refuse a claim of unknown outcome if it arrives late, and catch up."""
         self._client.advance_fence()
         self._client.cursor.interrupt()
         self._receiver.catch_up_soon()
@@ -259,7 +259,7 @@ class JobReaders:
 
     def _release_now(self, reader: JobReader) -> None:
         reader.release = None
-        # Jobs of a claim that is in flight, or that are not dispatched yet, come after these. If
+        # Jobs of a claim in flight, and jobs not dispatched yet, follow these. If
         # these were released now, readers would receive them after the later ones.
         if reader.is_claiming or self._client.announcements.holds_jobs(reader.queue.channel):
             self._release_later(reader)

@@ -25,11 +25,11 @@ from pg_layer._state import log_events
 logger = logging.getLogger("pg_layer.listener")
 
 BACKOFF_FIRST = 0.1  # seconds
-BACKOFF_LAST = 2.0  # seconds: a server that is back is found within this time
+BACKOFF_LAST = 2.0  # seconds: the listener connects within this time after the server's return
 
 
 class Listener:
-    """Keeps a connection that listens while `run` runs.
+    """The connection that listens, kept while `run` runs.
 
     ``prepare`` is awaited with the session of each new connection. Then ``on_connect`` is
     awaited: it calls `listen` and requests a catch-up.

@@ -1,4 +1,4 @@
-"""From notifications to the announcement queue: hears, reads and catches up.
+"""The path from notifications to the announcement queue: hear, read and catch up.
 
 Bound to the owner loop. This module does the I/O. `pg_layer._state.cursor` decides what is
 new, and `pg_layer._state.announcement_queue` in which order it is dispatched.
@@ -46,15 +46,15 @@ class Receiver:
     """The receiving side of a client.
 
     Messages arrive in three ways: announcements (`hear`), rows that an announcement names
-    (`_read`), and catch-ups (`_catch_up`), which read all new rows at the client's addresses
-    in one snapshot. All of them put rows into the announcement queue, and the queue asks the
-    cursor for each row. So the ways may overlap: a statement may be repeated after a lost
-    answer, and a catch-up may begin at any time and as often as anything is in doubt. Rows
-    that come twice are not new the second time (see `Cursor`).
+    (`_read`), and catch-ups (`_catch_up`). A catch-up reads all new rows at the client's addresses
+    in one snapshot. All of them put rows into the announcement queue, and the queue asks the cursor
+    for each row. So the ways may overlap. A statement may be repeated after a lost answer, and a
+    catch-up may begin at any time, as often as rows may have been missed. Rows that arrive twice
+    are not new the second time (see `Cursor`).
 
-    No statement removes a message before `receive()` has taken it. A claim of `JobReaders`
-    moves rows, and its answer may be lost: then `raise_fence` has the server refuse the claim
-    from then on, and a catch-up reads what it had moved before.
+    No statement removes a message before `receive()` has taken it. A claim of `JobReaders` moves
+    rows, and its answer may be lost. Then `raise_fence` makes the server refuse the claim from then
+    on, and a catch-up reads the rows that it has moved.
 
     ``listener``: None if the tables are polled.
     ``on_caught_up``: called after each catch-up with the number of messages that it has read.
@@ -88,7 +88,7 @@ class Receiver:
         self._is_catch_up_due = False
         self._may_forget_memberships = False  # `S` has moved since the last time
         self._catch_up_may_resume = asyncio.Event()  # after a pause for dispatch
-        # Not set while a catch-up is due or about to append rows: a `join` waits, because the
+        # Not set while a catch-up is due or about to append rows. A `join` waits, because the
         # catch-up may bring rows that were sent before those that the `join` reads.
         self._joins_may_read = asyncio.Event()
         # The snapshot of a catch-up that waits for dispatch. A `join` that removes it makes the
@@ -103,10 +103,10 @@ class Receiver:
         client.announcements.restart()
 
     def start(self) -> None:
-        """Begin, with what the last owner loop has left."""
+        """Begin with the state that the last owner loop has left."""
         self.dispatcher.start()
-        # The last owner loop may not have seen the answer of a claim. Those jobs come before the
-        # jobs that are claimed now: claims wait for the catch-up.
+        # The last owner loop may not have seen the answer of a claim. Those jobs precede the jobs
+        # that are claimed now: claims wait for the catch-up.
         self._is_catch_up_due = True
         self.jobs.start()
         self._read_soon()
@@ -140,7 +140,7 @@ class Receiver:
 
     @contextmanager
     def expecting(self, channels: Iterable[str]) -> Iterator[None]:
-        """Have a new connection listen to these channels, too, until the block ends.
+        """Make a new connection also listen to these channels, until the block ends.
 
         A statement is in flight that makes the client a member of their groups.
         """
@@ -223,13 +223,13 @@ class Receiver:
             self._client.memberships.forget_past(self._client.cursor.is_past)
 
     def connection_lost(self) -> None:
-        """Note that the connection is lost: what it did not deliver is never heard."""
+        """Note that the connection is lost, with all notifications that it did not deliver."""
         self._client.announcements.mark_incomplete()
         self._delay_joins()
         self._connection_is_lost.set()
 
     def append_claimed(self, rows: Sequence[Row]) -> None:
-        """Append claimed jobs behind what was announced before, and dispatch.
+        """Append claimed jobs behind the earlier announcements, and dispatch.
 
         A catch-up may have read the rows before: then they are not new here.
         """
@@ -273,11 +273,11 @@ class Receiver:
 
     @property
     def _needs_catch_up(self) -> bool:
-        """Whether a catch-up must bring what was missed, marked rows as well."""
+        """Whether a catch-up must bring missed rows, marked rows as well."""
         return self.is_catch_up_pending or self._client.announcements.is_incomplete
 
     def catch_up_soon(self) -> None:
-        """Have all new rows at the own addresses read; again, if a catch-up is running."""
+        """Request a catch-up of all new rows at the own addresses, even if one is running."""
         self._is_catch_up_due = True
         if not self._is_catching_up:
             self._is_catching_up = True
@@ -322,7 +322,7 @@ class Receiver:
         self._spawn("Dispatch", self._resume)
 
     async def _resume(self) -> None:
-        # `dispatch` requests a catch-up if announcements were left out because too much was heard.
+        # `dispatch` requests a catch-up if announcements were left out because there were too many.
         self.dispatch()
         self.jobs.claim_from_all()
 
@@ -388,7 +388,7 @@ class Receiver:
             self._joins_may_read.clear()
 
     def _delay_joins(self) -> None:
-        """Have each `join` wait until the next catch-up has ended.
+        """Make each `join` wait until the next catch-up has ended.
 
         Not while a catch-up is paused: dispatch may wait for the `join`, and the catch-up for
         dispatch.
@@ -410,7 +410,7 @@ class Receiver:
         return groups
 
     async def raise_fence(self, session: Session) -> None:
-        """Have the server refuse the statements that were given up.
+        """Make the server refuse the statements that were given up.
 
         Call this before the next statement that moves jobs, and before a read that must find
         all effects of the last ones.
@@ -442,7 +442,7 @@ class Receiver:
             )
 
     async def search_marked(self) -> None:
-        """Append marked rows whose announcement should have come by now.
+        """Append marked rows whose announcement should have arrived by now.
 
         A process that ended between the commit and the announcement never sends it.
         """
@@ -473,8 +473,8 @@ class Receiver:
 
         timeout = client.config.heartbeat
         keys = await self._connections.run(find, timeout=timeout, is_idempotent=True)
-        # The announcements may be on their way: a process that stood still has not heard them
-        # yet. Without the ping it would receive the rows in another order than others.
+        # The announcements may be on their way: a process that was stopped has not heard them yet.
+        # Without the ping it would receive the rows in another order than others.
         may_be_heard = self._listener is not None and client.announcements.keys_to_read(keys)
         if may_be_heard and not await self._hear_earlier_announcements():
             return
@@ -484,7 +484,7 @@ class Receiver:
     # ------------------------------------------------------------------ dispatching
 
     def dispatch(self) -> None:
-        """Dispatch what is ready, and then what waited for that: catch-ups, memberships."""
+        """Dispatch ready entries, then continue catch-ups and memberships that waited for it."""
         assert self._client.is_owned_here()
         announcements = self._client.announcements
         self.dispatcher.dispatch()
@@ -529,7 +529,7 @@ class Receiver:
             # A catch-up that has begun may not have collected this group.
             await self._joins_may_read.wait()
             missed = await self._read_missed(address, bucket, low_id, since)
-            # What the writers of these rows sent before them may not have been heard yet.
+            # Earlier messages of the writers of these rows may not have been heard yet.
             is_paused = self._paused_catch_up is not None
             if missed and not is_paused and not await self._hear_earlier_announcements():
                 self._delay_joins()

@@ -49,7 +49,7 @@ class Engine:
     A new engine only sends, over one connection. `start_receiving` makes it the owner, and
     allows the other connections.
 
-    Methods are called on the engine's loop, unless they say otherwise.
+    Methods must be called on the engine's loop, unless their docstring permits others.
     """
 
     def __init__(self, client: Client, announcer: Announcer) -> None:
@@ -58,7 +58,7 @@ class Engine:
         self.thread = threading.current_thread()
         self.is_closed = False
         self.owner: Owner | None = None
-        # Set when this engine does not touch the state of receiving any more. The next owner
+        # Set when this engine no longer uses the state of receiving. The next owner
         # waits for it on another loop.
         self.stopped: Future[None] = Future()
         self._predecessor: Engine | None = None
@@ -135,7 +135,7 @@ class Engine:
             timeout = self.client.config.send_timeout + 1
             return await run_on(self.loop, self.thread, self._serve(work), timeout, is_read=is_read)
         except LayerUnavailable as error:
-            if self.is_closed:  # the error only says that the connections were closed
+            if self.is_closed:  # the error only reports that the connections were closed
                 raise NotBegun(may_have_begun=isinstance(error, OutcomeUnknown)) from error
             raise
 
@@ -202,7 +202,7 @@ class Engine:
                 raise OutcomeUnknown("All was removed, but not here yet.") from error
 
     async def group_channels(self, group: str) -> list[str]:
-        """Return the channels in a group, without those of clients whose lease is over."""
+        """Return the channels in a group, except the channels of clients whose lease is over."""
         return await self._read(
             partial(groups.group_channels, prefix=self.client.config.prefix, group=group)
         )
@@ -306,7 +306,7 @@ class Engine:
     async def close(self) -> None:
         """Close the client: end its lease and memberships, and release its jobs.
 
-        May be called on any loop. If a caller on a foreign loop is cancelled, the close goes on.
+        May be called on any loop. If a caller on a foreign loop is cancelled, the close continues.
 
         Raises `NotBegun` if the engine has ended before, or its loop ends meanwhile.
         """
@@ -348,7 +348,7 @@ class Engine:
             )
         except PgLayerError as error:
             logger.warning(
-                "Could not give back the lease on closing; it runs out by itself: %s",
+                "Could not end the lease on close; it expires by itself: %s",
                 error,
                 extra={"event": log_events.CLOSE_FAILED},
             )
@@ -382,7 +382,7 @@ class Engine:
         await wait_for_cancelled(tasks, STOP_TIMEOUT)
 
     async def _close_connections(self) -> None:
-        """Have the guard close the connections, and wait for it."""
+        """Make the guard close the connections, and wait for it."""
         if not self._is_ending:  # a second cancellation would interrupt the guard
             self._is_ending = True
             self._guard_task.cancel()
@@ -402,7 +402,7 @@ class Engine:
         self.call(self._cancel_tasks)  # in case the loop runs again
 
     async def _wait_for_predecessor(self) -> None:
-        """Wait until the previous owner does not touch the state of receiving any more."""
+        """Wait until the previous owner no longer uses the state of receiving."""
         before = self._predecessor
         if before is None:
             return
@@ -413,7 +413,7 @@ class Engine:
                 before.abandon()  # its loop cannot run `stop`
 
     def _end_ownership(self) -> None:
-        """Tell the next owner that this engine does not touch the state of receiving any more."""
+        """Notify the next owner that this engine no longer uses the state of receiving."""
         before, self._predecessor = self._predecessor, None
         if before is None or before.stopped.done():
             self._set_stopped()

@@ -21,7 +21,7 @@ class Health(TypedDict):
       "polling". A process polls by its configuration, or because notifications do not arrive.
     - ``last_notification_age``: time since the last notification arrived. None before the first.
     - ``round_trip``: time of a ping to the database and back. If the process listens, the ping
-      comes back as a notification. None if there was no answer.
+      arrives as a notification. None if there was no answer.
     - ``problems``: descriptions of all problems. Empty if there are none.
     """
 
@@ -35,8 +35,8 @@ class Health(TypedDict):
 async def examine(engine: Engine) -> Health:
     """Ping the database, and return the health. Does not raise. Called on the engine's loop."""
     client = engine.client
-    # Before the ping, which renews the lease. After it, a lease that no heartbeat renews would
-    # look healthy.
+    # Before the ping, which renews the lease. After it, a lease that no heartbeat renews would seem
+    # healthy.
     asked_at = time.monotonic()
     lease_age = asked_at - client.renewed_at if client.renewed_at else None
     problems = client.failures.problems()

@@ -33,7 +33,7 @@ LATE = 60.0
 
 
 class Lease:
-    """Renews the client's lease, and acts on what a renewal returns.
+    """The renewal of the client's lease, and the actions that follow a renewal.
 
     One statement renews the lease, reports counters, takes the snapshot that may become
     ``S`` of the cursor, and sends the ping that proves it.
@@ -65,7 +65,7 @@ class Lease:
     async def wait(self, timeout: float) -> None:
         """Wait for the first renewal on this loop; renew now if there was none.
 
-        Raises what a renewal raises, within ``timeout`` seconds.
+        Raises the same errors as a renewal, within ``timeout`` seconds.
         """
         if not self._is_renewed:
             if timeout <= 0:
@@ -115,8 +115,8 @@ class Lease:
         )
         client.clock.observe(asked_at_tick, renewal.clock)
         is_first = client.lease_renewed(asked_at)
-        # A renewal between heartbeats, such as that of health(), does not count as one: what
-        # was written just now would seem overdue.
+        # A renewal between heartbeats, such as that of health(), does not count as one: rows that
+        # were written just now would seem overdue.
         is_heartbeat = asked_at - self._heartbeat_at >= config.heartbeat / 2
         if is_heartbeat:
             self._heartbeat_at = asked_at
@@ -161,7 +161,7 @@ class Lease:
         client = self._client
         client.counters.add("expired_leases")
         logger.warning(
-            "The lease of this process was over: it was silent for too long. "
+            "The lease of this process was over: it was not renewed in time. "
             "Messages may have been missed.",
             extra={"event": log_events.LEASE_EXPIRED},
         )

@@ -1,16 +1,16 @@
-"""Which event loop does the work of a layer in this process.
+"""The event loops that do the work of a layer in this process.
 
 The first event loop that uses the layer gets the *main engine*, which holds the connections.
 Calls on other ("foreign") loops are passed to it. A loop that receives takes over from a main
 engine that only sends, and becomes the *owner loop*.
 
 A loop that `async_to_sync` made for one call ("single-call loop") does not take over by
-sending. If there is no main engine, it uses the *background loop*, which runs in a thread of
-its own. gevent and eventlet have no such thread: there, each single-call loop takes over. The
-background loop is also the owner loop of a process that adds its channels to groups by
-synchronous calls and does not receive.
+sending. If there is no main engine, it uses the *background loop*, which runs in a thread of its
+own. gevent and eventlet have no such thread. There, each single-call loop takes over. The
+background loop is also the owner loop of a process that adds its channels to groups by synchronous
+calls and does not receive.
 
-A new owner begins when the old one has stopped, so that one thread at a time touches the state
+A new owner begins when the old one has stopped, so that one thread at a time uses the state
 of receiving. No call waits for a loop that does not run.
 """
 
@@ -106,7 +106,7 @@ class BackgroundLoop:
     def retire(self, *, is_closing: bool = False) -> None:
         """Close the connections and end the thread when the operations in flight have ended.
 
-        ``is_closing``: the client closes. Then do not wait for a database that is away.
+        ``is_closing``: the client closes. Then do not wait for a database that is unavailable.
         """
         self._ready.wait()
         if self._engine is not None:
@@ -122,7 +122,7 @@ class BackgroundLoop:
 
 
 class Loops:
-    """Finds the engine for a caller, and moves the work from one event loop to another.
+    """The choice of the engine for a caller, and the path of its work between event loops.
 
     All methods may be called from any thread.
     """
@@ -295,7 +295,7 @@ class Loops:
                 self.for_own_changes()
 
     def announce_soon(self) -> None:
-        """Have an engine announce rows that synchronous code could not announce.
+        """Make an engine announce rows that synchronous code could not announce.
 
         Without a running engine, the next write announces them first.
         """
@@ -334,7 +334,7 @@ class Loops:
             termination.close_on_sigterm()
 
     def _make_owner(self, engine: Engine) -> None:
-        """Have an engine receive for the client as soon as the previous owner has stopped."""
+        """Make an engine receive for the client as soon as the previous owner has stopped."""
         before = self._owner
         if before is engine:
             return
@@ -374,7 +374,7 @@ class Loops:
         """Close the client, and clients whose earlier close was incomplete.
 
         The next call of the layer begins a new client. If this call is cancelled, the close
-        goes on. If its loop ends before, the next `close` or the end of the process does the
+        continues. If its loop ends before, the next `close` or the end of the process does the
         rest.
         """
         with self._lock:
@@ -458,7 +458,7 @@ class Loops:
         client.lease_ended()
 
     def _after_fork(self) -> None:
-        # The child must not touch the parent's sockets and loops. Keep the objects: deleting
+        # The child must not use the parent's sockets and loops. Keep the objects: deleting
         # them could close connections, or unregister sockets, that the parent still uses.
         _inherited.append(
             (self._main_engine, self._background, self._owner, self._ending, self._closings)

@@ -1,4 +1,4 @@
-"""The owner: receives for a client, on the one loop that touches the state of receiving.
+"""The owner: the receiving side of a client, on the one loop that uses its state.
 
 It listens, or polls if notifications do not arrive. It keeps the lease and writes memberships.
 """
@@ -47,10 +47,10 @@ _REFUSALS = ("0A", "42601")
 
 
 class Owner:
-    """Receives for a client. Bound to the owner loop; `changes.submit` may be called on any.
+    """The receiving side of a client. Bound to the owner loop, except `changes.submit`.
 
     ``wait_for_predecessor``: waits until the previous owner has stopped. Before that, this one
-    does not touch the client's state of receiving.
+    does not use the client's state of receiving.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Owner:
             elif not is_heard and self._listener is not None and self._proved_at == proved_at:
                 self._listener.reconnect()  # unless it has connected again meanwhile
         except PgLayerError:
-            pass  # the database is still away
+            pass  # the database is still unavailable
         self._is_proving = False
 
     async def ping(self, timeout: float) -> bool:

@@ -14,7 +14,7 @@ PART = 500  # rows that one statement announces
 
 
 class Announcer:
-    """Remembers marked rows until they are announced. Thread-safe.
+    """A memory of marked rows that are not announced yet. Thread-safe.
 
     A layer has one announcer in a process: each of its writes announces these rows first.
     """

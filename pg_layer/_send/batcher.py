@@ -1,4 +1,4 @@
-"""Batching without a timer: one write is in flight; later operations go together in the next.
+"""Batching without a timer: one write is in flight; later operations are sent together in the next.
 
 An operation that finds the batcher idle is written at once, in its caller's own task. So
 batching adds no latency. Under load, fewer and larger statements are sent.
@@ -19,7 +19,7 @@ from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
 Operation = TypeVar("Operation")
 
-# What a caller gets for its operation: the return value, or the exception to raise.
+# The outcome of an operation for its caller: the return value, or the exception to raise.
 Outcome = object
 
 MAX_OPERATIONS = 500
@@ -248,7 +248,7 @@ class Batcher(Generic[Operation]):
     def close(self) -> None:
         """Accept no more operations. Those in the queue fail with `NotBegun`.
 
-        The write in flight goes on. May be called from any thread if the loop does not run.
+        The write in flight continues. May be called from any thread if the loop does not run.
         """
         self._is_closed = True
         while self._queue:

@@ -52,7 +52,7 @@ Operation = Send | GroupSend | Many | Change
 
 
 class OperationBuilder:
-    """Makes operations from the arguments of calls.
+    """A builder of operations from the arguments of calls.
 
     Every method checks its arguments before anything is sent. It raises `TypeError` for an invalid
     name, `InvalidMessage` or `MessageTooLarge` for a message, `TypeError` or `ValueError` for an

@@ -43,7 +43,7 @@ class Write(Protocol[T_co]):
 
 
 class Sender:
-    """Writes operations in batches.
+    """The batched writes of operations.
 
     Bound to the event loop on which it is created. Its coroutines may be called on any loop.
     """
@@ -92,7 +92,7 @@ class Sender:
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Write an operation. Return when it is committed.
 
-        May be called on any loop. For `Many` the result tells for each message whether it was
+        May be called on any loop. For `Many` the result contains, for each message, whether it was
         accepted.
 
         Raises `ChannelFull`, and what `Batcher.submit` raises.

@@ -1,4 +1,4 @@
-"""Write operations with one statement. Shared by the batchers and by `layer.sync`.
+"""Writes of operations in one statement. Shared by the batchers and by `layer.sync`.
 
 Arguments of all functions:
 
@@ -33,7 +33,7 @@ async def write_sends(
 ) -> tuple[Sent, list[Unannounced]]:
     """Send messages to channels.
 
-    ``known``: what is known about the capacity of the channels; it is updated.
+    ``known``: the known capacity of the channels; it is updated.
     """
     channels, payloads, expiries, capacities = zip(*sends, strict=True)
     if len(sends) == 1:

@@ -1,1 +1,1 @@
-"""What a client knows. No I/O, no database code. Each class says which threads may use it."""
+"""The state of a client. No I/O, no database code. Each class documents its threads."""

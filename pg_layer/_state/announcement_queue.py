@@ -1,4 +1,4 @@
-"""The announcement queue: what was heard and is not dispatched yet, in one order.
+"""The announcement queue: announcements that are not dispatched yet, in one order.
 
 See ``docs/protocols.md``, section 2. No I/O. Only the owner loop uses this module.
 """
@@ -16,7 +16,7 @@ from pg_layer._messages.rows import Key, KeyAt, Row, Span
 from pg_layer._state.cursor import Cursor
 from pg_layer._state.snapshot import Moment
 
-MAX_ROWS = 100_000  # in the queue; a catch-up reads what comes beyond that
+MAX_ROWS = 100_000  # in the queue; a catch-up reads the rows beyond that
 MAX_BYTES = 256 * 1024 * 1024
 MAX_ASIDE = 20_000  # announcements during a catch-up, of at most 8,000 bytes each
 
@@ -28,8 +28,8 @@ class Entry:
     """Rows that were announced together, and that are dispatched one after the other.
 
     ``span``: what must still be read. The rows that are here may be dispatched before that.
-    ``is_late``: the rows are marked, and their announcement came when ``S`` had passed them,
-    or not at all. Rows that were sent later may already be in the queue, or dispatched.
+    ``is_late``: the rows are marked, and their announcement arrived after ``S`` had passed them, or
+    never. Rows that were sent later may already be in the queue, or dispatched.
     """
 
     __slots__ = ("is_complete", "is_late", "rows", "span")
@@ -44,19 +44,19 @@ class Entry:
 
 
 class AnnouncementQueue:
-    """Entries in the order in which they were heard.
+    """The queue of entries, in the order in which they were heard.
 
-    The queue asks the `Cursor` for each row once: when it is heard (`hear`), when a catch-up
-    or a claim brings it (`append`), or when the rows of a waiting entry are read (`fill`).
-    What the cursor does not call new is dropped here, so nothing that comes twice is
-    dispatched twice. Nothing overtakes an entry whose rows must still be read.
+    The queue asks the `Cursor` about each row once. It asks when the row is heard (`hear`), when a
+    catch-up or a claim brings it (`append`), or when a waiting entry is read (`fill`). Rows that
+    the cursor does not admit are dropped here, so a row that arrives twice is dispatched once.
+    Nothing overtakes an entry whose rows must still be read.
 
     The queue knows three states:
 
     - Announcements are appended when they are heard.
     - During a catch-up (`begin_catch_up` to `end_catch_up`) they are kept aside. The
-      catch-up appends its rows first, and the announcements are judged after it.
-    - The queue is incomplete: an announcement may have been missed, or too much was heard.
+      catch-up appends its rows first, and the announcements are admitted after it.
+    - The queue is incomplete: an announcement may have been missed, or there were too many.
       Nothing that is heard is appended until a catch-up has begun, which reads it all.
     """
 
@@ -82,8 +82,8 @@ class AnnouncementQueue:
     def mark_incomplete(self) -> None:
         """Append nothing that is heard before the next catch-up has begun.
 
-        Announcements may have been missed, and nothing may overtake them. The catch-up reads
-        whatever is heard before it begins.
+        Announcements may have been missed, and nothing may overtake them. The catch-up reads all
+        rows that are announced before it begins.
         """
         self.is_incomplete = True
         self._cursor.interrupt()
@@ -91,10 +91,10 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ hearing
 
     def hear(self, announcement: Messages | ToRead) -> None:
-        """Append what is new of an announcement.
+        """Append the new rows of an announcement.
 
-        Ignore announcements of a boot before that of ``S``: the catch-up after the change of
-        boot has read their rows, or they are gone with their server.
+        Ignore announcements of a boot before that of ``S``. The catch-up after the change of boot
+        has read their rows, or they were lost with their server.
         """
         boot = (
             announcement.rows[0].boot
@@ -145,11 +145,11 @@ class AnnouncementQueue:
     def append_unannounced(
         self, rows: Iterable[Row], joining: str | None, newly_joined: Container[str | None]
     ) -> None:
-        """Append new marked rows whose announcement did not come.
+        """Append new marked rows whose announcement did not arrive.
 
-        Rows that were sent later may already be in the queue. So if a transaction has sent a
-        row to one of the groups (see `append` for them), `merge` puts all rows of the
-        transaction in their places.
+        Rows that were sent later may already be in the queue. If a transaction has sent a row to
+        one of the groups (see `append` for them), `merge` puts all rows of the transaction in their
+        places.
         """
         fresh = self._admit(rows)
         sent = {
@@ -209,8 +209,8 @@ class AnnouncementQueue:
         """Put rows that were read into the entry that waits for them.
 
         The rows are in the order of their ids. ``is_all``: the span has no more rows.
-        Rows that an earlier answer has brought are ignored: a read may be repeated after its
-        answer was lost, and an owner loop that has stopped may have received it.
+        Rows that an earlier answer has brought are ignored. A read may be repeated after its answer
+        was lost, and an owner loop that has stopped may have received it.
         """
         span = entry.span
         if span is None or entry.is_complete:
@@ -234,9 +234,9 @@ class AnnouncementQueue:
     # ------------------------------------------------------------------ dispatching
 
     def head(self) -> deque[Row] | None:
-        """Return the rows that come next, or None if none is ready.
+        """Return the next rows to dispatch, or None if none is ready.
 
-        The caller pops what it dispatches from the left, and calls `dispatched`.
+        The caller pops the rows that it dispatches from the left, and calls `dispatched`.
         """
         entries = self._entries
         while entries:
@@ -318,9 +318,9 @@ class AnnouncementQueue:
         """Return the rows to insert now; a paused catch-up appends the others.
 
         ``moment``: the snapshot of the catch-up, which begins again and appends its rows in
-        the order of ids. It cannot bring a row that its snapshot sees and whose place is
-        before rows that are in the queue now, nor a row that is not new any more. Jobs do not
-        count for this: they are not in the order of ids.
+        the order of ids. It cannot bring a row that its snapshot sees and that precedes rows in the
+        queue. It cannot bring a row that is not new any more. Jobs do not count for this: they are
+        not in the order of ids.
         """
         ids = (row.id for entry in self._entries for row in entry.rows if not row.is_job)
         spans = (entry.span.last for entry in self._entries if entry.span is not None)
@@ -420,7 +420,7 @@ class AnnouncementQueue:
         the row. Late entries do not count: the row may belong before them.
         """
         # For each transaction the ids in the queue with their places, in the order of the queue.
-        # An id goes when a smaller one follows it, so that the ids that are left ascend.
+        # An id is removed when a smaller one follows it, so that the remaining ids ascend.
         sent: dict[tuple[int, int], list[tuple[int, Key | Entry]]] = {
             (row.boot, row.xid): [] for row in rows
         }
@@ -493,7 +493,7 @@ class AnnouncementQueue:
         ]
 
     def end_catch_up(self) -> None:
-        """Handle what was kept aside: rows are appended, and ``S`` has moved."""
+        """Handle the announcements kept aside: rows are appended, and ``S`` has moved."""
         aside, self._kept_aside = self._kept_aside or [], None
         is_incomplete, self.is_incomplete = self.is_incomplete, False
         self._cursor.resume()
@@ -503,7 +503,7 @@ class AnnouncementQueue:
             self.mark_incomplete()
 
     def fail_catch_up(self) -> None:
-        """Discard what was kept aside: the next catch-up reads it."""
+        """Discard the announcements kept aside: the next catch-up reads their rows."""
         self._kept_aside = None
         self.mark_incomplete()
 

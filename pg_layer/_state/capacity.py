@@ -1,4 +1,4 @@
-"""What a sender knows about the free capacity of channels. No I/O.
+"""A sender's knowledge of the free capacity of channels. No I/O.
 
 With this knowledge most sends do not count the rows that wait in the channel.
 """

@@ -1,9 +1,9 @@
 """Bounded queues of the channels that a process reads, and their receivers.
 
 The owner loop puts messages. `receive()` takes them on any event loop of any thread, and a
-receiver is woken on its own loop. To wake a receiver only means that it looks again: the
-message leaves the queue in the same step of the program in which `receive()` returns it. So
-a cancelled `receive()` leaves the message in the queue, or has returned it. No I/O.
+receiver is woken on its own loop. A receiver that is woken only checks the queue again. The message
+leaves the queue in the same step of the program in which `receive()` returns it. So a cancelled
+`receive()` leaves the message in the queue, or has returned it. No I/O.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ChannelQueue:
         self.capacity = capacity
         # Rows of this channel in the table: senders may still count them.
         self.undeleted = 0
-        # The client has closed: no message comes or goes any more.
+        # The client has closed: no message is queued or delivered any more.
         self.is_closed = is_closed
         # `receive()` has checked that this process may receive here.
         self.is_receivable = False
@@ -107,7 +107,7 @@ class ChannelQueue:
     # ------------------------------------------------------------------ state
 
     def note_use(self) -> None:
-        """Have the next call of `retire` keep the queue."""
+        """Make the next call of `retire` keep the queue."""
         self.is_used = True
 
     def allow_receive(self) -> None:
@@ -115,7 +115,7 @@ class ChannelQueue:
         self.is_receivable = True
 
     def mark_stalled(self) -> None:
-        """Have dispatch not wait for this queue until its reader has taken messages."""
+        """Mark the queue as stalled: dispatch does not wait until its reader has taken messages."""
         self.is_stalled = True
 
     def count_row(self) -> None:
@@ -242,7 +242,7 @@ class ChannelQueue:
     # ------------------------------------------------------------------ its life
 
     def close(self) -> None:
-        """Drop all messages, and wake all receivers: no message comes any more."""
+        """Drop all messages, and wake all receivers: no message arrives any more."""
         with self._lock:
             self.is_closed = True
             self._messages.clear()

@@ -38,9 +38,9 @@ logger = logging.getLogger("pg_layer")
 
 
 class Client:
-    """What this process knows, whichever event loops use the layer.
+    """The state of the layer in this process, shared by all event loops.
 
-    ``counters``: those of the layer, which continue when the next client begins.
+    ``counters``: the layer's counters, which continue when the next client begins.
     """
 
     def __init__(self, config: Config, codec: Codec, counters: Counters | None = None) -> None:
@@ -89,8 +89,8 @@ class Client:
     def next_number(self) -> tuple[str, int]:
         """Return the client's id, and a number that is larger than before.
 
-        A membership request carries both, so that its receiver can ignore an older one that
-        comes late.
+        A membership request carries both, so that its receiver can ignore an older one that arrives
+        late.
         """
         return self.id, next(self._numbers)
 
@@ -139,7 +139,7 @@ class Client:
 
     @property
     def fence(self) -> int:
-        """The number that statements carry which move jobs or write memberships.
+        """The number in statements that move jobs or write memberships.
 
         The server refuses a statement with a smaller number than the client's row has.
         """
@@ -153,8 +153,8 @@ class Client:
     def advance_fence(self) -> None:
         """Give up statements with the present fence: an outcome is unknown.
 
-        The network may deliver such a statement later. Before the client acts on what it reads,
-        it raises the fence in the database (see `fence_raised`).
+        The network may deliver such a statement later. Before the client acts on its reads, it
+        raises the fence in the database (see `fence_raised`).
         """
         self._fence += 1
 
@@ -165,10 +165,10 @@ class Client:
     # ------------------------------------------------------------------ the owner loop
 
     def take_ownership(self) -> None:
-        """Let only the running loop's thread touch the state of receiving."""
+        """Let only the running loop's thread use the state of receiving."""
         if self._owner_thread is not None:
-            # The last owner loop may not have seen the outcome of its last statements. The
-            # server must refuse those that come late.
+            # The last owner loop may not have seen the outcome of its last statements. The server
+            # must refuse those that arrive late.
             self.advance_fence()
         self._owner_thread = threading.get_ident()
 
@@ -213,14 +213,14 @@ class Client:
                     del self._queues[channel]
 
     def drop_expired(self, queue: ChannelQueue) -> None:
-        """Drop expired messages of a channel queue, and have their rows deleted."""
+        """Drop expired messages of a channel queue, and request the deletion of their rows."""
         expired = queue.pop_expired(self.clock.now())
         if expired:
             self.counters.add("dropped_expired", len(expired))
             self.delete_later(queue, expired)
 
     def delete_row_later(self, key: Key) -> None:
-        """Have a row deleted that no channel queue counts."""
+        """Request the deletion of a row that no channel queue counts."""
         self.pending_deletes[key] = None
 
     def rows_deleted(self, keys: Iterable[Key]) -> None:
@@ -231,7 +231,7 @@ class Client:
                 queue.uncount_rows(1)
 
     def delete_later(self, queue: ChannelQueue, messages: Iterable[QueuedMessage]) -> None:
-        """Have the rows of messages from a channel queue deleted with the next ones."""
+        """Request the deletion of rows of a channel queue, together with the next ones."""
         self.pending_deletes.update(
             {message.key: queue for message in messages if message.key is not None}
         )

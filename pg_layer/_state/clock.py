@@ -1,4 +1,4 @@
-"""The database's clock, as a client knows it."""
+"""A client's estimate of the database's clock."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if hasattr(time, "CLOCK_BOOTTIME"):
 
 
 class DatabaseClock:
-    """Computes the database's time from its answers and a monotonic clock.
+    """The database's time, computed from its answers and a monotonic clock.
 
-    Each answer bounds the difference of the two clocks from both sides: the database read
-    its clock after the statement was sent, and before the answer arrived. So a slow answer
-    gives a wide bound, and does not widen a narrow bound from a quick answer. If answers
-    contradict each other, a clock was set or has drifted: then the last answer counts.
+    Each answer bounds the difference of the two clocks from both sides. The database read its clock
+    after the statement was sent, and before the answer arrived. So a slow answer gives a wide
+    bound, and does not widen a narrow bound from a quick answer. If answers contradict each other,
+    a clock was set or has drifted: then the last answer counts.
 
     The computed time is never earlier than the database's own, except that the two clocks
     may drift apart by less than a round trip. So a message that has expired in the database

@@ -25,8 +25,8 @@ class Counts(TypedDict):
     - ``inline_messages``: messages delivered inside the notification, without a read.
     - ``reads``: statements that read announced messages.
     - ``reconnects``: times the listening connection was lost and made again.
-    - ``expired_leases``: times the lease of this process had expired while the database was there,
-      so that messages may have been missed.
+    - ``expired_leases``: times the lease of this process had expired while the database was
+      available, so that messages may have been missed.
     - ``refused_notifications``: statements for which the server refused NOTIFY, and that were
       repeated without it.
     - ``ignored_notifications``: notifications on the layer's NOTIFY channels that the layer did not

@@ -13,27 +13,26 @@ UNKNOWN_BOOT = -1  # before the first snapshot: every boot is later
 class Cursor:
     """A snapshot ``S``, and the keys of admitted rows that are not visible in ``S``.
 
-    This class alone decides whether a client dispatches a row. Every row passes through
-    `admit`, `admit_together` or `admit_announced` before it enters the announcement queue,
-    and a row is admitted at most once: after that its key is in ``done``, or it is visible
-    in ``S``. So nothing that makes a row arrive twice can deliver it twice: an answer that
-    is lost after the server executed the statement, a read that is repeated, a catch-up
-    that meets rows announced before, a restart, a crash, or a failover that undoes a
-    deletion.
+    This class alone decides whether a client dispatches a row. Every row passes through `admit`,
+    `admit_together` or `admit_announced` before it enters the announcement queue. A row is admitted
+    at most once: after that its key is in ``done``, or it is visible in ``S``. So a row that
+    arrives twice is delivered once. A row can arrive twice after an answer that is lost when the
+    server has executed the statement, a read that is repeated, a catch-up that finds rows announced
+    before, a restart, a crash, or a failover that undoes a deletion.
 
     Two rules follow for callers:
 
     - Admit a row when it is heard or read, not when it is dispatched.
     - Move ``S`` to a snapshot only when all rows that it sees have been admitted, or do not
-      concern the client. A catch-up reads these rows itself (`advance_to`). A renewal sends
-      a ping with its snapshot: notifications arrive in the order of the commits, so when
-      the ping is heard, all announcements before the snapshot have been heard (`confirm`).
-      Claims that are in flight delay this, because the snapshot may see the claimed rows
-      before their answer is here (`begin_claim`).
+      concern the client. A catch-up reads these rows itself (`advance_to`). A renewal sends a ping
+      with its snapshot. Notifications arrive in the order of the commits, so the ping proves that
+      all announcements before the snapshot have been heard (`confirm`). Claims that are in flight
+      delay this, because the snapshot may see the claimed rows before their answer is here
+      (`begin_claim`).
 
-    Marked rows may be announced long after their commit, when ``S`` has passed them. So
-    ``S`` says nothing about them: their keys are kept until they expire, and a search for
-    marked rows finds those whose announcement is lost (`overdue`).
+    Marked rows may be announced long after their commit, when ``S`` has passed them. So ``S`` does
+    not cover them. Their keys are kept until they expire, and a search for marked rows finds those
+    whose announcement is lost (`overdue`).
 
     `admit_announced` is the exception to the rule of ``S``: a row that was new when its span was
     announced stays new when ``S`` passes it before it is read. For such a row the announcement
@@ -76,7 +75,7 @@ class Cursor:
         """Admit the rows of an announcement, and return those that are new.
 
         The rows are of one transaction, and all of them are marked or none is. Most rows
-        that a process hears pass here, so they are judged with one look-up.
+        that a process hears pass here, so one look-up decides about all of them.
         """
         boot, xid, marked = rows[0].boot, rows[0].xid, rows[0].marked
         if marked:
@@ -220,7 +219,7 @@ class Cursor:
         return True
 
     def suspend(self) -> None:
-        """Let no ping move ``S`` until `resume`: what is heard is not admitted now."""
+        """Let no ping move ``S`` until `resume`: announcements are not admitted now."""
         self.is_suspended = True
 
     def resume(self) -> None:
@@ -230,8 +229,8 @@ class Cursor:
     def interrupt(self) -> None:
         """Suspend, and discard pending snapshots. A catch-up must follow.
 
-        Call this if an announcement may not have been heard, or if the answer of a claim is
-        lost: a pending snapshot may see rows that were not admitted.
+        Call this if an announcement may not have been heard, or if the answer of a claim is lost. A
+        pending snapshot may see rows that were not admitted.
         """
         self.suspend()
         self.discard_pending()
@@ -273,7 +272,7 @@ class Cursor:
             self._searched = moment
 
     def is_past(self, moment: Moment) -> bool:
-        """Return whether no row that a moment sees can be new any more, marked or not."""
+        """Return whether the rows that a moment sees, marked or not, can no longer be new."""
         return all(
             mine is not None and mine.covers(moment) for mine in (self.moment, self._searched)
         )

@@ -12,7 +12,7 @@ MAX_RECORDS = 20  # of one kind in a period
 
 
 class LogLimit:
-    """Admits each subject once in a period, and a limited number of records of a kind.
+    """A limit of log records: each subject once in a period, and so many records of a kind.
 
     Thread-safe.
     """

@@ -20,7 +20,7 @@ class Member:
     """A channel in a group.
 
     ``since``: the moment in which the membership began. Messages that it sees were sent
-    before, and the member does not receive them. None: such messages cannot come any more.
+    before, and the member does not receive them. None: such messages cannot arrive any more.
     """
 
     __slots__ = ("channel", "expires_at", "queue", "since")
@@ -35,11 +35,11 @@ class Member:
 class Memberships:
     """The channels of the client in each group. Delivery depends on this alone.
 
-    Changes of a membership come from two sides. The owner changes its own channels, and is
+    A membership can be changed from two sides. The owner changes its own channels, and is
     finished when its statement has returned (`note_own_change`). Other processes, and
     callers in transactions, send membership requests: control messages that the owner
     applies when they are at the head of the announcement queue. A request may have been
-    sent before an own change and be applied after it. Snapshots tell which came first:
+    sent before an own change and be applied after it. Snapshots show which change was first:
     `resolve_against_own_change`, `start_of`, `joined_after`.
     """
 
@@ -150,9 +150,9 @@ class Memberships:
     def start_of(self, pair: Pair, boot: int, xid: int, asked: Moment) -> Moment:
         """Return the beginning of a membership that a transaction has requested.
 
-        ``asked``: the snapshot of the request. The membership does not begin before the last
-        own change that preceded the end of the transaction: a message that this change sees
-        was received then, or was not for the channel. If an own change came later,
+        ``asked``: the snapshot of the request. The membership does not begin before the last own
+        change that preceded the end of the transaction. A message that this change sees was
+        received then, or was not for the channel. If an own change followed,
         `resolve_against_own_change` decides.
         """
         moments = self._own_changes.get(pair, ())
@@ -161,12 +161,12 @@ class Memberships:
         return moments[-1] if moments[-1].is_later(asked) else asked
 
     def is_stale_request(self, pair: Pair, requester: str, number: int, id: int) -> bool:
-        """Return whether a membership request came too late. If not, remember it.
+        """Return whether a membership request arrived too late. If not, remember it.
 
         ``requester``: the client that made the request. ``number``: its number of the statement.
-        ``id``: the id of the control message. A request is stale if the client has made a
-        later one for the same membership, or has repeated the same one: it had given up the
-        statement, and the network has delivered it afterwards.
+        ``id``: the id of the control message. A request is stale if the client has made a later one
+        for the same membership, or has repeated the same one. Then it had given up the statement,
+        and the network has delivered it afterwards.
         """
         last, last_id = self._requests.pop((requester, pair), (0, 0))
         is_stale = number < last or (number == last and id != last_id)
@@ -178,12 +178,12 @@ class Memberships:
     def resolve_against_own_change(
         self, group: str, channel: str, boot: int, xid: int, added: Moment | None
     ) -> bool:
-        """Return whether an own change came after a membership request, and so counts.
+        """Return whether an own change followed a membership request, and so counts.
 
-        The transaction is that of the request. ``added``: the beginning of the membership
-        that it requests, or None for a discard. The request then changes the beginning only:
-        after a discard the channel was no member until the own change, and after an add it
-        was a member since ``added``.
+        ``xid`` and ``snapshot`` belong to the request. ``added``: the beginning of the membership
+        that it requests, or None for a discard. The request then changes the beginning only. After
+        a discard the channel was no member until the own change, and after an add it was a member
+        since ``added``.
         """
         moments = self._own_changes.get((group, channel), ())
         seen_by = next((moment for moment in moments if moment.sees(boot, xid)), None)
@@ -232,7 +232,7 @@ class Memberships:
         return gone
 
     def forget_past(self, is_past: Callable[[Moment], bool]) -> None:
-        """Forget past moments: no row that they see can come any more.
+        """Forget past moments: no row that they see can arrive any more.
 
         ``is_past`` decides which. They are beginnings of memberships, own changes, and joins.
         """

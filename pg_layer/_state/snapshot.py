@@ -49,7 +49,7 @@ class Moment(NamedTuple):
         return self.snapshot.sees(xid) if boot == self.boot else boot < self.boot
 
     def is_later(self, before: Moment) -> bool:
-        """Return whether this moment came after another, or has the same snapshot."""
+        """Return whether this moment is later than another, or has the same snapshot."""
         if self.boot != before.boot:
             return self.boot > before.boot
         return (
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
         )
 
     def covers(self, other: Moment) -> bool:
-        """Return whether this moment certainly sees all that another sees."""
+        """Return whether this moment certainly sees every row that another sees."""
         if self.boot != other.boot:
             return self.boot > other.boot
         return other.snapshot.xmax <= self.snapshot.xmin

@@ -46,7 +46,7 @@ QUIET_AFTER_REFUSAL = 600.0
 
 
 class Work(Protocol[T_co]):
-    """Statements of one call.
+    """The statements of one call.
 
     ``own``: each is alone in its transaction. ``quiet``: they do not notify, but return the rows
     that must be announced later.
@@ -62,16 +62,16 @@ class Work(Protocol[T_co]):
 class Sync:
     """The layer's calls as plain functions, without an event loop.
 
-    The calls run on Django's connection of the thread: the one of the layer's alias, the one that
-    leads to the database of the layer's ``dsn``, or ``using``. Inside `transaction.atomic` the
-    message is written in the transaction, and announced after the outermost block has committed, in
-    a statement of its own: NOTIFY in the transaction would make all other transactions that notify
+    The calls run on Django's connection of the thread. Its alias is the layer's, the one for the
+    database of the layer's ``dsn``, or ``using``. Inside `transaction.atomic` the message is
+    written in the transaction, and announced after the outermost block has committed, in a
+    statement of its own: NOTIFY in the transaction would make all other transactions that notify
     wait for its commit. A message is never received if the transaction, or the savepoint that
     contains it, is rolled back. Outside of transactions the message is sent at once.
 
-    Raises what the asynchronous calls raise; `ImproperlyConfigured` if no alias leads to the
-    database; `SynchronousOnlyOperation` on the thread of a running event loop. Inside a transaction
-    the database's errors are raised as Django's, because they concern the transaction.
+    Raises the same errors as the asynchronous calls; `ImproperlyConfigured` if no alias leads to
+    the database; `SynchronousOnlyOperation` on the thread of a running event loop. Inside a
+    transaction the database's errors are raised as Django's, because they concern the transaction.
 
     Any thread may call. Each thread has its own Django connection.
     """
@@ -87,7 +87,7 @@ class Sync:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what is known about capacities and ids."""
+        """Forget the known capacity and the low-water ids."""
         self._known_capacities: dict[str, KnownCapacity] = {}  # by alias
 
     def __repr__(self) -> str:
@@ -297,7 +297,7 @@ class Sync:
             transaction.on_commit(AfterCommit(self, connection), using=connection.alias)
 
     def announce_committed(self, connection: BaseDatabaseWrapper) -> None:
-        """Announce what the last transaction wrote.
+        """Announce the rows that the last transaction wrote.
 
         Rows that were rolled back with a savepoint do not exist, and are not announced.
         """
@@ -406,8 +406,8 @@ class Sync:
             self._refusals = refusals
             self._quiet_until = time.monotonic() + QUIET_AFTER_REFUSAL
         connection = session.connection
-        # Django does not report the commit of a transaction that it does not manage: such a one
-        # notifies, unless the server has refused NOTIFY lately and would fail it.
+        # Django does not report the commit of a transaction that it does not manage. So this one
+        # notifies, unless the server has refused NOTIFY recently and the transaction would fail.
         quiet = connection.in_atomic_block or time.monotonic() < self._quiet_until
         try:
             return finish(work(session, own=False, quiet=quiet))
@@ -454,7 +454,7 @@ class AfterCommit:
         self.is_called = False
 
     def __call__(self) -> None:
-        """Announce what the transaction wrote."""
+        """Announce the rows that the transaction wrote."""
         self.is_called = True
         self._sync.announce_committed(self._connection)
 
@@ -466,7 +466,7 @@ _pending: WeakKeyDictionary[BaseDatabaseWrapper, list[Unannounced]] = WeakKeyDic
 
 def _after_fork_in_child() -> None:
     for sync in list(_all):
-        sync.forget()  # a thread of the parent may have held a lock of what it knew
+        sync.forget()  # a thread of the parent may have held a lock of this state
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""Limits calls in time: psycopg's cursors wait for an answer without a limit."""
+"""A time limit for calls: psycopg's cursors wait for an answer without a limit."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Watch:
 class Watchdog:
     """A thread that cuts connections whose calls exceed their deadline.
 
-    The process has one such thread. It starts with a call, and ends when no call is under way: to
-    start a thread for each call costs 70 µs, and much more while other threads compute.
+    The process has one such thread. It starts with a call, and ends when no call is under way. A
+    thread for each call would cost 70 µs, and much more while other threads compute.
 
     Any thread may call the methods.
     """
@@ -50,7 +50,7 @@ class Watchdog:
             try:
                 threading.Thread(target=self._run, name="pg_layer-watchdog", daemon=True).start()
             except RuntimeError:
-                # The interpreter is ending, or the process has too many threads. The call goes on
+                # The interpreter is ending, or the process has too many threads. The call continues
                 # without a limit. A failure would lose the message.
                 self._is_running = False
         return watch

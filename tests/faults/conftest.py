@@ -49,7 +49,7 @@ def pytest_terminal_summary(
 def server() -> Iterator[PostgresServer]:
     """Yield a server of this test alone, to be stopped, crashed and started again.
 
-    It runs with fsync, because a crash must lose what a real crash loses.
+    It runs with fsync, because a crash must lose the same data as a real crash.
     """
     with PostgresServer(fsync=True) as server:
         yield server

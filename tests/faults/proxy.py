@@ -64,7 +64,7 @@ class Proxy:
         self._run(self._cut())
 
     def swallow(self) -> None:
-        """Forward nothing, and close nothing. New connections are accepted, and lead nowhere."""
+        """Forward nothing, and close nothing. New connections are accepted, but not forwarded."""
         self._run(self._swallow())
 
     def hold(self, port: int) -> None:

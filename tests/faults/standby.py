@@ -27,7 +27,7 @@ def port_of(proxy: Proxy) -> int:
 
 
 async def caught_up(primary: PostgresServer, standby: PostgresServer) -> None:
-    """Return when the standby has replayed all that the primary has written so far."""
+    """Return when the standby has replayed all WAL that the primary has written so far."""
     ((lsn,),) = primary.execute("SELECT pg_logical_emit_message(true, 'test', 'so far')")
     await until(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{lsn}'") == [(True,)])
 
@@ -35,8 +35,8 @@ async def caught_up(primary: PostgresServer, standby: PostgresServer) -> None:
 async def cut_off(standby: PostgresServer) -> None:
     """Stop the replication: the standby lags behind from here on.
 
-    A pause of the replay or ``recovery_min_apply_delay`` does not suffice. A promotion ends
-    both, and the standby first replays all that it has received.
+    A pause of the replay or ``recovery_min_apply_delay`` does not suffice. A promotion ends both,
+    and the standby first replays all WAL that it has received.
     """
     standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
     standby.execute("SELECT pg_reload_conf()")

@@ -183,7 +183,7 @@ async def test_old_rows_before_a_sweep_are_not_delivered(
     channel = await reader.hear()
     [(address,)] = observer.execute("SELECT pg_layer_address('asgi', %s)", (channel,)).fetchall()
     age(observer, address)
-    # Announce the old rows as if they were new: the readers judge all of them.
+    # Announce the old rows again: the cursors of the readers check all of them.
     observer.execute(
         "SELECT pg_notify(pg_layer_notification_channel(address), CASE address"
         " WHEN 'asgi!:jobs' THEN 'J ' || min(id)"
@@ -205,7 +205,7 @@ async def test_old_rows_before_a_sweep_are_not_delivered(
 def test_sweep_batch_continues_where_the_last_one_ended(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """Under an old snapshot deleted rows stay. A batch must not read those of earlier batches."""
+    """Under an old snapshot deleted rows stay. A batch must not read rows of earlier batches."""
     observer.execute("ALTER TABLE pg_layer_message SET (autovacuum_enabled = false)")
 
     def pages(messages: int) -> int:

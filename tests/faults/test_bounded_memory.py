@@ -51,7 +51,7 @@ def traced_memory() -> Iterator[None]:
 
 
 async def send_batches(link: Link, dsn: str, channel: str) -> None:
-    """In a process: send a batch to the channel and to "room" whenever the test says so."""
+    """Send a batch to the channel and to "room" on each request of the test. Runs in a process."""
     async with open_layer(dsn, **OPTIONS) as layer:
         while await link.hear():
             messages = [numbered(number) for number in range(BATCH)]
@@ -61,7 +61,7 @@ async def send_batches(link: Link, dsn: str, channel: str) -> None:
 
 
 class Counter:
-    """Receives on two channels, one of them in "room", and keeps only the count."""
+    """A receiver on two channels, one of them in "room", that keeps only the count."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self._layer = layer
@@ -109,7 +109,7 @@ async def settled_memory(layer: PostgresChannelLayer) -> int:
 
 
 async def exchange(counter: Counter, sender: Process[None], batches: int) -> None:
-    """Let so many batches arrive, one after the other."""
+    """Exchange ``batches`` batches, one after the other."""
     for _ in range(batches):
         count = counter.count
         sender.say(True)

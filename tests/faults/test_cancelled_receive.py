@@ -18,9 +18,9 @@ LARGE_CAPACITY: dict[str, object] = {"capacity": 100_000}
 async def send_numbers(
     link: Link, /, dsn: str, channels: list[str], count: int, seed: int, **options: object
 ) -> None:
-    """In a process: send numbers to each channel and to the room.
+    """Send numbers to each channel and to the room. Runs in a process.
 
-    One by one or several at once, small and large.
+    The calls run one by one or several at once. Messages are small and large.
     """
     rng = random.Random(seed)
     async with open_layer(dsn, **options) as layer:
@@ -184,7 +184,7 @@ async def test_receive_cancelled_when_woken_wakes_the_next_receiver(
 
 
 async def work_with_cancellations(link: Link, dsn: str, seed: int) -> None:
-    """In a process: report each job, with several calls at once, most of which are cancelled."""
+    """Report each job of several concurrent calls, most of them cancelled. Runs in a process."""
     rng = random.Random(seed)
     async with open_layer(dsn, **LARGE_CAPACITY) as layer:
         is_over = asyncio.Event()

@@ -26,7 +26,7 @@ HUGE = 10**30
 async def receive_everything(
     link: Link, /, dsn: str, **options: object
 ) -> tuple[list[int], list[int], list[int]]:
-    """In a process: receive on a member of the room, on another channel, and on "jobs".
+    """Receive on a member of the room, on another channel, and on "jobs". Runs in a process.
 
     Report the two channels first, and the events and texts of all warnings at the end. Return
     the numbers that arrived on each.
@@ -58,7 +58,7 @@ async def receive_everything(
 
 
 class NumberedTraffic:
-    """Sends numbers to the room, to a channel and to workers.
+    """A sender of numbers to the room, to a channel and to workers.
 
     For each of the three: ``sure`` lists the sends that returned, ``perhaps`` those with an
     unknown outcome.

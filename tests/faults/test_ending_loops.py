@@ -159,7 +159,7 @@ async def test_takeover_from_a_loop_that_closes_at_that_moment_receives(
 async def test_calls_of_a_foreign_loop_go_on_when_the_owner_loop_ends(
     make_layer: MakeLayer,
 ) -> None:
-    """The end of a loop cancels the tasks on it. Calls of foreign loops go on at the next owner."""
+    """A loop's end cancels the tasks on it. Calls of foreign loops continue at the next owner."""
 
     async def own(layer: PostgresChannelLayer, owned: asyncio.Event, ends: threading.Event) -> None:
         receiving = asyncio.create_task(layer.receive(await layer.new_channel()))

@@ -170,8 +170,8 @@ async def test_members_unknown_to_a_lagging_standby_hear_their_groups_after_fail
             await sender.group_send("room", {"number": number})
         await early_consumers.reached(number, "early")
         await late_consumers.reached(number, "late")
-        # Messages sent on the new primary reach all members that it knows, and the others from
-        # the moment on in which their process has written them again.
+        # Messages sent on the new primary reach all members that it knows. They reach the others as
+        # soon as their process has written their memberships again.
         assert early_consumers.received["early"] == list(range(number + 1))
         late = late_consumers.received["late"]
         assert late[:90] == list(range(10, 100))
@@ -288,7 +288,7 @@ async def test_capacity_after_a_failover_counts_from_the_lower_ids(
 
 
 async def send_until_stopped(link: Link, dsn: str) -> dict[str, dict[int, float]]:
-    """In a process: send numbers to the group until the test says stop.
+    """Send numbers to the group until the test requests the end. Runs in a process.
 
     Return by outcome the numbers, and when each outcome was known.
     """

@@ -103,8 +103,8 @@ async def test_group_add_answered_after_a_flush_is_kept_and_listed(
 ) -> None:
     """The owner writes a row. A flush removes it and is applied. Then the answer arrives.
 
-    In the owner's order the flush came first. So the channel is a member when `group_add` returns,
-    and another process does not find the group empty.
+    In the owner's order the flush precedes the change. So the channel is a member when `group_add`
+    returns, and another process does not find the group empty.
     """
     other = make_layer()
     [channel, marker] = await new_channels(proxied, 2)

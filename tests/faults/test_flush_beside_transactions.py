@@ -12,10 +12,10 @@ from tests.processes import listen, receive
 async def test_flush_beside_a_transaction_with_locked_rows_does_not_wait(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The flush skips the locked rows, and removes nothing that comes later.
+    """The flush skips the locked rows, and removes no later rows.
 
     The transaction has deleted a message, and an older membership request for a channel that
-    it adds again. Memberships and messages that follow the flush stay. So does what the
+    it adds again. Memberships and messages that follow the flush stay. So do the rows that the
     transaction commits after it.
     """
     layer, other = make_layer(), make_layer()

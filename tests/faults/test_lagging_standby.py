@@ -1,6 +1,6 @@
 """A standby that lags behind its primary is promoted.
 
-Its tables are those of a moment ago. Messages that were received and deleted are there
+Its tables lag behind by a moment. Messages that were received and deleted are there
 again. Memberships that have ended are there, and others are missing. Receivers notice none
 of that.
 """
@@ -18,8 +18,8 @@ from tests.faults.readers import heartbeats, numbered, readers_of, wait_for_memb
 from tests.faults.standby import caught_up, cut_off, fail_over, port_of, writable
 from tests.processes import listen, open_layer, until
 
-# Nothing expires, and no lease ends. With short heartbeats the client forgets, before the
-# failover, what it remembers only for some heartbeats.
+# Nothing expires, and no lease ends. With short heartbeats the client forgets, before the failover,
+# the keys that it remembers only for some heartbeats.
 OPTIONS: dict[str, object] = {
     "lease": 3600,
     "heartbeat": 0.2,

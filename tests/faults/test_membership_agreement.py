@@ -89,7 +89,7 @@ def open_transaction(
 
 
 class Agreement:
-    """Compares what groups list with what a message to them reaches."""
+    """A comparison of the members that groups list with the members that a message reaches."""
 
     def __init__(self, owner: PostgresChannelLayer, sender: PostgresChannelLayer) -> None:
         self._owner = owner
@@ -99,8 +99,8 @@ class Agreement:
     async def look(self, pairs: Iterable[Pair]) -> tuple[set[Pair], set[Pair]]:
         """Return the pairs of group and channel that are listed, and those that a message reaches.
 
-        A message to all groups is followed by one to each channel, from the same sender: when
-        a channel has received the second, the first has reached it or never will.
+        A message to all groups is followed by one to each channel, from the same sender. When a
+        channel has received the second, the first has reached it or never will.
         """
         pairs = list(pairs)
         self._probes += 1
@@ -123,7 +123,7 @@ class Agreement:
         return listed & set(pairs), reached
 
     async def reached_by_all(self, pairs: Iterable[Pair]) -> set[Pair]:
-        """Wait until what is listed is what a message reaches, and return that. It stays so."""
+        """Wait until the listed members are the reached members, and return them. It stays so."""
         pairs = list(pairs)
         deadline = asyncio.get_running_loop().time() + PATIENCE
         while True:
@@ -152,8 +152,8 @@ async def test_membership_added_in_transaction_discarded_by_owner_agrees_with_ta
 ) -> None:
     """A transaction adds the channel and stays open. The owner discards it. The transaction ends.
 
-    A moment later the channel is listed if and only if it receives. After a rollback, what the
-    owner did holds.
+    A moment later the channel is listed if and only if it receives. After a rollback, the owner's
+    change holds.
     """
     owner = make_layer()
     [channel] = await new_channels(owner, 1)
@@ -316,7 +316,7 @@ def backends(observer: Observer) -> set[Any]:
 
 
 async def returned(call: Callable[[], Awaitable[None]]) -> None:
-    """Call until the call returns: its first attempt may find a connection that leads nowhere."""
+    """Call until the call returns: its first attempt may use a connection that no longer works."""
     deadline = asyncio.get_running_loop().time() + PATIENCE
     while True:
         try:
@@ -331,7 +331,7 @@ async def returned(call: Callable[[], Awaitable[None]]) -> None:
 async def test_membership_change_given_up_and_late_changes_nothing(
     migrated_dsn: str, proxy: Proxy, make_layer: MakeLayer, observer: Observer, late: str, by: str
 ) -> None:
-    """A change hangs in the network and raises. The opposite one returns. Then the first comes.
+    """A change hangs in the network and raises. The opposite one returns. The first arrives last.
 
     The database executes the late statement when the network delivers it, after the later
     change. The membership remains as the later change left it.

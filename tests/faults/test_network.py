@@ -155,7 +155,7 @@ async def test_network_swallowing_packets_briefly_loses_nothing(
 ) -> None:
     """The interruptions are too short to be noticed, or a little longer.
 
-    Old connections go on afterwards, or stay dead.
+    Old connections continue afterwards, or stay unusable.
     """
     async with begin(migrated_dsn, pool_proxy, listen_proxy, **SWALLOWING) as traffic:
         for _ in range(4):

@@ -28,7 +28,7 @@ FEW = 3 * MESSAGES
 
 @contextmanager
 def old_snapshot(dsn: str) -> Iterator[None]:
-    """Hold a snapshot that needs all rows that exist, and all that are written in the block."""
+    """Hold a snapshot that needs all existing rows, and all rows written in the block."""
     with psycopg.connect(dsn) as old:
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT 1 FROM pg_layer_client")
@@ -59,7 +59,7 @@ async def emptied(observer: Observer) -> None:
 
 
 async def closed(layer: PostgresChannelLayer, observer: Observer, name: str) -> None:
-    """Close a layer. Return when its connections have reported what they have read."""
+    """Close a layer. Return when its connections have reported the rows that they have read."""
     await layer.close()
     connections = "SELECT FROM pg_stat_activity WHERE application_name = %s"
     await until(lambda: observer.execute(connections, (name,)).fetchone() is None)
@@ -93,7 +93,7 @@ async def test_dead_rows_stay_only_as_long_as_an_old_snapshot(
 
 
 class Reconnected:
-    """The connections of a layer, which report what they have read when they end."""
+    """The connections of a layer, which report the rows that they have read when they end."""
 
     def __init__(self, layer: PostgresChannelLayer, observer: Observer, name: str) -> None:
         self._layer = layer
@@ -117,7 +117,7 @@ class Reconnected:
             " WHERE relname = 'pg_layer_message'"
         ).fetchall()
         await until(lambda: self._layer.stats()["reconnects"] > reconnects)
-        # The first heartbeat may come before the catch-up has ended; this message comes after it.
+        # The first heartbeat may precede the end of the catch-up; this message follows it.
         await listen(self._layer)
         return int(read)
 

@@ -1,4 +1,4 @@
-"""The database is down for longer than a lease.
+"""The database is unavailable for longer than a lease.
 
 Time in which the database is down ends no lease. So a process that still runs loses nothing
 that was acknowledged, whichever process reconnects first.
@@ -51,9 +51,9 @@ async def sweep(dsn: str) -> None:
 
 
 async def send_on_command(link: Link, dsn: str, channel: str) -> None:
-    """In a process: send each range of numbers from the test to the channel and to "room".
+    """Send each range of numbers from the test to the channel and to "room".
 
-    Report when each range is sent.
+    Report when each range is sent. Runs in a process.
     """
     async with open_layer(dsn, send_timeout=60, expiry=3600) as layer:
         while (numbers := await link.hear()) is not None:

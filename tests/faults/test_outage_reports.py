@@ -23,7 +23,7 @@ NOTICES: dict[str, object] = {"on_disconnect": "database.lost", "on_reconnect": 
 
 
 class NoticeConsumer(AsyncWebsocketConsumer):
-    """Sends its browser a text for each notice that it receives."""
+    """A consumer that sends its browser a text for each notice that it receives."""
 
     groups = ["room"]  # noqa: RUF012  # as Channels declares it
 

@@ -242,7 +242,7 @@ def test_synchronous_group_add_whose_first_attempt_was_lost_raises_outcome_unkno
             connections.close_all()
         return None
 
-    # Connecting has its own limit: that of Django.
+    # Connecting has its own limit, set by Django.
     database = {**postgres(proxy.dsn()), "OPTIONS": {"connect_timeout": 2}}
     with (
         on_django(layer, default=database),

@@ -72,7 +72,7 @@ async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int)
 
 
 async def send_numbers(link: Link, dsn: str, targets: list[tuple[str, str]], count: int) -> None:
-    """In a process: send ``count`` numbers to each target, all targets at once.
+    """Send ``count`` numbers to each target, all targets at once. Runs in a process.
 
     A target is the name of a method, ``send`` or ``group_send``, and its first argument.
     """
@@ -167,7 +167,7 @@ Outcomes = dict[str, dict[str, list[int]]]
 
 
 async def send_until_stopped(link: Link, dsn: str, targets: list[tuple[str, str]]) -> Outcomes:
-    """In a process: send numbers to each target until the test says stop.
+    """Send numbers to each target until the test requests the end. Runs in a process.
 
     Return for each target which numbers were sent, unknown and refused.
     """

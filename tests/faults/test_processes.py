@@ -1,4 +1,4 @@
-"""Processes that are killed, or stopped by a signal: what others observe, and what they leave."""
+"""Processes that are killed, or stopped by a signal: what others observe, and the rows left."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def receiving_pids(observer: Observer) -> set[int]:
 
 
 class EndlessSends:
-    """Sends numbers to a group and to channels, in turn. Each receiver gets all numbers."""
+    """A sender of numbers to a group and to channels, in turn. Each receiver gets all numbers."""
 
     def __init__(self, layer: PostgresChannelLayer, channels: list[str]) -> None:
         self._layer = layer
@@ -103,7 +103,7 @@ async def sending_all_the_time(
 
 
 async def join_and_receive(link: Link, dsn: str) -> list[int]:
-    """In a process: join the room and report the channel. Return the numbers up to None."""
+    """Join the room, report the channel, and return the numbers up to None. Runs in a process."""
     async with open_layer(dsn, **SHORT_LEASE) as layer:
         channel = await layer.new_channel()
         await listen(layer)
@@ -230,7 +230,7 @@ async def test_server_stopped_by_a_signal_removes_its_rows_at_once(
     heard = [asyncio.create_task(numbers_until_closed(client)) for client in clients]
     await until(lambda: sent > 50)
     await asyncio.to_thread(server.end, number)
-    # Look at once: what the process has not removed by now stays until its lease is over.
+    # Look at once: rows that the process has not removed by now stay until its lease is over.
     left_at_once = (receiving_pids(observer), count_rows(observer, "membership", address))
     enough = sent + 2
     await until(lambda: sent >= enough)

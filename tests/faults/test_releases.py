@@ -38,7 +38,7 @@ def pool_proxy(migrated_dsn: str) -> Iterator[Proxy]:
 
 
 class LockedReleases:
-    """Releases wait for a lock that this object holds, after they have moved the jobs."""
+    """A lock that this object holds: releases wait for it after they have moved the jobs."""
 
     def __init__(self, dsn: str) -> None:
         self._holder: psycopg.Connection[tuple[Any, ...]] = psycopg.connect(dsn)
@@ -133,7 +133,7 @@ async def send_jobs(dsn: str) -> None:
 def test_release_in_flight_when_its_loop_ends_neither_loses_nor_doubles_jobs(
     migrated_dsn: str, observer: Observer, takes_effect: bool
 ) -> None:
-    """The statement goes on in the server. The next loop finds out its outcome."""
+    """The statement continues in the server. The next loop finds out its outcome."""
     layer, other = [new_layer(migrated_dsn, capacity=1000) for _ in range(2)]
     done: list[int] = []
 

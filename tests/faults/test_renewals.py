@@ -36,7 +36,7 @@ class Arrived(NamedTuple):
 
 
 async def read_streams(link: Link, dsn: str, options: dict[str, object]) -> Arrived:
-    """In a process: report two channels, and receive up to the numbers that the test says."""
+    """Report two channels, and receive up to the numbers from the test. Runs in a process."""
     async with open_layer(dsn, **{**OPTIONS, **options}) as layer:
         own, member = [await layer.new_channel() for _ in range(2)]
         await listen(layer)
@@ -52,7 +52,7 @@ async def read_streams(link: Link, dsn: str, options: dict[str, object]) -> Arri
 
 
 async def send_stream(link: Link, dsn: str, channels: list[str], first: int) -> None:
-    """In a process: send numbers from ``first`` on to each channel and to "room"."""
+    """Send numbers from ``first`` on to each channel and to "room". Runs in a process."""
     async with open_layer(dsn, **OPTIONS) as layer:
         for start in range(first, first + MESSAGES, 20):
             numbers = range(start, start + 20)
@@ -151,7 +151,7 @@ async def test_message_after_a_slow_renewal_is_not_treated_as_expired(
 ) -> None:
     """The renewal reaches the server seconds after it was sent.
 
-    So its answer says little about the server's clock.
+    So its answer does not bound the server's clock well.
     """
     delay = 2.5
     with Proxy(migrated_dsn) as proxy:

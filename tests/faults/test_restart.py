@@ -110,7 +110,7 @@ async def test_crash_under_traffic_loses_only_the_last_commits(
 
 
 async def join_late(link: Link, dsn: str) -> list[dict[str, Any]]:
-    """In a process: join when the test says so. Return the first message of each group."""
+    """Join on request, and return the first message of each group. Runs in a process."""
     async with open_layer(dsn) as layer:
         channels = [await layer.new_channel() for _ in range(3)]
         await listen(layer)

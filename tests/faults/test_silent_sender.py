@@ -53,7 +53,7 @@ def dsn(server: PostgresServer) -> Iterator[str]:
 def free_the_queue(server: PostgresServer) -> None:
     """Make the server drop notifications that every listener has read.
 
-    The server does so by itself only from time to time.
+    The server does so without a request only from time to time.
     """
     server.execute("SELECT pg_notification_queue_usage()")
 
@@ -67,7 +67,7 @@ def notify_refused(server: PostgresServer, dsn: str) -> Iterator[None]:
 
 
 async def read_to_the_last(link: Link, dsn: str, heartbeat: float) -> None:
-    """In a process: report the channel of a new member, then the number of each message."""
+    """Report the channel of a new member, then the number of each message. Runs in a process."""
     async with open_layer(dsn, capacity=1000, heartbeat=heartbeat) as layer:
         await listen(layer)
         channel = await layer.new_channel()

@@ -1,4 +1,4 @@
-"""A consumer that no longer receives: its queue is bounded, and its neighbours notice nothing."""
+"""A consumer that no longer receives: its queue is bounded, and others are not affected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPIRY = 1.5
 
 
 class ServeResult(NamedTuple):
-    """What the two readers received, and what happened at the channel that was not read."""
+    """The messages of the two readers, and the observations at the channel that was not read."""
 
     first: list[int]
     second: list[int]
@@ -26,9 +26,10 @@ class ServeResult(NamedTuple):
 
 
 async def serve(link: Link, dsn: str, task_hangs: bool) -> ServeResult:
-    """In a process: three members of the room. One stops receiving after its first message.
+    """Run three members of the room, of which one stops receiving after its first message.
 
-    Report the channels. When the test says so, read the third channel again, up to None.
+    Report the channels. On request of the test, read the third channel again, up to None. Runs in a
+    process.
     """
     options: dict[str, object] = {
         "capacity": CAPACITY,
@@ -85,8 +86,8 @@ async def test_consumer_that_stops_receiving_harms_no_neighbour(
 ) -> None:
     """Its channel is full, and it misses messages.
 
-    The others receive all, in order and without delay. When the consumer receives again, it
-    gets what has not expired, and all that follows.
+    The others receive all, in order and without delay. When the consumer receives again, it gets
+    all messages that have not expired, and all later ones.
     """
     layer = make_layer(capacity=CAPACITY, expiry=EXPIRY)
     process = processes.start(serve, migrated_dsn, task_hangs)
@@ -113,7 +114,7 @@ async def test_consumer_that_stops_receiving_harms_no_neighbour(
             await layer.send(stuck_channel, {"number": -1})
         except ChannelFull:
             refused += 1
-        # Wait for the neighbours, because their capacity is small too.
+        # Wait for the other channels, because their capacity is small too.
         await until(
             lambda: unexpired_rows(first_reader) + unexpired_rows(second_reader) <= CAPACITY // 4
         )
@@ -180,7 +181,7 @@ async def test_event_loop_blocked_receives_everything_when_it_goes_on(
 
 
 async def receive_after_blocking(link: Link, dsn: str) -> tuple[list[int], list[int]]:
-    """In a process: block the loop for some heartbeats, until the test says so. Then receive."""
+    """Block the loop for some heartbeats, until the test requests the end, then receive."""
     async with open_layer(dsn, capacity=1000, lease=60, heartbeat=0.2) as layer:
         channel, member = await layer.new_channel(), await layer.new_channel()
         await layer.group_add("room", member)

@@ -1,4 +1,4 @@
-"""A process is stopped for longer than its lease, by SIGSTOP or a hypervisor, and goes on.
+"""A process is stopped for longer than its lease, by SIGSTOP or a hypervisor, and continues.
 
 Other processes renew their leases meanwhile. So the lease of the stopped process is over,
 and a sweep removes its rows.
@@ -42,7 +42,7 @@ LARGE = 20_000  # bytes; more than a notification can carry
 
 
 class Report(NamedTuple):
-    """What the process observed. Lists have an item for each channel."""
+    """The observations of the process. Lists have an item for each channel."""
 
     numbers: list[list[int]]
     notices: list[list[str]]
@@ -52,7 +52,7 @@ class Report(NamedTuple):
 
 
 class WarningCollector(logging.Handler):
-    """Collects the events of the warnings that the layer logs."""
+    """A handler that collects the events of the warnings that the layer logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -64,9 +64,9 @@ class WarningCollector(logging.Handler):
 
 
 async def read_and_report(link: Link, dsn: str, options: dict[str, object]) -> Report:
-    """In a process: read three channels, two of them in "room". Report what was observed.
+    """Read three channels, two of them in "room", and report the observations.
 
-    The test says the last number to wait for.
+    The test sends the last number to wait for. Runs in a process.
     """
     handler = WarningCollector()
     logging.getLogger().addHandler(handler)
@@ -310,8 +310,8 @@ async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
 ) -> None:
     """Another process removes a channel of the stopped process from the group.
 
-    Then the lease is over, and a sweep runs. When the process goes on, it writes its
-    memberships again, without the removed one. Its connections may have been lost meanwhile.
+    Then the lease is over, and a sweep runs. When the process continues, it writes its memberships
+    again, without the removed one. Its connections may have been lost meanwhile.
     """
     other = make_layer(**SHORT_LEASE)
     other_member = await other.new_channel()

@@ -1,4 +1,4 @@
-"""Processes that stop while the database is away: they do not wait, and log one line."""
+"""Processes that stop while the database is unavailable: they do not wait, and log one line."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def end_while_connecting(link: Link, dsn: str) -> None:
 async def test_loop_ending_while_it_connects_does_not_wait_for_the_connection(
     processes: Processes, proxy: Proxy
 ) -> None:
-    """Before Python 3.12 psycopg may swallow a cancellation, and go on to connect."""
+    """Before Python 3.12 psycopg may swallow a cancellation, and continue to connect."""
     process = processes.start(end_while_connecting, proxy.dsn(connect_timeout=int(LONG)))
     assert await process.hear() == "listening"
     goes_away(proxy)
@@ -139,7 +139,7 @@ def asked_to_stop() -> Iterator[Callable[[], None]]:
 async def test_group_discard_of_a_stopping_process_changes_the_table_before_it_returns(
     make_layer: MakeLayer, asked_to_stop: Callable[[], None]
 ) -> None:
-    """The database is not away."""
+    """The database is available."""
     layer = make_layer()
     channel = await layer.new_channel()
     await listen(layer)

@@ -24,7 +24,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FailingDispatch:
-    """Makes ``Dispatcher.dispatch`` raise once, as soon as a condition is set and true."""
+    """A fault: ``Dispatcher.dispatch`` raises once, as soon as a condition is set and true."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.condition: Callable[[Dispatcher], bool] | None = None

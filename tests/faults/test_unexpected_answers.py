@@ -96,7 +96,7 @@ async def with_added_member(
 async def with_marked_message(
     layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
 ) -> AsyncIterator[None]:
-    """A heartbeat finds an unannounced message when the function is repaired."""
+    """Write a marked message, and wait until a heartbeat of the repaired function finds it."""
     channel = await layer.new_channel()
     with psycopg.connect(dsn) as connection:
         connection.execute("SET LOCAL pg_layer.silent = on")
@@ -109,7 +109,7 @@ async def with_marked_message(
 async def with_expired_message(
     layer: PostgresChannelLayer, sender: PostgresChannelLayer, dsn: str
 ) -> AsyncIterator[None]:
-    """A message expires, and is deleted when the function is repaired."""
+    """Send a message that expires, and wait until the repaired function has deleted it."""
     await sender.send("jobs", {"number": 1}, expiry=0.01)
     yield
     with psycopg.connect(dsn, autocommit=True) as observer:

@@ -52,7 +52,7 @@ class Logged(NamedTuple):
 
 
 class WarningForwarder(logging.Handler):
-    """Sends each warning to the test."""
+    """A handler that sends each warning to the test."""
 
     def __init__(self, link: Link) -> None:
         super().__init__(logging.WARNING)
@@ -77,7 +77,7 @@ def forwarding_warnings(link: Link) -> Iterator[None]:
 
 
 async def serve(link: Link, /, dsn: str, **options: object) -> None:
-    """In a process: receive on a channel, a member of "room" and "jobs". Report each message."""
+    """Receive on a channel, a member of "room" and "jobs", in a process. Report each message."""
     with forwarding_warnings(link):
         async with open_layer(dsn, **options) as layer:
             own, member = await layer.new_channel(), await layer.new_channel()
@@ -108,7 +108,7 @@ async def answer_requests(link: Link, layer: PostgresChannelLayer) -> None:
 
 
 async def hear_without_timeout(hear: Callable[[], Awaitable[Any]]) -> Any:
-    """Return what the other end says next, however long that takes."""
+    """Return the next object from the other end, without a time limit."""
     while True:
         with contextlib.suppress(asyncio.TimeoutError):
             return await hear()
@@ -122,9 +122,9 @@ class Sent(NamedTuple):
 
 
 async def send(link: Link, /, name: str, dsn: str, channels: list[str], **options: object) -> None:
-    """In a process: send numbers to each channel, to "room" and to "jobs", until told to stop.
+    """Send numbers to each channel, to "room" and to "jobs", until the test requests the end.
 
-    Report the outcome of each send.
+    Runs in a process. Report the outcome of each send.
     """
     sent: dict[str, list[Sent]] = {}
 
@@ -208,7 +208,7 @@ class TrafficProcess:
                 return
 
     def warnings(self) -> list[Logged]:
-        """Return what the layer in the process has logged."""
+        """Return the warnings that the layer in the process has logged."""
         return [entry for entry in self.logged if entry.logger.startswith("pg_layer")]
 
 
@@ -222,7 +222,7 @@ class Traffic:
         self.senders: list[TrafficProcess] = []
 
     async def serve(self, dsn: str, **options: object) -> TrafficProcess:
-        """Start a receiver. Its options are those of CONFIG."""
+        """Start a receiver. Its options are options of CONFIG."""
         process = TrafficProcess(self._processes.start(serve, dsn, **{**TRAFFIC, **options}))
         self.receivers.append(process)
         await self.until(lambda: process.channel)
@@ -327,7 +327,7 @@ class Traffic:
     def _ways(self, stream: str) -> list[tuple[str, list[TrafficProcess]]]:
         """Return the stream with the receivers that share its messages.
 
-        Each receiver gets all messages of a group, so that it is listed alone.
+        Each receiver of a group message is listed alone, because it gets all messages of the group.
         """
         _, _, target = stream.partition(":")
         if target == "jobs":
@@ -356,7 +356,7 @@ def _problems_of(
         "arrived though refused": [number for number in got if log[number].outcome == REFUSED],
     }
     if len(receivers) == 1:
-        # A message whose outcome is unknown may have been in flight for long.
+        # A message of unknown outcome may have been in flight for a long time.
         in_order = [number for number in got if log[number].outcome == RETURNED]
         problems["out of order"] = [b for a, b in pairwise(in_order) if b < a]
     return [
@@ -381,7 +381,7 @@ async def begin(
 ) -> AsyncIterator[Traffic]:
     """Run traffic, and yield when messages arrive.
 
-    The application names tell apart the backends of pools, listeners and senders.
+    The application names distinguish the backends of pools, listeners and senders.
     """
     traffic = Traffic(dsn)
     try:

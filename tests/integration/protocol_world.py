@@ -1,12 +1,12 @@
 """A world in which several clients, writers and transactions run step by step in one thread.
 
-The clients are the layer's own: `Owner` with all that it makes. Three things around it are
+The clients are the layer's own: `Owner` with all its parts. Three things around it are
 replaced, so that the test chooses each step, and the same steps have the same effects:
 
 - The event loop has a clock of its own.
-- A statement is executed on a real connection when the test says so. Its answer arrives
-  when the test says so, or never.
-- Notifications are those of PostgreSQL. The test says how many are heard.
+- A statement is executed on a real connection when the test requests it. Its answer arrives when
+  the test requests it, or never.
+- Notifications are those of PostgreSQL. The test sets how many are heard.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run_now(work: Coroutine[Any, Any, T]) -> T:
 
 
 class Immediate:
-    """Executes statements at once, on one connection."""
+    """An executor that runs statements at once, on one connection."""
 
     def __init__(self, wire: Session) -> None:
         self._wire = wire
@@ -126,7 +126,7 @@ def end_transaction(wire: Session) -> None:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes when the test says so."""
+    """An event loop whose time passes when the test requests it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -159,7 +159,7 @@ class Call:
         self._error: psycopg.Error | None = None
 
     def execute(self) -> None:
-        """Have the server execute the statement. The answer does not arrive yet."""
+        """Make the server execute the statement. The answer does not arrive yet."""
         if self.is_executed:
             return
         self.is_executed = True
@@ -181,7 +181,7 @@ class Call:
             self.answer.set_result(self._rows)
 
     def fail(self, *, is_late: bool = False) -> None:
-        """Lose the connection: no answer comes."""
+        """Lose the connection: no answer arrives."""
         if not self.answer.done():
             error = Lost("The connection was lost.")
             error.is_late = is_late
@@ -227,7 +227,7 @@ class Waiting:
 
 
 class ListeningSession(Waiting):
-    """The session of a listener: hears what the test lets it hear."""
+    """The session of a listener: it hears the notifications that the test delivers."""
 
     def __init__(self, process: Process) -> None:
         super().__init__(process)
@@ -256,7 +256,7 @@ class ListeningSession(Waiting):
 
 
 class ManualConnection:
-    """Replaces psycopg's connection in the module of the listener."""
+    """A replacement of psycopg's connection in the module of the listener."""
 
     @staticmethod
     async def connect(**kwargs: object) -> object:
@@ -265,7 +265,7 @@ class ManualConnection:
 
 
 def listening_session(name: str) -> ListeningSession:
-    """Replaces `Session` in the module of the listener."""
+    """Return a replacement of `Session` in the module of the listener."""
     return ListeningSession(_processes[name.split()[-1]])
 
 
@@ -273,7 +273,7 @@ _processes: dict[str, Process] = {}  # by the ids of their clients
 
 
 class Errors(logging.Handler):
-    """Keeps the errors that the layer logs: its tasks continue after unexpected ones."""
+    """The errors that the layer has logged: its tasks continue after unexpected ones."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -310,7 +310,7 @@ class ManualListener(Listener):
 
 
 class ManualConnections:
-    """Replaces the layer's pool: repeats what may be repeated, and raises otherwise."""
+    """A replacement of the layer's pool: it repeats a statement if it may, and raises otherwise."""
 
     gives_up = False  # the process does not stop
 
@@ -340,7 +340,7 @@ class ManualConnections:
 
 
 class RecordingQueue(AnnouncementQueue):
-    """Records what leaves the queue, and how it came into it."""
+    """A queue that records the rows that leave it, and how each was appended."""
 
     def __init__(self, process: Process) -> None:
         super().__init__(process.client.cursor)
@@ -379,7 +379,7 @@ class RecordingQueue(AnnouncementQueue):
 
 
 class RecordingMemberships(Memberships):
-    """Records when memberships end."""
+    """Memberships that record when they end."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ class RecordingMemberships(Memberships):
 
 @dataclass(eq=False)
 class Message:
-    """What the test knows of a row. Moments number the events of the world."""
+    """A row as the test tracks it. Moments number the events of the world."""
 
     serial: int  # 0 for a control message
     writer: int
@@ -591,7 +591,7 @@ class Process:
 
 
 class World:
-    """The database, the processes, the writers, and what the test knows of messages."""
+    """The database, the processes, the writers, and the test's record of messages."""
 
     def __init__(self, database: Database, number: int) -> None:
         self.database = database
@@ -638,7 +638,7 @@ class World:
         assert not self.errors.texts, self.errors.texts
 
     def start(self, heard_at_once: Iterable[bool]) -> None:
-        """Start the processes, and let them come to rest."""
+        """Start the processes, and run them until nothing is pending."""
         for number, at_once in enumerate(heard_at_once):
             self.processes.append(Process(self, number, 10**6 if at_once else 0))
         self.rest()
@@ -880,7 +880,7 @@ class World:
     # ------------------------------------------------------------------ memberships
 
     def change(self, process: Process, changes: Sequence[tuple[str, int, bool]]) -> None:
-        """Have a process change memberships of its own channels."""
+        """Make a process change memberships of its own channels."""
         began = self.moment()
         asked: list[tuple[Pair, Membership | None]] = []
         discarded: list[Discard] = []
@@ -989,7 +989,7 @@ class World:
         message.is_excused = True
 
     def make_steady(self) -> None:
-        """Set the lease clock as if renewals had come without a gap for a day."""
+        """Set the lease clock to renewals without a gap for a day."""
         self.sql(
             "UPDATE pg_layer_lease_clock SET steady_since = clock_timestamp() - interval '1 day',"
             " renewed_at = clock_timestamp(),"
@@ -1051,9 +1051,9 @@ class World:
         return f"address LIKE '{self.prefix}!%'"
 
     def crash(self, *, is_undone: bool) -> None:
-        """Crash the server: undo what was not on the disk, and begin another boot.
+        """Crash the server: undo the commits that were not on the disk, and begin another boot.
 
-        ``is_undone``: it goes back to the checkpoint, as a standby does that lags and is promoted.
+        ``is_undone``: it returns to the checkpoint, like a lagging standby that is promoted.
         """
         for transaction in list(self.transactions):
             if transaction.prepared is None or is_undone:

@@ -1,6 +1,6 @@
-"""The admin's pages: what they show, to whom, of which database, and that nobody changes anything.
+"""The admin's pages: their content, permissions and database. They change nothing.
 
-Each test runs a Django project with the admin, and asks it as a browser would.
+Each test runs a Django project with the admin, and sends it the requests of a browser.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def detail(model, key):
 
 
 def ask(dsn: str, code: str, **settings: Any) -> str:
-    """What ``code`` prints in a project with the admin."""
+    """Return the output of ``code`` in a project with the admin."""
     return django(dsn, f"{SETUP}\n{code}", settings=ADMIN | settings)
 
 
@@ -284,7 +284,7 @@ print(len(selects) > 0, [sql for sql in selects if re.search(r'"payload",', sql)
 
 
 def content(dsn: str, id: int, **settings: Any) -> str:
-    """What the page of a message says that it holds."""
+    """Return the content that the page of a message shows."""
     code = f"""
 page = detail("message", {id})
 assert len(page) < 60_000, len(page)

@@ -52,7 +52,7 @@ CLUSTER_LOCKS = (
 
 @contextmanager
 def on_django(dsn: str, **options: object) -> Iterator[PostgresChannelLayer]:
-    """A layer on Django's default database; to be closed by the caller if it was used on a loop."""
+    """Return a layer on Django's default database. Callers close it if a loop has used it."""
     layer = PostgresChannelLayer(**{**UNHURRIED, **options})
     with configured(layer, DATABASES={"default": postgres(dsn)}, SECRET_KEY="x"):
         apps.populate([])
@@ -80,7 +80,7 @@ async def in_thread(function: Callable[[], T]) -> T:
 
 
 async def member(layer: PostgresChannelLayer) -> str:
-    """A channel of a layer that listens, in the group."""
+    """Return a channel of a layer that listens, in the group."""
     await listen(layer)
     channel = await layer.new_channel()
     await layer.group_add(GROUP, channel)
@@ -100,7 +100,7 @@ def number(n: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A server whose commits can be held up, and that prepares transactions."""
+    """A server whose commits can be delayed, and that prepares transactions."""
     with PostgresServer(fsync=True, settings={"max_prepared_transactions": 2}) as server:
         yield server
 
@@ -139,13 +139,13 @@ def commits_held_up(server: PostgresServer, observer: Observer) -> Iterator[None
 
 
 def waiting(observer: Observer, wait_event: str) -> list[int]:
-    """The sessions that wait for that."""
+    """Return the sessions that wait for that."""
     query = "SELECT pid FROM pg_stat_activity WHERE wait_event = %s"
     return [pid for (pid,) in observer.execute(query, [wait_event])]
 
 
 async def test_transactions_that_send_commit_at_once(server: PostgresServer, database: str) -> None:
-    """Commits are held up on their way to the disk. Four transactions send, and commit at once.
+    """Commits are delayed on their way to the disk. Four transactions send, and commit at once.
 
     All of them wait for the disk, and none for another one, as none has the lock of the
     cluster. The layer's other messages pass meanwhile. The messages of the transactions arrive
@@ -239,7 +239,7 @@ async def test_message_of_a_transaction_arrives_after_its_commit(
 async def test_message_of_a_transaction_that_is_rolled_back_never_arrives(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """Neither at once, nor with what the next transaction sends, nor at a heartbeat."""
+    """It is announced neither at once, nor with the next transaction, nor at a heartbeat."""
     reader = make_layer(heartbeat=0.2)
     channel = await member(reader)
 
@@ -266,8 +266,8 @@ async def test_message_of_a_savepoint_that_is_rolled_back_never_arrives(
 ) -> None:
     """The transaction's other messages arrive at once, also those sent after the savepoint.
 
-    Django forgets what was to be done on commit together with a savepoint: the messages after
-    it must be announced all the same. The reader's next heartbeat is 20 minutes away.
+    Django discards on_commit callbacks together with a savepoint. The messages after it must be
+    announced nevertheless. The reader's next heartbeat is 20 minutes away.
     """
     reader = make_layer()
     channel = await member(reader)
@@ -299,7 +299,7 @@ async def test_message_of_a_savepoint_that_is_rolled_back_never_arrives(
 async def test_message_sent_on_commit_arrives_after_those_of_its_transaction(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """Callbacks of the application may run before the layer's own: what they send comes later."""
+    """Callbacks of the application may run before the layer's own: their messages arrive later."""
     reader = make_layer()
     channel = await member(reader)
 
@@ -318,7 +318,7 @@ async def test_message_sent_on_commit_arrives_after_those_of_its_transaction(
 async def test_message_of_a_transaction_that_django_does_not_manage_arrives(
     layer: PostgresChannelLayer, make_layer: MakeLayer, begins: str
 ) -> None:
-    """Django calls nothing after such a commit. The messages arrive all the same."""
+    """Django calls nothing after such a commit. The messages arrive nevertheless."""
     reader = make_layer(heartbeat=1)
     channel = await member(reader)
 
@@ -394,8 +394,8 @@ async def test_capture_on_commit_callbacks_of_a_test_case_runs_the_announcement(
 ) -> None:
     """A test of the application, in its transaction that is never committed, runs the callbacks.
 
-    There is one for all messages of a block, also of a later block. It raises nothing and leaves
-    the test's transaction usable. Nothing arrives, as the test is rolled back.
+    One callback announces all messages of a block, also of a later block. It raises nothing and
+    leaves the test's transaction usable. Nothing arrives, because the test is rolled back.
     """
     reader = make_layer(heartbeat=0.2)
     channel = await member(reader)

@@ -23,7 +23,7 @@ connection.close()
 
 
 def keyed(dsn: str) -> Settings:
-    """Settings for the test project's own backend."""
+    """Return settings for the test project's own backend."""
     database = postgres(dsn)
     return databases(
         default={
@@ -37,7 +37,7 @@ def keyed(dsn: str) -> Settings:
 
 
 def geventpool(dsn: str) -> Settings:
-    """Settings for django-db-geventpool."""
+    """Return settings for django-db-geventpool."""
     engine = "django_db_geventpool.backends.postgresql_psycopg3"
     require_module(f"{engine}.base", component="geventpool")
     options = {"MAX_CONNS": 4, "REUSE_CONNS": 2}
@@ -47,7 +47,7 @@ def geventpool(dsn: str) -> Settings:
 
 
 def works_everywhere(dsn: str, settings: Settings, code: str) -> None:
-    """Calls of both kinds, the sweeper, the checks and the status."""
+    """Assert that calls of both kinds, the sweeper, the checks and the status work."""
     # `migrate` makes the checks of the database, too.
     assert "pg_layer.0001_initial... OK" in succeeded(manage(dsn, "migrate", settings=settings))
     assert django(dsn, code, settings=settings) == "[1, 2]"

@@ -338,7 +338,7 @@ def closed_port() -> Iterator[int]:
 async def assert_every_call_is_unavailable(layer: PostgresChannelLayer) -> None:
     """Assert that each call raises LayerUnavailable, without the password in any text.
 
-    A receive goes on waiting.
+    A receive continues to wait.
     """
     channel = await layer.new_channel()
     receiving = asyncio.create_task(layer.receive(channel))

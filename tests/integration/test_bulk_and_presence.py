@@ -62,7 +62,7 @@ async def test_send_many_to_four_channels_is_one_transaction_and_two_notificatio
     messages = [(channel, {"number": n}) for n in range(1000) for channel in (*channels, "jobs")]
     assert all(await sender.send_many(messages))
     forms = Counter(notification.payload[0] for notification in observer.notifies(timeout=1.0))
-    # One notification says that jobs wait, one names the rows that the client must read.
+    # One notification announces that jobs wait, and one names the rows that the client must read.
     assert forms == {"J": 1, "R": 1}
     transactions = "SELECT count(DISTINCT xid::text) FROM pg_layer_message WHERE channel = 'jobs'"
     assert observer.execute(transactions.encode()).fetchone() == (1,)
@@ -261,7 +261,7 @@ async def test_send_with_an_expiry_uses_it_instead_of_the_option(
 
 
 async def join_and_report(link: Link, dsn: str, group: str) -> None:
-    """In another process: join the group. Report the number of one message for each "next"."""
+    """Join the group, and report the number of one message for each "next". Runs in a process."""
     async with open_layer(dsn) as layer:
         channel = await layer.new_channel()
         await layer.group_add(group, channel)
@@ -358,7 +358,7 @@ async def test_group_count_skips_members_of_a_client_with_an_expired_lease(
     )
     # It is still counted: the lease may have expired because the database was down.
     assert await layer.group_count("room") == 2
-    # The lease is over when other clients have renewed theirs without a gap.
+    # The lease is over when other clients have renewed their leases without a gap.
     observer.execute(
         "UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'"
     )

@@ -207,7 +207,7 @@ async def test_group_burst_member_that_reads_half_in_time_receives_all(
 async def test_group_burst_member_that_never_reads_costs_others_no_message(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, how: str
 ) -> None:
-    """Of two bursts the idle member keeps its capacity, and its neighbours receive everything."""
+    """Of two bursts, the idle member keeps as many messages as its capacity. Others miss none."""
     layer = make_layer()
     await listen(layer)
     idle, *channels = [await member(layer) for _ in range(4)]
@@ -248,7 +248,7 @@ async def test_group_burst_member_that_hangs_costs_others_only_its_own_turn(
 
 
 async def hold(link: Link, dsn: str) -> tuple[int, int, int]:
-    """One member reads, another does not.
+    """Send to two members, of which only one reads.
 
     Returns how many messages the first received, how many bytes the process then holds more
     than before, and how many messages the other has.

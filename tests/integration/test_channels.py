@@ -364,7 +364,7 @@ async def test_new_channel_in_two_processes_returns_different_names(
 async def receive_and_cancel(
     layer: PostgresChannelLayer, channel: str, times: int, seed: int, *, pauses: bool = False
 ) -> list[int]:
-    """Cancel ``times`` receives, each at a random moment. Return what was received nevertheless."""
+    """Cancel ``times`` receives, each at a random moment. Return the received messages."""
     moments = random.Random(seed)
     found: list[int] = []
     while times:
@@ -382,7 +382,7 @@ async def receive_and_cancel(
 
 
 async def receive_rest(layer: PostgresChannelLayer, channel: str, missing: int) -> list[int]:
-    """Receive the missing messages, and any that come although they should not."""
+    """Receive the missing messages, and any unexpected ones."""
     found: list[int] = []
     with suppress(asyncio.TimeoutError):
         while True:

@@ -1,4 +1,4 @@
-"""`manage.py check`: what it says of the settings, and of the database where that is named."""
+"""`manage.py check`: its messages about the settings, and about each named database."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def layers(**configs: object) -> Settings:
 
 
 def check(dsn: str, *arguments: str, settings: Settings | None = None) -> list[str]:
-    """What `manage.py check` says: a line for each message, and one for its hint."""
+    """Return the output of `manage.py check`: a line for each message, and one for its hint."""
     result = manage(dsn, "check", "--fail-level", "WARNING", *arguments, settings=settings)
     assert "Traceback" not in result.stderr
     if result.returncode == 0:
@@ -42,7 +42,7 @@ def check(dsn: str, *arguments: str, settings: Settings | None = None) -> list[s
 
 
 def nowhere(dsn: str) -> str:
-    """A connection string that leads to no server."""
+    """Return a connection string without a server behind it."""
     return make_conninfo(dsn, host="127.0.0.1", port="1")
 
 
@@ -276,7 +276,7 @@ def test_check_outdated_tables_is_w001(migrated_dsn: str, observer: Observer, ch
 
 
 def test_migrate_of_an_empty_database_reports_nothing(fresh_database: str) -> None:
-    # Of what it is about to do.
+    # `migrate` does not warn of tables that it creates.
     assert "pg_layer.0001_initial... OK" in succeeded(manage(fresh_database, "migrate"))
     assert check(fresh_database, *DATABASE) == []
 

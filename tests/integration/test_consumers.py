@@ -211,7 +211,7 @@ async def test_consumers_of_a_killed_process_leave_the_group_after_its_lease(
 
 
 async def hold_socket_open(link: Link, /, dsn: str) -> None:
-    """In another process: keep a socket in the group until the process is killed."""
+    """Keep a socket in the group until the process is killed. Runs in a process."""
     async with open_layer(dsn, lease=1, heartbeat=0.2) as layer:
         with configured(layer):
             async with connected("async/"):

@@ -171,7 +171,7 @@ async def test_memberships_written_again_any_statistics_cost_is_linear(
     """A crash has emptied the table of memberships, and its statistics are old.
 
     The process writes its rows again, in parts. Meanwhile it receives messages, opens no further
-    connection, and does not report the database as away.
+    connection, and does not report the database as unavailable.
     """
     caplog.set_level(logging.WARNING, "pg_layer")
     groups, members = 100, 200
@@ -417,7 +417,7 @@ async def test_sql_send_to_consumer_reads_no_dead_rows(
 async def test_send_to_full_channel_any_low_id_is_refused(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """The low-water id never exceeds that of a waiting or released job."""
+    """The low-water id never exceeds the id of a waiting or released job."""
     layer = make_layer(lease=60, heartbeat=0.05)
     send = "SELECT pg_layer_send('jobs', '{\"type\": \"test\"}', capacity => 20)"
     await listen(layer)
@@ -511,7 +511,7 @@ async def test_heartbeats_and_sweeps_read_no_rows_that_others_deleted(
 
 
 async def read_so_far_by_living(observer: Observer, layer: PostgresChannelLayer) -> int:
-    """End the connections of a layer. Return what they have read."""
+    """End the connections of a layer. Return the rows that they have read."""
     reconnects = layer.stats()["reconnects"]
     observer.execute(
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
@@ -530,7 +530,7 @@ async def read_so_far_by_living(observer: Observer, layer: PostgresChannelLayer)
 
 
 class Deletions:
-    """Records how many rows each statement deletes."""
+    """A record of the number of rows that each statement deletes."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -693,7 +693,7 @@ async def test_received_messages_are_deleted_in_parts(
 async def test_rows_restored_by_a_crash_are_deleted_in_parts(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """A crash undid deletions. The receiver repeats them, and keeps what it has not delivered."""
+    """A crash undid deletions. The receiver repeats them, and keeps undelivered messages."""
     layer = make_layer(lease=60, heartbeat=0.1)
     channel = await layer.new_channel()
     await listen(layer)

@@ -122,7 +122,7 @@ async def test_message_that_no_key_opens_is_skipped_and_logged_once(
     assert events(caplog) == [log_events.MESSAGE_UNDECODABLE]
     assert "symmetric_encryption_keys" in complaint
     assert SECRET not in caplog.text
-    # They do not come again, and do not use capacity.
+    # They do not arrive again, and do not use capacity.
     await until(lambda: observer.execute(IS_ALL_RECEIVED.encode()).fetchone() == (True,))
 
 
@@ -271,7 +271,7 @@ async def test_message_from_sql_with_allow_unencrypted_is_delivered(
     sizes = [len((await receive(layer, channel))["pad"]) for _ in range(4)]
     assert sizes == [10, 10, 10_000, 10_000]
     assert complaints(caplog) == []
-    # An encrypted message needs a known key, and what the layer sends is encrypted.
+    # An encrypted message needs a known key, and the layer encrypts all messages that it sends.
     await stranger.send(channel, {"text": SECRET})
     await layer.send(channel, {"text": SECRET})
     assert await receive(layer, channel) == {"text": SECRET}
@@ -450,7 +450,7 @@ async def test_row_for_an_unmade_channel_is_deleted_not_that_of_a_forgotten_queu
 async def test_log_many_full_channels_and_forged_messages_is_bounded(
     make_layer: MakeLayer, observer: Observer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each kind of line is limited, and the next one says how many were omitted."""
+    """Each kind of line is limited, and the next one contains the number of omitted lines."""
     count = 1100
     now = 1000.0
     layer = make_layer(capacity=1)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 
 @pytest.fixture
 def forking(migrated_dsn: str) -> Any:
-    """Runs one of the programs; it must end well and complain of nothing."""
+    """Runs one of the programs, which must succeed without warnings."""
 
     def run_program(name: str) -> dict[str, Any]:
         output = succeeded(run(migrated_dsn, "-m", "tests.project.forks", name))
@@ -42,7 +42,7 @@ def test_fork_before_use(forking: Any) -> None:
 def test_fork_after_use(forking: Any) -> None:
     result = forking("after_use")
     assert_different(result["clients"])
-    assert result["again"] == result["clients"][0]  # the parent is who it was
+    assert result["again"] == result["clients"][0]  # the parent is still the same client
 
 
 def test_fork_while_the_parent_receives(forking: Any) -> None:

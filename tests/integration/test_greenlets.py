@@ -56,7 +56,7 @@ def library(request: pytest.FixtureRequest) -> str:
 
 
 async def run_patched(library: str, dsn: str, program: str, *arguments: str) -> str:
-    """What the program prints, in a process whose threads are greenlets of the library."""
+    """Return the output of the program, in a process whose threads are greenlets of the library."""
     code = LIBRARIES[library] + START + program
     return succeeded(await asyncio.to_thread(run, dsn, "-c", code, *arguments))
 

@@ -131,7 +131,7 @@ def rows(observer: Observer) -> list[tuple[str, int]]:
 
 
 def be_steady(observer: Observer) -> None:
-    """Set the lease clock as if leases had been renewed without a gap for a day."""
+    """Set the lease clock to renewals without a gap for a day."""
     updated = observer.execute(
         "UPDATE pg_layer_lease_clock SET steady_since = steady_since - interval '1 day'"
     )
@@ -288,7 +288,7 @@ async def test_group_discard_later_messages_do_not_arrive(
         await ask(reader, "group_add", "room", leaving)
         await layer.group_send("room", {"number": 0})
         if by == "its process":
-            # It leaves at once: what has not reached it by then is not delivered any more.
+            # It leaves at once: messages that have not reached it by then are not delivered.
             assert await ask(reader, "receive_all", leaving, 0) == [0]
             await ask(reader, "group_discard", "room", leaving)
         else:

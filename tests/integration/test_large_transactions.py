@@ -22,7 +22,7 @@ PART = 1_000
 async def test_transaction_with_more_rows_than_are_remembered_arrives_in_order(
     migrated_dsn: str, make_layer: MakeLayer
 ) -> None:
-    """Only the announcement brings the messages, because no heartbeat comes.
+    """Only the announcement brings the messages, because no heartbeat follows in time.
 
     A message that is sent after the transaction arrives last.
     """

@@ -33,9 +33,9 @@ def has_idle_reader(jobs: JobReaders) -> bool:
 async def test_receive_during_the_unlisten_of_its_channel_hears_jobs(
     make_layer: MakeLayer, observer: Observer, steps: int
 ) -> None:
-    """A reader comes back ``steps`` steps of the loop after the UNLISTEN was requested.
+    """A reader returns ``steps`` steps of the loop after the UNLISTEN was requested.
 
-    No heartbeat comes, so a reader that does not hear would not receive the job.
+    No heartbeat follows, so a reader that does not hear would not receive the job.
     """
     layer, sender = make_layer(), make_layer()
     await listen(layer)
@@ -86,7 +86,7 @@ async def test_group_add_after_the_last_group_discard_hears_messages(
 async def test_group_add_cancelled_during_its_listen_keeps_other_groups_hearing(
     make_layer: MakeLayer,
 ) -> None:
-    """No caller fetches the answer to the LISTEN. No heartbeat and no further LISTEN comes."""
+    """No caller fetches the answer to the LISTEN. No heartbeat and no further LISTEN follows."""
     layer, sender = make_layer(), make_layer()
     channel = await layer.new_channel()
     await listen(layer)

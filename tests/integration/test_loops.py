@@ -73,7 +73,7 @@ def left_behind(dsn: str) -> tuple[int, int]:
 
 @contextmanager
 def connected_layer(dsn: str, **options: Any) -> Iterator[PostgresChannelLayer]:
-    """A layer that is closed on a new loop: the loop that used it last may have ended."""
+    """Yield a layer, and close it on a new loop: the loop that used it last may have ended."""
     layer = PostgresChannelLayer(dsn=dsn, **options)
     try:
         yield layer
@@ -89,7 +89,7 @@ def layer(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 @pytest.fixture
 def other(migrated_dsn: str) -> Iterator[PostgresChannelLayer]:
-    """A layer that stands for another process."""
+    """A layer in the role of another process."""
     with connected_layer(migrated_dsn) as layer:
         yield layer
 

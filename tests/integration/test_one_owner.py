@@ -67,7 +67,7 @@ def group_add(layer: PostgresChannelLayer, group: str, channel: str) -> None:
 
 
 class Writer:
-    """Sends numbers in order, in a thread of its own: in batches, alone, and in large messages.
+    """A thread that sends numbers in order: in batches, alone, and in large messages.
 
     It sends them to the channel; after `join`, alternately to the group.
     """
@@ -131,7 +131,7 @@ def send_elsewhere(layer: PostgresChannelLayer, number: int) -> None:
 
 
 def disorder(numbers: list[int]) -> list[tuple[int, int]]:
-    """Return some neighbours that are out of order, or between which numbers are missing."""
+    """Return some adjacent numbers that are out of order, or between which numbers are missing."""
     pairs = itertools.pairwise(numbers)
     return [(one, other) for one, other in pairs if other != one + 1][:5]
 

@@ -1,4 +1,4 @@
-"""Periodic tasks of a process go on after an error that the layer does not expect."""
+"""Periodic tasks of a process continue after an error that the layer does not expect."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ async def test_operations_under_old_snapshot_read_no_dead_rows(
         assert await receive(layer, channel) == {"n": number}
 
     async def end_connections() -> None:
-        """Connections report their statistics when they end."""
+        """End the connections, which report their statistics then."""
         reconnects = layer.stats()["reconnects"]
         observer.execute(
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"

@@ -92,7 +92,7 @@ def number(n: int, size: int = 0) -> dict[str, Any]:
     return {"type": "test", "number": n, "pad": bytes(size)}
 
 
-# ---------------------------------------------------------------------- who may only send
+# ---------------------------------------------------------------------- roles that only send
 
 
 async def test_sender_role_sends_in_every_way(make_layer: MakeLayer, sender_dsn: str) -> None:
@@ -304,7 +304,7 @@ async def test_role_call_without_privilege_raises_layer_unavailable(
             await attempt
 
 
-# ---------------------------------------------------------------------- who may only receive
+# ---------------------------------------------------------------------- roles that only receive
 
 
 async def test_receiver_role_receives(
@@ -382,7 +382,7 @@ async def test_user_role_calls_everything(
     assert shown.split() == ["Client", "Group", "Message"]
 
 
-# ---------------------------------------------------------------------- who may only look
+# ---------------------------------------------------------------------- roles that only look
 
 ADMIN_APPS = [
     "django.contrib.admin",
@@ -607,7 +607,7 @@ async def test_role_without_any_one_privilege_is_denied_something(
             observer.execute(f"GRANT {privilege} TO {role}".encode())
 
 
-# ------------------------------------------------------------ what a role lacks is reported
+# ------------------------------------------------------------ reports of missing privileges
 
 GRANTED = """
     SELECT a.privilege_type, a.of, CASE a.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE '' END || a.relname

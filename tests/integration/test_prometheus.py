@@ -33,7 +33,7 @@ Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class Metric(NamedTuple):
-    """A metric as Prometheus knows it."""
+    """A metric in the form of Prometheus."""
 
     name: str
     type: str
@@ -51,7 +51,7 @@ def registry_of(*layers: PostgresChannelLayer) -> CollectorRegistry:
 
 
 def scrape(registry: CollectorRegistry) -> Values:
-    """What Prometheus reads: the value of each sample."""
+    """Return the value of each sample that Prometheus reads."""
     text = generate_latest(registry).decode()
     values: Values = {}
     for family in text_string_to_metric_families(text):
@@ -82,7 +82,7 @@ def metrics(layer: PostgresChannelLayer) -> list[Metric]:
 
 @pytest.fixture
 async def used(make_layer: MakeLayer) -> PostgresChannelLayer:
-    """A layer in which something of most kinds has happened."""
+    """A layer with events of most kinds."""
     layer = make_layer(capacity=4)
     slow, quick = [await layer.new_channel() for _ in range(2)]
     for channel in (slow, quick):
@@ -361,7 +361,7 @@ def test_multiprocess_collector_omits_the_layer(migrated_dsn: str) -> None:
 
 
 def snippets(language: str) -> list[str]:
-    """The code blocks of a language, without the indentation of their list."""
+    """Return the code blocks of a language, without the indentation of their list."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", DOCUMENT, re.DOTALL | re.MULTILINE)
     return [
         "\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found

@@ -267,7 +267,7 @@ class Protocols(RuleBasedStateMachine):
 
     @rule(number=small, call=index)
     def execute(self, number: int, call: int) -> None:
-        """Have the server execute a statement. Its answer does not arrive yet."""
+        """Make the server execute a statement. Its answer does not arrive yet."""
         calls = self.world.processes[self._process(number)].calls
         if calls:
             calls[call % len(calls)].execute()
@@ -552,8 +552,8 @@ def test_claim_answer_lost_ping_before_the_catch_up_does_not_move_s(
 def test_release_outcome_unknown_keeps_the_idle_reader(world: World) -> None:
     """Heartbeats pass before the process knows which jobs were released.
 
-    If the reader were dropped, another reader of the channel would claim jobs meanwhile, and
-    its release would replace the first one.
+    If the reader were dropped, another reader of the channel would claim jobs meanwhile. Its
+    release would replace the first one.
     """
     process, writer = world.processes[0], world.writers[0]
 

@@ -303,7 +303,7 @@ def test_execute_now_counts_preparing_towards_its_timeout(
     monkeypatch.setattr(session_module, "time", clock)
 
     class Slow(Session):
-        """Preparing a statement takes the whole timeout."""
+        """A session in which the preparation of a statement takes the whole timeout."""
 
         def _send(self, statement: Statement, parameters: list[bytes | None]) -> None:
             clock.monotonic.return_value = 20.0

@@ -47,7 +47,7 @@ def start(temporary: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def of(temporary: Path) -> list[psutil.Process]:
-    """The processes that a soak started: their environment or command names its folder."""
+    """Return the processes of a soak: their environment or command names its folder."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -37,7 +37,7 @@ def number(n: int, size: int = 0) -> Message:
 
 
 class Moved:
-    """What has moved since this was made."""
+    """The changes of counters since this object was made."""
 
     def __init__(self, layer: PostgresChannelLayer) -> None:
         self._layer = layer
@@ -52,7 +52,7 @@ class Moved:
         return self.all().get(name, 0)
 
     def of(self, *names: str) -> dict[str, int]:
-        """Some of them."""
+        """Return some of the changes."""
         return {name: self[name] for name in names}
 
 
@@ -75,7 +75,7 @@ NOTHING: State = {
 
 @pytest.fixture
 def hasty_switches() -> Iterator[None]:
-    """Threads take turns so often that what is not one step is interrupted."""
+    """Threads switch so often that any code of more than one step is interrupted."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -492,7 +492,7 @@ NO_NOTIFY = """
 
 @pytest.fixture
 def no_notify(observer: Observer) -> None:
-    """The database refuses NOTIFY to everybody who connects from here on."""
+    """The database refuses NOTIFY on all connections made from here on."""
     observer.execute(NO_NOTIFY.encode())
     find_first(observer, "refusing")
 
@@ -554,7 +554,7 @@ def test_synchronous_calls_are_counted_with_the_others(migrated_dsn: str) -> Non
 
 @contextmanager
 def home_thread() -> Iterator[LoopThread]:
-    """A thread whose event loop lasts, for the layer to live on."""
+    """A thread with a lasting event loop, which the layer uses."""
     home = LoopThread()
     try:
         yield home
@@ -594,7 +594,7 @@ def test_deliveries_in_threads_are_counted_exactly(migrated_dsn: str) -> None:
 
 @pytest.mark.usefixtures("hasty_switches")
 def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Observer) -> None:
-    """On the home loop, through `async_to_sync`, and by `layer.sync`, all at once."""
+    """Send on the owner loop, through `async_to_sync`, and by `layer.sync`, all at once."""
     layer = PostgresChannelLayer(lease=3600, capacity=10_000)
     each = TIMES // 2
 

@@ -60,7 +60,7 @@ def sweep(observer: Observer, age: str = "0 seconds", prefix: str = "asgi") -> N
 def add_client(
     observer: Observer, client: str, expires: str, ended: str | None = None, **counters: int
 ) -> None:
-    """A client whose lease ends so long from now, and which has ended so long ago, if it has."""
+    """Insert a client whose lease expires after ``expires``. ``ended``: it ended so long ago."""
     observer.execute(
         "INSERT INTO pg_layer_client"
         " (address, host, pid, expires_at, lease, ended_at, counters) VALUES"
@@ -71,7 +71,7 @@ def add_client(
 
 
 def look(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the command says in JSON; it says so, too, by how it ends."""
+    """Return the command's JSON, and check that the exit status agrees with it."""
     result = manage(dsn, COMMAND[2], "--json", *arguments, settings=settings)
     assert result.stderr == ""
     shown: dict[str, Any] = json.loads(result.stdout)
@@ -81,7 +81,7 @@ def look(dsn: str, *arguments: str, settings: dict[str, Any] | None = None) -> d
 
 
 def read_text(dsn: str, *arguments: str) -> tuple[int, list[str]]:
-    """How the command ends, and the lines that it says."""
+    """Return the exit status of the command, and the lines that it prints."""
     result = manage(dsn, COMMAND[2], *arguments)
     assert result.stderr == ""
     return result.returncode, result.stdout.splitlines()
@@ -109,7 +109,7 @@ async def test_status_of_a_working_layer_is_ok(
     await stranger.send("jobs", {"type": "test"})
     await stranger.group_add("room", "jobs")
 
-    # Their leases are longer than the command's own configuration says.
+    # Their leases are longer than in the command's own configuration.
     shown = look(migrated_dsn)
     assert shown["ok"]
     clients = shown["clients"]
@@ -377,10 +377,10 @@ def test_status_overdue_leases_are_a_problem(migrated_dsn: str, observer: Observ
     assert look(migrated_dsn, "--top", "1")["problems"] == [
         "Overdue leases: 2 (process 77 on host-of-late, ...)."
     ]
-    # Nobody has renewed a lease meanwhile: it may have been the database that was away.
+    # No client has renewed a lease meanwhile: the database may have been unavailable.
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
     assert look(migrated_dsn)["clients"]["overdue"] == 2
-    # When their leases are over, a sweep removes what they left, and they have ended.
+    # When their leases are over, a sweep removes their rows, and they have ended.
     steady(observer)
     assert manage(migrated_dsn, "pg_layer_sweep", "--once").returncode == 0
     after = look(migrated_dsn)

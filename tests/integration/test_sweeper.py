@@ -64,7 +64,7 @@ def add_messages(
 def add_memberships(
     observer: Observer, count: int, expires_at: str, address: str = "asgi!:old", id: int = 1
 ) -> None:
-    """Rows of memberships: with the id 0 of the owner, otherwise requests."""
+    """Insert membership rows: rows of the owner with the id 0, otherwise requests."""
     observer.execute(
         "INSERT INTO pg_layer_membership (group_name, address, channel, id, expires_at)"
         f" SELECT 'group-' || n, '{address}', 'old', {id}, {expires_at}"
@@ -186,7 +186,7 @@ def test_sweeper_removes_what_is_over_and_keeps_the_rest(
 def test_sweeper_lease_that_expired_in_an_outage_is_kept(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    """A lease is measured in time in which other clients have renewed theirs, in this boot."""
+    """A lease is measured in time in which other clients have renewed leases, in this boot."""
     add_client(observer, "late", PAST)
     add_messages(observer, 5, FUTURE, "asgi!late")
     add_memberships(observer, 5, "'infinity'", "asgi!late", id=0)

@@ -794,7 +794,7 @@ def test_known_capacities_of_two_databases_are_separate(
 
 
 def begin_a_boot(observer: Observer) -> None:
-    """Do what a crash does after which ids are drawn again."""
+    """Restore the state after a crash that makes the server draw the same ids again."""
     observer.execute("TRUNCATE pg_layer_message RESTART IDENTITY")
     observer.execute("TRUNCATE pg_layer_boot")
 

@@ -79,7 +79,7 @@ with schema_context("acme"):
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An app with the tenants' models, where Python finds it."""
+    """Write an app with the tenants' models into Python's path."""
     require_module("django_tenants", component="tenants")
     (tmp_path / "customers" / "migrations").mkdir(parents=True)
     for name, text in (("", ""), ("migrations", "")):

@@ -50,10 +50,10 @@ def run(
     settings: dict[str, Any] | None = None,
     environ: dict[str, str] | None = None,
 ) -> str:
-    """Run `python` in development mode; what it said, and its exit status."""
+    """Run `python` in development mode; return its output and its exit status."""
     everything = environment(dsn, settings) | (environ or {})
     if importlib.util.find_spec("daphne") is None:
-        # Imported by channels.testing, for a class that nobody needs here.
+        # Imported by channels.testing, for a class that these tests do not need.
         stand_in = folder / "stand_in" / "daphne"
         stand_in.mkdir(parents=True, exist_ok=True)
         (stand_in / "__init__.py").touch()
@@ -172,7 +172,7 @@ def captured(dsn: str, code: str, **config: Any) -> None:
 
 
 def addresses(observer: Observer) -> list[str]:
-    """The addresses of all messages, in the order of sending."""
+    """Return the addresses of all messages, in the order of sending."""
     rows = observer.execute("SELECT address FROM pg_layer_message ORDER BY id").fetchall()
     return [address for (address,) in rows]
 
@@ -636,7 +636,7 @@ def test_a_test_that_has_not_asked_for_the_layers_database_is_told(
     )
     assert "2 passed, 1 error" in output
     assert "mark the test: @pytest.mark.django_db(transaction=True)." in output
-    # Nothing was flushed: it might have been anybody's.
+    # Nothing was flushed: the messages might belong to another test or project.
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 

@@ -49,7 +49,7 @@ def new_jobs(numbers: Iterable[int]) -> list[dict[str, object]]:
 
 
 async def work(link: Link, dsn: str, receivers: int, seconds: float) -> None:
-    """In another process: report the number of each job, until the test says something.
+    """Report the number of each job, until the test sends an object. Runs in a process.
 
     A job takes up to ``seconds``.
     """
@@ -149,9 +149,9 @@ async def test_readers_of_several_normal_channels_in_one_process_receive_their_j
 
 
 async def work_with_cancellations(link: Link, dsn: str) -> None:
-    """In another process: report the number of each job, and cancel most receives at some moment.
+    """Report the number of each job, and cancel most receives at some moment.
 
-    At the end the process receives no more, but stays alive.
+    Runs in a process, which at the end receives no more, but stays alive.
     """
     async with open_layer(dsn) as layer:
 
@@ -238,7 +238,7 @@ async def test_job_claimed_without_an_answer_is_released_after_a_reconnect(
 
 
 async def work_and_close(link: Link, dsn: str, rounds: int) -> None:
-    """In another process: open a layer, work for a moment and close it, many times."""
+    """Open a layer, work for a moment and close it, many times. Runs in a process."""
     for _ in range(rounds):
         async with open_layer(dsn) as layer:
 
@@ -456,7 +456,7 @@ async def test_jobs_not_claimed_by_a_killed_worker_go_to_another(
 
 
 async def join_and_stay(link: Link, /, dsn: str, **options: object) -> None:
-    """In another process: be a member of a group until the test says something."""
+    """Join a group, and stay until the test sends an object. Runs in a process."""
     async with open_layer(dsn, **options) as layer:
         channel = await layer.new_channel()
         await listen(layer)

@@ -6,7 +6,7 @@ import logging
 
 
 class EventFormatter(logging.Formatter):
-    """Puts the name of a record's event before its text: ``[database_lost] Lost the database``."""
+    """A formatter that puts the event first: ``[database_lost] Lost the database``."""
 
     def format(self, record: logging.LogRecord) -> str:
         event = getattr(record, "event", None)

@@ -24,7 +24,7 @@ def row(id: int, xid: int = 100, *, marked: bool = False, payload: bytes = b"{}"
 
 
 def job(id: int, channel: str, xid: int = 120) -> Row:
-    """A job that was claimed from a normal channel."""
+    """Return a job that was claimed from a normal channel."""
     return row(id, xid)._replace(group=None, channel=channel)
 
 
@@ -58,7 +58,7 @@ def queue(cursor: Cursor) -> AnnouncementQueue:
 
 
 def dispatch(queue: AnnouncementQueue) -> list[int]:
-    """Dispatch what is ready, and return the ids of its rows."""
+    """Dispatch the entries that are ready, and return the ids of their rows."""
     ids = []
     while (rows := queue.head()) is not None:
         row = rows.popleft()
@@ -71,7 +71,7 @@ def dispatch(queue: AnnouncementQueue) -> list[int]:
 
 
 def test_hear_several_messages_are_ready_in_the_order_heard(queue: AnnouncementQueue) -> None:
-    """Notifications come in commit order; ids are drawn before the commit."""
+    """Notifications arrive in commit order; ids are drawn before the commit."""
     queue.hear(heard(row(5, 102), row(6, 102)))
     queue.hear(heard(row(3, 101)))
     assert queue.rows == 3

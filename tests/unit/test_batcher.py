@@ -585,7 +585,7 @@ async def test_submit_to_a_loop_stopped_during_the_write_raises_outcome_unknown(
 
 
 async def on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
-    """Run a loop that stands still until ``work`` has ended."""
+    """Run a loop that makes no progress until ``work`` has ended."""
     return await asyncio.to_thread(loop.run_until_complete, asyncio.wait_for(work, 10))
 
 

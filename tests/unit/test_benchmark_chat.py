@@ -1,4 +1,4 @@
-"""The books of the WebSocket benchmark: who should have heard what, and who did."""
+"""The books of the WebSocket benchmark: the expected and the received messages of each client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' command line: what is wrong is said before anything starts."""
+"""The benchmarks' command line: errors are reported before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How two source trees are compared: which measurements run, and what the table says."""
+"""The comparison of two source trees: the measurements that run, and the table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.compared.points import ON_DEMAND, POINTS, choose
 
 
 def result(**values: float) -> dict[str, Any]:
-    """What one measurement yields: figures of one kind, in milliseconds."""
+    """Return the result of one measurement: figures of one kind, in milliseconds."""
     readings = [{"what": what, "unit": "ms", "value": value} for what, value in values.items()]
     return {"readings": readings}
 
 
 def table(comparison: Comparison) -> list[list[str]]:
-    """The cells of each line below the head of the table."""
+    """Return the cells of each line below the head of the table."""
     lines = [line for line in comparison.as_markdown().splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -54,7 +54,7 @@ def test_comparison_several_rounds_shows_medians_ranges_and_quotient() -> None:
 
 
 def test_comparison_figure_of_one_tree_has_no_quotient() -> None:
-    """A fault that only one tree shows has a line of its own, and none for the other tree."""
+    """A fault in one tree only has its own line, without a figure for the other tree."""
     comparison = Comparison(["latency/one"])
     comparison.results["latency/one"]["before"].append(result(p50=2.0, FAULT=7.0))
     comparison.results["latency/one"]["after"].append(result(p50=2.0))
@@ -62,7 +62,7 @@ def test_comparison_figure_of_one_tree_has_no_quotient() -> None:
 
 
 def test_comparison_failed_measurement_is_named_below_the_table() -> None:
-    """The last line of the traceback says why there is no figure."""
+    """The last line of the traceback gives the reason for the missing figure."""
     comparison = Comparison(["latency/one"])
     comparison.failures.append(Failure("latency/one", "after", "Traceback\nTimeoutError: too late"))
     last = comparison.as_markdown().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Growth curves: what a run visits, and the parts that need no server."""
+"""Growth curves: the points that a run visits, and the parts that need no server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.statistics import Stream, Tally, quantiles
 
 
 class InMemory:
-    """Of a layer, what these tests need: queues."""
+    """The part of a layer that these tests need: queues."""
 
     def __init__(self) -> None:
         self.queues: dict[str, asyncio.Queue[dict[str, Any]]] = {}
@@ -33,7 +33,7 @@ class InMemory:
 
 
 class Batching(InMemory):
-    """Takes many at once, but only so many in a channel."""
+    """A layer that takes many at once, and a limited number in a channel."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ async def test_only_timed_messages_have_an_age() -> None:
     receipts: list[Receipt] = []
     given = stage(layer, Sizes(seconds=1))
     given.report = receipts.append
-    given.board.stop()  # at once; what is there is read nevertheless
+    given.board.stop()  # at once; the existing figures are read
     await read_all(given, ["c"], ages=True)
     assert given.board.deliveries == 3
     assert len(receipts[0].ages) == 1

@@ -1,4 +1,4 @@
-"""What stands above the benchmarks' tables: what one must know to judge the figures."""
+"""The text above the benchmarks' tables: the facts that a reader needs to judge the figures."""
 
 from __future__ import annotations
 

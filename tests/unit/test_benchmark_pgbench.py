@@ -1,4 +1,4 @@
-"""What the benchmarks read in pgbench's output, and how they end it."""
+"""The benchmarks' reading of pgbench's output, and its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DSN = "host=127.0.0.1 port=1 user=me password=secret dbname=bench"
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A pgbench of our own to fill with a script."""
+    """A replacement of pgbench, to fill with a script."""
     file = tmp_path / "pgbench"
     file.touch()
     file.chmod(file.stat().st_mode | stat.S_IXUSR)

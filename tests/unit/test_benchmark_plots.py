@@ -1,4 +1,4 @@
-"""The benchmarks' drawings: from a file, and of whatever there is in it."""
+"""The benchmarks' drawings, from a file with any subset of the measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEMBERS = choose(["growth-members"], "full")
 
 
 def written(results: Results, folder: Path) -> Path:
-    """The file that ``--json`` would have written."""
+    """Return the contents of a file that ``--json`` writes."""
     servers = {"postgres": {"server_version": "18.4", "fsync": "on"}}
     file = folder / "results.json"
     file.write_text(json.dumps(results.as_json(context({"rounds": 1, "scale": "full"}, servers))))
@@ -55,7 +55,7 @@ def sample_results() -> Results:
 
 
 def texts(file: Path) -> str:
-    """All that a drawing says; fails if it is no SVG."""
+    """Return all texts of a drawing. Fail if it is no SVG."""
     root = ElementTree.parse(file).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     return "\n".join(
@@ -65,7 +65,7 @@ def texts(file: Path) -> str:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> dict[str, str]:
-    """What the drawings of the sample say, by name."""
+    """Return the texts of the sample's drawings, by name."""
     folder = tmp_path / "plots"
     assert plots.main([str(written(sample_results(), tmp_path)), str(folder)]) == 0
     return {file.name: texts(file) for file in folder.iterdir()}

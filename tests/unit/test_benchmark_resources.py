@@ -1,4 +1,4 @@
-"""What the benchmarks read about processes."""
+"""The benchmarks' readings about processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic: what they report must be right before it can be honest."""
+"""The benchmarks' arithmetic: the reported figures must follow from the measurements."""
 
 from __future__ import annotations
 

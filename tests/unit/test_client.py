@@ -188,7 +188,7 @@ def test_drop_expired_counts_and_has_rows_deleted(client: Client) -> None:
 
 
 def test_drop_expired_before_the_first_answer_drops_nothing() -> None:
-    """Until its clock is known, only the database decides what has expired."""
+    """Until its clock is known, only the database decides which messages have expired."""
     client = make_client()
     queue = client.queue("jobs")
     queue.put(queued(1, 1.0, Key(1, 10, 1)))

@@ -141,7 +141,7 @@ Point = collections.namedtuple("Point", "x y")
 
 
 class Presenting(dict[str, Any]):
-    """Like Django's QueryDict: stores lists, shows their last value."""
+    """A mapping like Django's QueryDict: it stores lists and shows their last value."""
 
     def items(self) -> Any:
         return [(key, values[-1]) for key, values in super().items()]

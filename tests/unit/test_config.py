@@ -1,4 +1,4 @@
-"""CONFIG: defaults, what is allowed, what the errors say, and that they never say a secret."""
+"""CONFIG: defaults, allowed values, and errors, which never contain a secret."""
 
 from __future__ import annotations
 
@@ -551,7 +551,7 @@ def test_connect_kwargs_are_not_shared() -> None:
 
 
 class Connections(dict[str, Any]):
-    """Stands for `django.db.connections`, with Django's wrappers and without settings."""
+    """A replacement of `django.db.connections`, with Django's wrappers and without settings."""
 
     def __missing__(self, alias: str) -> Any:
         raise ConnectionDoesNotExist(alias)
@@ -637,7 +637,7 @@ def test_connect_kwargs_other_database_raises(connections: Connections) -> None:
 
 
 def run(code: str) -> str:
-    """What `code` prints in a Python of its own, where Django has no settings."""
+    """Return the output of `code` in a separate Python process, without Django settings."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={"PATH": "", "PYTHONPATH": ":".join(sys.path)},

@@ -402,7 +402,7 @@ def test_cursor_any_interleaving_admits_each_row_exactly_once(
 
 
 def test_note_position_of_an_earlier_boot_changes_nothing(cursor: Cursor) -> None:
-    """The answer of the old server arrives after that of the new one."""
+    """The answer of the old server arrives after the answer of the new one."""
     cursor.note_position(at(50, boot=2), Position(4, 50))
     cursor.note_position(at(200), Position(90, 200))
     cursor.renew(at(200), Position(90, 200), "late")

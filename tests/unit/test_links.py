@@ -1,4 +1,4 @@
-"""Links and names in the documentation: what a page points to exists."""
+"""Links and names in the documentation: each of their targets exists."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def methods() -> set[tuple[str, str]]:
 
 @functools.cache
 def functions() -> set[str]:
-    """Return the names of the functions of the package, those in SQL, and methods of the layer."""
+    """Return the names of the package's functions, its SQL functions, and the layer's methods."""
     found = {method for name, method in methods() if name == "PostgresChannelLayer"}
     for tree in modules().values():
         found |= functions_in(tree.body)

@@ -1,4 +1,4 @@
-"""How many lines the log gets about what others cause."""
+"""The limit of log lines whose cause is outside of the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pg_layer._state.log_limit import MAX_RECORDS, PERIOD, LogLimit
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that does not move by itself."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -30,7 +30,7 @@ def limit(clock: Clock) -> LogLimit:
 
 
 def said(end: str) -> int:
-    """How many lines were left out, by the end of one."""
+    """Return how many lines were left out, from the end of one."""
     return int(end.rpartition(" ")[2].rstrip(".)")) if end else 0
 
 

@@ -1,4 +1,4 @@
-"""What the ledger of a soak calls lost, doubled and disordered, and what it excuses."""
+"""The ledger of a soak: lost, doubled and disordered messages, and excused ones."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ OTHER = "specific.b!1"
 
 
 def test_a_discard_by_another_process_takes_its_place_behind_what_was_sent_before() -> None:
-    """Only a message that is found without an announcement may come too late for the member."""
+    """Only a message that is found without an announcement may arrive too late for the member."""
     stay = [*join(CHANNEL), *left(2.3)]
     assert causes(ledger(group(2), OPENED, other=stay), "group") == {UNEXPLAINED: 1}
 
@@ -326,7 +326,7 @@ def test_a_joining_by_another_process_may_be_lost_before_its_owner_has_heard_of_
     sends = sent(12, "group", "g")
     expected = {UNDONE_JOIN: 1} if is_excused else {UNEXPLAINED: 1}
     assert causes(ledger(sends, OPENED, [fault], other=joins), "group") == expected
-    # What the owner knows, or has itself joined, does not depend on the database.
+    # Memberships that the owner knows, or has added itself, do not depend on the database.
     sends = [*sent(2, "group", "g"), *sends]
     assert causes(ledger(sends, [*OPENED, *got(2)], [fault], other=joins), "group") == {
         UNEXPLAINED: 1
@@ -378,7 +378,7 @@ def pair(*kinds: tuple[str, float, bool], outcome: Outcome = "returned") -> list
 
 
 def hears(channel: str, *messages: tuple[str, float]) -> list[Record]:
-    """A member receives message 1 of each writer at a time."""
+    """Return records of a member that receives message 1 of each writer at a time."""
     return [
         Opened(0, channel),
         *join(channel),
@@ -389,7 +389,7 @@ def hears(channel: str, *messages: tuple[str, float]) -> list[Record]:
 def in_order(
     sends: list[Record], *members: list[Record], faults: list[Record] | None = None
 ) -> tuple[int, int, bool]:
-    """How many messages were in another order, how many were so after a catch-up; is it clean?"""
+    """Return the messages in another order, the excused ones, and whether the result is clean."""
     books = {f"reader-{number}": member for number, member in enumerate(members, 1)}
     found = settle({"sends": sends, "faults": faults or [], **books})
     return len(found.group_order.disagreements), len(found.group_order.excused), found.is_clean
@@ -578,7 +578,7 @@ def test_a_job_comes_again_only_if_the_promoted_standby_did_not_know_that_it_was
     gots: list[Record] = [Got(first, "jobs", "w", 1), Got(second, "jobs", "w", 1)]
     found = ledger(sent(1, "normal", "jobs"), gots, [PROMOTED])
     assert (tally(found, "normal").twice, tally(found, "normal").again) == (twice, 1 - twice)
-    # It cannot know of what was sent later, and all others come once.
+    # It cannot know of later messages, and all others arrive once.
     assert (
         tally(
             ledger(
@@ -611,7 +611,7 @@ LONG = Away(10.0, 10.0 + LEASE, "reader", True)
         (LONG, 20.0, NO_LEASE),
         (LONG, LONG.ended + RETURN + 1, UNEXPLAINED),
         (LONG, 5.0, UNEXPLAINED),
-        (LONG._replace(is_alone=False), 20.0, UNEXPLAINED),  # leases do not run while it is away
+        (LONG._replace(is_alone=False), 20.0, UNEXPLAINED),  # leases do not expire in an outage
         (LONG._replace(process="other"), 20.0, UNEXPLAINED),
         (LONG._replace(ended=10.0 + LEASE / 2), 12.0, UNEXPLAINED),
     ],

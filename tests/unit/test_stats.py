@@ -1,4 +1,4 @@
-"""Counting: exactly, on any thread, and what `stats()` makes of it. And its documentation."""
+"""Counters: exact on any thread, the values of `stats()`, and their documentation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NOTHING = State(
 
 @pytest.fixture
 def hasty_switches() -> Iterator[None]:
-    """Threads take turns so often that what is not one step is interrupted."""
+    """Threads switch so often that any code of more than one step is interrupted."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -47,7 +47,7 @@ def hasty_switches() -> Iterator[None]:
 
 
 class SlowName(str):
-    """Looking it up takes several steps, between which another thread may come."""
+    """A name whose look-up takes several steps, between which another thread may run."""
 
     def __hash__(self) -> int:
         return super().__hash__()
@@ -141,7 +141,7 @@ def test_add_in_threads_loses_no_count_during_reads() -> None:
         assert values == sorted(values)
 
 
-# ---------------------------------------------------------------------- what is made of it
+# ---------------------------------------------------------------------- values of `stats()`
 
 
 def test_make_stats_joins_counters_and_state() -> None:

@@ -2,7 +2,7 @@
 
 The functions that the statements call are defined, and documented, in ``migrations``.
 
-The layer's own writes commit with ``synchronous_commit = off``: a crash of the server may undo the
+The layer's own writes commit with ``synchronous_commit = off``. A crash of the server may undo the
 last moments, and no transaction that notifies waits for the disk. The statement makes the setting
 for its transaction, so that it works through a pooler and does not change the session. Claims and
 releases of jobs are the exception: a claim that a crash undid would hand out the jobs twice. A

@@ -1,4 +1,4 @@
-"""What keeps a role from the rows of the layer: missing privileges, row-level security."""
+"""Obstacles between a role and the layer's rows: missing privileges, row-level security."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WRITES = ("INSERT", "UPDATE", "DELETE", "USAGE")
 
 ROLE = Statement("SELECT quote_ident(current_user)")
 # Schemas in search_path with the tables that the role may not use. PostgreSQL does not find names
-# in them, as if there were no such tables.
+# in them, and reports that the tables do not exist.
 HIDDEN = Statement(
     """
     SELECT quote_ident(n.nspname)
@@ -149,7 +149,7 @@ def row_security(conn: Connection[Any]) -> Problem | None:
 
 
 def privileges(conn: Connection[Any]) -> Problem | None:
-    """Return a problem if the role lacks privileges for what it does. Needs no privilege.
+    """Return a problem if the role lacks privileges for its use of the layer. Needs no privilege.
 
     What a role does follows from what it may write. Each privilege to write must belong to a kind
     of role (`KINDS`) whose privileges are complete. A role that may write nothing only reads: it

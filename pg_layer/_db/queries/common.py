@@ -1,4 +1,4 @@
-"""What the modules of queries share."""
+"""Definitions that the modules of queries share."""
 
 from __future__ import annotations
 

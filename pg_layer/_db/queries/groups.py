@@ -29,7 +29,7 @@ REQUEST_SECONDS = 10.0
 
 
 class OwnRows(NamedTuple):
-    """What an owner writes about its memberships. A pair of group and channel occurs only once.
+    """The rows that an owner writes about its memberships. A pair of group and channel occurs once.
 
     ``present``: group, channel, and the seconds until the membership ends, None for the life of the
     lease.
@@ -110,8 +110,8 @@ async def request(
 
     ``changes``: group, channel, whether it is added, capacity; no pair of group and channel twice.
     ``expiry``: seconds that a membership lasts, None for the life of the lease.
-    ``numbered``: the id of the requesting client, and a larger number than those of its earlier
-    statements. Owners ignore a statement that arrives after one with a larger number.
+    ``numbered``: the id of the requesting client, and a larger number than its earlier statements
+    had. Owners ignore a statement that arrives after one with a larger number.
 
     Return the control messages. If ``quiet``, the caller must announce them.
     """
@@ -144,7 +144,7 @@ GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
 
 
 async def group_channels(session: Executor, prefix: str, group: str) -> list[str]:
-    """Return the channels in a group, except those of clients whose lease is over."""
+    """Return the channels in a group, except the channels of clients whose lease is over."""
     return [channel for (channel,) in await session.execute(GROUP_CHANNELS, prefix, group)]
 
 

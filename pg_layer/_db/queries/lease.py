@@ -137,7 +137,7 @@ CLOSE = Statement(LAZY + "pg_layer_close($1, $2, $3, $4)", TEXT, TEXT, INT4, BOO
 async def close(session: Executor, closing: Closing, *, quiet: bool = False) -> None:
     """Close a client.
 
-    What is left after `CLOSE_TIMEOUT` expires, or the sweeper removes it. ``quiet``: do not
+    Rows that are left after `CLOSE_TIMEOUT` expire, or the sweeper removes them. ``quiet``: do not
     announce the released jobs.
     """
     deadline = time.monotonic() + CLOSE_TIMEOUT
@@ -179,8 +179,8 @@ async def flush_part(
 
     The call that removes the last part also writes a control message to each client.
 
-    ``address``: the calling client. Return whether it was the last part, the key of the control
-    message to the calling client, and the control messages that the caller must announce.
+    ``address``: the calling client. Return whether it was the last part. Return also the key of the
+    control message to the calling client, and the control messages that the caller must announce.
     """
     _, is_done, boot, xid, id, ids, addresses = await one(
         session, FLUSH, prefix, address, PART, quiet

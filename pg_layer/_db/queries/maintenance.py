@@ -71,8 +71,8 @@ def sweep_now(
 ) -> tuple[Swept, float]:
     """Sweep one part on a synchronous connection, whether or not another session sweeps.
 
-    The arguments are those of `sweep`. When ``interrupt`` can be read, the call does not wait much
-    longer for the server.
+    It takes the same arguments as `sweep`. When ``interrupt`` can be read, the call does not wait
+    much longer for the server.
     """
     ((_, *counts, last),) = Session(conn).execute_now(
         SWEEP, prefix, limit, False, after, timeout=SWEEP_TIMEOUT, interrupt=interrupt

@@ -219,7 +219,7 @@ POSITION = Statement(LAZY + "f.* FROM pg_layer_position($1) AS f", INT8)
 async def position(session: Session, known_boot: int) -> tuple[int, Position]:
     """Return the boot, and the position at which a later catch-up may begin.
 
-    Begin a boot if there is none. ``known_boot``: that of the cursor, or 0.
+    Begin a boot if there is none. ``known_boot``: the boot of the cursor, or 0.
     """
     _, boot, last_id, next_xid = await one(session, POSITION, known_boot)
     return boot, Position(last_id, next_xid)

@@ -129,7 +129,7 @@ class Command(LayerCommand):
                 pass
         if options["watch"] is not None:
             if is_terminal:
-                # The problems are in the first lines, which must not scroll away.
+                # The problems are in the first lines, which must stay on the screen.
                 text = CLEAR + "".join(text.splitlines(keepends=True)[: size.lines - 1])
             else:
                 text = f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{text}\n"
