@@ -29,8 +29,8 @@ class Watch:
         # Not the number of the socket itself: libpq closes the socket when the connection dies, and
         # then another file of the process may get the number.
         self._fd = -1
-        # If the connection is lost, the statement raises the reason. Without a free number, the call
-        # has no limit.
+        # If the connection is lost, the statement raises the reason. If the process has too many
+        # open files, the call has no limit.
         with suppress(OSError, psycopg.OperationalError):
             self._fd = os.dup(conn.fileno())
 
