@@ -13,6 +13,9 @@ import pytest
 from django.db import connection, connections
 
 from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
+from pg_layer._db.queries.send import Unannounced
+from pg_layer._sync import django_session
+from pg_layer._sync.watchdog import Watch
 from tests.conftest import Observer
 from tests.faults.test_sync_faults import in_thread, locked, until_blocked
 from tests.integration.test_django import postgres
@@ -207,3 +210,27 @@ def test_connection_cut_after_the_answer_does_not_return_to_a_pool(
         finally:
             wrapper.close()
             wrapper.close_pool()
+
+
+def test_send_after_a_slow_announcement_ends_within_send_timeout(
+    migrated_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The announcement of an earlier message takes half of the time. The rest is for the send."""
+    layer = PostgresChannelLayer(send_timeout=1)
+    deadlines: list[float] = []
+
+    class Recorded(Watch):
+        def __init__(self, conn: Any, deadline: float) -> None:
+            deadlines.append(deadline)
+            super().__init__(conn, deadline)
+
+    with on_django(layer, default=postgres(migrated_dsn)):
+        layer._loops.announcer.add(
+            [Unannounced(1, 1, 1, "asgi!:jobs", "jobs", "message", None, b"x")]
+        )
+        connection.ensure_connection()
+        monkeypatch.setattr(django_session, "Watch", Recorded)
+        with locked(migrated_dsn, "pg_layer_message"), pytest.raises(OutcomeUnknown):
+            layer.sync.send("jobs", number(1))
+    announced_until, sent_until = deadlines
+    assert 0 < sent_until - announced_until < 1
