@@ -86,31 +86,46 @@ class Pool:
             self._drop(session)
         return None
 
-    async def get(self, timeout: float) -> Session | None:
+    async def get(self, timeout: float, check: Callable[[], None] = lambda: None) -> Session | None:
         """Return a session, or None if none is free within ``timeout`` seconds.
 
-        If the pool is closed meanwhile, return None.
+        Also return None if the pool is closed meanwhile, or the server has closed the session.
+
+        ``check``: called every `_CHECK_INTERVAL` seconds of the wait. If it raises, the wait ends.
         """
         session = self.take()
         if session is not None or self.is_closed:
             return session
+        deadline = time.monotonic() + timeout
         waiter: asyncio.Future[Session] = self._loop.create_future()
         self._waiters.append(waiter)
         self._open_more()
         try:
-            await asyncio.wait((waiter,), timeout=timeout)
-        except asyncio.CancelledError:
+            # One waiter for the whole wait: the caller keeps its place in the queue.
+            while not waiter.done() and (left := deadline - time.monotonic()) > 0:
+                await asyncio.wait((waiter,), timeout=min(_CHECK_INTERVAL, left))
+                if not waiter.done():
+                    check()
+        except BaseException:
             if waiter.done() and not waiter.cancelled():
                 self._offer(waiter.result())
             raise
         finally:
             if not waiter.done():
                 self._waiters.remove(waiter)
-        return waiter.result() if waiter.done() and not waiter.cancelled() else None
+        if not waiter.done() or waiter.cancelled():
+            return None
+        session = waiter.result()
+        if session.has_hung_up:  # since it became free: this loop was busy
+            self._drop(session)
+            return None
+        return session
 
     def give_back(self, session: Session) -> None:
         """Take a session back. Its statement has ended, or the caller was cancelled in it."""
-        if session not in self._sessions:  # closed by `abandon`
+        # Closed by `abandon`; or the loop is closed, and a caller's coroutine is deleted.
+        if session not in self._sessions or self._loop.is_closed():
+            self._sessions.pop(session, None)
             session.close()
         elif session.is_closed or session.is_reusable:
             self._offer(session)
@@ -350,18 +365,23 @@ class Connections:
 
     async def _wait_for_session(self, deadline: float, attempts: Attempts) -> Session:
         """Return a free session. Raise the reason if there is none until ``deadline``."""
-        while not self._pool.is_closed:
+
+        def check() -> None:
             if self.gives_up:
                 lost = psycopg.OperationalError("The connections to it were lost.")
                 reason = self._pool.error or lost
                 raise attempts.final_error(reason) from reason
-            left = deadline - time.monotonic()
-            session = await self._pool.get(max(min(_CHECK_INTERVAL, left), 0.001))
+            if is_permanent(self._pool.error):
+                raise attempts.final_error(self._pool.error) from self._pool.error
+
+        while not self._pool.is_closed:
+            if self.gives_up:
+                check()
+            session = await self._pool.get(max(deadline - time.monotonic(), 0.001), check)
             if session is not None:
                 return session
-            error = self._pool.error
-            if is_permanent(error) or time.monotonic() >= deadline:
-                raise attempts.final_error(error) from error
+            if not self._pool.is_closed and time.monotonic() >= deadline:
+                raise attempts.final_error(self._pool.error) from self._pool.error
         if attempts.is_outcome_unknown:
             raise OutcomeUnknown
         raise LayerUnavailable(_CLOSED)

@@ -88,6 +88,7 @@ class Batcher(Generic[Operation]):
         self._timeout = timeout
         self._queue: deque[_Ticket] = deque()
         self._is_busy = False
+        self._is_spawned = False  # the task that writes the queue has not begun
         self._is_closed = False
         self._became_idle = asyncio.Event()
         # Either the batcher begins to write a ticket, or its caller on a foreign loop has
@@ -178,15 +179,17 @@ class Batcher(Generic[Operation]):
     def _write_next(self) -> None:
         """Begin to write the queue, or become idle. The last write has ended."""
         if self._queue and not self._is_closed:
+            self._is_spawned = True
             self._spawn("Writing", self._write_queue)
         else:
             self._become_idle()
 
     def _become_idle(self) -> None:
-        self._is_busy = False
+        self._is_busy = self._is_spawned = False
         self._became_idle.set()
 
     async def _write_queue(self) -> None:
+        self._is_spawned = False
         batch: list[_Ticket] = []
         try:
             while self._queue:
@@ -241,7 +244,9 @@ class Batcher(Generic[Operation]):
     async def finish(self) -> None:
         """Close the batcher, and return when the write in flight has ended."""
         self.close()
-        while self._is_busy:
+        # Do not wait for a task that has not begun: it has nothing to write now, and if it is
+        # cancelled before it begins, it never says that it has ended.
+        while self._is_busy and not self._is_spawned:
             self._became_idle.clear()
             await self._became_idle.wait()
 

@@ -6,6 +6,7 @@ It has a batcher each for sends, group sends and membership requests.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -155,6 +156,7 @@ class Sender:
         them. If that fails, or the server refuses NOTIFY, the statement is quiet, and its rows are
         announced later.
         """
+        deadline = time.monotonic() + timeout
         is_quiet = bool(self._announcer) and not await self._announce(
             min(timeout / 2, ANNOUNCE_TIMEOUT)
         )
@@ -162,7 +164,7 @@ class Sender:
         result, rows = await self.connections.run(
             quietly if is_quiet else announcing,
             quietly=quietly,
-            timeout=timeout,
+            timeout=deadline - time.monotonic(),
             is_idempotent=is_idempotent,
         )
         self.announce_later(rows)
@@ -205,11 +207,17 @@ class Sender:
             self._loop.call_soon_threadsafe(self.announce_soon)
 
     async def _announce(self, timeout: float) -> bool:
-        """Announce the rows of quiet statements. Return whether all are announced."""
+        """Announce the rows of quiet statements. Return whether all are announced.
+
+        ``timeout``: seconds for all of them together.
+        """
+        deadline = time.monotonic() + timeout
         while rows := self._announcer.first():
             try:
                 await self.connections.run(
-                    partial(queries.announce, rows=rows), timeout=timeout, is_idempotent=True
+                    partial(queries.announce, rows=rows),
+                    timeout=deadline - time.monotonic(),
+                    is_idempotent=True,
                 )
             except PgLayerError:
                 return False

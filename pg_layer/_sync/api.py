@@ -266,13 +266,20 @@ class Sync:
         """Run statements that write, and see that their rows are announced."""
         connection = self._connection(using)
         announcer = self._loops.announcer
+        deadline = self._deadline()
         if not is_in_transaction(connection):
+            # The announcements may take half of the time of the call.
+            until = (time.monotonic() + deadline) / 2
             # This call may come from an application's callback that runs after the commit, but
             # before the layer's callback: the messages of the transaction come first.
-            self.announce_committed(connection)
-            self._announce_pending(connection)
+            self.announce_committed(connection, until)
+            self._announce_pending(connection, until)
         result, rows = self._run(
-            connection, write, quiet=bool(announcer), is_idempotent=is_idempotent
+            connection,
+            write,
+            quiet=bool(announcer),
+            is_idempotent=is_idempotent,
+            deadline=deadline,
         )
         if rows and connection.in_atomic_block:
             self._announce_after_commit(connection, rows)
@@ -296,31 +303,38 @@ class Sync:
         if not any(isinstance(each, AfterCommit) and not each.is_called for each in callbacks):
             transaction.on_commit(AfterCommit(self, connection), using=connection.alias)
 
-    def announce_committed(self, connection: BaseDatabaseWrapper) -> None:
+    def announce_committed(
+        self, connection: BaseDatabaseWrapper, deadline: float | None = None
+    ) -> None:
         """Announce the rows that the last transaction wrote.
 
         Rows that were rolled back with a savepoint do not exist, and are not announced.
+        ``deadline``: by `time.monotonic`; default: in ``send_timeout`` seconds.
         """
+        if deadline is None:
+            deadline = self._deadline()
         if connection.in_atomic_block:  # a test runs the callbacks: nothing is committed
             return
         rows = _pending.pop(connection, None)
         if rows is not None:
-            self._announce_pending(connection)
-            if self._loops.announcer or not self._announce(connection, rows):
+            self._announce_pending(connection, deadline)
+            if self._loops.announcer or not self._announce(connection, rows, deadline):
                 # The next write of this process announces them, or receivers find them.
                 self._loops.announcer.add(rows)
                 self._loops.announce_soon()
 
-    def _announce_pending(self, connection: BaseDatabaseWrapper) -> None:
+    def _announce_pending(self, connection: BaseDatabaseWrapper, deadline: float) -> None:
         """Announce rows whose announcement has failed before."""
         announcer = self._loops.announcer
         while rows := announcer.first():
-            if not self._announce(connection, rows):
+            if not self._announce(connection, rows, deadline):
                 self._loops.announce_soon()
                 return
             announcer.announced(rows)
 
-    def _announce(self, connection: BaseDatabaseWrapper, rows: list[Unannounced]) -> bool:
+    def _announce(
+        self, connection: BaseDatabaseWrapper, rows: list[Unannounced], deadline: float
+    ) -> bool:
         """Announce rows outside of transactions. Return whether that succeeded."""
         for start in range(0, len(rows), PART):
             part = rows[start : start + PART]
@@ -331,7 +345,7 @@ class Sync:
                 await queries.announce(session, part)
 
             try:
-                self._run(connection, announce, quiet=True, is_idempotent=True)
+                self._run(connection, announce, quiet=True, is_idempotent=True, deadline=deadline)
             except (PgLayerError, DjangoError) as error:
                 logger.info(
                     "Could not announce %d messages yet: %s",
@@ -344,6 +358,11 @@ class Sync:
 
     # ------------------------------------------------------------------ running
 
+    def _deadline(self) -> float:
+        """Return when a call that begins now must end outside of transactions."""
+        is_stopping = self._loops.gives_up
+        return time.monotonic() + (STOPPING_TIMEOUT if is_stopping else self._config.send_timeout)
+
     def _run(
         self,
         connection: BaseDatabaseWrapper,
@@ -352,8 +371,11 @@ class Sync:
         quiet: bool,
         is_idempotent: bool = False,
         is_read: bool = False,
+        deadline: float | None = None,
     ) -> T:
-        """Run statements in the open transaction, or else within ``send_timeout``.
+        """Run statements in the open transaction, or else until ``deadline``.
+
+        The default of ``deadline`` is in ``send_timeout`` seconds.
 
         Outside of transactions the statements are repeated after an error that surely undid them.
         If they are not ``quiet`` and the server refuses NOTIFY, they are repeated without it.
@@ -361,7 +383,8 @@ class Sync:
         have no effect.
         """
         gives_up = self._loops.gives_up
-        deadline = time.monotonic() + (STOPPING_TIMEOUT if gives_up else self._config.send_timeout)
+        if deadline is None:
+            deadline = self._deadline()
         session = DjangoSession(connection, deadline)
         attempts = Attempts(
             self._config,

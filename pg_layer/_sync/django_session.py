@@ -16,7 +16,7 @@ from psycopg import pq
 
 from pg_layer._db.session import Session
 from pg_layer._db.statement import Statement
-from pg_layer._sync.watchdog import watchdog
+from pg_layer._sync.watchdog import Watch, watchdog
 from pg_layer.exceptions import OutcomeUnknown
 
 T = TypeVar("T")
@@ -68,8 +68,9 @@ class DjangoSession:
             if is_in_transaction(self.connection):
                 return _rows(cursor, statement, values)
             conn = self.connection.connection
-            watch = watchdog.watch(conn, self.deadline)
+            watch = Watch(conn, self.deadline)
             try:
+                watchdog.begin(watch)
                 return _rows(cursor, statement, values)
             except DjangoError as error:
                 if watch.is_cut:
@@ -88,6 +89,9 @@ class DjangoSession:
             finally:
                 watchdog.end(watch)
                 if watch.is_cut or conn.closed or _has_unread_answer(conn):
+                    # psycopg does not know of the cut if the answer came before it. A pool would
+                    # hand the connection out again.
+                    conn.close()
                     self._close()
 
     def _close(self) -> None:

@@ -217,6 +217,23 @@ async def test_write_raising_not_begun_in_the_callers_task_fails_that_call_only(
 # --- Cancellation
 
 
+async def test_finish_does_not_wait_for_a_write_cancelled_before_it_began() -> None:
+    """The engine is closed in the step in which the first write ends, while another stops it."""
+    bench = Bench()
+
+    def spawn(what: str, work: Work) -> None:
+        bench.tasks.append(asyncio.create_task(work()))
+        bench.tasks[-1].cancel()
+
+    bench.batcher._spawn = spawn
+    tasks = await bench.submit_all("ab")
+    bench.writes.end()
+    await tasks[0]
+    await asyncio.wait_for(bench.batcher.finish(), 10)
+    assert isinstance((await outcomes(tasks[1:]))[0], NotBegun)
+    assert bench.writes.batches == [["a"]]
+
+
 async def test_submit_cancelled_while_waiting_is_not_written() -> None:
     bench = Bench()
     tasks = await bench.submit_all("abcd")

@@ -90,6 +90,7 @@ class _Loop:
         self._bench = bench
         self.create_task = loop.create_task
         self.create_future = loop.create_future
+        self.is_closed = loop.is_closed
 
     def time(self) -> float:
         return self._bench.now
@@ -197,6 +198,56 @@ async def test_get_cancelled_passes_its_session_on(make_bench: MakeBench, is_ope
     bench.give_back(await second)
     assert bench.take() is bench.opened[0]
     assert len(bench.opened) == 1
+
+
+async def test_get_keeps_its_place_when_it_checks_why_it_waits(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_CHECK_INTERVAL", 0.0)
+    bench = make_bench(max_size=1)
+    session = await bench.get()
+    checked = asyncio.Event()
+    first = asyncio.create_task(bench.pool.get(10.0, checked.set))
+    await turns()
+    second = bench.asks()
+    checked.clear()
+    await checked.wait()
+    bench.give_back(session)
+    await turns()
+    assert (first.done(), second.done()) == (True, False)
+    bench.give_back(session)
+    assert await second is session
+
+
+async def test_get_whose_check_raises_leaves_the_queue(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_CHECK_INTERVAL", 0.0)
+    bench = make_bench(max_size=1)
+    session = await bench.get()
+
+    def check() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await bench.pool.get(10.0, check)
+    bench.give_back(session)
+    assert bench.take() is session
+
+
+async def test_session_that_hung_up_after_it_was_handed_over_is_replaced(
+    make_bench: MakeBench,
+) -> None:
+    """The loop was busy between the step that hands it over and the caller's next step."""
+    bench = make_bench(max_size=1)
+    session = await bench.get()
+    call = bench.asks()
+    await turns()
+    bench.give_back(session)
+    session.has_hung_up = True
+    assert await call is None
+    assert session.is_closed
+    assert await bench.get() is bench.opened[1]
 
 
 @pytest.mark.parametrize("what", ["connect_error", "prepare_error"])
@@ -329,6 +380,22 @@ async def test_abandon_closes_a_session_that_is_given_back_later(make_bench: Mak
     assert session.is_closed
     bench.give_back(session)
     assert bench.take() is None
+
+
+def test_session_of_a_coroutine_that_outlives_its_loop_is_closed(make_bench: MakeBench) -> None:
+    """The coroutine is deleted after the loop was closed, in the middle of a statement."""
+
+    async def begin() -> tuple[Bench, FakeSession]:
+        bench = make_bench()
+        return bench, await bench.get()
+
+    loop = asyncio.new_event_loop()
+    bench, session = loop.run_until_complete(begin())
+    bench.pool._loop = loop
+    loop.close()
+    session.is_reusable = False
+    bench.give_back(session)
+    assert session.is_closed
 
 
 async def test_session_being_prepared_counts_once(make_bench: MakeBench) -> None:
