@@ -9,7 +9,7 @@ JOBS ?= 4
 
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check --quiet
-pytest = -m pytest -n $(JOBS) --dist loadscope
+pytest = -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 locked = requirements/dev.txt
 
 .DEFAULT_GOAL := help

@@ -36,6 +36,22 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("untimed")
 
+# These modules take minutes. If one begins last, the other workers have nothing to do meanwhile.
+LONG_MODULES = (
+    "test_protocol_model",
+    "test_membership_agreement",
+    "test_stopping",
+    "test_cancelled_receive",
+    "test_costs",
+    "test_plans",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long modules. Keep the random order otherwise."""
+    items.sort(key=lambda item: item.path.stem not in LONG_MODULES)
+
 
 class MakeLayer(Protocol):
     """A function that creates a layer on the test's database with options of CONFIG."""
