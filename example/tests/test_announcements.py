@@ -1,4 +1,4 @@
-"""What the form sends, in tests whose transaction never commits."""
+"""The messages that the form sends, in tests whose transaction never commits."""
 
 from __future__ import annotations
 

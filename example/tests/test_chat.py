@@ -1,4 +1,4 @@
-"""Messages that leave and are received, as Django's test runner runs it."""
+"""Messages that are sent and received, with Django's test runner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same with pytest-django and pytest-asyncio."""
+"""The tests of the chat with pytest-django and pytest-asyncio."""
 
 from __future__ import annotations
 

@@ -405,10 +405,10 @@ def test_demo_server_process_dies_is_reported_and_ends_the_demo() -> None:
         demo.child("uvicorn", port).kill()
         status, output = demo.wait()
         assert status == 1
-        assert "server B ended by SIGKILL. The last it said:" in output
+        assert "server B ended by SIGKILL. Its last output:" in output
         assert (
             f"Uvicorn running on {demo.addresses['server B']}"
-            in output.partition("The last it said:")[2]
+            in output.partition("Its last output:")[2]
         )
         assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
 
