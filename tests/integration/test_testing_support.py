@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Observer
-from tests.project.commands import PATIENCE, ROOT, django, environment
+from tests.project.commands import ROOT, TIMEOUT, django, environment
 
 DOCUMENTATION = ROOT / "docs" / "testing.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
@@ -67,7 +67,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=2 * TIMEOUT,
     )
     return f"{result.stdout}\nstatus {result.returncode}"
 
@@ -465,7 +465,7 @@ class LeftoverTests(ResetLayersMixin, {base}):
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
         await layer.group_send("room", say(1))
-        assert await asyncio.wait_for(layer.receive(channel), {patience}) == say(1)
+        assert await asyncio.wait_for(layer.receive(channel), {timeout}) == say(1)
         asyncio.create_task(layer.receive(channel))
         await asyncio.sleep(0)
 
@@ -490,7 +490,7 @@ class LeftoverTests(ResetLayersMixin, {base}):
 def test_reset_layers_mixin_each_test_begins_with_clean_layers(
     tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str, base: str
 ) -> None:
-    suite = LEFTOVERS.format(base=base, patience=PATIENCE)
+    suite = LEFTOVERS.format(base=base, timeout=TIMEOUT)
     output = run_suite(runner, tmp_path, migrated_dsn, suite, plugin=False)
     assert output.endswith("status 0"), output
     assert test_databases(observer) == []
@@ -530,7 +530,7 @@ def test_plugin_each_test_begins_with_clean_layers(
         async def test_3_has_a_fixture_that_uses_the_layer(member):
             layer = get_channel_layer()
             await layer.group_send("room", say(1))
-            assert await asyncio.wait_for(layer.receive(member), {PATIENCE}) == say(1)
+            assert await asyncio.wait_for(layer.receive(member), {TIMEOUT}) == say(1)
 
         async def test_4_asks_the_database_from_async_code():
             assert await Message.objects.acount() == 0
@@ -725,4 +725,4 @@ def test_testing_module_imports_without_pytest() -> None:
         "import sys; sys.modules['pytest'] = None; "
         "import pg_layer.testing; pg_layer.testing.reset_layers()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT)
