@@ -561,13 +561,13 @@ def test_counters_include_synchronous_calls(migrated_dsn: str) -> None:
 
 
 @contextmanager
-def home_thread() -> Iterator[LoopThread]:
+def owner_thread() -> Iterator[LoopThread]:
     """A thread with a lasting event loop, which the layer uses."""
-    home = LoopThread()
+    owner = LoopThread()
     try:
-        yield home
+        yield owner
     finally:
-        home.stop()
+        owner.stop()
 
 
 def in_threads(work: Callable[[int], object]) -> None:
@@ -588,16 +588,16 @@ def test_delivered_in_threads_is_exact(migrated_dsn: str) -> None:
         for n in range(TIMES):
             assert (await layer.receive(channel))["n"] == n
 
-    with home_thread() as home:
-        home.do(listen(layer))
+    with owner_thread() as owner:
+        owner.do(listen(layer))
         moved = Moved(layer)
-        home.do(send_all())
+        owner.do(send_all())
         in_threads(lambda index: asyncio.run(receive_all(channels[index])))
         assert moved.of("sent", "received", "delivered") == dict.fromkeys(
             ("sent", "received", "delivered"), THREADS * TIMES
         )
         assert layer.stats()["queued_messages"] == 0
-        home.do(layer.close())
+        owner.do(layer.close())
 
 
 @pytest.mark.usefixtures("hasty_switches")
@@ -612,7 +612,7 @@ def test_sent_in_threads_is_exact(migrated_dsn: str, observer: Observer) -> None
 
     def work(index: int) -> None:
         if index % 3 == 0:
-            home.do(send_all())
+            owner.do(send_all())
             return
         send: Callable[[str, Message], object] = layer.sync.send
         group_send: Callable[[str, Message], object] = layer.sync.group_send
@@ -623,7 +623,7 @@ def test_sent_in_threads_is_exact(migrated_dsn: str, observer: Observer) -> None
             group_send("room", number(n))
         connections.close_all()
 
-    with on_django(layer, default=postgres(migrated_dsn)), home_thread() as home:
+    with on_django(layer, default=postgres(migrated_dsn)), owner_thread() as owner:
         layer.sync.group_add("room", "elsewhere")
         in_threads(work)
         stats = layer.stats()
