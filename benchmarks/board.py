@@ -107,8 +107,8 @@ class Window:
     """A limit of ``size`` messages in flight between the sender's tasks and the readers.
 
     ``arrived`` returns how many messages have certainly arrived. If nothing arrives for ``timeout``
-    seconds, the messages in flight count as lost and free their capacity, so that a layer that
-    loses messages does not block its sender.
+    seconds, the messages in flight count as lost and free their capacity. Otherwise a layer that
+    loses messages would block its sender.
     """
 
     def __init__(self, size: int, arrived: Callable[[], int], *, timeout: float = 2.0) -> None:

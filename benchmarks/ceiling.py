@@ -1,8 +1,8 @@
 """``python -m benchmarks.ceiling``: the capacity of the server itself, measured by pgbench.
 
-It runs the statements that a layer depends on, in the tables of the bare measurements, on several
-connections and without Python: single inserts that notify, batches that notify once, and deletes by
-key. No session listens.
+It runs the statements that a layer depends on: single inserts that notify, batches that notify
+once, and deletes by key. They run in the tables of the bare measurements, on several connections
+and without Python. No session listens.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ PLANS: Mapping[Scale, Plan] = {
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The result of one script. ``error`` says why there is none."""
+    """The result of one script. ``error`` is the reason if there is none."""
 
     title: str
     clients: int

@@ -30,7 +30,7 @@ from benchmarks.servers import (
     postgres_server,
     redis_server,
 )
-from benchmarks.signals import interrupt_when_told_to_end
+from benchmarks.signals import interrupt_on_signals
 from benchmarks.statistics import Outcome
 
 DSN_VARIABLE = "PG_LAYER_DSN"
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: measured; 1: pg_layer failed, or lost, doubled or reordered messages; 2: nothing was
     measured; 130: interrupted.
     """
-    interrupt_when_told_to_end()
+    interrupt_on_signals()
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.plots and not importlib.util.find_spec("matplotlib"):

@@ -30,7 +30,7 @@ from benchmarks.cli import check_file
 from benchmarks.compared.points import ON_DEMAND, POINTS, choose
 from benchmarks.report import context, headline, load_average
 from benchmarks.servers import PostgresObserver
-from benchmarks.signals import interrupt_when_told_to_end
+from benchmarks.signals import interrupt_on_signals
 from devtools.postgres import PostgresServer
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: measured; 1: a measurement failed; 130: interrupted.
     """
-    interrupt_when_told_to_end()
+    interrupt_on_signals()
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The accounts of a chat: the rooms, what each client said and what it heard. No I/O."""
+"""The accounts of a chat: the rooms, what each client sent and received. No I/O."""
 
 from __future__ import annotations
 

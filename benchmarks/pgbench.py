@@ -53,7 +53,7 @@ class Report:
 def find_pgbench() -> str:
     """Return the program, next to the server's programs or on the path.
 
-    Raises ``Unavailable``, whose message says how to install it.
+    Raises ``Unavailable``, whose message names the packages to install.
     """
     with suppress(BinariesNotFound):
         program = find_binaries() / "pgbench"

@@ -312,7 +312,7 @@ def _growth_panel(
     values = [y for line in lines.values() for _, y, _ in line]
     _scale(axis.set_yscale, values)
     low, high = min(values), max(values)
-    # Otherwise values that hardly differ would fill the panel and look very different.
+    # Otherwise values that hardly differ would fill the panel and appear very different.
     top = max(high * 2, low * 5) or 1
     axis.set_ylim(
         low / 2 if low > 0 else -min([value for value in values if value > 0] or [1]) / 3, top

@@ -60,16 +60,16 @@ class Results:
     @property
     def failed(self) -> bool:
         """Return whether pg_layer failed or lost, doubled or reordered a message."""
-        ours = [outcome for layers in self.outcomes.values() for outcome in layers.get("pg", [])]
-        return any(outcome.error is not None or outcome.tally for outcome in ours)
+        own = [outcome for layers in self.outcomes.values() for outcome in layers.get("pg", [])]
+        return any(outcome.error is not None or outcome.tally for outcome in own)
 
     def ratios(self, scenario: Scenario, figure: Figure) -> dict[str, float]:
         """Return pg_layer's lead over each other layer, empty for figures without direction."""
         if "pg" not in self.layers or figure.better is None:
             return {}
-        ours = self.summary(scenario, "pg").figures[figure.name]
+        own = self.summary(scenario, "pg").figures[figure.name]
         return {
-            layer: ratio(ours, self.summary(scenario, layer).figures[figure.name], figure.better)
+            layer: ratio(own, self.summary(scenario, layer).figures[figure.name], figure.better)
             for layer in self.layers
             if layer != "pg"
         }
@@ -311,10 +311,10 @@ def _named(scenario: Scenario, lines: Sequence[Sequence[str]]) -> list[list[str]
     return [[scenario.name if index == 0 else "", *line] for index, line in enumerate(kept)]
 
 
-def _times(value: float, theirs: Tally, *, share: bool = False) -> str:
+def _times(value: float, tally: Tally, *, share: bool = False) -> str:
     if math.isnan(value):
         return "-"
-    return (f"{value:.0%}" if share else f"{value:.2f}x") + ("*" if theirs else "")
+    return (f"{value:.0%}" if share else f"{value:.2f}x") + ("*" if tally else "")
 
 
 def _wrap(row: Sequence[str]) -> list[list[str]]:

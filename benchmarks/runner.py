@@ -43,14 +43,14 @@ class _Player:
 
     @classmethod
     def start(cls, part: Part, board: Board) -> _Player:
-        ours, theirs = _SPAWN.Pipe()
+        own_end, child_end = _SPAWN.Pipe()
         process = _SPAWN.Process(
-            target=play, args=(part, board, theirs), name=part.label, daemon=True
+            target=play, args=(part, board, child_end), name=part.label, daemon=True
         )
         with uninterrupted():
             process.start()
-        theirs.close()
-        return cls(part, process, ours)
+        child_end.close()
+        return cls(part, process, own_end)
 
     def leave(self) -> bool:
         """Wait for the end of the process. Return False if it had to be killed."""
@@ -144,7 +144,7 @@ class Measurement:
         if word == "error":
             raise Failed(value)
         if word != wanted:
-            raise Failed(f"{player.part.role}: said {word} where {wanted} was due")
+            raise Failed(f"{player.part.role}: sent {word} instead of {wanted}")
         return value
 
     def _drain(self, expected: int) -> None:

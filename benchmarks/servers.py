@@ -35,7 +35,7 @@ POSTGRES_HELP = (
 
 
 class Unavailable(Exception):
-    """A server or library that a layer needs is missing; the message says how to install it."""
+    """A server or library that a layer needs is missing. The message names the packages."""
 
 
 class Observer(Protocol):

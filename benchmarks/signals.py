@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 
-def interrupt_when_told_to_end() -> None:
+def interrupt_on_signals() -> None:
     """Turn SIGTERM and SIGHUP into KeyboardInterrupt. Signals that nohup ignores stay ignored."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:

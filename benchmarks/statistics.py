@@ -9,13 +9,12 @@ from typing import Literal
 
 Better = Literal["higher", "lower"]
 
-#: The error of a point, in words and in its drawing, whose waiting messages were not stored in
-#: time.
+#: The error of a point whose waiting messages were not stored in time, in words and in its drawing.
 NOT_FILLED = "could not be filled"
 
 #: The minimum size of a tenth. A layer is behind if its last tenth is older than so many ms, and so
 #: many times older than the first.
-_ENOUGH_TO_TELL = 5
+_MIN_TENTH = 5
 _BEHIND_MS = 20.0
 _BEHIND_TIMES = 3
 
@@ -58,18 +57,18 @@ def fell_behind(ages_ms: Sequence[float]) -> bool:
     number of messages proves nothing.
     """
     tenth = len(ages_ms) // 10
-    if tenth < _ENOUGH_TO_TELL:
+    if tenth < _MIN_TENTH:
         return False
     last = median(ages_ms[-tenth:])
     return last > _BEHIND_MS and last > _BEHIND_TIMES * median(ages_ms[:tenth])
 
 
-def ratio(ours: float, theirs: float, better: Better) -> float:
-    """Return how many times better ``ours`` is: above 1 is ahead, below 1 is behind.
+def ratio(value: float, other: float, better: Better) -> float:
+    """Return how many times better ``value`` is than ``other``: above 1 ahead, below 1 behind.
 
     Return NaN if the ratio has no meaning: against zero, or with a negative figure.
     """
-    above, below = (ours, theirs) if better == "higher" else (theirs, ours)
+    above, below = (value, other) if better == "higher" else (other, value)
     if math.isnan(above) or math.isnan(below) or above < 0 or below <= 0:
         return math.nan
     return above / below
@@ -107,8 +106,8 @@ class Tally:
 class Stream:
     """The numbers 0, 1, 2 … of one sender as they reached one reader.
 
-    The count is exact and costs one comparison as long as nothing goes wrong, so that counting does
-    not distort the measurement.
+    The count is exact. It costs one comparison as long as nothing goes wrong, so that it does not
+    distort the measurement.
     """
 
     next: int = 0

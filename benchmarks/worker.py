@@ -112,7 +112,7 @@ def play(part: Part, board: Board, pipe: Connection) -> None:
 def end_with(pipe: Connection) -> None:
     """End this process when the other end of the pipe is closed, because the runner has ended."""
     with suppress(OSError, EOFError):
-        pipe.recv_bytes()  # nothing more is said here
+        pipe.recv_bytes()  # the runner sends nothing more
     os._exit(1)
 
 

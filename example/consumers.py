@@ -1,4 +1,4 @@
-"""The chat, as in the documentation of Channels: a consumer, a group and a handler for each event.
+"""The chat, like that of the tutorial of Channels: a consumer, a group, a handler for each event.
 
 The code does not depend on this layer. A group spans all server processes because the layer does.
 """
@@ -77,11 +77,11 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
                 "saved": await self.count_saved(),
             }
         )
-        await self.tell("chat.joined")
+        await self.send_to_room("chat.joined")
 
     async def disconnect(self, code: int) -> None:
         await self.channel_layer.group_discard(self.group, self.channel_name)
-        await self.tell("chat.left")
+        await self.send_to_room("chat.left")
 
     # From the page
 
@@ -102,17 +102,19 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
             match content:
                 case {"type": "say", "text": str(text)}:
                     if text := clean(text, MAX_TEXT):
-                        await self.tell("chat.message", text=text)
+                        await self.send_to_room("chat.message", text=text)
                 case {"type": "rename", "name": str(name)}:
                     if (name := clean_name(name)) != self.name:
                         before, self.name = self.name, name
-                        await self.tell("chat.renamed", before=before)
+                        await self.send_to_room("chat.renamed", before=before)
                 case {"type": "count"}:
                     await self.send_json({"type": "here", "count": await self.count_here()})
                 case _:
-                    await self.complain("The server did not understand that.")
+                    await self.complain("The server does not understand this frame.")
         except LayerUnavailable:
-            await self.complain("That may not have reached the others: the database is away.")
+            await self.complain(
+                "This may not have reached other users: the database is unavailable."
+            )
 
     # To the page
 
@@ -128,7 +130,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
     # Current numbers, for all processes
 
     async def count_here(self) -> int | None:
-        """Return the number of users in the room; None if the database is away."""
+        """Return the number of users in the room; None without the database."""
         try:
             return await self.channel_layer.group_count(self.group)
         except LayerUnavailable:
@@ -136,7 +138,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
 
     @database_sync_to_async
     def count_saved(self) -> int | None:
-        """Return the number of saved announcements of the room; None if the database is away."""
+        """Return the number of saved announcements of the room; None without the database."""
         try:
             return Announcement.objects.filter(room=self.room).count()
         except OperationalError:
@@ -144,7 +146,7 @@ class ChatConsumer(AsyncJsonWebsocketConsumer):
 
     # To all users in the room, in every process
 
-    async def tell(self, event: str, **fields: Any) -> None:
+    async def send_to_room(self, event: str, **fields: Any) -> None:
         await self.channel_layer.group_send(
             self.group,
             {

@@ -111,11 +111,11 @@ class Child:
             self.last_lines.append(text)
             say(f"{self.name:>8} | {text}")
 
-    def obituary(self) -> str:
+    def describe_end(self) -> str:
         code = self.process.returncode or 0
         how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         output = "\n".join(f"    {line}" for line in self.last_lines) or "    (nothing)"
-        return f"{self.name} ended {how}. The last it said:\n{output}"
+        return f"{self.name} ended {how}. Its last output:\n{output}"
 
     async def stop(self) -> None:
         """Terminate the process; kill it after `STOP_WITHIN` seconds."""
@@ -155,7 +155,7 @@ class Demo:
             say("Using the PostgreSQL that PG_LAYER_DSN names")
             yield dsn
             return
-        say("Starting a PostgreSQL of its own, which goes when the demo ends")
+        say("Starting a PostgreSQL server, which is removed when the demo ends")
         server = PostgresServer(fsync=False)
         try:
             # This must not be interrupted. A signal is handled afterwards.
@@ -184,11 +184,11 @@ class Demo:
         say(f"Creating the tables: {shlex.join(commands.MIGRATE)}")
         child = await self.start("migrate", commands.MIGRATE, PG_LAYER_DSN=dsn)
         if await self.meanwhile(asyncio.shield(child.ended)):
-            raise Failed("The tables could not be created: see above.")
+            raise Failed("The tables could not be created. See the output above.")
 
     async def serve(self, dsn: str) -> None:
         """Start all processes, and print their addresses when they answer."""
-        say("Starting two servers, and the sweeper that clears away what has expired")
+        say("Starting two servers, and the sweeper that deletes expired rows")
         addresses = {name: f"http://{HOST}:{port}" for name, port in self.ports.items()}
         servers = []
         for name, port in self.ports.items():
@@ -196,14 +196,16 @@ class Demo:
             environment = {"PG_LAYER_DSN": dsn, "DEMO_NAME": name, "DEMO_OTHER_URL": other}
             servers.append(await self.start(name, commands.serve(HOST, port), **environment))
         sweeper = await self.start("sweeper", commands.SWEEP, PG_LAYER_DSN=dsn)
-        self.deaths |= {child.ended: child.obituary for child in (*servers, sweeper)}
+        self.deaths |= {child.ended: child.describe_end for child in (*servers, sweeper)}
         for server in servers:
             await self.meanwhile(answers(server, self.ports[server.name]))
         say()
         for name, address in addresses.items():
             say(f"    {name}: {address}/")
         say()
-        say("Open both side by side: text in one window appears in the other. Ctrl-C ends it.")
+        say(
+            "Open both side by side: text in one window appears in the other. Ctrl-C ends the demo."
+        )
         say()
 
     async def meanwhile(self, awaitable: Awaitable[T]) -> T:
@@ -214,9 +216,9 @@ class Demo:
             await asyncio.wait({result, stop, *self.deaths}, return_when=asyncio.FIRST_COMPLETED)
             if stop.done():
                 raise Stopped
-            for death, obituary in self.deaths.items():
+            for death, describe in self.deaths.items():
                 if death.done():
-                    raise Failed(obituary())
+                    raise Failed(describe())
             return await result
         finally:
             stop.cancel()
@@ -226,13 +228,13 @@ class Demo:
 async def answers(server: Child, port: int) -> None:
     """Return when ``server``, and no other process, serves a page on ``port``."""
     deadline = time.monotonic() + READY_WITHIN
-    while await asyncio.to_thread(who_answers, port) != str(server.process.pid):
+    while await asyncio.to_thread(serving_pid, port) != str(server.process.pid):
         if time.monotonic() > deadline:
             raise Failed(f"{server.name} does not answer on port {port} after {READY_WITHIN:g} s.")
         await asyncio.sleep(0.05)  # an opened port sends no event
 
 
-def who_answers(port: int) -> str | None:
+def serving_pid(port: int) -> str | None:
     """Return the process id that the page on ``port`` shows, if there is such a page."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
@@ -259,7 +261,7 @@ async def run(ports: list[int]) -> int:
         say(f"\n{error}")
         return 1
     except Stopped:
-        say("Stopped, with nothing left behind")
+        say("Stopped. Nothing is left behind.")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Settings of the demo: one database, and the layer on it.
 
-Environment: ``PG_LAYER_DSN`` (required) is the DSN of the database; ``DEMO_NAME`` is the name of
-this process; ``DEMO_OTHER_URL`` is the address of the other server, to which the page links.
+Environment: ``PG_LAYER_DSN`` (required) is the DSN of the database. ``DEMO_NAME`` is the name of
+this process. ``DEMO_OTHER_URL`` is the address of the other server, to which the page links.
 """
 
 from __future__ import annotations

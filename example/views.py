@@ -17,8 +17,8 @@ from example.models import MAX_ANNOUNCEMENT, Announcement
 from pg_layer import PostgresChannelLayer
 
 OUTCOMES = {
-    "committed": "Committed: the row is saved, and the message has left.",
-    "rolled-back": "Rolled back after sending: there is no row, and no message.",
+    "committed": "Committed: the row is saved, and the message is sent.",
+    "rolled-back": "Rolled back after sending: there is no row and no message.",
 }
 
 
@@ -33,7 +33,7 @@ class AnnouncementForm(forms.Form):
 
 
 class Mishap(Exception):
-    """Stands for an error in a view after it has sent its message."""
+    """A simulated error in a view that has already sent its message."""
 
 
 @require_http_methods(["GET", "HEAD", "POST"])

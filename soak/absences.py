@@ -106,7 +106,7 @@ class Absences:
         self._without_lease[process] = Spans(returns)
 
     def _returned(self, process: str, end: float) -> float:
-        """Return when a process that was away until ``end`` certainly has its lease again."""
+        """Return when a process that was absent until ``end`` certainly has its lease again."""
         while True:
             later = end + RETURN
             again = [e for s, e in self._away[process].longer_than(0) if end < e and s <= later]
@@ -119,7 +119,7 @@ class Absences:
         return self._away.get(process, self._of_all).overlap(start, end)
 
     def was_alone(self, process: str, start: float, end: float) -> bool:
-        """Return whether a process may have been away while others reached the database."""
+        """Return whether a process may have been absent while others reached the database."""
         return self._alone.get(process, _NONE).overlap(start, end)
 
     def is_caught_up(self, process: str, sent: float, received: float) -> bool:

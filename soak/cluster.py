@@ -78,7 +78,7 @@ class Cluster:
         )
 
     def dsn_of_port(self, port: int) -> str:
-        """Return a DSN of one port, whichever server has it."""
+        """Return a DSN of one port. Either server may have that port."""
         return make_conninfo(self.server.dsn(DATABASE), port=port)
 
     def query(self, statement: str) -> list[tuple[object, ...]]:
@@ -137,11 +137,11 @@ class Cluster:
         deadline = time.monotonic() + TIMEOUT
         while self._standby().execute(question) != [(True,)]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"The standby still says no to: {question}")
+                raise TimeoutError(f"The standby does not satisfy: {question}")
             time.sleep(0.02)
 
     def _make(self, port: int, primary: PostgresServer | None = None) -> PostgresServer:
-        # With fsync, as in production: a crash loses exactly what it may lose.
+        # With fsync, as in production, so that a crash loses only what it may lose.
         return PostgresServer(
             fsync=True,
             max_connections=200,

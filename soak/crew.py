@@ -90,15 +90,15 @@ class Crew:
         name = f"{role}-{serial}"
         dsn = make_conninfo(self._dsns[takes_network], application_name=name)
         part = Part(role, name, dsn, takes_network, self._folder, self._chance.getrandbits(32))
-        ours, theirs = self._context.Pipe()
+        own_end, child_end = self._context.Pipe()
         process = self._context.Process(
-            target=play, args=(part, theirs), name=part.name, daemon=True
+            target=play, args=(part, child_end), name=part.name, daemon=True
         )
         await asyncio.to_thread(process.start)
-        theirs.close()
-        member = Member(part, process, ours)
+        child_end.close()
+        member = Member(part, process, own_end)
         self.members.append(member)
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, member)
+        asyncio.get_running_loop().add_reader(own_end.fileno(), self._read_pipe, member)
         await asyncio.wait_for(member.ready.wait(), READY_MOST)
         self._notify(member)
         return member
@@ -184,7 +184,7 @@ class Crew:
         member.channels.clear()
         self._notify_senders()
 
-    def _hear(self, member: Member) -> None:
+    def _read_pipe(self, member: Member) -> None:
         try:
             while member.pipe.poll():
                 what, value = member.pipe.recv()

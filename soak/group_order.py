@@ -1,10 +1,10 @@
-"""Whether all members of a group receive its messages in one order. No I/O.
+"""The check that all members of a group receive its messages in one order. No I/O.
 
 The rule: if two members of a group, in any processes, both received two messages, they received
 the two in the same order. The rule does not apply if one of the two messages
 
 - was received by one of the two members in a catch-up (see `soak.absences`), or
-- was possibly never announced, because its sender died or lost its connection between the commit
+- was possibly never announced. Its sender may have died or lost its connection between the commit
   of a transaction and the announcement. Each process finds such a message at a different time, so
   the message has no place in the order.
 
@@ -84,25 +84,27 @@ def compare(members: Mapping[str, Sequence[Receipt]]) -> GroupOrder:
 def _compare_two(one: _Member, other: _Member, found: GroupOrder) -> None:
     furthest: Receipt | None = None  # of ``other``, among the compared receipts
     furthest_place = furthest_of_all = -1
-    for mine in one.receipts:
-        place = other.places.get(mine.key)
+    for receipt in one.receipts:
+        place = other.places.get(receipt.key)
         if place is None:
             continue
-        theirs = other.receipts[place]
+        other_receipt = other.receipts[place]
         is_behind = place < furthest_of_all
         furthest_of_all = max(place, furthest_of_all)
-        if mine.is_caught_up or theirs.is_caught_up:
+        if receipt.is_caught_up or other_receipt.is_caught_up:
             found.left_out += 1
             if is_behind:
-                found.excused.add(mine.key)
+                found.excused.add(receipt.key)
             continue
         found.compared += 1
         if furthest is not None and place < furthest_place:
             found.disagreements.setdefault(
-                mine.key,
-                Disagreement(furthest.key, mine.key, one.channel, other.channel, furthest.received),
+                receipt.key,
+                Disagreement(
+                    furthest.key, receipt.key, one.channel, other.channel, furthest.received
+                ),
             )
         else:
-            furthest, furthest_place = theirs, place
+            furthest, furthest_place = other_receipt, place
             if is_behind:  # only relative to messages that were caught up on
-                found.excused.add(mine.key)
+                found.excused.add(receipt.key)

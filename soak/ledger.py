@@ -58,7 +58,7 @@ class Tally:
 
 CRASH = "crash"
 PROMOTION = "promotion"
-# the processes of all members of a group were away for a lease while the database was up
+# the processes of all members of a group were absent for a lease while the database was up
 NO_LEASE = "no lease"
 UNDONE_JOIN = "undone join"
 KILLED = "kill -9"
@@ -294,7 +294,7 @@ class _Settling:
         return gone is not None and gone.was_killed and gone.at <= message.ended + ANNOUNCED
 
     def _expect_in_time(self, message: Message, got: Got, process: str) -> None:
-        """What was never announced arrives within two heartbeats, if the process is there."""
+        """Check that an unannounced message arrives within two heartbeats, without an absence."""
         due = message.ended + FOUND_MOST
         if (
             message.outcome == "unannounced"
@@ -374,7 +374,7 @@ class _Settling:
             return
         if got.n < last.get(got.writer, 0):
             # A job sent in a transaction has its place in the order from the call on, not from
-            # the commit: a limit that the README states.
+            # the commit. The README states this limit.
             begun = message.begun
             if self._may_be_unannounced(message) or (begun.kind in JOBS and begun.in_transaction):
                 return

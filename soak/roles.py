@@ -70,7 +70,7 @@ _NO_ANSWER = "does not answer"
 
 @dataclass(frozen=True)
 class Part:
-    """The parameters of a process. ``takes_network``: its DSN goes through a breaking network."""
+    """The parameters of a process. ``takes_network``: its DSN is that of the breaking network."""
 
     role: Role
     name: str
@@ -101,7 +101,7 @@ class Player:
         loop = asyncio.get_running_loop()
         self.end = loop.create_future()
         loop.add_signal_handler(signal.SIGTERM, self._stop)
-        loop.add_reader(self._pipe.fileno(), self._hear)
+        loop.add_reader(self._pipe.fileno(), self._read_pipe)
         try:
             await self.play()
         finally:
@@ -151,7 +151,7 @@ class Player:
                 self.book.write(Left(now(), group, channel))
                 return
 
-    def _hear(self) -> None:
+    def _read_pipe(self) -> None:
         try:
             while self._pipe.poll():
                 what, value = self._pipe.recv()

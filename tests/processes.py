@@ -35,7 +35,7 @@ P = ParamSpec("P")
 
 Message = dict[str, Any]
 
-PATIENCE = 30.0  # seconds: a limit for short operations that holds on a busy machine
+TIMEOUT = 30.0  # seconds: a limit for short operations that holds on a busy machine
 
 # A heartbeat repairs missed notifications. Without heartbeats a test cannot pass because of one.
 UNHURRIED: dict[str, object] = {"lease": 3600, "heartbeat": 1200}
@@ -88,7 +88,7 @@ class Link:
 
     async def next(self) -> Any:
         """Return the next message of any kind. Raises `TimeoutError`."""
-        return await asyncio.wait_for(self._heard.get(), PATIENCE)
+        return await asyncio.wait_for(self._heard.get(), TIMEOUT)
 
     def pretend(self, last: object) -> None:
         """Append a last message, in place of one from the other end."""
@@ -228,15 +228,15 @@ async def open_layer(dsn: str, **options: object) -> AsyncIterator[PostgresChann
         await layer.close()
 
 
-async def until(check: Callable[[], T], patience: float = PATIENCE) -> T:
+async def until(check: Callable[[], T], timeout: float = TIMEOUT) -> T:
     """Poll ``check`` until its result is true and return it, if no event reports the change.
 
-    Raises `TimeoutError` after ``patience`` seconds.
+    Raises `TimeoutError` after ``timeout`` seconds.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while not (found := check()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"Still not after {patience:g} seconds.")
+            raise TimeoutError(f"Still not after {timeout:g} seconds.")
         await asyncio.sleep(0.02)
     return found
 
@@ -252,7 +252,7 @@ def terminate_backends(connection: psycopg.Connection[Any], condition: str) -> l
             f"SELECT pid, pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {condition}"
         )
     ]
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while any(map(psutil.pid_exists, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -263,8 +263,8 @@ def terminate_backends(connection: psycopg.Connection[Any], condition: str) -> l
 
 
 async def receive(layer: PostgresChannelLayer, channel: str) -> Message:
-    """Return the next message of a channel. Raises `TimeoutError` after `PATIENCE` seconds."""
-    return await asyncio.wait_for(layer.receive(channel), PATIENCE)
+    """Return the next message of a channel. Raises `TimeoutError` after `TIMEOUT` seconds."""
+    return await asyncio.wait_for(layer.receive(channel), TIMEOUT)
 
 
 async def write(

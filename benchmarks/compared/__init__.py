@@ -1,1 +1,1 @@
-"""The measurements of ``python -m benchmarks.compare``, with whichever pg_layer is imported."""
+"""The measurements of ``python -m benchmarks.compare``, with the pg_layer that is imported."""

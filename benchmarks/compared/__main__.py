@@ -13,11 +13,11 @@ from benchmarks.compared.base import Setting
 from benchmarks.compared.points import POINTS
 from benchmarks.resources import raise_file_limit
 from benchmarks.servers import postgres_server
-from benchmarks.signals import interrupt_when_told_to_end
+from benchmarks.signals import interrupt_on_signals
 
 
 def main() -> None:
-    interrupt_when_told_to_end()
+    interrupt_on_signals()
     raise_file_limit()
     point, server, seconds, endurance = sys.argv[1:]
     with postgres_server(server) as dsn:

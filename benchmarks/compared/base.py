@@ -77,9 +77,11 @@ class Room:
         self.receivers: list[Child] = []
         for index in range(processes):
             self.receivers.append(children.start(receive, dsn, self.board, index, members))
-        self.channels: list[str] = [name for receiver in self.receivers for name in receiver.hear()]
+        self.channels: list[str] = [
+            name for receiver in self.receivers for name in receiver.receive()
+        ]
         self.sender: Child = children.start(send, dsn, self.board, members, expiry)
-        self.sender.hear()
+        self.sender.receive()
         self._children = children
         self._server: Processes = server_of(LayerSpec("pg", dsn))
         self._expected = 0
@@ -115,7 +117,7 @@ class Room:
         """Return the ages, in milliseconds, of messages received since the last call."""
         found: list[float] = []
         for receiver in self.receivers:
-            ages: array[int] = receiver.ask("report")
+            ages: array[int] = receiver.request("report")
             found += [age / 1e6 for age in ages]
         return found
 

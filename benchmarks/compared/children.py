@@ -37,19 +37,19 @@ class Child:
     """A forked process that runs a role: a function with a pipe to this process."""
 
     def __init__(self, role: Role, *args: object) -> None:
-        self._pipe, theirs = _FORK.Pipe()
-        arguments = (self._pipe, theirs, role, args)
+        self._pipe, child_end = _FORK.Pipe()
+        arguments = (self._pipe, child_end, role, args)
         self._process = _FORK.Process(target=_play, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
 
-    def tell(self, value: object) -> None:
+    def send(self, value: object) -> None:
         self._pipe.send(value)
 
-    def hear(self, timeout: float = _TIMEOUT) -> Any:
+    def receive(self, timeout: float = _TIMEOUT) -> Any:
         """Return the role's answer. Raise ``Failed`` if it failed or did not answer in time."""
         if not self._pipe.poll(timeout):
-            raise Failed(f"a process said nothing for {timeout:g} s")
+            raise Failed(f"a process sent nothing for {timeout:g} s")
         try:
             value = self._pipe.recv()
         except EOFError:
@@ -58,9 +58,9 @@ class Child:
             raise value
         return value
 
-    def ask(self, value: object, timeout: float = _TIMEOUT) -> Any:
-        self.tell(value)
-        return self.hear(timeout)
+    def request(self, value: object, timeout: float = _TIMEOUT) -> Any:
+        self.send(value)
+        return self.receive(timeout)
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
@@ -248,12 +248,12 @@ def sweep(pipe: Connection) -> None:
     call_command("pg_layer_sweep", "--once", verbosity=0)
 
 
-def _play(ours: Connection, theirs: Connection, role: Role, args: tuple[object, ...]) -> None:
-    ours.close()  # the role must notice the end of this process
+def _play(own_end: Connection, child_end: Connection, role: Role, args: tuple[object, ...]) -> None:
+    own_end.close()  # the role must notice the end of this process
     try:
         if asyncio.iscoroutinefunction(role):
-            asyncio.run(role(theirs, *args))
+            asyncio.run(role(child_end, *args))
         else:
-            role(theirs, *args)
+            role(child_end, *args)
     except BaseException:
-        theirs.send(Failed(traceback.format_exc()))
+        child_end.send(Failed(traceback.format_exc()))

@@ -50,7 +50,7 @@ def endurance(setting: Setting, *, held: bool) -> Result:
                     "p99, ms": percentile(intervals[-1], 99),
                 }
             )
-        to_group, direct, seconds = sender.hear()
+        to_group, direct, seconds = sender.receive()
         room.sent_to_group(to_group)
         room.sent(direct)
         readings = room.missing()

@@ -40,7 +40,7 @@ def processes(setting: Setting, *, count: int, state: State) -> Result:
             wal, start = room.wal(), time.monotonic()
             with paused(room.receivers) if state == "stopped" else nullcontext():
                 order = ("flood", at_once, most[way], 10 * setting.seconds, 0)
-                sent, seconds = room.sender.ask(order)
+                sent, seconds = room.sender.request(order)
             if state != "gone":
                 room.sent_to_group(sent)
                 readings += room.missing(expiry)
@@ -63,7 +63,7 @@ def receivers(setting: Setting, *, count: int) -> Result:
     the length of a queue.
     """
     with open_room(setting.dsn, count) as room:
-        sent, _ = room.sender.ask(("flood", 64, 10_000_000, setting.seconds, 100))
+        sent, _ = room.sender.request(("flood", 64, 10_000_000, setting.seconds, 100))
         room.sent_to_group(sent)
         readings = room.missing()
         seconds = (room.board.latest_ns - room.board.start_ns) / 1e9
@@ -77,7 +77,7 @@ def cpu(setting: Setting, *, count: int) -> Result:
     expiry = 10 + 2 * setting.seconds
     with open_room(setting.dsn, count, expiry=expiry) as room:
         before, start = room.cpu(), time.monotonic()
-        sent, _ = room.sender.ask(("pace", "", 2 * setting.seconds, 300))
+        sent, _ = room.sender.request(("pace", "", 2 * setting.seconds, 300))
         room.sent_to_group(sent)
         readings = room.missing()
         what = "300 messages/s"
@@ -94,7 +94,7 @@ def cpu(setting: Setting, *, count: int) -> Result:
 def latency(setting: Setting, *, count: int, members: int, rate: float) -> Result:
     """``rate`` messages a second to members in several processes: latency."""
     with open_room(setting.dsn, count, members) as room:
-        sent, _ = room.sender.ask(("pace", "", 2 * setting.seconds, rate))
+        sent, _ = room.sender.request(("pace", "", 2 * setting.seconds, rate))
         room.sent_to_group(sent)
         readings = room.missing()
         return Result([*readings, *percentiles(f"{rate:g} messages/s", room.ages(), 50, 99)])

@@ -21,17 +21,17 @@ _TIMEOUT = 120.0
 
 
 def restore(setting: Setting, *, memberships: int) -> Result:
-    """Seconds from the first row to the last, and the latency of another process meanwhile.
+    """Measure the seconds until the last row, and the latency of another process meanwhile.
 
-    A deletion of the rows stands for a failover. Delivery to the process does not depend on the
+    A deletion of the rows simulates a failover. Delivery to the process does not depend on the
     rows.
     """
     with Children() as children, psycopg.connect(setting.dsn, autocommit=True) as observer:
         room = Room(children, observer, setting.dsn, 1)
         holder = children.start(_hold, setting.dsn, memberships // _CHANNELS)
-        holder.hear()
+        holder.receive()
         room.ages()
-        room.sender.tell(("pace", room.channels[0], setting.seconds + _TIMEOUT, RATE))
+        room.sender.send(("pace", room.channels[0], setting.seconds + _TIMEOUT, RATE))
         own = "group_name LIKE 'restored.%'"
         observer.execute(f"DELETE FROM pg_layer_membership WHERE {own}".encode())
         observer.execute("DELETE FROM pg_layer_boot")

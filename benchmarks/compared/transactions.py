@@ -83,9 +83,9 @@ def paced(setting: Setting, *, clients: int) -> Result:
     with _application(setting.dsn, clients) as (room, processes):
         for what in SENDS:
             room.ages()
-            room.sender.tell(("pace", room.channels[1], seconds, PACE))
+            room.sender.send(("pace", room.channels[1], seconds, PACE))
             times = _run(room, processes, Order(what, seconds, PACE / clients))
-            sent, _ = room.sender.hear()
+            sent, _ = room.sender.receive()
             room.sent(sent)
             readings += room.missing()
             readings += [
@@ -115,14 +115,14 @@ def _application(dsn: str, clients: int) -> Iterator[tuple[Room, list[Child]]]:
 def _run(room: Room, processes: list[Child], order: Order) -> list[float]:
     """Run transactions in all clients; return their durations in milliseconds."""
     for process in processes:
-        process.tell(order)
+        process.send(order)
     for process in processes:
-        process.hear()
+        process.receive()
     for process in processes:
-        process.tell("start")
+        process.send("start")
     times: list[float] = []
     for process in processes:
-        total, found = process.hear(order.seconds + 60)
+        total, found = process.receive(order.seconds + 60)
         times += found
         if order.what != NONE:
             room.sent_to_group(total)

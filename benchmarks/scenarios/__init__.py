@@ -40,15 +40,15 @@ SCENARIOS: Mapping[str, Scenario] = {
 #: These and each point of each curve.
 EVERY: Mapping[str, Scenario] = {**SCENARIOS, **growth.POINTS}
 
-#: Names that stand for several scenarios.
+#: Names that mean several scenarios.
 SETS = ("all", "growth", *growth.CURVES)
 
 
 def choose(names: Sequence[str], scale: Scale) -> list[Scenario]:
     """Return the scenarios of these names, each once. Raise KeyError for an unknown name.
 
-    A curve stands for those of its points that a run of this scale includes, "growth" for all
-    curves, and "all" for everything.
+    A curve means those of its points that a run of this scale includes. "growth" means all curves,
+    and "all" means all scenarios and curves.
     """
     chosen: dict[str, Scenario] = {}
     for name in names:

@@ -25,33 +25,23 @@ _FULL_WAIT = 0.005
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a scenario, which uses those that it needs.
+    """The sizes of a scenario, which uses those that it needs."""
 
-    ``seconds``: how long the sender sends; ``processes``: receiving processes; ``members``:
-    channels in each of them; ``tasks``: concurrent tasks in the sender; ``rate``: paced sends a
-    second; ``window``: messages in flight at most; ``room``: members of one group in all processes
-    together; ``group_rate``: paced sends to a group a second; ``clients``: pgbench's clients;
-    ``pgbench_scale``: scale of the application's tables, 0 without an application; ``spread``:
-    channels over all processes, instead of ``members`` in each; ``payload``: characters in a
-    message; ``groups``: number of groups; ``waiting``: messages that wait in other channels;
-    ``settle``: seconds of quiet before idle costs are measured.
-    """
-
-    seconds: float
-    processes: int = 1
-    members: int = 1
-    tasks: int = 1
-    rate: float = 0
-    window: int = 0
-    room: int = 0
-    group_rate: float = 0
-    clients: int = 0
-    pgbench_scale: int = 0
-    spread: int = 0
-    payload: int = len(PAYLOAD)
+    seconds: float  # how long the sender sends
+    processes: int = 1  # receiving processes
+    members: int = 1  # channels in each receiving process
+    tasks: int = 1  # concurrent tasks in the sender
+    rate: float = 0  # paced sends a second
+    window: int = 0  # messages in flight at most
+    room: int = 0  # members of one group in all processes together
+    group_rate: float = 0  # paced sends to a group a second
+    clients: int = 0  # clients of pgbench
+    pgbench_scale: int = 0  # scale of the application's tables, 0 without an application
+    spread: int = 0  # channels over all processes, instead of ``members`` in each
+    payload: int = len(PAYLOAD)  # characters in a message
     groups: int = 0
-    waiting: int = 0
-    settle: float = 0
+    waiting: int = 0  # messages that wait in other channels
+    settle: float = 0  # seconds of quiet before idle costs are measured
 
     def channels(self, process: int) -> int:
         """Return how many channels this receiving process reads."""

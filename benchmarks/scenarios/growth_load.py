@@ -145,7 +145,7 @@ async def _look(stage: Stage) -> Tally:
         await asyncio.wait_for(take(), _LOOK_LIMIT)
     except asyncio.TimeoutError:
         if not found:
-            raise RuntimeError("no message waited where nobody received") from None
+            raise RuntimeError("no message waited in a channel without a reader") from None
     return Tally(lost=wanted - len(found), twice=len(found) - len(set(found)))
 
 

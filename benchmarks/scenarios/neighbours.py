@@ -56,8 +56,7 @@ async def _send(stage: Stage) -> Sent:
     await _warm_up(stage, channels)
     sent = Sent([0] * (1 + len(channels)))
     enough = asyncio.Event()
-    # Before each half. Otherwise the half after a checkpoint would log whole pages, and the other
-    # one not.
+    # Before each half. Otherwise only the half after a checkpoint would log whole pages.
     await asyncio.to_thread(checkpoint, database)
     alone = await _transactions(database, stage.sizes)
     await asyncio.to_thread(checkpoint, database)

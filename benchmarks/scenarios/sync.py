@@ -41,7 +41,7 @@ def _bridged(stage: Stage) -> GroupSend:
 
 
 def _native(stage: Stage) -> GroupSend:
-    # Not getattr: the Redis pub/sub layer looks up unknown attributes on the running loop.
+    # Not getattr: the Redis pub/sub layer resolves unknown attributes on the running loop.
     sync = vars(stage.layer).get("sync")
     return _bridged(stage) if sync is None else cast(GroupSend, sync.group_send)
 

@@ -98,7 +98,7 @@ async def _measure(stage: Stage, ledger: Ledger, sockets: Sequence[ClientConnect
             await sockets[sender].send(text)
 
     await warm_up(stage.board, [stage.sizes.members] * stage.sizes.processes, greet)
-    while not ledger.calm():  # noqa: ASYNC110  repeated for nothing, they are no part of what follows
+    while not ledger.calm():  # noqa: ASYNC110  surplus greetings must not count
         await asyncio.sleep(_SETTLE)
     servers = Processes([psutil.Process(served.pid) for served in stage.peers])
     database = server_of(stage.spec)

@@ -1,4 +1,4 @@
-"""What the form sends, in tests whose transaction never commits."""
+"""The messages that the form sends, in tests whose transaction never commits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pg_layer.testing import captured_messages
 
 
 class AnnouncementTests(TestCase):
-    def test_it_is_saved_and_sent(self) -> None:
+    def test_announcement_is_saved_and_sent(self) -> None:
         with captured_messages(groups=["chat.hall"]) as sent:
             self.client.post("/hall/", {"text": "Dinner is ready"})
 
@@ -18,14 +18,14 @@ class AnnouncementTests(TestCase):
         ]
         assert Announcement.objects.get().pk == sent[0].message["id"]
 
-    def test_what_is_rolled_back_is_not_sent(self) -> None:
+    def test_announcement_rolled_back_is_not_sent(self) -> None:
         with captured_messages(groups=["chat.hall"]) as sent:
             self.client.post("/hall/", {"text": "Dinner is ready", "roll_back": "yes"})
 
         assert sent == []
         assert not Announcement.objects.exists()
 
-    def test_other_rooms_hear_nothing(self) -> None:
+    def test_announcement_reaches_only_its_room(self) -> None:
         with captured_messages(groups=["chat.hall", "chat.cellar"]) as sent:
             self.client.post("/cellar/", {"text": "Dinner is ready"})
 

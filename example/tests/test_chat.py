@@ -1,4 +1,4 @@
-"""Messages that leave and are received, as Django's test runner runs it."""
+"""Messages that are sent and received, with Django's test runner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pg_layer.testing import ResetLayersMixin
 
 
 class ChatTests(ResetLayersMixin, TransactionTestCase):
-    async def test_announcements_are_heard(self) -> None:
+    async def test_announcement_reaches_the_socket(self) -> None:
         socket = WebsocketCommunicator(URLRouter(websocket_urlpatterns), "/ws/hall/?name=Ann")
         await socket.connect()
         assert (await socket.receive_json_from())["type"] == "welcome"
@@ -35,7 +35,7 @@ class ChatTests(ResetLayersMixin, TransactionTestCase):
 
 
 class WorkerTests(ResetLayersMixin, TransactionTestCase):
-    def test_a_job_waits_for_its_worker(self) -> None:
+    def test_job_is_received_by_its_worker(self) -> None:
         layer = cast(PostgresChannelLayer, get_channel_layer())
         with transaction.atomic():
             layer.sync.send("thumbnails", {"type": "thumbnails.make", "number": 1})

@@ -1,4 +1,4 @@
-"""The same with pytest-django and pytest-asyncio."""
+"""The tests of the chat with pytest-django and pytest-asyncio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pg_layer.testing import captured_messages
 
 
 @pytest.mark.django_db
-def test_what_is_sent(client: Client) -> None:
+def test_announcement_is_sent(client: Client) -> None:
     with captured_messages(groups=["chat.hall"]) as sent:
         client.post("/hall/", {"text": "Dinner is ready"})
 
@@ -21,7 +21,7 @@ def test_what_is_sent(client: Client) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.django_db(transaction=True)
-async def test_announcements_are_heard(async_client: AsyncClient) -> None:
+async def test_announcement_reaches_the_socket(async_client: AsyncClient) -> None:
     socket = WebsocketCommunicator(URLRouter(websocket_urlpatterns), "/ws/hall/?name=Ann")
     await socket.connect()
     assert (await socket.receive_json_from())["type"] == "welcome"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 30.0
+TIMEOUT = 30.0
 DESKTOP = (1100, 760)
 PHONE = (390, 844)
 CONNECTED = "#status[data-state=open]"
@@ -73,7 +73,7 @@ class Server:
         assert self._process is not None
         with self._process as process:
             process.kill()
-            process.communicate(timeout=PATIENCE)
+            process.communicate(timeout=TIMEOUT)
         self._process = None
 
     def stop(self) -> None:
@@ -82,7 +82,7 @@ class Server:
         with self._process as process:
             process.terminate()
             try:
-                process.communicate(timeout=PATIENCE)
+                process.communicate(timeout=TIMEOUT)
             finally:
                 process.kill()
         self._process = None
@@ -150,7 +150,7 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
             stack.callback(context.close)
             context.add_init_script(f"sessionStorage.setItem('name', {json.dumps(name)})")
             page = context.new_page()
-            page.set_default_timeout(PATIENCE * 1000)
+            page.set_default_timeout(TIMEOUT * 1000)
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.goto(url)
             page.wait_for_selector(CONNECTED)
@@ -306,7 +306,7 @@ def test_browser_announcement_works_without_scripts(
     bob = open_page(b.url("plain/"), "Bob")
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.set_default_timeout(PATIENCE * 1000)
+    page.set_default_timeout(TIMEOUT * 1000)
     page.goto(a.url("plain/"))
     announce(page, "never to be seen", "…and roll back")
     page.wait_for_selector("#outcome:has-text('Rolled back')")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pg_layer import PostgresChannelLayer
-from tests.processes import PATIENCE, until
+from tests.processes import TIMEOUT, until
 
 
 def numbered(number: int, size: int = 0) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Readers:
             else:
                 self.other[channel].append(message["type"])
 
-    async def reached(self, number: int, *channels: str, timeout: float = PATIENCE) -> None:
+    async def reached(self, number: int, *channels: str, timeout: float = TIMEOUT) -> None:
         """Return when each of the channels has received the number. Default: all channels."""
         names = channels or tuple(self.numbers)
         try:
@@ -94,7 +94,7 @@ async def heartbeats(layer: PostgresChannelLayer, count: int) -> None:
 
 
 async def wait_for_members(
-    layer: PostgresChannelLayer, group: str, *channels: str, timeout: float = PATIENCE
+    layer: PostgresChannelLayer, group: str, *channels: str, timeout: float = TIMEOUT
 ) -> None:
     """Return when exactly these channels are listed as members of the group."""
     deadline = time.monotonic() + timeout

@@ -16,7 +16,7 @@ import pytest
 from pg_layer import PostgresChannelLayer
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 from tests.conftest import MakeLayer
-from tests.processes import PATIENCE, listen, until
+from tests.processes import TIMEOUT, listen, until
 
 NAME = "the-server"
 
@@ -34,7 +34,7 @@ def blocked(layer: PostgresChannelLayer) -> Iterator[None]:
     thread = threading.Thread(target=lambda: asyncio.run(main()), name=NAME)
     thread.start()
     try:
-        assert is_blocked.wait(PATIENCE)
+        assert is_blocked.wait(TIMEOUT)
         yield
     finally:
         may_end.set()
@@ -95,4 +95,4 @@ async def test_group_send_given_up_while_the_loop_was_blocked_is_not_sent_later(
         await layer.group_send("room", {"type": "late"})
     await until(lambda: layer._loops.main_engine is None or not layer._loops.main_engine.is_running)
     await layer.group_send("room", {"type": "next"})
-    assert await asyncio.wait_for(other.receive(channel), PATIENCE) == {"type": "next"}
+    assert await asyncio.wait_for(other.receive(channel), TIMEOUT) == {"type": "next"}

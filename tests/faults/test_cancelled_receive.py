@@ -10,7 +10,7 @@ import pytest
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer
-from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, receive
+from tests.processes import TIMEOUT, Link, Process, Processes, listen, open_layer, receive
 
 LARGE_CAPACITY: dict[str, object] = {"capacity": 100_000}
 
@@ -51,7 +51,7 @@ async def cancel_after(
         for _ in range(steps):
             await asyncio.sleep(0)
     receiving.cancel()
-    await asyncio.wait((receiving,), timeout=PATIENCE)
+    await asyncio.wait((receiving,), timeout=TIMEOUT)
 
 
 async def receive_with_cancellations(
@@ -104,7 +104,7 @@ async def test_receive_cancelled_at_random_moments_under_traffic_loses_nothing(
                 for place, channel in enumerate([*channels, member, "jobs"])
             )
         ),
-        PATIENCE,
+        TIMEOUT,
     )
     await sender.result()
     for found, cancelled in results[:2]:
@@ -175,7 +175,7 @@ async def test_receive_cancelled_when_woken_wakes_the_next_receiver(
             await cancel_after(first, None, rng.random() * 0.006)
             await sending
             if first.cancelled():
-                await asyncio.wait(others, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(others, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
             [got] = [task for task in (first, *others) if task.done() and not task.cancelled()]
             assert got.result() == {"number": number}
             for task in others:
@@ -226,7 +226,7 @@ async def test_competing_workers_cancelling_receives_lose_and_double_nothing(
                 is_complete.set()
 
     hearing = [asyncio.create_task(hear(worker)) for worker in workers]
-    await asyncio.wait_for(is_complete.wait(), PATIENCE)
+    await asyncio.wait_for(is_complete.wait(), TIMEOUT)
     await sender.result()
     for worker in workers:
         worker.say("end")
@@ -249,6 +249,6 @@ async def test_receive_cancelled_on_a_foreign_loop_loses_nothing(make_layer: Mak
     elsewhere = asyncio.to_thread(
         lambda: asyncio.run(receive_with_cancellations(layer, channel, count, random.Random(7)))
     )
-    found, _ = await asyncio.wait_for(elsewhere, PATIENCE)
+    found, _ = await asyncio.wait_for(elsewhere, TIMEOUT)
     await sending
     assert found == list(range(count))

@@ -14,7 +14,7 @@ from pg_layer import PostgresChannelLayer
 from pg_layer.exceptions import LayerUnavailable
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
-from tests.processes import PATIENCE, UNHURRIED, listen, new_layer, receive, until
+from tests.processes import TIMEOUT, UNHURRIED, listen, new_layer, receive, until
 
 CALLS = 8  # more than the connections that are open before
 
@@ -32,7 +32,7 @@ def test_loop_ending_while_its_engine_stops_does_not_wait_for_a_connection(
         layer = PostgresChannelLayer(
             dsn=proxy.dsn(connect_timeout=2),
             pool_max_size=20,
-            send_timeout=2 * PATIENCE,
+            send_timeout=2 * TIMEOUT,
             **UNHURRIED,
         )
 
@@ -53,7 +53,7 @@ def test_loop_ending_while_its_engine_stops_does_not_wait_for_a_connection(
 
         thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
         thread.start()
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
         assert not thread.is_alive()
         proxy.let_go(revive=False)
         asyncio.run(layer.close())
@@ -76,7 +76,7 @@ def test_close_during_a_membership_write_leaves_the_loop_running(
         return bool(count)
 
     async def main() -> None:
-        layer = new_layer(migrated_dsn, send_timeout=10 * PATIENCE)
+        layer = new_layer(migrated_dsn, send_timeout=10 * TIMEOUT)
         channel = await layer.new_channel()
         await listen(layer)
         async with await psycopg.AsyncConnection.connect(migrated_dsn) as connection:
@@ -88,7 +88,7 @@ def test_close_during_a_membership_write_leaves_the_loop_running(
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     assert not thread.is_alive()
     [error] = ended
     assert isinstance(error, LayerUnavailable)
@@ -113,7 +113,7 @@ class EndingLoop(asyncio.SelectorEventLoop):
         if self.is_ending:
             self.is_ending = False
             self.may_end.set()
-            assert self.has_ended.wait(PATIENCE)
+            assert self.has_ended.wait(TIMEOUT)
         return super().call_soon_threadsafe(callback, *args, context=context)
 
     def serve(self, main: Callable[[], Any]) -> None:

@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from devtools.postgres import PostgresServer
 from pg_layer import ChannelFull, LayerUnavailable, PostgresChannelLayer
 from tests.faults.standby import caught_up, cut_off, fail_over
-from tests.processes import PATIENCE, Link, Processes, listen, open_layer, receive, until
+from tests.processes import TIMEOUT, Link, Processes, listen, open_layer, receive, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
@@ -161,7 +161,7 @@ async def test_members_unknown_to_a_lagging_standby_hear_their_groups_after_fail
         number = 99
         with recovery("failover: a member that the new primary did not know gets messages again"):
             await fail_over_to_old_ids(server, standby)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while late_consumers.received["late"][-1] == 99 and time.monotonic() < deadline:
                 number += 1
                 await sender.group_send("room", {"number": number})
@@ -226,14 +226,14 @@ async def test_channels_leaving_a_group_after_a_failover_receive_no_more(
             await early_consumers.add(name)
         await fail_over_to_old_ids(server, standby)
         number = 0
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         # Send until the new primary knows all members.
         while not all(early_consumers.received.values()) and time.monotonic() < deadline:
             await sender.group_send("room", {"number": number})
             number += 1
             await asyncio.wait_for(
                 early_consumers.layer.group_add("other", early_consumers.channels["staying"]),
-                PATIENCE,
+                TIMEOUT,
             )
         await early_consumers.reached(number - 1, *early_consumers.channels)
         for name in ("leaving", "returning"):
@@ -366,16 +366,16 @@ async def test_calls_on_a_standby_raise_read_only_until_it_is_promoted(
         ]
         for call in calls:
             with pytest.raises(LayerUnavailable, match="read-only"):
-                await asyncio.wait_for(call(), PATIENCE)
+                await asyncio.wait_for(call(), TIMEOUT)
         assert not receiving.done()
         assert not working.done()
         with recovery(f"a standby is promoted ({target}): until refused calls succeed"):
             await promote(standby)
             await retry_until_available(lambda: layer.group_add("room", channel))
             await layer.group_send("room", {"number": 1})
-            assert await asyncio.wait_for(receiving, PATIENCE) == {"number": 1}
+            assert await asyncio.wait_for(receiving, TIMEOUT) == {"number": 1}
         await layer.send("jobs", {"number": 2})
-        assert await asyncio.wait_for(working, PATIENCE) == {"number": 2}
+        assert await asyncio.wait_for(working, TIMEOUT) == {"number": 2}
         await layer.send(channel, {"number": 3})
         assert await receive(layer, channel) == {"number": 3}
         await layer.flush()
@@ -383,7 +383,7 @@ async def test_calls_on_a_standby_raise_read_only_until_it_is_promoted(
 
 async def retry_until_available(call: Callable[[], Awaitable[None]]) -> None:
     """Call until the layer is available. Raise the last error if it stays unavailable."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while True:
         try:
             return await call()
@@ -413,7 +413,7 @@ async def test_primary_turned_read_only_is_left_for_the_promoted_standby(
         await until(lambda: server.execute("SHOW default_transaction_read_only") == [("on",)])
         with recovery("a primary turned read-only: until a message arrives from its successor"):
             with pytest.raises(LayerUnavailable, match="read-only"):
-                await asyncio.wait_for(impatient.group_send("room", {"number": -1}), PATIENCE)
+                await asyncio.wait_for(impatient.group_send("room", {"number": -1}), TIMEOUT)
             await promote(standby)
             for number in range(10, 20):
                 await sender.group_send("room", {"number": number})

@@ -18,7 +18,7 @@ from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.faults.test_membership_agreement import Agreement, new_channels
-from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, receive, until
+from tests.processes import TIMEOUT, Link, Process, Processes, listen, open_layer, receive, until
 
 GROUP = "room"
 WRITE, FLUSH = "pg_layer_write_memberships", "pg_layer_flush"
@@ -116,7 +116,7 @@ async def test_group_add_answered_after_a_flush_is_kept_and_listed(
         await other.send(marker, {"type": "flushed"})
         assert await receive(proxied, marker) == {"type": "flushed"}
         assert not adding.done()
-    await asyncio.wait_for(adding, PATIENCE)
+    await asyncio.wait_for(adding, TIMEOUT)
     pairs = [(GROUP, channel)]
     agreement = Agreement(proxied, other)
     assert await agreement.look(pairs) == (set(pairs), set(pairs))
@@ -163,7 +163,7 @@ async def test_memberships_changed_beside_flushes_agree_with_the_table(
                 await proxied.flush()
             other.say(orders)
             assert await other.hear() == "done"
-        await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
+        await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT)
         await agreement.reached_by_all(pairs)
 
 
@@ -185,6 +185,6 @@ async def test_flush_whose_control_message_another_flush_removed_returns(
         await until_locked_out(observer, FLUSH, 2)
         proxy.swallow()
         blocker.rollback()
-    await asyncio.wait_for(second, PATIENCE)
+    await asyncio.wait_for(second, TIMEOUT)
     proxy.let_go()
-    await asyncio.wait_for(first, PATIENCE)
+    await asyncio.wait_for(first, TIMEOUT)

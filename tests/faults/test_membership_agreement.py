@@ -17,7 +17,7 @@ from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.faults.readers import numbered, readers_of
 from tests.integration.test_django import postgres
-from tests.processes import PATIENCE, UNHURRIED, Link, Processes, listen, open_layer, receive, until
+from tests.processes import TIMEOUT, UNHURRIED, Link, Processes, listen, open_layer, receive, until
 from tests.project.configured import configured
 
 GROUP = "room"
@@ -52,7 +52,7 @@ class OpenTransaction:
             with transaction.atomic():
                 self._changes()
                 self._has_changed.set()
-                assert self._may_end.wait(2 * PATIENCE)
+                assert self._may_end.wait(2 * TIMEOUT)
                 transaction.set_rollback(not self._commits)
         except BaseException as error:
             self._error = error
@@ -125,7 +125,7 @@ class Agreement:
     async def reached_by_all(self, pairs: Iterable[Pair]) -> set[Pair]:
         """Wait until the listed members are the reached members, and return them. It stays so."""
         pairs = list(pairs)
-        deadline = asyncio.get_running_loop().time() + PATIENCE
+        deadline = asyncio.get_running_loop().time() + TIMEOUT
         while True:
             listed, reached = await self.look(pairs)
             if listed == reached and await self.look(pairs) == (listed, reached):
@@ -317,7 +317,7 @@ def backends(observer: Observer) -> set[Any]:
 
 async def returned(call: Callable[[], Awaitable[None]]) -> None:
     """Call until the call returns: its first attempt may use a connection that no longer works."""
-    deadline = asyncio.get_running_loop().time() + PATIENCE
+    deadline = asyncio.get_running_loop().time() + TIMEOUT
     while True:
         try:
             return await call()

@@ -14,7 +14,7 @@ from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.integration.test_django import postgres
 from tests.logs import events, records
-from tests.processes import PATIENCE, listen, open_layer, receive, until
+from tests.processes import TIMEOUT, listen, open_layer, receive, until
 from tests.project.commands import ROOT, django
 from tests.project.communicators import WebsocketCommunicator
 from tests.project.configured import configured
@@ -62,24 +62,24 @@ async def test_consumers_receive_notices_when_the_database_is_lost_and_back(
                 for app in (NoticeConsumer, SyncNoticeConsumer)
             ]
             for socket in sockets:
-                assert await socket.connect(timeout=PATIENCE) == (True, None)
+                assert await socket.connect(timeout=TIMEOUT) == (True, None)
             # When this message arrives, the listener listens.
             await layer.group_send("room", {"type": "chat.message", "text": "hello"})
             for socket in sockets:
-                assert await socket.receive_from(timeout=PATIENCE) == "hello"
+                assert await socket.receive_from(timeout=TIMEOUT) == "hello"
             await asyncio.to_thread(server.stop)
             for socket in sockets:
-                assert await socket.receive_from(timeout=PATIENCE) == "lost"
+                assert await socket.receive_from(timeout=TIMEOUT) == "lost"
             health = await layer.health()
             assert health["problems"]
             assert health["round_trip"] is None
             await asyncio.to_thread(server.start)
             for socket in sockets:
-                assert await socket.receive_from(timeout=PATIENCE) == "back"
+                assert await socket.receive_from(timeout=TIMEOUT) == "back"
             await layer.group_send("room", {"type": "chat.message", "text": "again"})
             for socket in sockets:
-                assert await socket.receive_from(timeout=PATIENCE) == "again"
-                await socket.disconnect(timeout=PATIENCE)
+                assert await socket.receive_from(timeout=TIMEOUT) == "again"
+                await socket.disconnect(timeout=TIMEOUT)
 
 
 async def test_notices_reach_only_consumers_that_read_in_this_process(

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from devtools.postgres.server import free_port
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
-from tests.processes import PATIENCE, Link, Processes, listen, open_layer, receive, until
+from tests.processes import TIMEOUT, Link, Processes, listen, open_layer, receive, until
 from tests.project.commands import Process, manage, started, succeeded
 
 Recovery = Callable[[str], AbstractContextManager[None]]
@@ -178,10 +178,10 @@ def start_server(
 
 async def joined(address: str) -> ClientConnection:
     """Return a connection to the server, as soon as it accepts any."""
-    deadline = asyncio.get_running_loop().time() + PATIENCE
+    deadline = asyncio.get_running_loop().time() + TIMEOUT
     while True:
         try:
-            return await connect(address, open_timeout=PATIENCE, proxy=None)
+            return await connect(address, open_timeout=TIMEOUT, proxy=None)
         except OSError:
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.05)

@@ -159,11 +159,11 @@ async def test_message_after_a_slow_renewal_is_not_treated_as_expired(
         sender = make_layer()
         channel = await layer.new_channel()
         await listen(layer)
-        home = layer._loops.main_engine
-        assert home is not None
-        assert home.owner is not None
+        engine = layer._loops.main_engine
+        assert engine is not None
+        assert engine.owner is not None
         proxy.swallow()
-        renewal = asyncio.create_task(home.owner.lease.renew(None, 30))
+        renewal = asyncio.create_task(engine.owner.lease.renew(None, 30))
         await asyncio.sleep(delay)
         proxy.let_go()
         await renewal

@@ -23,7 +23,7 @@ from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.faults.readers import numbered, readers_of, wait_for_members
 from tests.logs import event_of
-from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
+from tests.processes import TIMEOUT, Link, Process, Processes, listen, open_layer, until
 from tests.project.commands import manage, succeeded
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def stopped(process: Process[Report]) -> Iterator[None]:
 
 async def lease_is_over(layer: PostgresChannelLayer, members: int) -> None:
     """Return when the stopped process is not counted: "room" has ``members`` members."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while await layer.group_count("room") != members:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
@@ -335,7 +335,7 @@ async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
         if when == "after the sweep":
             await other.group_discard("room", removed)
         await other.group_send("room", numbered(0))
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while kept not in await other.group_channels("room"):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)

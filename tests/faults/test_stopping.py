@@ -22,7 +22,7 @@ from tests.faults.test_outcomes import MESSAGE, blocked, goes_away
 from tests.faults.test_processes import joined, start_server
 from tests.faults.test_sync_faults import locked
 from tests.processes import (
-    PATIENCE,
+    TIMEOUT,
     UNHURRIED,
     Link,
     Processes,
@@ -32,7 +32,7 @@ from tests.processes import (
     until,
 )
 
-LONG = 10 * PATIENCE  # seconds: a call that waits this long fails the test
+LONG = 10 * TIMEOUT  # seconds: a call that waits this long fails the test
 SOCKETS = 6
 
 
@@ -105,9 +105,9 @@ async def test_close_does_not_wait_for_a_database_that_is_away(proxy: Proxy, how
         proxy.swallow()
     sending = asyncio.create_task(layer.send("jobs", MESSAGE))
     await asyncio.sleep(0)
-    await asyncio.wait_for(layer.close(), PATIENCE)
+    await asyncio.wait_for(layer.close(), TIMEOUT)
     with pytest.raises(LayerUnavailable):
-        await asyncio.wait_for(sending, PATIENCE)
+        await asyncio.wait_for(sending, TIMEOUT)
 
 
 async def test_close_does_not_wait_for_a_send_of_the_background_loop(
@@ -122,9 +122,9 @@ async def test_close_does_not_wait_for_a_send_of_the_background_loop(
     with locked(migrated_dsn, "pg_layer_message"):
         sending = asyncio.create_task(asyncio.to_thread(send))
         await blocked(observer)
-        await asyncio.wait_for(layer.close(), PATIENCE)
+        await asyncio.wait_for(layer.close(), TIMEOUT)
         with pytest.raises(OutcomeUnknown):
-            await asyncio.wait_for(sending, PATIENCE)
+            await asyncio.wait_for(sending, TIMEOUT)
 
 
 @pytest.fixture

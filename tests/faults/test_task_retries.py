@@ -15,7 +15,7 @@ from pg_layer._runtime.owner import Owner
 from tests.conftest import MakeLayer, Observer
 from tests.faults.test_unexpected_answers import SHORT_HEARTBEAT, extra_column
 from tests.integration.test_catch_up import hear_all, owner_of
-from tests.processes import PATIENCE, receive, until
+from tests.processes import TIMEOUT, receive, until
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ async def test_catch_up_requested_after_dispatch_raised_runs_alone(
 
     failing_dispatch.condition = lambda _: not receiver._is_catching_up
     receiver.catch_up_soon()
-    await asyncio.wait_for(failing_dispatch.has_failed.wait(), PATIENCE)
+    await asyncio.wait_for(failing_dispatch.has_failed.wait(), TIMEOUT)
     monkeypatch.setattr(Receiver, "_read_new", read_slowly)
     receiver.catch_up_soon()
     await until(lambda: reading)
@@ -101,7 +101,7 @@ async def test_block_requested_after_dispatch_raised_is_not_ended_by_an_earlier_
 
     failing_dispatch.condition = lambda dispatcher: not dispatcher.is_blocked
     dispatcher._block(first)
-    await asyncio.wait_for(failing_dispatch.has_failed.wait(), PATIENCE)
+    await asyncio.wait_for(failing_dispatch.has_failed.wait(), TIMEOUT)
     dispatcher._block(second)
     await no_task_fails(layer)
     assert (runs, dispatcher.is_blocked) == ([1, 1], True)

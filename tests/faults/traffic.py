@@ -23,7 +23,7 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import LayerUnavailable, PostgresChannelLayer
 from pg_layer._state import log_events
 from tests.logs import event_of
-from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, until
+from tests.processes import TIMEOUT, Link, Process, Processes, listen, open_layer, until
 
 Recovery = Callable[[str], AbstractContextManager[None]]
 
@@ -142,7 +142,7 @@ async def send(link: Link, /, name: str, dsn: str, channels: list[str], **option
             outcome = RETURNED
             try:
                 # A send never hangs. If one does, this process fails.
-                await asyncio.wait_for(call(message), PATIENCE)
+                await asyncio.wait_for(call(message), TIMEOUT)
             except LayerUnavailable as error:
                 outcome = UNKNOWN if "unknown" in str(error) else REFUSED
                 link.say(("failed", stream, outcome))

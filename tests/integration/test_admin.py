@@ -187,7 +187,9 @@ print("12345" in page, "host-live" in page, 'name="_save"' in page, "deletelink"
     assert page == "True True False False"
 
 
-def test_a_client_that_closed_without_a_lease(migrated_dsn: str, observer: Observer) -> None:
+def test_client_pages_show_a_client_that_closed_without_a_lease(
+    migrated_dsn: str, observer: Observer
+) -> None:
     observer.execute("SELECT pg_layer_close('asgi', 'asgi!stranger')")
     output = ask(
         migrated_dsn,

@@ -43,7 +43,7 @@ from tests.stand_ins import find_first
 T = TypeVar("T")
 
 GROUP = "room"
-# Of the whole cluster: it belongs to no database.
+# The lock of NOTIFY belongs to the whole cluster, not to a database.
 CLUSTER_LOCKS = (
     "SELECT pid, mode FROM pg_locks"
     " WHERE locktype = 'object' AND classid = 'pg_database'::regclass AND objid = 0"
@@ -130,7 +130,7 @@ def commits_held_up(server: PostgresServer, observer: Observer) -> Iterator[None
 
     wait_for("nobody")
     try:
-        # A session hears of the setting when it begins its next statement.
+        # A session applies the setting when it begins its next statement.
         while not is_set():
             observer.execute("SELECT pg_sleep(0.01)")
         yield
@@ -139,17 +139,16 @@ def commits_held_up(server: PostgresServer, observer: Observer) -> Iterator[None
 
 
 def waiting(observer: Observer, wait_event: str) -> list[int]:
-    """Return the sessions that wait for that."""
+    """Return the pids of the sessions that wait for this event."""
     query = "SELECT pid FROM pg_stat_activity WHERE wait_event = %s"
     return [pid for (pid,) in observer.execute(query, [wait_event])]
 
 
 async def test_transactions_that_send_commit_at_once(server: PostgresServer, database: str) -> None:
-    """Commits are delayed on their way to the disk. Four transactions send, and commit at once.
+    """Commits wait for the disk. Four transactions send and commit at the same time.
 
-    All of them wait for the disk, and none for another one, as none has the lock of the
-    cluster. The layer's other messages pass meanwhile. The messages of the transactions arrive
-    once their commits are done.
+    No transaction waits for another one, because none has the lock of the cluster. Other messages
+    of the layer arrive meanwhile. The messages of the transactions arrive after their commits.
     """
     reader, other = new_layer(database), new_layer(database)
     with (
@@ -190,7 +189,7 @@ async def test_transactions_that_send_commit_at_once(server: PostgresServer, dat
 async def test_open_transaction_that_has_sent_holds_no_lock_of_the_cluster(
     layer: PostgresChannelLayer, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """A transaction has sent in every way, and is open: it has not locked what notifying locks."""
+    """An open transaction that has sent in every way has not taken the lock of NOTIFY."""
     reader, other = make_layer(), make_layer()
     channel = await member(reader)
 
@@ -201,7 +200,7 @@ async def test_open_transaction_that_has_sent_holds_no_lock_of_the_cluster(
             layer.sync.send_many([(channel, number(3)), (channel, number(4))])
             layer.sync.group_send_many([(GROUP, number(5)), (GROUP, number(6))])
             locks = observer.execute(CLUSTER_LOCKS).fetchall()
-            # The same within the database: others send without waiting for this transaction.
+            # In the database, too: other clients send without waiting for this transaction.
             asyncio.run_coroutine_threadsafe(other.group_send(GROUP, number(0)), loop).result(30)
         return locks
 
@@ -216,7 +215,7 @@ async def test_open_transaction_that_has_sent_holds_no_lock_of_the_cluster(
 async def test_message_of_a_transaction_arrives_after_its_commit(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """What other layers send while the transaction is open arrives before its messages."""
+    """Messages that other layers send while the transaction is open arrive before its messages."""
     reader, other = make_layer(), make_layer()
     channel = await member(reader)
     loop = asyncio.get_running_loop()
@@ -239,7 +238,7 @@ async def test_message_of_a_transaction_arrives_after_its_commit(
 async def test_message_of_a_transaction_that_is_rolled_back_never_arrives(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """It is announced neither at once, nor with the next transaction, nor at a heartbeat."""
+    """The message is not announced at once, with the next transaction, or at a heartbeat."""
     reader = make_layer(heartbeat=0.2)
     channel = await member(reader)
 
@@ -267,7 +266,7 @@ async def test_message_of_a_savepoint_that_is_rolled_back_never_arrives(
     """The transaction's other messages arrive at once, also those sent after the savepoint.
 
     Django discards on_commit callbacks together with a savepoint. The messages after it must be
-    announced nevertheless. The reader's next heartbeat is 20 minutes away.
+    announced nevertheless. The reader's next heartbeat is in 20 minutes.
     """
     reader = make_layer()
     channel = await member(reader)
@@ -299,7 +298,7 @@ async def test_message_of_a_savepoint_that_is_rolled_back_never_arrives(
 async def test_message_sent_on_commit_arrives_after_those_of_its_transaction(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """Callbacks of the application may run before the layer's own: their messages arrive later."""
+    """Messages of on_commit callbacks arrive last, even if a callback runs before the layer's."""
     reader = make_layer()
     channel = await member(reader)
 
@@ -350,7 +349,7 @@ async def test_message_of_a_transaction_that_django_does_not_manage_arrives(
 
 # ---------------------------------------------------------------------- the announcement
 
-# Found before the real function, which it calls.
+# The search path finds this function before the real one, which it calls.
 NOTED_NOTIFY = """
     CREATE SCHEMA noting;
     CREATE TABLE noting.noted (id serial, xid xid8);
@@ -364,7 +363,7 @@ NOTED_NOTIFY = """
 async def test_messages_of_one_transaction_are_announced_in_one_other_transaction_in_order(
     migrated_dsn: str, make_layer: MakeLayer, observer: Observer
 ) -> None:
-    """A transaction sends 20 times. One transaction after it announces all, and none within."""
+    """A transaction sends 20 times and announces none. One later transaction announces all."""
     observer.execute(NOTED_NOTIFY.encode())
     find_first(observer, "noting")
     reader = make_layer()
@@ -392,7 +391,7 @@ async def test_messages_of_one_transaction_are_announced_in_one_other_transactio
 async def test_capture_on_commit_callbacks_of_a_test_case_runs_the_announcement(
     layer: PostgresChannelLayer, make_layer: MakeLayer
 ) -> None:
-    """A test of the application, in its transaction that is never committed, runs the callbacks.
+    """A test of the application runs the callbacks in its transaction, which never commits.
 
     One callback announces all messages of a block, also of a later block. It raises nothing and
     leaves the test's transaction usable. Nothing arrives, because the test is rolled back.
@@ -431,7 +430,7 @@ async def test_capture_on_commit_callbacks_of_a_test_case_runs_the_announcement(
 
 
 async def end_after_commit(link: Link, dsn: str, channel: str) -> None:
-    """Commit a transaction that sends, and be killed before anything that follows the commit."""
+    """Commit a transaction that sends, and die before anything that follows the commit."""
 
     def commit() -> None:
         with on_django(dsn) as layer, transaction.atomic():
@@ -458,7 +457,7 @@ async def test_messages_of_a_process_killed_after_its_commit_arrive_within_two_h
     both = asyncio.gather(received(readers[0], channel, 6), received(readers[1], other, 3))
     first, second = await asyncio.wait_for(both, 2 * heartbeat + 10)
     assert (first, second) == (list(range(6)), [0, 2, 4])
-    # Nothing is found a second time, however often they look.
+    # Later searches find no message a second time.
     channels = (channel, other)
     more = [asyncio.create_task(receive(*each)) for each in zip(readers, channels, strict=True)]
     done, _ = await asyncio.wait(more, timeout=2.5 * heartbeat)

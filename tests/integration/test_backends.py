@@ -59,13 +59,13 @@ def works_everywhere(dsn: str, settings: Settings, code: str) -> None:
     assert succeeded(manage(dsn, "pg_layer_status", settings=settings)).startswith("ok\n")
 
 
-def test_backend_with_own_options_works_everywhere(fresh_database: str) -> None:
+def test_backend_with_own_options_connects_in_every_part_of_the_layer(fresh_database: str) -> None:
     """The keys are no options of libpq's, and the password is the one that the backend hands on."""
     works_everywhere(fresh_database, keyed(fresh_database), BOTH_WAYS)
 
 
 @pytest.mark.geventpool
-def test_geventpool_works_everywhere(fresh_database: str) -> None:
+def test_geventpool_backend_connects_in_every_part_of_the_layer(fresh_database: str) -> None:
     works_everywhere(
         fresh_database, geventpool(fresh_database), f"{BOTH_WAYS}\nconnection.closeall()"
     )
@@ -98,6 +98,6 @@ connection.closeall()
 
 
 @pytest.mark.geventpool
-def test_sync_in_greenlets_sends(migrated_dsn: str) -> None:
+def test_layer_sync_in_greenlets_sends(migrated_dsn: str) -> None:
     succeeded(run(migrated_dsn, "-c", GREENLETS, settings=geventpool(migrated_dsn)))
     assert left_behind(migrated_dsn) == ["jobs"] * 10

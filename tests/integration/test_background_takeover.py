@@ -10,7 +10,7 @@ from psycopg.conninfo import make_conninfo
 
 from tests.conftest import Observer
 from tests.processes import new_layer
-from tests.project.commands import PATIENCE, eventually
+from tests.project.commands import TIMEOUT, eventually
 
 NAME = "pg_layer_test_takeover"
 
@@ -31,7 +31,7 @@ def test_receive_of_a_queued_message_on_a_new_loop_ends_the_background_loop(
 
     async def take() -> list[int]:
         return [
-            (await asyncio.wait_for(layer.receive(channel), PATIENCE))["number"] for _ in range(2)
+            (await asyncio.wait_for(layer.receive(channel), TIMEOUT))["number"] for _ in range(2)
         ]
 
     assert asyncio.run(take()) == [0, 1]

@@ -15,7 +15,7 @@ from channels.utils import await_many_dispatch
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer
-from tests.processes import PATIENCE, Link, Process, Processes, listen, open_layer, receive
+from tests.processes import TIMEOUT, Link, Process, Processes, listen, open_layer, receive
 
 CAPACITY = 100  # the default
 COUNT = 1000
@@ -89,7 +89,7 @@ async def read_as_a_consumer(layer: PostgresChannelLayer, channel: str) -> list[
     receive_next: Any = partial(layer.receive, channel)
     reading = asyncio.create_task(await_many_dispatch([receive_next], dispatch))
     try:
-        await asyncio.wait_for(is_over.wait(), PATIENCE)
+        await asyncio.wait_for(is_over.wait(), TIMEOUT)
     finally:
         reading.cancel()
         await asyncio.wait([reading])

@@ -46,10 +46,10 @@ async def received(layer: PostgresChannelLayer, channel: str, count: int) -> lis
 
 
 def owner_of(layer: PostgresChannelLayer) -> Owner:
-    home = layer._loops.main_engine
-    assert home is not None
-    assert home.owner is not None
-    return home.owner
+    engine = layer._loops.main_engine
+    assert engine is not None
+    assert engine.owner is not None
+    return engine.owner
 
 
 async def hear_all(layer: PostgresChannelLayer) -> None:

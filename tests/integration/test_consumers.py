@@ -11,7 +11,7 @@ import pytest
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
-from tests.processes import PATIENCE, Link, Processes, open_layer, until
+from tests.processes import TIMEOUT, Link, Processes, open_layer, until
 from tests.project.asgi import application
 from tests.project.communicators import HttpCommunicator, WebsocketCommunicator
 from tests.project.configured import configured
@@ -31,14 +31,14 @@ async def layer(make_layer: MakeLayer) -> AsyncIterator[PostgresChannelLayer]:
 async def connected(path: str) -> AsyncIterator[WebsocketCommunicator]:
     """Connect a browser to a consumer of the test project. Disconnect at the end."""
     socket = WebsocketCommunicator(application, path)
-    assert await socket.connect(timeout=PATIENCE) == (True, None)
+    assert await socket.connect(timeout=TIMEOUT) == (True, None)
     yield socket
-    await socket.disconnect(timeout=PATIENCE)
+    await socket.disconnect(timeout=TIMEOUT)
 
 
 async def receive_texts(socket: WebsocketCommunicator, count: int = 1) -> list[str | bytes]:
     """Receive ``count`` texts from the consumer."""
-    return [await socket.receive_from(timeout=PATIENCE) for _ in range(count)]
+    return [await socket.receive_from(timeout=TIMEOUT) for _ in range(count)]
 
 
 def count_members(observer: Observer) -> int:
@@ -99,7 +99,7 @@ async def test_json_consumers_receive_direct_and_group_messages(
 ) -> None:
     async with connected("json/") as alice, connected("json/") as bob:
         alices, bobs = [
-            (await socket.receive_json_from(timeout=PATIENCE))["channel"] for socket in (alice, bob)
+            (await socket.receive_json_from(timeout=TIMEOUT))["channel"] for socket in (alice, bob)
         ]
         assert alices != bobs
         # The name of a channel addresses one consumer, the name of a group addresses all.
@@ -107,18 +107,18 @@ async def test_json_consumers_receive_direct_and_group_messages(
             {"say": {"text": "psst", "numbers": [1, 2.5, None, True]}, "to": bobs}
         )
         await alice.send_json_to({"say": "hello"})
-        assert await bob.receive_json_from(timeout=PATIENCE) == {
+        assert await bob.receive_json_from(timeout=TIMEOUT) == {
             "said": {"text": "psst", "numbers": [1, 2.5, None, True]}
         }
         for socket in (alice, bob):
-            assert await socket.receive_json_from(timeout=PATIENCE) == {"said": "hello"}
+            assert await socket.receive_json_from(timeout=TIMEOUT) == {"said": "hello"}
     assert count_members(observer) == 0
 
 
 async def test_http_consumer_sends_to_the_group(layer: PostgresChannelLayer) -> None:
     async with connected("async/") as socket:
         request = HttpCommunicator(application, "POST", "/post/", body=b"hello from HTTP")
-        response = await request.get_response(timeout=PATIENCE)
+        response = await request.get_response(timeout=TIMEOUT)
         assert (response["status"], response["body"]) == (200, b"said")
         assert await receive_texts(socket) == ["hello from HTTP"]
 
@@ -129,7 +129,7 @@ async def test_sixty_consumers_share_at_most_three_connections(
     layer = make_layer()
     with configured(layer):
         sockets = [WebsocketCommunicator(application, CHATS[n % 2]) for n in range(60)]
-        assert await asyncio.gather(*(socket.connect(timeout=PATIENCE) for socket in sockets)) == [
+        assert await asyncio.gather(*(socket.connect(timeout=TIMEOUT) for socket in sockets)) == [
             (True, None)
         ] * len(sockets)
         assert count_members(observer) == len(sockets)
@@ -146,7 +146,7 @@ async def test_sixty_consumers_share_at_most_three_connections(
             " WHERE datname = current_database() AND application_name LIKE 'pg_layer%'"
         ).fetchall()
         assert 1 <= count <= 3
-        await asyncio.gather(*(socket.disconnect(timeout=PATIENCE) for socket in sockets))
+        await asyncio.gather(*(socket.disconnect(timeout=TIMEOUT) for socket in sockets))
         assert count_members(observer) == 0
 
 
@@ -223,17 +223,17 @@ async def test_worker_replies_to_the_channel_of_a_consumer(layer: PostgresChanne
     """A consumer sends a job. The worker replies on the consumer's own channel."""
 
     async def worker() -> dict[str, Any]:
-        job = await asyncio.wait_for(layer.receive("thumbnails"), PATIENCE)
+        job = await asyncio.wait_for(layer.receive("thumbnails"), TIMEOUT)
         await layer.send(
             job["reply_to"], {"type": "chat.message", "content": f"made {job['number']}"}
         )
         return job
 
     async with connected("json/") as socket:
-        channel = (await socket.receive_json_from(timeout=PATIENCE))["channel"]
+        channel = (await socket.receive_json_from(timeout=TIMEOUT))["channel"]
         working = asyncio.create_task(worker())
         await layer.send(
             "thumbnails", {"type": "thumbnails.make", "number": 7, "reply_to": channel}
         )
-        assert await socket.receive_json_from(timeout=PATIENCE) == {"said": "made 7"}
+        assert await socket.receive_json_from(timeout=TIMEOUT) == {"said": "made 7"}
         await working

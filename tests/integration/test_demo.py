@@ -29,7 +29,7 @@ from devtools.postgres import PostgresServer
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"^ +(server [AB]): (http://127\.0\.0\.1:\d+)/$")
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ class RunningDemo:
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
-        rest, _ = self.process.communicate(timeout=PATIENCE)
+        rest, _ = self.process.communicate(timeout=TIMEOUT)
         return self.process.returncode, rest
 
     @contextmanager
@@ -77,7 +77,7 @@ class RunningDemo:
         """Yield a connection to the chat that has received its welcome."""
         address = self.addresses[server]
         url = f"{address.replace('http', 'ws', 1)}{path}?{urlencode({'name': name})}"
-        with connect(url, origin=Origin(address), open_timeout=PATIENCE) as connection:
+        with connect(url, origin=Origin(address), open_timeout=TIMEOUT) as connection:
             chat = Chat(connection)
             chat.welcome = chat.next("welcome")
             yield chat
@@ -109,7 +109,7 @@ class Chat:
     def next(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Return the next event of that kind with those fields; skip earlier events."""
         while True:
-            event: dict[str, Any] = json.loads(self.connection.recv(timeout=PATIENCE))
+            event: dict[str, Any] = json.loads(self.connection.recv(timeout=TIMEOUT))
             if event["type"] == kind and fields.items() <= event.items():
                 return event
 
@@ -173,7 +173,7 @@ class Page:
 
     def _show(self, request: Request) -> int:
         try:
-            response = self._open(request, timeout=PATIENCE)
+            response = self._open(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             response = error
         with response:
@@ -191,7 +191,7 @@ def get(url: str, **headers: str) -> tuple[int, str]:
     """Return status and text of a page."""
     opener = build_opener(ProxyHandler({}))  # local servers have no proxy
     try:
-        with opener.open(Request(url, headers=headers), timeout=PATIENCE) as response:
+        with opener.open(Request(url, headers=headers), timeout=TIMEOUT) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -393,7 +393,7 @@ def test_demo_ended_leaves_nothing_behind(signum: signal.Signals) -> None:
             status, output = demo.end(signum)
         assert status == (-signum if signum == signal.SIGKILL else 0), output
         assert "Traceback" not in output
-        _, alive = psutil.wait_procs(left, timeout=PATIENCE)
+        _, alive = psutil.wait_procs(left, timeout=TIMEOUT)
         assert alive == []
         assert not folder.exists()
 
@@ -405,12 +405,12 @@ def test_demo_server_process_dies_is_reported_and_ends_the_demo() -> None:
         demo.child("uvicorn", port).kill()
         status, output = demo.wait()
         assert status == 1
-        assert "server B ended by SIGKILL. The last it said:" in output
+        assert "server B ended by SIGKILL. Its last output:" in output
         assert (
             f"Uvicorn running on {demo.addresses['server B']}"
-            in output.partition("The last it said:")[2]
+            in output.partition("Its last output:")[2]
         )
-        assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
+        assert psutil.wait_procs(left, timeout=TIMEOUT)[1] == []
 
 
 def test_demo_postgresql_dies_is_reported_and_ends_the_demo() -> None:
@@ -425,7 +425,7 @@ def test_demo_postgresql_dies_is_reported_and_ends_the_demo() -> None:
         status, output = demo.wait()
         assert status == 1
         assert "PostgreSQL ended. Its log ends with:" in output
-        assert psutil.wait_procs(left, timeout=PATIENCE)[1] == []
+        assert psutil.wait_procs(left, timeout=TIMEOUT)[1] == []
 
 
 def test_demo_given_database_and_ports_in_use() -> None:

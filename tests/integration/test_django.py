@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.components import missing
 from tests.conftest import Observer
-from tests.project.commands import PATIENCE, ROOT, django, manage, succeeded
+from tests.project.commands import ROOT, TIMEOUT, django, manage, succeeded
 
 Settings = dict[str, Any]
 
@@ -439,7 +439,7 @@ def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_p
                 },
                 capture_output=True,
                 text=True,
-                timeout=2 * PATIENCE,
+                timeout=2 * TIMEOUT,
             )
         )
 

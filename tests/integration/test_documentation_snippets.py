@@ -21,7 +21,7 @@ from django.conf import settings
 
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
-from tests.processes import PATIENCE, receive
+from tests.processes import TIMEOUT, receive
 from tests.project.communicators import WebsocketCommunicator
 from tests.project.configured import configured
 
@@ -47,7 +47,7 @@ async def layer(make_layer: MakeLayer) -> AsyncIterator[PostgresChannelLayer]:
 async def connected(consumer: Any) -> WebsocketCommunicator:
     """Connect a browser to a consumer."""
     socket = WebsocketCommunicator(consumer.as_asgi(), "/")
-    assert await socket.connect(timeout=PATIENCE) == (True, None)
+    assert await socket.connect(timeout=TIMEOUT) == (True, None)
     return socket
 
 
@@ -122,13 +122,13 @@ async def test_snippet_of_events_with_ids_reaches_the_consumer(layer: PostgresCh
         room_id=7,
         message="hello",
     )
-    assert await socket.receive_json_from(timeout=PATIENCE) == {
+    assert await socket.receive_json_from(timeout=TIMEOUT) == {
         "msg_type": "message",
         "room": 7,
         "username": "ann",
         "message": "hello",
     }
-    await socket.disconnect(timeout=PATIENCE)
+    await socket.disconnect(timeout=TIMEOUT)
 
 
 SINGLE_CHANNELS = """
@@ -183,9 +183,9 @@ async def test_snippet_of_single_channels_reaches_each_consumer(
     for name in Clients.names:
         await execute(SEND_TO_ONE.replace("channel_name", name))
     for socket in sockets:
-        assert await socket.receive_from(timeout=PATIENCE) == "Hello there!"
+        assert await socket.receive_from(timeout=TIMEOUT) == "Hello there!"
         assert await socket.receive_nothing()
-        await socket.disconnect(timeout=PATIENCE)
+        await socket.disconnect(timeout=TIMEOUT)
     assert not Clients.names
 
 
@@ -260,9 +260,9 @@ async def test_snippet_of_groups_is_a_chat(layer: PostgresChannelLayer, observer
     sockets = [await connected(consumer) for _ in range(3)]
     await sockets[0].send_to("hello")
     for socket in sockets:
-        assert await socket.receive_from(timeout=PATIENCE) == "hello"
+        assert await socket.receive_from(timeout=TIMEOUT) == "hello"
     for socket in sockets:
-        await socket.disconnect(timeout=PATIENCE)
+        await socket.disconnect(timeout=TIMEOUT)
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
 
 
@@ -287,12 +287,12 @@ async def test_snippets_of_use_outside_of_consumers_reach_the_group(
     )
     await asyncio.to_thread(execute_in_thread, FORCE_DISCONNECT, channel_layer=channel_layer)
     for socket in sockets:
-        assert await socket.receive_from(timeout=PATIENCE) == "* Lunch!"
-        assert await socket.receive_output(timeout=PATIENCE) == {
+        assert await socket.receive_from(timeout=TIMEOUT) == "* Lunch!"
+        assert await socket.receive_output(timeout=TIMEOUT) == {
             "type": "websocket.close",
             "code": 4000,
         }
-        await socket.disconnect(timeout=PATIENCE)
+        await socket.disconnect(timeout=TIMEOUT)
 
 
 @pytest.mark.parametrize("event", ["chat.join", "chat_join", "chat.join.now"])
@@ -305,8 +305,8 @@ async def test_message_type_with_dots_names_the_handler(
     attributes = {"groups": ["chat"], event.replace(".", "_"): handler}
     socket = await connected(type("Consumer", (WebsocketConsumer,), attributes))
     await layer.group_send("chat", {"type": event})
-    assert await socket.receive_from(timeout=PATIENCE) == event
-    await socket.disconnect(timeout=PATIENCE)
+    assert await socket.receive_from(timeout=TIMEOUT) == event
+    await socket.disconnect(timeout=TIMEOUT)
 
 
 # ---------------------------------------------------------------------- our own pages

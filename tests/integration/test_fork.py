@@ -34,18 +34,18 @@ def assert_different(clients: list[str]) -> None:
     assert len(set(clients)) == len(clients)
 
 
-def test_fork_before_use(forking: Any) -> None:
+def test_fork_before_use_makes_different_clients(forking: Any) -> None:
     result = forking("before_use")
     assert_different(result["clients"])
 
 
-def test_fork_after_use(forking: Any) -> None:
+def test_fork_after_use_makes_a_new_client_in_the_child_only(forking: Any) -> None:
     result = forking("after_use")
     assert_different(result["clients"])
     assert result["again"] == result["clients"][0]  # the parent is still the same client
 
 
-def test_fork_while_the_parent_receives(forking: Any) -> None:
+def test_fork_while_the_parent_receives_keeps_its_connections_and_messages(forking: Any) -> None:
     result = forking("while_receiving")
     assert_different(result["clients"])
     assert result["numbers"] == [1, 2, 3]
@@ -53,7 +53,7 @@ def test_fork_while_the_parent_receives(forking: Any) -> None:
     assert result["kept"], "a child disturbed its parent's connections"
 
 
-def test_fork_after_synchronous_use(forking: Any) -> None:
+def test_fork_after_synchronous_use_keeps_the_connections_and_the_order(forking: Any) -> None:
     result = forking("after_sync_use")
     assert_different(result["clients"])
     assert 2 <= result["connections"] <= 3  # a process with members listens
@@ -65,7 +65,7 @@ def test_fork_after_synchronous_use(forking: Any) -> None:
         assert own == sorted(own)
 
 
-def test_children_that_end_in_order_leave_the_parent_alone(forking: Any) -> None:
+def test_fork_children_that_close_leave_the_parent_unchanged(forking: Any) -> None:
     result = forking("children_that_leave_in_order")
     assert result["idle"] == [None, None]
     assert_different(result["clients"])
@@ -73,30 +73,30 @@ def test_children_that_end_in_order_leave_the_parent_alone(forking: Any) -> None
     assert result["numbers"] == [1, 2]
 
 
-def test_close_in_a_child_closes_the_child_only(forking: Any) -> None:
+def test_fork_close_in_a_child_leaves_the_parent_open(forking: Any) -> None:
     assert forking("a_childs_close") == {"numbers": [1], "is_alone": True}
 
 
-def test_a_child_cannot_receive_on_its_parents_channels(forking: Any) -> None:
+def test_fork_receive_in_a_child_on_a_channel_of_its_parent_raises(forking: Any) -> None:
     result = forking("foreign_channels")
     assert result["outcome"].startswith("TypeError: ")
     assert "another process" in result["outcome"]
     assert result["numbers"] == [1]
 
 
-def test_grandchildren(forking: Any) -> None:
+def test_fork_of_a_child_makes_a_third_client(forking: Any) -> None:
     result = forking("grandchildren")
     assert len(result["clients"]) == 3
     assert_different(result["clients"])
 
 
-def test_children_of_multiprocessing(forking: Any, observer: Observer) -> None:
+def test_multiprocessing_children_are_different_clients(forking: Any, observer: Observer) -> None:
     result = forking("with_multiprocessing")
     assert_different(result["clients"])
     assert result["statuses"] == [0, 0]
 
 
-def test_children_of_multiprocessing_that_end_leave_no_lease(forking: Any) -> None:
+def test_multiprocessing_children_that_end_leave_no_lease(forking: Any) -> None:
     result = forking("multiprocessing_ends")
     assert_different(result["clients"])
     assert result["left"] == []
@@ -104,7 +104,7 @@ def test_children_of_multiprocessing_that_end_leave_no_lease(forking: Any) -> No
     assert result["statuses"] == [0, 0, 0, 3, 0]
 
 
-def test_fork_while_threads_send(forking: Any) -> None:
+def test_fork_while_threads_send_loses_no_message(forking: Any) -> None:
     assert forking("while_threads_send") == {"numbers": list(range(12))}
 
 
@@ -127,7 +127,7 @@ async def hear_room_and_jobs(link: Link, dsn: str) -> None:
             task.cancel()
 
 
-async def test_a_task_queues_workers_send_in_transactions(
+async def test_forked_task_workers_sending_in_transactions_lose_and_double_nothing(
     migrated_dsn: str, processes: Processes, observer: Observer
 ) -> None:
     servers = [processes.start(hear_room_and_jobs, migrated_dsn) for _ in range(2)]

@@ -80,7 +80,7 @@ async_to_sync(layer.close)()
 """
 
 
-async def test_async_to_sync_under_greenlets_works_one_call_at_a_time(
+async def test_async_to_sync_under_greenlets_runs_one_call_at_a_time(
     migrated_dsn: str, make_layer: MakeLayer, library: str
 ) -> None:
     layer = make_layer()
@@ -116,7 +116,7 @@ print("end")
 """
 
 
-async def test_layer_sync_under_greenlets_works_concurrently(
+async def test_layer_sync_under_greenlets_runs_calls_concurrently(
     migrated_dsn: str, make_layer: MakeLayer, library: str
 ) -> None:
     layer = make_layer()

@@ -13,7 +13,7 @@ from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.faults.proxy import Proxy
 from tests.processes import (
-    PATIENCE,
+    TIMEOUT,
     Link,
     Message,
     Process,
@@ -432,7 +432,7 @@ async def test_group_expiry_is_measured_by_the_clock_of_the_database(
     seconds_left = observer.execute(
         "SELECT extract(epoch FROM expires_at - clock_timestamp())::float8 FROM pg_layer_membership"
     ).fetchall()
-    assert 60 - PATIENCE < seconds_left[0][0] <= 60
+    assert 60 - TIMEOUT < seconds_left[0][0] <= 60
     await layer.group_send("room", {"number": 0})
     await layer.send(channel, {"number": 1})
     assert await ask(reader, "receive_all", channel, 1) == [0, 1]

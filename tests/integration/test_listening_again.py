@@ -17,10 +17,10 @@ STEPS = 100  # of the loop, within which a LISTEN begins
 
 def receiver_of(layer: PostgresChannelLayer) -> Receiver:
     """Return the receiver of a layer that receives in this loop."""
-    home = layer._loops.main_engine
-    assert home is not None
-    assert home.owner is not None
-    return home.owner.receiver
+    engine = layer._loops.main_engine
+    assert engine is not None
+    assert engine.owner is not None
+    return engine.owner.receiver
 
 
 def has_idle_reader(jobs: JobReaders) -> bool:

@@ -20,7 +20,7 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import LayerUnavailable, PostgresChannelLayer
 from pg_layer._runtime import engine
 from tests.processes import new_layer
-from tests.project.commands import PATIENCE, eventually, run, succeeded
+from tests.project.commands import TIMEOUT, eventually, run, succeeded
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -99,7 +99,7 @@ def number(n: int) -> Message:
 
 
 async def soon(work: Coroutine[Any, Any, T]) -> T:
-    return await asyncio.wait_for(work, PATIENCE)
+    return await asyncio.wait_for(work, TIMEOUT)
 
 
 async def received(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
@@ -146,13 +146,13 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.start(work).result(PATIENCE)
+        return self.start(work).result(TIMEOUT)
 
     def halt(self) -> None:
         """Stop the loop without cancelling its tasks or closing it."""
         self._is_halted = True
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
     def stop(self) -> None:
@@ -161,7 +161,7 @@ class LoopThread:
             self.loop.call_soon_threadsafe(self._stop.set)
         elif self._is_halted and not self.loop.is_closed():
             end(self.loop)
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
 
@@ -468,7 +468,7 @@ def test_two_loops_receive_at_the_same_time_on_their_own_channels(
                 await other.send(channel, number(n + 1))
 
     asyncio.run(from_elsewhere())
-    assert [future.result(PATIENCE) for future in futures] == [list(range(60))] * 2
+    assert [future.result(TIMEOUT) for future in futures] == [list(range(60))] * 2
 
 
 @pytest.mark.parametrize("loops", [1, 2])
@@ -491,7 +491,7 @@ def test_receivers_do_not_wait_while_jobs_wait(
             # Each receiver takes one job, and waits for the others.
             workers = [threads[k % loops].start(received(layer, "jobs", 1)) for k in range(3)]
             elsewhere.do(send(range(3 * n, 3 * n + 3)))
-            numbers = [worker.result(PATIENCE)[0] for worker in workers]
+            numbers = [worker.result(TIMEOUT)[0] for worker in workers]
             assert sorted(numbers) == [3 * n, 3 * n + 1, 3 * n + 2]
         threads[0].do(layer.close())
 
@@ -520,7 +520,7 @@ def test_two_loops_reading_one_normal_channel_share_its_jobs(
             await sender.send("jobs", number(n))
 
     asyncio.run(from_elsewhere())
-    assert sorted(done.get(timeout=PATIENCE) for _ in range(80)) == list(range(80))
+    assert sorted(done.get(timeout=TIMEOUT) for _ in range(80)) == list(range(80))
 
     async def end() -> None:
         for _ in workers:
@@ -528,7 +528,7 @@ def test_two_loops_reading_one_normal_channel_share_its_jobs(
 
     asyncio.run(end())
     for worker in workers:
-        worker.result(PATIENCE)
+        worker.result(TIMEOUT)
     assert done.empty()
 
 
@@ -552,7 +552,7 @@ def test_send_while_the_owner_loop_runs_in_another_thread_arrives(
             await asyncio.gather(*(layer.send(channel, number(n)) for n in range(100, 150)))
 
         asyncio.run(from_this_thread())
-        numbers = future.result(PATIENCE)
+        numbers = future.result(TIMEOUT)
         assert numbers[:100] == list(range(100))
         assert sorted(numbers[100:]) == list(range(100, 150))
         assert len(backends(migrated_dsn, name)) <= 3
@@ -571,7 +571,7 @@ def test_loop_that_receives_takes_over_from_a_loop_that_sends(
         waiting = receiver.start(received(layer, "jobs", 10))
         for n in range(10):
             sender.do(layer.send("jobs", number(n)))
-        assert sorted(waiting.result(PATIENCE)) == list(range(10))
+        assert sorted(waiting.result(TIMEOUT)) == list(range(10))
         eventually(
             lambda: len(backends(migrated_dsn, name)) <= 3, "one listens, two are in the pool"
         )
@@ -600,7 +600,7 @@ def test_waiting_loop_takes_over_when_the_owner_loop_ends(
     first.stop()
     asyncio.run(other.send(channel, number(2)))
     asyncio.run(other.send(channel, number(3)))
-    assert waiting.result(PATIENCE) == [1, 2, 3]
+    assert waiting.result(TIMEOUT) == [1, 2, 3]
 
 
 def test_jobs_claimed_by_an_ended_loop_come_before_the_rest(
@@ -652,7 +652,7 @@ def test_receive_cancelled_on_a_foreign_loop_takes_no_message(
 
     waiting = loop_thread().start(soon(impatient()))
     asyncio.run(from_elsewhere())
-    assert waiting.result(PATIENCE) == list(range(40))
+    assert waiting.result(TIMEOUT) == list(range(40))
 
 
 def test_foreign_loop_ending_while_it_waits_leaves_messages_to_others(
@@ -667,7 +667,7 @@ def test_foreign_loop_ending_while_it_waits_leaves_messages_to_others(
     foreign.stop()
     for future in left:
         with pytest.raises(concurrent.futures.CancelledError):
-            future.result(PATIENCE)
+            future.result(TIMEOUT)
     for name in (channel, "jobs"):
         asyncio.run(other.send(name, number(1)))
         assert owner.do(received(layer, name, 1)) == [1]
@@ -735,7 +735,7 @@ def test_call_served_by_another_loop_succeeds_when_that_loop_ends(
                 owner.halt()
             else:
                 owner.stop()
-        waiting.result(PATIENCE)
+        waiting.result(TIMEOUT)
         owner.stop()
         caller.do(layer.close())
     assert left_behind(migrated_dsn)[0] == 0
@@ -754,8 +754,8 @@ def test_call_on_a_loop_during_a_takeover_from_it_succeeds(
             main = layer._loops.main_engine
             receiving = receiver.start(received(layer, "jobs", 1))
             eventually(lambda: main is not None and main.stopped.done(), "the sender has stopped")
-        assert waiting.result(PATIENCE) == 0
-        assert receiving.result(PATIENCE) == [0]
+        assert waiting.result(TIMEOUT) == 0
+        assert receiving.result(TIMEOUT) == [0]
         receiver.do(layer.close())
 
 
@@ -782,7 +782,7 @@ def test_receive_from_a_full_channel_succeeds_when_the_owner_loop_halts(
         owner.do(layer.send(channel, number(0)))
         eventually(lambda: bool(waiting_backends(migrated_dsn)), "the row is being deleted")
         owner.halt()
-        assert waiting.result(PATIENCE) == [0]
+        assert waiting.result(TIMEOUT) == [0]
         conn.rollback()
         owner.stop()
         foreign.do(layer.close())
@@ -801,8 +801,8 @@ def test_call_served_by_another_loop_fails_when_the_layer_is_closed(
             until_one_waits()
             closing = owner.start(layer.close())
             with pytest.raises(LayerUnavailable, match="closed"):
-                waiting.result(PATIENCE)
-        closing.result(PATIENCE)
+                waiting.result(TIMEOUT)
+        closing.result(TIMEOUT)
         assert not backends(migrated_dsn, name)
 
 
@@ -883,7 +883,7 @@ def test_close_cancelled_at_any_step_goes_on(
         return waiting
 
     with pytest.raises(LayerUnavailable):
-        asyncio.run(use()).result(PATIENCE)
+        asyncio.run(use()).result(TIMEOUT)
 
 
 def test_close_cancelled_before_the_database_answers_goes_on(
@@ -946,7 +946,7 @@ def test_close_from_a_foreign_loop_succeeds_when_the_owner_loop_ends(
         closing = closer.start(layer.close())
         until_one_waits()
         owner.stop()
-    closing.result(PATIENCE)
+    closing.result(TIMEOUT)
     assert left_behind(migrated_dsn) == (0, 0)
 
 
@@ -1051,7 +1051,7 @@ def test_uvloop_as_owner_loop_serves_foreign_loops(
     waiting = foreign.start(received(layer, channel, 20))
     asyncio.run(_group_send_all(layer, 0, 10))
     asyncio.run(_group_send_all(other, 10, 20))
-    assert waiting.result(PATIENCE) == list(range(20))
+    assert waiting.result(TIMEOUT) == list(range(20))
     owner.do(layer.close())
 
 

@@ -21,7 +21,7 @@ from pg_layer import PostgresChannelLayer
 from pg_layer._groups.changes import OwnChanges
 from pg_layer._send.operations import Change
 from tests.integration.test_django import postgres
-from tests.processes import PATIENCE, UNHURRIED, Message, open_layer, receive
+from tests.processes import TIMEOUT, UNHURRIED, Message, open_layer, receive
 from tests.project.configured import configured
 
 LAYERS = {0: 12, 100: 12, 1500: 4}  # layers, by the number of messages that wait at first
@@ -86,7 +86,7 @@ class Writer:
 
     def wait(self) -> None:
         """Wait until all messages are sent that wait in the channel before it joins."""
-        assert self._has_sent_before.wait(PATIENCE)
+        assert self._has_sent_before.wait(TIMEOUT)
 
     def join(self) -> None:
         """Note that the channel is a member now."""
@@ -185,7 +185,7 @@ async def test_state_of_receiving_touched_on_a_foreign_loop_fails_an_assertion(
         entries = [
             receiver.search_marked(),
             owner.lease.renew_on(NO_SESSION, None),
-            changes.write([Change("room", channel, False, CAPACITY)], PATIENCE),
+            changes.write([Change("room", channel, False, CAPACITY)], TIMEOUT),
         ]
         for entry in entries:
             with pytest.raises(AssertionError):

@@ -12,7 +12,7 @@ from pg_layer._state import log_events
 from tests.conftest import MakeLayer, Observer
 from tests.logs import records
 from tests.processes import until
-from tests.project.commands import PATIENCE, eventually
+from tests.project.commands import TIMEOUT, eventually
 
 
 def failed_tasks(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -42,7 +42,7 @@ async def test_polling_goes_on_after_an_unexpected_error(
         await until(lambda: failed_tasks(caplog))
         assert failed_tasks(caplog) == ["Polling"]
     await make_layer().send(channel, {"type": "test"})
-    assert await asyncio.wait_for(waiting, PATIENCE) == {"type": "test"}
+    assert await asyncio.wait_for(waiting, TIMEOUT) == {"type": "test"}
     assert all(record.exc_info for record in records(caplog, log_events.TASK_FAILED))
 
 

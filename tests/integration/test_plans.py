@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import PostgresChannelLayer
 from pg_layer._messages.addresses import channel_address, group_address, notification_channel
 from tests.conftest import MakeLayer, Observer
-from tests.processes import PATIENCE, listen, receive, until
+from tests.processes import TIMEOUT, listen, receive, until
 
 TABLES = ("pg_layer_message", "pg_layer_membership", "pg_layer_client")
 MANY = 20_000  # rows that a statement must not read
@@ -395,7 +395,7 @@ def test_group_send_batch_many_empty_groups_is_not_quadratic(observer: Observer)
             FROM pg_layer_boot
         """
     )
-    observer.execute(f"SET statement_timeout = '{PATIENCE}s'")
+    observer.execute(f"SET statement_timeout = '{TIMEOUT}s'")
     [(ids,)] = observer.execute(
         """
         SELECT sent.ids

@@ -348,7 +348,7 @@ runpy.run_module("devtools.postgres", run_name="__main__")
     ],
     ids=["help", "start"],
 )
-def test_the_command_line_explains_itself_without_psycopg(
+def test_command_line_without_psycopg_names_the_package(
     arguments: list[str], status: int, says: str
 ) -> None:
     command = [sys.executable, "-c", WITHOUT_PSYCOPG, "-", *arguments]

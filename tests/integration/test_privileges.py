@@ -1,4 +1,4 @@
-"""Roles that only send, receive or look: what they can do, and that no privilege is superfluous."""
+"""Roles that only send, receive or watch. None of their privileges is superfluous."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_sender_role_sends_in_every_way(make_layer: MakeLayer, sender_dsn:
     for channel in (member, "members"):
         await layer.group_add("room", channel)
     await listen(layer)
-    for n, size in enumerate((0, 10_000)):  # singly
+    for n, size in enumerate((0, 10_000)):  # one by one
         for channel in (own, "jobs"):
             await sender.send(channel, number(n, size))
         await sender.group_send("room", number(n, size), exclude="specific.nobody!1")
@@ -196,7 +196,7 @@ NOT_FOR_SENDERS = [
     "UPDATE pg_layer_message SET expires_at = 'infinity'",
     "DELETE FROM pg_layer_message",
     "TRUNCATE pg_layer_message",
-    # Changing memberships, and forging control messages.
+    # Change memberships and forge control messages.
     "INSERT INTO pg_layer_membership VALUES ('room', 'x', 'y', 0, true, 'infinity')",
     "DELETE FROM pg_layer_membership",
     "INSERT INTO pg_layer_message (address, xid, boot, kind, expires_at)"
@@ -323,7 +323,7 @@ async def test_receiver_role_receives(
         assert await numbers(receiver, channel, 4) == [0, 1, 2, 3]
     assert await receiver.group_count("room") == 2
     assert (await receiver.health())["problems"] == []
-    left = b"SELECT FROM pg_layer_message WHERE address NOT LIKE '%!@%'"  # a group's expire
+    left = b"SELECT FROM pg_layer_message WHERE address NOT LIKE '%!@%'"  # those of groups expire
     await until(lambda: observer.execute(left).fetchall() == [])
     await receiver.close()
     assert observer.execute("SELECT channel FROM pg_layer_membership").fetchall() == [("jobs",)]
@@ -336,7 +336,7 @@ async def test_receiver_role_workers_claim_and_release_jobs(
     workers = [make_layer(dsn=receiver_dsn, capacity=1000) for _ in range(2)]
     for n in range(100):
         await sender.send("jobs", number(n))
-    done = await numbers(workers[0], "jobs", 30)  # and claims some ahead
+    done = await numbers(workers[0], "jobs", 30)  # it has claimed more jobs
     await workers[0].close()
     done += await numbers(workers[1], "jobs", 70)
     assert done == list(range(100))
@@ -382,7 +382,7 @@ async def test_user_role_calls_everything(
     assert shown.split() == ["Client", "Group", "Message"]
 
 
-# ---------------------------------------------------------------------- roles that only look
+# ---------------------------------------------------------------------- roles that only watch
 
 ADMIN_APPS = [
     "django.contrib.admin",
@@ -456,7 +456,7 @@ async def test_receive_without_privileges_logs_and_waits(
     await until(waiting.done)
 
 
-# ---------------------------------------------------------------------- nothing can be spared
+# ---------------------------------------------------------------------- every privilege is needed
 
 LIVE, MINE = "asgi!live", "asgi!mine"
 PREFIX = "asgi"
@@ -468,7 +468,7 @@ MARKED = send.Unannounced(1, 1, 1, LIVE, "a.live!1", "message", None, b"{}")
 
 
 async def begin_a_later_boot(session: Session) -> None:
-    """Begin a boot, as a promoted standby whose clock is behind."""
+    """Begin a boot like that of a promoted standby whose clock is behind."""
     await reading.position(session, 0)
     await reading.position(session, 10**15)
 

@@ -22,7 +22,7 @@ from pg_layer._db.statement import BYTEA, FLOAT8, INT4, INT8S, TEXT, TEXTS, Stat
 from tests.conftest import MakeLayer, Observer
 from tests.processes import until
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 ECHO = Statement("SELECT $1, $2, $3, $4", TEXT, INT4, FLOAT8, BYTEA)
 ARRAYS = Statement("SELECT $1, $2", TEXTS, INT8S)
 LENGTH = Statement("SELECT octet_length($1), $1", BYTEA)
@@ -131,7 +131,7 @@ async def test_execute_cancelled_is_reusable_after_settle(
     assert not session.is_reusable
     settling = asyncio.create_task(session.settle())
     unlock(lock)
-    await asyncio.wait_for(settling, PATIENCE)
+    await asyncio.wait_for(settling, TIMEOUT)
     assert session.is_reusable
     assert await session.execute(NUMBER, 1) == [(1,)]
 
@@ -144,14 +144,14 @@ async def test_execute_cancelled_when_the_answer_arrives_is_reusable_after_settl
     unlock(lock)
     # The answer is here before the loop polls. The loop reads it in the step of the
     # cancellation, before it, or after it.
-    assert select.select([session.fileno()], [], [], PATIENCE)[0]
+    assert select.select([session.fileno()], [], [], TIMEOUT)[0]
     for _ in range(turns):
         await asyncio.sleep(0)
     task.cancel()
-    done, _ = await asyncio.wait({task}, timeout=PATIENCE)
+    done, _ = await asyncio.wait({task}, timeout=TIMEOUT)
     assert done
     if not session.is_reusable:
-        await asyncio.wait_for(session.settle(), PATIENCE)
+        await asyncio.wait_for(session.settle(), TIMEOUT)
     assert session.is_reusable
     assert await session.execute(NUMBER, 1) == [(1,)]
 
@@ -165,7 +165,7 @@ async def test_settle_rolls_back_the_transaction_of_a_cancelled_caller(
     task.cancel()
     await asyncio.wait({task})
     unlock(lock)
-    await asyncio.wait_for(session.settle(), PATIENCE)
+    await asyncio.wait_for(session.settle(), TIMEOUT)
     assert session.is_reusable
 
 
@@ -185,7 +185,7 @@ async def test_execute_on_a_terminated_backend_raises_the_servers_reason(
     fd = session.fileno()
     lock.execute("SELECT pg_terminate_backend(%s)", (session.conn.info.backend_pid,))
     with pytest.raises(errors.AdminShutdown):
-        await asyncio.wait_for(task, PATIENCE)
+        await asyncio.wait_for(task, TIMEOUT)
     assert not session.is_reusable
     # The loop does not watch the file descriptor any more: the next socket may get its number.
     assert not asyncio.get_running_loop().remove_reader(fd)
@@ -230,7 +230,7 @@ async def test_execute_on_a_connection_closed_meanwhile_raises(
     else:
         session.close()
     with pytest.raises(psycopg.OperationalError):
-        await asyncio.wait_for(task, PATIENCE)
+        await asyncio.wait_for(task, TIMEOUT)
     assert not session.is_reusable
     session.cut()
     session.close()
@@ -261,17 +261,17 @@ async def test_layer_whose_prepared_statements_were_deallocated_goes_on(
     layer: PostgresChannelLayer = make_layer()
     channel = await layer.new_channel()
     await layer.send(channel, {"n": 0})
-    assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": 0}
+    assert await asyncio.wait_for(layer.receive(channel), TIMEOUT) == {"n": 0}
     engine = layer._loops.main_engine
     assert engine is not None
 
     async def deallocate(session: Session) -> None:
         await session.execute(DEALLOCATE)
 
-    await engine.connections.run(deallocate, timeout=PATIENCE)
+    await engine.connections.run(deallocate, timeout=TIMEOUT)
     for n in range(1, 4):
         await layer.send(channel, {"n": n})
-        assert await asyncio.wait_for(layer.receive(channel), PATIENCE) == {"n": n}
+        assert await asyncio.wait_for(layer.receive(channel), TIMEOUT) == {"n": n}
 
 
 # ---------------------------------------------------------------------- blocking statements

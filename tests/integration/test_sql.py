@@ -22,7 +22,7 @@ from pg_layer._db.queries import all_statements
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.conftest import migrate
 from tests.faults.test_notify_refused import full_queue
-from tests.processes import PATIENCE, Message, listen, open_layer, receive
+from tests.processes import TIMEOUT, Message, listen, open_layer, receive
 from tests.project.commands import django, manage, succeeded
 from tests.project.communicators import WebsocketCommunicator
 from tests.project.configured import configured
@@ -906,15 +906,15 @@ async def watching(count: int = 1) -> AsyncIterator[list[WebsocketCommunicator]]
     exec(CONSUMER, names)
     sockets = [WebsocketCommunicator(names["Articles"].as_asgi(), "/") for _ in range(count)]
     for socket in sockets:
-        assert await socket.connect(timeout=PATIENCE) == (True, None)
+        assert await socket.connect(timeout=TIMEOUT) == (True, None)
     yield sockets
     for socket in sockets:
-        await socket.disconnect(timeout=PATIENCE)
+        await socket.disconnect(timeout=TIMEOUT)
 
 
 async def seen(sockets: list[WebsocketCommunicator]) -> list[str]:
     """Return the title that each browser shows next."""
-    return [(await socket.receive_json_from(timeout=PATIENCE))["title"] for socket in sockets]
+    return [(await socket.receive_json_from(timeout=TIMEOUT))["title"] for socket in sockets]
 
 
 async def test_documented_trigger_message_reaches_browsers(news_dsn: str) -> None:

@@ -119,7 +119,9 @@ async def test_stats_after_close_counters_continue(make_layer: MakeLayer) -> Non
         assert layer.stats()["sent"] == layer.stats()["delivered"] == layer.stats()["received"] == n
 
 
-async def test_stats_in_a_thread_without_a_loop(make_layer: MakeLayer) -> None:
+async def test_stats_in_a_thread_without_a_loop_are_those_of_the_layer(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer()
     channel = await layer.new_channel()
     await layer.send(channel, number(1))
@@ -172,7 +174,7 @@ def test_stats_in_a_forked_child_begin_at_zero(migrated_dsn: str) -> None:
 # ---------------------------------------------------------------------- sending
 
 
-async def test_sends_and_batches(make_layer: MakeLayer) -> None:
+async def test_sent_and_batches_count_messages_and_statements(make_layer: MakeLayer) -> None:
     layer = make_layer()
     moved = Moved(layer)
     for n in range(3):
@@ -186,7 +188,7 @@ async def test_sends_and_batches(make_layer: MakeLayer) -> None:
     assert 4 < moved["batches"] < 4 + 50
 
 
-async def test_group_sends(make_layer: MakeLayer) -> None:
+async def test_group_sent_counts_messages_to_groups(make_layer: MakeLayer) -> None:
     layer = make_layer()
     for name in ("one", "two", "three"):
         await layer.group_add("room", name)
@@ -197,7 +199,7 @@ async def test_group_sends(make_layer: MakeLayer) -> None:
     assert moved.all() == {"group_sent": 4, "batches": 3}
 
 
-async def test_refusals(make_layer: MakeLayer) -> None:
+async def test_refused_full_counts_each_refused_message(make_layer: MakeLayer) -> None:
     layer = make_layer(capacity=2)
     moved = Moved(layer)
     for n in range(2):
@@ -211,7 +213,9 @@ async def test_refusals(make_layer: MakeLayer) -> None:
     assert layer.stats()["mean_batch_size"] == 7 / 6
 
 
-async def test_a_normal_channel_that_is_full_misses_a_groups_message(make_layer: MakeLayer) -> None:
+async def test_dropped_full_counts_group_messages_that_a_full_normal_channel_misses(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(channel_capacity={"small": 2})
     for name in ("small", "large"):
         await layer.group_add("room", name)
@@ -221,7 +225,7 @@ async def test_a_normal_channel_that_is_full_misses_a_groups_message(make_layer:
     assert moved.all() == {"group_sent": 5, "batches": 5, "dropped_full": 3}
 
 
-async def test_bad_input_is_not_counted(make_layer: MakeLayer) -> None:
+async def test_sent_does_not_count_invalid_calls(make_layer: MakeLayer) -> None:
     layer = make_layer()
     with pytest.raises(TypeError):
         await layer.send("no channel", number(1))
@@ -229,7 +233,7 @@ async def test_bad_input_is_not_counted(make_layer: MakeLayer) -> None:
     assert not layer.stats()["batches"]
 
 
-async def test_operations_that_wait_for_the_statement_in_flight(
+async def test_pending_operations_counts_those_behind_the_statement_in_flight(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(capacity=1000)
@@ -252,7 +256,7 @@ async def test_operations_that_wait_for_the_statement_in_flight(
 # ---------------------------------------------------------------------- receiving
 
 
-async def test_inline_messages_and_reads(
+async def test_inline_messages_and_reads_count_small_and_large_messages(
     make_layer: MakeLayer, processes: Processes, migrated_dsn: str
 ) -> None:
     layer = make_layer()
@@ -268,7 +272,7 @@ async def test_inline_messages_and_reads(
     assert moved.all() == {"received": 2, "delivered": 2, "inline_messages": 1, "reads": 1}
 
 
-async def test_a_groups_message_is_received_once_and_delivered_to_each(
+async def test_received_counts_a_group_message_once_and_delivered_each_member(
     make_layer: MakeLayer,
 ) -> None:
     layer = make_layer()
@@ -283,7 +287,7 @@ async def test_a_groups_message_is_received_once_and_delivered_to_each(
     assert moved.of("received", "delivered") == {"received": 1, "delivered": 3}
 
 
-async def test_jobs(make_layer: MakeLayer) -> None:
+async def test_delivered_counts_each_job_once(make_layer: MakeLayer) -> None:
     layer = make_layer()
     moved = Moved(layer)
     for n in range(20):
@@ -294,7 +298,9 @@ async def test_jobs(make_layer: MakeLayer) -> None:
     assert moved["received"] >= 20  # some may have gone back and come again
 
 
-async def test_a_full_member_misses_a_groups_message(make_layer: MakeLayer) -> None:
+async def test_dropped_full_counts_group_messages_that_a_full_member_misses(
+    make_layer: MakeLayer,
+) -> None:
     layer = make_layer(capacity=4)
     slow, quick = [await layer.new_channel() for _ in range(2)]
     for channel in (slow, quick):
@@ -312,7 +318,7 @@ async def test_a_full_member_misses_a_groups_message(make_layer: MakeLayer) -> N
     assert layer.stats()["queued_messages"] == 4
 
 
-async def test_messages_that_expire_in_their_queue(
+async def test_dropped_expired_counts_messages_that_expire_in_their_queue(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer()
@@ -333,7 +339,7 @@ async def test_messages_that_expire_in_their_queue(
     }
 
 
-async def test_messages_that_cannot_be_read(
+async def test_dropped_undecodable_counts_messages_that_cannot_be_decoded(
     make_layer: MakeLayer, processes: Processes, migrated_dsn: str
 ) -> None:
     layer = make_layer(symmetric_encryption_keys=["secret"])
@@ -372,7 +378,7 @@ async def test_delivered_does_not_count_messages_put_back(
     assert delivered["delivered"] == 1
 
 
-async def test_channels_and_memberships(make_layer: MakeLayer) -> None:
+async def test_channels_and_memberships_follow_the_calls(make_layer: MakeLayer) -> None:
     layer = make_layer()
     channels = [await layer.new_channel() for _ in range(3)]
     await listen(layer)
@@ -396,7 +402,7 @@ async def test_channels_and_memberships(make_layer: MakeLayer) -> None:
 # ---------------------------------------------------------------------- staying alive
 
 
-async def test_the_listener_and_the_lease(make_layer: MakeLayer) -> None:
+async def test_listener_and_lease_age_follow_the_state(make_layer: MakeLayer) -> None:
     layer = make_layer()
     await layer.send("jobs", number(1))
     assert (layer.stats()["listener"], layer.stats()["lease_age"]) == ("off", None)
@@ -413,7 +419,7 @@ async def test_the_listener_and_the_lease(make_layer: MakeLayer) -> None:
     assert 0 <= renewed < 1000
 
 
-async def test_polling(make_layer: MakeLayer) -> None:
+async def test_listener_of_a_polling_layer_is_polling(make_layer: MakeLayer) -> None:
     layer = make_layer(poll_interval=0.05)
     await listen(layer)
     stats = layer.stats()
@@ -428,7 +434,9 @@ def test_listener_of_an_ended_loop_is_off(migrated_dsn: str) -> None:
     asyncio.run(layer.close())
 
 
-async def test_reconnects(make_layer: MakeLayer, observer: Observer) -> None:
+async def test_reconnects_counts_each_lost_connection(
+    make_layer: MakeLayer, observer: Observer
+) -> None:
     layer = make_layer()
     await listen(layer)
     assert layer.stats()["reconnects"] == 0
@@ -498,7 +506,7 @@ def no_notify(observer: Observer) -> None:
 
 
 @pytest.mark.usefixtures("no_notify")
-async def test_refused_notifications(make_layer: MakeLayer) -> None:
+async def test_refused_notifications_counts_those_of_calls_and_pings(make_layer: MakeLayer) -> None:
     sender = make_layer()
     await sender.group_add("room", "jobs")
     moved = Moved(sender)
@@ -520,7 +528,7 @@ async def test_refused_notifications(make_layer: MakeLayer) -> None:
 
 
 @pytest.mark.usefixtures("no_notify")
-def test_refused_notifications_of_synchronous_code(migrated_dsn: str) -> None:
+def test_refused_notifications_counts_those_of_synchronous_calls(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(lease=3600)
     with on_django(layer, default=postgres(migrated_dsn)):
         layer.sync.send("jobs", number(1))
@@ -532,7 +540,7 @@ def test_refused_notifications_of_synchronous_code(migrated_dsn: str) -> None:
 # ---------------------------------------------------------------------- layer.sync
 
 
-def test_synchronous_calls_are_counted_with_the_others(migrated_dsn: str) -> None:
+def test_counters_include_synchronous_calls(migrated_dsn: str) -> None:
     layer = PostgresChannelLayer(lease=3600, channel_capacity={"small": 1})
     with on_django(layer, default=postgres(migrated_dsn)):
         layer.sync.group_add("room", "small")
@@ -553,13 +561,13 @@ def test_synchronous_calls_are_counted_with_the_others(migrated_dsn: str) -> Non
 
 
 @contextmanager
-def home_thread() -> Iterator[LoopThread]:
+def owner_thread() -> Iterator[LoopThread]:
     """A thread with a lasting event loop, which the layer uses."""
-    home = LoopThread()
+    owner = LoopThread()
     try:
-        yield home
+        yield owner
     finally:
-        home.stop()
+        owner.stop()
 
 
 def in_threads(work: Callable[[int], object]) -> None:
@@ -568,7 +576,7 @@ def in_threads(work: Callable[[int], object]) -> None:
 
 
 @pytest.mark.usefixtures("hasty_switches")
-def test_deliveries_in_threads_are_counted_exactly(migrated_dsn: str) -> None:
+def test_delivered_in_threads_is_exact(migrated_dsn: str) -> None:
     layer = new_layer(migrated_dsn, capacity=10 * TIMES, expiry=600)
     channels = [async_to_sync(layer.new_channel)() for _ in range(THREADS)]
 
@@ -580,20 +588,20 @@ def test_deliveries_in_threads_are_counted_exactly(migrated_dsn: str) -> None:
         for n in range(TIMES):
             assert (await layer.receive(channel))["n"] == n
 
-    with home_thread() as home:
-        home.do(listen(layer))
+    with owner_thread() as owner:
+        owner.do(listen(layer))
         moved = Moved(layer)
-        home.do(send_all())
+        owner.do(send_all())
         in_threads(lambda index: asyncio.run(receive_all(channels[index])))
         assert moved.of("sent", "received", "delivered") == dict.fromkeys(
             ("sent", "received", "delivered"), THREADS * TIMES
         )
         assert layer.stats()["queued_messages"] == 0
-        home.do(layer.close())
+        owner.do(layer.close())
 
 
 @pytest.mark.usefixtures("hasty_switches")
-def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Observer) -> None:
+def test_sent_in_threads_is_exact(migrated_dsn: str, observer: Observer) -> None:
     """Send on the owner loop, through `async_to_sync`, and by `layer.sync`, all at once."""
     layer = PostgresChannelLayer(lease=3600, capacity=10_000)
     each = TIMES // 2
@@ -604,7 +612,7 @@ def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Obser
 
     def work(index: int) -> None:
         if index % 3 == 0:
-            home.do(send_all())
+            owner.do(send_all())
             return
         send: Callable[[str, Message], object] = layer.sync.send
         group_send: Callable[[str, Message], object] = layer.sync.group_send
@@ -615,7 +623,7 @@ def test_sends_in_threads_are_counted_exactly(migrated_dsn: str, observer: Obser
             group_send("room", number(n))
         connections.close_all()
 
-    with on_django(layer, default=postgres(migrated_dsn)), home_thread() as home:
+    with on_django(layer, default=postgres(migrated_dsn)), owner_thread() as owner:
         layer.sync.group_add("room", "elsewhere")
         in_threads(work)
         stats = layer.stats()
@@ -642,7 +650,7 @@ def counters_of(observer: Observer, channel: str) -> dict[str, int]:
     return counters
 
 
-async def test_the_row_of_the_lease_holds_the_clients_counters(
+async def test_counters_in_the_row_of_the_lease_are_those_of_the_client(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
     layer = make_layer(heartbeat=0.1, lease=60)

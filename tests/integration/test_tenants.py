@@ -115,7 +115,7 @@ def schemas_with_tables(dsn: str) -> list[str]:
 
 @pytest.mark.tenants
 @pytest.mark.parametrize("public", ["public", "shared"])
-def test_tenants_with_the_layer_shared_send_and_receive(
+def test_tenants_with_a_shared_layer_send_and_receive(
     fresh_database: str, project: None, public: str
 ) -> None:
     settings = tenants(fresh_database, public=public)

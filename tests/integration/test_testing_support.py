@@ -14,7 +14,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Observer
-from tests.project.commands import PATIENCE, ROOT, django, environment
+from tests.project.commands import ROOT, TIMEOUT, django, environment
 
 DOCUMENTATION = ROOT / "docs" / "testing.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
@@ -67,7 +67,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=2 * TIMEOUT,
     )
     return f"{result.stdout}\nstatus {result.returncode}"
 
@@ -120,7 +120,7 @@ test_databases.__test__ = False  # type: ignore[attr-defined]
     ],
     ids=["Django", "Django in parallel", "pytest"],
 )
-def test_the_demos_tests(
+def test_tests_of_the_demo_pass_and_leave_no_database(
     tmp_path: Path, observer: Observer, migrated_dsn: str, arguments: list[str], count: str
 ) -> None:
     environ = {"PG_LAYER_DSN": migrated_dsn, "DJANGO_SETTINGS_MODULE": "example.settings"}
@@ -132,7 +132,7 @@ def test_the_demos_tests(
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_the_documentation_shows_the_demos_tests(snippet: str) -> None:
+def test_documentation_examples_are_in_the_tests_of_the_demo(snippet: str) -> None:
     # Each has the imports that it needs, and not those of the rest of its module.
     _, _, code = snippet.rpartition("\n\n\n")
     assert any(
@@ -140,7 +140,8 @@ def test_the_documentation_shows_the_demos_tests(snippet: str) -> None:
     )
 
 
-def test_each_example_runs_by_itself(tmp_path: Path, migrated_dsn: str) -> None:
+def test_documentation_examples_run_outside_of_the_demo(tmp_path: Path, migrated_dsn: str) -> None:
+    """Each snippet is a file of its own, with its own imports."""
     (tmp_path / "pytest.ini").write_text(PYTEST_INI)
     for number, snippet in enumerate(SNIPPETS):
         name = "conftest.py" if snippet.startswith("pytest_plugins") else f"test_{number}.py"
@@ -152,7 +153,7 @@ def test_each_example_runs_by_itself(tmp_path: Path, migrated_dsn: str) -> None:
     assert output.endswith("status 0"), output
 
 
-def test_the_documentation_has_examples_and_its_links_lead_somewhere() -> None:
+def test_documentation_links_have_targets() -> None:
     assert len(SNIPPETS) == 5
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", DOCUMENTATION.read_text(encoding="utf-8")):
         assert (DOCUMENTATION.parent / target).exists(), target
@@ -177,7 +178,7 @@ def addresses(observer: Observer) -> list[str]:
     return [address for (address,) in rows]
 
 
-def test_messages_come_in_the_order_of_sending(migrated_dsn: str) -> None:
+def test_captured_messages_returns_them_in_the_order_of_sending(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -208,7 +209,7 @@ def test_messages_come_in_the_order_of_sending(migrated_dsn: str) -> None:
     )
 
 
-def test_what_a_savepoint_sent_that_was_rolled_back_is_not_in_it(migrated_dsn: str) -> None:
+def test_captured_messages_omits_those_of_a_savepoint_rolled_back(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -230,7 +231,7 @@ def test_what_a_savepoint_sent_that_was_rolled_back_is_not_in_it(migrated_dsn: s
     )
 
 
-def test_each_block_has_its_own(migrated_dsn: str) -> None:
+def test_captured_messages_nested_blocks_capture_their_own_messages(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -250,7 +251,7 @@ def test_each_block_has_its_own(migrated_dsn: str) -> None:
     )
 
 
-def test_normal_channel_in_a_group_is_sent_a_message_of_its_own(migrated_dsn: str) -> None:
+def test_captured_messages_normal_channel_in_a_group_has_its_own_message(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -269,7 +270,7 @@ def test_normal_channel_in_a_group_is_sent_a_message_of_its_own(migrated_dsn: st
     )
 
 
-def test_encrypted_messages_of_another_prefix_and_from_sql(migrated_dsn: str) -> None:
+def test_captured_messages_encrypted_and_sent_by_sql_are_decoded(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -292,7 +293,7 @@ def test_encrypted_messages_of_another_prefix_and_from_sql(migrated_dsn: str) ->
     )
 
 
-def test_short_leases_and_expiries_do_not_matter(migrated_dsn: str) -> None:
+def test_captured_messages_with_short_lease_and_expiry_are_complete(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -315,7 +316,7 @@ def test_short_leases_and_expiries_do_not_matter(migrated_dsn: str) -> None:
     )
 
 
-def test_where_transactions_commit_it_tells_what_was_committed(
+def test_captured_messages_outside_of_transactions_returns_committed_ones(
     migrated_dsn: str, observer: Observer
 ) -> None:
     captured(
@@ -342,7 +343,7 @@ def test_where_transactions_commit_it_tells_what_was_committed(
     assert observer.execute("SELECT FROM pg_layer_client").fetchall() == []
 
 
-def test_an_error_in_the_block_is_the_one_that_is_raised(
+def test_captured_messages_error_in_the_block_is_raised_unchanged(
     migrated_dsn: str, observer: Observer
 ) -> None:
     captured(
@@ -363,7 +364,7 @@ def test_an_error_in_the_block_is_the_one_that_is_raised(
         assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
 
 
-def test_what_cannot_be_captured_leaves_no_member(migrated_dsn: str, observer: Observer) -> None:
+def test_captured_messages_failing_leaves_no_member(migrated_dsn: str, observer: Observer) -> None:
     captured(
         migrated_dsn,
         """
@@ -392,7 +393,7 @@ def test_what_cannot_be_captured_leaves_no_member(migrated_dsn: str, observer: O
         assert observer.execute(f"SELECT FROM pg_layer_{table}").fetchall() == []
 
 
-def test_group_whose_only_member_is_the_captured_one_is_not_skipped(
+def test_captured_messages_group_without_other_members_is_not_skipped(
     migrated_dsn: str, observer: Observer
 ) -> None:
     """If leases have been renewed without a gap, messages to empty groups are not written."""
@@ -415,7 +416,7 @@ def test_group_whose_only_member_is_the_captured_one_is_not_skipped(
     )
 
 
-def test_wrong_calls_say_what_is_wrong(migrated_dsn: str) -> None:
+def test_captured_messages_wrong_arguments_raise(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -464,7 +465,7 @@ class LeftoverTests(ResetLayersMixin, {base}):
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
         await layer.group_send("room", say(1))
-        assert await asyncio.wait_for(layer.receive(channel), {patience}) == say(1)
+        assert await asyncio.wait_for(layer.receive(channel), {timeout}) == say(1)
         asyncio.create_task(layer.receive(channel))
         await asyncio.sleep(0)
 
@@ -486,10 +487,10 @@ class LeftoverTests(ResetLayersMixin, {base}):
 
 @pytest.mark.parametrize("base", ["TestCase", "TransactionTestCase"])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_test_cases_begin_with_clean_layers(
+def test_reset_layers_mixin_each_test_begins_with_clean_layers(
     tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str, base: str
 ) -> None:
-    suite = LEFTOVERS.format(base=base, patience=PATIENCE)
+    suite = LEFTOVERS.format(base=base, timeout=TIMEOUT)
     output = run_suite(runner, tmp_path, migrated_dsn, suite, plugin=False)
     assert output.endswith("status 0"), output
     assert test_databases(observer) == []
@@ -498,7 +499,7 @@ def test_test_cases_begin_with_clean_layers(
 @pytest.mark.parametrize(
     "mark", ["django_db", "django_db(transaction=True)", "usefixtures('transactional_db')"]
 )
-def test_the_plugin_cleans_layers(
+def test_plugin_each_test_begins_with_clean_layers(
     tmp_path: Path, migrated_dsn: str, observer: Observer, mark: str
 ) -> None:
     output = run_suite(
@@ -529,7 +530,7 @@ def test_the_plugin_cleans_layers(
         async def test_3_has_a_fixture_that_uses_the_layer(member):
             layer = get_channel_layer()
             await layer.group_send("room", say(1))
-            assert await asyncio.wait_for(layer.receive(member), {PATIENCE}) == say(1)
+            assert await asyncio.wait_for(layer.receive(member), {TIMEOUT}) == say(1)
 
         async def test_4_asks_the_database_from_async_code():
             assert await Message.objects.acount() == 0
@@ -542,7 +543,7 @@ def test_the_plugin_cleans_layers(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_layers_are_closed_before_django_empties_its_tables(
+def test_reset_layers_closes_layers_before_django_flushes_its_tables(
     tmp_path: Path, migrated_dsn: str, runner: str
 ) -> None:
     output = run_suite(
@@ -577,9 +578,10 @@ def test_layers_are_closed_before_django_empties_its_tables(
     assert ("Ran 2 tests" if runner == "django" else "3 passed") in output
 
 
-def test_without_the_plugin_there_is_something_to_clean(
+def test_suite_without_the_plugin_leaves_its_database_in_use(
     tmp_path: Path, migrated_dsn: str, observer: Observer
 ) -> None:
+    """This shows that the tests of the plugin have something to clean."""
     output = run_suite(
         "pytest",
         tmp_path,
@@ -597,7 +599,7 @@ def test_without_the_plugin_there_is_something_to_clean(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_layer_by_dsn_is_closed_and_keeps_its_messages(
+def test_reset_layers_mixin_layer_by_dsn_is_closed_and_keeps_its_messages(
     tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str
 ) -> None:
     layers = {
@@ -619,7 +621,7 @@ def test_a_layer_by_dsn_is_closed_and_keeps_its_messages(
     assert observer.execute("SELECT FROM pg_layer_client WHERE ended_at IS NULL").fetchall() == []
 
 
-def test_a_test_that_has_not_asked_for_the_layers_database_is_told(
+def test_plugin_test_without_the_layers_database_is_an_error_that_names_the_mark(
     tmp_path: Path, migrated_dsn: str, observer: Observer
 ) -> None:
     output = run_suite(
@@ -640,7 +642,7 @@ def test_a_test_that_has_not_asked_for_the_layers_database_is_told(
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
-def test_a_test_case_that_has_not_asked_for_the_layers_database_is_told(
+def test_reset_layers_mixin_without_the_layers_database_names_databases(
     tmp_path: Path, migrated_dsn: str, fresh_database: str, observer: Observer
 ) -> None:
     parameters = conninfo_to_dict(migrated_dsn)
@@ -680,7 +682,7 @@ def test_a_test_case_that_has_not_asked_for_the_layers_database_is_told(
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
-def test_the_mixin_stands_first(migrated_dsn: str) -> None:
+def test_reset_layers_mixin_behind_a_test_case_raises(migrated_dsn: str) -> None:
     captured(
         migrated_dsn,
         """
@@ -699,7 +701,7 @@ def test_the_mixin_stands_first(migrated_dsn: str) -> None:
     )
 
 
-def test_the_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: str) -> None:
+def test_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: str) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass")
     (tmp_path / "pytest.ini").write_text(PYTEST_INI)
     environments: list[dict[str, str]] = [{}, {"DJANGO_SETTINGS_MODULE": ""}]
@@ -718,9 +720,9 @@ def test_the_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: 
         assert "1 passed" in output, output
 
 
-def test_it_needs_no_pytest() -> None:
+def test_testing_module_imports_without_pytest() -> None:
     code = (
         "import sys; sys.modules['pytest'] = None; "
         "import pg_layer.testing; pg_layer.testing.reset_layers()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT)

@@ -18,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 import pg_layer._runtime.engine
 from pg_layer import ChannelFull, LayerUnavailable, MessageTooLarge, PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
-from tests.project.commands import PATIENCE, django, eventually
+from tests.project.commands import TIMEOUT, django, eventually
 
 CALLS = 500
 THREADS = 8
@@ -47,7 +47,7 @@ def sync_layer(named_dsn: str) -> Iterator[PostgresChannelLayer]:
 
 async def receive_numbers(layer: PostgresChannelLayer, channel: str, count: int) -> list[int]:
     """Return the numbers of the next ``count`` messages."""
-    return [(await asyncio.wait_for(layer.receive(channel), PATIENCE))["n"] for _ in range(count)]
+    return [(await asyncio.wait_for(layer.receive(channel), TIMEOUT))["n"] for _ in range(count)]
 
 
 def in_threads(function: Callable[[int], object], count: int = CALLS) -> None:
@@ -328,7 +328,7 @@ async def test_send_from_a_thread_while_the_loop_is_stuck_raises_after_its_timeo
 
     thread = threading.Thread(target=send)
     thread.start()
-    assert ended.wait(PATIENCE)  # this loop is stuck meanwhile, and nothing else writes
+    assert ended.wait(TIMEOUT)  # this loop is stuck meanwhile, and nothing else writes
     thread.join()
     assert [type(error) for error in outcome] == [LayerUnavailable]
     # The message that raised is not sent later.

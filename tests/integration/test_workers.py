@@ -20,7 +20,7 @@ from psycopg.conninfo import make_conninfo
 from pg_layer import PostgresChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.processes import (
-    PATIENCE,
+    TIMEOUT,
     Link,
     Process,
     Processes,
@@ -409,7 +409,7 @@ async def test_process_ending_without_close_releases_jobs_and_removes_its_rows(
         [sys.executable, "-W", "error", "-X", "dev", "-c", ENDS_NORMALLY, migrated_dsn, ending],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
     assert ended.returncode == (3 if ending == "exit" else 0)
     assert not re.search("Traceback|Warning|never retrieved|was destroyed", ended.stderr)
@@ -489,7 +489,7 @@ async def test_members_of_a_killed_process_are_not_counted_after_its_lease_and_a
     ).fetchall()
     await until(lambda: count_rows(observer, "client", "expires_at <= clock_timestamp()") == 1)
     # The lease is over when the living process has renewed its own for a whole lease.
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while (members := await layer.group_channels("room")) != [other]:
         assert sorted(members) == sorted([channel, other])
         assert time.monotonic() < deadline

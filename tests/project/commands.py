@@ -19,7 +19,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 # Warnings of asyncio in development mode on a busy machine.
 SLOW_STEPS = re.compile(r"^Executing .* took \d+\.\d+ seconds(\n|$)", re.MULTILINE)
-PATIENCE = 30.0  # seconds: a limit for short operations that holds on a busy machine
+TIMEOUT = 30.0  # seconds: a limit for short operations that holds on a busy machine
 
 
 def environment(dsn: str, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -46,7 +46,7 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=2 * TIMEOUT,
     )
     result.stderr = SLOW_STEPS.sub("", result.stderr)
     return result
@@ -103,7 +103,7 @@ class Process:
 
     def expect(self, part: str) -> str:
         """Return the next line of output that contains `part`. Fail if the process ends."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while True:
             try:
                 line = self._lines.get(timeout=max(deadline - time.monotonic(), 0))
@@ -129,9 +129,9 @@ class Process:
         """
         if number is not None:
             self._popen.send_signal(number)
-        status = self._popen.wait(PATIENCE)
+        status = self._popen.wait(TIMEOUT)
         for reader in self._readers:
-            reader.join(PATIENCE)
+            reader.join(TIMEOUT)
         while (line := self._lines.get()) is not None:
             self.output.append(line)
         self._lines.put(None)
@@ -145,9 +145,9 @@ class Process:
         """Kill the process if it still runs, and close its streams."""
         if self._popen.poll() is None:
             self._popen.kill()
-        self._popen.wait(PATIENCE)
+        self._popen.wait(TIMEOUT)
         for reader in self._readers:
-            reader.join(PATIENCE)
+            reader.join(TIMEOUT)
         for stream in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             assert stream is not None
             stream.close()
@@ -177,7 +177,7 @@ def started(
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
     """Poll `condition` until it holds, if there is no event to wait for."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, f"still not: {what}"
         time.sleep(0.02)

@@ -26,7 +26,7 @@ from psycopg.conninfo import make_conninfo
 
 from pg_layer import PostgresChannelLayer
 
-PATIENCE = 30  # seconds
+TIMEOUT = 30  # seconds
 PARENT = "pg_layer_test_parent"
 DSN = os.environ.get("PG_LAYER_TEST_PROJECT_DSN", "")
 
@@ -44,7 +44,7 @@ def number(n: int) -> dict[str, Any]:
 
 
 async def received(layer: PostgresChannelLayer, channel: str, count: int = 1) -> list[int]:
-    return [(await asyncio.wait_for(layer.receive(channel), PATIENCE))["n"] for _ in range(count)]
+    return [(await asyncio.wait_for(layer.receive(channel), TIMEOUT))["n"] for _ in range(count)]
 
 
 async def round_trip(layer: PostgresChannelLayer) -> str:
@@ -79,7 +79,7 @@ class Child:
         here, there = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            signal.alarm(PATIENCE)
+            signal.alarm(TIMEOUT)
             os.close(here)
             with os.fdopen(there, "w") as pipe:
                 json.dump(function(), pipe)
@@ -112,7 +112,7 @@ class LoopThread:
         self._loop = ready.get()
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(TIMEOUT)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -347,7 +347,7 @@ def with_multiprocessing() -> Result:
         child.start()
     clients += [results.get() for _ in children]
     for child in children:
-        child.join(PATIENCE)
+        child.join(TIMEOUT)
     asyncio.run(used_and_closed(layer))
     return {"clients": clients, "statuses": [child.exitcode for child in children]}
 
@@ -392,7 +392,7 @@ def multiprocessing_ends() -> Result:
 
         for target in (wait_for_main, lambda: asyncio.run(receive())):
             threading.Thread(target=target).start()
-        assert has_begun.wait(PATIENCE)
+        assert has_begun.wait(TIMEOUT)
 
     targets = (loop, background_loop, new_layer_of_its_own, failure, thread)
     children = [context.Process(target=target) for target in targets]
@@ -400,7 +400,7 @@ def multiprocessing_ends() -> Result:
         child.start()
     clients = [results.get() for _ in children]
     for child in children:
-        child.join(PATIENCE)
+        child.join(TIMEOUT)
     with psycopg.connect(DSN) as conn:
         query = "SELECT pid FROM pg_layer_client WHERE expires_at > clock_timestamp()"
         living = {pid for (pid,) in conn.execute(query)}

@@ -23,7 +23,7 @@ def ledger(board: Board) -> Ledger:
     return Ledger(board, clients=8, room=4)
 
 
-async def test_a_message_is_heard_when_the_whole_room_has_heard_it(
+async def test_ledger_message_is_heard_when_the_whole_room_has_it(
     ledger: Ledger, board: Board
 ) -> None:
     said = ledger.say(1, 100)
@@ -45,7 +45,7 @@ async def test_a_message_is_heard_when_the_whole_room_has_heard_it(
     assert ledger.tally() == Tally(twice=2)
 
 
-async def test_every_client_of_the_room_should_hear_everything(ledger: Ledger) -> None:
+async def test_ledger_counts_what_a_client_of_the_room_did_not_hear(ledger: Ledger) -> None:
     first, second = ledger.say(0, 0), ledger.say(0, 0)
     other = ledger.say(5, 0)
     for client in (0, 1, 2):
@@ -58,14 +58,16 @@ async def test_every_client_of_the_room_should_hear_everything(ledger: Ledger) -
     assert ledger.tally() == Tally(lost=4, disorder=1, stray=1)
 
 
-async def test_a_phase_starts_from_none_but_goes_on_numbering(ledger: Ledger) -> None:
+async def test_ledger_new_phase_counts_from_zero_and_continues_numbering(ledger: Ledger) -> None:
     ledger.hear(0, ledger.say(0, 0).text, 7)
     ledger.begin()
     assert (ledger.deliveries, ledger.latest_ns) == (0, 0)
     assert ledger.say(0, 9).text == "0 1 9"
 
 
-def test_a_client_is_warm_once_it_has_heard_from_each_server(ledger: Ledger, board: Board) -> None:
+def test_ledger_client_is_warm_when_it_has_heard_from_each_server(
+    ledger: Ledger, board: Board
+) -> None:
     (first, hello), (second, hi), *others = ledger.greet()
     assert [first, second, *(sender for sender, _ in others)] == [0, 1, 4, 5]
     for client in (0, 1, 2, 3):
@@ -80,7 +82,7 @@ def test_a_client_is_warm_once_it_has_heard_from_each_server(ledger: Ledger, boa
     assert not ledger.tally()
 
 
-def test_greetings_are_repeated_where_they_are_missing_and_nothing_arrives(ledger: Ledger) -> None:
+def test_ledger_greetings_that_are_missing_are_repeated(ledger: Ledger) -> None:
     greetings = ledger.greet()
     for sender, text in greetings:
         for client in ledger.rooms[ledger.room_of(sender)]:
@@ -94,6 +96,6 @@ def test_greetings_are_repeated_where_they_are_missing_and_nothing_arrives(ledge
     assert ledger.calm()
 
 
-def test_a_client_says_several_in_a_row_before_the_next_one_does() -> None:
+def test_in_turn_each_client_sends_ten_in_a_row() -> None:
     speakers = list(islice(in_turn(range(4, 6)), 30))
     assert speakers == [4] * 10 + [5] * 10 + [4] * 10

@@ -36,7 +36,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("option", ["--json", "--plots", "--profile"])
-def test_where_the_results_go_must_be_writable(
+def test_option_with_a_path_that_is_not_writable_is_refused(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if option == "--plots":
@@ -45,13 +45,13 @@ def test_where_the_results_go_must_be_writable(
     assert "cannot write there: " in complaint(capsys, option, str(tmp_path / "file" / "below"))
 
 
-def test_a_folder_is_no_file_for_the_results(
+def test_json_option_with_a_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "cannot write there: " in complaint(capsys, "--json", str(tmp_path))
 
 
-def test_checking_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+def test_check_file_leaves_the_file_unchanged(tmp_path: Path) -> None:
     cli.check_file(tmp_path / "new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "old").write_text("old")
@@ -73,13 +73,13 @@ def test_checking_leaves_the_file_as_it_is(tmp_path: Path) -> None:
         (["--layers", "nothing"], "unknown: 'nothing'; choose from pg, core,"),
     ],
 )
-def test_a_wrong_option_is_explained(
+def test_option_with_a_wrong_value_names_the_valid_ones(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in complaint(capsys, *arguments)
 
 
-def test_an_interrupted_run_says_so(
+def test_main_interrupted_reports_what_was_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(options: cli.Options) -> None:

@@ -53,7 +53,7 @@ def stage(layer: InMemory, sizes: Sizes) -> Stage:
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_a_curve_grows_along_one_axis_and_has_the_same_figures_everywhere(name: str) -> None:
+def test_curve_points_share_one_axis_and_the_same_figures(name: str) -> None:
     points = CURVES[name]
     curves = [point.curve for point in points if point.curve]
     assert len(curves) == len(points)
@@ -66,11 +66,11 @@ def test_a_curve_grows_along_one_axis_and_has_the_same_figures_everywhere(name: 
     assert all(set(point.scales) == {"full", "quick", "tiny"} for point in points)
 
 
-def test_a_run_grows_nothing_unless_asked() -> None:
+def test_choose_default_scenarios_has_no_curve() -> None:
     assert not any(scenario.curve for scenario in choose(tuple(SCENARIOS), "quick"))
 
 
-def test_names_stand_for_scenarios_curves_and_points() -> None:
+def test_choose_names_yields_scenarios_curves_and_points() -> None:
     chosen = choose(["growth-members/1000", "latency", "growth-members", "latency"], "tiny")
     assert [scenario.name for scenario in chosen] == [
         "growth-members/1000",
@@ -88,19 +88,19 @@ def test_names_stand_for_scenarios_curves_and_points() -> None:
 @pytest.mark.parametrize(
     ("count", "shares"), [(10, [3, 3, 2, 2]), (100, [25] * 4), (3, [1, 1, 1, 0])]
 )
-def test_members_are_spread_over_the_processes(count: int, shares: list[int]) -> None:
+def test_sizes_with_a_spread_divide_channels_among_processes(count: int, shares: list[int]) -> None:
     sizes = Sizes(seconds=1, processes=4, spread=count)
     assert [sizes.channels(process) for process in range(4)] == shares
 
 
-def test_without_a_spread_each_process_has_as_many() -> None:
+def test_sizes_without_a_spread_give_each_process_all_members() -> None:
     assert [Sizes(seconds=1, processes=2, members=7).channels(process) for process in range(2)] == [
         7,
         7,
     ]
 
 
-async def test_many_are_done_a_few_at_once() -> None:
+async def test_do_many_runs_at_most_at_once_calls() -> None:
     running = most = 0
 
     async def do(index: int) -> int:
@@ -116,7 +116,7 @@ async def test_many_are_done_a_few_at_once() -> None:
     assert await do_many(do, 0, "things") == []
 
 
-async def test_many_end_in_bounded_time() -> None:
+async def test_do_many_beyond_its_time_limit_raises() -> None:
     async def do(index: int) -> None:
         if index >= 3:
             await asyncio.Event().wait()
@@ -125,7 +125,7 @@ async def test_many_end_in_bounded_time() -> None:
         await do_many(do, 9, "members", at_once=2, time_limit=0.05)
 
 
-async def test_what_fails_ends_the_many() -> None:
+async def test_do_many_raises_the_first_error() -> None:
     async def do(index: int) -> None:
         raise ConnectionError("no")
 
@@ -133,7 +133,7 @@ async def test_what_fails_ends_the_many() -> None:
         await do_many(do, 9, "members")
 
 
-async def test_second_copies_are_neither_speed_nor_latency() -> None:
+async def test_read_all_counts_second_copies_as_faults_only() -> None:
     layer = InMemory()
     for number in (0, 1, 1, 0):
         await layer.send("c", message(0, number, 1))
@@ -147,7 +147,7 @@ async def test_second_copies_are_neither_speed_nor_latency() -> None:
     assert receipts[0].streams[0][0].tally(2) == Tally(twice=2)
 
 
-async def test_only_timed_messages_have_an_age() -> None:
+async def test_read_all_keeps_ages_of_timed_messages_only() -> None:
     layer = InMemory()
     for number, sent_ns in enumerate((0, 1, 0)):
         await layer.send("c", message(0, number, sent_ns))
@@ -162,7 +162,7 @@ async def test_only_timed_messages_have_an_age() -> None:
 
 
 @pytest.mark.parametrize("layer", [InMemory(), Batching(5_000)])
-async def test_messages_wait_in_channels_of_their_own(layer: InMemory) -> None:
+async def test_fill_writes_the_waiting_messages_to_separate_channels(layer: InMemory) -> None:
     given = stage(layer, Sizes(seconds=1, waiting=7_001))
     await growth_load._fill(given)
     assert Counter({name: queue.qsize() for name, queue in layer.queues.items()}) == {
@@ -172,12 +172,12 @@ async def test_messages_wait_in_channels_of_their_own(layer: InMemory) -> None:
     assert await growth_load._look(given) == Tally()
 
 
-async def test_a_full_channel_is_no_place_to_wait() -> None:
+async def test_fill_of_a_full_channel_raises() -> None:
     with pytest.raises(RuntimeError, match=r"bench\.waiting\.0 is full already"):
         await growth_load._fill(stage(Batching(99), Sizes(seconds=1, waiting=100)))
 
 
-async def test_who_keeps_no_messages_is_not_measured_with_some(
+async def test_look_without_a_waiting_message_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(growth_load, "_LOOK_LIMIT", 0.05)
@@ -188,7 +188,7 @@ async def test_who_keeps_no_messages_is_not_measured_with_some(
     assert await growth_load._look(given) == Tally(lost=9)
 
 
-def test_messages_to_groups_are_counted_by_channel() -> None:
+def test_summarise_groups_counts_messages_by_channel() -> None:
     """Two tasks have two channels. The sender is ``task * 2 + channel``.
 
     The second channel of each task missed its last message.

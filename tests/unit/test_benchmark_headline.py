@@ -23,14 +23,14 @@ def known(start: float | None) -> dict[str, Any]:
     return found
 
 
-def test_it_says_how_safe_the_writes_are() -> None:
+def test_headline_names_the_durability_of_the_writes() -> None:
     assert known(0.0)["durability"] == DURABILITY
     line = "the layers' own writes: pg_layer: lazily; redis core, redis pub/sub: no persistence"
     assert line in headline(known(0.0)).splitlines()
 
 
 @pytest.mark.parametrize(("load", "busy"), [(2.0, False), (2.01, True)])
-def test_it_warns_of_a_machine_that_was_busy(load: float, busy: bool) -> None:
+def test_headline_of_a_busy_machine_has_a_warning(load: float, busy: bool) -> None:
     words = headline(known(load))
     assert (
         f"load average (1 minute): {load:.2f} at the start, 3.00 at the end" in words.splitlines()
@@ -38,5 +38,5 @@ def test_it_warns_of_a_machine_that_was_busy(load: float, busy: bool) -> None:
     assert ("WARNING: the machine was busy" in words) == busy
 
 
-def test_it_does_without_a_load_average() -> None:
+def test_headline_without_a_load_average_omits_it() -> None:
     assert "load average" not in headline(known(None))

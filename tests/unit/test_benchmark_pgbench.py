@@ -47,7 +47,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
 
 
-def test_report() -> None:
+def test_parse_report_returns_transactions_rate_and_latencies() -> None:
     report = parse_report(REPORT, [1.0])
     assert (report.transactions, report.per_second, report.latencies_ms) == (608, 203.920711, [1.0])
 
@@ -64,12 +64,12 @@ def test_report() -> None:
         ),
     ],
 )
-def test_report_that_is_none(text: str, reason: str) -> None:
+def test_parse_report_of_another_text_raises(text: str, reason: str) -> None:
     with pytest.raises(Broken, match=reason):
         parse_report(text, [])
 
 
-def test_log_with_and_without_schedule_lag() -> None:
+def test_parse_log_returns_latencies_of_complete_lines() -> None:
     lines = [
         "0 1 2000 0 1795691332 719304 65",
         "1 1 1349 0 1795691332 720732",
@@ -78,11 +78,13 @@ def test_log_with_and_without_schedule_lag() -> None:
     assert parse_log([*lines, "0 3 failed 0 1795691332 8", "", "0 4"]) == [2.0, 1.349]
 
 
-def test_is_found_beside_the_server(program: Path) -> None:
+def test_find_pgbench_finds_the_program_of_the_server(program: Path) -> None:
     assert find_pgbench() == str(program)
 
 
-def test_is_found_on_the_path(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_pgbench_without_a_server_searches_the_path(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none() -> Path:
         raise BinariesNotFound
 
@@ -94,7 +96,7 @@ def test_is_found_on_the_path(program: Path, monkeypatch: pytest.MonkeyPatch) ->
         find_pgbench()
 
 
-def test_reports_what_it_said_and_logged(program: Path) -> None:
+def test_pgbench_report_combines_output_and_log_files(program: Path) -> None:
     program.write_text(
         "#!/bin/sh\n"
         'while [ "$1" != --log-prefix ]; do shift; done\n'
@@ -106,7 +108,7 @@ def test_reports_what_it_said_and_logged(program: Path) -> None:
     assert sorted(report.latencies_ms) == [2.0, 4.0]
 
 
-def test_password_is_not_on_the_command_line(program: Path) -> None:
+def test_pgbench_password_is_not_on_the_command_line(program: Path) -> None:
     program.write_text('#!/bin/sh\necho "$* $PGPASSWORD"; exit 1\n')
     with Pgbench(DSN, clients=2, seconds=0.5, rate=200) as running, pytest.raises(Broken) as caught:
         running.report()
@@ -117,7 +119,7 @@ def test_password_is_not_on_the_command_line(program: Path) -> None:
     assert "-R 200" in words
 
 
-def test_ends_with_the_block(program: Path) -> None:
+def test_pgbench_ends_with_the_block(program: Path) -> None:
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     with Pgbench(DSN, clients=2, seconds=600) as running:
         pid = running._process.pid

@@ -71,7 +71,7 @@ def drawn(tmp_path: Path) -> dict[str, str]:
     return {file.name: texts(file) for file in folder.iterdir()}
 
 
-def test_each_drawing_names_the_layers_what_is_better_and_what_it_ran_on(
+def test_plots_name_the_layers_the_better_direction_and_the_server(
     drawn: dict[str, str],
 ) -> None:
     assert set(drawn) == {"latency.svg", "throughput.svg", "costs.svg", "growth-members.svg"}
@@ -82,7 +82,7 @@ def test_each_drawing_names_the_layers_what_is_better_and_what_it_ran_on(
         assert "fsync on" in said
 
 
-def test_bars_tell_ratios_faults_and_failures(drawn: dict[str, str]) -> None:
+def test_bars_show_ratios_faults_and_failures(drawn: dict[str, str]) -> None:
     said = drawn["throughput.svg"]
     assert "10,000  (3.00x)*" in said
     assert "failed" in said
@@ -109,8 +109,8 @@ def drawing(results: Results, folder: Path, name: str) -> str:
     return texts(next(file for file in files if file.name == name))
 
 
-def test_the_ceiling_is_a_number_below_the_bars(tmp_path: Path) -> None:
-    """And never one of them, which it would leave no room."""
+def test_bars_show_the_ceiling_as_a_number(tmp_path: Path) -> None:
+    """The ceiling is not a bar, because the other bars would become too short."""
     throughput = SCENARIOS["throughput"]
     results = Results(["pg", "bare"], [throughput])
     results.add(throughput, "pg", Outcome({"msg/s": 10.0}))
@@ -120,11 +120,11 @@ def test_the_ceiling_is_a_number_below_the_bars(tmp_path: Path) -> None:
     assert "20k" not in said  # nor does the axis reach as far
 
 
-def test_a_scenario_with_several_figures_is_named_once(drawn: dict[str, str]) -> None:
+def test_bars_name_a_scenario_with_several_figures_once(drawn: dict[str, str]) -> None:
     assert drawn["costs.svg"].count("connections: a process whose") == 1
 
 
-def test_a_legend_names_what_is_shown(tmp_path: Path) -> None:
+def test_legend_names_only_layers_that_are_shown(tmp_path: Path) -> None:
     throughput, connections = SCENARIOS["throughput"], SCENARIOS["connections"]
     results = Results(["pg", "memory"], [throughput, connections])
     for layer in results.layers:
@@ -134,7 +134,8 @@ def test_a_legend_names_what_is_shown(tmp_path: Path) -> None:
     assert "in memory" not in drawing(results, tmp_path, "costs.svg")
 
 
-def test_what_says_nothing_beside_another_layer_has_no_ratio(tmp_path: Path) -> None:
+def test_bars_of_figures_that_are_not_compared_have_no_ratio(tmp_path: Path) -> None:
+    """Only one of the three figures of `neighbours` is compared with another layer."""
     neighbours = SCENARIOS["neighbours"]
     results = Results(["pg", "core"], [neighbours])
     for layer, speed in (("pg", 100.0), ("core", 80.0)):
@@ -143,7 +144,7 @@ def test_what_says_nothing_beside_another_layer_has_no_ratio(tmp_path: Path) -> 
     assert drawing(results, tmp_path, "throughput.svg").count("(1.25x)") == 1  # of three
 
 
-def test_a_point_that_could_not_be_filled_says_so(tmp_path: Path) -> None:
+def test_curves_name_a_point_that_could_not_be_filled(tmp_path: Path) -> None:
     points = choose(["growth-waiting"], "full")[:2]
     results = Results(["pg", "core"], points)
     for layer in results.layers:
@@ -159,26 +160,26 @@ def test_a_point_that_could_not_be_filled_says_so(tmp_path: Path) -> None:
     assert "pg_layer, 1k" not in said
 
 
-def test_the_same_results_make_the_same_files(tmp_path: Path) -> None:
+def test_plots_of_the_same_results_are_the_same_files(tmp_path: Path) -> None:
     results = json.loads(written(sample_results(), tmp_path).read_text())
     first, second = (plots.draw(results, tmp_path / name) for name in ("first", "second"))
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
-def test_png_files_for_those_who_want_them(tmp_path: Path) -> None:
+def test_plots_with_png_option_writes_png_files(tmp_path: Path) -> None:
     assert plots.main([str(written(sample_results(), tmp_path)), str(tmp_path), "--png"]) == 0
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_measured_draws_nothing(tmp_path: Path) -> None:
+def test_plots_without_figures_are_no_files(tmp_path: Path) -> None:
     results = Results(["pg"], [SCENARIOS["latency"], *MEMBERS])
     for point in MEMBERS:
         results.add(point, "pg", Outcome(error="it broke"))
     assert plots.draw(json.loads(written(results, tmp_path).read_text()), tmp_path / "plots") == []
 
 
-def test_layers_keep_their_colour(tmp_path: Path) -> None:
-    """Whichever others are drawn beside."""
+def test_layers_have_the_same_colour_in_all_plots(tmp_path: Path) -> None:
+    """The colour does not depend on the other layers in the plot."""
     results = Results(["core"], [SCENARIOS["throughput"]])
     results.add(SCENARIOS["throughput"], "core", Outcome({"msg/s": 1.0}))
     (alone,) = plots.draw(json.loads(written(results, tmp_path).read_text()), tmp_path / "alone")

@@ -33,7 +33,9 @@ sys.stdin.read()
         yield process
 
 
-def test_descendants_count_while_they_run_and_afterwards(child: subprocess.Popen[str]) -> None:
+def test_processes_count_descendants_while_they_run_and_afterwards(
+    child: subprocess.Popen[str],
+) -> None:
     ours = Processes([psutil.Process()])
     before = ours.cpu(), ours.memory()
     assert child.stdin is not None
@@ -56,7 +58,7 @@ input()
 """
 
 
-def test_cpu_is_that_of_the_process() -> None:
+def test_processes_cpu_equals_that_of_the_process() -> None:
     with subprocess.Popen([sys.executable, "-c", BURN], stdin=-1, stdout=-1, text=True) as child:
         assert child.stdout is not None
         used = float(child.stdout.readline())
@@ -64,19 +66,19 @@ def test_cpu_is_that_of_the_process() -> None:
         child.communicate("done\n")
 
 
-def test_without_processes_there_is_no_cost_to_tell() -> None:
+def test_processes_empty_list_has_no_cost() -> None:
     assert math.isnan(Processes([]).cpu())
     assert math.isnan(Processes([]).memory())
 
 
-def test_a_process_is_known_by_its_number_and_its_start() -> None:
+def test_local_process_compares_the_pid_and_the_start_time() -> None:
     own = psutil.Process()
     assert local_process(own.pid, own.create_time()) == own
     assert local_process(own.pid, own.create_time() - 3600) is None
     assert local_process(2**22 + 1, own.create_time()) is None
 
 
-def test_the_file_limit_is_raised_as_far_as_it_goes() -> None:
+def test_raise_file_limit_raises_it_and_never_lowers_it() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))

@@ -32,12 +32,14 @@ tps = 3407.262319 (without initial connection time)
 
 @pytest.mark.parametrize("name", ["pg", "core", "pubsub", "postgres"])
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-def test_layers_of_many_processes_play_everything(scenario: Scenario, name: str) -> None:
+def test_roles_of_layers_of_many_processes_are_those_of_the_scenario(
+    scenario: Scenario, name: str
+) -> None:
     assert scenario.roles(KINDS[name]) == Roles(scenario.send, scenario.receive)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-def test_one_event_loop_plays_what_needs_no_thread_and_no_server(scenario: Scenario) -> None:
+def test_roles_of_a_memory_layer_need_no_thread_and_no_server(scenario: Scenario) -> None:
     roles = scenario.roles(KINDS["memory"])
     assert (roles is not None) == scenario.in_one_loop
     assert roles is None or inspect.iscoroutinefunction(roles.send)
@@ -45,21 +47,21 @@ def test_one_event_loop_plays_what_needs_no_thread_and_no_server(scenario: Scena
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-def test_bare_roles_are_those_the_scenario_names(scenario: Scenario) -> None:
+def test_roles_of_the_bare_layer_are_those_that_the_scenario_names(scenario: Scenario) -> None:
     roles = scenario.roles(KINDS["bare"])
     assert roles == scenario.bare
     assert roles != Roles(scenario.send, scenario.receive)
     assert roles is None or (roles.receive is None) == (scenario.receive is None)
 
 
-def test_nobody_receives_where_a_scenario_has_no_roles() -> None:
+def test_part_of_a_scenario_without_roles_raises() -> None:
     part = worker.Part("receive", 0, "connections", LayerSpec("bare", ""), Sizes(0))
     with pytest.raises(ValueError, match="connections cannot be played with bare"):
         _ = part.roles
 
 
 @pytest.mark.parametrize("name", ["latency", "throughput", "serial", "fan-out", "churn"])
-def test_one_process_says_what_sender_and_receivers_would(name: str) -> None:
+def test_play_all_reports_what_sender_and_receivers_report(name: str) -> None:
     scenario = SCENARIOS[name]
     sizes = scenario.scales["tiny"]
     board = Board(sizes.processes)
@@ -86,7 +88,7 @@ def test_one_process_says_what_sender_and_receivers_would(name: str) -> None:
     assert len(receipts) == sizes.processes
 
 
-async def test_a_receiver_that_fails_ends_the_process() -> None:
+async def test_play_all_raises_the_error_of_a_receiver() -> None:
     async def broken(stage: Stage) -> None:
         raise RuntimeError("no such channel")
 
@@ -100,7 +102,7 @@ async def test_a_receiver_that_fails_ends_the_process() -> None:
         await asyncio.wait_for(worker.play_all(stage, roles, theirs), 20)
 
 
-def test_a_process_ends_when_nobody_is_there_to_stop_it() -> None:
+def test_end_with_ends_the_process_when_its_parent_has_ended() -> None:
     spawn = get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=worker.end_with, args=(theirs,), daemon=True)
@@ -118,7 +120,7 @@ def _stage(members: int) -> Stage:
     )
 
 
-def test_a_bare_row_for_all_counts_for_each_member() -> None:
+def test_record_of_a_bare_row_for_all_counts_each_member() -> None:
     stage = _stage(3)
     record = Record(stage, for_all=True)
     record.take(message(0, -1, 0))
@@ -131,7 +133,7 @@ def test_a_bare_row_for_all_counts_for_each_member() -> None:
     ] * 3
 
 
-def test_a_bare_row_for_one_channel_counts_there() -> None:
+def test_record_of_a_bare_row_for_one_channel_counts_that_channel() -> None:
     stage = _stage(2)
     record = Record(stage, for_all=False, ages=True, log=True)
     record.take(message(1, 0, 0))
@@ -142,7 +144,7 @@ def test_a_bare_row_for_one_channel_counts_there() -> None:
     assert len(record.receipt.ages) == 1
 
 
-def test_a_server_that_cannot_be_emptied_is_the_outcome_of_its_layer(
+def test_emptied_without_a_server_returns_a_failed_outcome(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(servers, "_TIMEOUT", 0.0)
@@ -153,13 +155,13 @@ def test_a_server_that_cannot_be_emptied_is_the_outcome_of_its_layer(
     assert cli.emptied(LayerSpec("memory", "this process")) is None
 
 
-def test_only_the_first_few_records_of_a_logger_are_shown() -> None:
+def test_first_few_filter_passes_three_records_of_each_logger() -> None:
     shown = worker.FirstFew()
     records = [logging.LogRecord(name, logging.ERROR, "", 0, "", None, None) for name in "aaaaab"]
     assert [shown.filter(record) for record in records] == [True] * 3 + [False] * 2 + [True]
 
 
-def test_a_database_that_is_gone_is_an_error_of_the_ceilings(
+def test_ceilings_without_a_database_have_errors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ceiling, "find_pgbench", lambda: "pgbench")
@@ -170,23 +172,23 @@ def test_a_database_that_is_gone_is_an_error_of_the_ceilings(
     assert all(one.error and "connection" in one.error for one in found)
 
 
-def test_without_pgbench_there_are_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_without_pgbench_raise_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pgbench, "find_binaries", lambda: Path("/nowhere"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(servers.Unavailable, match="No pgbench found"):
         ceiling.measure("", ceiling.PLANS["tiny"])
 
 
-def test_pgbench_is_understood() -> None:
+def test_pgbench_report_yields_transactions_per_second() -> None:
     assert transactions_per_second(PGBENCH) == 3407.262319
 
 
-def test_pgbench_that_reports_nothing_is_an_error() -> None:
+def test_pgbench_report_without_tps_raises() -> None:
     with pytest.raises(ValueError, match="reported no tps: pgbench: error: relation"):
         transactions_per_second("pgbench: error: relation does not exist")
 
 
-def test_ceilings_in_words() -> None:
+def test_ceilings_line_names_rates_or_the_error() -> None:
     words = " ".join(line(Ceiling("insert 100 rows", 4, 1_500.4, 150_040.0)).split())
     assert words == "pgbench insert 100 rows 4 clients 1,500 transactions/s 150,040 rows/s"
     broken = line(Ceiling("insert", 1, error="it broke"))

@@ -48,7 +48,9 @@ SPEED = Figure("msg/s", "msg/s", "higher")
         ([1.0, 2.0], 100, 2.0),
     ],
 )
-def test_percentile(values: list[float], percent: float, expected: float) -> None:
+def test_percentile_interpolates_between_values(
+    values: list[float], percent: float, expected: float
+) -> None:
     assert percentile(values, percent) == pytest.approx(expected)
 
 
@@ -57,7 +59,7 @@ def test_percentile_of_nothing_is_not_a_number() -> None:
 
 
 @pytest.mark.parametrize("percent", [-1, 100.1])
-def test_percentile_refuses_what_is_no_percentage(percent: float) -> None:
+def test_percentile_out_of_range_raises(percent: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 100"):
         percentile([1.0], percent)
 
@@ -80,13 +82,11 @@ def test_median_ignores_rounds_without_a_figure() -> None:
         ([], False),
     ],
 )
-def test_a_layer_is_behind_when_messages_get_older_and_older(
-    ages: list[float], behind: bool
-) -> None:
+def test_fell_behind_of_growing_ages_is_true(ages: list[float], behind: bool) -> None:
     assert fell_behind(ages) is behind
 
 
-def test_ratio_says_how_many_times_better() -> None:
+def test_ratio_is_how_many_times_better() -> None:
     assert ratio(20, 10, "higher") == 2
     assert ratio(2, 1, "lower") == 0.5
     assert ratio(0, 10, "higher") == 0
@@ -96,7 +96,7 @@ def test_ratio_says_how_many_times_better() -> None:
     assert math.isnan(ratio(-2, 1, "lower"))
 
 
-def test_rate() -> None:
+def test_rate_is_per_second_and_0_without_time() -> None:
     assert rate(100, 1_000_000_000, 3_000_000_000) == 50
     assert rate(0, 0, 10) == 0
     assert rate(5, 10, 10) == 0
@@ -107,7 +107,7 @@ def test_rate() -> None:
     sent=st.integers(0, 12),
     arrived=st.lists(st.integers(0, 14), max_size=40),
 )
-def test_stream_balances_like_counting_everything(sent: int, arrived: list[int]) -> None:
+def test_stream_tally_equals_that_of_a_full_count(sent: int, arrived: list[int]) -> None:
     stream = Stream()
     new = [number for number in arrived if stream.see(number)]
     tally = stream.tally(sent)
@@ -126,9 +126,7 @@ def test_stream_balances_like_counting_everything(sent: int, arrived: list[int])
 
 
 @given(st.integers(0, 50), st.randoms(use_true_random=False))
-def test_stream_loses_nothing_when_everything_comes_in_any_order(
-    count: int, shuffler: random.Random
-) -> None:
+def test_stream_complete_in_any_order_has_no_loss(count: int, shuffler: random.Random) -> None:
     numbers = list(range(count))
     shuffler.shuffle(numbers)
     stream = Stream()
@@ -139,30 +137,30 @@ def test_stream_loses_nothing_when_everything_comes_in_any_order(
     assert bool(tally.disorder) == (numbers != sorted(numbers))
 
 
-def test_channel_counts_silent_and_foreign_senders() -> None:
+def test_tally_channel_counts_silent_and_foreign_senders() -> None:
     heard, foreign = Stream(), Stream()
     heard.see(0)
     foreign.see(0)
     assert tally_channel({1: heard, 9: foreign}, {1: 2, 2: 3}) == Tally(lost=1 + 3, stray=1)
 
 
-def test_competing_readers_share_the_numbers() -> None:
+def test_tally_competing_readers_that_share_all_numbers_is_empty() -> None:
     readers = [[(0, 0), (0, 2)], [(0, 1), (1, 0)]]
     assert tally_competing(readers, {0: 3, 1: 1}) == Tally()
 
 
-def test_competing_readers_lose_double_and_reorder() -> None:
+def test_tally_competing_counts_lost_double_and_reordered_messages() -> None:
     readers = [[(0, 0), (0, 2), (0, 1)], [(0, 1), (0, 7)]]
     assert tally_competing(readers, {0: 4}) == Tally(lost=1, twice=1, disorder=1, stray=1)
 
 
-def test_tallies_add_up_and_are_true_when_something_is_wrong() -> None:
+def test_tally_adds_up_and_is_true_if_it_has_a_fault() -> None:
     assert sum([Tally(1, 2, 3, 4), Tally(1, 1, 1, 1)], Tally()) == Tally(2, 3, 4, 5)
     assert not Tally()
     assert all([Tally(lost=1), Tally(twice=1), Tally(disorder=1), Tally(stray=1)])
 
 
-def test_summary_takes_medians_of_rounds_and_adds_faults() -> None:
+def test_summarise_takes_medians_of_rounds_and_adds_faults() -> None:
     outcomes = [
         Outcome({"msg/s": 10}, Tally(lost=1), {"full": 2}),
         Outcome({"msg/s": 30}, Tally(twice=2), {"full": 3}),
@@ -176,7 +174,7 @@ def test_summary_takes_medians_of_rounds_and_adds_faults() -> None:
     assert summary.errors == ["no message came"]
 
 
-def test_faults_in_words() -> None:
+def test_faults_returns_words_for_each_kind() -> None:
     assert faults(Summary({"msg/s": 1.0}, Tally(), {}, [])) == "none"
     assert (
         faults(Summary({"msg/s": 1.0}, Tally(lost=1200, disorder=3), {}, []))
@@ -186,7 +184,7 @@ def test_faults_in_words() -> None:
     assert faults(Summary({"msg/s": math.nan}, Tally(), {}, [])) == "not run"
 
 
-def test_results_put_layers_side_by_side() -> None:
+def test_results_as_table_has_a_column_for_each_layer() -> None:
     latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
     results = Results(["pg", "core"], [latency, throughput])
     results.add(latency, "pg", Outcome({"p50": 0.5, "p99": 2.0}))
@@ -216,7 +214,7 @@ def test_results_put_layers_side_by_side() -> None:
     assert written["scenarios"]["throughput"]["layers"]["core"]["rounds"][0]["error"] == "it broke"
 
 
-def test_results_show_the_share_of_what_postgresql_does_without_a_layer() -> None:
+def test_results_as_ratios_show_the_share_of_bare_psycopg() -> None:
     latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
     results = Results(["pg", "memory", "bare"], [latency, throughput])
     results.add(latency, "pg", Outcome({"p50": 2.0, "p99": 4.0}))
@@ -235,7 +233,7 @@ def test_results_show_the_share_of_what_postgresql_does_without_a_layer() -> Non
     ]
 
 
-def test_results_show_how_far_the_rounds_lie_apart() -> None:
+def test_results_as_ranges_show_the_lowest_and_the_highest_round() -> None:
     latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
     results = Results(["pg", "core"], [latency, throughput])
     results.add(latency, "pg", Outcome({"p50": 0.5, "p99": 2.0}))
@@ -250,7 +248,7 @@ def test_results_show_how_far_the_rounds_lie_apart() -> None:
     ]
 
 
-def test_what_cannot_be_compared_has_no_row_among_the_ratios() -> None:
+def test_results_as_ratios_omit_figures_of_one_layer_only() -> None:
     latency, throughput = SCENARIOS["latency"], SCENARIOS["throughput"]
     results = Results(["pg", "core"], [latency, throughput])
     results.add(latency, "pg", Outcome({"p50": 1.0, "p99": 2.0}))
@@ -261,7 +259,7 @@ def test_what_cannot_be_compared_has_no_row_among_the_ratios() -> None:
     assert [line.split() for line in lines[2:]] == [["latency", "p99", "ms", "1.00x"]]
 
 
-def test_what_is_no_merit_of_a_layer_has_no_ratio() -> None:
+def test_results_figures_that_are_not_compared_have_no_ratio() -> None:
     neighbours = SCENARIOS["neighbours"]
     results = Results(["pg", "core"], [neighbours])
     for layer in results.layers:
@@ -273,18 +271,18 @@ def test_what_is_no_merit_of_a_layer_has_no_ratio() -> None:
     assert "p99" in results.as_ratios()
 
 
-def test_each_round_begins_with_another_layer() -> None:
+def test_rotated_each_round_begins_with_another_layer() -> None:
     specs = [LayerSpec(name, "") for name in "abc"]
     rounds = ["".join(spec.name for spec in rotated(specs, places)) for places in range(4)]
     assert rounds == ["abc", "bca", "cab", "abc"]
 
 
-def test_there_are_no_ratios_without_another_layer() -> None:
+def test_results_without_another_layer_have_no_ratios() -> None:
     assert Results(["pg"], list(SCENARIOS.values())).as_ratios() == ""
     assert Results(["core", "bare"], list(SCENARIOS.values())).as_ratios() == ""
 
 
-def test_all_layers_at_their_worst_fit_into_160_columns() -> None:
+def test_results_tables_of_all_layers_fit_into_160_columns() -> None:
     results = Results(list(KINDS), list(SCENARIOS.values()))
     for scenario in SCENARIOS.values():
         for layer in KINDS:
@@ -304,7 +302,7 @@ def test_all_layers_at_their_worst_fit_into_160_columns() -> None:
 @pytest.mark.parametrize(
     "outcome", [Outcome({"msg/s": 1.0}, Tally(twice=1)), Outcome(error="it broke")]
 )
-def test_results_fail_when_pg_layer_does(outcome: Outcome) -> None:
+def test_results_with_a_fault_of_pg_layer_failed(outcome: Outcome) -> None:
     results = Results(["pg"], [SCENARIOS["throughput"]])
     results.add(SCENARIOS["throughput"], "pg", outcome)
     assert results.failed
@@ -325,7 +323,7 @@ def test_board_counts_by_reader() -> None:
     assert Board(0).latest_ns == 0
 
 
-async def test_warm_up_repeats_until_everybody_has_heard() -> None:
+async def test_warm_up_repeats_until_each_reader_has_heard() -> None:
     board = Board(1)
     calls = 0
 
@@ -339,7 +337,7 @@ async def test_warm_up_repeats_until_everybody_has_heard() -> None:
     assert calls == 2
 
 
-async def test_warm_up_gives_up() -> None:
+async def test_warm_up_beyond_its_time_limit_raises() -> None:
     async def send() -> None:
         pass
 
@@ -347,7 +345,7 @@ async def test_warm_up_gives_up() -> None:
         await warm_up(Board(1), [1], send, time_limit=0.01)
 
 
-async def test_window_waits_for_arrivals() -> None:
+async def test_window_full_waits_for_arrivals() -> None:
     arrived = 0
     async with Window(2, lambda: arrived) as window:
         await window.take()
@@ -359,14 +357,14 @@ async def test_window_waits_for_arrivals() -> None:
         assert window.written_off == 0
 
 
-async def test_window_writes_off_what_never_arrives() -> None:
+async def test_window_writes_off_messages_that_never_arrive() -> None:
     async with Window(2, lambda: 0, timeout=0.02) as window:
         for _ in range(4):
             await asyncio.wait_for(window.take(), 5)
         assert window.written_off >= 2
 
 
-async def test_pace_ends_when_there_has_been_enough() -> None:
+async def test_pace_with_enough_sent_ends() -> None:
     sent: list[int] = []
 
     async def send(number: int, sent_ns: int) -> None:

@@ -26,7 +26,7 @@ def services() -> dict[str, dict[str, Any]]:
     return services
 
 
-def test_it_meets_the_compose_specification() -> None:
+def test_compose_file_meets_the_specification() -> None:
     check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     result = subprocess.run(
         [*check, str(COMPOSE_FILE)],
@@ -38,7 +38,7 @@ def test_it_meets_the_compose_specification() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_its_commands_are_the_demos(services: dict[str, dict[str, Any]]) -> None:
+def test_compose_commands_are_those_of_the_demo(services: dict[str, dict[str, Any]]) -> None:
     expected = {
         "migrate": commands.MIGRATE,
         "sweeper": commands.SWEEP,
@@ -50,7 +50,7 @@ def test_its_commands_are_the_demos(services: dict[str, dict[str, Any]]) -> None
     } == expected
 
 
-def test_its_images_are_pinned(services: dict[str, dict[str, Any]]) -> None:
+def test_compose_images_are_pinned(services: dict[str, dict[str, Any]]) -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     images = [service["image"] for service in services.values()]
     images += re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
@@ -58,13 +58,13 @@ def test_its_images_are_pinned(services: dict[str, dict[str, Any]]) -> None:
     assert [image for image in images if not PINNED.match(image)] == []
 
 
-def test_its_ports_are_open_to_this_machine_only(services: dict[str, dict[str, Any]]) -> None:
+def test_compose_ports_listen_on_localhost_only(services: dict[str, dict[str, Any]]) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
-def test_it_starts_in_order(services: dict[str, dict[str, Any]]) -> None:
+def test_compose_services_start_after_the_migration(services: dict[str, dict[str, Any]]) -> None:
     assert "healthcheck" in services["postgres"]
     assert services["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
     migrate = services["migrate"]
@@ -74,14 +74,14 @@ def test_it_starts_in_order(services: dict[str, dict[str, Any]]) -> None:
         assert service["environment"]["PG_LAYER_DSN"] == migrate["environment"]["PG_LAYER_DSN"]
 
 
-def test_what_is_optional_has_a_profile(services: dict[str, dict[str, Any]]) -> None:
+def test_compose_optional_services_have_a_profile(services: dict[str, dict[str, Any]]) -> None:
     profiles = {
         name: service["profiles"] for name, service in services.items() if "profiles" in service
     }
     assert profiles == {"redis": ["bench"], "pgbouncer": ["pgbouncer"]}
 
 
-def test_what_the_image_copies_is_not_ignored() -> None:
+def test_dockerignore_allows_what_the_image_copies() -> None:
     copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     allowed = {
         line[1:]

@@ -90,14 +90,14 @@ def causes(found: Ledger, kind: Kind = "specific") -> dict[str, int]:
 OPENED: list[Record] = [Opened(0, CHANNEL)]
 
 
-def test_all_is_well() -> None:
+def test_settle_all_received_is_clean() -> None:
     found = ledger([*sent(1), *sent(2)], [*OPENED, *got(1, 2)])
     assert found.is_clean
     assert (tally(found).returned, tally(found).delivered, causes(found)) == (2, 2, {})
     assert "All promises kept." in describe(found)
 
 
-def test_what_does_not_come_is_lost() -> None:
+def test_settle_message_not_received_is_lost() -> None:
     found = ledger([*sent(1), *sent(2)], [*OPENED, *got(2)])
     assert not found.is_clean
     assert causes(found) == {UNEXPLAINED: 1}
@@ -106,7 +106,7 @@ def test_what_does_not_come_is_lost() -> None:
 
 
 @pytest.mark.parametrize("kind", ["specific", "normal"])
-def test_what_comes_twice_is_seen(kind: Kind) -> None:
+def test_settle_message_received_twice_is_counted(kind: Kind) -> None:
     stream = CHANNEL if kind == "specific" else "jobs"
     found = ledger(
         sent(1, kind, stream), [*OPENED, *got(1, channel=stream)], other=[Got(5, stream, "w", 1)]
@@ -116,7 +116,7 @@ def test_what_comes_twice_is_seen(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(("kind", "disordered"), [("specific", 1), ("single", 1), ("normal", 0)])
-def test_order_counts_where_it_is_promised(kind: Kind, disordered: int) -> None:
+def test_settle_order_counts_if_it_is_promised(kind: Kind, disordered: int) -> None:
     stream = CHANNEL if kind == "specific" else "line"
     found = ledger(
         [*sent(1, kind, stream), *sent(2, kind, stream)],
@@ -127,7 +127,8 @@ def test_order_counts_where_it_is_promised(kind: Kind, disordered: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "disordered"), [("specific", 1), ("single", 0)])
-def test_jobs_sent_in_transactions_may_come_after_later_ones(kind: Kind, disordered: int) -> None:
+def test_settle_job_of_a_transaction_may_come_after_later_ones(kind: Kind, disordered: int) -> None:
+    """A consumer receives in commit order. A worker may get a job of a transaction later."""
     stream = CHANNEL if kind == "specific" else "line"
     first: list[Record] = [
         Begun(1, "w", 1, kind, stream, in_transaction=True),
@@ -140,7 +141,7 @@ def test_jobs_sent_in_transactions_may_come_after_later_ones(kind: Kind, disorde
 
 
 @pytest.mark.parametrize("comes", [True, False])
-def test_unknown_may_come_or_not_and_whenever(comes: bool) -> None:
+def test_settle_unknown_outcome_may_come_at_any_time_or_not(comes: bool) -> None:
     messages = [*sent(1, outcome="unknown"), *sent(2)]
     late: list[Record] = [Got(3, CHANNEL, "w", 1)] if comes else []
     found = ledger(messages, [*OPENED, *got(2), *late])
@@ -148,26 +149,26 @@ def test_unknown_may_come_or_not_and_whenever(comes: bool) -> None:
     assert tally(found).unknown == 1
 
 
-def test_a_send_that_did_not_end_is_unknown() -> None:
+def test_settle_send_that_did_not_end_is_unknown() -> None:
     found = ledger([Begun(1, "w", 1, "specific", CHANNEL)], OPENED)
     assert found.is_clean
     assert tally(found).unknown == 1
 
 
-def test_refused_must_not_come() -> None:
+def test_settle_refused_message_received_is_uninvited() -> None:
     assert ledger(sent(1, outcome="refused"), OPENED).is_clean
     found = ledger(sent(1, outcome="refused"), [*OPENED, *got(1)])
     assert not found.is_clean
     assert tally(found).uninvited == 1
 
 
-def test_what_comes_to_another_channel_is_uninvited() -> None:
+def test_settle_message_on_another_channel_is_uninvited() -> None:
     found = ledger(sent(1), [*OPENED, Opened(0, "specific.a!2"), *got(1, channel="specific.a!2")])
     assert tally(found).uninvited == 1
     assert causes(found) == {UNEXPLAINED: 1}
 
 
-def test_what_nobody_sent_is_a_fault_of_the_books() -> None:
+def test_settle_message_that_was_never_sent_raises() -> None:
     with pytest.raises(ValueError, match="never sent"):
         ledger([], [*OPENED, *got(1)])
 
@@ -178,13 +179,16 @@ def test_what_nobody_sent_is_a_fault_of_the_books() -> None:
 @pytest.mark.parametrize(
     ("at", "cause"), [(8.0, UNEXPLAINED), (9.5, CRASH), (10.2, CRASH), (10.6, UNEXPLAINED)]
 )
-def test_a_crash_excuses_the_last_second(at: float, cause: str) -> None:
+def test_crash_excuses_losses_of_the_last_second(at: float, cause: str) -> None:
     found = ledger([*sent(1, at=at), *sent(20)], [*OPENED, *got(20)], [Crash(10.0, 10.5)])
     assert causes(found) == {cause: 1}
 
 
 @pytest.mark.parametrize(("was_killed", "cause"), [(True, KILLED), (False, LEFT)])
-def test_a_reader_takes_along_what_it_had_not_received(was_killed: bool, cause: str) -> None:
+def test_reader_that_ended_excuses_the_messages_after_its_last(
+    was_killed: bool, cause: str
+) -> None:
+    """Messages before the last received one, or sent after its end, are not excused."""
     gone = Gone(2.5, "reader", was_killed)
     assert causes(ledger([*sent(1), *sent(2)], [*OPENED, *got(1)], [gone])) == {cause: 1}
     # But not from the middle, and not later than it lived.
@@ -192,11 +196,11 @@ def test_a_reader_takes_along_what_it_had_not_received(was_killed: bool, cause: 
     assert causes(ledger(sent(3), OPENED, [gone])) == {}
 
 
-def test_a_closed_channel_takes_along_what_it_had_not_received() -> None:
+def test_closed_channel_excuses_messages_it_had_not_received() -> None:
     assert causes(ledger(sent(1), [*OPENED, Closed(1.5, CHANNEL)])) == {LEFT: 1}
 
 
-def test_a_killed_worker_takes_along_a_limited_number_of_jobs() -> None:
+def test_killed_worker_excuses_a_limited_number_of_jobs() -> None:
     count = TAKEN_MOST + 1
     jobs = [record for n in range(1, count + 2) for record in sent(n, "normal", "jobs", at=1.0)]
     done = got(count + 1, channel="jobs")
@@ -209,7 +213,7 @@ def test_a_killed_worker_takes_along_a_limited_number_of_jobs() -> None:
 @pytest.mark.parametrize(
     "gone", [Gone(5, "reader", False), Gone(0.5, "reader", True), Gone(5, "other", True)]
 )
-def test_nobody_else_takes_jobs_along(gone: Gone) -> None:
+def test_lost_job_is_not_excused_by_other_ends_of_processes(gone: Gone) -> None:
     jobs = [*sent(1, "normal", "jobs"), *sent(2, "normal", "jobs")]
     assert causes(ledger(jobs, got(2, channel="jobs"), [gone]), "normal") == {UNEXPLAINED: 1}
 
@@ -224,13 +228,13 @@ def group(*numbers: int) -> list[Record]:
     return [record for n in numbers for record in sent(n, "group", "g")]
 
 
-def test_members_get_what_is_sent_while_they_surely_belong() -> None:
+def test_member_is_owed_messages_sent_during_its_membership() -> None:
     assert ledger(group(1, 2, 9), [*JOINED, *got(2), *LEAVING, HasLeft(9.2, "g", CHANNEL)]).is_clean
     assert ledger(group(1, 2, 9), [*JOINED, *got(1, 2), *LEAVING, *got(9)]).is_clean
     assert causes(ledger(group(2, 3), [*JOINED, *got(3)]), "group") == {UNEXPLAINED: 1}
 
 
-def test_each_member_is_owed_a_message() -> None:
+def test_group_message_is_owed_to_each_member() -> None:
     other = "specific.b!1"
     found = ledger(
         group(2),
@@ -241,7 +245,7 @@ def test_each_member_is_owed_a_message() -> None:
     assert tally(found, "group").delivered == 1
 
 
-def test_what_was_sent_before_joining_comes_early_and_after_leaving_uninvited() -> None:
+def test_member_message_from_outside_its_membership_is_early_or_uninvited() -> None:
     early = ledger(sent(1, "group", "g", at=0.2), [*JOINED, Got(2, CHANNEL, "w", 1)])
     assert (tally(early, "group").early, tally(early, "group").uninvited) == (1, 0)
     late = ledger(group(10), [*JOINED, *LEAVING, HasLeft(9.5, "g", CHANNEL), *got(10)])
@@ -254,7 +258,7 @@ def left(leaving: float) -> list[Record]:
     return [Leaving(leaving, "g", CHANNEL), HasLeft(leaving + 0.5, "g", CHANNEL)]
 
 
-def test_messages_on_their_way_when_a_member_leaves_are_not_owed_and_earlier_ones_are() -> None:
+def test_member_that_leaves_is_owed_only_messages_that_were_due() -> None:
     """The owner's group_discard ends delivery at once."""
     on_its_way = ledger(group(2), [*JOINED, *left(2.3)])
     assert causes(on_its_way, "group") == {LEFT_GROUP: 1}
@@ -280,9 +284,10 @@ def test_messages_on_their_way_when_a_member_leaves_are_not_owed_and_earlier_one
         (Away(9.5, 10.0, "reader", True), False),
     ],
 )
-def test_a_member_that_leaves_during_a_catch_up_may_miss_what_was_sent_before(
+def test_member_that_leaves_during_a_catch_up_may_miss_earlier_messages(
     away: Away, is_excused: bool
 ) -> None:
+    """The owner may not have read the messages of its absence before the member leaves."""
     expected = {LEFT_GROUP: 1} if is_excused else {UNEXPLAINED: 1}
     assert causes(ledger(group(2), [*JOINED, *left(9)], [away]), "group") == expected
 
@@ -290,7 +295,7 @@ def test_a_member_that_leaves_during_a_catch_up_may_miss_what_was_sent_before(
 OTHER = "specific.b!1"
 
 
-def test_a_discard_by_another_process_takes_its_place_behind_what_was_sent_before() -> None:
+def test_discard_by_another_process_excuses_only_unannounced_messages() -> None:
     """Only a message that is found without an announcement may arrive too late for the member."""
     stay = [*join(CHANNEL), *left(2.3)]
     assert causes(ledger(group(2), OPENED, other=stay), "group") == {UNEXPLAINED: 1}
@@ -319,9 +324,10 @@ def join(
         (Promotion(3.0, 3.1, 8.0, 9.0), True, False),
     ],
 )
-def test_a_joining_by_another_process_may_be_lost_before_its_owner_has_heard_of_it(
+def test_add_by_another_process_may_be_lost_until_its_owner_knows_it(
     fault: Record, in_transaction: bool, is_excused: bool
 ) -> None:
+    """A crash or a promotion can undo a membership that its owner has not read yet."""
     joins = join(CHANNEL, at=1.5, in_transaction=in_transaction)
     sends = sent(12, "group", "g")
     expected = {UNDONE_JOIN: 1} if is_excused else {UNEXPLAINED: 1}
@@ -340,7 +346,8 @@ def test_a_joining_by_another_process_may_be_lost_before_its_owner_has_heard_of_
     assert causes(ledger(sent(12, "group", "g"), own, [fault]), "group") == {UNEXPLAINED: 1}
 
 
-def test_a_leaving_by_another_process_may_be_lost_before_its_owner_has_heard_of_it() -> None:
+def test_discard_by_another_process_may_be_lost_until_its_owner_knows_it() -> None:
+    """A promotion can undo a discard that the owner of the channel has not read yet."""
     leaves: list[Record] = [*join(CHANNEL), Leaving(4, "g", CHANNEL), HasLeft(4.5, "g", CHANNEL)]
     promotion = Promotion(3.0, 3.1, 5.0, 6.0)
     found = ledger(sent(8, "group", "g"), [*OPENED, *got(8)], [promotion], other=leaves)
@@ -354,7 +361,7 @@ def test_a_leaving_by_another_process_may_be_lost_before_its_owner_has_heard_of_
     assert tally(own, "group").uninvited == 1
 
 
-def test_what_a_rolled_back_transaction_changed_is_as_before() -> None:
+def test_membership_change_that_was_rolled_back_has_no_effect() -> None:
     joins: list[Record] = [Joining(1, "g", CHANNEL, True), Undone(2, "g", CHANNEL)]
     found = ledger(sent(1, "group", "g", at=1.1), [*OPENED, *got(1)], other=joins)
     assert tally(found, "group").uninvited == 1
@@ -400,7 +407,7 @@ A_FIRST = hears(CHANNEL, ("a.0", 6.0), ("b.0", 6.1))
 B_FIRST = hears(OTHER, ("b.0", 6.0), ("a.0", 6.1))
 
 
-def test_members_in_two_processes_see_one_order() -> None:
+def test_group_order_of_two_processes_must_agree() -> None:
     assert in_order(A_AND_B, A_FIRST, hears(OTHER, ("a.0", 7.0), ("b.0", 7.1))) == (0, 0, True)
     assert in_order(A_AND_B, A_FIRST, B_FIRST) == (1, 0, False)
     found = settle({"sends": A_AND_B, "one": A_FIRST, "two": B_FIRST})
@@ -412,11 +419,11 @@ def test_members_in_two_processes_see_one_order() -> None:
     assert "PROMISES BROKEN." in describe(found)
 
 
-def test_members_in_one_process_see_one_order() -> None:
+def test_group_order_in_one_process_must_agree() -> None:
     assert in_order(A_AND_B, [*A_FIRST, *B_FIRST]) == (1, 0, False)
 
 
-def test_only_what_two_members_received_is_compared() -> None:
+def test_group_order_compares_only_messages_that_two_members_received() -> None:
     third = hears("specific.c!1", ("b.0", 6.0))
     found = settle({"sends": A_AND_B, "one": hears(CHANNEL, ("a.0", 6.0)), "three": third})
     assert (found.group_order.compared, found.group_order.disagreements) == (0, {})
@@ -432,13 +439,14 @@ def test_only_what_two_members_received_is_compared() -> None:
         (Away(1.0, 1.5, "reader-2", True), True),  # nothing sent after it was received earlier
     ],
 )
-def test_what_was_caught_up_on_may_be_in_another_order(fault: Record, is_excused: bool) -> None:
+def test_group_order_in_a_catch_up_may_differ(fault: Record, is_excused: bool) -> None:
     assert in_order(A_AND_B, A_FIRST, B_FIRST, faults=[fault]) == (
         (0, 1, True) if is_excused else (1, 0, False)
     )
 
 
-def test_a_catch_up_is_over_with_the_first_message_that_was_sent_after_the_absence() -> None:
+def test_group_order_counts_from_the_first_message_sent_after_an_absence() -> None:
+    """A message that is sent after the absence ends the catch-up of its receiver."""
     sends = [*pair(("c.0", 2.0, False)), *A_AND_B]
     away = Away(1.0, 1.5, "reader-2", True)
     b_first = hears(OTHER, ("c.0", 2.2), ("b.0", 6.0), ("a.0", 6.1))
@@ -448,7 +456,7 @@ def test_a_catch_up_is_over_with_the_first_message_that_was_sent_after_the_absen
     assert in_order(sends, A_FIRST, b_first, faults=[away])[:2] == (0, 1)
 
 
-def test_a_catch_up_of_one_message_excuses_no_other_pair() -> None:
+def test_group_order_catch_up_of_one_message_excuses_no_other_pair() -> None:
     sends = [*pair(("c.0", 2.0, False), ("d.0", 3.0, False)), *A_AND_B]
     # Of c it heard late; d was sent after the absence, as were a and b.
     away = Away(1.0, 2.5, "reader-2", True)
@@ -470,7 +478,7 @@ def test_a_catch_up_of_one_message_excuses_no_other_pair() -> None:
         (False, "returned", [Away(5.05, 5.5, "a", False)], True),
     ],
 )
-def test_what_was_perhaps_never_announced_has_no_place_in_the_order(
+def test_group_order_omits_messages_perhaps_never_announced(
     in_transaction: bool, outcome: Outcome, faults: list[Record], has_a_place: bool
 ) -> None:
     sends = [
@@ -481,7 +489,7 @@ def test_what_was_perhaps_never_announced_has_no_place_in_the_order(
     assert found == ((1, 0, False) if has_a_place else (0, 0, True))
 
 
-def test_a_member_that_another_process_added_catches_up_first() -> None:
+def test_group_order_member_added_by_another_process_catches_up_first() -> None:
     three = pair(("a.0", 5.0, False), ("b.0", 5.0, False), ("c.0", 7.0, False), ("d.0", 7.0, False))
     one = hears(CHANNEL, ("a.0", 6.0), ("b.0", 6.1), ("c.0", 8.0), ("d.0", 8.1))
 
@@ -508,7 +516,7 @@ def in_transaction(n: int, outcome: Outcome, kind: Kind = "specific") -> list[Re
     return [Begun(float(n), "w.0", n, kind, stream, True), Ended(n + 0.1, "w.0", n, outcome)]
 
 
-def test_what_a_dying_process_had_committed_is_owed_within_two_heartbeats() -> None:
+def test_unannounced_message_is_owed_within_two_heartbeats() -> None:
     sends = in_transaction(1, "unannounced")
     assert causes(ledger(sends, OPENED)) == {UNEXPLAINED: 1}
     in_time: list[Record] = [Got(1.1 + FOUND_MOST, CHANNEL, "w.0", 1)]
@@ -521,7 +529,8 @@ def test_what_a_dying_process_had_committed_is_owed_within_two_heartbeats() -> N
     assert 2 * HEARTBEAT <= FOUND_MOST <= 3 * HEARTBEAT
 
 
-def test_a_message_may_be_received_late_where_its_announcement_may_be_lost_and_only_it() -> None:
+def test_late_message_is_excused_if_its_announcement_may_be_lost() -> None:
+    """Only that message may be out of order."""
     sends = [record for n in (1, 2, 3) for record in in_transaction(n, "returned")]
     gots: list[Record] = [
         *OPENED,
@@ -536,13 +545,13 @@ def test_a_message_may_be_received_late_where_its_announcement_may_be_lost_and_o
     assert tally(ledger(sends, gots, [later])).disordered == 1
 
 
-def test_what_was_rolled_back_must_not_come() -> None:
+def test_message_that_was_rolled_back_must_not_come() -> None:
     sends = in_transaction(1, "refused")
     assert ledger(sends, OPENED).is_clean
     assert tally(ledger(sends, [*OPENED, Got(3, CHANNEL, "w.0", 1)])).uninvited == 1
 
 
-def test_a_crash_takes_along_nothing_of_a_transaction() -> None:
+def test_crash_excuses_no_message_of_a_transaction() -> None:
     crash = Crash(1.5, 2.0)
     assert causes(ledger(sent(1), OPENED, [crash])) == {CRASH: 1}
     assert causes(ledger(in_transaction(1, "returned"), OPENED, [crash])) == {UNEXPLAINED: 1}
@@ -557,7 +566,7 @@ PROMOTED = Promotion(10.0, 10.5, 15.0, 16.0)
     ("at", "cause"), [(9.5, UNEXPLAINED), (9.95, PROMOTION), (15.9, PROMOTION), (16.1, UNEXPLAINED)]
 )
 @pytest.mark.parametrize("of_transaction", [False, True])
-def test_a_promotion_takes_along_what_the_standby_had_not_received(
+def test_promotion_excuses_messages_that_the_standby_had_not_received(
     at: float, cause: str, of_transaction: bool
 ) -> None:
     sends: list[Record] = [
@@ -572,9 +581,10 @@ def test_a_promotion_takes_along_what_the_standby_had_not_received(
     ("first", "second", "twice"),
     [(12.0, 17.0, 0), (9.0, 17.0, 1), (12.0, 14.0, 1)],
 )
-def test_a_job_comes_again_only_if_the_promoted_standby_did_not_know_that_it_was_taken(
+def test_job_received_again_is_excused_if_the_standby_missed_its_claim(
     first: float, second: float, twice: int
 ) -> None:
+    """The promoted standby restores the job, and another worker claims it."""
     gots: list[Record] = [Got(first, "jobs", "w", 1), Got(second, "jobs", "w", 1)]
     found = ledger(sent(1, "normal", "jobs"), gots, [PROMOTED])
     assert (tally(found, "normal").twice, tally(found, "normal").again) == (twice, 1 - twice)
@@ -616,7 +626,7 @@ LONG = Away(10.0, 10.0 + LEASE, "reader", True)
         (LONG._replace(ended=10.0 + LEASE / 2), 12.0, UNEXPLAINED),
     ],
 )
-def test_a_group_of_which_no_member_has_a_lease_may_be_skipped(
+def test_group_without_a_member_with_a_lease_may_be_skipped(
     away: Away, at: float, cause: str
 ) -> None:
     sends = [*sent(1, "group", "g", at=at), *sent(60, "group", "g")]
@@ -642,16 +652,17 @@ def test_a_group_of_which_no_member_has_a_lease_may_be_skipped(
         ),
     ],
 )
-def test_leases_begin_again_after_an_outage_that_would_have_ended_all_of_them(
+def test_leases_after_an_outage_longer_than_all_of_them_begin_again(
     faults: list[Record], is_excused: bool
 ) -> None:
+    """An outage or a promotion longer than the leases excuses no skipped group."""
     away = Away(10.0, 12.0 + LEASE, "reader", True)
     sends = [*sent(30, "group", "g"), *sent(60, "group", "g")]
     found = ledger(sends, [*OPENED, *join(CHANNEL), *got(60)], [away, *faults])
     assert causes(found, "group") == {NO_LEASE if is_excused else UNEXPLAINED: 1}
 
 
-def test_a_reader_without_a_lease_misses_no_group_that_has_other_members() -> None:
+def test_reader_without_a_lease_is_owed_messages_of_groups_with_others() -> None:
     sends = [*sent(20, "group", "g"), *sent(60, "group", "g")]
     reader = [*OPENED, *join(CHANNEL), *got(60)]
     other = [Opened(0, OTHER), *join(OTHER), *got(20, 60, channel=OTHER)]
@@ -659,8 +670,8 @@ def test_a_reader_without_a_lease_misses_no_group_that_has_other_members() -> No
     assert causes(ledger(sends, reader, [LONG], other=other), "group") == {UNEXPLAINED: 1}
 
 
-def test_a_reader_without_a_lease_is_owed_its_own_messages_and_jobs_and_changes_by_others() -> None:
-    """They are written, and stay until the reader returns."""
+def test_reader_without_a_lease_is_owed_own_messages_jobs_and_changes() -> None:
+    """These messages are written and stay until the reader returns."""
     sends = [*sent(20), *sent(60)]
     assert causes(ledger(sends, [*OPENED, *got(60)], [LONG])) == {UNEXPLAINED: 1}
     jobs = [*sent(5, "normal", "jobs"), *sent(60, "normal", "jobs")]
@@ -674,7 +685,8 @@ def test_a_reader_without_a_lease_is_owed_its_own_messages_and_jobs_and_changes_
 # ---------------------------------------------------------------------- the rest
 
 
-def test_recovery_is_from_the_end_of_a_fault_to_the_first_message_of_each_reader() -> None:
+def test_recovery_lasts_until_the_first_message_of_each_reader() -> None:
+    """It begins at the end of the fault. Readers that opened later do not count."""
     other = "specific.b!1"
     newcomer = "specific.c!1"
     found = ledger(
@@ -694,7 +706,7 @@ def test_recovery_is_from_the_end_of_a_fault_to_the_first_message_of_each_reader
     assert found.all_back == {"cut": [pytest.approx(2.2)]}
 
 
-def test_what_waits_for_the_next_fault_does_not_count() -> None:
+def test_recovery_does_not_count_messages_after_the_next_fault() -> None:
     messages = [
         *sent(1),
         *sent(2, stream="specific.b!1"),
@@ -707,7 +719,7 @@ def test_what_waits_for_the_next_fault_does_not_count() -> None:
     assert found.all_back == {"cut": [pytest.approx(1.2)], "restart": [pytest.approx(0.3)]}
 
 
-def test_an_error_of_a_process_is_not_clean() -> None:
+def test_complaint_of_a_process_is_not_clean() -> None:
     found = ledger([], [Complaint(1, "Traceback"), Cancelled(1)])
     assert not found.is_clean
     assert found.complaints == ["reader: Traceback"]
@@ -715,7 +727,7 @@ def test_an_error_of_a_process_is_not_clean() -> None:
     assert "Traceback" in describe(found)
 
 
-def test_books_are_read_as_written_up_to_an_unfinished_line() -> None:
+def test_decode_reads_books_up_to_an_unfinished_line() -> None:
     records: list[Record] = [
         *sent(1),
         *JOINED,

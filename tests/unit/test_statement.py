@@ -75,7 +75,7 @@ def test_type_has_the_oid_of_the_catalogue(name: str) -> None:
     assert int.from_bytes(data[8:12], "big") == info.oid
 
 
-def test_all_types_are_tested() -> None:
+def test_encode_types_are_all_tested() -> None:
     types = {name for name, found in vars(statement).items() if isinstance(found, Type)}
     assert types == {*SCALARS, *ARRAYS}
 
