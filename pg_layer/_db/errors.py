@@ -115,6 +115,7 @@ class Attempts:
         self._is_read = is_read
         self._alias = alias
         self.is_outcome_unknown = False  # an attempt may have taken effect
+        self._last_error: psycopg.Error | None = None  # after which another attempt could follow
 
     def check_retry(self, error: psycopg.Error, *, is_late: bool) -> None:
         """Return if another attempt may follow ``error``. Otherwise raise the error of the call.
@@ -131,13 +132,16 @@ class Attempts:
         may_retry = retry is Retry.ALWAYS or (retry is Retry.IF_IDEMPOTENT and self._is_idempotent)
         if is_late or not may_retry:
             raise self.final_error(error) from error
+        self._last_error = error
 
     def final_error(self, reason: BaseException | None) -> LayerUnavailable:
         """Return the error that the caller receives if the call ends for ``reason``.
 
         `OutcomeUnknown` if an earlier attempt may have taken effect. ``reason`` may be another
-        error than that of an attempt. None: no connection became free.
+        error than that of an attempt. None: no connection became free, for the reason that the
+        last attempt gave.
         """
+        reason = reason or self._last_error
         error = OutcomeUnknown() if self.is_outcome_unknown else layer_unavailable(reason)
         return as_stopping(error) if self._gives_up() else error
 

@@ -197,9 +197,7 @@ async def test_status_command_shows_failing_tasks(
         await until(lambda: observer.execute(counted).fetchone() == ("1",))
         shown = await asyncio.to_thread(look, migrated_dsn)
         assert shown["failing_tasks"] == 1
-        assert shown["problems"] == [
-            "Tasks of live clients that fail: 1. The processes' logs say why."
-        ]
+        assert shown["problems"] == ["Failing tasks of live clients: 1. See the processes' logs."]
     await until(lambda: observer.execute(counted).fetchone() == ("0",))
     assert (await asyncio.to_thread(look, migrated_dsn))["ok"]
 

@@ -5,6 +5,7 @@ Each test runs commands and code of the test project, in separate processes.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -436,6 +437,8 @@ def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_p
                     },
                     "DJANGO_SETTINGS_MODULE": "project",
                     "PG_LAYER_TEST_PROJECT_DSN": fresh_database,
+                    # Its formatter belongs to the tests, which are not installed there.
+                    "PG_LAYER_TEST_PROJECT_SETTINGS": json.dumps({"LOGGING": {}}),
                 },
                 capture_output=True,
                 text=True,
