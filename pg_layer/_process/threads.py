@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import sys
 import threading
 import time
@@ -89,7 +90,11 @@ async def run_on(
             raise NotBegun(may_have_begun=True)
         return answer.result()
     finally:
-        if not (outlives_caller or loop.is_closed()):
+        if loop.is_closed():
+            # A closed loop never begins the work. Python warns of coroutines that never began.
+            if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+                work.close()
+        elif not outlives_caller:
             answer.cancel()
 
 
