@@ -116,7 +116,7 @@ async def test_receive_cancelled_at_random_moments_under_traffic_loses_nothing(
     assert found == list(range(count))
     # No message arrives a second time.
     for channel in (*channels, member, "jobs"):
-        await make_layer().send(channel, {"number": "end"})
+        await make_layer(**LARGE_CAPACITY).send(channel, {"number": "end"})
         assert (await receive(layer, channel))["number"] == "end"
 
 
