@@ -58,7 +58,11 @@ def library(request: pytest.FixtureRequest) -> str:
 async def run_patched(library: str, dsn: str, program: str, *arguments: str) -> str:
     """Return the output of the program, in a process whose threads are greenlets of the library."""
     code = LIBRARIES[library] + START + program
-    return succeeded(await asyncio.to_thread(run, dsn, "-c", code, *arguments))
+    # On a busy machine the last of several senders begins late. The first must still wait then.
+    config = {"send_timeout": 60}
+    layers = {"default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}}
+    settings = {"CHANNEL_LAYERS": layers}
+    return succeeded(await asyncio.to_thread(run, dsn, "-c", code, *arguments, settings=settings))
 
 
 ONE_AT_A_TIME = """
