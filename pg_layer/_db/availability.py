@@ -88,7 +88,7 @@ class Outage:
         self.why = None
         logger.warning(
             "The database is %s after %.1f s: caught up with %d messages.",
-            "back" if self._was_connected else "there",
+            "back" if self._was_connected else "available",
             time.monotonic() - self.since,
             caught_up,
             extra={"event": log_events.DATABASE_BACK},

@@ -16,8 +16,6 @@ from pg_layer._db.queries import maintenance
 from pg_layer._db.queries.maintenance import Swept
 from pg_layer.exceptions import PgLayerError
 
-FULL_PASS = 3600.0  # seconds between two passes that begin with the oldest message
-
 
 class Sweeper:
     """A loop that removes expired rows in parts, until it is stopped.
@@ -107,7 +105,7 @@ class Sweeper:
             conn = self._connection()
             if time.monotonic() >= self._full_pass_at:
                 self._after = maintenance.START
-                self._full_pass_at = time.monotonic() + FULL_PASS
+                self._full_pass_at = time.monotonic() + maintenance.FULL_PASS
             while not self._is_stopped:
                 swept, self._after = maintenance.sweep_now(
                     conn, self._config.prefix, self._batch_size, self._after, self._bell

@@ -39,7 +39,6 @@ SENDER_IDLE = 7.5  # seconds after which a process that only sends closes its id
 CLOSE_TIMEOUT = 2.0  # seconds for the statement that closes the client
 STOP_TIMEOUT = 2.0  # seconds for tasks to end
 SWEEP_BATCH = 1000  # rows
-FULL_PASS = 3600.0  # seconds between two sweeps that begin with the oldest message
 PING_TIMEOUT = 3.0  # seconds
 
 
@@ -74,7 +73,7 @@ class Engine:
         )
         self.sender = Sender(client, self.connections, self.tasks.spawn, announcer)
         self._swept_to = maintenance.START
-        self._full_pass_at = time.monotonic() + FULL_PASS
+        self._full_pass_at = time.monotonic() + maintenance.FULL_PASS
         self._is_ending = False
         self._guard_task = self.loop.create_task(self._guard())
         self._guard_task.add_done_callback(lambda _: self.abandon())  # whatever it raised
@@ -287,7 +286,7 @@ class Engine:
         prefix = self.client.config.prefix
         if time.monotonic() >= self._full_pass_at:
             self._swept_to = maintenance.START
-            self._full_pass_at = time.monotonic() + FULL_PASS
+            self._full_pass_at = time.monotonic() + maintenance.FULL_PASS
         while True:
             part = await self.connections.run(
                 partial(maintenance.sweep, prefix=prefix, limit=SWEEP_BATCH, after=self._swept_to),

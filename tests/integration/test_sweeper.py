@@ -19,7 +19,6 @@ import pytest
 
 from devtools.postgres import PostgresServer
 from pg_layer._config.options import load
-from pg_layer._maintenance import sweeper as sweeping
 from pg_layer._maintenance.sweeper import Sweeper
 from pg_layer.management.commands._layer import ended_by_signals
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
@@ -456,7 +455,7 @@ def test_sweeper_pass_continues_where_the_last_one_ended(
 def test_sweeper_full_pass_is_repeated(
     migrated_dsn: str, observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeping, "FULL_PASS", 0.1)
+    monkeypatch.setattr("pg_layer._db.queries.maintenance.FULL_PASS", 0.1)
     add_messages(observer, 3, NOW)
     with Sweeper(
         load({"dsn": migrated_dsn}), 1000, lambda swept: None, lambda error: None

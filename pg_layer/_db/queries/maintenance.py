@@ -26,6 +26,7 @@ from pg_layer._state.status import (
 
 SWEEP_TIMEOUT = 60.0  # seconds for one part
 LOOK_TIMEOUT = 10.0  # seconds for each statement that only reads
+FULL_PASS = 3600.0  # seconds between two sweeps that begin with the oldest message
 START = 0.0  # the ``after`` of the first part of a full pass
 TABLES = (
     "pg_layer_message",
