@@ -306,7 +306,7 @@ async def test_send_from_a_thread_while_the_receiving_loop_is_busy_arrives_later
     begun.wait()
     ended.wait(0.3)  # the loop does nothing else meanwhile
     assert await receive_numbers(layer, channel, 10) == list(range(10))
-    thread.join()
+    await asyncio.to_thread(thread.join)  # the last send may still wait for its answer by this loop
 
 
 async def test_send_from_a_thread_while_the_loop_is_stuck_raises_after_its_timeout(
