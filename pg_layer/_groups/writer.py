@@ -12,9 +12,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from itertools import islice
 from typing import Any
 
+from pg_layer._db.fence import raise_fence
 from pg_layer._db.pool import Connections
 from pg_layer._db.queries import groups as queries
-from pg_layer._db.queries import receive
 from pg_layer._db.session import Session
 from pg_layer._process.tasks import Spawn
 from pg_layer._state.client import Client
@@ -100,9 +100,7 @@ class MembershipWriter:
         async def work(session: Session) -> Moment:
             nonlocal fence
             fence = client.fence
-            if not client.is_fence_raised:
-                await receive.raise_fence(session, client.address, fence)
-                client.fence_raised(fence)
+            await raise_fence(session, client)
             return await queries.write(session, client.address, fence, rows)
 
         unknown: OutcomeUnknown | None = None  # the outcome of an earlier attempt

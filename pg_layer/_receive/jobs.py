@@ -15,6 +15,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pg_layer._db.fence import raise_fence
 from pg_layer._db.pool import Connections
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
@@ -231,7 +232,7 @@ class JobReaders:
 
     async def _claim_on(self, session: Session, channel: str, low_id: int, limit: int) -> list[Row]:
         client = self._client
-        await self._receiver.raise_fence(session)
+        await raise_fence(session, client)
         return await queries.claim(
             session, client.config.prefix, channel, client.address, client.fence, low_id, limit
         )
@@ -320,7 +321,7 @@ class JobReaders:
 
     async def _release_on(self, session: Session, keys: list[Key], quiet: bool) -> bool:
         client = self._client
-        await self._receiver.raise_fence(session)
+        await raise_fence(session, client)
         await queries.release(
             session, client.config.prefix, client.address, client.fence, keys, quiet=quiet
         )
@@ -368,7 +369,7 @@ class JobReaders:
                 continue
 
     async def _remaining_on(self, session: Session, keys: list[Key]) -> list[Row]:
-        await self._receiver.raise_fence(session)
+        await raise_fence(session, self._client)
         address = self._client.address
         return await queries.read_keys(
             session, [KeyAt(address, key.id, key.xid, key.boot, False, 0) for key in keys]

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from pg_layer._db.availability import Outage
+from pg_layer._db.fence import raise_fence
 from pg_layer._db.pool import Connections
 from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
@@ -334,7 +335,7 @@ class Receiver:
         """
         client, cursor = self._client, self._client.cursor
         assert client.is_owned_here()
-        await self.raise_fence(session)
+        await raise_fence(session, client)
         boot, position = await queries.position(session, cursor.known_boot)
         moment = await queries.begin_snapshot(session, boot)
         # Collect the addresses after the snapshot was taken. The client listens already. So a
@@ -408,18 +409,6 @@ class Receiver:
         if self._joining is not None:
             groups.add(self._joining)
         return groups
-
-    async def raise_fence(self, session: Session) -> None:
-        """Make the server refuse the statements that were given up.
-
-        Call this before the next statement that moves jobs, and before a read that must find
-        all effects of the last ones.
-        """
-        client = self._client
-        if not client.is_fence_raised:
-            fence = client.fence
-            await queries.raise_fence(session, client.address, fence)
-            client.fence_raised(fence)
 
     async def _delete_received(self, moment: Moment) -> None:
         client = self._client

@@ -154,7 +154,7 @@ class Client:
         """Give up statements with the present fence: an outcome is unknown.
 
         The network may deliver such a statement later. Before the client acts on its reads, it
-        raises the fence in the database (see `fence_raised`).
+        raises the fence in the database (see `_db/fence.py`).
         """
         self._fence += 1
 
