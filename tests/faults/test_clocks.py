@@ -25,7 +25,7 @@ from tests.project.commands import Process, manage, started, succeeded
 pytestmark = pytest.mark.faketime
 
 EXPIRY = 3.0
-OPTIONS: dict[str, object] = {"lease": 3, "heartbeat": 0.5, "sweep_interval": 0, "capacity": 1000}
+OPTIONS: dict[str, object] = {"lease": 3, "heartbeat": 1, "sweep_interval": 0, "capacity": 1000}
 HOURS = ["+1h", "-1h"]
 
 

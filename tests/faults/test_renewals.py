@@ -23,6 +23,7 @@ OPTIONS: dict[str, object] = {
 }
 SENDERS = 2  # sending processes
 MESSAGES = 4000  # messages of each to each receiving channel
+PART = 200  # messages of each after which the test hears from it
 LARGE = 9000  # bytes; more than a notification can carry
 CHANGES = 500
 
@@ -61,7 +62,7 @@ async def send_stream(link: Link, dsn: str, channels: list[str], first: int) -> 
                 *(layer.send(c, numbered(number, size)) for number in numbers for c in channels),
                 *(layer.group_send("room", numbered(number, size)) for number in numbers),
             )
-            if start % 1000 == 0:
+            if start % PART == 0:
                 link.say(start)
 
 
@@ -82,7 +83,7 @@ async def test_renewals_during_many_sends_lose_and_double_nothing(
     await wait_for_members(layer, "room", *members)
     firsts = [1_000_000 * (stream + 1) for stream in range(SENDERS)]
     sender_processes = [processes.start(send_stream, migrated_dsn, own, first) for first in firsts]
-    for step in range(0, MESSAGES, 1000):
+    for step in range(0, MESSAGES, PART):
         for first, sender in zip(firsts, sender_processes, strict=True):
             assert await sender.hear() == first + step
             assert sorted(await layer.group_channels("room")) == members
