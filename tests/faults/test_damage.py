@@ -328,8 +328,12 @@ async def test_foreign_notifications_under_traffic_are_ignored_and_logged_once(
     assert len(warnings) == len(set(warnings))
     events = [event for event, _ in warnings]
     assert events.count(log_events.NOTIFICATION_IGNORED) == 2
-    # With a heartbeat of 0.1 s, a busy machine may log an outage.
-    outage = {log_events.DATABASE_LOST, log_events.DATABASE_BACK}
+    # With a heartbeat of 0.1 s, a busy machine may log an outage, or miss its own pings.
+    outage = {
+        log_events.DATABASE_LOST,
+        log_events.DATABASE_BACK,
+        log_events.NOTIFICATIONS_MISSING,
+    }
     assert set(events) - outage <= {log_events.NOTIFICATION_IGNORED, log_events.MESSAGE_UNDECODABLE}
     assert events.count(log_events.MESSAGE_UNDECODABLE) <= 1
 

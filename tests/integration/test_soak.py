@@ -17,6 +17,7 @@ import pytest
 from tests.processes import until
 
 ROOT = Path(__file__).parents[2]
+START_TIMEOUT = 100.0  # seconds for a server and twenty processes to start on a busy machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -113,7 +114,8 @@ async def test_soak_interrupted_leaves_nothing_behind(
 ) -> None:
     soak = start(temporary, "--seconds", "600")
     await until(
-        lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book"))
+        lambda: any(b'["Got",' in book.read_bytes() for book in temporary.glob("*/books/*.book")),
+        START_TIMEOUT,
     )
     assert len(of(temporary)) > 10
     os.killpg(soak.pid, signum)  # a terminal also signals all processes of the group
