@@ -19,24 +19,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import closing as closing_connection
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import psycopg
 
 from pg_layer._config.options import Config
 from pg_layer._db.errors import NOTIFY_REFUSED, as_stopping
 from pg_layer._db.queries import lease
+from pg_layer._groups.order import GroupOrder
 from pg_layer._messages.codec import Codec
 from pg_layer._process import shutdown as termination
+from pg_layer._process.loop_end import end_tasks_on_close
 from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
-from pg_layer._send.operations import Change, Operation
+from pg_layer._send.operations import Change, GroupSend, Many, Operation, Send
 from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
@@ -114,6 +117,11 @@ class BackgroundLoop:
                 self._engine.connections.begin_closing()
             self._engine.call(self._retired.set)
 
+    def close_soon(self) -> None:
+        """Begin to close the client, and then retire. Does not raise. Does not wait."""
+        if self._engine is not None:
+            self._engine.close_soon(then=self._retired.set)
+
     def close(self) -> None:
         """Retire, and block until the thread has ended."""
         self.retire(is_closing=True)
@@ -124,15 +132,19 @@ class BackgroundLoop:
 class Loops:
     """The choice of the engine for a caller, and the path of its work between event loops.
 
-    All methods may be called from any thread.
+    ``capacity_of``: see `Client`. All methods may be called from any thread.
     """
 
-    def __init__(self, config: Config, codec: Codec) -> None:
+    def __init__(
+        self, config: Config, codec: Codec, capacity_of: Callable[[str], int] | None = None
+    ) -> None:
+        self._capacity_of = capacity_of
         self._config = config
         self._codec = codec
         self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
+        self._order = GroupOrder()
         # Clients whose close has begun and may be incomplete, with their engines.
         self._ending: dict[Client, tuple[Engine | None, BackgroundLoop | None]] = {}
         self._closings: set[asyncio.Task[None]] = set()  # asyncio keeps weak references only
@@ -140,7 +152,7 @@ class Loops:
         termination.register(self)
 
     def _begin_client(self) -> None:
-        self.client = Client(self._config, self._codec, self._counters)
+        self.client = Client(self._config, self._codec, self._counters, self._capacity_of)
         self._main_engine: Engine | None = None
         self._background: BackgroundLoop | None = None
         self._owner: Engine | None = None  # the last engine that became the owner
@@ -180,6 +192,7 @@ class Loops:
             return main
         with self._lock:
             main = self._main_engine
+            end_tasks_on_close(loop)
             if main is None or not (main.is_running and (main.is_receiving or main.loop is loop)):
                 main = self._move_here()
             if main.loop is loop and not main.is_receiving:
@@ -188,6 +201,7 @@ class Loops:
 
     def for_sending(self) -> Engine:
         """Return the engine that sends for the running loop."""
+        end_tasks_on_close(asyncio.get_running_loop())
         main = self._main_engine
         if main is not None and main.is_running:
             return main
@@ -214,6 +228,8 @@ class Loops:
                     self._make_owner(main)
                     return main
             loop = asyncio._get_running_loop()
+            if loop is not None:
+                end_tasks_on_close(loop)
             if loop is not None and not is_single_call_loop(loop):
                 main = self._move_here()
                 self._begin_receiving(main)
@@ -227,24 +243,38 @@ class Loops:
     async def submit(self, operation: Operation) -> Any:
         """Send, or change a membership, on the engine that does this now.
 
+        Calls that concern one group take effect in the order in which they began: see `GroupOrder`.
+        The time that a call waits for others counts for its timeout.
+
         Return and raise what `Sender.submit` does; while the process stops, `Stopping` or
         `StoppingUnknown`.
         """
-        if isinstance(operation, Change):
-            change = operation
-            find = self.for_own_changes if self.client.owns(operation.channel) else self.for_sending
-            return await self.run(find, lambda engine: engine.change(change))
-        client, loop = self.client, asyncio.get_running_loop()
-        while True:
-            try:
-                main = self._main_engine
-                if main is None or main.loop is not loop or main.is_closed:
-                    main = self.for_sending()
-                return await main.sender.submit(operation)
-            except NotBegun:  # the engine has ended: another takes over
-                await asyncio.sleep(0)
-            except LayerUnavailable as error:
-                self._raise(error, client)
+        loop, order, deadline = asyncio.get_running_loop(), self._order, None
+        groups = _groups_of(operation)
+        turn, must_wait = order.begin(groups, loop, is_change=operation.__class__ is Change)
+        try:
+            if must_wait:
+                deadline = time.monotonic() + self._config.send_timeout
+                await order.wait(turn, deadline)
+            if isinstance(operation, Change):
+                return await self._change(operation, deadline)
+            client = self.client
+            while True:
+                try:
+                    main = self._main_engine
+                    if main is None or main.loop is not loop or main.is_closed:
+                        main = self.for_sending()
+                    return await main.sender.submit(operation, deadline)
+                except NotBegun:  # the engine has ended: another takes over
+                    await asyncio.sleep(0)
+                except LayerUnavailable as error:
+                    self._raise(error, client)
+        finally:
+            order.end(turn, loop)
+
+    async def _change(self, change: Change, deadline: float | None) -> None:
+        find = self.for_own_changes if self.client.owns(change.channel) else self.for_sending
+        await self.run(find, lambda engine: engine.change(change, deadline))
 
     def _raise(self, error: LayerUnavailable, client: Client) -> NoReturn:
         """Raise the error of a call, as `Stopping` or `StoppingUnknown` if that is expected.
@@ -254,6 +284,17 @@ class Loops:
         if self.gives_up or client is not self.client:
             raise as_stopping(error) from error.__cause__
         raise error
+
+    async def read(self, group: str, work: Work[T]) -> T:
+        """Run work that reads the members of a group, in its order with their changes."""
+        order, loop = self._order, asyncio.get_running_loop()
+        turn, must_wait = order.begin((group,), loop, is_change=False)
+        try:
+            if must_wait:
+                await order.wait(turn, time.monotonic() + self._config.send_timeout)
+            return await self.run(self.for_sending, work, is_read=True)
+        finally:
+            order.end(turn, loop)
 
     async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
         """Run work that may be done twice. If its engine ends meanwhile, run it on the next.
@@ -419,43 +460,33 @@ class Loops:
         if not client.has_lease:
             self._ending.pop(client, None)
 
+    def __del__(self) -> None:
+        """Close the client when nothing refers to the layer any more.
+
+        No task refers to this object, except calls of the layer. Nothing here waits, because Python
+        may run this in any thread and in any line.
+        """
+        if sys.is_finalizing():  # `close_at_exit` has been called
+            return
+        for client in self._unclosed_clients():
+            _Unclosed(self._config, client)
+        for each in (self._main_engine, self._background):
+            if each is not None:
+                each.close_soon()
+
     def close_at_exit(self) -> None:
         """Close all clients that still have a lease, over a blocking connection.
 
         Called at the end of the process. Does not raise.
         """
-        clients = [
+        _close_now(self._config, self._unclosed_clients())
+
+    def _unclosed_clients(self) -> list[Client]:
+        return [
             client
             for client in (self.client, *self._ending)
             if client.has_lease and client.process == os.getpid()
         ]
-        if not clients:
-            return
-        try:
-            kwargs = {
-                **self._config.connect_kwargs("pool"),
-                "connect_timeout": 2,
-                "autocommit": True,
-            }
-            with closing_connection(psycopg.connect(**kwargs)) as conn:
-                for client in clients:
-                    self._close_on(conn, client)
-        except Exception as error:  # the lease ends by itself
-            logger.debug(
-                "Could not close the client; its lease ends by itself: %s",
-                error,
-                extra={"event": log_events.EXIT_CLOSE_FAILED},
-            )
-
-    def _close_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
-        closing = lease.Closing(self._config.prefix, client.address, client.close())
-        try:
-            lease.close_now(conn, closing, quiet=False)
-        except psycopg.Error as error:
-            if error.sqlstate not in NOTIFY_REFUSED:
-                raise
-            lease.close_now(conn, closing, quiet=True)
-        client.lease_ended()
 
     def _after_fork(self) -> None:
         # The child must not use the parent's sockets and loops. Keep the objects: deleting
@@ -467,10 +498,65 @@ class Loops:
         self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
+        self._order = GroupOrder()
         # A pre-forking server may replace threads by greenlets in the child only.
         are_threads_real.cache_clear()
         self._ending, self._closings = {}, set()
         self._begin_client()
+
+
+class _Unclosed:
+    """A client whose layer no longer exists. The end of the process closes it.
+
+    The close that has begun may fail, or its loop may end before.
+    """
+
+    _all: ClassVar[set[_Unclosed]] = set()
+
+    def __init__(self, config: Config, client: Client) -> None:
+        self._config = config
+        self._client = client
+        self._expires_at = time.monotonic() + config.lease  # of the lease, at the latest
+        # A copy: a finaliser that runs meanwhile may add another one.
+        self._all.difference_update([each for each in list(self._all) if each._is_over()])
+        self._all.add(self)
+        termination.register(self)
+
+    def _is_over(self) -> bool:
+        return not self._client.has_lease or time.monotonic() > self._expires_at
+
+    def close_at_exit(self) -> None:
+        """End the lease. Does not raise."""
+        if self._client.has_lease and self._client.process == os.getpid():
+            _close_now(self._config, [self._client])
+
+
+def _close_now(config: Config, clients: Sequence[Client]) -> None:
+    """Close clients over a blocking connection. Does not raise."""
+    if not clients:
+        return
+    try:
+        kwargs = {**config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
+        with closing_connection(psycopg.connect(**kwargs)) as conn:
+            for client in clients:
+                _close_on(conn, client)
+    except Exception as error:  # the lease ends by itself
+        logger.debug(
+            "Could not close the client; its lease ends by itself: %s",
+            error,
+            extra={"event": log_events.EXIT_CLOSE_FAILED},
+        )
+
+
+def _close_on(conn: psycopg.Connection[Any], client: Client) -> None:
+    closing = lease.Closing(client.config.prefix, client.address, client.close())
+    try:
+        lease.close_now(conn, closing, quiet=False)
+    except psycopg.Error as error:
+        if error.sqlstate not in NOTIFY_REFUSED:
+            raise
+        lease.close_now(conn, closing, quiet=True)
+    client.lease_ended()
 
 
 _inherited: list[object] = []  # objects of parent processes, which must not be deleted
@@ -484,6 +570,15 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _groups_of(operation: Operation) -> Collection[str]:
+    """Return the groups that an operation concerns."""
+    if isinstance(operation, Send):
+        return ()
+    if isinstance(operation, Many):
+        return {each.group for each in operation.operations if isinstance(each, GroupSend)}
+    return (operation.group,)
 
 
 def _stop(engine: Engine) -> None:
