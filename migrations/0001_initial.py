@@ -5,6 +5,7 @@ from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.state import StateApps
 
 FOLDER = Path(__file__).parent
+MANAGERS: "list[tuple[str, models.Manager[models.Model]]]" = [("no_rows", models.Manager())]
 
 
 def create(apps: StateApps, schema_editor: BaseDatabaseSchemaEditor) -> None:
@@ -47,6 +48,7 @@ class Migration(migrations.Migration):
                         ("expires_at", models.DateTimeField()),
                     ],
                     options={"db_table": "pg_layer_message"},
+                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="Membership",
@@ -73,6 +75,7 @@ class Migration(migrations.Migration):
                         ("capacity", models.IntegerField(null=True)),
                     ],
                     options={"db_table": "pg_layer_membership"},
+                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="Group",
@@ -84,6 +87,7 @@ class Migration(migrations.Migration):
                         ("addresses", models.BigIntegerField()),
                     ],
                     options={"db_table": "pg_layer_group", "managed": False},
+                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="Client",
@@ -100,6 +104,7 @@ class Migration(migrations.Migration):
                         ("counters", models.JSONField(default=dict)),
                     ],
                     options={"db_table": "pg_layer_client"},
+                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="LeaseClock",
@@ -111,6 +116,7 @@ class Migration(migrations.Migration):
                         ("steady_since", models.DateTimeField()),
                     ],
                     options={"db_table": "pg_layer_lease_clock"},
+                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="LowId",
@@ -120,6 +126,7 @@ class Migration(migrations.Migration):
                         ("kept_on", models.DateField()),
                     ],
                     options={"db_table": "pg_layer_low_id"},
+                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="LastSweep",
@@ -128,6 +135,7 @@ class Migration(migrations.Migration):
                         ("swept_at", models.DateTimeField()),
                     ],
                     options={"db_table": "pg_layer_last_sweep"},
+                    managers=MANAGERS,
                 ),
             ],
         ),

@@ -7,7 +7,7 @@ that is written through a model is not announced: use the layer to send messages
 from __future__ import annotations
 
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.db import models
 
@@ -32,7 +32,31 @@ class EndField(DateTimeField):
         return name, "django.db.models.DateTimeField", args, kwargs
 
 
-class Message(models.Model):
+class NoRows(models.Manager[Any]):
+    """A manager that finds no rows."""
+
+    def get_queryset(self) -> models.QuerySet[Any]:
+        queryset: models.QuerySet[Any] = super().get_queryset().none()
+        return queryset
+
+
+class LayerModel(models.Model):
+    """A model whose rows stay out of data dumps. Queries use `objects`.
+
+    No dump can restore the rows: they are about processes and transactions of this database, and
+    one of the tables is a view. ``dumpdata`` reads the default manager, which is the first one.
+    ``dumpdata --all`` and test cases with ``serialized_rollback`` read the base manager.
+    """
+
+    no_rows = NoRows()
+    objects: ClassVar[models.Manager[Any]] = models.Manager()
+
+    class Meta:
+        abstract = True
+        base_manager_name = "no_rows"
+
+
+class Message(LayerModel):
     """A message at the address of a client, a normal channel or a group."""
 
     id: models.BigAutoField[int, int] = models.BigAutoField(primary_key=True)
@@ -57,7 +81,7 @@ class Message(models.Model):
         return f"{self.kind} {self.id} for {self.address}"
 
 
-class Membership(models.Model):
+class Membership(LayerModel):
     """A membership, or a request to change it. The row with the largest id is valid."""
 
     pk = models.CompositePrimaryKey("group_name", "address", "channel", "id")
@@ -76,7 +100,7 @@ class Membership(models.Model):
         return f"{self.channel} {'in' if self.present else 'not in'} {self.group_name}"
 
 
-class Group(models.Model):
+class Group(LayerModel):
     """A group that has members. A view, therefore read-only."""
 
     key: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -93,7 +117,7 @@ class Group(models.Model):
         return self.group_name
 
 
-class Client(models.Model):
+class Client(LayerModel):
     """A client and its lease. Each process that receives has a row."""
 
     address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -124,7 +148,7 @@ class Client(models.Model):
         return self.host == "" and self.pid == 0
 
 
-class LeaseClock(models.Model):
+class LeaseClock(LayerModel):
     """The time since which the leases of a prefix have been renewed without a gap."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -140,7 +164,7 @@ class LeaseClock(models.Model):
         return f"{self.prefix}, renewed at {self.renewed_at}"
 
 
-class LowId(models.Model):
+class LowId(LayerModel):
     """The low-water id of an address: no row that waits there has a smaller id."""
 
     address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -154,7 +178,7 @@ class LowId(models.Model):
         return f"{self.address}, from {self.low_id}"
 
 
-class LastSweep(models.Model):
+class LastSweep(LayerModel):
     """The time at which the last sweep of a prefix ended."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
