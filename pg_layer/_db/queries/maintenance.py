@@ -129,7 +129,7 @@ FIRST_USE = Statement(
 
 
 def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
-    """Return the seconds since a sweep has ended; without a sweep, since the first use of the layer.
+    """Return the seconds since a sweep has ended; without one, since the first use of the layer.
 
     None: the layer has not been used.
     """
