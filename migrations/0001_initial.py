@@ -5,7 +5,6 @@ from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.state import StateApps
 
 FOLDER = Path(__file__).parent
-MANAGERS: "list[tuple[str, models.Manager[models.Model]]]" = [("no_rows", models.Manager())]
 
 
 def create(apps: StateApps, schema_editor: BaseDatabaseSchemaEditor) -> None:
@@ -47,8 +46,7 @@ class Migration(migrations.Migration):
                         ("sent_at", models.DateTimeField()),
                         ("expires_at", models.DateTimeField()),
                     ],
-                    options={"db_table": "pg_layer_message"},
-                    managers=MANAGERS,
+                    options={"db_table": "pg_layer_message", "verbose_name": "waiting message"},
                 ),
                 migrations.CreateModel(
                     name="Membership",
@@ -75,7 +73,6 @@ class Migration(migrations.Migration):
                         ("capacity", models.IntegerField(null=True)),
                     ],
                     options={"db_table": "pg_layer_membership"},
-                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="Group",
@@ -86,8 +83,11 @@ class Migration(migrations.Migration):
                         ("members", models.BigIntegerField()),
                         ("addresses", models.BigIntegerField()),
                     ],
-                    options={"db_table": "pg_layer_group", "managed": False},
-                    managers=MANAGERS,
+                    options={
+                        "db_table": "pg_layer_group",
+                        "managed": False,
+                        "verbose_name": "channel group",
+                    },
                 ),
                 migrations.CreateModel(
                     name="Client",
@@ -104,7 +104,6 @@ class Migration(migrations.Migration):
                         ("counters", models.JSONField(default=dict)),
                     ],
                     options={"db_table": "pg_layer_client"},
-                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="LeaseClock",
@@ -116,7 +115,6 @@ class Migration(migrations.Migration):
                         ("steady_since", models.DateTimeField()),
                     ],
                     options={"db_table": "pg_layer_lease_clock"},
-                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="LowId",
@@ -126,7 +124,6 @@ class Migration(migrations.Migration):
                         ("kept_on", models.DateField()),
                     ],
                     options={"db_table": "pg_layer_low_id"},
-                    managers=MANAGERS,
                 ),
                 migrations.CreateModel(
                     name="LastSweep",
@@ -135,7 +132,6 @@ class Migration(migrations.Migration):
                         ("swept_at", models.DateTimeField()),
                     ],
                     options={"db_table": "pg_layer_last_sweep"},
-                    managers=MANAGERS,
                 ),
             ],
         ),

@@ -6,6 +6,7 @@ that is written through a model is not announced: use the layer to send messages
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,28 +33,26 @@ class EndField(DateTimeField):
         return name, "django.db.models.DateTimeField", args, kwargs
 
 
-class NoRows(models.Manager[Any]):
-    """A manager that finds no rows."""
+class LayerQuerySet(models.QuerySet[Any]):
+    """Rows that stay out of data dumps.
 
-    def get_queryset(self) -> models.QuerySet[Any]:
-        queryset: models.QuerySet[Any] = super().get_queryset().none()
-        return queryset
+    No dump can restore them: they are about processes and transactions of this database, and one
+    of the tables is a view.
+    """
+
+    def iterator(self, chunk_size: int | None = None) -> Iterator[Any]:
+        """Return nothing. ``dumpdata`` and ``serialized_rollback`` read rows by this method."""
+        return iter(())
 
 
 class LayerModel(models.Model):
-    """A model whose rows stay out of data dumps. Queries use `objects`.
+    """A model of a table or view of the layer."""
 
-    No dump can restore the rows: they are about processes and transactions of this database, and
-    one of the tables is a view. ``dumpdata`` reads the default manager, which is the first one.
-    ``dumpdata --all`` and test cases with ``serialized_rollback`` read the base manager.
-    """
-
-    no_rows = NoRows()
-    objects: ClassVar[models.Manager[Any]] = models.Manager()
+    objects: ClassVar[models.Manager[Any]] = models.Manager.from_queryset(LayerQuerySet)()
 
     class Meta:
         abstract = True
-        base_manager_name = "no_rows"
+        base_manager_name = "objects"  # ``dumpdata --all`` uses the base manager
 
 
 class Message(LayerModel):
@@ -76,6 +75,7 @@ class Message(LayerModel):
 
     class Meta:
         db_table = "pg_layer_message"
+        verbose_name = "waiting message"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id} for {self.address}"
@@ -112,6 +112,7 @@ class Group(LayerModel):
     class Meta:
         db_table = "pg_layer_group"
         managed = False
+        verbose_name = "channel group"  # Django's users have groups, too
 
     def __str__(self) -> str:
         return self.group_name
