@@ -59,13 +59,17 @@ async def flush(loops: Loops) -> None:
         silent += [each for each in unconfirmed if each not in awaited]
         flushed = flushed._replace(addresses=[each.address for each in awaited])
     if silent:
-        names = [f"process {each.pid} on {each.host}" for each in silent[:MAX_NAMED]]
-        names += ["..."] if len(silent) > MAX_NAMED else []
+        names = [
+            f"process {each.pid} on {each.host}" if each.host else f"client {each.address}"
+            for each in silent[:MAX_NAMED]
+        ]
+        if len(silent) > MAX_NAMED:
+            names.append("...")
         logger.warning(
-            "Flush has removed everything, but %d processes have not confirmed within %g s: %s."
-            " Each empties its channels as soon as it runs again.",
-            len(silent),
+            "A flush has removed everything, but has not been confirmed within %g s by %d clients:"
+            " %s. Each of them empties its channels when it runs again.",
             timeout,
+            len(silent),
             ", ".join(names),
             extra={"event": log_events.FLUSH_UNCONFIRMED},
         )

@@ -146,7 +146,7 @@ async def test_flush_without_an_answer_returns_and_names_the_process(
     with holder.stopped():
         await asyncio.wait_for(layer.flush(), TIMEOUT)
         [text] = warnings_of(caplog)
-    assert f"1 processes have not confirmed within 0.5 s: process {holder.process.pid} on" in text
+    assert f"confirmed within 0.5 s by 1 clients: process {holder.process.pid} on" in text
     while await holder.left() != (0, 0):
         pass
 

@@ -207,16 +207,19 @@ async def flush_part(
     return is_done, Flushed(min(ids or (0,)), addresses or ()), rows if quiet else []
 
 
+# OFFSET 0: client by client, see `READ` in receive.py. The calling client may have no row.
 UNCONFIRMED = Statement(
     """
     SELECT a.address, coalesce(c.host, ''), coalesce(c.pid, 0),
         extract(epoch FROM clock_timestamp() - m.sent_at)::float8
     FROM unnest($1) AS a (address)
-    LEFT JOIN pg_layer_client AS c ON c.address = a.address
     CROSS JOIN LATERAL (
         SELECT m.sent_at FROM pg_layer_message AS m
         WHERE m.address = a.address AND m.id >= $2 AND m.kind = 'flush' ORDER BY m.id LIMIT 1
     ) AS m
+    LEFT JOIN LATERAL (
+        SELECT * FROM pg_layer_client AS c WHERE c.address = a.address OFFSET 0
+    ) AS c ON true
     WHERE c.address IS NULL OR (c.ended_at IS NULL AND c.expires_at > clock_timestamp())
     """,
     *(TEXTS, INT8),
@@ -225,9 +228,5 @@ UNCONFIRMED = Statement(
 
 async def unconfirmed(session: Executor, flushed: Flushed) -> list[Unconfirmed]:
     """Return the live clients that have not confirmed a flush, or a later one."""
-    return list(
-        map(
-            Unconfirmed._make,
-            await session.execute(UNCONFIRMED, flushed.addresses, flushed.first_id),
-        )
-    )
+    found = await session.execute(UNCONFIRMED, flushed.addresses, flushed.first_id)
+    return list(map(Unconfirmed._make, found))
