@@ -218,6 +218,37 @@ async def test_flushes_at_once_return_and_all_processes_are_empty(
     assert warnings_of(caplog) == []
 
 
+async def test_flush_beside_sends_removes_a_beginning_of_them(make_layer: MakeLayer) -> None:
+    """All messages that were sent before it are gone, and none that was sent after it."""
+    layer, sender, other = (make_layer(capacity=10**6) for _ in range(3))
+    channel = await layer.new_channel()
+    await listen(layer)
+    sent = 0
+
+    async def keep_sending() -> None:
+        nonlocal sent
+        while True:
+            await sender.send(channel, {"number": sent + 1, "blob": bytes(5000 * (sent % 2))})
+            sent += 1
+
+    sending = asyncio.create_task(keep_sending())
+    for flushing in (other, layer) * 5:
+        goal = sent + 20
+        await until(lambda goal=goal: sent >= goal)  # type: ignore[misc]
+        before = sent
+        await flushing.flush()
+        after = sent
+        await until(lambda after=after: sent >= after + 20)  # type: ignore[misc]
+        last = sent
+        numbers = [(await receive(layer, channel))["number"]]
+        while numbers[-1] < last:
+            numbers.append((await receive(layer, channel))["number"])
+        assert before < numbers[0] <= after + 1
+        assert numbers == list(range(numbers[0], last + 1))
+    sending.cancel()
+    await asyncio.wait({sending})
+
+
 async def test_part_of_another_flush_does_not_confirm_a_flush(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, observer: Observer
 ) -> None:
