@@ -270,20 +270,19 @@ $$;
 -- ------------------------------------------------------------------------- flush
 
 -- Delete messages and memberships of a prefix. When nothing is left, write a control message to
--- each client.
+-- each client. A client that has applied it deletes it, which confirms the flush.
 --
---   _address: the calling client
+--   _address: the calling client, if it receives: it gets a control message even if the table of
+--       clients was emptied; otherwise null
 --   _limit: the number of messages, and of memberships, that one call deletes
 --   _quiet: see 0001_3_sending.sql
---   Returns in is_done whether nothing is left; boot and xid; in id the id of the control message
---   to the calling client, null if it is not among the clients; in ids and addresses all control
+--   Returns in is_done whether nothing is left; boot and xid; in ids and addresses the control
 --   messages. If _quiet, the caller must announce them.
 --   Raises SQLSTATE 25006 on a standby.
 --   Called by clients (_db/queries/lease.py), until is_done.
 CREATE FUNCTION pg_layer_flush(
     _prefix text, _address text, _limit integer DEFAULT 5000, _quiet boolean DEFAULT false,
-    OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT id bigint, OUT ids bigint[],
-    OUT addresses text[]
+    OUT is_done boolean, OUT boot bigint, OUT xid bigint, OUT ids bigint[], OUT addresses text[]
 )
 LANGUAGE plpgsql
 SET search_path FROM CURRENT
@@ -305,6 +304,8 @@ BEGIN
     WITH part AS MATERIALIZED (
         SELECT m.ctid FROM pg_layer_message AS m
         WHERE m.address >= _prefix || '!' AND m.address < _prefix || '"'
+            -- Only the last call replaces these. Their absence would mean that they were applied.
+            AND m.kind <> 'flush'
         ORDER BY m.address, m.id LIMIT _limit
         FOR UPDATE SKIP LOCKED
     ), gone AS (
@@ -324,16 +325,30 @@ BEGIN
     IF NOT is_done THEN
         RETURN;
     END IF;
-    WITH written AS (
-        INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, expires_at)
-        SELECT c.address, _xid, pg_layer_flush.boot, _quiet, 'flush',
-            clock_timestamp() + interval '1 day'
-        FROM pg_layer_client AS c
+    -- The new control message counts for those of earlier flushes. It keeps the time of the
+    -- earliest: since then the client has not confirmed.
+    WITH client AS MATERIALIZED (
+        SELECT c.address FROM pg_layer_client AS c
         WHERE c.address >= _prefix || '!' AND c.address < _prefix || '"' AND c.ended_at IS NULL
+        UNION SELECT _address WHERE _address IS NOT NULL
+    ), earlier AS MATERIALIZED (
+        SELECT m.* FROM client AS c CROSS JOIN LATERAL (
+            SELECT m.ctid, m.address, m.sent_at FROM pg_layer_message AS m
+            WHERE m.address = c.address AND m.kind = 'flush'
+            FOR UPDATE SKIP LOCKED
+        ) AS m
+    ), replaced AS (
+        DELETE FROM pg_layer_message AS m WHERE m.ctid = ANY (ARRAY(SELECT e.ctid FROM earlier AS e))
+    ), written AS (
+        INSERT INTO pg_layer_message AS m (address, xid, boot, marked, kind, sent_at, expires_at)
+        SELECT c.address, _xid, pg_layer_flush.boot, _quiet, 'flush',
+            coalesce((SELECT min(e.sent_at) FROM earlier AS e WHERE e.address = c.address),
+                clock_timestamp()),
+            clock_timestamp() + interval '1 day'
+        FROM client AS c
         RETURNING m.id, m.address
     )
-    SELECT array_agg(w.id), array_agg(w.address), max(w.id) FILTER (WHERE w.address = _address)
-    INTO ids, addresses, id
+    SELECT array_agg(w.id), array_agg(w.address) INTO ids, addresses
     FROM (SELECT * FROM written AS w ORDER BY w.id) AS w;
     IF ids IS NOT NULL AND NOT _quiet THEN
         PERFORM pg_layer_announce(false, array_fill(boot, ARRAY[cardinality(ids)]),

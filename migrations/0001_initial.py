@@ -46,7 +46,7 @@ class Migration(migrations.Migration):
                         ("sent_at", models.DateTimeField()),
                         ("expires_at", models.DateTimeField()),
                     ],
-                    options={"db_table": "pg_layer_message"},
+                    options={"db_table": "pg_layer_message", "verbose_name": "waiting message"},
                 ),
                 migrations.CreateModel(
                     name="Membership",
@@ -83,7 +83,11 @@ class Migration(migrations.Migration):
                         ("members", models.BigIntegerField()),
                         ("addresses", models.BigIntegerField()),
                     ],
-                    options={"db_table": "pg_layer_group", "managed": False},
+                    options={
+                        "db_table": "pg_layer_group",
+                        "managed": False,
+                        "verbose_name": "channel group",
+                    },
                 ),
                 migrations.CreateModel(
                     name="Client",

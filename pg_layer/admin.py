@@ -2,30 +2,53 @@
 
 They show the database of the layer ``default`` if it is of this package, otherwise the database of
 the first layer of this package.
+
+A list page runs one query, which reads at most `MAX_LISTED` rows.
 """
 
 from __future__ import annotations
 
 import reprlib
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from channels import DEFAULT_CHANNEL_LAYER
 from django.contrib import admin
-from django.contrib.admin.utils import display_for_value
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.utils import quote
+from django.contrib.admin.views.main import ChangeList
 from django.core.exceptions import ImproperlyConfigured
+from django.core.paginator import InvalidPage
+from django.db import connections
 from django.db.models import Model, Q, QuerySet
-from django.db.models.functions import Length, Now
+from django.db.models.functions import Coalesce, Length, Now
 from django.http import HttpRequest
+from django.http.response import HttpResponse
+from django.template.defaultfilters import filesizeformat
+from django.urls import reverse
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+from django.utils.timezone import is_aware, localtime
 
 from pg_layer._config.databases import alias_of
 from pg_layer._config.options import Config
 from pg_layer._configured_layers import configurations
+from pg_layer._db.queries.groups import first_channels
+from pg_layer._messages.addresses import channel_address, group_address
 from pg_layer._messages.codec import Codec
+from pg_layer._state.status import DROPS, in_words
+from pg_layer._sync.django_session import DjangoSession, finish
 from pg_layer.exceptions import UndecodableMessage
-from pg_layer.models import Client, Group, Message
+from pg_layer.models import Client, Group, LeaseClock, Membership, Message
 
 M = TypeVar("M", bound=Model)
 
+MAX_LISTED = 1000  # rows of a list, on all of its pages together
+MAX_COUNTED = 1000  # rows that a page about a client counts
+MAX_MEMBERS = 200  # members that the page of a group shows
+MEMBERS_TIMEOUT = 10.0  # seconds for the query of the members
 MAX_DECODED = 16 * 1024 * 1024  # bytes of a payload; a larger payload is not fetched
 MAX_SHOWN = 4000  # characters
 READER = Codec("msgpack", MAX_DECODED)  # it also reads JSON
@@ -56,20 +79,87 @@ def _alias() -> str | None:
     return None
 
 
+def _prefixes() -> list[str]:
+    """Return the prefixes of the layers of this project, and of all that have had clients."""
+    found = {config.prefix for config in _configurations() if isinstance(config, Config)}
+    found.update(LeaseClock.objects.using(_alias()).values_list("prefix", flat=True))
+    return sorted(found)
+
+
+def _in_prefix(prefix: str) -> Q:
+    """Return the condition for addresses of a prefix: one range of an index."""
+    return Q(address__gt=f"{prefix}!", address__lt=f'{prefix}"')
+
+
+def _words(seconds: float) -> str:
+    """Return a duration that a browser keeps in one line."""
+    return in_words(seconds).replace(" ", "\xa0")
+
+
+def _ago(moment: datetime, now: datetime) -> str:
+    return f"{_words((now - moment).total_seconds())}\xa0ago"
+
+
+def _at(moment: datetime | None, now: datetime) -> str:
+    """Return a time to the second, and how far away it is."""
+    if moment is None:
+        return "never"
+    seconds = (moment - now).total_seconds()
+    away = f"in {in_words(seconds)}" if seconds > 0 else f"{in_words(-seconds)} ago"
+    shown = localtime(moment) if is_aware(moment) else moment
+    return f"{shown:%Y-%m-%d %H:%M:%S} ({away})"
+
+
+class OneQueryChangeList(ChangeList):
+    """A list that reads its first `MAX_LISTED` rows in one query, and counts and divides these.
+
+    Django counts all rows of a list, and then reads a page of it.
+    """
+
+    is_cut = False  # there are more rows
+
+    def get_results(self, request: HttpRequest) -> None:
+        rows: Any = list(self.queryset[: MAX_LISTED + 1])
+        self.is_cut = len(rows) > MAX_LISTED
+        paginator = self.model_admin.get_paginator(request, rows[:MAX_LISTED], self.list_per_page)
+        try:
+            self.result_list = paginator.page(self.page_num).object_list
+        except InvalidPage:
+            raise IncorrectLookupParameters from None
+        self.result_count = paginator.count
+        self.multi_page = paginator.num_pages > 1
+        self.paginator = paginator
+        self.can_show_all = self.show_full_result_count = self.show_admin_actions = False
+        self.full_result_count = self.result_count  # so that no link offers to show all
+
+
 class ReadOnlyAdmin(ModelAdmin[M]):
     """Admin pages without permission to add, change or delete."""
 
     actions = None
     list_per_page = 50
-    show_full_result_count = False
+    show_facets = admin.ShowFacets.NEVER
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[M]:
-        queryset: QuerySet[M] = super().get_queryset(request).using(_alias())
+        rows = self.model.objects.using(_alias())
+        queryset: QuerySet[M] = rows.annotate(now=Now())  # the clock of the database
         return queryset
 
-    @admin.display(description="expires at", ordering="expires_at")
-    def shown_end(self, shown: Any) -> str:
-        return str(display_for_value(shown.expires_at, "never"))
+    def get_list_display(self, request: HttpRequest) -> tuple[Any, ...]:
+        """Return the columns. The last one is the prefix of the layer, if there are several."""
+        columns = tuple(super().get_list_display(request))
+        return (*columns, "prefix") if len(_prefixes()) > 1 else columns
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return OneQueryChangeList
+
+    def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
+        response = super().changelist_view(request, extra_context)
+        context = getattr(response, "context_data", None) or {}
+        if isinstance(found := context.get("cl"), OneQueryChangeList):
+            title = str(self.opts.verbose_name_plural).capitalize()
+            context["title"] = f"{title} (only the first {MAX_LISTED})" if found.is_cut else title
+        return response
 
     def has_view_permission(self, request: HttpRequest, obj: M | None = None) -> bool:
         return _alias() is not None and super().has_view_permission(request, obj)
@@ -87,40 +177,105 @@ class ReadOnlyAdmin(ModelAdmin[M]):
         return False
 
 
+# ---------------------------------------------------------------------- filters
+
+
+class PrefixFilter(admin.SimpleListFilter):
+    """A filter by the prefix of the layer, shown if there are several."""
+
+    title = "prefix"
+    parameter_name = "prefix"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        prefixes = _prefixes()
+        return [(prefix, prefix) for prefix in prefixes] if len(prefixes) > 1 else []
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        prefix = self.value()
+        if prefix is None:
+            return queryset
+        condition = Q(prefix=prefix) if queryset.model is Group else _in_prefix(prefix)
+        found: QuerySet[Any] = queryset.filter(condition)
+        return found
+
+
 class StateFilter(admin.SimpleListFilter):
-    """A filter of clients by the state of their lease."""
+    """A filter of clients by the state of their lease. Without a choice, ended ones are left out.
+
+    The table keeps them for a day, and they may be most of its rows.
+    """
 
     title = "state"
     parameter_name = "state"
 
+    RUNNING = Q(ended_at__isnull=True, swept_at__isnull=True)
     ENDED = Q(ended_at__isnull=False) | Q(swept_at__isnull=False)
-    LIVE = Q(expires_at__gt=Now()) & ~ENDED
-    OVERDUE = Q(expires_at__lte=Now()) & ~ENDED
-    STATES = (("live", LIVE), ("overdue", OVERDUE), ("ended", ENDED))
+    STATES = (
+        (None, "live or overdue", RUNNING),
+        ("live", "live", RUNNING & Q(expires_at__gt=Now())),
+        ("overdue", "overdue", RUNNING & Q(expires_at__lte=Now())),
+        ("ended", "ended within a day", ENDED),
+    )
 
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [(name, name) for name, _ in self.STATES]
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[Any, str]]:
+        return [(name, title) for name, title, _ in self.STATES]
+
+    def choices(self, changelist: Any) -> Iterator[Any]:
+        for name, title, _ in self.STATES:
+            query = changelist.get_query_string(
+                {} if name is None else {self.parameter_name: name},
+                [self.parameter_name] if name is None else [],
+            )
+            yield {"selected": self.value() == name, "query_string": query, "display": title}
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Client]) -> QuerySet[Client]:
-        wanted = dict(self.STATES).get(self.value() or "")
-        return queryset if wanted is None else queryset.filter(wanted)
+        conditions = {name: condition for name, _, condition in self.STATES}
+        found: QuerySet[Client] = queryset.filter(conditions.get(self.value(), self.RUNNING))
+        return found
+
+
+class RecipientFilter(admin.SimpleListFilter):
+    """A filter of messages by what they were sent to."""
+
+    title = "recipient"
+    parameter_name = "to"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("group", "groups"), ("normal", "normal channels"), ("process", "processes")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Message]) -> QuerySet[Message]:
+        kind = self.value()
+        condition = Q()
+        for prefix in _prefixes():
+            groups = Q(address__startswith=group_address(prefix, ""))
+            normal = Q(address__startswith=channel_address(prefix, ""))
+            processes = _in_prefix(prefix) & ~groups & ~normal
+            conditions = {"group": groups, "normal": normal, "process": processes}
+            condition |= conditions.get(kind or "", Q())
+        found: QuerySet[Message] = queryset.filter(condition)
+        return found
+
+
+# ---------------------------------------------------------------------- pages
 
 
 @admin.register(Client)
 class ClientAdmin(ReadOnlyAdmin[Client]):
-    list_display = (
-        "address",
-        "shown_host",
-        "shown_pid",
-        "started_at",
-        "shown_end",
-        "ended_at",
-        "swept_at",
+    """The processes that receive, or have received within a day; overdue ones first."""
+
+    list_display = ("shown_host", "shown_pid", "state", "lease_left", "started", "dropped")
+    fields = (
+        *("shown_host", "shown_pid", "prefix", "client_id", "state", "shown_lease"),
+        *("shown_start", "memberships", "waiting", "shown_counters"),
     )
-    fields = (*list_display, "lease", "fence", "counters")
-    list_filter = (StateFilter, "host")
-    search_fields = ("address", "host", "pid")
-    ordering = ("-expires_at",)
+    list_filter = (StateFilter, PrefixFilter)
+    search_fields = ("host", "pid", "address")
+    search_help_text = "Host, process or id"
+
+    def get_ordering(self, request: HttpRequest) -> tuple[Any, ...]:
+        if request.GET.get(StateFilter.parameter_name) == "ended":
+            return (Coalesce("ended_at", "swept_at").desc(),)  # as an index has it
+        return ("expires_at",)
 
     @admin.display(description="host", ordering="host")
     def shown_host(self, client: Client) -> str:
@@ -130,13 +285,113 @@ class ClientAdmin(ReadOnlyAdmin[Client]):
     def shown_pid(self, client: Client) -> str:
         return "unknown" if client.is_unknown else str(client.pid)
 
+    @admin.display
+    def prefix(self, client: Client) -> str:
+        return client.address.partition("!")[0]
+
+    @admin.display(description="client")
+    def client_id(self, client: Client) -> str:
+        return client.address.partition("!")[2]
+
+    @admin.display
+    def state(self, client: Any) -> str:
+        if client.ended_at is not None:
+            return "closed"
+        if client.swept_at is not None:
+            return "lost"
+        return "live" if client.expires_at is None or client.expires_at > client.now else "overdue"
+
+    @admin.display(description="lease", ordering="expires_at")
+    def lease_left(self, client: Any) -> str:
+        """Say how long the lease lasts, or when it ended."""
+        if client.ended_at is not None:
+            return f"closed {_ago(client.ended_at, client.now)}"
+        if client.swept_at is not None:
+            return f"expired, removed {_ago(client.swept_at, client.now)}"
+        if client.expires_at is None:
+            return "never expires"
+        left = (client.expires_at - client.now).total_seconds()
+        return f"{_words(left)}\xa0left" if left > 0 else f"expired {_words(-left)}\xa0ago"
+
+    @admin.display(description="lease")
+    def shown_lease(self, client: Any) -> str:
+        return f"{self.lease_left(client)}; it lasts {client.lease:g} s after each renewal"
+
+    @admin.display(ordering="started_at")
+    def started(self, client: Any) -> str:
+        return _ago(client.started_at, client.now)
+
+    @admin.display(description="started")
+    def shown_start(self, client: Any) -> str:
+        return _at(client.started_at, client.now)
+
+    @admin.display
+    def dropped(self, client: Client) -> int:
+        counts = [client.counters.get(name) for name in DROPS]
+        return sum(count for count in counts if isinstance(count, int))
+
+    @admin.display
+    def memberships(self, client: Client) -> str:
+        rows = Membership.objects.using(_alias()).filter(address=client.address, present=True)
+        return _count(rows)
+
+    @admin.display(description="waiting messages")
+    def waiting(self, client: Client) -> str:
+        rows = Message.objects.using(_alias()).filter(address=client.address, expires_at__gt=Now())
+        return _count(rows)
+
+    @admin.display(description="counters")
+    def shown_counters(self, client: Client) -> SafeString:
+        return _table(("counter", "count"), sorted(client.counters.items()))
+
 
 @admin.register(Group)
 class GroupAdmin(ReadOnlyAdmin[Group]):
-    list_display = ("group_name", "prefix", "members", "addresses")
-    list_filter = ("prefix",)
+    """The groups that have members, the largest first."""
+
+    list_display = ("group", "members", "shown_addresses")
+    fields = ("prefix", "members", "shown_addresses", "channels")
+    list_filter = (PrefixFilter,)
     search_fields = ("group_name",)
+    search_help_text = "Name"
     ordering = ("-members", "key")
+
+    def get_object(
+        self, request: HttpRequest, object_id: str, from_field: str | None = None
+    ) -> Group | None:
+        # The database finds a name by an index. It computes the key of each group.
+        prefix, _, name = object_id.partition("!")
+        rows: QuerySet[Any] = self.get_queryset(request).filter(prefix=prefix, group_name=name)
+        user: Any = request.user
+        for group in rows:
+            group.may_view_clients = user.has_perm("pg_layer.view_client")
+            return group  # type: ignore[no-any-return]
+        return None
+
+    @admin.display(ordering="group_name")
+    def group(self, group: Group) -> str:
+        return group.group_name
+
+    @admin.display(description="processes and normal channels", ordering="addresses")
+    def shown_addresses(self, group: Group) -> int:
+        return group.addresses
+
+    @admin.display(description="channels")
+    def channels(self, group: Any) -> SafeString:
+        """Return a table of the members, with the processes that they belong to."""
+        alias = _alias() or ""
+        session = DjangoSession(connections[alias], time.monotonic() + MEMBERS_TIMEOUT)
+        names = finish(first_channels(session, group.prefix, group.group_name, MAX_MEMBERS))
+        addresses = [channel_address(group.prefix, name) for name in names]
+        clients = Client.objects.using(alias).in_bulk(set(addresses))
+        rows = [
+            (name, _process(clients.get(address), is_link=group.may_view_clients))
+            for name, address in zip(names, addresses, strict=True)
+        ]
+        table = _table(("channel", "process"), rows)
+        if group.members > len(names):
+            return format_html("{}<p>and {} more</p>", table, group.members - len(names))
+        return table
 
 
 @admin.register(Message)
@@ -147,35 +402,117 @@ class MessageAdmin(ReadOnlyAdmin[Message]):
     expires.
     """
 
-    list_display = ("id", "kind", "address", "channel", "size", "sent_at", "shown_end")
-    list_filter = ("kind",)
-    search_fields = ("address", "channel")
-    ordering = ("address", "id")
-    fields = (*list_display, "excluded", "marked", "content")
+    list_display = ("recipient", "size", "sent", "expires")
+    fields = (
+        *("recipient", "prefix", "kind", "not_to", "size", "shown_sending", "shown_end"),
+        "content",
+    )
+    list_filter = (RecipientFilter, PrefixFilter)
+    search_fields = ("address",)
+    search_help_text = "The beginning of the name of a group or channel"
+    ordering = ("expires_at",)  # as an index has it
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Message]:
         waiting = super().get_queryset(request).filter(expires_at__gt=Now()).defer("payload")
-        sized: QuerySet[Message] = waiting.annotate(size=Length("payload"))
+        sized: QuerySet[Message] = waiting.annotate(octets=Length("payload"))
         return sized
 
-    @admin.display(description="size in bytes", ordering="size")
-    def size(self, message: Any) -> int:
-        return int(message.size)
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Message], search_term: str
+    ) -> tuple[QuerySet[Message], bool]:
+        name = search_term.strip()
+        if not name:
+            return queryset, False
+        condition = Q()
+        for prefix in _prefixes():
+            condition |= Q(address__startswith=group_address(prefix, name))
+            if "!" in name:
+                condition |= Q(address=channel_address(prefix, name), channel__startswith=name)
+            else:
+                condition |= Q(address__startswith=channel_address(prefix, name))
+        return queryset.filter(condition), False
 
     @admin.display
-    def content(self, message: Message) -> str:
+    def recipient(self, message: Message) -> str:
+        _, _, rest = message.address.partition("!")
+        if message.kind != "message":
+            return f"client {rest} ({message.kind})"
+        return f"group {rest[1:]}" if rest.startswith("@") else f"channel {message.channel}"
+
+    @admin.display
+    def prefix(self, message: Message) -> str:
+        return message.address.partition("!")[0]
+
+    @admin.display(description="except to")
+    def not_to(self, message: Message) -> str | None:
+        return message.excluded
+
+    @admin.display(ordering="octets")
+    def size(self, message: Any) -> str:
+        return filesizeformat(message.octets)
+
+    @admin.display(ordering="sent_at")
+    def sent(self, message: Any) -> str:
+        return _ago(message.sent_at, message.now)
+
+    @admin.display(description="sent")
+    def shown_sending(self, message: Any) -> str:
+        return _at(message.sent_at, message.now)
+
+    @admin.display(ordering="expires_at")
+    def expires(self, message: Any) -> str:
+        if message.expires_at is None:
+            return "never"
+        return f"in\xa0{_words((message.expires_at - message.now).total_seconds())}"
+
+    @admin.display(description="expires")
+    def shown_end(self, message: Any) -> str:
+        return _at(message.expires_at, message.now)
+
+    @admin.display
+    def content(self, message: Any) -> str:
         # A layer whose configuration is invalid may also encrypt.
         if any(
             isinstance(config, ImproperlyConfigured) or config.symmetric_encryption_keys
             for config in _configurations()
         ):
             return "Not shown, because messages are encrypted."
-        if self.size(message) > MAX_DECODED:
+        if message.octets > MAX_DECODED:
             return "Not shown, because it is too large."
         try:
             return _shown(READER.decode(READER.open(bytes(message.payload), message.channel or "")))
         except UndecodableMessage as error:
             return str(error)
+
+
+# ---------------------------------------------------------------------- text
+
+
+def _count(rows: QuerySet[Any]) -> str:
+    """Return the number of rows, or that there are more than `MAX_COUNTED`."""
+    count = rows.values("address")[: MAX_COUNTED + 1].count()
+    return str(count) if count <= MAX_COUNTED else f"more than {MAX_COUNTED}"
+
+
+def _process(client: Client | None, *, is_link: bool) -> str:
+    if client is None or client.is_unknown:
+        return ""
+    name = f"{client.host}, process {client.pid}"
+    if not is_link:
+        return name
+    address = reverse("admin:pg_layer_client_change", args=(quote(client.address),))
+    return format_html('<a href="{}">{}</a>', address, name)
+
+
+def _table(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> SafeString:
+    cell = "<{0}>{1}</{0}>"
+    head = format_html_join("", cell, (("th", name) for name in names))
+    body = format_html_join(
+        "",
+        "<tr>{}</tr>",
+        ((format_html_join("", cell, (("td", each) for each in row)),) for row in rows),
+    )
+    return format_html("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", head, body)
 
 
 def _shown(message: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from django.apps import AppConfig
 
 class PgLayerConfig(AppConfig):
     name = "pg_layer"
-    verbose_name = "PostgreSQL channel layer"
+    verbose_name = "Channel layer"
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:

@@ -13,6 +13,7 @@ from channels.layers import BaseChannelLayer
 from pg_layer._config.options import load
 from pg_layer._messages.codec import Codec
 from pg_layer._runtime.engine import Engine
+from pg_layer._runtime.flush import flush
 from pg_layer._runtime.health import Health, examine
 from pg_layer._runtime.loops import Loops
 from pg_layer._send.operations import OperationBuilder
@@ -325,10 +326,18 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def flush(self) -> None:
         """Remove all messages and memberships of this layer's prefix, in every process.
 
+        Return when the tables are empty and every live process has emptied its channels: later
+        calls in any process find nothing from before. A process that does not answer, because it
+        was stopped or killed, delays the call by ``send_timeout`` seconds once, and is logged. It
+        empties its channels when it continues.
+
         Rows that an open transaction has written or locked remain. Jobs that are being claimed at
-        this moment also remain. Raises `LayerUnavailable` and `NotMigrated`.
+        this moment also remain.
+
+        Raises `LayerUnavailable` if nothing was removed; its subclass `OutcomeUnknown` if it is
+        unknown whether all was removed and noticed; `NotMigrated`.
         """
-        await self._loops.run(self._loops.for_sending, Engine.flush)
+        await flush(self._loops)
 
     async def health(self) -> Health:
         """Try the path to the database and back, and return the result: see `Health`.

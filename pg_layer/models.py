@@ -6,8 +6,9 @@ that is written through a model is not announced: use the layer to send messages
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.db import models
 
@@ -32,7 +33,29 @@ class EndField(DateTimeField):
         return name, "django.db.models.DateTimeField", args, kwargs
 
 
-class Message(models.Model):
+class LayerQuerySet(models.QuerySet[Any]):
+    """Rows that stay out of data dumps.
+
+    No dump can restore them: they are about processes and transactions of this database, and one
+    of the tables is a view.
+    """
+
+    def iterator(self, chunk_size: int | None = None) -> Iterator[Any]:
+        """Return nothing. ``dumpdata`` and ``serialized_rollback`` read rows by this method."""
+        return iter(())
+
+
+class LayerModel(models.Model):
+    """A model of a table or view of the layer."""
+
+    objects: ClassVar[models.Manager[Any]] = models.Manager.from_queryset(LayerQuerySet)()
+
+    class Meta:
+        abstract = True
+        base_manager_name = "objects"  # ``dumpdata --all`` uses the base manager
+
+
+class Message(LayerModel):
     """A message at the address of a client, a normal channel or a group."""
 
     id: models.BigAutoField[int, int] = models.BigAutoField(primary_key=True)
@@ -52,12 +75,13 @@ class Message(models.Model):
 
     class Meta:
         db_table = "pg_layer_message"
+        verbose_name = "waiting message"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id} for {self.address}"
 
 
-class Membership(models.Model):
+class Membership(LayerModel):
     """A membership, or a request to change it. The row with the largest id is valid."""
 
     pk = models.CompositePrimaryKey("group_name", "address", "channel", "id")
@@ -76,7 +100,7 @@ class Membership(models.Model):
         return f"{self.channel} {'in' if self.present else 'not in'} {self.group_name}"
 
 
-class Group(models.Model):
+class Group(LayerModel):
     """A group that has members. A view, therefore read-only."""
 
     key: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -88,12 +112,13 @@ class Group(models.Model):
     class Meta:
         db_table = "pg_layer_group"
         managed = False
+        verbose_name = "channel group"  # Django's users have groups, too
 
     def __str__(self) -> str:
         return self.group_name
 
 
-class Client(models.Model):
+class Client(LayerModel):
     """A client and its lease. Each process that receives has a row."""
 
     address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -124,7 +149,7 @@ class Client(models.Model):
         return self.host == "" and self.pid == 0
 
 
-class LeaseClock(models.Model):
+class LeaseClock(LayerModel):
     """The time since which the leases of a prefix have been renewed without a gap."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -140,7 +165,7 @@ class LeaseClock(models.Model):
         return f"{self.prefix}, renewed at {self.renewed_at}"
 
 
-class LowId(models.Model):
+class LowId(LayerModel):
     """The low-water id of an address: no row that waits there has a smaller id."""
 
     address: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")
@@ -154,7 +179,7 @@ class LowId(models.Model):
         return f"{self.address}, from {self.low_id}"
 
 
-class LastSweep(models.Model):
+class LastSweep(LayerModel):
     """The time at which the last sweep of a prefix ended."""
 
     prefix: models.TextField[str, str] = models.TextField(primary_key=True, db_collation="C")

@@ -26,7 +26,7 @@ from django.test import TestCase, TransactionTestCase
 from pg_layer._config.databases import alias_of
 from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._process.shutdown import registered
-from pg_layer._runtime.engine import Engine
+from pg_layer._runtime.flush import flush
 from pg_layer._runtime.loops import Loops
 from pg_layer.layer import PostgresChannelLayer
 
@@ -169,7 +169,7 @@ async def _reset_layers(databases: Container[str] | None) -> None:
         for loops in used:
             using = loops.client.config.using
             if using is not None and (databases is None or using in databases):
-                await loops.run(loops.for_sending, Engine.flush)
+                await flush(loops)
             elif using is not None:
                 strays.add(using)
     if strays:

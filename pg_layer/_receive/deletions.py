@@ -51,6 +51,10 @@ class Deletions:
         if self._timer is None or is_urgent or len(self._client.pending_deletes) >= DELETE_MOST:
             self._delete_in(0.0 if is_urgent else DELETE_DELAY)
 
+    def delete_now(self) -> None:
+        """Delete the pending rows without a delay."""
+        self._delete_in(0.0)
+
     async def wait_for(self, queue: ChannelQueue) -> None:
         """Wait until senders do not count received rows of a channel, or for a second."""
         deadline = self._loop.time() + WAIT_TIMEOUT

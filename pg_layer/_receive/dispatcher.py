@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pg_layer._groups.writer import MembershipWriter
 from pg_layer._messages.codec import Template
-from pg_layer._messages.rows import Key, Row
+from pg_layer._messages.rows import Row
 from pg_layer._process.tasks import Spawn
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.client import Client
@@ -57,7 +57,6 @@ class Dispatcher:
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self.is_blocked = False
-        self._flushes: dict[Key, asyncio.Future[None]] = {}  # flushes that callers wait for
         self._own_changes: Counter[Pair] = Counter()  # memberships with an own change in flight
         self._own_change_ended = asyncio.Event()
 
@@ -245,23 +244,7 @@ class Dispatcher:
         client.unplaced.clear()
         for queue in client.queues():
             client.delete_later(queue, queue.pop_all())
-        for key, applied in self._flushes.items():
-            if (key.boot, key.xid) <= (boot, row.xid) and not applied.done():
-                applied.set_result(None)
-
-    async def wait_for_flush(self, key: Key, timeout: float) -> None:
-        """Wait until a flush is applied, or a later one, at most ``timeout`` seconds.
-
-        A later flush counts for an earlier one: it may have removed the control message of the
-        earlier one before this client has read it.
-        """
-        if self._client.memberships.last_flush >= (key.boot, key.xid):
-            return
-        applied = self._flushes[key] = self._loop.create_future()
-        try:
-            await asyncio.wait((applied,), timeout=timeout)
-        finally:
-            del self._flushes[key]
+        self._receiver.deletions.delete_now()  # the deletion of the row confirms the flush
 
     def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
         client, memberships = self._client, self._client.memberships

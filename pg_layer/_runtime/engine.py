@@ -191,17 +191,14 @@ class Engine:
         else:
             await self.owner.changes.submit(change, deadline)
 
-    async def flush(self) -> None:
-        """Remove all messages and memberships of the prefix.
+    async def flush(self) -> lease.Flushed:
+        """Remove all messages and memberships of the prefix. See `pg_layer._runtime.flush`."""
+        return await self.sender.flush()
 
-        Raises `OutcomeUnknown` if they were removed and this process has not noticed in time.
-        """
-        key = await self.sender.flush()
-        if key is not None and self.owner is not None:
-            try:
-                await self.owner.flushed(key, self.client.config.send_timeout)
-            except LayerUnavailable as error:
-                raise OutcomeUnknown("All was removed, but not here yet.") from error
+    async def unconfirmed(self, flushed: lease.Flushed, timeout: float) -> list[lease.Unconfirmed]:
+        """Return the live clients that have not confirmed a flush."""
+        work = partial(lease.unconfirmed, flushed=flushed)
+        return await self.connections.run(work, timeout=timeout, is_read=True)
 
     async def group_channels(self, group: str) -> list[str]:
         """Return the channels in a group, except the channels of clients whose lease is over."""

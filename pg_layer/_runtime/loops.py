@@ -238,6 +238,19 @@ class Loops:
             self._make_owner(engine)
             return engine
 
+    def for_flushing(self) -> Engine:
+        """Return the engine that flushes for the running loop.
+
+        Some loop of a process with a lease must receive: otherwise the process would deliver what
+        the flush has removed.
+        """
+        with self._lock:
+            owner = self._owner
+            receives = owner is not None and owner.is_running
+            if self.client.has_lease and not receives:
+                return self.for_own_changes()
+        return self.for_sending()
+
     # ------------------------------------------------------------------ calls
 
     async def submit(self, operation: Operation) -> Any:

@@ -21,7 +21,6 @@ from pg_layer._db.queries import receive as queries
 from pg_layer._db.session import Session
 from pg_layer._groups.changes import OwnChanges
 from pg_layer._groups.writer import MembershipWriter
-from pg_layer._messages.rows import Key
 from pg_layer._process.tasks import Tasks
 from pg_layer._receive.listener import Listener
 from pg_layer._receive.receiver import Receiver
@@ -169,14 +168,6 @@ class Owner:
         """Stop listening to normal channels that are not read any more."""
         if self._receiver is not None:
             self._receiver.jobs.forget_idle()
-
-    async def flushed(self, key: Key, timeout: float) -> None:
-        """Wait until the control message of a flush is applied.
-
-        Raises `LayerUnavailable` after ``timeout`` seconds.
-        """
-        await _wait(self._started, timeout)
-        await self.receiver.dispatcher.wait_for_flush(key, timeout)
 
     async def _change(self, changes: list[Change], timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout

@@ -17,7 +17,6 @@ from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.receive import look_at_queue
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
 from pg_layer._db.session import Session
-from pg_layer._messages.rows import Key
 from pg_layer._process.tasks import Spawn
 from pg_layer._send.announcer import Announcer
 from pg_layer._send.batcher import Batcher, Outcome
@@ -172,19 +171,20 @@ class Sender:
         self.announce_later(rows)
         return result
 
-    async def flush(self) -> Key | None:
+    async def flush(self) -> lease.Flushed:
         """Remove all messages and memberships of the prefix, in parts.
 
-        Return the key of the control message to this client, if there is one.
+        Return the control messages to all clients.
 
         Raises `LayerUnavailable` if nothing was removed, `OutcomeUnknown` otherwise.
         """
         client = self.client
-        part = partial(lease.flush_part, prefix=client.config.prefix, address=client.address)
+        address = client.address if client.has_lease else None
+        part = partial(lease.flush_part, prefix=client.config.prefix, address=address)
         is_begun = is_done = False
         while not is_done:
             try:
-                is_done, key, rows = await self.connections.run(
+                is_done, flushed, rows = await self.connections.run(
                     partial(part, quiet=False),
                     quietly=partial(part, quiet=True),
                     timeout=client.config.send_timeout,
@@ -198,7 +198,7 @@ class Sender:
                 raise
             is_begun = True
         self.announce_later(rows)
-        return key
+        return flushed
 
     # ------------------------------------------------------------------ announcing later
 

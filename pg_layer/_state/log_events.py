@@ -25,6 +25,10 @@ ANNOUNCEMENTS_REFUSED = "announcements_refused"  # the server refuses the NOTIFY
 NOTIFICATION_IGNORED = "notification_ignored"  # the layer did not send the notification
 MESSAGE_IGNORED = "message_ignored"  # a message for a channel that the process has not made
 
+# --- Other processes
+
+FLUSH_UNCONFIRMED = "flush_unconfirmed"  # a process has not confirmed a flush in time
+
 # --- Messages that are dropped
 
 CHANNEL_FULL = "channel_full"  # a member of a group missed a message

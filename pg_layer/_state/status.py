@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+FIRST_SWEEP = 3600.0  # seconds after the first use, within which there need be no sweep
 MAX_QUEUE_USAGE = 0.5  # of NOTIFY's queue; PostgreSQL refuses NOTIFY when all of it is used
 DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full")
 
@@ -77,8 +78,9 @@ class Status:
     ``drops``: messages that live clients have dropped or refused since their start, by reason.
     ``failing_tasks``: tasks of live clients that fail with an unexpected error, as of the last
     heartbeats. ``notify_queue_usage``: the used part of the server's NOTIFY queue, from 0 to 1.
-    ``last_sweep_age``: since the last sweep ended; None if there was none. ``role_problems``:
-    privileges that the role lacks, and row-level security that applies to it.
+    ``last_sweep_age``: since the last sweep ended; None if there was none. ``first_use_age``: since
+    the first use of a layer that was never swept; None if it was swept or never used.
+    ``role_problems``: privileges that the role lacks, and row-level security that applies to it.
     """
 
     clients: list[ClientStatus]
@@ -96,13 +98,15 @@ class Status:
     tables: list[TableStatus]
     notify_queue_usage: float
     last_sweep_age: float | None
+    first_use_age: float | None
     role_problems: list[Problem]
 
     def problems(self, sweep_age: float) -> list[str]:
         """Return a sentence for each problem. ``sweep_age``: the largest allowed age of a sweep."""
         problems = [str(problem) for problem in self.role_problems]
         if self.last_sweep_age is None:
-            problems.append("The tables have never been swept: run manage.py pg_layer_sweep.")
+            if (self.first_use_age or 0.0) > max(sweep_age, FIRST_SWEEP):
+                problems.append("The tables have never been swept: run manage.py pg_layer_sweep.")
         elif self.last_sweep_age > sweep_age:
             problems.append(
                 f"The last sweep was {in_words(self.last_sweep_age)} ago: "

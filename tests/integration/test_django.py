@@ -326,6 +326,84 @@ def test_django_flush_empties_the_tables(migrated_dsn: str, observer: Observer) 
     assert observer.execute("SELECT count(*) FROM pg_layer_message").fetchone() == (0,)
 
 
+FILL = """
+import asyncio, os
+from django.core.management import call_command
+from django.db import connection
+from channels.layers import get_channel_layer
+from pg_layer import models
+
+os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "1"
+call_command("migrate", verbosity=0)
+
+async def fill(layer):
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.group_add("room", "jobs")
+    await layer.group_send("room", {"type": "test"})
+    with connection.cursor() as cursor:
+        for table in ("group", "client", "membership", "message", "lease_clock"):
+            cursor.execute(f"SELECT count(*) > 0 FROM pg_layer_{table}")
+            assert cursor.fetchone() == (True,), table
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--all"], ["--natural-primary", "--natural-foreign"]],
+    ids=lambda arguments: " ".join(arguments) or "plain",
+)
+def test_dumpdata_with_members_leaves_the_tables_out(
+    fresh_database: str, tmp_path: Path, arguments: list[str]
+) -> None:
+    """The dump can be loaded, while the layer is in use. It has the rows of other models."""
+    dump = tmp_path / "dump.json"
+    code = f"""{FILL}
+async def run():
+    layer = get_channel_layer()
+    await fill(layer)
+    before = await layer.group_count("room")
+    call_command("dumpdata", *{arguments!r}, output={str(dump)!r}, verbosity=0)
+    call_command("loaddata", {str(dump)!r}, verbosity=0)
+    print(before, await layer.group_count("room"))
+    call_command("dumpdata", "pg_layer")
+    await layer.close()
+    connection.close()
+
+asyncio.run(run())
+"""
+    settings = {"INSTALLED_APPS": ["django.contrib.contenttypes", "channels", "pg_layer"]}
+    assert django(fresh_database, code, settings=settings).splitlines() == ["2 2", "[]"]
+    dumped = {row["model"] for row in json.loads(dump.read_text())}
+    assert dumped == {"contenttypes.contenttype"}
+
+
+def test_serialized_rollback_with_members_leaves_the_tables_out(fresh_database: str) -> None:
+    """What the test runner saves after `migrate` is loaded again after the tables are flushed."""
+    code = f"""{FILL}
+async def run():
+    layer = get_channel_layer()
+    await fill(layer)
+    saved = connection.creation.serialize_db_to_string()
+    print(saved)
+    await layer.close()
+    call_command("flush", interactive=False, verbosity=0)
+    connection.creation.deserialize_db_from_string(saved)
+    print(models.Message.objects.count(), models.Client.objects.count())
+    connection.close()
+
+asyncio.run(run())
+"""
+    assert django(fresh_database, code).splitlines() == ["[]", "0 0"]
+
+
+def test_sqlflush_names_the_tables_and_not_the_view(migrated_dsn: str) -> None:
+    output = succeeded(manage(migrated_dsn, "sqlflush"))
+    assert '"pg_layer_message"' in output
+    assert '"pg_layer_membership"' in output
+    assert "pg_layer_group" not in output
+
+
 def test_migrate_on_sqlite_creates_nothing(migrated_dsn: str, tmp_path: Path) -> None:
     """The same holds in a project that has SQLite only, and a layer with a dsn."""
     lite = {**SQLITE, "NAME": str(tmp_path / "db.sqlite3")}

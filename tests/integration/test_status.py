@@ -330,14 +330,67 @@ def test_status_connections_with_another_name_are_unknown(
 # ---------------------------------------------------------------------- all is not well
 
 
-def test_status_without_a_sweep_is_a_problem(migrated_dsn: str) -> None:
+def use(observer: Observer, age: str, prefix: str = "asgi") -> None:
+    """Insert what a process has left that has used the layer ``age`` ago, and ended."""
+    add_client(observer, f"of-{prefix}", "-1 minute", "0 minutes")
+    observer.execute(
+        "UPDATE pg_layer_client SET address = %s || '!one',"
+        " started_at = clock_timestamp() - %s::interval WHERE address = 'asgi!of-' || %s",
+        (prefix, age, prefix),
+    )
+
+
+NEVER = "The tables have never been swept: run manage.py pg_layer_sweep."
+
+
+async def test_status_without_a_sweep_within_an_hour_of_the_first_use_is_ok(
+    migrated_dsn: str, make_layer: MakeLayer, observer: Observer
+) -> None:
+    use(observer, "3 hours", prefix="other")
+    assert look(migrated_dsn)["ok"]  # right after the installation
+    await listen(make_layer())
+    await make_layer().send("jobs", {"type": "test"})
+    assert look(migrated_dsn)["ok"]
+    use(observer, "59 minutes")
+    status, lines = read_text(migrated_dsn)
+    assert (status, lines[0]) == (0, "ok")
+    assert "Last sweep: never" in lines
+
+
+def test_status_without_a_sweep_an_hour_after_the_first_use_is_a_problem(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    use(observer, "61 minutes")
     shown = look(migrated_dsn)
     assert shown["last_sweep_age"] is None
-    assert shown["problems"] == ["The tables have never been swept: run manage.py pg_layer_sweep."]
+    assert shown["problems"] == [NEVER]
     status, lines = read_text(migrated_dsn)
-    assert status == 1
-    assert lines[0] == "problem: The tables have never been swept: run manage.py pg_layer_sweep."
+    assert (status, lines[0]) == (1, f"problem: {NEVER}")
     assert "Last sweep: never" in lines
+    assert look(migrated_dsn, "--sweep-age", "8000")["ok"]
+
+
+def test_status_without_a_sweep_counts_a_message_as_use(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """A process that only sends has no client in the table."""
+    observer.execute("SELECT pg_layer_send('jobs', '{\"type\": \"test\"}')")
+    assert look(migrated_dsn)["ok"]
+    observer.execute("UPDATE pg_layer_message SET sent_at = sent_at - interval '61 minutes'")
+    assert look(migrated_dsn)["problems"] == [NEVER]
+
+
+def test_status_without_a_sweep_in_a_restored_database_counts_its_use_there(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """The rows are of last month. The first renewal after the restore finds a gap."""
+    use(observer, "30 days")
+    steady(observer, since="31 days")
+    assert look(migrated_dsn)["problems"] == [NEVER]
+    steady(observer, since="59 minutes")
+    assert look(migrated_dsn)["ok"]
+    steady(observer, since="61 minutes")
+    assert look(migrated_dsn)["problems"] == [NEVER]
 
 
 def test_status_old_sweep_is_a_problem(migrated_dsn: str, observer: Observer) -> None:
@@ -428,6 +481,7 @@ def migrate(dsn: str) -> None:
 
 
 def test_status_by_call_command_raises_for_problems(migrated_dsn: str, observer: Observer) -> None:
+    use(observer, "2 hours")
     layer = PostgresChannelLayer()
     with configured(layer, DATABASES={"default": postgres(migrated_dsn)}):
         apps.populate([])
@@ -620,6 +674,7 @@ def test_as_dict_contains_all_fields() -> None:
         tables=[],
         notify_queue_usage=0.51,
         last_sweep_age=9.0,
+        first_use_age=None,
         role_problems=[],
     )
     assert status.as_dict(10) == {

@@ -12,6 +12,7 @@ from pg_layer._db.statement import (
     BOOLS,
     FLOAT8,
     FLOAT8S_OR_NULL,
+    INT4,
     INT4S,
     INT8,
     INT8S,
@@ -146,6 +147,14 @@ GROUP_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2)", TEXT, TEXT)
 async def group_channels(session: Executor, prefix: str, group: str) -> list[str]:
     """Return the channels in a group, except the channels of clients whose lease is over."""
     return [channel for (channel,) in await session.execute(GROUP_CHANNELS, prefix, group)]
+
+
+FIRST_CHANNELS = Statement("SELECT pg_layer_group_channels($1, $2) LIMIT $3", TEXT, TEXT, INT4)
+
+
+async def first_channels(session: Executor, prefix: str, group: str, limit: int) -> list[str]:
+    """Return the first of the channels that `group_channels` returns."""
+    return [name for (name,) in await session.execute(FIRST_CHANNELS, prefix, group, limit)]
 
 
 GROUP_COUNT = Statement("SELECT count(*) FROM pg_layer_group_channels($1, $2)", TEXT, TEXT)

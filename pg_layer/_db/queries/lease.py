@@ -169,24 +169,64 @@ def close_now(conn: Connection[Any], closing: Closing, *, quiet: bool = False) -
 
 # ---------------------------------------------------------------------- flush
 
+
+class Flushed(NamedTuple):
+    """The control messages of a flush: their smallest id, and the addresses of their clients."""
+
+    first_id: int
+    addresses: Sequence[str]
+
+
+class Unconfirmed(NamedTuple):
+    """A live client that has not confirmed a flush. ``age``: seconds since the first such flush."""
+
+    address: str
+    host: str
+    pid: int
+    age: float
+
+
 FLUSH = Statement(LAZY + "f.* FROM pg_layer_flush($1, $2, $3, $4) AS f", TEXT, TEXT, INT4, BOOL)
 
 
 async def flush_part(
-    session: Executor, prefix: str, address: str, *, quiet: bool = False
-) -> tuple[bool, Key | None, list[Unannounced]]:
+    session: Executor, prefix: str, address: str | None, *, quiet: bool = False
+) -> tuple[bool, Flushed, list[Unannounced]]:
     """Remove a part of the messages and memberships of a prefix.
 
     The call that removes the last part also writes a control message to each client.
 
-    ``address``: the calling client. Return whether it was the last part. Return also the key of the
-    control message to the calling client, and the control messages that the caller must announce.
+    ``address``: the calling client, if it receives. Return whether it was the last part, the
+    control messages, and those that the caller must announce.
     """
-    _, is_done, boot, xid, id, ids, addresses = await one(
-        session, FLUSH, prefix, address, PART, quiet
-    )
+    _, is_done, boot, xid, ids, addresses = await one(session, FLUSH, prefix, address, PART, quiet)
     rows = [
-        Unannounced(boot, xid, each, to, None, "flush", None, b"")
-        for each, to in zip(ids or (), addresses or (), strict=True)
+        Unannounced(boot, xid, id, to, None, "flush", None, b"")
+        for id, to in zip(ids or (), addresses or (), strict=True)
     ]
-    return is_done, None if id is None else Key(boot, xid, id), rows if quiet else []
+    return is_done, Flushed(min(ids or (0,)), addresses or ()), rows if quiet else []
+
+
+# OFFSET 0: client by client, see `READ` in receive.py. The calling client may have no row.
+UNCONFIRMED = Statement(
+    """
+    SELECT a.address, coalesce(c.host, ''), coalesce(c.pid, 0),
+        extract(epoch FROM clock_timestamp() - m.sent_at)::float8
+    FROM unnest($1) AS a (address)
+    CROSS JOIN LATERAL (
+        SELECT m.sent_at FROM pg_layer_message AS m
+        WHERE m.address = a.address AND m.id >= $2 AND m.kind = 'flush' ORDER BY m.id LIMIT 1
+    ) AS m
+    LEFT JOIN LATERAL (
+        SELECT * FROM pg_layer_client AS c WHERE c.address = a.address OFFSET 0
+    ) AS c ON true
+    WHERE c.address IS NULL OR (c.ended_at IS NULL AND c.expires_at > clock_timestamp())
+    """,
+    *(TEXTS, INT8),
+)
+
+
+async def unconfirmed(session: Executor, flushed: Flushed) -> list[Unconfirmed]:
+    """Return the live clients that have not confirmed a flush, or a later one."""
+    found = await session.execute(UNCONFIRMED, flushed.addresses, flushed.first_id)
+    return list(map(Unconfirmed._make, found))

@@ -110,13 +110,18 @@ LAST_SWEEP = Statement(
     """,
     TEXT,
 )
+# The rows of a restored database are of another time. Its clients begin after a gap in renewals,
+# which the lease clock records.
 FIRST_USE = Statement(
     """
-    SELECT extract(epoch FROM clock_timestamp() - least(
-        (SELECT min(started_at) FROM pg_layer_client
-         WHERE address > $1 || '!' AND address < $1 || '"'),
-        (SELECT min(sent_at) FROM pg_layer_message
-         WHERE address > $1 || '!' AND address < $1 || '"')
+    SELECT extract(epoch FROM clock_timestamp() - greatest(
+        least(
+            (SELECT min(started_at) FROM pg_layer_client
+             WHERE address > $1 || '!' AND address < $1 || '"'),
+            (SELECT min(sent_at) FROM pg_layer_message
+             WHERE address > $1 || '!' AND address < $1 || '"')
+        ),
+        (SELECT steady_since FROM pg_layer_lease_clock WHERE prefix = $1)
     ))::float8
     """,
     TEXT,
@@ -124,7 +129,7 @@ FIRST_USE = Statement(
 
 
 def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
-    """Return the seconds since a sweep has ended, or since the first use of the layer.
+    """Return the seconds since a sweep has ended; without one, since the first use of the layer.
 
     None: the layer has not been used.
     """
@@ -236,6 +241,7 @@ def status(
     tables = run(TABLE_SIZES, TABLES)
     ((notify_queue_usage,),) = run(QUEUE_USAGE)
     sweeps = run(LAST_SWEEP, prefix)
+    ((first_use_age,),) = [(None,)] if sweeps else run(FIRST_USE, prefix)
     run(COMMIT)
     return Status(
         clients=clients,
@@ -253,6 +259,7 @@ def status(
         tables=[TableStatus(*table) for table in tables],
         notify_queue_usage=notify_queue_usage,
         last_sweep_age=sweeps[0][0] if sweeps else None,
+        first_use_age=first_use_age,
         role_problems=role_problems,
     )
 
