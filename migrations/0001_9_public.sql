@@ -98,7 +98,7 @@ BEGIN
             'Keys that begin with "__asgi_" belong to channel layers: give it another name.');
     END IF;
     _number := jsonb_path_query_first(_message,
-        'strict $.** ? (@ > 9223372036854775807 || @ < -9223372036854775808)');
+        'strict $.** ? (@ > 18446744073709551615 || @ < -9223372036854775808)');
     IF _number IS NOT NULL THEN
         PERFORM pg_layer_refuse(
             format('the message has a number that does not fit into 64 bits: %s.',

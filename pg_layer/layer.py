@@ -20,11 +20,15 @@ from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage, Waiter
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Stats, make_stats
 from pg_layer._sync.api import Sync
-from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
+from pg_layer.exceptions import (
+    ChannelFull,
+    LayerUnavailable,
+    MessageTooLarge,
+    UndecodableMessage,
+)
 
 T = TypeVar("T")
 
-MAX_REMEMBERED_NAMES = 10_000
 # Characters of a new channel's prefix. The name adds 26 and a growing number; Channels allows 99.
 MAX_PREFIX = 60
 # Seconds after which a receiver on another loop checks that the owner loop still runs.
@@ -40,7 +44,10 @@ class PostgresChannelLayer(BaseChannelLayer):
     loop in any thread.
     """
 
-    extensions = ("groups", "flush")
+    extensions = ["groups", "flush"]  # noqa: RUF012  # a list, as in other layers
+    # The specification names these exceptions as attributes of the layer.
+    ChannelFull = ChannelFull
+    MessageTooLarge = MessageTooLarge
 
     # The rules of Channels. Its own expressions also accept Unicode digits and a final newline.
     channel_name_regex = re.compile(r"[a-zA-Z\d\-_.]+(![\w\-.]*)?\Z", re.ASCII)
@@ -48,8 +55,6 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     def __init__(self, **options: object) -> None:
         self.config = load(options)
-        super().__init__(capacity=self.config.capacity)
-        self.expiry = self.config.expiry  # type: ignore[assignment]  # here fractions of a second count
         config = self.config
         self._codec = Codec(
             config.serializer_format,
@@ -58,21 +63,100 @@ class PostgresChannelLayer(BaseChannelLayer):
             prefix=config.prefix,
             allow_unencrypted=config.allow_unencrypted,
         )
-        self._loops = Loops(config, self._codec)
-        self._operations = OperationBuilder(
-            config, self._codec, self._check_channel, self._check_group
-        )
+        self._operations = OperationBuilder(self, config, self._codec)
+        self._loops = Loops(config, self._codec, self._operations.queue_capacity)
         self.sync = Sync(config, self._operations, self._loops)
-        # Names that were found valid. The check is a large part of the cost of a call.
-        self._valid_channels: set[str] = set()
-        self._valid_groups: set[str] = set()
+        # Its attributes are properties here, which keep their values in `config`.
+        super().__init__(config.expiry, config.capacity, config.channel_capacity)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r})"
 
+    # ------------------------------------------------------------------ options as attributes
+
+    @property
+    def prefix(self) -> str:
+        """The option ``prefix``. Cannot be changed."""
+        return self.config.prefix
+
+    @property
+    def client_prefix(self) -> str:
+        """The part of specific channel names that only this process uses. `close` changes it."""
+        return self._loops.client.id
+
+    @property  # type: ignore[override]  # here fractions of a second count
+    def expiry(self) -> float:
+        """The option ``expiry``. A change applies to the messages that are sent after it."""
+        return self.config.expiry
+
+    @expiry.setter
+    def expiry(self, seconds: float) -> None:
+        self.config.change("expiry", seconds)
+
+    @property
+    def group_expiry(self) -> float | None:
+        """The option ``group_expiry``. A change applies to each `group_add` after it."""
+        return self.config.group_expiry
+
+    @group_expiry.setter
+    def group_expiry(self, seconds: float | None) -> None:
+        self.config.change("group_expiry", seconds)
+
+    @property
+    def capacity(self) -> int:
+        """The option ``capacity``. A change applies at once in this process."""
+        return self.config.capacity
+
+    @capacity.setter
+    def capacity(self, messages: int) -> None:
+        self.config.change("capacity", messages)
+        self._loops.client.capacities_changed()
+
+    @property  # type: ignore[override]  # compiled, as the base class's `get_capacity` expects it
+    def channel_capacity(self) -> tuple[tuple[re.Pattern[str], int], ...]:
+        """The option ``channel_capacity``, compiled: pairs of a pattern and a capacity.
+
+        Set it to a dict as in the option, or to such pairs. The change applies at once in this
+        process.
+        """
+        return self.config.capacity_patterns
+
+    @channel_capacity.setter
+    def channel_capacity(self, capacities: Any) -> None:
+        if isinstance(capacities, (list, tuple)):  # as `compile_capacities` returns it
+            pairs, capacities = capacities, {}
+            for pattern, capacity in pairs:
+                capacities.setdefault(pattern, capacity)  # of equal patterns the first one counts
+        self.config.change("channel_capacity", None if capacities == {} else capacities)
+        self._loops.client.capacities_changed()
+
+    # ------------------------------------------------------------------ methods to override
+
     def get_capacity(self, channel: str) -> int:
-        """Return how many messages may wait in a channel."""
+        """Return how many messages may wait in a channel. A subclass may override this.
+
+        Every send to the channel calls it. The process that reads the channel calls it when the
+        channel is first used, and when `capacity` or `channel_capacity` is set.
+        """
         return self.config.capacity_of(channel)
+
+    def serialize(self, message: dict[str, Any]) -> bytes:
+        """Return the bytes of a message, before encryption. A subclass may override this.
+
+        They must be a map of msgpack or an object of JSON. ``max_message_size`` applies to them.
+        Errors are raised to the sender. Raises `InvalidMessage` for a value that the layer does not
+        support.
+        """
+        return self._codec.serialise(message)
+
+    def deserialize(self, payload: bytes) -> dict[str, Any]:
+        """Return the message in bytes, after decryption. A subclass may override this.
+
+        Return a new dict at each call. The bytes may also be those of a message that was sent from
+        SQL (JSON), or of ``on_disconnect`` and ``on_reconnect``. If an override raises an error,
+        the message is counted as undecodable, logged and skipped.
+        """
+        return self._codec.deserialise(payload)
 
     # ------------------------------------------------------------------ channels
 
@@ -285,18 +369,8 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def _read(self, work: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
         return await self._loops.run(self._loops.for_sending, work, is_read=True)
 
-    def _check_channel(self, channel: str) -> None:
-        if channel.__class__ is not str or channel not in self._valid_channels:
-            self.require_valid_channel_name(channel)
-            _remember(self._valid_channels, channel)
-
-    def _check_group(self, group: str) -> None:
-        if group.__class__ is not str or group not in self._valid_groups:
-            self.require_valid_group_name(group)
-            _remember(self._valid_groups, group)
-
     def _queue_to_receive(self, client: Client, channel: str) -> ChannelQueue:
-        self._check_channel(channel)
+        self._operations.check_channel(channel)
         if "!" in channel and not client.owns(channel):
             raise TypeError(
                 f"Channel {channel} belongs to another process: "
@@ -347,7 +421,7 @@ class PostgresChannelLayer(BaseChannelLayer):
             client.counters.add("dropped_expired")
             return None
         try:
-            return self._codec.decode(payload)
+            return self._codec.decode(payload, self.deserialize)
         except UndecodableMessage as error:
             client.log_undecodable(queue.channel, error)
             return None
@@ -363,9 +437,3 @@ class PostgresChannelLayer(BaseChannelLayer):
             # The caller does not receive the message. Put it back, without its deleted row.
             queue.push_front(message._replace(key=None))
             raise
-
-
-def _remember(names: set[str], name: str) -> None:
-    if len(names) >= MAX_REMEMBERED_NAMES:
-        names.clear()
-    names.add(name)

@@ -118,7 +118,8 @@ def captured_messages(
         for row in messages.exclude(id__in=earlier).order_by("id"):
             to_group = group_of.get(row.address)
             name = row.channel or "" if to_group is None else group_name(to_group)
-            message = codec.decode(codec.open(bytes(row.payload), name))
+            payload = codec.open(bytes(row.payload), name)
+            message = codec.decode(payload, channel_layer.deserialize)
             excluded = None if to_group is None else row.excluded
             sent.append(Sent(message, to_group, row.channel, excluded))
     except BaseException:

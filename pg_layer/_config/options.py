@@ -1,4 +1,4 @@
-"""The options of CONFIG in CHANNEL_LAYERS, checked once and then constant.
+"""The options of CONFIG in CHANNEL_LAYERS, checked. All but `CHANGEABLE` are constant.
 
 An invalid option raises Django's `ImproperlyConfigured` when the layer is created, with the name of
 the option, its value and the allowed values. Passwords and keys are never shown: not in an error,
@@ -107,7 +107,10 @@ class Config:
     handle_sigterm: bool = True
     on_disconnect: str | None = None
     on_reconnect: str | None = None
-    _capacity_of: Callable[[str], int] = dataclasses.field(init=False)
+    # Computed from `channel_capacity` and `capacity`: its patterns, compiled; and a function that
+    # returns how many messages may wait in a channel. Any thread may call it.
+    capacity_patterns: tuple[tuple[re.Pattern[str], int], ...] = dataclasses.field(init=False)
+    capacity_of: Callable[[str], int] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self._check_database()
@@ -117,10 +120,10 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
         _set(self, "symmetric_encryption_keys", _checked_keys(self.symmetric_encryption_keys))
-        patterns = _compiled_capacities(self.channel_capacity)
+        _set(self, "capacity_patterns", _compiled_capacities(self.channel_capacity))
         if self.channel_capacity is not None:
             _set(self, "channel_capacity", MappingProxyType(dict(self.channel_capacity)))
-        _set(self, "_capacity_of", _capacity_function(patterns, self.capacity))
+        _set(self, "capacity_of", _capacity_function(self.capacity_patterns, self.capacity))
 
     def _check_times(self) -> None:
         for name in ("expiry", "lease", "heartbeat", "send_timeout"):
@@ -191,13 +194,15 @@ class Config:
             shown.append(f"{name}={value!r}")
         return f"Config({', '.join(shown)})"
 
-    def capacity_of(self, channel: str) -> int:
-        """Return how many messages may wait in a channel: by `channel_capacity`, then `capacity`.
+    def change(self, name: str, value: object) -> None:
+        """Change one of the options in `CHANGEABLE`. From any thread.
 
-        Patterns are tried in their order and match from the beginning of the name, as in
-        `BaseChannelLayer.get_capacity`. May be called from any thread.
+        Raises `ImproperlyConfigured`, and changes nothing, for a value that CONFIG cannot have.
         """
-        return self._capacity_of(channel)
+        assert name in CHANGEABLE
+        changed = dataclasses.replace(self, **cast("dict[str, Any]", {name: value}))
+        for each in (name, "capacity_patterns", "capacity_of"):
+            _set(self, each, getattr(changed, each))
 
     def connect_kwargs(self, role: Literal["pool", "listen"]) -> dict[str, Any]:
         """Return the current arguments for `psycopg.connect`. Call it for each connection.
@@ -219,6 +224,8 @@ class Config:
         return kwargs
 
 
+# What code may change while the layer is used. Channels' base class has these as attributes.
+CHANGEABLE = frozenset(("expiry", "group_expiry", "capacity", "channel_capacity"))
 OPTIONS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Config) if field.init)
 
 
@@ -260,7 +267,7 @@ def _shown(value: object) -> str:
 
 
 def _set(config: Config, name: str, value: object) -> None:
-    # For `__post_init__` only: the dataclass is frozen.
+    # For `__post_init__` and `change` only: the dataclass is frozen.
     object.__setattr__(config, name, value)
 
 
@@ -314,10 +321,10 @@ def _checked_keys(keys: object) -> tuple[str | bytes, ...] | None:
     return tuple(keys)
 
 
-def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]]:
+def _compiled_capacities(capacities: object) -> tuple[tuple[re.Pattern[str], int], ...]:
     name = "channel_capacity"
     if capacities is None:
-        return []
+        return ()
     if not isinstance(capacities, Mapping):
         raise _bad(name, capacities, "a dict of globs or compiled patterns to integers, or None")
     patterns = []
@@ -341,12 +348,18 @@ def _compiled_capacities(capacities: object) -> list[tuple[re.Pattern[str], int]
                 f"from 1 to {MAX_COUNT}, not {_shown(capacity)}."
             )
         patterns.append((compiled, capacity))
-    return patterns
+    return tuple(patterns)
 
 
 def _capacity_function(
-    patterns: list[tuple[re.Pattern[str], int]], default: int
+    patterns: tuple[tuple[re.Pattern[str], int], ...], default: int
 ) -> Callable[[str], int]:
+    """Return a function that returns the capacity of a channel.
+
+    Patterns are tried in their order and match from the beginning of the name, as in
+    `BaseChannelLayer.get_capacity`.
+    """
+
     def capacity_of(channel: str) -> int:
         for pattern, capacity in patterns:
             if pattern.match(channel):

@@ -10,8 +10,8 @@ themselves, and a deployment can change the format while rows in both are in the
 
 A message may contain what the specification lists
 (https://channels.readthedocs.io/en/latest/channel_layer_spec.html): bytes, str, signed
-64-bit int, float, list, dict with str keys, bool and None. Tuples are accepted, and arrive
-as lists.
+64-bit int, float, list, dict with str keys, bool and None. Unsigned 64-bit ints are accepted, as
+msgpack can write them. Tuples are accepted, and arrive as lists.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import decimal
 import enum
 import json
 import math
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -36,9 +37,10 @@ _JSON_FIRST = 0x7B
 _FERNET_FIRST = 0x67
 _MSGPACK_FIRST = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 _PLAIN_FIRST = _MSGPACK_FIRST | {_JSON_FIRST}
+_PLAIN_BEGINNINGS = frozenset(bytes((first,)) for first in _PLAIN_FIRST)
 
 INT_MIN = -(2**63)
-INT_MAX = 2**63 - 1
+INT_MAX = 2**64 - 1
 # Levels of dicts and lists; the message itself is the first. All serialisers and their
 # readers support this depth.
 MAX_DEPTH = 200
@@ -113,26 +115,40 @@ class Codec:
         )
         self._crypter = _make_crypter(keys, prefix) if keys else None
 
-    def encode(self, message: object, name: str) -> bytes:
+    def encode(
+        self, message: object, name: str, serialize: Callable[[dict[str, Any]], bytes] | None = None
+    ) -> bytes:
         """Return the payload for a message to ``name``: a channel, or ``@<group>``.
 
         If there are keys, the payload is encrypted for this name alone.
+        ``serialize``: returns the plaintext; default: `serialise`.
 
-        Raises ``InvalidMessage`` and ``MessageTooLarge``: see `serialise`.
-        """
-        plaintext = self.serialise(message)
-        return plaintext if self._crypter is None else self._crypter.encrypt(plaintext, name)
-
-    def serialise(self, message: object) -> bytes:
-        """Return the plaintext for a message. Neither change nor keep the message.
-
-        Raises ``InvalidMessage`` for a message that is no dict, for values that the
-        specification (or JSON, if it is the format) cannot carry, for top-level keys that
-        begin with ``__asgi_``, and for more than ``MAX_DEPTH`` levels.
-        Raises ``MessageTooLarge`` above ``max_message_size``.
+        Raises ``InvalidMessage`` for a message that is no dict, ``MessageTooLarge`` above
+        ``max_message_size``, ``TypeError`` for a plaintext in an unknown format, and the errors of
+        ``serialize``.
         """
         if not isinstance(message, dict):
             raise InvalidMessage(f"A message must be a dict, not {type(message).__name__}.")
+        if serialize is None:
+            plaintext = self.serialise(message)
+        else:
+            plaintext = serialize(message)
+            if type(plaintext) is not bytes or plaintext[:1] not in _PLAIN_BEGINNINGS:
+                raise TypeError(_wrong_serialization(plaintext))
+        if len(plaintext) > self._max_message_size:
+            raise MessageTooLarge(
+                f"The message is {len(plaintext)} bytes long when serialised; "
+                f"max_message_size is {self._max_message_size} bytes."
+            )
+        return plaintext if self._crypter is None else self._crypter.encrypt(plaintext, name)
+
+    def serialise(self, message: dict[str, Any]) -> bytes:
+        """Return the plaintext for a message. Neither change nor keep the message.
+
+        Raises ``InvalidMessage`` for values that the specification (or JSON, if it is the format)
+        cannot carry, for top-level keys that begin with ``__asgi_``, and for more than
+        ``MAX_DEPTH`` levels.
+        """
         error = None
         try:
             payload = self._pack(message) if _is_sound((message,), MAX_DEPTH) else None
@@ -146,11 +162,6 @@ class Codec:
                     f"The message's keys must not begin with {_RESERVED!r}: "
                     "these belong to channel layers."
                 )
-        if len(payload) > self._max_message_size:
-            raise MessageTooLarge(
-                f"The message is {len(payload)} bytes long when serialised; "
-                f"max_message_size is {self._max_message_size} bytes."
-            )
         return payload
 
     def _reason_for_refusing(self, message: object, error: Exception | None) -> Exception:
@@ -194,14 +205,38 @@ class Codec:
             raise UndecodableMessage(_unknown_format(payload))
         return self._crypter.decrypt(payload, name)
 
-    def decode(self, plaintext: bytes | Template) -> dict[str, Any]:
+    def decode(
+        self,
+        plaintext: bytes | Template,
+        deserialize: Callable[[bytes], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         """Return the message in a plaintext that `open` returned.
 
         The message is a new object at each call: readers share nothing that can change.
+        ``deserialize``: returns the message; default: `deserialise`.
         Raises ``UndecodableMessage``, and no other error, for anything but a whole message.
         """
         if isinstance(plaintext, Template):
-            return self._decode_again(plaintext)
+            return self._decode_again(plaintext, deserialize)
+        if deserialize is None:
+            return self.deserialise(plaintext)
+        try:
+            message = deserialize(plaintext)
+        except UndecodableMessage:
+            raise
+        except Exception as error:  # its text may hold the message: do not use it
+            raise UndecodableMessage(_error_in_deserialize(error)) from None
+        if not isinstance(message, dict):
+            raise UndecodableMessage(
+                f"deserialize() returned {type(message).__name__} for a stored message, not a dict."
+            )
+        return message
+
+    def deserialise(self, plaintext: bytes) -> dict[str, Any]:
+        """Return the message in a plaintext in one of the formats of this module.
+
+        Raises ``UndecodableMessage``, and no other error.
+        """
         first = plaintext[0] if plaintext else -1
         try:
             message: Any = None
@@ -220,10 +255,12 @@ class Codec:
             )
         raise UndecodableMessage(_unknown_format(plaintext))
 
-    def _decode_again(self, template: Template) -> dict[str, Any]:
+    def _decode_again(
+        self, template: Template, deserialize: Callable[[bytes], dict[str, Any]] | None
+    ) -> dict[str, Any]:
         if template.is_flat:
             return template.flat.copy()
-        message = self.decode(template.plaintext)
+        message = self.decode(template.plaintext, deserialize)
         if template.is_flat is None:
             is_flat = _IMMUTABLE.issuperset(map(type, message.values()))
             if is_flat:
@@ -342,7 +379,7 @@ def _problem_of_number(value: float, as_json: bool) -> str | None:
     if isinstance(value, int):
         if INT_MIN <= value <= INT_MAX:
             return None
-        return "does not fit into 64 bits, signed. Send it as a str."
+        return "does not fit into 64 bits: -2**63 to 2**64 - 1. Send it as a str."
     if as_json and not math.isfinite(value):
         return f"is not a finite number, which JSON cannot carry. Send None, {_OR_MSGPACK}"
     return None
@@ -416,6 +453,28 @@ def _is_encodable(text: str) -> bool:
 def _quoted(key: str) -> str:
     return json.dumps(
         key if len(key) <= 40 else key[:39] + "…", ensure_ascii=not _is_encodable(key)
+    )
+
+
+def _wrong_serialization(plaintext: object) -> str:
+    what = (
+        "other bytes"
+        if isinstance(plaintext, bytes) and plaintext
+        else "no bytes"
+        if plaintext == b""
+        else type(plaintext).__name__
+    )
+    return (
+        f"serialize() must return a map of msgpack, or an object of JSON in UTF-8, not {what}: "
+        "the first byte of a stored message says its format."
+    )
+
+
+def _error_in_deserialize(error: Exception) -> str:
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return (
+        f"deserialize() raised {type(error).__name__} for a stored message, "
+        f"at {frame.f_code.co_filename}, line {line}."
     )
 
 

@@ -124,10 +124,13 @@ class BackgroundLoop:
 class Loops:
     """The choice of the engine for a caller, and the path of its work between event loops.
 
-    All methods may be called from any thread.
+    ``capacity_of``: see `Client`. All methods may be called from any thread.
     """
 
-    def __init__(self, config: Config, codec: Codec) -> None:
+    def __init__(
+        self, config: Config, codec: Codec, capacity_of: Callable[[str], int] | None = None
+    ) -> None:
+        self._capacity_of = capacity_of
         self._config = config
         self._codec = codec
         self._lock = threading.RLock()
@@ -140,7 +143,7 @@ class Loops:
         termination.register(self)
 
     def _begin_client(self) -> None:
-        self.client = Client(self._config, self._codec, self._counters)
+        self.client = Client(self._config, self._codec, self._counters, self._capacity_of)
         self._main_engine: Engine | None = None
         self._background: BackgroundLoop | None = None
         self._owner: Engine | None = None  # the last engine that became the owner

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from pg_layer._config.options import MAX_SECONDS, Config
+from django.core.exceptions import ImproperlyConfigured
+
+from pg_layer._config.options import MAX_COUNT, MAX_SECONDS, Config
 from pg_layer._messages.addresses import group_name
 from pg_layer._messages.codec import Codec
 from pg_layer.exceptions import InvalidMessage, MessageTooLarge
 
 MAX_MANY = 100_000  # messages of one call, which one statement writes
+MAX_REMEMBERED_NAMES = 10_000
 MAX_MANY_BYTES = 256 * 1024 * 1024
 _INVALID = (InvalidMessage, MessageTooLarge, TypeError)  # errors about a single message
 
@@ -51,35 +55,85 @@ class Change(NamedTuple):
 Operation = Send | GroupSend | Many | Change
 
 
+class Rules(Protocol):
+    """What a builder asks its layer. A subclass of the layer may override these methods."""
+
+    def require_valid_channel_name(self, name: str) -> bool:
+        """Raise `TypeError` for an invalid name."""
+        ...
+
+    def require_valid_group_name(self, name: str) -> bool:
+        """Raise `TypeError` for an invalid name."""
+        ...
+
+    def get_capacity(self, channel: str) -> int:
+        """Return how many messages may wait in a channel."""
+        ...
+
+    def serialize(self, message: dict[str, Any]) -> bytes:
+        """Return the bytes of a message."""
+        ...
+
+
 class OperationBuilder:
     """A builder of operations from the arguments of calls.
 
     Every method checks its arguments before anything is sent. It raises `TypeError` for an invalid
     name, `InvalidMessage` or `MessageTooLarge` for a message, `TypeError` or `ValueError` for an
-    expiry or a list of messages.
+    expiry or a list of messages, and the errors of methods that a subclass of the layer overrides.
+
+    ``layer``: the builder keeps no reference to it, so that a layer without other references ends
+    at once. Raises `RuntimeError` when it no longer exists.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        codec: Codec,
-        check_channel: Callable[[str], None],
-        check_group: Callable[[str], None],
-    ) -> None:
+    def __init__(self, layer: Rules, config: Config, codec: Codec) -> None:
+        self._layer_ref = weakref.ref(layer)
         self._config = config
         self._encode = codec.encode
-        self._check_channel = check_channel
-        self._check_group = check_group
+        # Names that were found valid. The check is a large part of the cost of a call.
+        self._valid_channels: set[str] = set()
+        self._valid_groups: set[str] = set()
+
+    def _layer(self) -> Rules:
+        layer = self._layer_ref()
+        if layer is None:
+            raise RuntimeError(
+                "The channel layer of this layer.sync no longer exists: keep a reference to it."
+            )
+        return layer
+
+    def check_channel(self, channel: str) -> None:
+        """Raise `TypeError` for an invalid name of a channel."""
+        if channel.__class__ is not str or channel not in self._valid_channels:
+            self._layer().require_valid_channel_name(channel)
+            _remember(self._valid_channels, channel)
+
+    def check_group(self, group: str) -> None:
+        """Raise `TypeError` for an invalid name of a group."""
+        if group.__class__ is not str or group not in self._valid_groups:
+            self._layer().require_valid_group_name(group)
+            _remember(self._valid_groups, group)
+
+    def queue_capacity(self, channel: str) -> int:
+        """Return the capacity of a channel that this process reads. From any thread.
+
+        If `get_capacity` fails, the options decide: senders raise its error, receiving continues.
+        """
+        try:
+            return _capacity(self._layer(), channel)
+        except Exception:
+            return self._config.capacity_of(channel)
 
     def send(self, channel: str, message: dict[str, Any], expiry: float | None) -> Send:
         """Return an operation that sends a message to a channel.
 
         ``expiry``: seconds; None: the option ``expiry``.
         """
-        self._check_channel(channel)
-        config = self._config
-        seconds = config.expiry if expiry is None else _seconds(expiry)
-        return Send(channel, self._encode(message, channel), seconds, config.capacity_of(channel))
+        self.check_channel(channel)
+        layer = self._layer()
+        seconds = self._config.expiry if expiry is None else _seconds(expiry)
+        payload = self._encode(message, channel, layer.serialize)
+        return Send(channel, payload, seconds, _capacity(layer, channel))
 
     def group_send(
         self, group: str, message: dict[str, Any], expiry: float | None, exclude: str | None
@@ -89,11 +143,12 @@ class OperationBuilder:
         ``expiry``: seconds; None: the option ``expiry``. ``exclude``: a member that must not
         receive the message.
         """
-        self._check_group(group)
+        self.check_group(group)
         if exclude is not None:
-            self._check_channel(exclude)
+            self.check_channel(exclude)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
-        return GroupSend(group, self._encode(message, group_name(group)), seconds, exclude)
+        payload = self._encode(message, group_name(group), self._layer().serialize)
+        return GroupSend(group, payload, seconds, exclude)
 
     def send_many(
         self, messages: Iterable[tuple[str, dict[str, Any]]], expiry: float | None
@@ -105,15 +160,13 @@ class OperationBuilder:
         sends: list[Send] = []
         pairs = _pairs(messages)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
-        check_channel, encode, capacity_of = (
-            self._check_channel,
-            self._encode,
-            self._config.capacity_of,
-        )
+        layer, check_channel, encode = self._layer(), self.check_channel, self._encode
+        serialize = layer.serialize
         try:
             for channel, message in pairs:
                 check_channel(channel)
-                sends.append(Send(channel, encode(message, channel), seconds, capacity_of(channel)))
+                payload = encode(message, channel, serialize)
+                sends.append(Send(channel, payload, seconds, _capacity(layer, channel)))
         except _INVALID as error:
             raise _of_item(len(sends), error) from error
         return _many(sends)
@@ -133,26 +186,43 @@ class OperationBuilder:
         pairs = _pairs(messages)
         seconds = self._config.expiry if expiry is None else _seconds(expiry)
         if exclude is not None:
-            self._check_channel(exclude)
-        check_group, encode = self._check_group, self._encode
+            self.check_channel(exclude)
+        check_group, encode, serialize = self.check_group, self._encode, self._layer().serialize
         try:
             for group, message in pairs:
                 check_group(group)
-                sends.append(GroupSend(group, encode(message, group_name(group)), seconds, exclude))
+                payload = encode(message, group_name(group), serialize)
+                sends.append(GroupSend(group, payload, seconds, exclude))
         except _INVALID as error:
             raise _of_item(len(sends), error) from error
         return _many(sends)
 
     def change(self, group: str, channel: str, *, added: bool) -> Change:
         """Return an operation that adds a channel to a group, or discards it."""
-        self._check_group(group)
-        self._check_channel(channel)
-        return Change(group, channel, added, self._config.capacity_of(channel))
+        self.check_group(group)
+        self.check_channel(channel)
+        return Change(group, channel, added, _capacity(self._layer(), channel))
 
     def group(self, group: str) -> str:
         """Check the name of a group, and return it."""
-        self._check_group(group)
+        self.check_group(group)
         return group
+
+
+def _remember(names: set[str], name: str) -> None:
+    if len(names) >= MAX_REMEMBERED_NAMES:
+        names.clear()
+    names.add(name)
+
+
+def _capacity(layer: Rules, channel: str) -> int:
+    capacity = layer.get_capacity(channel)
+    if capacity.__class__ is not int or not 1 <= capacity <= MAX_COUNT:
+        raise ImproperlyConfigured(
+            f"get_capacity() of the channel layer must return an integer from 1 to {MAX_COUNT}, "
+            f"not {capacity!r}, for channel {channel}."
+        )
+    return capacity
 
 
 def _seconds(expiry: float) -> float:

@@ -38,12 +38,12 @@ async def write_sends(
     channels, payloads, expiries, capacities = zip(*sends, strict=True)
     if len(sends) == 1:
         address = channel_address(prefix, channels[0])
-        low_id = known.low_id(address, channels[0])
+        low_id = known.low_id(address, channels[0], capacities[0])
         sent = await queries.send_one(
             session, prefix, *sends[0], address, low_id, own=own, quiet=quiet
         )
     else:
-        low_ids = known.low_ids(channels)
+        low_ids = known.low_ids(channels, capacities)
         sent = await queries.send_batch(
             session, prefix, channels, payloads, expiries, capacities, low_ids, own=own, quiet=quiet
         )

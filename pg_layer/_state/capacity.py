@@ -67,7 +67,8 @@ class Credits:
     """
 
     def __init__(self) -> None:
-        self._left: dict[str, int] = {}
+        # A credit belongs to the capacity that it is a part of: code may change the capacity.
+        self._left: dict[tuple[str, int], int] = {}
         self._since = time.monotonic()
 
     def grant(
@@ -80,9 +81,9 @@ class Credits:
         """
         if waiting is not None:
             for channel, capacity in zip(channels, capacities, strict=True):
-                self._left[channel] = (capacity - waiting) // CREDIT_PART
+                self._left[channel, capacity] = (capacity - waiting) // CREDIT_PART
 
-    def spend(self, channels: Sequence[str]) -> bool:
+    def spend(self, channels: Sequence[str], capacities: Sequence[int]) -> bool:
         """Return whether one message for each of these channels may be sent without a count.
 
         Each channel spends one message of its credit, also if a later channel has none left.
@@ -92,11 +93,11 @@ class Credits:
             self._left.clear()
             self._since = now
             return False
-        for channel in channels:
-            left = self._left.get(channel, 0)
+        for credit in zip(channels, capacities, strict=True):
+            left = self._left.get(credit, 0)
             if left <= 0:
                 return False
-            self._left[channel] = left - 1
+            self._left[credit] = left - 1
         return True
 
 
@@ -113,21 +114,23 @@ class KnownCapacity:
         self._credits = Credits()
         self._boot: int | None = None
 
-    def low_id(self, address: str, channel: str) -> int | None:
+    def low_id(self, address: str, channel: str, capacity: int) -> int | None:
         """Return the id at which the count for one message begins. None: send without a count.
 
-        ``address``: the address of ``channel``.
+        ``address``, ``capacity``: of ``channel``.
         """
         with self._lock:
-            return None if self._credits.spend((channel,)) else self._low_ids.usable_of(address)
+            if self._credits.spend((channel,), (capacity,)):
+                return None
+            return self._low_ids.usable_of(address)
 
-    def low_ids(self, channels: Sequence[str]) -> LowIds | None:
+    def low_ids(self, channels: Sequence[str], capacities: Sequence[int]) -> LowIds | None:
         """Return the ids at which the counts for a batch begin. None: send without a count.
 
-        ``channels``: the channel of each message.
+        ``channels``, ``capacities``: the channel of each message, and its capacity.
         """
         with self._lock:
-            return None if self._credits.spend(channels) else self._low_ids.usable()
+            return None if self._credits.spend(channels, capacities) else self._low_ids.usable()
 
     def observe(
         self,

@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import blake2s
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,16 @@ class Client:
     """The state of the layer in this process, shared by all event loops.
 
     ``counters``: the layer's counters, which continue when the next client begins.
+    ``capacity_of``: returns how many messages may wait in a channel; default: by the options.
     """
 
-    def __init__(self, config: Config, codec: Codec, counters: Counters | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        codec: Codec,
+        counters: Counters | None = None,
+        capacity_of: Callable[[str], int] | None = None,
+    ) -> None:
         self.config = config
         self.codec = codec
         self.id = secrets.token_hex(8)
@@ -70,6 +77,7 @@ class Client:
         # them in batches.
         self.pending_deletes: dict[Key, ChannelQueue | None] = {}
         self._queues: dict[str, ChannelQueue] = {}
+        self._capacity_of = capacity_of or (lambda channel: config.capacity_of(channel))
         self._lock = threading.Lock()
         self._is_closed = False
         self._serial = 0
@@ -186,11 +194,16 @@ class Client:
                 queue = self._queues.get(channel)
                 if queue is None:
                     queue = ChannelQueue(
-                        channel, self.config.capacity_of(channel), is_closed=self._is_closed
+                        channel, self._capacity_of(channel), is_closed=self._is_closed
                     )
                     self._queues[channel] = queue
         queue.note_use()
         return queue
+
+    def capacities_changed(self) -> None:
+        """Give every channel queue the capacity that its channel has now."""
+        for queue in self.queues():
+            queue.capacity = self._capacity_of(queue.channel)
 
     def own_queue(self, channel: str) -> ChannelQueue | None:
         """Return the queue of a channel, or None if this client has not made the channel."""

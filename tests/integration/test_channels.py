@@ -33,7 +33,7 @@ EVERYTHING: Message = {
     "text": "Grüße, 世界 \U0001f600 \x00 \n",
     "empty text": "",
     "smallest": -(2**63),
-    "largest": 2**63 - 1,
+    "largest": 2**64 - 1,
     "zero": 0,
     "float": 0.1,
     "tiny": 5e-324,

@@ -101,7 +101,7 @@ CONTENTS: list[Message] = [
     {"type": "test"},
     {"type": "Grüße.\N{SNOWMAN}", "ключ": "\U0001f600 \u2028 \x7f \x01", "": ""},
     {"type": "test", "deep": {"a": [1, [2, [{"b": [[], {}, None, True, False]}]]]}},
-    {"type": "test", "numbers": [0, -1, 2**63 - 1, -(2**63), 0.1, -2.5e-300, 1e-7, 3.0]},
+    {"type": "test", "numbers": [0, -1, 2**63 - 1, 2**64 - 1, -(2**63), 0.1, -2.5e-300, 1e-7, 3.0]},
     {"type": "test", "text": "\\ \" ' ; -- $$ $1 %s M 1 2 3 {}\t\r\n"},
     {"type": "test", "nested": {"__asgi_channel__": "only at the top these are reserved"}},
     *(
@@ -470,7 +470,7 @@ MESSAGES: dict[str | None, str] = {
     '{"type": 1}': 'a message must have a "type"',
     '{"type": ""}': 'a message must have a "type"',
     '{"type": "a", "__asgi_channel__": 1}': "the message has a key '__asgi_channel__'",
-    '{"type": "a", "n": [{"m": 9223372036854775808}]}': "64 bits: 9223372036854775808",
+    '{"type": "a", "n": [{"m": 18446744073709551616}]}': "64 bits: 18446744073709551616",
     '{"type": "a", "n": -9223372036854775809}': "64 bits: -9223372036854775809",
     '{"type": "a", "n": 1e1000}': "64 bits: 1000000000",
     NESTED: "the message is nested too deeply",

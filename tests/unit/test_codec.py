@@ -35,7 +35,7 @@ SECRET_JSON = Codec("json", LIMIT, [b"first key"])
 ALL = [MSGPACK, JSON, SECRET, SECRET_JSON]
 ALL_IDS = ["msgpack", "json", "msgpack-encrypted", "json-encrypted"]
 
-INTS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+INTS = st.integers(min_value=-(2**63), max_value=2**64 - 1)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -90,7 +90,7 @@ def test_decode_encrypted_message_equals_the_sent_one(message: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("codec", ALL, ids=ALL_IDS)
-@pytest.mark.parametrize("number", [-(2**63), -1, 0, 2**53 + 1, 2**63 - 1])
+@pytest.mark.parametrize("number", [-(2**63), -1, 0, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1])
 def test_decode_64_bit_integers_are_exact(codec: Codec, number: int) -> None:
     assert there_and_back(codec, {"n": number}) == {"n": number}
 
@@ -267,7 +267,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({b"a": "a"}, r"^message has a key of type bytes"),
     ({"a": {uuid.UUID(int=1): 1}}, r'^message\["a"\] has a key of type UUID'),
     ({"a": collections.OrderedDict({2: 1})}, r'^message\["a"\] has a key of type int'),
-    ({"n": 2**63}, r'^message\["n"\] .*64 bits'),
+    ({"n": 2**64}, r'^message\["n"\] .*64 bits'),
     ({"n": [-(2**63) - 1]}, r'^message\["n"\]\[0\] .*64 bits'),
     ({"n": Big.A}, r'^message\["n"\] .*64 bits'),
     ({"text": ["ok", "a\ud800b"]}, r'^message\["text"\]\[1\] .*lone surrogate'),

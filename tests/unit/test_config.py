@@ -283,7 +283,7 @@ def test_capacity_of_caches_are_not_shared() -> None:
 
 def test_capacity_of_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "_MAX_CACHED_CAPACITIES", 10)
-    function: Any = load({"channel_capacity": {"a*": 1}})._capacity_of
+    function: Any = load({"channel_capacity": {"a*": 1}}).capacity_of
     for n in range(50):
         function(f"specific.{n}!{n}")
     assert function.cache_info().currsize == 10
