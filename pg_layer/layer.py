@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from channels.layers import BaseChannelLayer
 
@@ -26,8 +26,6 @@ from pg_layer.exceptions import (
     MessageTooLarge,
     UndecodableMessage,
 )
-
-T = TypeVar("T")
 
 # Characters of a new channel's prefix. The name adds 26 and a growing number; Channels allows 99.
 MAX_PREFIX = 60
@@ -306,7 +304,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         Raises `TypeError` for an invalid name, `LayerUnavailable` and `NotMigrated`.
         """
         name = self._operations.group(group)
-        return await self._read(lambda engine: engine.group_channels(name))
+        return await self._loops.read(name, lambda engine: engine.group_channels(name))
 
     async def group_count(self, group: str) -> int:
         """Return the number of channels in a group, without channels of processes that have ended.
@@ -314,7 +312,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         Raises `TypeError` for an invalid name, `LayerUnavailable` and `NotMigrated`.
         """
         name = self._operations.group(group)
-        return await self._read(lambda engine: engine.group_count(name))
+        return await self._loops.read(name, lambda engine: engine.group_count(name))
 
     # ------------------------------------------------------------------ all
 
@@ -332,7 +330,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         Raises no error of the layer: ``problems`` lists what is wrong.
         """
         try:
-            return await self._read(examine)
+            return await self._loops.run(self._loops.for_sending, examine, is_read=True)
         except LayerUnavailable as error:
             return Health(
                 lease_age=None,
@@ -365,9 +363,6 @@ class PostgresChannelLayer(BaseChannelLayer):
         await self._loops.close()
 
     # ------------------------------------------------------------------ helpers
-
-    async def _read(self, work: Callable[[Engine], Coroutine[Any, Any, T]]) -> T:
-        return await self._loops.run(self._loops.for_sending, work, is_read=True)
 
     def _queue_to_receive(self, client: Client, channel: str) -> ChannelQueue:
         self._operations.check_channel(channel)

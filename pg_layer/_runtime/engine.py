@@ -174,19 +174,20 @@ class Engine:
         """The number of operations that wait for a write in flight. From any thread."""
         return self.sender.waiting + (0 if self.owner is None else self.owner.changes.waiting)
 
-    async def change(self, change: Change) -> None:
+    async def change(self, change: Change, deadline: float | None = None) -> None:
         """Add a channel to a group, or discard it.
 
         If another process owns the channel, send its owner a membership request.
+        ``deadline``: see `Batcher.submit`.
 
         Raises `NotBegun` if this engine does not receive and the channel is its client's.
         """
         if not self.client.owns(change.channel):
-            await self.sender.submit(change)
+            await self.sender.submit(change, deadline)
         elif self.owner is None:
             raise NotBegun
         else:
-            await self.owner.changes.submit(change)
+            await self.owner.changes.submit(change, deadline)
 
     async def flush(self) -> None:
         """Remove all messages and memberships of the prefix.

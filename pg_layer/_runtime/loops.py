@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import closing as closing_connection
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -31,12 +31,13 @@ import psycopg
 from pg_layer._config.options import Config
 from pg_layer._db.errors import NOTIFY_REFUSED, as_stopping
 from pg_layer._db.queries import lease
+from pg_layer._groups.order import GroupOrder
 from pg_layer._messages.codec import Codec
 from pg_layer._process import shutdown as termination
 from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
-from pg_layer._send.operations import Change, Operation
+from pg_layer._send.operations import Change, GroupSend, Many, Operation
 from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
@@ -136,6 +137,7 @@ class Loops:
         self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
+        self._order = GroupOrder()
         # Clients whose close has begun and may be incomplete, with their engines.
         self._ending: dict[Client, tuple[Engine | None, BackgroundLoop | None]] = {}
         self._closings: set[asyncio.Task[None]] = set()  # asyncio keeps weak references only
@@ -230,20 +232,37 @@ class Loops:
     async def submit(self, operation: Operation) -> Any:
         """Send, or change a membership, on the engine that does this now.
 
+        Calls that concern one group take effect in the order in which they began: see `GroupOrder`.
+        The time that a call waits for others counts for its timeout.
+
         Return and raise what `Sender.submit` does; while the process stops, `Stopping` or
         `StoppingUnknown`.
         """
+        groups, is_change = _groups_of(operation), isinstance(operation, Change)
+        if not groups:
+            return await self._submit(operation, None)
+        turn = self._order.begin(groups, asyncio.get_running_loop(), is_change=is_change)
+        try:
+            deadline = None
+            if turn.blocked:
+                deadline = time.monotonic() + self._config.send_timeout
+                await self._order.wait(turn, deadline)
+            return await self._submit(operation, deadline)
+        finally:
+            self._order.end(turn)
+
+    async def _submit(self, operation: Operation, deadline: float | None) -> Any:
         if isinstance(operation, Change):
             change = operation
             find = self.for_own_changes if self.client.owns(operation.channel) else self.for_sending
-            return await self.run(find, lambda engine: engine.change(change))
+            return await self.run(find, lambda engine: engine.change(change, deadline))
         client, loop = self.client, asyncio.get_running_loop()
         while True:
             try:
                 main = self._main_engine
                 if main is None or main.loop is not loop or main.is_closed:
                     main = self.for_sending()
-                return await main.sender.submit(operation)
+                return await main.sender.submit(operation, deadline)
             except NotBegun:  # the engine has ended: another takes over
                 await asyncio.sleep(0)
             except LayerUnavailable as error:
@@ -257,6 +276,16 @@ class Loops:
         if self.gives_up or client is not self.client:
             raise as_stopping(error) from error.__cause__
         raise error
+
+    async def read(self, group: str, work: Work[T]) -> T:
+        """Run work that reads the members of a group, in its order with their changes."""
+        turn = self._order.begin((group,), asyncio.get_running_loop(), is_change=False)
+        try:
+            if turn.blocked:
+                await self._order.wait(turn, time.monotonic() + self._config.send_timeout)
+            return await self.run(self.for_sending, work, is_read=True)
+        finally:
+            self._order.end(turn)
 
     async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
         """Run work that may be done twice. If its engine ends meanwhile, run it on the next.
@@ -470,6 +499,7 @@ class Loops:
         self._lock = threading.RLock()
         self._counters = Counters()
         self.announcer = Announcer()
+        self._order = GroupOrder()
         # A pre-forking server may replace threads by greenlets in the child only.
         are_threads_real.cache_clear()
         self._ending, self._closings = {}, set()
@@ -487,6 +517,13 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _groups_of(operation: Operation) -> Collection[str]:
+    """Return the groups that an operation concerns."""
+    if isinstance(operation, Many):
+        return {each.group for each in operation.operations if isinstance(each, GroupSend)}
+    return (operation.group,) if isinstance(operation, (GroupSend, Change)) else ()
 
 
 def _stop(engine: Engine) -> None:

@@ -101,8 +101,11 @@ class Batcher(Generic[Operation]):
         """The number of operations that wait for the write in flight. From any thread."""
         return len(self._queue)
 
-    async def submit(self, operation: Operation) -> Any:
+    async def submit(self, operation: Operation, deadline: float | None = None) -> Any:
         """Write an operation, and return or raise its outcome. May be called on any loop.
+
+        ``deadline``: when it must have been written, by time.monotonic(). Default: after the
+        timeout.
 
         If the caller is cancelled while the operation waits for its batch, the operation is
         not written. If it is cancelled later, the operation may be written.
@@ -112,7 +115,9 @@ class Batcher(Generic[Operation]):
         `LayerUnavailable` if not.
         """
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + self._timeout
+        timeout = self._timeout if deadline is None else deadline - time.monotonic()
+        if deadline is None:
+            deadline = time.monotonic() + timeout
         if loop is not self._loop:
             return await self._submit_from(loop, operation, deadline)
         if self._is_closed:
@@ -120,7 +125,7 @@ class Batcher(Generic[Operation]):
         if not self._is_busy:
             self._is_busy = True
             try:
-                (outcome,) = await self._write([operation], self._timeout)
+                (outcome,) = await self._write([operation], timeout)
             finally:
                 self._write_next()
             if isinstance(outcome, Exception):

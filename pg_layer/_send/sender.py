@@ -90,18 +90,20 @@ class Sender:
         """Accept no more operations. Return when the writes in flight have ended."""
         await asyncio.gather(*(batcher.finish() for batcher in self._batcher_of.values()))
 
-    def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
+    def submit(
+        self, operation: Operation, deadline: float | None = None
+    ) -> Coroutine[Any, Any, Any]:
         """Write an operation. Return when it is committed.
 
         May be called on any loop. For `Many` the result contains, for each message, whether it was
-        accepted.
+        accepted. ``deadline``: see `Batcher.submit`.
 
         Raises `ChannelFull`, and what `Batcher.submit` raises.
         """
         batcher = self._batcher_of[
             type(operation.operations[0] if isinstance(operation, Many) else operation)
         ]
-        return batcher.submit(operation)
+        return batcher.submit(operation, deadline)
 
     # ------------------------------------------------------------------ writing
 
