@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -75,6 +76,7 @@ class Engine:
         self._swept_to = maintenance.START
         self._full_pass_at = time.monotonic() + maintenance.FULL_PASS
         self._is_ending = False
+        self._closing: asyncio.Task[None] | None = None
         self._guard_task = self.loop.create_task(self._guard())
         self._guard_task.add_done_callback(lambda _: self.abandon())  # whatever it raised
 
@@ -323,6 +325,30 @@ class Engine:
         else:
             self.abandon()
             raise NotBegun
+
+    def close_soon(self, then: Callable[[], object] = lambda: None) -> None:
+        """Begin to close the client. From any thread, also in a finaliser. Does not raise.
+
+        If the loop does not run, only the connections are closed, and the lease expires by itself.
+        ``then``: called on the loop at the end.
+        """
+
+        async def close() -> None:
+            try:
+                await self._close()
+            except NotBegun:
+                pass
+            finally:
+                then()
+
+        def begin() -> None:
+            self._closing = self.loop.create_task(close())  # asyncio keeps weak references only
+
+        if self.loop.is_running():
+            with suppress(RuntimeError):  # the loop was closed just now
+                self.loop.call_soon_threadsafe(begin)
+        else:
+            self.abandon()
 
     async def _close(self) -> None:
         if self.is_closed:

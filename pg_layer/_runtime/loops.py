@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine
@@ -34,6 +35,7 @@ from pg_layer._db.queries import lease
 from pg_layer._groups.order import GroupOrder
 from pg_layer._messages.codec import Codec
 from pg_layer._process import shutdown as termination
+from pg_layer._process.loop_end import end_tasks_on_close
 from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
@@ -115,6 +117,11 @@ class BackgroundLoop:
                 self._engine.connections.begin_closing()
             self._engine.call(self._retired.set)
 
+    def close_soon(self) -> None:
+        """Begin to close the client, and then retire. Does not raise. Does not wait."""
+        if self._engine is not None:
+            self._engine.close_soon(then=self._retired.set)
+
     def close(self) -> None:
         """Retire, and block until the thread has ended."""
         self.retire(is_closing=True)
@@ -185,6 +192,7 @@ class Loops:
             return main
         with self._lock:
             main = self._main_engine
+            end_tasks_on_close(loop)
             if main is None or not (main.is_running and (main.is_receiving or main.loop is loop)):
                 main = self._move_here()
             if main.loop is loop and not main.is_receiving:
@@ -193,6 +201,7 @@ class Loops:
 
     def for_sending(self) -> Engine:
         """Return the engine that sends for the running loop."""
+        end_tasks_on_close(asyncio.get_running_loop())
         main = self._main_engine
         if main is not None and main.is_running:
             return main
@@ -219,6 +228,8 @@ class Loops:
                     self._make_owner(main)
                     return main
             loop = asyncio._get_running_loop()
+            if loop is not None:
+                end_tasks_on_close(loop)
             if loop is not None and not is_single_call_loop(loop):
                 main = self._move_here()
                 self._begin_receiving(main)
@@ -450,6 +461,22 @@ class Loops:
                 await engine.close()
         if not client.has_lease:
             self._ending.pop(client, None)
+
+    def __del__(self) -> None:
+        """Close the client when nothing refers to the layer any more.
+
+        No task refers to this object, except calls of the layer. Nothing here waits, because Python
+        may run this in any thread and in any line.
+        """
+        main, background = self._main_engine, self._background
+        if sys.is_finalizing():  # `close_at_exit` has been called
+            return
+        if main is not None:
+            main.close_soon()
+            if background is not None:
+                background.retire(is_closing=True)
+        elif background is not None:
+            background.close_soon()
 
     def close_at_exit(self) -> None:
         """Close all clients that still have a lease, over a blocking connection.

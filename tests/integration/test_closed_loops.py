@@ -1,0 +1,317 @@
+"""Event loops that are closed without cancelling their tasks, and layers that are dropped.
+
+The code runs in processes of their own, in Python's development mode: any complaint of asyncio or
+of the garbage collector is on their standard error.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.project.commands import run, succeeded
+
+COMMON = """
+import asyncio, contextlib, gc, os, threading, time
+import psycopg
+from pg_layer import PostgresChannelLayer
+
+dsn = os.environ["PG_LAYER_TEST_PROJECT_DSN"]
+observer = psycopg.connect(dsn, autocommit=True)
+blocker = psycopg.connect(dsn)
+
+def connections():
+    [count] = observer.execute(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'pg_layer%'"
+    ).fetchone()
+    return count
+
+def eventually(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError
+
+def live_clients():
+    return observer.execute(
+        "SELECT count(*) FROM pg_layer_client WHERE ended_at IS NULL"
+    ).fetchone()[0]
+
+async def use(layer):
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.group_send("room", {"n": 1})
+    assert (await layer.receive(channel))["n"] == 1
+    return channel
+
+async def run_until_they_wait(*calls):
+    tasks = [asyncio.create_task(call) for call in calls]
+    await asyncio.sleep(0.2)
+    assert not any(task.done() for task in tasks), tasks
+    return tasks
+
+def finish():
+    blocker.rollback()
+    eventually(lambda: not connections())
+    gc.collect()
+    observer.close()
+    blocker.close()
+    print("finished")
+"""
+
+WAITING = {
+    "receivers": """
+async def wait(layer, channel):
+    return await run_until_they_wait(
+        layer.receive(channel), layer.receive("jobs"), asyncio.wait_for(layer.receive("a"), 60)
+    )
+""",
+    "writers": """
+async def wait(layer, channel):
+    blocker.execute("LOCK TABLE pg_layer_message, pg_layer_membership IN EXCLUSIVE MODE")
+    return await run_until_they_wait(
+        *(layer.send(channel, {"n": n}) for n in range(3)),
+        layer.group_send("room", {"n": 1}),
+        layer.group_discard("room", channel),
+        layer.group_add("other", channel),
+        layer.group_send("other", {"n": 1}),
+        layer.group_add("other", "jobs"),
+        layer.flush(),
+    )
+""",
+    "nothing": """
+async def wait(layer, channel):
+    return []
+""",
+}
+
+CLOSED = """
+async def main():
+    layer = PostgresChannelLayer(dsn=dsn)
+    return layer, await wait(layer, await use(layer))
+
+loop = asyncio.new_event_loop()
+kept = loop.run_until_complete(main())
+{close}
+blocker.rollback()  # a backend that waits for a lock does not notice that its client has gone
+eventually(lambda: not connections())
+{drop}
+gc.collect()
+finish()
+"""
+IN_RUNNING_LOOP = """
+async def close():
+    loop.close()
+asyncio.run(close())
+"""
+
+
+@pytest.mark.parametrize("drop", ["del kept", ""], ids=["dropped", "kept"])
+@pytest.mark.parametrize("waiting", WAITING)
+def test_loop_closed_with_pending_calls_is_silent_and_closes_connections(
+    migrated_dsn: str, waiting: str, drop: str
+) -> None:
+    code = COMMON + WAITING[waiting] + CLOSED.format(close="loop.close()", drop=drop)
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+def test_loop_closed_by_code_on_another_loop_is_silent(migrated_dsn: str) -> None:
+    code = COMMON + WAITING["receivers"]
+    code += CLOSED.format(close=IN_RUNNING_LOOP, drop="del kept")
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+def test_uvloop_closed_with_pending_calls_is_silent(migrated_dsn: str) -> None:
+    pytest.importorskip("uvloop")
+    code = COMMON + WAITING["receivers"]
+    code += CLOSED.format(close="loop.close()", drop="del kept").replace(
+        "asyncio.new_event_loop()", "__import__('uvloop').new_event_loop()"
+    )
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+FOREIGN = """
+layer = PostgresChannelLayer(dsn=dsn)
+channels = []
+may_end = threading.Event()
+is_used = threading.Event()
+
+async def own():
+    channels.append(await use(layer))
+    is_used.set()
+    await asyncio.to_thread(may_end.wait)
+    assert not layer._loops._order._lines
+    await layer.close()
+
+thread = threading.Thread(target=lambda: asyncio.run(own()))
+thread.start()
+is_used.wait()
+loop = asyncio.new_event_loop()
+kept = loop.run_until_complete(wait(layer, channels[0]))
+loop.close()
+del kept
+gc.collect()
+blocker.rollback()
+may_end.set()
+thread.join()
+finish()
+"""
+
+
+@pytest.mark.parametrize("waiting", ["receivers", "writers"])
+def test_foreign_loop_closed_with_pending_calls_is_silent(migrated_dsn: str, waiting: str) -> None:
+    code = COMMON + WAITING[waiting] + FOREIGN
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+DROPPED = """
+async def main():
+    before = len(asyncio.all_tasks())
+    for _ in range(10):
+        layer = PostgresChannelLayer(dsn=dsn)
+        await use(layer)
+        {keep}
+        del layer
+    gc.disable()  # what follows needs no garbage collection
+    {drop}
+    while connections() or live_clients() or len(asyncio.all_tasks()) > before:
+        await asyncio.sleep(0.05)
+
+kept = []
+gc.disable()
+asyncio.run(asyncio.wait_for(main(), 30))
+[memberships] = observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone()
+assert not memberships
+finish()
+"""
+
+
+@pytest.mark.parametrize("drop", ["kept.clear()", ""], ids=["together", "each"])
+def test_layer_dropped_without_close_closes_when_nothing_refers_to_it(
+    migrated_dsn: str, drop: str
+) -> None:
+    keep = "kept.append(layer)" if drop else ""
+    code = COMMON + DROPPED.format(keep=keep, drop=drop)
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+OVERRIDDEN = """
+import django
+django.setup()
+from channels.layers import get_channel_layer
+from django.test import override_settings
+
+entry = {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"dsn": dsn}}
+
+async def main():
+    await use(get_channel_layer())
+    before = connections(), len(asyncio.all_tasks())
+    for _ in range(10):
+        with override_settings(CHANNEL_LAYERS={"default": entry}):
+            await use(get_channel_layer())
+    while connections() > before[0] or len(asyncio.all_tasks()) > before[1]:
+        await asyncio.sleep(0.05)
+    await get_channel_layer().close()
+
+gc.disable()
+asyncio.run(asyncio.wait_for(main(), 30))
+finish()
+"""
+
+
+def test_layers_of_overridden_settings_close(migrated_dsn: str) -> None:
+    assert succeeded(run(migrated_dsn, "-c", COMMON + OVERRIDDEN)) == "finished"
+
+
+DROPPED_ELSEWHERE = """
+from asgiref.sync import async_to_sync
+
+layer = PostgresChannelLayer(dsn=dsn)
+{use}
+assert connections()
+del layer
+blocker.rollback()  # a backend that waits for a lock does not notice that its client has gone
+eventually(lambda: not connections())
+assert live_clients() == {clients}
+finish()
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "clients"),
+    [
+        ("async_to_sync(layer.send)('jobs', {})", 0),
+        (
+            "async_to_sync(layer.group_add)('room', async_to_sync(layer.new_channel)());"
+            "async_to_sync(layer.group_send)('room', {})",
+            0,
+        ),
+        # A loop that does not run: the lease expires by itself.
+        ("loop = asyncio.new_event_loop(); loop.run_until_complete(use(layer))", 1),
+    ],
+    ids=["sending thread", "receiving thread", "halted loop"],
+)
+def test_layer_dropped_outside_of_a_running_loop_closes_its_connections(
+    migrated_dsn: str, use: str, clients: int
+) -> None:
+    code = COMMON + DROPPED_ELSEWHERE.format(use=use, clients=clients)
+    if clients:
+        code += "loop.close()"
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+def test_layer_that_a_call_uses_is_not_dropped(migrated_dsn: str) -> None:
+    code = (
+        COMMON
+        + """
+async def main():
+    layer = PostgresChannelLayer(dsn=dsn)
+    channel = await layer.new_channel()
+    receiving = asyncio.create_task(layer.receive(channel))
+    await use(layer)
+    del layer
+    other = PostgresChannelLayer(dsn=dsn)
+    await other.send(channel, {"n": 2})
+    assert await receiving == {"n": 2}
+    await other.close()
+    del receiving
+    while connections():
+        await asyncio.sleep(0.05)
+
+asyncio.run(asyncio.wait_for(main(), 30))
+finish()
+"""
+    )
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+FORKED = """
+async def main():
+    layer = PostgresChannelLayer(dsn=dsn)
+    return layer, await use(layer)
+
+loop = asyncio.new_event_loop()
+layer, channel = loop.run_until_complete(main())
+pid = os.fork()
+if not pid:
+    loop.close()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+
+async def go_on():
+    await layer.send(channel, {"n": 2})
+    assert (await layer.receive(channel))["n"] == 2
+    assert layer.stats()["reconnects"] == 0
+    await layer.close()
+
+loop.run_until_complete(go_on())
+loop.close()
+finish()
+"""
+
+
+def test_loop_closed_in_a_forked_child_leaves_the_connections_of_the_parent(
+    migrated_dsn: str,
+) -> None:
+    assert succeeded(run(migrated_dsn, "-W", "ignore", "-c", COMMON + FORKED)) == "finished"
