@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import uuid
+from pathlib import Path
 from typing import Any
 
 import channels.exceptions
@@ -195,39 +196,10 @@ async def test_get_capacity_overridden_counts_for_channels_and_groups(migrated_d
 # --- Own types
 
 
-class OwnTypes(PostgresChannelLayer):
-    """The example in the documentation."""
-
-    def serialize(self, message: Message) -> bytes:
-        return super().serialize(to_plain(message))
-
-    def deserialize(self, payload: bytes) -> Message:
-        message: Message = from_plain(super().deserialize(payload))
-        return message
-
-
-def to_plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: to_plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(each) for each in value]
-    if isinstance(value, datetime.datetime):
-        return {"$datetime": value.isoformat()}
-    if isinstance(value, uuid.UUID):
-        return {"$uuid": str(value)}
-    return value
-
-
-def from_plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [from_plain(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"$datetime"}:
-        return datetime.datetime.fromisoformat(value["$datetime"])
-    if value.keys() == {"$uuid"}:
-        return uuid.UUID(value["$uuid"])
-    return {key: from_plain(each) for key, each in value.items()}
+PAGE = Path(__file__).parents[2] / "docs/own-types.md"
+EXAMPLE: dict[str, Any] = {}
+exec(PAGE.read_text().split("```python\n# project/layers.py")[1].split("```")[0], EXAMPLE)
+OwnTypes: type[PostgresChannelLayer] = EXAMPLE["ProjectChannelLayer"]
 
 
 class ByExtension(PostgresChannelLayer):
