@@ -15,43 +15,30 @@ from collections.abc import Collection
 
 from pg_layer._process.threads import CHECK_INTERVAL
 
+Loop = asyncio.AbstractEventLoop
 
-class Turn:
-    """The place of a call in the lines of its groups.
 
-    ``blocked``: the number of its groups in which an earlier call of the other kind has not ended.
+class Phase:
+    """Calls of one kind that concern one group, and need not wait for each other.
+
+    ``calls``: how many of them have not ended, by the loop of the caller.
+    ``is_first``: they may run.
     """
 
-    __slots__ = ("blocked", "groups", "is_change", "is_over", "loop", "waiter")
+    __slots__ = ("ahead", "behind", "calls", "group", "is_change", "is_first", "waiters")
 
-    def __init__(
-        self, groups: Collection[str], loop: asyncio.AbstractEventLoop, *, is_change: bool
-    ) -> None:
-        self.groups = groups
-        self.loop = loop  # the caller's
+    def __init__(self, group: str, ahead: Phase | None, loop: Loop, *, is_change: bool) -> None:
+        self.group = group
         self.is_change = is_change
-        self.blocked = 0
-        self.is_over = False
-        self.waiter: asyncio.Future[None] | None = None
-
-    def unblock(self) -> None:
-        """Note that the calls ahead in one of the groups have ended. From any thread."""
-        self.blocked -= 1
-        if not self.blocked and self.waiter is not None:
-            try:
-                self.loop.call_soon_threadsafe(_resolve, self.waiter)
-            except RuntimeError:  # the loop is closed: no task waits
-                pass
+        self.ahead = ahead
+        self.behind: Phase | None = None
+        self.is_first = ahead is None
+        self.calls = {loop: 1}
+        self.waiters: list[asyncio.Future[None]] = []
 
 
-class _Phase:
-    """Calls of one kind that need not wait for each other, and that have not ended."""
-
-    __slots__ = ("is_change", "turns")
-
-    def __init__(self, turn: Turn) -> None:
-        self.is_change = turn.is_change
-        self.turns = {turn}
+# The place of a call: its phase for each of its groups.
+Turn = list[Phase]
 
 
 class GroupOrder:
@@ -65,95 +52,117 @@ class GroupOrder:
     def __init__(self) -> None:
         # A call enters all of its lines in one step. So no two calls wait for each other.
         self._lock = threading.Lock()
-        self._lines: dict[str, deque[_Phase]] = {}
+        self._last: dict[str, Phase] = {}  # the last phase of each line
         # Calls that have ended and are still in line. Python may delete the coroutine of a call
         # anywhere, also where this thread holds the lock: `end` must not wait for it.
-        self._ended: deque[Turn] = deque()
+        self._ended: deque[tuple[Turn, Loop]] = deque()
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._last)
 
-    def begin(
-        self, groups: Collection[str], loop: asyncio.AbstractEventLoop, *, is_change: bool
-    ) -> Turn:
-        """Enter a call. If its turn is ``blocked``, it must `wait`. It must `end` in any case.
+    def begin(self, groups: Collection[str], loop: Loop, *, is_change: bool) -> tuple[Turn, bool]:
+        """Enter a call. Return its turn, and whether it must `wait`. It must `end` in any case.
 
         ``groups``: without duplicates. ``loop``: the running loop. ``is_change``: the call changes
         the members of the groups.
         """
-        turn = Turn(groups, loop, is_change=is_change)
-        lines = self._lines
+        turn: Turn = []
+        must_wait = False
+        if not groups:
+            return turn, must_wait
+        last = self._last
         with self._lock:
             for group in groups:
-                line = lines.get(group)
-                if line is None:
-                    lines[group] = deque((_Phase(turn),))
-                    continue
-                if line[-1].is_change == is_change:
-                    line[-1].turns.add(turn)
+                phase = last.get(group)
+                if phase is not None and phase.is_change is is_change:
+                    phase.calls[loop] = phase.calls.get(loop, 0) + 1
                 else:
-                    line.append(_Phase(turn))
-                if len(line) > 1:
-                    turn.blocked += 1
+                    ahead, phase = phase, Phase(group, phase, loop, is_change=is_change)
+                    last[group] = phase
+                    if ahead is not None:
+                        ahead.behind = phase
+                if not phase.is_first:
+                    must_wait = True
+                turn.append(phase)
         if self._ended:
             self._remove_ended()
-        return turn
+        return turn, must_wait
 
     async def wait(self, turn: Turn, deadline: float) -> None:
         """Return when the earlier calls of the other kind have ended, or at the deadline.
 
         ``deadline``: by time.monotonic(). Calls on loops that do not run are not waited for.
         """
-        while turn.blocked and (left := deadline - time.monotonic()) > 0:
-            turn.waiter = turn.loop.create_future()
-            if turn.blocked:  # it may have been unblocked before there was a waiter
-                await asyncio.wait((turn.waiter,), timeout=min(CHECK_INTERVAL, left))
-            if turn.blocked:
-                self._end_stopped(turn)
+        loop = asyncio.get_running_loop()
+        for phase in turn:
+            while not phase.is_first and (left := deadline - time.monotonic()) > 0:
+                waiter = loop.create_future()
+                phase.waiters.append(waiter)
+                if not phase.is_first:  # it may have become the first one just before
+                    await asyncio.wait((waiter,), timeout=min(CHECK_INTERVAL, left))
+                if not phase.is_first:
+                    self._end_stopped(phase)
 
-    def end(self, turn: Turn) -> None:
-        """Let the later calls proceed. From any thread."""
-        self._ended.append(turn)
-        self._remove_ended()
+    def end(self, turn: Turn, loop: Loop) -> None:
+        """Let the later calls proceed. ``loop``: as for `begin`. From any thread."""
+        if not turn:
+            return
+        if self._lock.acquire(blocking=False):
+            try:
+                self._remove(turn, loop)
+            finally:
+                self._lock.release()
+        else:
+            self._ended.append((turn, loop))
+        if self._ended:
+            self._remove_ended()
 
     def _remove_ended(self) -> None:
-        # If another thread has the lock, it removes these turns when it has released the lock.
+        # If another thread has the lock, it removes these calls when it has released the lock.
         while self._ended and self._lock.acquire(blocking=False):
             try:
                 while self._ended:
-                    self._remove(self._ended.popleft())
+                    self._remove(*self._ended.popleft())
             finally:
                 self._lock.release()
 
-    def _remove(self, turn: Turn) -> None:
-        if turn.is_over:
-            return
-        turn.is_over = True
-        for group in turn.groups:
-            line = self._lines[group]
-            for phase in line:
-                if turn in phase.turns:
-                    phase.turns.discard(turn)
-                    break
-            while line and not line[0].turns:
-                line.popleft()
-                if line:
-                    for each in line[0].turns:
-                        each.unblock()
-            if not line:
-                del self._lines[group]
+    def _remove(self, turn: Turn, loop: Loop) -> None:
+        for phase in turn:
+            calls = phase.calls.get(loop, 0)  # 0: see `_end_stopped`
+            if calls > 1:
+                phase.calls[loop] = calls - 1
+            elif calls:
+                del phase.calls[loop]
+                if phase.is_first and not phase.calls:
+                    self._advance(phase)
 
-    def _end_stopped(self, turn: Turn) -> None:
-        """End the calls ahead of ``turn`` whose loops do not run any more."""
+    def _advance(self, first: Phase) -> None:
+        """Let the next phase with calls run. ``first``: has no more calls."""
+        phase: Phase | None = first
+        while phase is not None and not phase.calls:
+            behind = phase.behind
+            if behind is None:
+                del self._last[phase.group]
+            else:
+                behind.ahead, behind.is_first = None, True
+                for waiter in behind.waiters:
+                    try:
+                        waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
+                    except RuntimeError:  # the loop is closed: no task waits
+                        pass
+            phase = behind
+
+    def _end_stopped(self, phase: Phase) -> None:
+        """End the calls in the first phase of the line whose loops do not run any more."""
         with self._lock:
-            stopped = {
-                each
-                for group in turn.groups
-                for phase in self._lines.get(group, ())
-                for each in phase.turns
-                if each.loop is not turn.loop and not each.loop.is_running()
-            }
-        self._ended.extend(stopped)
+            first = phase
+            while first.ahead is not None:
+                first = first.ahead
+            if first is not phase:
+                for loop in [loop for loop in first.calls if not loop.is_running()]:
+                    del first.calls[loop]
+                if not first.calls:
+                    self._advance(first)
         self._remove_ended()
 
 

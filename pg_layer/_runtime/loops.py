@@ -22,10 +22,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import closing as closing_connection
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import psycopg
 
@@ -39,7 +39,7 @@ from pg_layer._process.loop_end import end_tasks_on_close
 from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
-from pg_layer._send.operations import Change, GroupSend, Many, Operation
+from pg_layer._send.operations import Change, GroupSend, Many, Operation, Send
 from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
@@ -249,35 +249,32 @@ class Loops:
         Return and raise what `Sender.submit` does; while the process stops, `Stopping` or
         `StoppingUnknown`.
         """
-        groups, is_change = _groups_of(operation), isinstance(operation, Change)
-        if not groups:
-            return await self._submit(operation, None)
-        turn = self._order.begin(groups, asyncio.get_running_loop(), is_change=is_change)
+        loop, order, deadline = asyncio.get_running_loop(), self._order, None
+        groups = _groups_of(operation)
+        turn, must_wait = order.begin(groups, loop, is_change=operation.__class__ is Change)
         try:
-            deadline = None
-            if turn.blocked:
+            if must_wait:
                 deadline = time.monotonic() + self._config.send_timeout
-                await self._order.wait(turn, deadline)
-            return await self._submit(operation, deadline)
+                await order.wait(turn, deadline)
+            if isinstance(operation, Change):
+                return await self._change(operation, deadline)
+            client = self.client
+            while True:
+                try:
+                    main = self._main_engine
+                    if main is None or main.loop is not loop or main.is_closed:
+                        main = self.for_sending()
+                    return await main.sender.submit(operation, deadline)
+                except NotBegun:  # the engine has ended: another takes over
+                    await asyncio.sleep(0)
+                except LayerUnavailable as error:
+                    self._raise(error, client)
         finally:
-            self._order.end(turn)
+            order.end(turn, loop)
 
-    async def _submit(self, operation: Operation, deadline: float | None) -> Any:
-        if isinstance(operation, Change):
-            change = operation
-            find = self.for_own_changes if self.client.owns(operation.channel) else self.for_sending
-            return await self.run(find, lambda engine: engine.change(change, deadline))
-        client, loop = self.client, asyncio.get_running_loop()
-        while True:
-            try:
-                main = self._main_engine
-                if main is None or main.loop is not loop or main.is_closed:
-                    main = self.for_sending()
-                return await main.sender.submit(operation, deadline)
-            except NotBegun:  # the engine has ended: another takes over
-                await asyncio.sleep(0)
-            except LayerUnavailable as error:
-                self._raise(error, client)
+    async def _change(self, change: Change, deadline: float | None) -> None:
+        find = self.for_own_changes if self.client.owns(change.channel) else self.for_sending
+        await self.run(find, lambda engine: engine.change(change, deadline))
 
     def _raise(self, error: LayerUnavailable, client: Client) -> NoReturn:
         """Raise the error of a call, as `Stopping` or `StoppingUnknown` if that is expected.
@@ -290,13 +287,14 @@ class Loops:
 
     async def read(self, group: str, work: Work[T]) -> T:
         """Run work that reads the members of a group, in its order with their changes."""
-        turn = self._order.begin((group,), asyncio.get_running_loop(), is_change=False)
+        order, loop = self._order, asyncio.get_running_loop()
+        turn, must_wait = order.begin((group,), loop, is_change=False)
         try:
-            if turn.blocked:
-                await self._order.wait(turn, time.monotonic() + self._config.send_timeout)
+            if must_wait:
+                await order.wait(turn, time.monotonic() + self._config.send_timeout)
             return await self.run(self.for_sending, work, is_read=True)
         finally:
-            self._order.end(turn)
+            order.end(turn, loop)
 
     async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
         """Run work that may be done twice. If its engine ends meanwhile, run it on the next.
@@ -471,6 +469,8 @@ class Loops:
         main, background = self._main_engine, self._background
         if sys.is_finalizing():  # `close_at_exit` has been called
             return
+        for client in self._unclosed_clients():
+            _Unclosed(self._config, client)
         if main is not None:
             main.close_soon()
             if background is not None:
@@ -483,38 +483,14 @@ class Loops:
 
         Called at the end of the process. Does not raise.
         """
-        clients = [
+        _close_now(self._config, self._unclosed_clients())
+
+    def _unclosed_clients(self) -> list[Client]:
+        return [
             client
             for client in (self.client, *self._ending)
             if client.has_lease and client.process == os.getpid()
         ]
-        if not clients:
-            return
-        try:
-            kwargs = {
-                **self._config.connect_kwargs("pool"),
-                "connect_timeout": 2,
-                "autocommit": True,
-            }
-            with closing_connection(psycopg.connect(**kwargs)) as conn:
-                for client in clients:
-                    self._close_on(conn, client)
-        except Exception as error:  # the lease ends by itself
-            logger.debug(
-                "Could not close the client; its lease ends by itself: %s",
-                error,
-                extra={"event": log_events.EXIT_CLOSE_FAILED},
-            )
-
-    def _close_on(self, conn: psycopg.Connection[Any], client: Client) -> None:
-        closing = lease.Closing(self._config.prefix, client.address, client.close())
-        try:
-            lease.close_now(conn, closing, quiet=False)
-        except psycopg.Error as error:
-            if error.sqlstate not in NOTIFY_REFUSED:
-                raise
-            lease.close_now(conn, closing, quiet=True)
-        client.lease_ended()
 
     def _after_fork(self) -> None:
         # The child must not use the parent's sockets and loops. Keep the objects: deleting
@@ -533,6 +509,61 @@ class Loops:
         self._begin_client()
 
 
+class _Unclosed:
+    """A client whose layer no longer exists. The end of the process closes it.
+
+    The close that has begun may fail, or its loop may end before.
+    """
+
+    _all: ClassVar[set[_Unclosed]] = set()
+
+    def __init__(self, config: Config, client: Client) -> None:
+        self._config = config
+        self._client = client
+        self._all.difference_update([each for each in self._all if each._is_over()])
+        self._all.add(self)
+        termination.register(self)
+
+    def _is_over(self) -> bool:
+        """Return whether the lease has ended, or expires by itself."""
+        client = self._client
+        expired_at = client.renewed_at + self._config.lease
+        return not client.has_lease or time.monotonic() > expired_at
+
+    def close_at_exit(self) -> None:
+        """End the lease. Does not raise."""
+        if self._client.has_lease and self._client.process == os.getpid():
+            _close_now(self._config, [self._client])
+
+
+def _close_now(config: Config, clients: Sequence[Client]) -> None:
+    """Close clients over a blocking connection. Does not raise."""
+    if not clients:
+        return
+    try:
+        kwargs = {**config.connect_kwargs("pool"), "connect_timeout": 2, "autocommit": True}
+        with closing_connection(psycopg.connect(**kwargs)) as conn:
+            for client in clients:
+                _close_on(conn, client)
+    except Exception as error:  # the lease ends by itself
+        logger.debug(
+            "Could not close the client; its lease ends by itself: %s",
+            error,
+            extra={"event": log_events.EXIT_CLOSE_FAILED},
+        )
+
+
+def _close_on(conn: psycopg.Connection[Any], client: Client) -> None:
+    closing = lease.Closing(client.config.prefix, client.address, client.close())
+    try:
+        lease.close_now(conn, closing, quiet=False)
+    except psycopg.Error as error:
+        if error.sqlstate not in NOTIFY_REFUSED:
+            raise
+        lease.close_now(conn, closing, quiet=True)
+    client.lease_ended()
+
+
 _inherited: list[object] = []  # objects of parent processes, which must not be deleted
 
 
@@ -548,9 +579,11 @@ if hasattr(os, "register_at_fork"):
 
 def _groups_of(operation: Operation) -> Collection[str]:
     """Return the groups that an operation concerns."""
+    if isinstance(operation, Send):
+        return ()
     if isinstance(operation, Many):
         return {each.group for each in operation.operations if isinstance(each, GroupSend)}
-    return (operation.group,) if isinstance(operation, (GroupSend, Change)) else ()
+    return (operation.group,)
 
 
 def _stop(engine: Engine) -> None:

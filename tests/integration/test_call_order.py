@@ -131,7 +131,7 @@ def test_calls_of_other_threads_keep_the_order(migrated_dsn: str) -> None:
         thread = threading.Thread(target=send, args=("room", {"number": 1}), daemon=True)
         thread.start()
         order = layer._loops._order
-        await until(lambda: len(order._lines.get("room", ())) == 2)
+        await until(lambda: getattr(order._last.get("room"), "ahead", None) is not None)
         assert not adding.done()
         blocker.rollback()
         await adding
@@ -268,12 +268,13 @@ async def test_discard_that_waits_for_longer_than_its_timeout_is_applied_here(
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
     order = layer._loops._order
-    ahead = order.begin(("room",), asyncio.get_running_loop(), is_change=False)
+    loop = asyncio.get_running_loop()
+    ahead, _ = order.begin(("room",), loop, is_change=False)
     with psycopg.connect(migrated_dsn) as blocker:
         blocker.execute("LOCK TABLE pg_layer_membership IN SHARE MODE")
         with pytest.raises(OutcomeUnknown):
             await layer.group_discard("room", channel)
-    order.end(ahead)
+    order.end(ahead, loop)
     await layer.group_send("room", {"number": 1})
     assert await numbers(layer, channel) == []
 

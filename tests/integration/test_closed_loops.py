@@ -141,7 +141,7 @@ async def own():
     channels.append(await use(layer))
     is_used.set()
     await asyncio.to_thread(may_end.wait)
-    assert not layer._loops._order._lines
+    assert not len(layer._loops._order)
     await layer.close()
 
 thread = threading.Thread(target=lambda: asyncio.run(own()))

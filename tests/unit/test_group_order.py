@@ -5,27 +5,33 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_layer._groups import order as order_module
-from pg_layer._groups.order import GroupOrder, Turn
+from pg_layer._groups.order import GroupOrder, Phase, Turn
 from tests.project.commands import TIMEOUT
 
 
+def waits(turn: Turn) -> bool:
+    return not all(phase.is_first for phase in turn)
+
+
 class Lines:
-    """Calls by name: ``add`` and ``send`` begin one, and return its task's turn."""
+    """Calls by name: ``add`` and ``send`` begin one."""
 
     def __init__(self) -> None:
         self.order = GroupOrder()
-        self.ran: list[str] = []
         self.turns: dict[str, Turn] = {}
+        self.changes: set[str] = set()
 
     def begin(self, name: str, *groups: str, is_change: bool) -> Turn:
-        turn = self.order.begin(groups, asyncio.get_running_loop(), is_change=is_change)
+        turn, _ = self.order.begin(groups, asyncio.get_running_loop(), is_change=is_change)
         self.turns[name] = turn
+        if is_change:
+            self.changes.add(name)
         return turn
 
     def add(self, name: str, *groups: str) -> Turn:
@@ -36,10 +42,13 @@ class Lines:
 
     def end(self, *names: str) -> None:
         for name in names:
-            self.order.end(self.turns[name])
+            self.order.end(self.turns.pop(name), asyncio.get_running_loop())
 
     def blocked(self) -> set[str]:
-        return {name for name, turn in self.turns.items() if turn.blocked and not turn.is_over}
+        return {name for name, turn in self.turns.items() if waits(turn)}
+
+    def groups(self, name: str) -> set[str]:
+        return {phase.group for phase in self.turns[name]}
 
 
 async def test_calls_of_one_kind_do_not_wait_for_each_other() -> None:
@@ -113,7 +122,7 @@ async def test_wait_returns_when_the_call_ahead_ends() -> None:
     assert not task.done()
     lines.end("add")
     await asyncio.wait_for(task, TIMEOUT)
-    assert not turn.blocked
+    assert not waits(turn)
 
 
 async def test_wait_returns_at_the_deadline() -> None:
@@ -121,39 +130,39 @@ async def test_wait_returns_at_the_deadline() -> None:
     lines.add("add", "a")
     turn = lines.send("send", "a")
     await lines.order.wait(turn, time.monotonic() + 0.01)
-    assert turn.blocked
+    assert waits(turn)
 
 
 async def test_call_on_a_loop_that_stopped_is_not_waited_for() -> None:
     order = GroupOrder()
     stopped = asyncio.new_event_loop()
-    ahead = order.begin(("a",), stopped, is_change=True)
+    ahead, _ = order.begin(("a",), stopped, is_change=True)
     stopped.close()
-    turn = order.begin(("a",), asyncio.get_running_loop(), is_change=False)
+    turn, _ = order.begin(("a",), asyncio.get_running_loop(), is_change=False)
     await asyncio.wait_for(order.wait(turn, time.monotonic() + TIMEOUT), TIMEOUT)
-    assert not turn.blocked
-    order.end(turn)
-    order.end(ahead)  # its coroutine is deleted later
+    assert not waits(turn)
+    order.end(turn, asyncio.get_running_loop())
+    order.end(ahead, stopped)  # its coroutine is deleted later
     assert not len(order)
 
 
 async def test_wait_across_threads_returns_when_the_call_ahead_ends() -> None:
     order = GroupOrder()
-    ahead = order.begin(("a",), asyncio.get_running_loop(), is_change=True)
+    ahead, _ = order.begin(("a",), asyncio.get_running_loop(), is_change=True)
     has_begun, has_ended = threading.Event(), threading.Event()
 
     async def follow() -> None:
-        turn = order.begin(("a",), asyncio.get_running_loop(), is_change=False)
+        turn, _ = order.begin(("a",), asyncio.get_running_loop(), is_change=False)
         has_begun.set()
         await order.wait(turn, time.monotonic() + TIMEOUT)
-        assert not turn.blocked
-        order.end(turn)
+        assert not waits(turn)
+        order.end(turn, asyncio.get_running_loop())
         has_ended.set()
 
     thread = threading.Thread(target=lambda: asyncio.run(follow()), daemon=True)
     thread.start()
     await asyncio.to_thread(has_begun.wait, TIMEOUT)
-    order.end(ahead)
+    order.end(ahead, asyncio.get_running_loop())
     assert await asyncio.to_thread(has_ended.wait, TIMEOUT)
     thread.join()
     assert not len(order)
@@ -165,13 +174,13 @@ async def test_end_where_the_lock_is_held_is_done_when_it_is_released(
     """Garbage collection may delete the coroutine of a call in any line of `begin`."""
     lines = Lines()
     lines.add("deleted", "a")
-    init = order_module._Phase.__init__
+    init = Phase.__init__
 
-    def init_and_collect(phase: order_module._Phase, turn: Turn) -> None:
-        init(phase, turn)
+    def init_and_collect(phase: Phase, *args: Any, **kwargs: Any) -> None:
+        init(phase, *args, **kwargs)
         lines.end("deleted")
 
-    monkeypatch.setattr(order_module._Phase, "__init__", init_and_collect)
+    monkeypatch.setattr(Phase, "__init__", init_and_collect)
     lines.send("send", "a")
     assert not lines.blocked()
     lines.end("send")
@@ -200,16 +209,10 @@ async def _any_schedule(data: st.DataObject) -> None:
             live.append(name)
         for index, name in enumerate(live):
             turn = lines.turns[name]
-            conflicts = [
-                each
-                for each in (lines.turns[earlier] for earlier in live[:index])
-                if each.is_change != turn.is_change and set(each.groups) & set(turn.groups)
-            ]
-            if conflicts:
-                assert turn.blocked
-            if not conflicts and not any(
-                set(lines.turns[earlier].groups) & set(turn.groups) for earlier in live[:index]
-            ):
-                assert not turn.blocked
+            met = [each for each in live[:index] if lines.groups(each) & lines.groups(name)]
+            if any((each in lines.changes) != (name in lines.changes) for each in met):
+                assert waits(turn)
+            elif not met:
+                assert not waits(turn)
     lines.end(*live)
     assert not len(lines.order)
