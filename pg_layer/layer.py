@@ -61,7 +61,13 @@ class PostgresChannelLayer(BaseChannelLayer):
             prefix=config.prefix,
             allow_unencrypted=config.allow_unencrypted,
         )
-        self._operations = OperationBuilder(self, config, self._codec)
+        overridden = {
+            name
+            for name in ("get_capacity", "serialize", "deserialize")
+            if getattr(type(self), name) is not getattr(PostgresChannelLayer, name)
+        }
+        self._has_own_deserialize = "deserialize" in overridden
+        self._operations = OperationBuilder(self, config, self._codec, overridden)
         self._loops = Loops(config, self._codec, self._operations.queue_capacity)
         self.sync = Sync(config, self._operations, self._loops)
         # Its attributes are properties here, which keep their values in `config`.
@@ -416,7 +422,9 @@ class PostgresChannelLayer(BaseChannelLayer):
             client.counters.add("dropped_expired")
             return None
         try:
-            return self._codec.decode(payload, self.deserialize)
+            return self._codec.decode(
+                payload, self.deserialize if self._has_own_deserialize else None
+            )
         except UndecodableMessage as error:
             client.log_undecodable(queue.channel, error)
             return None
