@@ -95,11 +95,10 @@ class GroupOrder:
         """
         loop = asyncio.get_running_loop()
         for phase in turn:
+            waiter: asyncio.Future[None] = loop.create_future()
+            phase.waiters.append(waiter)  # before the check: another thread may change `is_first`
             while not phase.is_first and (left := deadline - time.monotonic()) > 0:
-                waiter = loop.create_future()
-                phase.waiters.append(waiter)
-                if not phase.is_first:  # it may have become the first one just before
-                    await asyncio.wait((waiter,), timeout=min(CHECK_INTERVAL, left))
+                await asyncio.wait((waiter,), timeout=min(CHECK_INTERVAL, left))
                 if not phase.is_first:
                     self._end_stopped(phase)
 
@@ -145,7 +144,7 @@ class GroupOrder:
                 del self._last[phase.group]
             else:
                 behind.ahead, behind.is_first = None, True
-                for waiter in behind.waiters:
+                for waiter in list(behind.waiters):
                     try:
                         waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
                     except RuntimeError:  # the loop is closed: no task waits

@@ -6,6 +6,7 @@ of the garbage collector is on their standard error.
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from tests.project.commands import run, succeeded
@@ -284,6 +285,42 @@ finish()
 """
     )
     assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+def test_sync_without_its_layer_says_that_the_layer_is_gone(migrated_dsn: str) -> None:
+    code = (
+        COMMON
+        + """
+layer = PostgresChannelLayer(dsn=dsn)
+sync = layer.sync
+del layer
+try:
+    sync.send("jobs", {})
+except RuntimeError as error:
+    assert "keep a reference" in str(error), error
+finish()
+"""
+    )
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
+def test_process_ends_the_lease_of_a_layer_dropped_with_its_loop(migrated_dsn: str) -> None:
+    code = (
+        COMMON
+        + """
+async def main():
+    layer = PostgresChannelLayer(dsn=dsn)
+    await use(layer)
+
+asyncio.run(main())
+gc.collect()
+finish()
+"""
+    )
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+    with psycopg.connect(migrated_dsn) as conn:
+        rows = conn.execute("SELECT ended_at IS NOT NULL FROM pg_layer_client").fetchall()
+    assert rows == [(True,)]
 
 
 FORKED = """
