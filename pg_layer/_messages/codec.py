@@ -457,13 +457,9 @@ def _quoted(key: str) -> str:
 
 
 def _wrong_serialization(plaintext: object) -> str:
-    what = (
-        "other bytes"
-        if isinstance(plaintext, bytes) and plaintext
-        else "no bytes"
-        if plaintext == b""
-        else type(plaintext).__name__
-    )
+    what = type(plaintext).__name__
+    if isinstance(plaintext, bytes):
+        what = "other bytes" if plaintext else "no bytes"
     return (
         f"serialize() must return a map of msgpack, or an object of JSON in UTF-8, not {what}: "
         "the first byte of a stored message says its format."

@@ -466,17 +466,13 @@ class Loops:
         No task refers to this object, except calls of the layer. Nothing here waits, because Python
         may run this in any thread and in any line.
         """
-        main, background = self._main_engine, self._background
         if sys.is_finalizing():  # `close_at_exit` has been called
             return
         for client in self._unclosed_clients():
             _Unclosed(self._config, client)
-        if main is not None:
-            main.close_soon()
-            if background is not None:
-                background.retire(is_closing=True)
-        elif background is not None:
-            background.close_soon()
+        for each in (self._main_engine, self._background):
+            if each is not None:
+                each.close_soon()
 
     def close_at_exit(self) -> None:
         """Close all clients that still have a lease, over a blocking connection.
@@ -520,15 +516,14 @@ class _Unclosed:
     def __init__(self, config: Config, client: Client) -> None:
         self._config = config
         self._client = client
-        self._all.difference_update([each for each in self._all if each._is_over()])
+        self._expires_at = time.monotonic() + config.lease  # of the lease, at the latest
+        # A copy: a finaliser that runs meanwhile may add another one.
+        self._all.difference_update([each for each in list(self._all) if each._is_over()])
         self._all.add(self)
         termination.register(self)
 
     def _is_over(self) -> bool:
-        """Return whether the lease has ended, or expires by itself."""
-        client = self._client
-        expired_at = client.renewed_at + self._config.lease
-        return not client.has_lease or time.monotonic() > expired_at
+        return not self._client.has_lease or time.monotonic() > self._expires_at
 
     def close_at_exit(self) -> None:
         """End the lease. Does not raise."""

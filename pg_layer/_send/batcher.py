@@ -115,9 +115,10 @@ class Batcher(Generic[Operation]):
         `LayerUnavailable` if not.
         """
         loop = asyncio.get_running_loop()
-        timeout = self._timeout if deadline is None else deadline - time.monotonic()
         if deadline is None:
-            deadline = time.monotonic() + timeout
+            timeout, deadline = self._timeout, time.monotonic() + self._timeout
+        else:
+            timeout = deadline - time.monotonic()
         if loop is not self._loop:
             return await self._submit_from(loop, operation, deadline)
         if self._is_closed:
