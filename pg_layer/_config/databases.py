@@ -1,4 +1,4 @@
-"""The alias in DATABASES of the layer's database, and the advice if its tables are missing."""
+"""The layer's database in DATABASES: its alias, its name, and how to create its tables."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def alias_of(config: Config) -> str:
         "Set CONFIG['using'] to an alias instead of 'dsn', or name one in the call: "
         "layer.sync.send(..., using='default')."
     )
+
+
+def name_in_settings(config: Config) -> object:
+    """Return the NAME of the layer's database in Django's settings at this moment.
+
+    Django changes it when it creates or destroys a test database. None for a layer with a ``dsn``.
+    """
+    return None if config.using is None else connections.settings[config.using]["NAME"]
 
 
 def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:
