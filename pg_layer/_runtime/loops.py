@@ -143,7 +143,8 @@ class Loops:
 
     def _begin_client(self) -> None:
         self._client = Client(self._config, self._codec, self._counters)
-        self._database: object = None  # its name in Django's settings, once an engine uses it
+        # The NAME in Django's settings, since an engine uses it; None for a layer with a `dsn`.
+        self.database: object = None
         self._main_engine: Engine | None = None
         self._background: BackgroundLoop | None = None
         self._owner: Engine | None = None  # the last engine that became the owner
@@ -161,10 +162,10 @@ class Loops:
         Django's test runner switches to a test database, in the processes of ``--parallel`` without
         any signal. Does not wait: the lease in the former database ends by itself.
         """
-        if self._database is None or self._database == name_in_settings(self._config):
+        if self.database is None or self.database == name_in_settings(self._config):
             return
         with self._lock:
-            if self._database is None:  # another thread was faster
+            if self.database is None:  # another thread was faster
                 return
             client, main, background = self._client, self._main_engine, self._background
             self._begin_client()
@@ -398,7 +399,7 @@ class Loops:
     def _enter_database(self) -> None:
         # Raises here if the configuration is invalid. In a task it would be repeated for ever.
         self._config.connect_kwargs("pool")
-        self._database = name_in_settings(self._config)
+        self.database = name_in_settings(self._config)
 
     def _retire_background(self) -> None:
         background, self._background = self._background, None

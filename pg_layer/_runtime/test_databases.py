@@ -48,9 +48,9 @@ def _close_before(
     Their leases and memberships end with that as well.
     """
     if isinstance(sql, str) and sql.startswith(("CREATE DATABASE", "DROP DATABASE", "TRUNCATE")):
-        alias = context["connection"].alias
+        database = context["connection"].settings_dict["NAME"]
         is_truncation = sql.startswith("TRUNCATE")
         for loops in used_layers():
-            if not is_truncation or ("pg_layer_" in sql and loops.using == alias):
+            if not is_truncation or ("pg_layer_" in sql and loops.database == database):
                 loops.close_now()
     return execute(sql, params, many, context)
