@@ -76,7 +76,7 @@ class InMemoryChannelLayer(PostgresChannelLayer):
         return await queue.wait()
 
     @contextmanager
-    def capture(self) -> Iterator[list[Sent]]:
+    def _capture(self) -> Iterator[list[Sent]]:
         """Yield a list that has the messages that the block sent, when it has ended.
 
         Messages of transactions that are still open are in it, unless they were rolled back.

@@ -9,7 +9,7 @@ class PgLayerConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from pg_layer._runtime.test_databases import follow_test_databases
+        from pg_layer._runtime.databases_of_tests import follow_test_databases
         from pg_layer.checks import register_checks
 
         register_checks()

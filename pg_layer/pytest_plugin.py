@@ -20,7 +20,7 @@ DATABASE_FIXTURES = {"db", "transactional_db", "live_server"}
 def pytest_runtestloop() -> None:
     """Close layers that were used before the tests, as in `AppConfig.ready`."""
     if registered():
-        from pg_layer._runtime.test_databases import used_layers
+        from pg_layer._runtime.databases_of_tests import used_layers
 
         for loops in used_layers():
             loops.close_now()

@@ -24,7 +24,7 @@ from pg_layer._config.databases import alias_of
 from pg_layer._in_memory import InMemoryChannelLayer, Memory, Sent
 from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._process.shutdown import registered
-from pg_layer._runtime.test_databases import used_layers
+from pg_layer._runtime.databases_of_tests import used_layers
 from pg_layer._sync.django_session import is_in_transaction
 from pg_layer.layer import PostgresChannelLayer
 
@@ -73,7 +73,7 @@ def captured_messages(
         channel_layer.require_valid_channel_name(channel)
     sent: list[Sent] = []
     if isinstance(channel_layer, InMemoryChannelLayer):
-        with channel_layer.capture() as captured:
+        with channel_layer._capture() as captured:
             yield sent
         sent += [each for each in captured if each.group in groups or each.channel in channels]
     else:
@@ -190,9 +190,9 @@ def _names(what: str, names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-def _layer(alias: str) -> PostgresChannelLayer | InMemoryChannelLayer:
+def _layer(alias: str) -> PostgresChannelLayer:  # or its subclass in memory
     layer = get_channel_layer(alias)
-    if not isinstance(layer, (PostgresChannelLayer, InMemoryChannelLayer)):
+    if not isinstance(layer, PostgresChannelLayer):
         what = "does not exist" if layer is None else f"is a {type(layer).__name__}"
         raise ImproperlyConfigured(
             f"pg_layer: CHANNEL_LAYERS[{alias!r}] {what}: captured_messages() needs a"
@@ -207,11 +207,10 @@ def _layer(alias: str) -> PostgresChannelLayer | InMemoryChannelLayer:
 def reset_layers(databases: Container[str] | None = None) -> None:
     """Flush and close all layers that were used in this process. They can be used again.
 
-    Layers in memory are emptied.
-
     A layer with a ``dsn`` is closed but not flushed, because its database may not be a test
     database. ``databases``: the aliases that the test may use. A layer that was used on another
-    alias is not flushed either, and the function raises `ImproperlyConfigured`.
+    alias is not flushed either, and the function raises `ImproperlyConfigured`. May be called from
+    any thread, also while an event loop runs in it.
     """
     for memory in registered():
         if isinstance(memory, Memory):

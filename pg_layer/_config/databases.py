@@ -39,12 +39,13 @@ def alias_of(config: Config) -> str:
     )
 
 
-def name_in_settings(config: Config) -> object:
-    """Return the NAME of the layer's database in Django's settings at this moment.
+def settings_of(config: Config) -> Mapping[str, Any]:
+    """Return Django's settings of the layer's database; empty for a layer with a ``dsn``.
 
-    Django changes it when it creates or destroys a test database. None for a layer with a ``dsn``.
+    When Django creates or destroys a test database, it changes NAME in this dict.
     """
-    return None if config.using is None else connections.settings[config.using]["NAME"]
+    settings: Mapping[str, Any] = {} if config.using is None else connections.settings[config.using]
+    return settings
 
 
 def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:

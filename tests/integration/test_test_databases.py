@@ -272,7 +272,7 @@ def test_layer_is_closed_before_its_tables_are_truncated(
         tmp_path,
         migrated_dsn,
         """
-        from pg_layer._runtime.test_databases import used_layers
+        from pg_layer._runtime.databases_of_tests import used_layers
 
         used = []
 
