@@ -15,6 +15,8 @@ from tests.integration.test_testing_support import test_databases as find_test_d
 from tests.project.commands import TIMEOUT, django
 
 find_test_databases.__test__ = False  # type: ignore[attr-defined]
+# Each test runs a suite in one to three processes, one of them twice.
+pytestmark = pytest.mark.timeout(10 * TIMEOUT)
 
 SPAWNING = """
 import multiprocessing

@@ -19,6 +19,7 @@ from tests.project.commands import ROOT, TIMEOUT, django, environment
 DOCUMENTATION = ROOT / "docs" / "testing.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
 RUNNERS = ["django", "pytest"]
+pytestmark = pytest.mark.timeout(10 * TIMEOUT)
 
 PYTEST_INI = """
 [pytest]
@@ -67,7 +68,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=2 * TIMEOUT,
+        timeout=4 * TIMEOUT,
     )
     return f"{result.stdout}\nstatus {result.returncode}"
 
