@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from channels.layers import channel_layers
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from pg_layer._config.options import Config
+from pg_layer._in_memory import InMemoryChannelLayer
 from pg_layer.layer import PostgresChannelLayer
 
 
@@ -25,6 +26,11 @@ def is_pg_layer(entry: Any) -> bool:
     return isinstance(backend, type) and issubclass(backend, PostgresChannelLayer)
 
 
+def has_database(layer: object) -> TypeGuard[PostgresChannelLayer]:
+    """Return whether a layer is of this package, and not in memory."""
+    return isinstance(layer, PostgresChannelLayer) and not isinstance(layer, InMemoryChannelLayer)
+
+
 def aliases() -> list[str]:
     """Return the aliases of the entries that have a backend of this package, in their order."""
     return [alias for alias, entry in channel_layers.configs.items() if is_pg_layer(entry)]
@@ -33,7 +39,7 @@ def aliases() -> list[str]:
 def configurations() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
     """Yield the alias of each such entry, with its options or with the error in them.
 
-    An alias for which a test has set a layer of another class is left out.
+    Layers in memory are left out, and an alias for which a test has set a layer of another class.
     """
     for alias in aliases():
         options = channel_layers.configs[alias].get("CONFIG", {})
@@ -49,5 +55,5 @@ def configurations() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
         except ImproperlyConfigured as error:
             yield alias, error
         else:
-            if isinstance(layer, PostgresChannelLayer):
+            if has_database(layer):
                 yield alias, layer.config

@@ -9,6 +9,8 @@ class PgLayerConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        from pg_layer._runtime.databases_of_tests import follow_test_databases
         from pg_layer.checks import register_checks
 
         register_checks()
+        follow_test_databases()

@@ -51,7 +51,11 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
             parameters = config.connect_kwargs("pool")
         except ImproperlyConfigured as error:
             hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or set 'dsn'."
-            found.append(Error(_one_line(error), hint=hint, obj=where, id="pg_layer.E002"))
+            kind: type[Error] | type[Warning] = Error
+            if settings.DEBUG and _has_no_postgresql():
+                hint += " To work without one: BACKEND 'pg_layer.testing.InMemoryChannelLayer'."
+                kind = Warning
+            found.append(kind(_one_line(error), hint=hint, obj=where, id="pg_layer.E002"))
             continue
         database = (str(parameters.get(name) or "") for name in ("host", "port", "dbname"))
         first = aliases.setdefault((config.prefix, *database), alias)
@@ -65,6 +69,10 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
                 )
             )
     return found
+
+
+def _has_no_postgresql() -> bool:
+    return all(connections[alias].vendor != "postgresql" for alias in connections)
 
 
 def _check_backends() -> Iterator[CheckMessage]:

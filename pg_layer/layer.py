@@ -374,7 +374,6 @@ class PostgresChannelLayer(BaseChannelLayer):
         If the call is cancelled, closing continues. If its event loop ends first, the next `close`
         or the end of the process completes it.
         """
-        self.sync.forget()
         await self._loops.close()
 
     # ------------------------------------------------------------------ helpers

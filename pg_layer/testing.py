@@ -1,19 +1,17 @@
-"""Support for the tests of projects: messages sent in a test's transaction, and clean layers.
+"""Support for the tests of projects: captured messages, clean layers, a layer in memory.
 
-See docs/testing.md. As a plugin of pytest (``pytest_plugins``), it resets layers after each test.
+See docs/testing.md.
 """
 
 from __future__ import annotations
 
-import inspect
 import secrets
-import unittest
-from collections.abc import Container, Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from asgiref.sync import SyncToAsync, async_to_sync
 from channels import DEFAULT_CHANNEL_LAYER
 from channels.layers import get_channel_layer
 from django.core.exceptions import ImproperlyConfigured
@@ -21,37 +19,22 @@ from django.db import Error as DjangoError
 from django.db import connections
 from django.db.models import Q
 from django.db.models.functions import Now
-from django.test import TestCase, TransactionTestCase
 
 from pg_layer._config.databases import alias_of
+from pg_layer._in_memory import InMemoryChannelLayer, Memory, Sent
 from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._process.shutdown import registered
-from pg_layer._runtime.flush import flush
-from pg_layer._runtime.loops import Loops
+from pg_layer._runtime.databases_of_tests import used_layers
+from pg_layer._sync.django_session import is_in_transaction
 from pg_layer.layer import PostgresChannelLayer
 
-try:
-    import pytest
-except ImportError:
-    HAS_PYTEST = False
-else:
-    HAS_PYTEST = True
+__all__ = ["InMemoryChannelLayer", "Sent", "captured_messages", "reset_layers"]
 
-# The fixtures of pytest-django on which its other database fixtures depend.
-DATABASE_FIXTURES = {"db", "transactional_db", "live_server"}
 MAX_TEST_DURATION = timedelta(days=1)  # a test may stop at a breakpoint
+OUTSIDE_LOCK_TIMEOUT = 5000  # milliseconds
 
 
 # ---------------------------------------------------------------------- sent messages
-
-
-class Sent(NamedTuple):
-    """A message that was sent to a channel, or to a group without the member ``exclude``."""
-
-    message: dict[str, Any]
-    group: str | None = None
-    channel: str | None = None
-    exclude: str | None = None
 
 
 @contextmanager
@@ -64,23 +47,20 @@ def captured_messages(
 ) -> Iterator[list[Sent]]:
     """Capture the messages that a block sends to these groups and channels.
 
-    Yield a list that is filled at the end of the block, in the order of sending. The function reads
-    the layer's tables on Django's connection. So it finds the messages that the test's transaction
-    sent with `layer.sync` or from SQL and did not roll back. Outside of a transaction it finds the
-    messages of all processes, except messages to a channel that have been received. A normal
-    channel that is a member of a group is sent its own message, which is listed if the channel is
-    captured.
+    Yield a list that is filled at the end of the block, in the order of sending. It has the
+    messages of `layer.sync`, of the asynchronous calls and of SQL, unless they were rolled back.
+    The function reads the layer's tables on Django's connection. So it finds what the test's
+    transaction has written and what others have committed, also other processes. It does not find
+    messages to a channel that have been received. A normal channel that is a member of a group is
+    sent its own message, which is listed if the channel is captured.
 
     Messages to a group without members are not written. Therefore each group has an additional
     member during the block, which `group_count` counts.
 
-    ``layer``: an alias in CHANNEL_LAYERS. ``using``: the alias in DATABASES that the calls name.
-    Raises `ValueError` without groups and channels. For synchronous code only: Django raises
-    `SynchronousOnlyOperation` on the thread of a running event loop.
+    ``layer``: an alias in CHANNEL_LAYERS. ``using``: the alias in DATABASES that the calls of
+    `layer.sync` name. Raises `ValueError` without groups and channels. For synchronous code only:
+    Django raises `SynchronousOnlyOperation` on the thread of a running event loop.
     """
-    # pytest loads this module before Django's apps are ready, which the import of models needs.
-    from pg_layer.models import Membership, Message
-
     groups, channels = _names("groups", groups), _names("channels", channels)
     if not groups and not channels:
         raise ValueError(
@@ -91,42 +71,117 @@ def captured_messages(
         channel_layer.require_valid_group_name(group)
     for channel in channels:
         channel_layer.require_valid_channel_name(channel)
-    prefix, codec = channel_layer.config.prefix, channel_layer._codec
-    alias = using or alias_of(channel_layer.config)
-    own_channel = f"specific.{secrets.token_hex(8)}!captured"
-    own_address = channel_address(prefix, own_channel)
-    group_of = {group_address(prefix, group): group for group in groups}
-    channel_addresses = [channel_address(prefix, channel) for channel in channels]
-    memberships = Membership.objects.using(alias).filter(address=own_address)
-    messages = Message.objects.using(alias).filter(
-        Q(address__in=group_of) | Q(address__in=channel_addresses, channel__in=channels),
-        kind="message",
-    )
-    earlier = list(messages.values_list("id", flat=True))
-
-    def remove_member() -> None:
-        # Delete the member and the control message to its owner.
-        for rows in (memberships, Message.objects.using(alias).filter(address=own_address)):
-            rows.delete()
-
     sent: list[Sent] = []
-    try:
-        for group in groups:
-            channel_layer.sync.group_add(group, own_channel, using=using)
-        memberships.update(expires_at=Now() + MAX_TEST_DURATION)
-        yield sent
-        for row in messages.exclude(id__in=earlier).order_by("id"):
-            to_group = group_of.get(row.address)
-            name = row.channel or "" if to_group is None else group_name(to_group)
-            payload = codec.open(bytes(row.payload), name)
-            message = codec.decode(payload, channel_layer.deserialize)
-            excluded = None if to_group is None else row.excluded
-            sent.append(Sent(message, to_group, row.channel, excluded))
-    except BaseException:
-        with suppress(DjangoError):  # a broken transaction is rolled back
-            remove_member()
-        raise
-    remove_member()
+    if isinstance(channel_layer, InMemoryChannelLayer):
+        with channel_layer._capture() as captured:
+            yield sent
+        sent += [each for each in captured if each.group in groups or each.channel in channels]
+    else:
+        alias = using or alias_of(channel_layer.config)
+        with ExitStack() as stack:
+            run_outside = _outside_of_transaction(stack, alias)
+            capture = _Capture(channel_layer, groups, channels, alias, run_outside)
+            try:
+                capture.begin()
+                yield sent
+                sent += capture.sent()
+            except BaseException:
+                with suppress(DjangoError):  # a broken transaction is rolled back
+                    capture.end()
+                raise
+            capture.end()
+
+
+def _outside_of_transaction(stack: ExitStack, alias: str) -> Callable[[Callable[[], Any]], Any]:
+    """Return a caller of functions whose queries are not part of the open transaction, if any."""
+    if not is_in_transaction(connections[alias]):
+        return lambda function: function()
+    # Another thread has connections of its own.
+    thread = stack.enter_context(ThreadPoolExecutor(1, "pg_layer-captured"))
+    stack.callback(lambda: thread.submit(connections.close_all).result())
+
+    def prepare() -> None:
+        # The thread of the test waits for this one: its transaction would keep a lock for ever.
+        with connections[alias].cursor() as cursor:
+            cursor.execute(f"SET lock_timeout = {OUTSIDE_LOCK_TIMEOUT}")
+
+    thread.submit(prepare).result()
+    return lambda function: thread.submit(function).result()
+
+
+class _Capture:
+    """The messages in the tables of one database that were sent during a block.
+
+    ``run_outside``: calls a function, whose writes are committed at once.
+    """
+
+    def __init__(
+        self,
+        layer: PostgresChannelLayer,
+        groups: list[str],
+        channels: list[str],
+        alias: str,
+        run_outside: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        # Django's apps are ready now, which the import of models needs.
+        from pg_layer.models import Membership, Message
+
+        self._layer = layer
+        self._groups = groups
+        self._alias = alias
+        self._run_outside = run_outside
+        prefix = layer.config.prefix
+        self._own_channel = f"specific.{secrets.token_hex(8)}!captured"
+        own_address = channel_address(prefix, self._own_channel)
+        self._group_of = {group_address(prefix, group): group for group in groups}
+        addresses = [channel_address(prefix, channel) for channel in channels]
+        self._memberships = Membership.objects.using(alias).filter(address=own_address)
+        self._control_messages = Message.objects.using(alias).filter(address=own_address)
+        self._messages = Message.objects.using(alias).filter(
+            Q(address__in=self._group_of) | Q(address__in=addresses, channel__in=channels),
+            kind="message",
+        )
+        self._earlier: set[int] = set()
+
+    def begin(self) -> None:
+        """Note the earlier messages, and add a member to each group."""
+        self._earlier = self._read(lambda: self._messages.values_list("id", flat=True))
+        # The member is committed, for the asynchronous calls. A transaction with one snapshot
+        # (REPEATABLE READ) does not see it, and has a member of its own.
+        self._run_outside(self._add_member)
+        if not self._memberships.exists():
+            self._add_member()
+
+    def sent(self) -> list[Sent]:
+        """Return the messages since `begin`."""
+        rows = self._read(lambda: self._messages.exclude(id__in=self._earlier))
+        return [self._sent(row) for row in sorted(rows, key=lambda row: row.id)]
+
+    def end(self) -> None:
+        """Remove the members."""
+        self._run_outside(self._remove_member)
+        self._remove_member()
+
+    def _read(self, query: Callable[[], Iterable[Any]]) -> set[Any]:
+        """Return what the transaction sees, and what was committed besides."""
+        return set(query()) | set(self._run_outside(lambda: list(query())))
+
+    def _sent(self, row: Any) -> Sent:
+        group = self._group_of.get(row.address)
+        name = row.channel or "" if group is None else group_name(group)
+        codec = self._layer._codec
+        message = codec.decode(codec.open(bytes(row.payload), name), self._layer.deserialize)
+        return Sent(message, group, row.channel, None if group is None else row.excluded)
+
+    def _add_member(self) -> None:
+        for group in self._groups:
+            self._layer.sync.group_add(group, self._own_channel, using=self._alias)
+        self._memberships.update(expires_at=Now() + MAX_TEST_DURATION)
+
+    def _remove_member(self) -> None:
+        # With the control messages to the owner of the channel.
+        self._memberships.delete()
+        self._control_messages.delete()
 
 
 def _names(what: str, names: Iterable[str]) -> list[str]:
@@ -135,13 +190,13 @@ def _names(what: str, names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-def _layer(alias: str) -> PostgresChannelLayer:
+def _layer(alias: str) -> PostgresChannelLayer:  # or its subclass in memory
     layer = get_channel_layer(alias)
     if not isinstance(layer, PostgresChannelLayer):
         what = "does not exist" if layer is None else f"is a {type(layer).__name__}"
         raise ImproperlyConfigured(
-            f"pg_layer: CHANNEL_LAYERS[{alias!r}] {what}: "
-            "captured_messages() needs a PostgresChannelLayer."
+            f"pg_layer: CHANNEL_LAYERS[{alias!r}] {what}: captured_messages() needs a"
+            " pg_layer.PostgresChannelLayer or a pg_layer.testing.InMemoryChannelLayer."
         )
     return layer
 
@@ -154,80 +209,22 @@ def reset_layers(databases: Container[str] | None = None) -> None:
 
     A layer with a ``dsn`` is closed but not flushed, because its database may not be a test
     database. ``databases``: the aliases that the test may use. A layer that was used on another
-    alias is not flushed either, and the function raises `ImproperlyConfigured`. Must not be called
-    on the thread of a running event loop.
+    alias is not flushed either, and the function raises `ImproperlyConfigured`. May be called from
+    any thread, also while an event loop runs in it.
     """
-    async_to_sync(_reset_layers)(databases)
-
-
-async def _reset_layers(databases: Container[str] | None) -> None:
-    used = [loops for loops in registered() if isinstance(loops, Loops) and loops.is_used]
+    for memory in registered():
+        if isinstance(memory, Memory):
+            memory.reset()
     strays = set()
-    async with AsyncExitStack() as stack:
-        for loops in used:
-            stack.push_async_callback(loops.close)
-        for loops in used:
-            using = loops.client.config.using
-            if using is not None and (databases is None or using in databases):
-                await flush(loops)
-            elif using is not None:
-                strays.add(using)
+    with ExitStack() as stack:
+        for loops in used_layers():
+            is_known = databases is None or loops.using in databases
+            stack.callback(loops.close_now, is_flushing=loops.using is not None and is_known)
+            if loops.using is not None and not is_known:
+                strays.add(loops.using)
     if strays:
         raise ImproperlyConfigured(
             "pg_layer: the test used the layer on a database that it did not request and that may "
             f"be no test database: {', '.join(sorted(strays))}. Name it in `databases` of the test "
             "case; with pytest, mark the test: @pytest.mark.django_db(transaction=True)."
         )
-
-
-if TYPE_CHECKING:
-    _TestCase = TransactionTestCase
-else:
-    _TestCase = object
-
-
-class ResetLayersMixin(_TestCase):
-    """A mixin that resets layers after each test. Name it before Django's test case class.
-
-    class ChatTests(ResetLayersMixin, TransactionTestCase): ...
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        later = cls.__mro__[cls.__mro__.index(ResetLayersMixin) :]
-        if issubclass(cls, unittest.TestCase) and TransactionTestCase not in later:
-            raise TypeError(
-                f"{cls.__name__}: ResetLayersMixin must precede Django's TestCase or "
-                "TransactionTestCase in the base classes."
-            )
-
-    def _fixture_teardown(self) -> None:
-        # This method runs after all clean-ups, which may still use the layer. A `TestCase` must
-        # first roll back, because it may hold locks on rows. Before a `TransactionTestCase`
-        # truncates tables, the layer must have stopped using them.
-        try:
-            if not isinstance(self, TestCase):
-                reset_layers(self.databases)
-        finally:
-            super()._fixture_teardown()  # type: ignore[misc]  # not public
-        if isinstance(self, TestCase):
-            reset_layers(self.databases)
-
-
-if HAS_PYTEST:
-
-    @pytest.fixture(autouse=True)
-    def _reset_pg_layers(request: pytest.FixtureRequest) -> Iterator[None]:
-        """Reset layers after each test, before its database is torn down."""
-        is_test_case = isinstance(request.cls, type) and issubclass(
-            request.cls, TransactionTestCase
-        )
-        is_marked = request.node.get_closest_marker("django_db") is not None
-        has_database = is_marked or not DATABASE_FIXTURES.isdisjoint(request.fixturenames)
-        if has_database and not is_test_case:
-            request.getfixturevalue("db")  # set up first, therefore torn down last
-        yield
-        reset_layers(None if has_database or is_test_case else ())
-        if has_database and inspect.iscoroutinefunction(request.function):
-            # The test's queries ran in this thread. Nothing else closes its connections.
-            SyncToAsync.single_thread_executor.submit(connections.close_all).result()

@@ -47,6 +47,11 @@ LONG_MODULES = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn off pg_layer's plugin: tests of this suite close their layers themselves."""
+    config.pluginmanager.unregister(name="pg_layer")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long modules. Keep the random order otherwise."""

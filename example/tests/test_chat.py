@@ -13,10 +13,9 @@ from django.test import TransactionTestCase
 
 from example.urls import websocket_urlpatterns
 from pg_layer import PostgresChannelLayer
-from pg_layer.testing import ResetLayersMixin
 
 
-class ChatTests(ResetLayersMixin, TransactionTestCase):
+class ChatTests(TransactionTestCase):
     async def test_announcement_reaches_the_socket(self) -> None:
         socket = WebsocketCommunicator(URLRouter(websocket_urlpatterns), "/ws/hall/?name=Ann")
         await socket.connect()
@@ -34,7 +33,7 @@ class ChatTests(ResetLayersMixin, TransactionTestCase):
         await socket.disconnect()
 
 
-class WorkerTests(ResetLayersMixin, TransactionTestCase):
+class WorkerTests(TransactionTestCase):
     def test_job_is_received_by_its_worker(self) -> None:
         layer = cast(PostgresChannelLayer, get_channel_layer())
         with transaction.atomic():

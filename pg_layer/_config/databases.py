@@ -1,4 +1,4 @@
-"""The alias in DATABASES of the layer's database, and the advice if its tables are missing."""
+"""The layer's database in DATABASES: its alias, its name, and how to create its tables."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def alias_of(config: Config) -> str:
         "Set CONFIG['using'] to an alias instead of 'dsn', or name one in the call: "
         "layer.sync.send(..., using='default')."
     )
+
+
+def settings_of(config: Config) -> Mapping[str, Any]:
+    """Return Django's settings of the layer's database; empty for a layer with a ``dsn``.
+
+    When Django creates or destroys a test database, it changes NAME in this dict.
+    """
+    settings: Mapping[str, Any] = {} if config.using is None else connections.settings[config.using]
+    return settings
 
 
 def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:

@@ -22,13 +22,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing as closing_connection
 from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import psycopg
 
+from pg_layer._config.databases import settings_of
 from pg_layer._config.options import Config
 from pg_layer._db.errors import NOTIFY_REFUSED, as_stopping
 from pg_layer._db.queries import lease
@@ -152,11 +154,38 @@ class Loops:
         termination.register(self)
 
     def _begin_client(self) -> None:
-        self.client = Client(self._config, self._codec, self._counters, self._capacity_of)
+        self._client = Client(self._config, self._codec, self._counters, self._capacity_of)
+        # Since an engine uses the database: its settings, and the NAME in them.
+        self._settings: Mapping[str, Any] = {}
+        self.database: object = None
         self._main_engine: Engine | None = None
         self._background: BackgroundLoop | None = None
         self._owner: Engine | None = None  # the last engine that became the owner
         self.receives_in_background = False  # whether the background loop is the owner loop
+
+    @property
+    def client(self) -> Client:
+        """The client. A new one begins if Django's settings now name another database."""
+        if self._settings.get("NAME") != self.database:  # 0.1 us for each call of the layer
+            self.follow_settings()
+        return self._client
+
+    def follow_settings(self) -> None:
+        """Begin a new client if Django's settings now name another database.
+
+        Django's test runner switches to a test database, in the processes of ``--parallel`` without
+        any signal. Does not wait: the lease in the former database ends by itself.
+        """
+        with self._lock:
+            if self.database in (None, settings_of(self._config).get("NAME")):
+                return
+            client, main, background = self._client, self._main_engine, self._background
+            self._begin_client()
+        client.close()
+        if main is not None:
+            _stop(main)
+        if background is not None:
+            background.retire(is_closing=True)
 
     @property
     def main_engine(self) -> Engine | None:
@@ -164,10 +193,15 @@ class Loops:
         return self._main_engine
 
     @property
+    def using(self) -> str | None:
+        """The alias of the database in DATABASES; None for a layer with a ``dsn``."""
+        return self._config.using
+
+    @property
     def is_used(self) -> bool:
         """Whether `close` has anything to do."""
         is_begun = (
-            self._main_engine is not None or self._background is not None or self.client.has_lease
+            self._main_engine is not None or self._background is not None or self._client.has_lease
         )
         return is_begun or bool(self._ending)
 
@@ -401,8 +435,8 @@ class Loops:
 
     def _background_engine(self) -> Engine:
         if self._background is None or self._background.is_over:
-            self._config.connect_kwargs("pool")  # raises here if the configuration is invalid
-            self._background = BackgroundLoop(self.client, self.announcer)
+            self._enter_database()
+            self._background = BackgroundLoop(self._client, self.announcer)
         return self._background.engine
 
     def _move_here(self) -> Engine:
@@ -410,12 +444,17 @@ class Loops:
         old = self._main_engine
         if old is not None:
             _stop(old)
-        # Raises here if the configuration is invalid. In a task it would be repeated for ever.
-        self._config.connect_kwargs("pool")
-        self._main_engine = Engine(self.client, self.announcer)
+        self._enter_database()
+        self._main_engine = Engine(self._client, self.announcer)
         if not self.client.has_lease:
             self._retire_background()
         return self._main_engine
+
+    def _enter_database(self) -> None:
+        # Raises here if the configuration is invalid. In a task it would be repeated for ever.
+        self._config.connect_kwargs("pool")
+        self._settings = settings_of(self._config)
+        self.database = self._settings.get("NAME")
 
     def _retire_background(self) -> None:
         background, self._background = self._background, None
@@ -432,7 +471,7 @@ class Loops:
         rest.
         """
         with self._lock:
-            client = self.client
+            client = self._client
             self._ending[client] = self._main_engine, self._background
             self._begin_client()
         client.close()  # at once: no receiver waits for a close that may fail
@@ -487,6 +526,33 @@ class Loops:
             if each is not None:
                 each.close_soon()
 
+    def close_now(self, *, is_flushing: bool = False) -> None:
+        """Close like `close`, and block until the connections are closed.
+
+        For synchronous code in any thread, also while an event loop runs in it. ``is_flushing``:
+        before, remove all messages and memberships, and raise what `Engine.flush` raises.
+        """
+        here = threading.current_thread()
+        with self._lock:
+            # A loop of this thread cannot run while this call blocks.
+            if self._main_engine is not None and self._main_engine.thread is here:
+                self._main_engine.abandon()
+                self._main_engine = None
+            for client, (engine, background) in self._ending.items():
+                if engine is not None and engine.thread is here:
+                    engine.abandon()
+                    self._ending[client] = None, background
+        # In a thread of its own: asyncio.run() would change the current event loop of this one.
+        with ThreadPoolExecutor(1, "pg_layer-close") as executor:
+            executor.submit(asyncio.run, self._reset(is_flushing)).result()
+
+    async def _reset(self, is_flushing: bool) -> None:
+        try:
+            if is_flushing:
+                await self.run(self.for_flushing, Engine.flush)
+        finally:
+            await self.close()
+
     def close_at_exit(self) -> None:
         """Close all clients that still have a lease, over a blocking connection.
 
@@ -497,7 +563,7 @@ class Loops:
     def _unclosed_clients(self) -> list[Client]:
         return [
             client
-            for client in (self.client, *self._ending)
+            for client in (self._client, *self._ending)
             if client.has_lease and client.process == os.getpid()
         ]
 

@@ -22,6 +22,7 @@ from pg_layer._messages.codec import Codec
 from pg_layer._messages.rows import Key
 from pg_layer._state import log_events
 from pg_layer._state.announcement_queue import AnnouncementQueue
+from pg_layer._state.capacity import KnownCapacity
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage
 from pg_layer._state.clock import DatabaseClock
 from pg_layer._state.counters import Counters
@@ -76,6 +77,8 @@ class Client:
         # Rows to be deleted, with the channel queue that counts them, or None. `Deletions` deletes
         # them in batches.
         self.pending_deletes: dict[Key, ChannelQueue | None] = {}
+        # What `layer.sync` remembers of channels, by alias in DATABASES.
+        self.known_capacities: dict[str, KnownCapacity] = {}
         self._queues: dict[str, ChannelQueue] = {}
         self._capacity_of = capacity_of or (lambda channel: config.capacity_of(channel))
         self._lock = threading.Lock()

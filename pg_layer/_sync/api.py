@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
@@ -83,12 +82,6 @@ class Sync:
         self._alias: str | None = None
         self._refusals = 0  # the value of the counter "refused_notifications" at the last look
         self._quiet_until = 0.0
-        _all.add(self)
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget the known capacity and the low-water ids."""
-        self._known_capacities: dict[str, KnownCapacity] = {}  # by alias
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r})"
@@ -206,7 +199,8 @@ class Sync:
         async def write(
             session: DjangoSession, *, own: bool, quiet: bool
         ) -> tuple[Sent, list[Unannounced]]:
-            known = self._known_capacities.setdefault(session.connection.alias, KnownCapacity())
+            capacities = self._loops.client.known_capacities
+            known = capacities.setdefault(session.connection.alias, KnownCapacity())
             return await write_sends(
                 session, self._config.prefix, sends, known, own=own, quiet=quiet
             )
@@ -482,15 +476,5 @@ class AfterCommit:
         self._sync.announce_committed(self._connection)
 
 
-_all: WeakSet[Sync] = WeakSet()
 # By connection: the rows of its transaction, to be announced after the commit.
 _pending: WeakKeyDictionary[BaseDatabaseWrapper, list[Unannounced]] = WeakKeyDictionary()
-
-
-def _after_fork_in_child() -> None:
-    for sync in list(_all):
-        sync.forget()  # a thread of the parent may have held a lock of this state
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

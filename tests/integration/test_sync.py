@@ -837,11 +837,11 @@ def test_full_channel_after_a_new_boot_refuses_the_second_message(
 @pytest.mark.usefixtures("looking")
 def test_known_capacity_after_a_reconnect_is_kept(layer: PostgresChannelLayer) -> None:
     layer.sync.send("jobs", number(0))
-    before = layer.sync._known_capacities["default"]
+    before = layer._loops.client.known_capacities["default"]
     for n in range(3):
         connections.close_all()
         layer.sync.send("jobs", number(n))
-        assert layer.sync._known_capacities["default"] is before
+        assert layer._loops.client.known_capacities["default"] is before
 
 
 def test_assume_role_applies_to_the_layers_own_connections(
@@ -923,7 +923,7 @@ def test_send_in_a_child_forked_during_a_send_succeeds(
 ) -> None:
     layer.sync.send("jobs", number(1))
     connections.close_all()
-    (known,) = layer.sync._known_capacities.values()
+    (known,) = layer._loops.client.known_capacities.values()
     with known._lock:  # another thread holds it during a send
         child = os.fork()
         if not child:

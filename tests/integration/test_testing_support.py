@@ -19,6 +19,7 @@ from tests.project.commands import ROOT, TIMEOUT, django, environment
 DOCUMENTATION = ROOT / "docs" / "testing.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
 RUNNERS = ["django", "pytest"]
+pytestmark = pytest.mark.timeout(10 * TIMEOUT)
 
 PYTEST_INI = """
 [pytest]
@@ -36,7 +37,7 @@ from django.db import connection, transaction
 from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_settings
 from pg_layer import PostgresChannelLayer
 from pg_layer.models import Client, Membership, Message
-from pg_layer.testing import ResetLayersMixin, Sent, captured_messages, reset_layers
+from pg_layer.testing import Sent, captured_messages, reset_layers
 
 def say(n):
     return {"type": "say", "n": n}
@@ -58,7 +59,7 @@ def run(
         stand_in.mkdir(parents=True, exist_ok=True)
         (stand_in / "__init__.py").touch()
         (stand_in / "testing.py").write_text("DaphneProcess = None")
-        everything["PYTHONPATH"] = str(stand_in.parent)
+        everything["PYTHONPATH"] = f"{stand_in.parent}:{everything.get('PYTHONPATH', '')}"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", *arguments],
         cwd=ROOT,
@@ -67,7 +68,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=2 * TIMEOUT,
+        timeout=4 * TIMEOUT,
     )
     return f"{result.stdout}\nstatus {result.returncode}"
 
@@ -78,20 +79,23 @@ def run_suite(
     dsn: str,
     suite: str,
     settings: dict[str, Any] | None = None,
+    *options: str,
     plugin: bool = True,
+    environ: dict[str, str] | None = None,
 ) -> str:
-    """Run a suite in the test project, its tests in their order."""
+    """Run a suite in the test project, its tests in their order.
+
+    ``options``: of pytest. ``plugin``: whether pg_layer's plugin for pytest is on.
+    """
     (folder / "test_suite.py").write_text(IMPORTS + textwrap.dedent(suite))
     if runner == "django":
         arguments = ["-m", "tests.project.manage", "test", "--noinput", str(folder)]
     else:
         (folder / "pytest.ini").write_text(PYTEST_INI)
-        (folder / "conftest.py").write_text(
-            'pytest_plugins = ["pg_layer.testing"]' if plugin else ""
-        )
-        options = ["-p", "no:randomly", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini")]
+        options += () if plugin else ("-p", "no:pg_layer")
+        options += ("-p", "no:randomly", "-p", "no:cacheprovider", "-c", str(folder / "pytest.ini"))
         arguments = ["-m", "pytest", *options, str(folder)]
-    return run(folder, dsn, *arguments, settings=settings)
+    return run(folder, dsn, *arguments, settings=settings, environ=environ)
 
 
 def test_databases(observer: Observer) -> list[str]:
@@ -111,12 +115,12 @@ test_databases.__test__ = False  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [
-        (["-m", "example.manage", "test", "example", "--noinput", "--shuffle"], "Ran 5 tests"),
+        (["-m", "example.manage", "test", "example", "--noinput", "--shuffle"], "Ran 6 tests"),
         (
             ["-m", "example.manage", "test", "example", "--noinput", "--parallel", "2"],
-            "Ran 5 tests",
+            "Ran 6 tests",
         ),
-        (["-m", "pytest", "-p", "no:cacheprovider", "example"], "7 passed"),
+        (["-m", "pytest", "-p", "no:cacheprovider", "example"], "8 passed"),
     ],
     ids=["Django", "Django in parallel", "pytest"],
 )
@@ -144,12 +148,11 @@ def test_documentation_examples_run_outside_of_the_demo(tmp_path: Path, migrated
     """Each snippet is a file of its own, with its own imports."""
     (tmp_path / "pytest.ini").write_text(PYTEST_INI)
     for number, snippet in enumerate(SNIPPETS):
-        name = "conftest.py" if snippet.startswith("pytest_plugins") else f"test_{number}.py"
-        (tmp_path / name).write_text(snippet)
+        (tmp_path / f"test_{number}.py").write_text(snippet)
     options = ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]
     environ = {"PG_LAYER_DSN": migrated_dsn, "DJANGO_SETTINGS_MODULE": "example.settings"}
     output = run(tmp_path, migrated_dsn, "-m", "pytest", *options, environ=environ)
-    assert "5 passed" in output, output
+    assert "6 passed" in output, output
     assert output.endswith("status 0"), output
 
 
@@ -316,6 +319,75 @@ def test_captured_messages_with_short_lease_and_expiry_are_complete(migrated_dsn
     )
 
 
+@pytest.mark.parametrize("isolation", ["read committed", "repeatable read"])
+def test_captured_messages_in_a_transaction_has_those_of_asynchronous_calls(
+    migrated_dsn: str, observer: Observer, isolation: str
+) -> None:
+    """They use other connections, which do not see the transaction."""
+    observer.execute(
+        "INSERT INTO pg_layer_lease_clock (prefix, boot, lease, renewed_at, steady_since)"
+        " VALUES ('asgi', pg_layer_current_boot(), 3600, now(), now() - interval '2 hours')"
+    )
+    captured(
+        migrated_dsn,
+        f"""
+        connection.ensure_connection()
+        with connection.cursor() as cursor:
+            cursor.execute("SET default_transaction_isolation = '{isolation}'")
+        with transaction.atomic():
+            assert Message.objects.count() == 0
+            with captured_messages(groups=["room"], channels=["jobs"]) as sent:
+                layer.sync.group_send("room", say(1))
+                async_to_sync(layer.group_send)("room", say(2))
+                layer.sync.send("jobs", say(3))
+                async_to_sync(layer.send_many)([("jobs", say(4)), ("others", say(0))])
+                async_to_sync(layer.group_send)("others", say(0))
+                assert layer.sync.group_count("room") == 1
+                assert async_to_sync(layer.group_count)("room") == 1
+            assert sent == [
+                Sent(say(1), group="room"),
+                Sent(say(2), group="room"),
+                Sent(say(3), channel="jobs"),
+                Sent(say(4), channel="jobs"),
+            ]
+            transaction.set_rollback(True)
+        async_to_sync(layer.close)()
+        """,
+    )
+    assert addresses(observer) == ["asgi!@room", "asgi!:jobs", "asgi!:others"]
+    assert observer.execute("SELECT FROM pg_layer_membership").fetchall() == []
+
+
+def test_captured_messages_in_a_test_case_has_those_of_a_view_with_async_to_sync(
+    tmp_path: Path, migrated_dsn: str
+) -> None:
+    suite = """
+        class ViewTests(TestCase):
+            def test_it(self):
+                with captured_messages(groups=["room"]) as sent:
+                    async_to_sync(get_channel_layer().group_send)("room", say(1))
+                assert sent == [Sent(say(1), group="room")]
+    """
+    for runner in RUNNERS:
+        output = run_suite(runner, tmp_path, migrated_dsn, suite)
+        assert output.endswith("status 0"), output
+
+
+def test_captured_messages_member_locked_by_the_transaction_raises(migrated_dsn: str) -> None:
+    captured(
+        migrated_dsn,
+        """
+        from django.db import OperationalError
+        from pg_layer import testing
+
+        testing.OUTSIDE_LOCK_TIMEOUT = 1
+        with pytest.raises(OperationalError, match="lock timeout"), transaction.atomic():
+            with captured_messages(groups=["room"]):
+                Membership.objects.all().delete()
+        """,
+    )
+
+
 def test_captured_messages_outside_of_transactions_returns_committed_ones(
     migrated_dsn: str, observer: Observer
 ) -> None:
@@ -431,7 +503,7 @@ def test_captured_messages_wrong_arguments_raise(migrated_dsn: str) -> None:
         refuses(ValueError, "needs groups or channels")
         refuses(TypeError, "Group name must be a valid unicode string", groups=["a room"])
         refuses(TypeError, "Channel name must be a valid unicode string", channels=["a channel"])
-        what = "'memory'] is a InMemoryChannelLayer"
+        what = "'memory'] is a InMemoryChannelLayer: captured_messages.* needs a pg_layer.Post"
         refuses(ImproperlyConfigured, what, groups=["room"], layer="memory")
         refuses(ConnectionDoesNotExist, "'nowhere' doesn't exist", groups=["room"], using="nowhere")
         refuses(ImproperlyConfigured, "'nothing'] does not exist", groups=["room"], layer="nothing")
@@ -447,7 +519,10 @@ def test_captured_messages_wrong_arguments_raise(migrated_dsn: str) -> None:
 # ---------------------------------------------------------------------- clean layers
 
 LEFTOVERS = """
-class LeftoverTests(ResetLayersMixin, {base}):
+class LeftoverTests({base}):
+    def setUp(self):
+        self.addCleanup(reset_layers)
+
     def test_1_leaves_things_behind(self):
         layer = get_channel_layer()
         async_to_sync(layer.send)("jobs", say(1))
@@ -479,15 +554,27 @@ class LeftoverTests(ResetLayersMixin, {base}):
     def test_6_finds_nothing_again(self):
         self.test_2_finds_nothing()
 
+    def test_7_holds_locks_in_its_transaction(self):
+        layer = get_channel_layer()
+        channel = async_to_sync(layer.new_channel)()
+        async_to_sync(layer.group_add)("room", channel)
+        with transaction.atomic():
+            layer.sync.group_send("room", say(1))
+            layer.sync.group_discard("room", channel)
+            layer.sync.send("jobs", say(2))
+
+    def test_8_finds_nothing_again(self):
+        self.test_2_finds_nothing()
+
     @override_settings(CHANNEL_LAYERS={{"default": {{"BACKEND": "pg_layer.PostgresChannelLayer"}}}})
-    def test_7_has_a_layer_of_its_own(self):
+    def test_9_has_a_layer_of_its_own(self):
         async_to_sync(get_channel_layer().send)("jobs", say(3))
 """
 
 
 @pytest.mark.parametrize("base", ["TestCase", "TransactionTestCase"])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_reset_layers_mixin_each_test_begins_with_clean_layers(
+def test_reset_layers_each_test_begins_with_clean_layers(
     tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str, base: str
 ) -> None:
     suite = LEFTOVERS.format(base=base, timeout=TIMEOUT)
@@ -543,63 +630,7 @@ def test_plugin_each_test_begins_with_clean_layers(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_reset_layers_closes_layers_before_django_flushes_its_tables(
-    tmp_path: Path, migrated_dsn: str, runner: str
-) -> None:
-    output = run_suite(
-        runner,
-        tmp_path,
-        migrated_dsn,
-        """
-        from django.db.models.signals import post_migrate
-        from pg_layer._process.shutdown import registered
-
-        calls = []
-
-        def is_emptied(**arguments):
-            calls.append(any(loops.is_used for loops in registered()))
-
-        class FirstTests(ResetLayersMixin, TransactionTestCase):
-            def test_it(self):
-                post_migrate.connect(is_emptied)
-                async_to_sync(get_channel_layer().send)("jobs", say(1))
-
-        @pytest.mark.usefixtures("transactional_db")
-        def test_it():
-            async_to_sync(get_channel_layer().send)("jobs", say(1))
-
-        class SecondTests(ResetLayersMixin, TransactionTestCase):
-            def test_it(self):
-                assert calls
-                assert not any(calls)
-        """,
-    )
-    assert output.endswith("status 0"), output
-    assert ("Ran 2 tests" if runner == "django" else "3 passed") in output
-
-
-def test_suite_without_the_plugin_leaves_its_database_in_use(
-    tmp_path: Path, migrated_dsn: str, observer: Observer
-) -> None:
-    """This shows that the tests of the plugin have something to clean."""
-    output = run_suite(
-        "pytest",
-        tmp_path,
-        migrated_dsn,
-        """
-        @pytest.mark.django_db
-        def test_it():
-            async_to_sync(get_channel_layer().send)("jobs", say(1))
-        """,
-        plugin=False,
-    )
-    assert "is being accessed by other users" in output
-    [left] = test_databases(observer)
-    observer.execute(f'DROP DATABASE "{left}" WITH (FORCE)')
-
-
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_reset_layers_mixin_layer_by_dsn_is_closed_and_keeps_its_messages(
+def test_reset_layers_layer_by_dsn_is_closed_and_keeps_its_messages(
     tmp_path: Path, migrated_dsn: str, observer: Observer, runner: str
 ) -> None:
     layers = {
@@ -610,8 +641,9 @@ def test_reset_layers_mixin_layer_by_dsn_is_closed_and_keeps_its_messages(
         tmp_path,
         migrated_dsn,
         """
-        class DsnTests(ResetLayersMixin, TestCase):
+        class DsnTests(TestCase):
             def test_it(self):
+                self.addCleanup(reset_layers)
                 async_to_sync(get_channel_layer().send)("jobs", say(1))
         """,
         settings={"CHANNEL_LAYERS": layers},
@@ -642,7 +674,7 @@ def test_plugin_test_without_the_layers_database_is_an_error_that_names_the_mark
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
-def test_reset_layers_mixin_without_the_layers_database_names_databases(
+def test_reset_layers_on_another_database_names_databases_and_flushes_nothing(
     tmp_path: Path, migrated_dsn: str, fresh_database: str, observer: Observer
 ) -> None:
     parameters = conninfo_to_dict(migrated_dsn)
@@ -661,9 +693,10 @@ def test_reset_layers_mixin_without_the_layers_database_names_databases(
         "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"using": "events"}}
     }
     suite = """
-        class EventTests(ResetLayersMixin, TransactionTestCase):
+        class EventTests(TransactionTestCase):
             databases = {names}
             def test_it(self):
+                self.addCleanup(reset_layers, self.databases)
                 async_to_sync(get_channel_layer().send)("jobs", say(1))
     """
     settings = {"CHANNEL_LAYERS": layers, "DATABASES": databases}
@@ -682,42 +715,91 @@ def test_reset_layers_mixin_without_the_layers_database_names_databases(
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
-def test_reset_layers_mixin_behind_a_test_case_raises(migrated_dsn: str) -> None:
-    captured(
+def test_plugin_in_a_project_without_the_layer_does_nothing(
+    tmp_path: Path, migrated_dsn: str
+) -> None:
+    """Settings are not read, and Django's test classes are not imported."""
+    (tmp_path / "test_nothing.py").write_text(
+        """
+import sys
+
+def test_nothing(request):
+    assert request.config.pluginmanager.hasplugin("pg_layer")
+
+def test_nothing_was_imported():
+    from django.conf import settings
+
+    assert not settings.configured
+    assert not {"django.test", "pg_layer.testing"} & sys.modules.keys()
+"""
+    )
+    (tmp_path / "pytest.ini").write_text(PYTEST_INI)
+    options = ["-p", "no:randomly", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
+    without_django = ["-p", "no:django", *options, str(tmp_path)]
+    output = run(
+        tmp_path,
+        migrated_dsn,
+        *("-m", "pytest", *without_django),
+        environ={"DJANGO_SETTINGS_MODULE": "missing"},
+    )
+    assert "2 passed" in output, output
+
+
+def test_plugin_closes_layers_that_were_used_before_the_tests(
+    tmp_path: Path, migrated_dsn: str, observer: Observer
+) -> None:
+    """The first test is not blamed for them."""
+    output = run_suite(
+        "pytest",
+        tmp_path,
         migrated_dsn,
         """
-        for bases in [(TestCase, ResetLayersMixin), (TransactionTestCase, ResetLayersMixin),
-                      (ResetLayersMixin, SimpleTestCase)]:
-            wrong = "Wrong: ResetLayersMixin must precede Django's Test"
-            with pytest.raises(TypeError, match=wrong):
-                type("Wrong", bases, {})
+        async_to_sync(get_channel_layer().send)("jobs", say(1))
 
-        class Mine(ResetLayersMixin):
-            pass
-
-        class Right(Mine, TestCase):
-            pass
+        def test_it():
+            assert not get_channel_layer()._loops.is_used
         """,
     )
+    assert output.endswith("status 0"), output
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
-def test_plugin_loads_before_django_is_set_up(tmp_path: Path, migrated_dsn: str) -> None:
-    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass")
-    (tmp_path / "pytest.ini").write_text(PYTEST_INI)
-    environments: list[dict[str, str]] = [{}, {"DJANGO_SETTINGS_MODULE": ""}]
-    for environ in environments:
-        options = [
-            "-p",
-            "pg_layer.testing",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            str(tmp_path / "pytest.ini"),
-        ]
-        output = run(
-            tmp_path, migrated_dsn, "-m", "pytest", *options, str(tmp_path), environ=environ
-        )
-        assert "1 passed" in output, output
+def test_plugin_on_the_thread_of_a_running_loop_resets_layers(
+    tmp_path: Path, migrated_dsn: str, observer: Observer
+) -> None:
+    """As with the synchronous API of Playwright, whose loop runs while tests do."""
+    output = run_suite(
+        "pytest",
+        tmp_path,
+        migrated_dsn,
+        """
+        from asyncio import events
+
+        @pytest.fixture(scope="session", autouse=True)
+        def running_loop():
+            loop = asyncio.new_event_loop()
+            events._set_running_loop(loop)
+            yield
+            events._set_running_loop(None)
+            loop.close()
+
+        def send():
+            asyncio.run(get_channel_layer().send("jobs", say(1)))
+
+        @pytest.mark.parametrize("n", range(2))
+        @pytest.mark.django_db
+        def test_it(n):
+            import threading
+
+            assert Message.objects.count() == 0
+            thread = threading.Thread(target=send)
+            thread.start()
+            thread.join()
+        """,
+        environ={"DJANGO_ALLOW_ASYNC_UNSAFE": "true"},
+    )
+    assert output.endswith("status 0"), output
+    assert test_databases(observer) == []
 
 
 def test_testing_module_imports_without_pytest() -> None:

@@ -17,6 +17,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from pg_layer._config.options import MAX_COUNT, MAX_SECONDS, Config
+from pg_layer._configured_layers import has_database
 from pg_layer.exceptions import PgLayerError
 from pg_layer.layer import PostgresChannelLayer
 
@@ -54,7 +55,7 @@ def _find_layer(alias: str) -> PostgresChannelLayer:
     if alias not in channel_layers:
         raise CommandError(f"CHANNEL_LAYERS has no channel layer {alias!r}.")
     layer = channel_layers[alias]
-    if not isinstance(layer, PostgresChannelLayer):
+    if not has_database(layer):
         raise CommandError(f"The channel layer {alias!r} is not a pg_layer.PostgresChannelLayer.")
     return layer
 

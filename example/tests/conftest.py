@@ -1,1 +1,0 @@
-pytest_plugins = ["pg_layer.testing"]
