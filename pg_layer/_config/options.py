@@ -52,6 +52,33 @@ _CONNECTION_DEFAULTS: Mapping[str, str | int] = {
 }
 _ENVIRONMENT = {"application_name": "PGAPPNAME", "connect_timeout": "PGCONNECT_TIMEOUT"}
 
+_CONNECT_INSTEAD = (
+    "Remove it. The layer uses the database 'default' of DATABASES; 'using' names another alias, "
+    "and 'dsn' is a connection string for PostgreSQL"
+)
+# Options of other channel layers: the package, the names, and what to do instead.
+_FOREIGN_OPTIONS = (
+    (
+        "channels_redis",
+        ("hosts", "host", "port", "address", "db", "username", "password", "connection_kwargs"),
+        _CONNECT_INSTEAD,
+    ),
+    ("channels_redis", ("random_prefix_length",), "Remove it: each message has an id of its own"),
+    (
+        "channels_postgres",
+        ("ENGINE", "NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS"),
+        _CONNECT_INSTEAD,
+    ),
+    ("channels_rabbitmq", ("ssl_context",), "Set 'sslmode' in OPTIONS of DATABASES, or in 'dsn'"),
+    ("channels_rabbitmq", ("groups_exchange",), "Use 'prefix' to separate layers"),
+    (
+        "channels_rabbitmq",
+        ("local_capacity", "remote_capacity"),
+        "Use 'capacity', or 'channel_capacity' for some channels",
+    ),
+    ("channels_rabbitmq", ("local_expiry",), "Use 'expiry'"),
+)
+
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,50}")
 
 
@@ -225,19 +252,25 @@ OPTIONS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Conf
 def load(options: Mapping[str, object]) -> Config:
     """Return the `Config` for the keyword arguments that Channels passes to the layer.
 
-    Raises `ImproperlyConfigured` for an unknown option, with the most similar option, and for a
-    value that `Config` does not accept.
+    Raises `ImproperlyConfigured` for an unknown option, with what to do instead, and for a value
+    that `Config` does not accept.
     """
     for name in options:
         if name not in OPTIONS:
-            near = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.5)
-            hint = (
-                f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
-            )
-            raise ImproperlyConfigured(
-                f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}"
-            )
+            raise _unknown(name)
     return Config(**cast("dict[str, Any]", dict(options)))
+
+
+def _unknown(name: str) -> ImproperlyConfigured:
+    for package, names, advice in _FOREIGN_OPTIONS:
+        if name in names:
+            return ImproperlyConfigured(
+                f"pg_layer: {name!r} in CONFIG is an option of {package}, not of pg_layer. "
+                f"{advice}."
+            )
+    near = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
+    return ImproperlyConfigured(f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}")
 
 
 def _bad(

@@ -115,7 +115,7 @@ def test_config_created_directly_is_checked() -> None:
         ("expirey", "expiry"),
         ("symmetric_encryption_key", "symmetric_encryption_keys"),
         ("DSN", None),
-        ("hosts", None),
+        ("broker_url", None),
         ("_capacity_of", "capacity"),
     ],
 )
@@ -126,6 +126,31 @@ def test_load_unknown_option_names_the_nearest(wrong: str, right: str | None) ->
         assert f"Did you mean {right!r}?" in text
     else:
         assert ", ".join(OPTIONS) in text
+
+
+@pytest.mark.parametrize(
+    ("option", "package", "advice"),
+    [
+        ("hosts", "channels_redis", "'using' names another alias"),
+        ("host", "channels_redis", "'dsn' is a connection string"),
+        ("port", "channels_redis", "'dsn' is a connection string"),
+        ("db", "channels_redis", "the database 'default' of DATABASES"),
+        ("password", "channels_redis", "'dsn' is a connection string"),
+        ("connection_kwargs", "channels_redis", "Remove it."),
+        ("random_prefix_length", "channels_redis", "Remove it"),
+        ("ENGINE", "channels_postgres", "'using' names another alias"),
+        ("PASSWORD", "channels_postgres", "'dsn' is a connection string"),
+        ("local_capacity", "channels_rabbitmq", "Use 'capacity'"),
+        ("local_expiry", "channels_rabbitmq", "Use 'expiry'"),
+    ],
+)
+def test_load_option_of_another_layer_names_its_package_and_what_to_do(
+    option: str, package: str, advice: str
+) -> None:
+    text = refusal(capacity=5, **{option: "Sup3r"})
+    assert text.startswith(f"pg_layer: {option!r} in CONFIG is an option of {package}, not of")
+    assert advice in text
+    assert "Sup3r" not in text
 
 
 # --- Values that are not allowed
