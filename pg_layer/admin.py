@@ -17,11 +17,11 @@ from django.db.models import Model, Q, QuerySet
 from django.db.models.functions import Length, Now
 from django.http import HttpRequest
 
-from pg_layer._config.databases import alias_of
 from pg_layer._config.options import Config
 from pg_layer._configured_layers import configurations
+from pg_layer._db.same_database import alias_of
 from pg_layer._messages.codec import Codec
-from pg_layer.exceptions import UndecodableMessage
+from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.models import Client, Group, Message
 
 M = TypeVar("M", bound=Model)
@@ -51,7 +51,7 @@ def _alias() -> str | None:
         if isinstance(config, Config):
             try:
                 return alias_of(config)
-            except ImproperlyConfigured:
+            except (ImproperlyConfigured, LayerUnavailable):
                 continue
     return None
 

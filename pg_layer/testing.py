@@ -23,7 +23,7 @@ from django.db.models import Q
 from django.db.models.functions import Now
 from django.test import TestCase, TransactionTestCase
 
-from pg_layer._config.databases import alias_of
+from pg_layer._db.same_database import alias_of
 from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._process.shutdown import registered
 from pg_layer._runtime.engine import Engine

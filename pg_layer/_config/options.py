@@ -22,6 +22,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 
+from pg_layer._config.aliases import name_postgresql_aliases, require_settings
 from pg_layer._config.dsn import (
     is_utf8,
     known_parameters,
@@ -399,18 +400,19 @@ def _check_dsn(name: str, dsn: object) -> None:
 
 
 def _django_parameters(alias: str) -> dict[str, Any]:
+    require_settings(alias)
     try:
         connection = connections[alias]
     except ConnectionDoesNotExist as error:
         raise ImproperlyConfigured(
             f"pg_layer: CONFIG['using'] must be an alias in DATABASES, not {alias!r}. "
-            f"The aliases are: {', '.join(connections)}."
+            f"{name_postgresql_aliases()}"
         ) from error
     if connection.vendor != "postgresql":
         raise ImproperlyConfigured(
             f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has "
-            f"the ENGINE {connection.settings_dict['ENGINE']!r}. "
-            "Set 'using' to another alias, or set 'dsn'."
+            f"the ENGINE {connection.settings_dict['ENGINE']!r}. {name_postgresql_aliases()} "
+            "Set 'using' to the alias of one, or set 'dsn'."
         )
     # The other parameters are for psycopg or for the backend. A backend that pools connections has
     # its own keys in OPTIONS and removes them when it connects. Django's own connection refuses a

@@ -18,6 +18,7 @@ from django.utils.connection import ConnectionDoesNotExist
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pg_layer._config import aliases as aliases_module
 from pg_layer._config import options as config_module
 from pg_layer._config.options import OPTIONS, Config, load
 
@@ -411,6 +412,7 @@ def test_config_dsn_accepts_what_libpq_accepts(name: str, dsn: str) -> None:
         ("postgresql://h/d?Sup3r=1", "unknown option"),
         ("postgresql://[S3cret", "libpq does not understand it"),
         ("postgresql+psycopg://u:Sup3r@h/d", "a URL of another kind: 'postgresql+psycopg://'"),
+        ("postgis://u:Sup3r@h/d", "another kind: 'postgis://'; write 'postgresql://'"),
         ("redis://:Sup3r@h:6379/0", "a URL of another kind: 'redis://'"),
         ("password=Sup3r\0S3cret", "NUL"),
         ("password=Sup3r\ud800", "lone surrogate"),
@@ -576,7 +578,7 @@ def test_connect_kwargs_are_not_shared() -> None:
 
 
 class Connections(dict[str, Any]):
-    """A replacement of `django.db.connections`, with Django's wrappers and without settings."""
+    """A replacement of `django.db.connections`, with Django's wrappers."""
 
     def __missing__(self, alias: str) -> Any:
         raise ConnectionDoesNotExist(alias)
@@ -585,7 +587,9 @@ class Connections(dict[str, Any]):
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
     stand_in = Connections()
-    monkeypatch.setattr(config_module, "connections", stand_in)
+    for module in (config_module, aliases_module):
+        monkeypatch.setattr(module, "connections", stand_in)
+    monkeypatch.setattr(config_module, "require_settings", lambda alias: None)
     return stand_in
 
 
@@ -643,10 +647,12 @@ def test_connect_kwargs_include_the_assumed_role(connections: Connections) -> No
 
 
 def test_connect_kwargs_unknown_alias_raises(connections: Connections) -> None:
-    connections.update(default=None, replica=None)
+    for alias, vendor in (("default", "sqlite"), ("main", "postgresql"), ("old", "postgresql")):
+        connections[alias] = SimpleNamespace(vendor=vendor)
     config = load({"using": "other"})
     with pytest.raises(
-        ImproperlyConfigured, match=r"not 'other'\. The aliases are: default, replica\."
+        ImproperlyConfigured,
+        match=r"not 'other'\. The aliases of PostgreSQL databases are: 'main', 'old'\.",
     ):
         config.connect_kwargs("pool")
 
@@ -656,7 +662,8 @@ def test_connect_kwargs_other_database_raises(connections: Connections) -> None:
         vendor="sqlite", settings_dict={"ENGINE": "django.db.backends.sqlite3"}
     )
     with pytest.raises(
-        ImproperlyConfigured, match=r"'files' has the ENGINE 'django\.db\.backends\.sqlite3'"
+        ImproperlyConfigured,
+        match=r"'files' has the ENGINE 'django\.db\.backends\.sqlite3'\. DATABASES has no alias of",
     ):
         load({"using": "files"}).connect_kwargs("pool")
 
