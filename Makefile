@@ -45,9 +45,8 @@ lowest: $(VENV)/.installed-lock ## run tests with the lowest versions that pypro
 	  pytest-asyncio pytest-django pytest-randomly pytest-timeout pytest-xdist PyYAML uvicorn websockets
 	$(VENV)/bin/uv pip freeze --quiet --python $(VENV)-lowest --exclude-editable
 	PYTHONDEVMODE=1 $(VENV)-lowest/bin/python $(pytest) -k "not discarded" \
-	  $(addprefix tests/,unit/test_codec.py unit/test_config.py unit/test_pool.py) \
-	  $(addprefix tests/integration/test_,$(addsuffix .py,admin channels checks consumers encryption \
-	  groups prometheus runworker session status sync)) $(ARGS)
+	  tests/unit/test_codec.py $(patsubst %,tests/integration/test_%.py,admin channels consumers \
+	  encryption groups installation prometheus runworker session status sync) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, formatting, spelling and imports
 	$(VENV)/bin/ruff check .

@@ -37,7 +37,7 @@ def alias_of(config: Config) -> str:
         first = next(iter(postgresql_aliases()), "alias")
         raise ImproperlyConfigured(
             "pg_layer: no alias in DATABASES leads to the database and the search_path of"
-            f" CONFIG['dsn'], and layer.sync runs on one of Django's connections."
+            " CONFIG['dsn'], and layer.sync runs on one of Django's connections."
             f" {name_postgresql_aliases()} Set CONFIG['using'] to an alias instead of 'dsn', or"
             f" name one in the call: layer.sync.send(..., using={first!r})."
         )

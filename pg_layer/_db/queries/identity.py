@@ -14,7 +14,7 @@ from pg_layer._db.statement import Statement
 # Before migrate the schema that the tables will be in counts. Any role may run this.
 IDENTITY = Statement(
     """
-    SELECT pg_postmaster_start_time()::text,
+    SELECT extract(epoch FROM pg_postmaster_start_time())::text,
         (SELECT oid FROM pg_database WHERE datname = current_database())::text,
         coalesce(to_regclass('pg_layer_message')::oid::text, current_schema())
     """
