@@ -192,7 +192,7 @@ def complain(work):
     ("config", "complaint"),
     [
         ({"capactiy": 5}, "unknown option 'capactiy'. Did you mean 'capacity'?"),
-        ({"hosts": ["localhost"]}, "unknown option 'hosts'."),
+        ({"hosts": ["localhost"]}, "'hosts' in CONFIG is an option of channels_redis"),
         ({"capacity": "many"}, "CONFIG['capacity'] must be an integer"),
         ({"using": "default", "dsn": "dbname=x"}, "must not have both 'dsn' and 'using'"),
     ],
