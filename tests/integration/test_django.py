@@ -421,7 +421,7 @@ def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_p
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-    pip(sys.executable, "--python", str(python), "install", str(wheel), "Django")
+    pip(sys.executable, "--python", str(python), "install", str(wheel))
     (tmp_path / "project.py").write_text((ROOT / "tests/project/settings.py").read_text())
 
     def project(*arguments: str) -> str:
