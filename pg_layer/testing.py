@@ -20,7 +20,7 @@ from django.db import connections
 from django.db.models import Q
 from django.db.models.functions import Now
 
-from pg_layer._config.databases import alias_of
+from pg_layer._db.same_database import alias_of
 from pg_layer._in_memory import InMemoryChannelLayer, Memory, Sent
 from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._process.shutdown import registered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,31 +12,37 @@ from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
+from pg_layer._config.aliases import postgresql_aliases
 from pg_layer._config.dsn import parsed
 from pg_layer._config.options import Config
 from pg_layer.exceptions import NotMigrated
 
 
-def alias_of(config: Config) -> str:
-    """Return the alias in DATABASES that leads to the layer's database.
+def alias_by_settings(config: Config) -> str | None:
+    """Return the alias in DATABASES of the layer's database, as far as the settings determine it.
 
-    Raises `ImproperlyConfigured` if the layer has a ``dsn`` and no alias leads to its database.
+    None if the layer has a ``dsn`` and no alias has the same parameters. An alias with other
+    parameters may lead to the same database: `pg_layer._db.same_database.alias_of` asks the
+    servers. This function opens no connection, and may be called on an event loop.
     """
     if config.dsn is None:
         return config.using or "default"
     place = _place(parsed(config.dsn))
-    for alias in connections:
+    return next((alias for alias, other in places_of_aliases() if other == place), None)
+
+
+def _similar_aliases(dsn: str) -> list[str]:
+    """Return the aliases whose parameters differ from the DSN in the host or the service only."""
+    place = _place(parsed(dsn))
+    return [alias for alias, other in places_of_aliases() if other[2:] == place[2:]]
+
+
+def places_of_aliases() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each PostgreSQL alias in DATABASES and where it leads, for comparison."""
+    for alias in postgresql_aliases():
         # An alias with an error of its own does not lead to the database.
         with suppress(ImproperlyConfigured, ImportError):
-            wrapper = connections[alias]
-            if wrapper.vendor == "postgresql" and _place(wrapper.get_connection_params()) == place:
-                return alias
-    raise ImproperlyConfigured(
-        "pg_layer: layer.sync runs on one of Django's connections, and no alias in DATABASES leads "
-        "to the database of CONFIG['dsn']: the same host, port, name, service and search_path. "
-        "Set CONFIG['using'] to an alias instead of 'dsn', or name one in the call: "
-        "layer.sync.send(..., using='default')."
-    )
+            yield alias, _place(connections[alias].get_connection_params())
 
 
 def settings_of(config: Config) -> Mapping[str, Any]:
@@ -94,14 +100,19 @@ def how_to_migrate(config: Config, alias: str | None = None) -> str:
     steps = []
     if apps.ready and not apps.is_installed("pg_layer"):
         steps.append('add "pg_layer" to INSTALLED_APPS')
-    try:
-        alias = alias or alias_of(config)
-    except ImproperlyConfigured:
-        if apps.ready:
-            steps.append("add an alias to DATABASES for the database of CONFIG['dsn']")
-            alias = "<alias>"
-        else:  # without Django's settings it is unknown which aliases exist
+    if alias is None:
+        try:
+            alias = alias_by_settings(config)
+        except ImproperlyConfigured:  # without Django's settings it is unknown which aliases exist
             alias = "default"
+    if alias is None:
+        similar = _similar_aliases(config.dsn or "")
+        alias = similar[0] if len(similar) == 1 else "<alias>"
+        if similar:
+            names = " or ".join(map(repr, similar))
+            steps.append(f"check that {names} in DATABASES is the database of CONFIG['dsn']")
+        else:
+            steps.append("add an alias to DATABASES for the database of CONFIG['dsn']")
     option = "" if alias == "default" else f" --database {alias}"
     run = f"run `python manage.py migrate pg_layer{option}`"
     return f"{', '.join(steps)}, and {run}" if steps else run

@@ -27,6 +27,7 @@ _PROBLEMS = {
 _LOOKS_SECRET = re.compile(r"passw|secret|://|\bpwd", re.IGNORECASE)
 _PORTS = re.compile(r"[0-9]{0,5}(,[0-9]{0,5})*")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}://")
+_DJANGO_SCHEMES = ("pgsql://", "postgis://", "psql://")  # of a DATABASE_URL
 _URL = re.compile(r"postgres(?:ql)?://")
 
 
@@ -57,7 +58,8 @@ def problem_with(dsn: str) -> str | None:
         return "it contains a NUL or a lone surrogate"
     scheme = _SCHEME.match(dsn)
     if scheme is not None and _URL.match(dsn) is None:
-        return f"it is a URL of another kind: {scheme[0]!r}"
+        advice = "; write 'postgresql://'" if scheme[0] in _DJANGO_SCHEMES else ""
+        return f"it is a URL of another kind: {scheme[0]!r}{advice}"
     try:
         parameters = parsed(dsn)
     except (psycopg.Error, UnicodeError) as error:

@@ -22,6 +22,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.connection import ConnectionDoesNotExist
 
+from pg_layer._config.aliases import name_postgresql_aliases, require_settings
 from pg_layer._config.dsn import (
     is_utf8,
     known_parameters,
@@ -51,6 +52,33 @@ _CONNECTION_DEFAULTS: Mapping[str, str | int] = {
     "tcp_user_timeout": 15_000,
 }
 _ENVIRONMENT = {"application_name": "PGAPPNAME", "connect_timeout": "PGCONNECT_TIMEOUT"}
+
+_CONNECT_INSTEAD = (
+    "Remove it. The layer uses the database 'default' of DATABASES; 'using' names another alias, "
+    "and 'dsn' is a connection string for PostgreSQL"
+)
+# Options of other channel layers: the package, the names, and what to do instead.
+_FOREIGN_OPTIONS = (
+    (
+        "channels_redis",
+        ("hosts", "host", "port", "address", "db", "username", "password", "connection_kwargs"),
+        _CONNECT_INSTEAD,
+    ),
+    ("channels_redis", ("random_prefix_length",), "Remove it: each message has an id of its own"),
+    (
+        "channels_postgres",
+        ("ENGINE", "NAME", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS"),
+        _CONNECT_INSTEAD,
+    ),
+    ("channels_rabbitmq", ("ssl_context",), "Set 'sslmode' in OPTIONS of DATABASES, or in 'dsn'"),
+    ("channels_rabbitmq", ("groups_exchange",), "Use 'prefix' to separate layers"),
+    (
+        "channels_rabbitmq",
+        ("local_capacity", "remote_capacity"),
+        "Use 'capacity', or 'channel_capacity' for some channels",
+    ),
+    ("channels_rabbitmq", ("local_expiry",), "Use 'expiry'"),
+)
 
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,50}")
 
@@ -232,19 +260,25 @@ OPTIONS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Conf
 def load(options: Mapping[str, object]) -> Config:
     """Return the `Config` for the keyword arguments that Channels passes to the layer.
 
-    Raises `ImproperlyConfigured` for an unknown option, with the most similar option, and for a
-    value that `Config` does not accept.
+    Raises `ImproperlyConfigured` for an unknown option, with what to do instead, and for a value
+    that `Config` does not accept.
     """
     for name in options:
         if name not in OPTIONS:
-            near = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.5)
-            hint = (
-                f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
-            )
-            raise ImproperlyConfigured(
-                f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}"
-            )
+            raise _unknown(name)
     return Config(**cast("dict[str, Any]", dict(options)))
+
+
+def _unknown(name: str) -> ImproperlyConfigured:
+    for package, names, advice in _FOREIGN_OPTIONS:
+        if name in names:
+            return ImproperlyConfigured(
+                f"pg_layer: {name!r} in CONFIG is an option of {package}, not of pg_layer. "
+                f"{advice}."
+            )
+    near = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"The options are {', '.join(OPTIONS)}."
+    return ImproperlyConfigured(f"pg_layer: CONFIG has an unknown option {_shown(name)}. {hint}")
 
 
 def _bad(
@@ -379,18 +413,19 @@ def _check_dsn(name: str, dsn: object) -> None:
 
 
 def _django_parameters(alias: str) -> dict[str, Any]:
+    require_settings(alias)
     try:
         connection = connections[alias]
     except ConnectionDoesNotExist as error:
         raise ImproperlyConfigured(
             f"pg_layer: CONFIG['using'] must be an alias in DATABASES, not {alias!r}. "
-            f"The aliases are: {', '.join(connections)}."
+            f"{name_postgresql_aliases()}"
         ) from error
     if connection.vendor != "postgresql":
         raise ImproperlyConfigured(
             f"pg_layer: CONFIG['using'] must be an alias of a PostgreSQL database; {alias!r} has "
-            f"the ENGINE {connection.settings_dict['ENGINE']!r}. "
-            "Set 'using' to another alias, or set 'dsn'."
+            f"the ENGINE {connection.settings_dict['ENGINE']!r}. {name_postgresql_aliases()} "
+            "Set 'using' to the alias of one, or set 'dsn'."
         )
     # The other parameters are for psycopg or for the backend. A backend that pools connections has
     # its own keys in OPTIONS and removes them when it connects. Django's own connection refuses a

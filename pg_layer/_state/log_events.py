@@ -8,6 +8,10 @@ each name with its level, its meaning and what to do.
 
 from __future__ import annotations
 
+# --- The project
+
+APP_MISSING = "app_missing"  # INSTALLED_APPS does not name the app
+
 # --- The database
 
 DATABASE_LOST = "database_lost"  # the connections to a database that was there are broken

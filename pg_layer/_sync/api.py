@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
+from asgiref.sync import async_to_sync
 from django.core.exceptions import ImproperlyConfigured
 from django.db import Error as DjangoError
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils.asyncio import async_unsafe
 from django.utils.connection import ConnectionDoesNotExist
 
-from pg_layer._config.databases import alias_of, not_migrated
+from pg_layer._config.aliases import has_databases, name_postgresql_aliases, require_settings
+from pg_layer._config.databases import not_migrated
 from pg_layer._config.options import Config
 from pg_layer._db.errors import NOTIFY_REFUSED, UNDEFINED, Attempts, is_permanent
 from pg_layer._db.pool import STOPPING_TIMEOUT
 from pg_layer._db.queries import groups as group_queries
 from pg_layer._db.queries import send as queries
 from pg_layer._db.queries.send import GroupSent, Sent, Unannounced
+from pg_layer._db.same_database import alias_of
 from pg_layer._send.announcer import PART
-from pg_layer._send.operations import Change, OperationBuilder
+from pg_layer._send.operations import Change, Many, OperationBuilder
 from pg_layer._send.sender import channel_full, count_group_sent, count_sent
 from pg_layer._send.writes import write_changes, write_group_sends, write_sends
 from pg_layer._state import log_events
@@ -67,6 +71,9 @@ class Sync:
     statement of its own: NOTIFY in the transaction would make all other transactions that notify
     wait for its commit. A message is never received if the transaction, or the savepoint that
     contains it, is rolled back. Outside of transactions the message is sent at once.
+
+    In a process in which Django has no databases, the calls of a layer with a ``dsn`` run on the
+    layer's own connections.
 
     Raises the same errors as the asynchronous calls; `ImproperlyConfigured` if no alias leads to
     the database; `SynchronousOnlyOperation` on the thread of a running event loop. Inside a
@@ -179,6 +186,13 @@ class Sync:
         async def read(session: DjangoSession, **_: bool) -> list[str]:
             return await group_queries.group_channels(session, self._config.prefix, name)
 
+        if self._is_without_django(using):
+            return self._finish(
+                self._loops.run,
+                self._loops.for_sending,
+                lambda engine: engine.group_channels(name),
+                is_read=True,
+            )
         return self._run(self._connection(using), read, quiet=True, is_read=True)
 
     def group_count(self, group: str, *, using: str | None = None) -> int:
@@ -191,7 +205,32 @@ class Sync:
         async def read(session: DjangoSession, **_: bool) -> int:
             return await group_queries.group_count(session, self._config.prefix, name)
 
+        if self._is_without_django(using):
+            count: int = self._finish(
+                self._loops.run,
+                self._loops.for_sending,
+                lambda engine: engine.group_count(name),
+                is_read=True,
+            )
+            return count
         return self._run(self._connection(using), read, quiet=True, is_read=True)
+
+    # ------------------------------------------------------------------ without Django
+
+    def _is_without_django(self, using: str | None) -> bool:
+        """Return whether the layer's own connections run the call.
+
+        So it is in a script: the layer has a ``dsn``, and Django has no settings or no databases.
+        No transaction of Django's can concern the call.
+        """
+        if self._config.dsn is None or using is not None or self._alias is not None:
+            return False
+        return not has_databases()
+
+    @async_unsafe
+    def _finish(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, **options: Any) -> T:
+        """Run an asynchronous call to its end."""
+        return async_to_sync(call)(*args, **options)
 
     # ------------------------------------------------------------------ writing
 
@@ -205,6 +244,8 @@ class Sync:
                 session, self._config.prefix, sends, known, own=own, quiet=quiet
             )
 
+        if self._is_without_django(using):
+            return self._finish(self._loops.submit, Many(sends))
         sent = self._write(using, write)
         count_sent(self._loops.client, len(sends), sent)
         return [index not in sent.full for index in range(len(sends))]
@@ -217,12 +258,17 @@ class Sync:
                 session, self._config.prefix, sends, own=own, quiet=quiet
             )
 
+        if self._is_without_django(using):
+            return self._finish(self._loops.submit, Many(sends))
         sent = self._write(using, write)
         count_group_sent(self._loops.client, sends, sent)
         missed = {index for index, _ in sent.missed}
         return [index not in missed for index in range(len(sends))]
 
     def _change(self, using: str | None, change: Change) -> None:
+        if self._is_without_django(using):
+            self._finish(self._loops.submit, change)
+            return
         config = self._config
         numbered = self._loops.client.next_number()
 
@@ -447,17 +493,17 @@ class Sync:
         alias = self._alias if using is None else using
         if alias is None:
             alias = self._alias = alias_of(self._config)
+        require_settings(alias)
         try:
             connection = connections[alias]
         except ConnectionDoesNotExist as error:
             raise ImproperlyConfigured(
-                f"pg_layer: there is no alias {alias!r} in DATABASES."
-                f" There are: {', '.join(connections)}."
+                f"pg_layer: there is no alias {alias!r} in DATABASES. {name_postgresql_aliases()}"
             ) from error
         if connection.vendor != "postgresql":
             raise ImproperlyConfigured(
-                f"pg_layer: DATABASES[{alias!r}] is {connection.vendor};"
-                " layer.sync needs PostgreSQL."
+                f"pg_layer: DATABASES[{alias!r}] is {connection.vendor}; layer.sync needs"
+                f" PostgreSQL. {name_postgresql_aliases()}"
             )
         return connection
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 import pg_layer
 from tests.conftest import Observer
 from tests.integration.test_django import BACKEND, SQLITE, postgres
-from tests.project.commands import ROOT, django, manage, succeeded
+from tests.project.commands import ROOT, django, environment, manage, succeeded
 
 Settings = dict[str, Any]
 
@@ -196,6 +199,36 @@ def test_check_app_in_shared_apps_reports_nothing(migrated_dsn: str, settings: S
     assert check(migrated_dsn, settings=settings) == []
 
 
+def test_check_imported_psycopg2_is_w009(migrated_dsn: str, tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text("import psycopg2.extras\n")
+    apps = {"INSTALLED_APPS": ["channels", "pg_layer", "shop"]}
+    command = [sys.executable, "-m", "tests.project.manage", "check"]
+    variables = environment(migrated_dsn, apps) | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "?: (pg_layer.W009) psycopg2 is imported in this process, and Django uses" in (
+        result.stderr
+    )
+    # Installed, and not imported.
+    assert importlib.util.find_spec("psycopg2") is not None
+    assert check(migrated_dsn) == []
+
+
+def test_psycopg2_beside_psycopg_3_is_not_what_django_uses(migrated_dsn: str) -> None:
+    """The reason for W009: what a project that used psycopg2 meets after the installation."""
+    code = """
+import psycopg2.extras
+from django.db import ProgrammingError, connection
+
+with connection.cursor() as cursor:
+    try:
+        cursor.execute("SELECT %s", [psycopg2.extras.Json({})])
+    except ProgrammingError as error:
+        print(error)
+"""
+    assert "cannot adapt type 'Json'" in django(migrated_dsn, code)
+
+
 # ---------------------------------------------------------------------- tables
 
 
@@ -242,9 +275,35 @@ def test_not_migrated_names_the_command_for_each_layer(fresh_database: str) -> N
     assert django(fresh_database, ADVICE, settings=settings).splitlines() == expected
     settings["INSTALLED_APPS"] = ["channels"]
     add_app = 'add "pg_layer" to INSTALLED_APPS'
-    told = django(fresh_database, ADVICE, settings=settings).splitlines()
+    advice = f"import logging; logging.getLogger('pg_layer').setLevel('ERROR')\n{ADVICE}"
+    told = django(fresh_database, advice, settings=settings).splitlines()
     assert told[0] == f"{add_app}, and {expected[0]}"
     assert told[6] == f"{add_app}, {expected[6]}"
+
+
+def test_not_migrated_names_an_alias_that_may_be_the_dsn(fresh_database: str) -> None:
+    """The error may be raised on an event loop, where no server can be asked."""
+    settings = layers(default={"dsn": fresh_database}) | {
+        "DATABASES": {
+            "default": SQLITE,
+            "other": postgres(make_conninfo(fresh_database, dbname="postgres")),
+            "events": {**postgres(fresh_database), "HOST": "db.example"},
+        }
+    }
+    code = """
+from asgiref.sync import async_to_sync
+from channels.layers import get_channel_layer
+from pg_layer import NotMigrated
+
+try:
+    async_to_sync(get_channel_layer().send)("jobs", {"type": "test"})
+except NotMigrated as error:
+    print(str(error).partition("out of date: ")[2])
+"""
+    assert django(fresh_database, code, settings=settings) == (
+        "check that 'events' in DATABASES is the database of CONFIG['dsn'],"
+        " and run `python manage.py migrate pg_layer --database events`."
+    )
 
 
 def test_check_missing_tables_is_w001(fresh_database: str) -> None:
@@ -309,7 +368,7 @@ def test_check_dsn_uses_the_alias_of_its_database(migrated_dsn: str, fresh_datab
     assert message.startswith(
         "CHANNEL_LAYERS['default']: (pg_layer.W006) No alias in DATABASES leads to "
     )
-    assert message.endswith("The aliases are default.")
+    assert message.endswith("The aliases of PostgreSQL databases are: 'default'.")
     assert hint.startswith("HINT: Add an alias")
 
 

@@ -18,6 +18,7 @@ from django.utils.connection import ConnectionDoesNotExist
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pg_layer._config import aliases as aliases_module
 from pg_layer._config import options as config_module
 from pg_layer._config.options import OPTIONS, Config, load
 
@@ -115,7 +116,7 @@ def test_config_created_directly_is_checked() -> None:
         ("expirey", "expiry"),
         ("symmetric_encryption_key", "symmetric_encryption_keys"),
         ("DSN", None),
-        ("hosts", None),
+        ("broker_url", None),
         ("_capacity_of", "capacity"),
     ],
 )
@@ -126,6 +127,31 @@ def test_load_unknown_option_names_the_nearest(wrong: str, right: str | None) ->
         assert f"Did you mean {right!r}?" in text
     else:
         assert ", ".join(OPTIONS) in text
+
+
+@pytest.mark.parametrize(
+    ("option", "package", "advice"),
+    [
+        ("hosts", "channels_redis", "'using' names another alias"),
+        ("host", "channels_redis", "'dsn' is a connection string"),
+        ("port", "channels_redis", "'dsn' is a connection string"),
+        ("db", "channels_redis", "the database 'default' of DATABASES"),
+        ("password", "channels_redis", "'dsn' is a connection string"),
+        ("connection_kwargs", "channels_redis", "Remove it."),
+        ("random_prefix_length", "channels_redis", "Remove it"),
+        ("ENGINE", "channels_postgres", "'using' names another alias"),
+        ("PASSWORD", "channels_postgres", "'dsn' is a connection string"),
+        ("local_capacity", "channels_rabbitmq", "Use 'capacity'"),
+        ("local_expiry", "channels_rabbitmq", "Use 'expiry'"),
+    ],
+)
+def test_load_option_of_another_layer_names_its_package_and_what_to_do(
+    option: str, package: str, advice: str
+) -> None:
+    text = refusal(capacity=5, **{option: "Sup3r"})
+    assert text.startswith(f"pg_layer: {option!r} in CONFIG is an option of {package}, not of")
+    assert advice in text
+    assert "Sup3r" not in text
 
 
 # --- Values that are not allowed
@@ -386,6 +412,7 @@ def test_config_dsn_accepts_what_libpq_accepts(name: str, dsn: str) -> None:
         ("postgresql://h/d?Sup3r=1", "unknown option"),
         ("postgresql://[S3cret", "libpq does not understand it"),
         ("postgresql+psycopg://u:Sup3r@h/d", "a URL of another kind: 'postgresql+psycopg://'"),
+        ("postgis://u:Sup3r@h/d", "another kind: 'postgis://'; write 'postgresql://'"),
         ("redis://:Sup3r@h:6379/0", "a URL of another kind: 'redis://'"),
         ("password=Sup3r\0S3cret", "NUL"),
         ("password=Sup3r\ud800", "lone surrogate"),
@@ -551,7 +578,7 @@ def test_connect_kwargs_are_not_shared() -> None:
 
 
 class Connections(dict[str, Any]):
-    """A replacement of `django.db.connections`, with Django's wrappers and without settings."""
+    """A replacement of `django.db.connections`, with Django's wrappers."""
 
     def __missing__(self, alias: str) -> Any:
         raise ConnectionDoesNotExist(alias)
@@ -560,7 +587,9 @@ class Connections(dict[str, Any]):
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
     stand_in = Connections()
-    monkeypatch.setattr(config_module, "connections", stand_in)
+    for module in (config_module, aliases_module):
+        monkeypatch.setattr(module, "connections", stand_in)
+    monkeypatch.setattr(config_module, "require_settings", lambda alias: None)
     return stand_in
 
 
@@ -618,10 +647,12 @@ def test_connect_kwargs_include_the_assumed_role(connections: Connections) -> No
 
 
 def test_connect_kwargs_unknown_alias_raises(connections: Connections) -> None:
-    connections.update(default=None, replica=None)
+    for alias, vendor in (("default", "sqlite"), ("main", "postgresql"), ("old", "postgresql")):
+        connections[alias] = SimpleNamespace(vendor=vendor)
     config = load({"using": "other"})
     with pytest.raises(
-        ImproperlyConfigured, match=r"not 'other'\. The aliases are: default, replica\."
+        ImproperlyConfigured,
+        match=r"not 'other'\. The aliases of PostgreSQL databases are: 'main', 'old'\.",
     ):
         config.connect_kwargs("pool")
 
@@ -631,7 +662,8 @@ def test_connect_kwargs_other_database_raises(connections: Connections) -> None:
         vendor="sqlite", settings_dict={"ENGINE": "django.db.backends.sqlite3"}
     )
     with pytest.raises(
-        ImproperlyConfigured, match=r"'files' has the ENGINE 'django\.db\.backends\.sqlite3'"
+        ImproperlyConfigured,
+        match=r"'files' has the ENGINE 'django\.db\.backends\.sqlite3'\. DATABASES has no alias of",
     ):
         load({"using": "files"}).connect_kwargs("pool")
 

@@ -22,11 +22,11 @@ from pg_layer._db.statement import Statement
 
 def all_statements() -> list[Statement]:
     """Return every statement of these modules."""
-    from pg_layer._db.queries import access, groups, lease, maintenance, receive, send
+    from pg_layer._db.queries import access, groups, identity, lease, maintenance, receive, send
 
     return [
         value
-        for module in (send, receive, groups, lease, maintenance, access)
+        for module in (send, receive, groups, lease, maintenance, access, identity)
         for value in vars(module).values()
         if isinstance(value, Statement)
     ]
