@@ -17,7 +17,7 @@ from ecosystem.suites import SUITES, Suite
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 REQUIREMENTS = HERE / "requirements.txt"
-TIMEOUT_OF_A_TEST = 60  # seconds
+TIMEOUT_OF_A_TEST = 120  # seconds
 TIMEOUT_OF_A_SUITE = 1800
 
 
@@ -58,36 +58,41 @@ class Workplace:
     ) -> tuple[dict[str, Outcome], list[str]]:
         """Run a suite's tests from a fresh copy of its source.
 
-        Return the outcomes, and what this layer leaves behind.
+        Return the outcomes, and what this layer leaves behind. The output and the report remain in
+        the folder of the suite.
 
-        ``dsn``: an empty database of the suite. ``redis``: the address of a server, for
-        suites that name one. Standard output and the report remain in the folder of the suite.
+        ``dsn``: an empty database. ``redis``: the address of a server, for suites that need one.
         """
         source = self._unpack(suite, redis)
         name = "own" if with_own_layer else "pg_layer"
         report = self._folder(suite) / f"{name}.xml"
         report.unlink(missing_ok=True)
-        with (self._folder(suite) / f"{name}.log").open("wb") as log:
-            status = subprocess.run(
-                [
-                    *(str(self._python), "-m", "pytest", "-p", "pg_layer_exchange", "-ra"),
-                    # Without the options of the package's developers, such as coverage.
-                    *("--override-ini", "addopts=", "--timeout", str(TIMEOUT_OF_A_TEST)),
-                    *("--junitxml", str(report)),
-                    *suite.tests,
-                ],
-                cwd=source,
-                env=_environment(dsn, () if with_own_layer else suite.layers),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=TIMEOUT_OF_A_SUITE,
-                check=False,
-            ).returncode
+        output = self._folder(suite) / f"{name}.log"
+        command = [
+            *(str(self._python), "-m", "pytest", "-p", "pg_layer_exchange", "-ra"),
+            # Without the options of the package's developers, such as coverage.
+            *("--override-ini", "addopts=", "--rootdir", str(source)),
+            *("--timeout", str(TIMEOUT_OF_A_TEST), "--junitxml", str(report)),
+            *suite.tests,
+        ]
+        with output.open("wb") as log:
+            try:
+                subprocess.run(
+                    command,
+                    cwd=source,
+                    env=_environment(dsn, () if with_own_layer else suite.layers),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=TIMEOUT_OF_A_SUITE,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise EcosystemError(f"{suite.package}: {error}; see {output}") from error
         if not report.exists():
-            raise EcosystemError(f"{suite.package}: pytest ended with {status}: see {log.name}")
-        output = Path(log.name).read_text(errors="replace")
-        return read_junit(report.read_text()), read_remains(output, str(ROOT / "pg_layer"))
+            raise EcosystemError(f"{suite.package}: pytest wrote no report: see {output}")
+        remains = read_remains(output.read_text(errors="replace"), str(ROOT / "pg_layer"))
+        return read_junit(report.read_text()), remains
 
     def _unpack(self, suite: Suite, redis: str) -> Path:
         """Unpack the source and add what it lacks. Return the folder with the tests."""
