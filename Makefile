@@ -15,7 +15,7 @@ uv_lowest = $(VENV)/bin/uv pip install --quiet --python $(VENV)-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test coverage lowest lint format types hooks lock demo bench soak clean
+.PHONY: help venv test coverage lowest lint format types hooks lock demo bench soak ecosystem clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -65,10 +65,12 @@ hooks: $(VENV)/.installed-dev ## run these checks before each commit
 	$(VENV)/bin/pre-commit install
 
 # Keeps the versions that still fit. ARGS=--upgrade takes the newest of all.
-lock: $(VENV)/.installed-lock ## write the versions that development uses to requirements/dev.txt
+lock: $(VENV)/.installed-lock ## write the versions that development and the ecosystem use
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile pyproject.toml --quiet --universal \
 	  --python-version 3.10 --all-extras --no-annotate --no-emit-package pg-layer \
 	  --output-file $(locked) $(ARGS)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile ecosystem/requirements.in --quiet \
+	  --universal --python-version 3.11 --no-annotate --output-file ecosystem/requirements.txt $(ARGS)
 
 demo: $(VENV)/.installed-demo ## run the chat in two processes, on a PostgreSQL server of its own
 	$(python) -m example.demo $(ARGS)
@@ -79,8 +81,11 @@ bench: $(VENV)/.installed-bench ## compare the layer with others
 soak: $(VENV)/.installed-dev ## make faults for a while and account for every message
 	$(python) -m soak --seconds $(SECONDS) $(ARGS)
 
+ecosystem: $(VENV)/.installed-dev ## run the tests of other packages with this layer
+	$(python) -m ecosystem $(ARGS)
+
 clean: ## remove the virtual environment and everything that was built
-	rm -rf "$(VENV)" "$(VENV)-lowest" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench
+	rm -rf "$(VENV)" "$(VENV)-lowest" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench .ecosystem
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, or for several with commas between them. All sets share one

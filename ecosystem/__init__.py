@@ -1,0 +1,1 @@
+"""The tests of other packages, run with nothing but the channel layer exchanged."""
