@@ -14,7 +14,7 @@ locked = requirements/dev.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test coverage lint format types hooks lock demo bench soak clean
+.PHONY: help venv test coverage lint format types docs hooks lock demo bench soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,12 @@ format: $(VENV)/.installed-dev ## format the code and repair what ruff can repai
 types: $(VENV)/.installed-dev $(VENV)/.installed-bench $(VENV)/.installed-browser ## check the types
 	$(VENV)/bin/mypy
 
+# Warnings are errors. The last command checks the links of the built pages, without the network.
+docs: $(VENV)/.installed-docs ## build the documentation site in .docs/html
+	$(python) -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env \
+	  --doctree-dir .docs/doctrees docs .docs/html $(ARGS)
+	$(python) -m devtools.site_links .docs/html
+
 hooks: $(VENV)/.installed-dev ## run these checks before each commit
 	$(VENV)/bin/pre-commit install
 
@@ -67,7 +73,7 @@ soak: $(VENV)/.installed-dev ## make faults for a while and account for every me
 	$(python) -m soak --seconds $(SECONDS) $(ARGS)
 
 clean: ## remove the virtual environment and everything that was built
-	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench
+	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .docs .bench
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, or for several with commas between them. All sets share one

@@ -1,4 +1,4 @@
-"""System checks of the settings and of the layer's tables. docs/checks.md lists them by id."""
+"""System checks of the settings and of the layer's tables: see docs/reference/checks.md."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def check_tenants(**kwargs: Any) -> list[CheckMessage]:
             f"pg_layer is in {', '.join(wrong)}, so each tenant has its own tables. Messages that"
             " layer.sync sends while a tenant is active go to these tables and are lost, because"
             " receivers read the shared ones.",
-            hint=f"Name pg_layer in {shared} only: see docs/tenants.md.",
+            hint=f"Name pg_layer in {shared} only: see docs/how-to/tenants.md.",
             id="pg_layer.E004",
         )
     ]
@@ -180,8 +180,8 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
         hint = "Check that the database runs and can be reached from this machine."
         if is_forbidden(error):
             hint = (
-                "Grant the role what docs/permissions.md names for its use of the layer; to run"
-                " the check, as a role that only looks."
+                "Grant the role what docs/reference/permissions.md names for its use of the layer;"
+                " to run the check, as a role that only looks."
             )
         yield Warning(
             f"The tables of pg_layer could not be checked. {_one_line(error)}",

@@ -1,6 +1,7 @@
 """Support for the tests of projects: messages sent in a test's transaction, and clean layers.
 
-See docs/testing.md. As a plugin of pytest (``pytest_plugins``), it resets layers after each test.
+See docs/how-to/testing.md. As a plugin of pytest (``pytest_plugins``), it resets layers after each
+test.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def test_check_app_in_tenant_apps_is_e004(
     assert message.startswith(
         f"?: (pg_layer.E004) pg_layer is in {where}, so each tenant has its own tables."
     )
-    assert hint.endswith("only: see docs/tenants.md.")
+    assert hint.endswith("only: see docs/how-to/tenants.md.")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_checks_each_id_is_documented_and_has_a_hint() -> None:
     assert len(ids) == code.count("hint=") == len(set(ids))
     documented = re.findall(
         r"^\| `(pg_layer\.\w+)` \| (?:settings|database) \| \S.+ \| \S.+ \|$",
-        (ROOT / "docs/checks.md").read_text(encoding="utf-8"),
+        (ROOT / "docs/reference/checks.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     assert documented == sorted(ids)

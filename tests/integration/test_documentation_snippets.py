@@ -312,7 +312,7 @@ async def test_message_type_with_dots_names_the_handler(
 # ---------------------------------------------------------------------- our own pages
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def python_blocks_of_our_pages() -> list[Any]:

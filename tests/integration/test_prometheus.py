@@ -1,4 +1,4 @@
-"""The collector for `prometheus_client`, read back with its own parsers; and docs/monitoring.md."""
+"""The collector for `prometheus_client`, read back with its own parsers; and its page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from tests.processes import listen, new_layer, receive, until
 from tests.project.commands import environment, run, succeeded
 from tests.project.configured import configured
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "monitoring.md").read_text(
+    encoding="utf-8"
+)
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -357,7 +359,7 @@ def test_multiprocess_collector_omits_the_layer(migrated_dsn: str) -> None:
     assert beside == ["1.0"]
 
 
-# ---------------------------------------------------------------------- docs/monitoring.md
+# ---------------------------------------------------------------------- the page
 
 
 def snippets(language: str) -> list[str]:
