@@ -44,7 +44,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         where = f"CHANNEL_LAYERS[{alias!r}]"
         found += _check_keys(alias, where)
         if isinstance(config, ImproperlyConfigured):
-            hint = 'The README of pg_layer describes the options, under "Options".'
+            hint = "docs/reference/options.md describes all options."
             found.append(Error(_one_line(config), hint=hint, obj=where, id="pg_layer.E001"))
             continue
         try:

@@ -91,7 +91,7 @@ def test_check_invalid_config_is_e001(migrated_dsn: str, config: object, complai
         message, hint = check(migrated_dsn, *arguments, settings=layers(default={}, jobs=config))
         assert message.startswith("CHANNEL_LAYERS['jobs']: (pg_layer.E001) ")
         assert complaint in message
-        assert "README" in hint
+        assert "docs/reference/options.md" in hint
 
 
 @pytest.mark.parametrize(
