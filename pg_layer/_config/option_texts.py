@@ -141,9 +141,10 @@ OPTION_TEXTS: dict[str, OptionText] = {
         f"{_SECONDS}, and at most two fifths of `lease`",
         "The interval at which a receiving process renews its lease and checks that notifications "
         "arrive. One statement each time.",
-        "Raise it, together with `lease`, if the database charges for each query or [suspends when "
-        "idle](../how-to/managed-postgresql.md#a-server-that-suspends-when-it-is-idle). Lower "
-        "it to notice a deaf listener sooner.",
+        "Lower it to notice a deaf listener sooner. Raise it, together with `lease`, if a database "
+        "with hundreds of processes has better things to do. A longer one does not let [a server "
+        "that suspends when "
+        "idle](../how-to/managed-postgresql.md#a-server-that-suspends-when-it-is-idle) rest.",
     ),
     "send_timeout": OptionText(
         "seconds",
