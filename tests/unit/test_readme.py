@@ -27,3 +27,8 @@ def test_readme_make_targets_exist(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in target.split():
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+def test_readme_picture_is_small() -> None:
+    (picture,) = re.findall(r"!\[Two browsers.*?\]\((.*?)\)", README)
+    assert 10_000 < (ROOT / picture).stat().st_size < 1_000_000

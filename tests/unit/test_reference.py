@@ -97,3 +97,32 @@ def test_reference_of_the_api_names_every_exported_exception() -> None:
     text = (REFERENCE / "api.md").read_text(encoding="utf-8")
     for name in pg_layer.__all__:
         assert re.search(rf"^\.\. (auto)?(exception|class):: {name}\b", text, re.MULTILINE), name
+
+
+# Texts in the page that PostgreSQL, Django, psycopg or Python write.
+OF_OTHERS = {
+    "You cannot call this from an async context",
+    'database "test_..." is being accessed by other users',
+    "permission denied for table pg_layer_...",
+    "cannot execute ... in a read-only transaction",
+    "during recovery",
+    "too many clients already",
+    "remaining connection slots",
+    "cannot adapt type 'Json'",
+    "object has no attribute 'copy_expert'",
+    "No module named 'daphne'",
+}
+
+
+def test_troubleshooting_quotes_errors_that_the_package_raises() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        text
+        for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+        for text in re.findall(r"`(.+?)`", cell)
+    ]
+    assert len(quoted) > 20
+    code = "\n".join(path.read_text("utf-8") for path in (ROOT / "pg_layer").rglob("*.py"))
+    code = re.sub(r'"\s*f?"', "", code)  # the parts of a long string
+    code = " ".join(code.split())
+    assert [text for text in quoted if text not in code and text not in OF_OTHERS] == []
