@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +136,20 @@ class Reader:
         process.communicate(timeout=TIMEOUT)
         return process.returncode
 
+    def follow(self, steps: Iterable[Block]) -> dict[str, str]:
+        """Take steps of the page. Return the output of each command that ends by itself."""
+        outputs = {}
+        for block in steps:
+            if block.language != "sh":
+                self.write(" ".join(block.sentence.split()), block.text)
+                continue
+            for command in block.text.splitlines():
+                if command.startswith(BACKGROUND):
+                    self.start(command)
+                else:
+                    outputs[command] = self.run(command)
+        return outputs
+
     def end(self) -> None:
         for process in self.running.values():
             process.kill()
@@ -182,14 +196,21 @@ class Browser:
         return text
 
 
-@pytest.fixture
-def reader(tmp_path: Path) -> Iterator[Reader]:
+@contextmanager
+def reading(folder: Path) -> Iterator[Reader]:
+    """Yield a reader with a new PostgreSQL server."""
     with PostgresServer() as server:
-        reader = Reader(tmp_path, server)
+        reader = Reader(folder, server)
         try:
             yield reader
         finally:
             reader.end()
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    with reading(tmp_path) as reader:
+        yield reader
 
 
 def use(reader: Reader) -> None:
@@ -223,26 +244,24 @@ def use(reader: Reader) -> None:
             numbers = [f"That was announcement number {number}." for number in (2, 3)]
             assert [browser.hear()["text"] for _ in numbers] == numbers
 
-        reader.run(next(block.text for block in blocks() if "Hello from SQL" in block.text))
+        (from_sql,) = (block for block in blocks() if "Hello from SQL" in block.text)
+        reader.follow([from_sql])
         for browser in (first, second):
             assert browser.hear()["text"] == "Hello from SQL"
 
 
+def until_it_runs() -> tuple[list[Block], list[Block]]:
+    """Return the steps up to the last command that stays in the foreground, and the others."""
+    steps = blocks()
+    last = max(i for i, block in enumerate(steps) if block.text.startswith(BACKGROUND))
+    return steps[: last + 1], steps[last + 1 :]
+
+
 def test_tutorial_followed_to_the_letter_builds_the_chat(reader: Reader) -> None:
-    outputs = {}
-    is_used = False
-    for block in blocks():
-        if block.language != "sh":
-            reader.write(" ".join(block.sentence.split()), block.text)
-            continue
-        for command in block.text.splitlines():
-            if command.startswith(BACKGROUND):
-                reader.start(command)
-                continue
-            if "pg_layer_status" in command and not is_used:
-                use(reader)
-                is_used = True
-            outputs[command] = reader.run(command)
+    first, others = until_it_runs()
+    outputs = reader.follow(first)
+    use(reader)
+    outputs |= reader.follow(others)
 
     assert "no issues" in outputs["python manage.py check --database default"]
     status = outputs["python manage.py pg_layer_status"]
