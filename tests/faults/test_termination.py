@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -124,25 +126,25 @@ HOST = "127.0.0.1"
 APPLICATION = "tests.project.asgi:application"
 
 
-def serving(module: str, port: int) -> list[str]:
-    """Return the arguments for Python that start a server, as docs/how-to/deploying.md shows."""
-    at = f"{HOST}:{port}"
-    return {
-        "daphne": ["-m", "daphne", "--bind", HOST, "--port", str(port), APPLICATION],
-        "granian": [
-            *("-m", "granian", "--interface", "asginl", "--host", HOST, "--port", str(port)),
-            *("--log-level", "error", APPLICATION),
-        ],
-        "gunicorn": [
-            *("-m", "gunicorn", "--worker-class", "uvicorn_worker.UvicornWorker"),
-            *("--workers", "1", "--bind", at, APPLICATION),
-        ],
-        "hypercorn": ["-m", "hypercorn", "--workers", "1", "--bind", at, APPLICATION],
-    }[module]
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "deploying.md"
+
+
+def serving(server: str, port: int) -> list[str]:
+    """Return the arguments for Python that start a server, by the command in the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    (command,) = re.findall(rf"^\| {server} \| `(.+)` \|$", page, re.MULTILINE)
+    for documented, used in {
+        "mysite.asgi:application": APPLICATION,
+        "0.0.0.0": HOST,
+        "8000": str(port),
+        "--workers 4": "--workers 2",
+    }.items():
+        command = command.replace(documented, used)
+    return ["-m", *command.split()]
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("module", ["daphne", "granian", "gunicorn", "hypercorn"])
+@pytest.mark.parametrize("module", ["daphne", "granian", "gunicorn", "hypercorn", "uvicorn"])
 async def test_worker_of_a_server_stopped_by_sigterm_removes_its_rows(
     migrated_dsn: str, observer: Observer, module: str
 ) -> None:
