@@ -15,7 +15,7 @@ uv_lowest = $(VENV)/bin/uv pip install --quiet --python $(VENV)-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test coverage lowest lint format types hooks lock demo bench soak ecosystem clean
+.PHONY: help venv test coverage lowest lint format types docs hooks lock demo bench soak ecosystem clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,12 @@ format: $(VENV)/.installed-dev ## format the code and repair what ruff can repai
 types: $(VENV)/.installed-dev $(VENV)/.installed-bench $(VENV)/.installed-browser ## check the types
 	$(VENV)/bin/mypy
 
+# Warnings are errors. The last command checks the links of the built pages, without the network.
+docs: $(VENV)/.installed-docs ## build the documentation site in .docs/html
+	$(python) -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env \
+	  --doctree-dir .docs/doctrees docs .docs/html $(ARGS)
+	$(python) -m devtools.site_links .docs/html
+
 hooks: $(VENV)/.installed-dev ## run these checks before each commit
 	$(VENV)/bin/pre-commit install
 
@@ -85,7 +91,7 @@ ecosystem: $(VENV)/.installed-dev ## run the tests of other packages with this l
 	$(python) -m ecosystem $(ARGS)
 
 clean: ## remove the virtual environment and everything that was built
-	rm -rf "$(VENV)" "$(VENV)-lowest" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .bench .ecosystem
+	rm -rf "$(VENV)" "$(VENV)-lowest" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .demo .docs .bench .ecosystem
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, or for several with commas between them. All sets share one

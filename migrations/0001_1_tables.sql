@@ -32,7 +32,9 @@ CREATE TABLE pg_layer_message (
     xid        xid8 NOT NULL,
     -- The order within an address.
     id         bigint GENERATED ALWAYS AS IDENTITY,
+    -- The boot of that transaction; 0 if the writer could not know it.
     boot       bigint NOT NULL,
+    -- Whether the row was written without an announcement, or its announcement follows the commit.
     marked     boolean NOT NULL DEFAULT false,
     -- 'message', or a control message to a client: 'add', 'discard', 'flush'.
     kind       text COLLATE "C" NOT NULL DEFAULT 'message',
@@ -40,8 +42,11 @@ CREATE TABLE pg_layer_message (
     channel    text COLLATE "C",
     -- The member that does not receive a group message.
     excluded   text COLLATE "C",
+    -- The encoded message; or the change, in a control message.
     payload    bytea NOT NULL DEFAULT '',
+    -- When the row was written. Delivery does not use it.
     sent_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- From then on the message is not delivered, and may be deleted.
     expires_at timestamptz NOT NULL,
     PRIMARY KEY (address, id)
 );
@@ -62,10 +67,13 @@ ALTER TABLE pg_layer_message SET (
 -- transaction has locked. Of several rows about one membership the one with the largest id counts.
 -- A normal channel has no owner: its memberships are requests that stay.
 CREATE TABLE pg_layer_membership (
+    -- The name of the group. The prefix of the layer is in the address.
     group_name text COLLATE "C" NOT NULL,
     -- The address of the channel: a client or a normal channel.
     address    text COLLATE "C" NOT NULL,
+    -- The member.
     channel    text COLLATE "C" NOT NULL,
+    -- 0 in the row of the owner; the order of the requests in others.
     id         bigint NOT NULL DEFAULT 0,
     -- False: the channel is not in the group.
     present    boolean NOT NULL DEFAULT true,
@@ -83,9 +91,13 @@ ALTER TABLE pg_layer_membership SET (
 
 -- Clients and their leases.
 CREATE TABLE pg_layer_client (
+    -- The prefix of the layer, and the id of the client.
     address    text COLLATE "C" PRIMARY KEY,
+    -- The name of the machine.
     host       text NOT NULL DEFAULT '',
+    -- The process id.
     pid        integer NOT NULL DEFAULT 0,
+    -- When the client began.
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- The end of the lease.
     expires_at timestamptz NOT NULL,
@@ -109,11 +121,15 @@ CREATE INDEX pg_layer_client_gone ON pg_layer_client (coalesce(ended_at, swept_a
 -- The lease clock of each prefix: since when leases have been renewed without a gap. A lease is
 -- measured in time in which the database was available.
 CREATE TABLE pg_layer_lease_clock (
+    -- The prefix of the layer.
     prefix       text COLLATE "C" PRIMARY KEY,
+    -- The boot in which it measures.
     boot         bigint NOT NULL,
     -- The longest lease that was renewed, in seconds.
     lease        float8 NOT NULL,
+    -- When a lease was last renewed.
     renewed_at   timestamptz NOT NULL,
+    -- Since when leases have been renewed without a gap.
     steady_since timestamptz NOT NULL
 ) WITH (fillfactor = 50);
 
@@ -121,9 +137,11 @@ CREATE TABLE pg_layer_lease_clock (
 -- crash or the promotion of a standby empties the table. A dump copies the row into another
 -- cluster, which the system identifier shows.
 CREATE UNLOGGED TABLE pg_layer_boot (
+    -- Allows one row only.
     is_only           boolean PRIMARY KEY DEFAULT true CHECK (is_only),
     -- Milliseconds from 1970 to when the boot was first seen.
     boot              bigint NOT NULL,
+    -- The cluster in which it was seen.
     system_identifier bigint NOT NULL
 );
 
@@ -133,14 +151,17 @@ CREATE UNLOGGED TABLE pg_layer_boot (
 CREATE TABLE pg_layer_low_id (
     -- A client or a normal channel.
     address    text COLLATE "C" PRIMARY KEY,
+    -- The low-water id.
     low_id     bigint NOT NULL,
-    -- A date, not a time: most updates then change no indexed column and stay HOT.
+    -- When it was last confirmed. A date, not a time: most updates then change no indexed column and stay HOT.
     kept_on    date NOT NULL
 ) WITH (fillfactor = 50);
 CREATE INDEX pg_layer_low_id_kept_on ON pg_layer_low_id (kept_on);
 
 -- When the last sweep of each prefix that left nothing has ended.
 CREATE TABLE pg_layer_last_sweep (
+    -- The prefix of the layer.
     prefix     text COLLATE "C" PRIMARY KEY,
+    -- When that sweep ended.
     swept_at   timestamptz NOT NULL
 ) WITH (fillfactor = 50);

@@ -1,5 +1,5 @@
 -- The public functions, for psql, triggers and other languages: messages as JSON, under the rules
--- of the layer. They are sent when the transaction commits. docs/sql.md describes them.
+-- of the layer. They are sent when the transaction commits. docs/reference/sql.md describes them.
 --
 -- Arguments are copied into variables with COLLATE "C". So they are compared bytewise, whatever the
 -- collation of the column or variable that the caller passes.

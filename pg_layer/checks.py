@@ -1,4 +1,4 @@
-"""System checks of the settings and of the layer's tables. docs/checks.md lists them by id."""
+"""System checks of the settings and of the layer's tables: see docs/reference/checks.md."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         where = f"CHANNEL_LAYERS[{alias!r}]"
         found += _check_keys(alias, where)
         if isinstance(config, ImproperlyConfigured):
-            hint = 'The README of pg_layer describes the options, under "Options".'
+            hint = "docs/reference/options.md describes all options."
             found.append(Error(_one_line(config), hint=hint, obj=where, id="pg_layer.E001"))
             continue
         try:
@@ -132,7 +132,7 @@ def check_tenants(**kwargs: Any) -> list[CheckMessage]:
             f"pg_layer is in {', '.join(wrong)}, so each tenant has its own tables. Messages that"
             " layer.sync sends while a tenant is active go to these tables and are lost, because"
             " receivers read the shared ones.",
-            hint=f"Name pg_layer in {shared} only: see docs/tenants.md.",
+            hint=f"Name pg_layer in {shared} only: see docs/how-to/tenants.md.",
             id="pg_layer.E004",
         )
     ]
@@ -226,7 +226,21 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
             )
         return
     except PgLayerError as error:
+<<<<<<< HEAD
         yield _unchecked(error)
+=======
+        hint = "Check that the database runs and can be reached from this machine."
+        if is_forbidden(error):
+            hint = (
+                "Grant the role what docs/reference/permissions.md names for its use of the layer;"
+                " to run the check, as a role that only looks."
+            )
+        yield Warning(
+            f"The tables of pg_layer could not be checked. {_one_line(error)}",
+            hint=hint,
+            id="pg_layer.W004",
+        )
+>>>>>>> 7676b1fe8be408325169c3502c9f09ef8707f4f6
         return
     if unswept_for is not None and unswept_for > DAY:
         yield Warning(

@@ -38,10 +38,9 @@ FOREIGN_WAIT = 1.0
 class PostgresChannelLayer(BaseChannelLayer):
     """A channel layer on PostgreSQL.
 
-    The keyword arguments are the options of ``CONFIG`` in ``CHANNEL_LAYERS``; the README describes
-    them. An invalid option raises `django.core.exceptions.ImproperlyConfigured`. The layer opens
-    its connections with the first call that needs them. Every method may be called from any event
-    loop in any thread.
+    The keyword arguments are the options of ``CONFIG`` in ``CHANNEL_LAYERS``. An invalid option
+    raises `django.core.exceptions.ImproperlyConfigured`. The layer opens its connections with the
+    first call that needs them. Every method may be called from any event loop in any thread.
     """
 
     extensions = ["groups", "flush"]  # noqa: RUF012  # a list, as in other layers

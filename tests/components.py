@@ -1,4 +1,4 @@
-"""Optional components of tests, such as a browser, a Redis server or granian.
+"""Optional components of tests, such as a browser, a Redis server or PgBouncer.
 
 A test that needs a component is marked with its name and calls a function of this module. If the
 component is missing, the test is skipped. If the environment's PG_LAYER_REQUIRE names the component

@@ -90,28 +90,7 @@ class Config:
     Times are in seconds (int or float), sizes in bytes. `load` creates an instance from CONFIG; the
     constructor makes the same checks. Raises `ImproperlyConfigured`.
 
-    - `dsn`: a PostgreSQL connection string or URL; not together with `using`.
-    - `using`: an alias in DATABASES; "default" if `dsn` is not set either.
-    - `listen_dsn`: a connection string for the listening connection, to bypass a pooler.
-    - `prefix`: separates layers in one database; 1 to 50 letters, digits, `-`, `_`, `.`.
-    - `expiry`: how long a message may wait unread.
-    - `group_expiry`: how long a membership lasts after its last `group_add`; None: as long as its
-      process.
-    - `capacity`: how many messages may wait in a channel.
-    - `channel_capacity`: other capacities, by glob or compiled pattern; the first match counts.
-    - `symmetric_encryption_keys`: a list; the first key encrypts, every key decrypts.
-    - `allow_unencrypted`: if there are keys, also deliver messages that are not encrypted.
-    - `serializer_format`: "msgpack" or "json".
-    - `max_message_size`: of a serialised message; up to 512 MiB.
-    - `lease`: how long a process without heartbeats counts as alive.
-    - `heartbeat`: the interval at which the lease is renewed; at most two fifths of `lease`.
-    - `send_timeout`: how long a send is tried.
-    - `poll_interval`: how often to read messages instead of listening; None: listen.
-    - `pool_max_size`: the largest number of connections in the pool.
-    - `sweep_interval`: how often to remove expired rows; 0: never.
-    - `handle_sigterm`: whether a process that receives closes the layer when SIGTERM ends it.
-    - `on_disconnect`, `on_reconnect`: types of messages that each consumer of this process receives
-      when the connection to the database is lost, and when it returns.
+    `option_texts.py` describes each option.
     """
 
     dsn: str | None = None

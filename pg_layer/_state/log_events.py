@@ -2,8 +2,8 @@
 
     logger.warning("Lost the database: %s", why, extra={"event": log_events.DATABASE_LOST})
 
-Monitoring can match these names; the sentences of the log may change. docs/monitoring.md lists
-each name with its level, its meaning and what to do.
+Monitoring can match these names; the sentences of the log may change.
+docs/reference/monitoring.md lists each name with its level, its meaning and what to do.
 """
 
 from __future__ import annotations

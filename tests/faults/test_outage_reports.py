@@ -224,7 +224,7 @@ print(answer.status_code, answer.json()["problems"])
 def test_view_for_probes_in_the_documentation_answers_200_or_503(
     migrated_dsn: str, fresh_database: str
 ) -> None:
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "operations.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     for dsn, expected in (
         (migrated_dsn, "200 []"),

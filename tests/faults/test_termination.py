@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
+import socket
+from pathlib import Path
 
 import pytest
 
@@ -119,31 +122,44 @@ def test_sigterm_in_a_forked_child_that_does_not_receive_has_its_default_effect(
     assert succeeded(run(migrated_dsn, "-c", FORKS, migrated_dsn)) == "0"
 
 
-@pytest.mark.granian
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-async def test_granian_worker_stopped_by_a_signal_removes_its_rows(
-    migrated_dsn: str, observer: Observer, number: signal.Signals
+HOST = "127.0.0.1"
+APPLICATION = "tests.project.asgi:application"
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "deploying.md"
+
+
+def serving(server: str, port: int) -> list[str]:
+    """Return the arguments for Python that start a server, by the command in the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    (command,) = re.findall(rf"^\| {server} \| `(.+)` \|$", page, re.MULTILINE)
+    for documented, used in {
+        "mysite.asgi:application": APPLICATION,
+        "0.0.0.0": HOST,
+        "8000": str(port),
+        "--workers 4": "--workers 2",
+    }.items():
+        command = command.replace(documented, used)
+    return ["-m", *command.split()]
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("module", ["daphne", "granian", "gunicorn", "hypercorn", "uvicorn"])
+async def test_worker_of_a_server_stopped_by_sigterm_removes_its_rows(
+    migrated_dsn: str, observer: Observer, module: str
 ) -> None:
-    """The workers are forked by ``multiprocessing``: they run no functions of ``atexit``."""
-    require_module("granian", component="granian")
+    require_module(module, component="servers")
     port = free_port()
-    options = (
-        "--interface",
-        "asginl",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--log-level",
-        "error",
-    )
-    with started(
-        migrated_dsn, "-m", "granian", *options, "tests.project.asgi:application"
-    ) as server:
-        async with await joined(f"ws://127.0.0.1:{port}/async/"):
+    with started(migrated_dsn, *serving(module, port)) as server:
+        await until(lambda: is_listening(port))
+        async with await joined(f"ws://{HOST}:{port}/async/"):
             await until(lambda: receiving_pids(observer))
-            assert server.pid not in receiving_pids(observer)
-            status = await asyncio.to_thread(server.end, number)
-    assert (status, server.errors) == (0, [])
+            status = await asyncio.to_thread(server.end, signal.SIGTERM)
+    assert status == 0, server.errors
     assert receiving_pids(observer) == set()
     assert observer.execute("SELECT count(*) FROM pg_layer_membership").fetchone() == (0,)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0

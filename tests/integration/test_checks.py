@@ -94,7 +94,7 @@ def test_check_invalid_config_is_e001(migrated_dsn: str, config: object, complai
         message, hint = check(migrated_dsn, *arguments, settings=layers(default={}, jobs=config))
         assert message.startswith("CHANNEL_LAYERS['jobs']: (pg_layer.E001) ")
         assert complaint in message
-        assert "README" in hint
+        assert "docs/reference/options.md" in hint
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_check_app_in_tenant_apps_is_e004(
     assert message.startswith(
         f"?: (pg_layer.E004) pg_layer is in {where}, so each tenant has its own tables."
     )
-    assert hint.endswith("only: see docs/tenants.md.")
+    assert hint.endswith("only: see docs/how-to/tenants.md.")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_checks_each_id_is_documented_and_has_a_hint() -> None:
     assert len(ids) == code.count("hint=") == len(set(ids))
     documented = re.findall(
         r"^\| `(pg_layer\.\w+)` \| (?:settings|database) \| \S.+ \| \S.+ \|$",
-        (ROOT / "docs/checks.md").read_text(encoding="utf-8"),
+        (ROOT / "docs/reference/checks.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     assert documented == sorted(ids)

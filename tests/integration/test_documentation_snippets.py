@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from asgiref.sync import async_to_sync
 from channels.generic.websocket import AsyncJsonWebsocketConsumer, WebsocketConsumer
 from django.conf import settings
@@ -312,7 +313,10 @@ async def test_message_type_with_dots_names_the_handler(
 # ---------------------------------------------------------------------- our own pages
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+OF_THE_READER = ["DSN", "DATABASES", "INSTALLED_APPS", "layer"]
 
 
 def python_blocks_of_our_pages() -> list[Any]:
@@ -328,8 +332,29 @@ def python_blocks_of_our_pages() -> list[Any]:
 
 @pytest.mark.parametrize("snippet", python_blocks_of_our_pages())
 def test_block_of_our_pages_imports_exactly_what_it_uses(snippet: str) -> None:
-    """A reader can copy each block alone. ``DSN`` is the reader's."""
-    options = ["--isolated", "--select=F", "--config=builtins=['DSN']", "-"]
+    """A reader can copy each block alone. `OF_THE_READER` are names that every reader has."""
+    options = ["--isolated", "--select=F", f"--config=builtins={OF_THE_READER}", "-"]
     command = [sys.executable, "-m", "ruff", "check", *options]
     result = subprocess.run(command, input=snippet, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def blocks_of_our_pages(language: str) -> list[Any]:
+    return [
+        pytest.param(text, id=f"{page.name} {number}")
+        for page in PAGES
+        for number, text in enumerate(
+            re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL), 1
+        )
+    ]
+
+
+@pytest.mark.parametrize("text", blocks_of_our_pages("yaml"))
+def test_yaml_block_of_our_pages_is_valid(text: str) -> None:
+    assert isinstance(yaml.safe_load(textwrap.dedent(text)), dict)
+
+
+@pytest.mark.parametrize("text", blocks_of_our_pages("ini"))
+def test_unit_file_of_our_pages_is_valid(text: str) -> None:
+    lines = [line for line in text.splitlines() if line]
+    assert all(re.fullmatch(r"\[(Unit|Service|Install)\]|[A-Z]\w+=.+", line) for line in lines)

@@ -30,7 +30,9 @@ from tests.logs import records
 from tests.processes import listen, receive, until
 from tests.project.commands import django, manage, succeeded
 
-PERMISSIONS = (Path(__file__).parents[2] / "docs" / "permissions.md").read_text(encoding="utf-8")
+PERMISSIONS = (Path(__file__).parents[2] / "docs" / "reference" / "permissions.md").read_text(
+    encoding="utf-8"
+)
 PASSWORD = "only for tests"
 
 MakeRole = Callable[[str], str]
@@ -439,7 +441,7 @@ def test_commands_without_privileges_report_the_denial(
         assert "PL/pgSQL" not in said
         assert "could not be reached" not in said
     assert "(pg_layer.W004)" in results[-1].stderr
-    assert "HINT: Grant the role what docs/permissions.md names" in results[-1].stderr
+    assert "HINT: Grant the role what docs/reference/permissions.md names" in results[-1].stderr
 
 
 async def test_receive_without_privileges_logs_and_waits(
@@ -691,7 +693,7 @@ def test_functions_without_execute_privilege_are_reported(
     assert re.search(r": EXECUTE ON FUNCTION pg_layer_\w+\(.*\) and \d\d more\.", lacking(dsn))
     [problem] = problems(watcher)
     assert "permission denied for function pg_layer_" in problem
-    assert "Grant the role what docs/permissions.md names." in problem
+    assert "Grant the role what docs/reference/permissions.md names." in problem
 
 
 def test_schema_without_usage_privilege_is_reported(
@@ -706,8 +708,8 @@ def test_schema_without_usage_privilege_is_reported(
         f"(pg_layer.W004) The tables of pg_layer could not be checked. {refused}" in result.stderr
     )
     assert "W001" not in result.stderr
-    assert "HINT: Grant the role what docs/permissions.md names" in result.stderr
-    assert problems(dsn) == [f"{refused}. Grant the role what docs/permissions.md names."]
+    assert "HINT: Grant the role what docs/reference/permissions.md names" in result.stderr
+    assert problems(dsn) == [f"{refused}. Grant the role what docs/reference/permissions.md names."]
 
 
 def test_row_level_security_that_applies_to_the_role_is_reported(

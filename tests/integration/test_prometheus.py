@@ -1,4 +1,4 @@
-"""The collector for `prometheus_client`, read back with its own parsers; and docs/monitoring.md."""
+"""The collector for `prometheus_client`, read back with its own parsers; and its page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from tests.processes import listen, new_layer, receive, until
 from tests.project.commands import environment, run, succeeded
 from tests.project.configured import configured
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "monitoring.md").read_text(
+    encoding="utf-8"
+)
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -357,7 +359,7 @@ def test_multiprocess_collector_omits_the_layer(migrated_dsn: str) -> None:
     assert beside == ["1.0"]
 
 
-# ---------------------------------------------------------------------- docs/monitoring.md
+# ---------------------------------------------------------------------- the page
 
 
 def snippets(language: str) -> list[str]:
@@ -449,13 +451,40 @@ async def test_documented_query_for_all_processes_works(
         assert counters() == {}
 
 
-async def test_documented_alerts_use_exposed_metrics_and_labels(used: PostgresChannelLayer) -> None:
-    (text,) = snippets("yaml")
-    (group,) = yaml.safe_load(text)["groups"]
+RULES = Path(__file__).parents[2] / "docs" / "how-to" / "pg_layer.rules.yml"
+DURATION = re.compile(r"\d+[smhd]")
+
+
+def test_alert_rules_have_the_syntax_of_prometheus() -> None:
+    content = yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    assert list(content) == ["groups"]
+    (group,) = content["groups"]
+    assert set(group) == {"name", "rules"}
+    assert len({rule["alert"] for rule in group["rules"]}) == len(group["rules"])
+    for rule in group["rules"]:
+        assert {"alert", "expr", "annotations"} <= set(rule) <= {*KEYS_OF_A_RULE}
+        assert re.fullmatch(r"[a-zA-Z_]\w*", rule["alert"])
+        assert DURATION.fullmatch(rule.get("for", "1s"))
+        assert list(rule["annotations"]) == ["summary"]
+        assert re.fullmatch(rf"{EXPRESSION} [<>=]=? \d+(\.\d+)?", rule["expr"]), rule["expr"]
+        templates = re.findall(r"\{\{(.*?)\}\}", rule["annotations"]["summary"])
+        assert all(re.fullmatch(r" \$labels\.\w+ ", template) for template in templates)
+
+
+KEYS_OF_A_RULE = ("alert", "expr", "for", "labels", "annotations")
+SELECTOR = r"pg_layer_\w+(\{\w+(=|=~)\"[\w|]+\"\})?"
+# The part of PromQL that the rules use: a gauge, or the sum of what a counter has done.
+EXPRESSION = (
+    rf"(sum by \(\w+(, \w+)*\) \((rate|increase)\({SELECTOR}\[{DURATION.pattern}\]\)\)|{SELECTOR})"
+)
+
+
+async def test_alert_rules_use_exposed_metrics_and_labels(used: PostgresChannelLayer) -> None:
+    (group,) = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
     exposed = {metric.name: metric.labels | {"instance"} for metric in metrics(used)}
     expressions = [rule["expr"] for rule in group["rules"]]
     expressions += re.findall(r"`\((sum by.*?)`", DOCUMENT, re.DOTALL)
-    assert len(expressions) == 6
+    assert len(expressions) == len(group["rules"]) + 1
     for expression in expressions:
         named = re.findall(r"pg_layer_\w+", expression)
         assert named

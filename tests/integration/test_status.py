@@ -40,7 +40,7 @@ from tests.project.commands import ROOT, environment, eventually, manage, run, s
 from tests.project.configured import configured
 
 COMMAND = ("-m", "tests.project.manage", "pg_layer_status")
-OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs/how-to/operations.md").read_text(encoding="utf-8")
 WITHOUT_RICH = f"""
 import sys
 sys.modules["rich"] = None

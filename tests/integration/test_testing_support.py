@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 from tests.conftest import Observer
 from tests.project.commands import ROOT, TIMEOUT, django, environment
 
-DOCUMENTATION = ROOT / "docs" / "testing.md"
+DOCUMENTATION = ROOT / "docs" / "how-to" / "testing.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
 RUNNERS = ["django", "pytest"]
 pytestmark = pytest.mark.timeout(10 * TIMEOUT)

@@ -1,4 +1,4 @@
-"""Every record that the package logs names an event, and docs/monitoring.md lists each of them."""
+"""Every record that the package logs names an event, and a page lists each of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def levels() -> dict[str, set[str]]:
 
 def documented() -> dict[str, set[str]]:
     """Return the levels that the table of the documentation gives, by event."""
-    page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "monitoring.md").read_text(encoding="utf-8")
     section = page.split("## Log events")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| [^|]+ \| [^|]+ \|$", section, re.MULTILINE)
     return {name: {level.upper()} for name, level in rows}

@@ -22,7 +22,9 @@ from pg_layer._state.counters import COUNTED, Counters, Counts, State, Stats, ma
 THREADS = 8
 TIMES = 2000
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "monitoring.md").read_text(
+    encoding="utf-8"
+)
 
 NOTHING = State(
     channels=0,

@@ -84,7 +84,7 @@ def _privileges(names: str, relations: str, columns: str = "") -> frozenset[Priv
 
 _SEQUENCE = _privileges("SELECT USAGE", "pg_layer_message_id_seq")
 _FUNCTIONS = _privileges("EXECUTE", FUNCTIONS)
-# The kinds of roles in docs/permissions.md, each with the privileges that the page grants.
+# The kinds of roles in docs/reference/permissions.md, with the privileges that the page grants.
 KINDS = {
     "do all that the layer can do": (
         _privileges("SELECT INSERT UPDATE DELETE", " ".join(TABLES))
@@ -177,7 +177,7 @@ def privileges(conn: Connection[Any]) -> Problem | None:
     return Problem(
         f"The role {role} lacks privileges to {kind}: {'; '.join(grants)}.",
         f"As the owner: {'; '.join(f'GRANT {grant} TO {role}' for grant in grants)}."
-        " See docs/permissions.md.",
+        " See docs/reference/permissions.md.",
     )
 
 

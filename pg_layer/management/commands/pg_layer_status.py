@@ -101,7 +101,7 @@ class Command(LayerCommand):
         except PgLayerError as error:
             problem = " ".join(str(error).split())
             if is_forbidden(error):
-                problem += ". Grant the role what docs/permissions.md names."
+                problem += ". Grant the role what docs/reference/permissions.md names."
             status, problems = None, [*map(str, role_problems), problem]
         show(status, problems, options)
         return problems
