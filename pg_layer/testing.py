@@ -1,7 +1,7 @@
 """Support for the tests of projects: captured messages, clean layers, a layer in memory.
 
 <<<<<<< HEAD
-See docs/testing.md.
+See docs/how-to/testing.md.
 =======
 See docs/how-to/testing.md. As a plugin of pytest (``pytest_plugins``), it resets layers after each
 test.

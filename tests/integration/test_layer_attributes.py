@@ -196,7 +196,7 @@ async def test_get_capacity_overridden_counts_for_channels_and_groups(migrated_d
 # --- Own types
 
 
-PAGE = Path(__file__).parents[2] / "docs/own-types.md"
+PAGE = Path(__file__).parents[2] / "docs/how-to/own-types.md"
 EXAMPLE: dict[str, Any] = {}
 exec(PAGE.read_text().split("```python\n# project/layers.py")[1].split("```")[0], EXAMPLE)
 OwnTypes: type[PostgresChannelLayer] = EXAMPLE["ProjectChannelLayer"]
