@@ -226,21 +226,7 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
             )
         return
     except PgLayerError as error:
-<<<<<<< HEAD
         yield _unchecked(error)
-=======
-        hint = "Check that the database runs and can be reached from this machine."
-        if is_forbidden(error):
-            hint = (
-                "Grant the role what docs/reference/permissions.md names for its use of the layer;"
-                " to run the check, as a role that only looks."
-            )
-        yield Warning(
-            f"The tables of pg_layer could not be checked. {_one_line(error)}",
-            hint=hint,
-            id="pg_layer.W004",
-        )
->>>>>>> 7676b1fe8be408325169c3502c9f09ef8707f4f6
         return
     if unswept_for is not None and unswept_for > DAY:
         yield Warning(

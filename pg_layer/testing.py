@@ -1,11 +1,6 @@
 """Support for the tests of projects: captured messages, clean layers, a layer in memory.
 
-<<<<<<< HEAD
 See docs/how-to/testing.md.
-=======
-See docs/how-to/testing.md. As a plugin of pytest (``pytest_plugins``), it resets layers after each
-test.
->>>>>>> 7676b1fe8be408325169c3502c9f09ef8707f4f6
 """
 
 from __future__ import annotations
