@@ -24,7 +24,7 @@ from pg_layer._db.same_database import alias_of
 from pg_layer._in_memory import InMemoryChannelLayer, Memory, Sent
 from pg_layer._messages.addresses import channel_address, group_address, group_name
 from pg_layer._process.shutdown import registered
-from pg_layer._runtime.databases_of_tests import used_layers
+from pg_layer._runtime.databases_of_tests import is_test_database, used_layers
 from pg_layer._sync.django_session import is_in_transaction
 from pg_layer.layer import PostgresChannelLayer
 
@@ -209,8 +209,8 @@ def reset_layers(databases: Container[str] | None = None) -> None:
 
     A layer with a ``dsn`` is closed but not flushed, because its database may not be a test
     database. ``databases``: the aliases that the test may use. A layer that was used on another
-    alias is not flushed either, and the function raises `ImproperlyConfigured`. May be called from
-    any thread, also while an event loop runs in it.
+    alias is flushed only in a test database. Otherwise the function raises `ImproperlyConfigured`.
+    May be called from any thread, also while an event loop runs in it.
     """
     for memory in registered():
         if isinstance(memory, Memory):
@@ -218,10 +218,13 @@ def reset_layers(databases: Container[str] | None = None) -> None:
     strays = set()
     with ExitStack() as stack:
         for loops in used_layers():
-            is_known = databases is None or loops.using in databases
-            stack.callback(loops.close_now, is_flushing=loops.using is not None and is_known)
-            if loops.using is not None and not is_known:
-                strays.add(loops.using)
+            alias = loops.using
+            may_flush = alias is not None and (
+                databases is None or alias in databases or is_test_database(alias)
+            )
+            stack.callback(loops.close_now, is_flushing=may_flush)
+            if alias is not None and not may_flush:
+                strays.add(alias)
     if strays:
         raise ImproperlyConfigured(
             "pg_layer: the test used the layer on a database that it did not request and that may "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from django.core import mail
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
@@ -13,9 +14,20 @@ from pg_layer._process.shutdown import registered
 from pg_layer._runtime.loops import Loops
 
 
+# The NAME of each alias when Django was ready. A test database has another one.
+_names_at_start: dict[str, object] = {}
+
+
 def follow_test_databases() -> None:
-    """Watch the connections that Django opens in tests."""
+    """Watch the connections that Django opens in tests. Called when Django is ready."""
     connection_created.connect(_watch)
+    for alias in connections:
+        _names_at_start[alias] = connections[alias].settings_dict["NAME"]
+
+
+def is_test_database(alias: str) -> bool:
+    """Return whether an alias leads to a test database now."""
+    return connections[alias].settings_dict["NAME"] != _names_at_start.get(alias)
 
 
 def used_layers() -> list[Loops]:

@@ -13,7 +13,7 @@ from functools import partial
 from pg_layer._db.errors import as_stopping
 from pg_layer._db.queries.lease import Unconfirmed
 from pg_layer._runtime.engine import Engine
-from pg_layer._runtime.loops import Loops
+from pg_layer._runtime.loops import Loops, unserved_addresses
 from pg_layer._state import log_events
 from pg_layer.exceptions import LayerUnavailable, OutcomeUnknown
 
@@ -38,7 +38,8 @@ async def flush(loops: Loops) -> None:
     flushed = await loops.run(loops.for_flushing, Engine.flush)
     deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
     silent: list[Unconfirmed] = []
-    while flushed.addresses:
+    while awaited := set(flushed.addresses) - unserved_addresses():
+        flushed = flushed._replace(addresses=sorted(awaited))
         await asyncio.sleep(pause)
         pause = min(2 * pause, LAST_PAUSE)
         left = deadline - time.monotonic()
@@ -55,9 +56,9 @@ async def flush(loops: Loops) -> None:
                     f" It is unknown whether all processes have noticed: {error}"
                 )
             ) from error
-        awaited = [each for each in unconfirmed if each.age < timeout and left > 0]
-        silent += [each for each in unconfirmed if each not in awaited]
-        flushed = flushed._replace(addresses=[each.address for each in awaited])
+        in_time = [each for each in unconfirmed if each.age < timeout and left > 0]
+        silent += [each for each in unconfirmed if each not in in_time]
+        flushed = flushed._replace(addresses=[each.address for each in in_time])
     if silent:
         names = [
             f"process {each.pid} on {each.host}" if each.host else f"client {each.address}"

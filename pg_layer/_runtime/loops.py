@@ -279,11 +279,21 @@ class Loops:
         the flush has removed.
         """
         with self._lock:
-            owner = self._owner
-            receives = owner is not None and owner.is_running
-            if self.client.has_lease and not receives:
+            if self.client.has_lease and not self._receives:
                 return self.for_own_changes()
         return self.for_sending()
+
+    @property
+    def _receives(self) -> bool:
+        return self._owner is not None and self._owner.is_running
+
+    def unserved_addresses(self) -> set[str]:
+        """Return the addresses of clients that no loop receives for. From any thread."""
+        with self._lock:
+            unserved = set(self._ending)
+            if not self._receives:
+                unserved.add(self._client)
+        return {client.address for client in unserved}
 
     # ------------------------------------------------------------------ calls
 
@@ -604,10 +614,23 @@ class _Unclosed:
     def _is_over(self) -> bool:
         return not self._client.has_lease or time.monotonic() > self._expires_at
 
+    def unserved_addresses(self) -> set[str]:
+        """Return the address: the layer no longer exists, and nothing can receive."""
+        return {self._client.address}
+
     def close_at_exit(self) -> None:
         """End the lease. Does not raise."""
         if self._client.has_lease and self._client.process == os.getpid():
             _close_now(self._config, [self._client])
+
+
+def unserved_addresses() -> set[str]:
+    """Return the addresses of this process's clients that no loop receives for."""
+    addresses: set[str] = set()
+    for each in termination.registered():
+        if isinstance(each, (Loops, _Unclosed)):
+            addresses |= each.unserved_addresses()
+    return addresses
 
 
 def _close_now(config: Config, clients: Sequence[Client]) -> None:
