@@ -240,8 +240,8 @@ def _unchecked(error: PgLayerError) -> Warning:
     hint = "Check that the database runs and can be reached from this machine."
     if is_forbidden(error):
         hint = (
-            "Grant the role what docs/reference/permissions.md names for its use of the layer; to run"
-            " the check, as a role that only looks."
+            "Grant the role what docs/reference/permissions.md names for its use of the layer;"
+            " to run the check, as a role that only looks."
         )
     return Warning(
         f"The tables of pg_layer could not be checked. {_one_line(error)}",

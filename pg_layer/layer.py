@@ -13,7 +13,6 @@ from channels.layers import BaseChannelLayer
 from pg_layer._config.installation import report_missing_app
 from pg_layer._config.options import load
 from pg_layer._messages.codec import Codec
-from pg_layer._runtime.engine import Engine
 from pg_layer._runtime.flush import flush
 from pg_layer._runtime.health import Health, examine
 from pg_layer._runtime.loops import Loops

@@ -13,7 +13,6 @@ from django.db.backends.signals import connection_created
 from pg_layer._process.shutdown import registered
 from pg_layer._runtime.loops import Loops
 
-
 # The NAME of each alias when Django was ready. A test database has another one.
 _names_at_start: dict[str, object] = {}
 
