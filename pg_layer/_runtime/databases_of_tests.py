@@ -26,7 +26,8 @@ def follow_test_databases() -> None:
 
 def is_test_database(alias: str) -> bool:
     """Return whether an alias leads to a test database now."""
-    return connections[alias].settings_dict["NAME"] != _names_at_start.get(alias)
+    name: object = connections[alias].settings_dict["NAME"]
+    return name != _names_at_start.get(alias)
 
 
 def used_layers() -> list[Loops]:
