@@ -350,6 +350,29 @@ def test_flush_on_a_new_loop_empties_what_an_earlier_loop_received(migrated_dsn:
     asyncio.run(go_on())
 
 
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "dropped"])
+def test_flush_does_not_wait_for_a_layer_of_the_process_without_a_running_loop(
+    migrated_dsn: str, is_kept: bool
+) -> None:
+    layers = [new_layer(migrated_dsn, send_timeout=LONG)]
+
+    async def use(layer: PostgresChannelLayer) -> None:
+        await layer.group_add("room", await layer.new_channel())
+        await listen(layer)
+
+    async def flush() -> None:
+        other = new_layer(migrated_dsn, send_timeout=LONG)
+        await asyncio.wait_for(other.flush(), TIMEOUT)
+        await other.close()
+
+    asyncio.run(use(layers[0]))
+    if not is_kept:
+        layers.clear()
+    asyncio.run(flush())
+    for layer in layers:
+        asyncio.run(layer.close())
+
+
 @pytest.fixture(autouse=True)
 def log_warnings(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "pg_layer")
