@@ -8,10 +8,10 @@ from pg_layer._state.client import Client
 
 
 async def raise_fence(session: Session, client: Client) -> None:
-    """Make the server refuse the client's statements that were given up. Costs nothing otherwise.
+    """Make the server refuse the client's statements that were given up.
 
-    Call this before the next statement that carries the fence, and before a read that must find
-    all effects of the last ones.
+    If there are none, no query runs. Call this before the next statement that carries the fence,
+    and before a read that must find all effects of the last ones.
     """
     if not client.is_fence_raised:
         fence = client.fence

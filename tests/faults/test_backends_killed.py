@@ -64,6 +64,7 @@ async def test_pool_or_sender_backends_killed_lose_nothing(
         assert await traffic.end() == []
 
 
+@pytest.mark.slow
 async def test_all_backends_killed_repeatedly_lose_nothing(
     migrated_dsn: str, observer: Observer, recovery: Recovery
 ) -> None:

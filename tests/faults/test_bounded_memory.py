@@ -19,6 +19,8 @@ from tests.faults.pgbouncer import PgBouncer, version
 from tests.faults.readers import heartbeats, numbered
 from tests.processes import Link, Process, Processes, listen, open_layer, until
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, object] = {
     "lease": 3600,
     "heartbeat": 0.3,

@@ -66,6 +66,7 @@ async def send_stream(link: Link, dsn: str, channels: list[str], first: int) -> 
                 link.say(start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["listening", "polling"])
 async def test_renewals_during_many_sends_lose_and_double_nothing(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, mode: str

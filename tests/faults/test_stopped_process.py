@@ -341,7 +341,8 @@ async def test_channel_discarded_while_its_process_was_stopped_stays_discarded(
         await asyncio.sleep(0.02)
     for number in range(1, 20):
         await other.group_send("room", numbered(number))
-    for channel in (own, removed):
+    # The process waits for the message to `own`, which is dispatched last.
+    for channel in (removed, own):
         await other.send(channel, numbered(19))
     process.say(19)
     assert await process.hear() == 19

@@ -124,6 +124,7 @@ async def test_send_among_send_many_to_a_full_channel_raises_channel_full(
     assert await receive_numbers(layer, channel, 4) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 async def test_send_many_of_the_maximum_size_to_a_full_channel_and_many_others_ends(
     make_layer: MakeLayer, observer: Observer
 ) -> None:

@@ -260,7 +260,7 @@ async def test_join_marked_rows_found_by_a_search_meanwhile_are_received(
             dsn=pool_proxy.dsn(connect_timeout=2),
             listen_dsn=listen_proxy.dsn(),
             send_timeout=60,
-            heartbeat=0.1,
+            heartbeat=1,
         )
         sender = make_layer()
         channel = await layer.new_channel()

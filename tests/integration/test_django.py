@@ -473,6 +473,7 @@ def drop_databases(dsn: str, names: list[str]) -> None:
 # ---------------------------------------------------------------------- the wheel
 
 
+@pytest.mark.slow
 def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

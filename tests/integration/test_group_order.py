@@ -55,6 +55,7 @@ async def write_group(link: Link, dsn: str, writers: Sequence[int], count: int) 
         await asyncio.gather(*map(write, writers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("writers", "count"), [(3, 300), (15, 120)])
 async def test_group_send_members_in_three_processes_see_one_order(
     migrated_dsn: str, make_layer: MakeLayer, processes: Processes, writers: int, count: int

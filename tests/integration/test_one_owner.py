@@ -136,6 +136,7 @@ def disorder(numbers: list[int]) -> list[tuple[int, int]]:
     return [(one, other) for one, other in pairs if other != one + 1][:5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 100, 1500])
 def test_receive_after_a_takeover_from_a_thread_gets_all_messages_in_order(
     django_dsn: str, pool: ThreadPoolExecutor, before: int

@@ -585,6 +585,7 @@ def test_release_outcome_unknown_keeps_the_idle_reader(world: World) -> None:
     world.check_end()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_protocols_any_interleaving_keeps_their_invariants(
     database: Database, monkeypatch: pytest.MonkeyPatch

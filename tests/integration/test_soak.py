@@ -1,4 +1,8 @@
-"""Short soaks: they run, find no broken promise and leave nothing behind."""
+"""Short soaks: they run, find no broken promise and leave nothing behind.
+
+A soak starts twenty processes and expects messages in time, so these tests run one at a time and
+beside no other: `make test JOBS=0 ARGS="-m soak"`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from tests.processes import until
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT = 100.0  # seconds for a server and twenty processes to start on a busy machine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ async def nothing_left(temporary: Path) -> None:
 
 
 async def test_soak_short_run_keeps_all_promises(temporary: Path) -> None:
-    soak = start(temporary, "--seconds", "10", "--seed", "7")
+    soak = start(temporary, "--seconds", "20", "--seed", "7")
     said, _ = soak.communicate(timeout=200)
     assert soak.returncode == 0, said
     assert "--seed 7" in said
