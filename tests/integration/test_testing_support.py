@@ -674,6 +674,33 @@ def test_plugin_test_without_the_layers_database_is_an_error_that_names_the_mark
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
+def test_plugin_test_without_a_mark_in_the_test_database_is_accepted_and_leaves_nothing(
+    tmp_path: Path, migrated_dsn: str, observer: Observer
+) -> None:
+    """An earlier test has made the test database, so the real one cannot be reached."""
+    output = run_suite(
+        "pytest",
+        tmp_path,
+        migrated_dsn,
+        """
+        @pytest.mark.django_db
+        def test_1_makes_the_test_database():
+            assert not Message.objects.exists()
+
+        def test_2_sends_without_a_mark():
+            async_to_sync(get_channel_layer().send)("jobs", say(1))
+
+        @pytest.mark.django_db
+        def test_3_finds_nothing():
+            assert not Message.objects.exists()
+        """,
+    )
+    assert output.endswith("status 0"), output
+    assert "3 passed" in output
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == []
+    assert test_databases(observer) == []
+
+
 def test_reset_layers_on_another_database_names_databases_and_flushes_nothing(
     tmp_path: Path, migrated_dsn: str, fresh_database: str, observer: Observer
 ) -> None:
