@@ -131,7 +131,8 @@ class JobReaders:
     def forget_idle(self) -> None:
         """Stop listening to normal channels that were not read since the last call."""
         for channel, reader in list(self._readers.items()):
-            is_busy = reader.is_claiming or reader.is_releasing
+            # A timer, too, belongs to this object: another one must not release beside it.
+            is_busy = reader.is_claiming or reader.is_releasing or reader.release is not None
             if reader.is_used or reader.queue.waiting or len(reader.queue) or is_busy:
                 reader.is_used = False
                 continue

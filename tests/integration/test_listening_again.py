@@ -59,6 +59,27 @@ async def test_receive_during_the_unlisten_of_its_channel_hears_jobs(
         assert (await receiving)["number"] == -1
 
 
+async def test_reader_with_a_release_ahead_is_not_forgotten(make_layer: MakeLayer) -> None:
+    """Otherwise its timer and a new reader would release and claim side by side, out of order."""
+    layer, sender = make_layer(), make_layer()
+    await listen(layer)
+    jobs = receiver_of(layer).jobs
+    for number in range(STEPS):
+        await sender.send("jobs", {"number": number})
+        assert (await receive(layer, "jobs"))["number"] == number
+        reader = jobs._readers["jobs"]
+        if reader.release is not None:  # unless the timer has fired already
+            break
+    assert reader.release is not None
+    jobs.forget_idle()
+    jobs.forget_idle()
+    assert jobs._readers["jobs"] is reader
+    await until(lambda: reader.release is None and not reader.is_releasing)
+    jobs.forget_idle()
+    jobs.forget_idle()
+    assert not jobs.addresses()
+
+
 async def test_group_add_after_the_last_group_discard_hears_messages(
     make_layer: MakeLayer, observer: Observer
 ) -> None:
