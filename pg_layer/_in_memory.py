@@ -52,7 +52,9 @@ class InMemoryChannelLayer(PostgresChannelLayer):
         super().__init__(**options)
         self._memory = Memory(self.config, self._codec)
         self._loops = self._memory  # type: ignore[assignment]  # the part of it that a layer uses
-        self.sync = InMemorySync(self.config, self._operations, self._memory)
+
+    def _make_sync(self) -> Sync:
+        return InMemorySync(self, self.config, self._operations, self._memory)
 
     async def group_channels(self, group: str) -> list[str]:
         """Return the channels in a group. Raises `TypeError` for an invalid name."""
@@ -322,8 +324,10 @@ class Memory:
 class InMemorySync(Sync):
     """``sync`` of the layer in memory. Inside `transaction.atomic` it waits for the commit."""
 
-    def __init__(self, config: Config, operations: OperationBuilder, memory: Memory) -> None:
-        super().__init__(config, operations, memory)  # type: ignore[arg-type]
+    def __init__(
+        self, layer: object, config: Config, operations: OperationBuilder, memory: Memory
+    ) -> None:
+        super().__init__(layer, config, operations, memory)  # type: ignore[arg-type]
         self._memory = memory
 
     def group_channels(self, group: str, *, using: str | None = None) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -70,12 +71,24 @@ class PostgresChannelLayer(BaseChannelLayer):
         self._has_own_deserialize = "deserialize" in overridden
         self._operations = OperationBuilder(self, config, self._codec, overridden)
         self._loops = Loops(config, self._codec, self._operations.queue_capacity)
-        self.sync = Sync(config, self._operations, self._loops)
+        self._sync: Callable[[], Sync | None] = lambda: None  # a weak reference
         # Its attributes are properties here, which keep their values in `config`.
         super().__init__(config.expiry, config.capacity, config.channel_capacity)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config!r})"
+
+    @property
+    def sync(self) -> Sync:
+        """The calls for synchronous code. Holds the layer, and the layer does not hold it."""
+        sync = self._sync()
+        if sync is None:
+            sync = self._make_sync()
+            self._sync = weakref.ref(sync)
+        return sync
+
+    def _make_sync(self) -> Sync:
+        return Sync(self, self.config, self._operations, self._loops)
 
     # ------------------------------------------------------------------ options as attributes
 

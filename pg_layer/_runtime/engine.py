@@ -90,7 +90,7 @@ class Engine:
 
     def _refused(self, error: psycopg.Error) -> None:
         if error.sqlstate != READ_ONLY:
-            self.client.counters.add("refused_notifications")
+            self.client.notify_refused()
         if self.owner is not None:
             self.owner.refused(error)
         elif error.sqlstate != READ_ONLY:

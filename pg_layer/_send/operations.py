@@ -83,7 +83,7 @@ class OperationBuilder:
     expiry or a list of messages, and the errors of methods that a subclass of the layer overrides.
 
     ``layer``: the builder keeps no reference to it, so that a layer without other references ends
-    at once. Raises `RuntimeError` when it no longer exists.
+    at once. Callers hold it; without it `queue_capacity` follows the options.
     ``overridden``: the names of the `Rules` that a subclass overrides. The others are not called:
     to call them costs a tenth of the time of a method here.
     """
@@ -103,9 +103,7 @@ class OperationBuilder:
     def _layer(self) -> Rules:
         layer = self._layer_ref()
         if layer is None:
-            raise RuntimeError(
-                "The channel layer of this layer.sync no longer exists: keep a reference to it."
-            )
+            raise RuntimeError("The channel layer no longer exists.")
         return layer
 
     def check_channel(self, channel: str) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable
 from hashlib import blake2s
 from typing import TYPE_CHECKING
@@ -87,6 +88,7 @@ class Client:
         self._numbers = itertools.count(1)  # thread-safe
         self.log_limit = LogLimit()
         self._owner_thread: int | None = None
+        self.notify_refused_at = -math.inf  # by time.monotonic()
 
     # ------------------------------------------------------------------ names
 
@@ -321,6 +323,11 @@ class Client:
                 end,
                 extra={"event": log_events.MESSAGE_UNDECODABLE},
             )
+
+    def notify_refused(self) -> None:
+        """Count a statement for which the server refused NOTIFY."""
+        self.counters.add("refused_notifications")
+        self.notify_refused_at = time.monotonic()
 
     def log_unannounced(self, why: str) -> None:
         """Log that what this process sends is not announced."""

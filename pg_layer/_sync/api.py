@@ -82,13 +82,13 @@ class Sync:
     Any thread may call. Each thread has its own Django connection.
     """
 
-    def __init__(self, config: Config, operations: OperationBuilder, loops: Loops) -> None:
+    def __init__(
+        self, layer: object, config: Config, operations: OperationBuilder, loops: Loops
+    ) -> None:
+        self._layer = layer  # only so that it is not dropped, and closed, before this object
         self._config = config
         self._operations = operations
         self._loops = loops
-        self._alias: str | None = None
-        self._refusals = 0  # the value of the counter "refused_notifications" at the last look
-        self._quiet_until = 0.0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r})"
@@ -223,9 +223,7 @@ class Sync:
         So it is in a script: the layer has a ``dsn``, and Django has no settings or no databases.
         No transaction of Django's can concern the call.
         """
-        if self._config.dsn is None or using is not None or self._alias is not None:
-            return False
-        return not has_databases()
+        return self._config.dsn is not None and using is None and not has_databases()
 
     @async_unsafe
     def _finish(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, **options: Any) -> T:
@@ -463,15 +461,11 @@ class Sync:
         return self._run_in_transaction(session, work)
 
     def _run_in_transaction(self, session: DjangoSession, work: Work[T]) -> T:
-        # The counter also counts the refusals that asynchronous calls have met.
-        refusals = self._loops.client.counters["refused_notifications"]
-        if refusals != self._refusals:
-            self._refusals = refusals
-            self._quiet_until = time.monotonic() + QUIET_AFTER_REFUSAL
         connection = session.connection
         # Django does not report the commit of a transaction that it does not manage. So this one
         # notifies, unless the server has refused NOTIFY recently and the transaction would fail.
-        quiet = connection.in_atomic_block or time.monotonic() < self._quiet_until
+        quiet_until = self._loops.client.notify_refused_at + QUIET_AFTER_REFUSAL
+        quiet = connection.in_atomic_block or time.monotonic() < quiet_until
         try:
             return finish(work(session, own=False, quiet=quiet))
         except DjangoError as error:
@@ -485,14 +479,12 @@ class Sync:
     def _refused(self, error: psycopg.Error) -> None:
         """Count and log that the server refused NOTIFY."""
         client = self._loops.client
-        client.counters.add("refused_notifications")
+        client.notify_refused()
         client.log_unannounced(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
         """Return this thread's connection of an alias; None: the layer's alias."""
-        alias = self._alias if using is None else using
-        if alias is None:
-            alias = self._alias = alias_of(self._config)
+        alias = alias_of(self._config) if using is None else using
         require_settings(alias)
         try:
             connection = connections[alias]
