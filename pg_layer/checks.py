@@ -17,7 +17,7 @@ from pg_layer._config.databases import how_to_migrate
 from pg_layer._config.dsn import without_secrets
 from pg_layer._config.options import Config
 from pg_layer._configured_layers import configurations, is_pg_layer
-from pg_layer._db.errors import is_forbidden
+from pg_layer._db.errors import is_forbidden, is_permanent
 from pg_layer._db.pool import connected_now
 from pg_layer._db.queries import access, maintenance
 from pg_layer._db.same_database import alias_of
@@ -171,7 +171,7 @@ def check_database(databases: Collection[str] | None = None, **kwargs: Any) -> l
         except ImproperlyConfigured:
             messages = list(_check_without_alias(config))
         except PgLayerError as error:
-            messages = [_unchecked(error)]
+            messages = [_unchecked(error, config)]
         else:
             messages = list(_check_tables(config, using)) if using in databases else []
             first, its_config = firsts.setdefault((config.prefix, using), (alias, config))
@@ -226,7 +226,7 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
             )
         return
     except PgLayerError as error:
-        yield _unchecked(error)
+        yield _unchecked(error, config)
         return
     if unswept_for is not None and unswept_for > DAY:
         yield Warning(
@@ -236,9 +236,12 @@ def _check_tables(config: Config, using: str) -> Iterator[CheckMessage]:
         )
 
 
-def _unchecked(error: PgLayerError) -> Warning:
-    hint = "Check that the database runs and can be reached from this machine."
-    if is_forbidden(error):
+def _unchecked(error: PgLayerError, config: Config) -> Warning:
+    where = "CONFIG['dsn']" if config.using is None else f"DATABASES[{config.using!r}]"
+    hint = f"Check that the database of {where} runs and can be reached from this machine."
+    if is_permanent(error.__cause__):
+        hint = f"Check the user, the password and the name of the database in {where}."
+    elif is_forbidden(error):
         hint = (
             "Grant the role what docs/reference/permissions.md names for its use of the layer;"
             " to run the check, as a role that only looks."

@@ -83,6 +83,7 @@ TIMED_OUT = (
     " what delayed the statement: a lock, or a busy server."
 )
 AWAY = "The database could not be reached: "
+DENIED = "The database refused the connection: "
 _PERMANENT = re.compile(
     r"FATAL: +"
     r"(password authentication failed|no pg_hba\.conf entry|(database|role) .+ does not exist)"
@@ -202,7 +203,11 @@ def layer_unavailable(reason: BaseException | None) -> LayerUnavailable:
             )
         if reason.sqlstate == CANCELED and not _is_by_request(reason):
             return LayerUnavailable(TIMED_OUT)
-    beginning = "The database refused the call: " if was_refused(reason) else AWAY
+    beginning = AWAY
+    if is_permanent(reason):
+        beginning = DENIED
+    elif was_refused(reason):
+        beginning = "The database refused the call: "
     return LayerUnavailable(f"{beginning}{one_line(reason)}")
 
 
@@ -235,7 +240,7 @@ def outage_reason(error: BaseException) -> str:
     """Return why the database is unavailable: the text of the error that was the cause."""
     if isinstance(error, OutcomeUnknown) and error.__cause__ is not None:
         error = error.__cause__
-    return one_line(error).removeprefix(AWAY)
+    return one_line(error).removeprefix(AWAY).removeprefix(DENIED)
 
 
 def is_permanent(error: BaseException | None) -> bool:

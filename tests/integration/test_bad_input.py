@@ -389,7 +389,9 @@ async def test_login_refused_raises_the_reason_without_the_password(
     async with open_layer(dsn, send_timeout=0.5) as layer:
         await assert_every_call_is_unavailable(layer)
         with pytest.raises(
-            LayerUnavailable, match=r"password authentication failed|does not exist"
+            LayerUnavailable,
+            match=r"^The database refused the connection: .*(password authentication failed"
+            r"|does not exist)",
         ) as refused:
             await layer.send("jobs", {"type": "x"})
     assert password not in "".join(traceback.format_exception(refused.value)) + caplog.text

@@ -389,6 +389,15 @@ def test_check_unreachable_database_is_w004(migrated_dsn: str, command: str) -> 
     assert not password or str(password) not in result.stderr
 
 
+def test_check_refused_login_names_the_setting(migrated_dsn: str) -> None:
+    message, hint = check(make_conninfo(migrated_dsn, dbname="pg_layer_nowhere"), *DATABASE)
+    assert "(pg_layer.W004)" in message
+    assert "The database refused the connection: " in message
+    assert hint == (
+        "HINT: Check the user, the password and the name of the database in DATABASES['default']."
+    )
+
+
 # ---------------------------------------------------------------------- sweeping
 
 
