@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from channels.layers import BaseChannelLayer
+from django.core.exceptions import ImproperlyConfigured
 
 from pg_layer._config.installation import report_missing_app
 from pg_layer._config.options import load
@@ -143,8 +144,14 @@ class PostgresChannelLayer(BaseChannelLayer):
     def channel_capacity(self, capacities: Any) -> None:
         if isinstance(capacities, (list, tuple)):  # as `compile_capacities` returns it
             pairs, capacities = capacities, {}
-            for pattern, capacity in pairs:
-                capacities.setdefault(pattern, capacity)  # of equal patterns the first one counts
+            try:
+                for pattern, capacity in pairs:
+                    capacities.setdefault(pattern, capacity)  # of equal patterns the first counts
+            except (TypeError, ValueError):
+                raise ImproperlyConfigured(
+                    "pg_layer: channel_capacity must be a dict, or a list of pairs of a pattern and"
+                    f" a capacity, not {pairs!r}."
+                ) from None
         self.config.change("channel_capacity", None if capacities == {} else capacities)
         self._loops.client.capacities_changed()
 

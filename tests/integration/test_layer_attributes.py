@@ -167,6 +167,16 @@ async def test_channel_capacity_set_on_the_layer_applies(
     assert layer.get_capacity("other") == 9
 
 
+@pytest.mark.parametrize("value", [[1, 2], [("a", 1, 2)], [(["x"], 1)], "jobs", 5])
+async def test_channel_capacity_set_to_nonsense_is_refused(
+    make_layer: MakeLayer, value: Any
+) -> None:
+    layer = make_layer(channel_capacity={"jobs": 2})
+    with pytest.raises(ImproperlyConfigured, match="channel_capacity"):
+        layer.channel_capacity = value
+    assert layer.get_capacity("jobs") == 2
+
+
 class Halved(PostgresChannelLayer):
     def get_capacity(self, channel: str) -> int:
         return super().get_capacity(channel) // 2 if channel != "broken" else 0
