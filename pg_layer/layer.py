@@ -331,7 +331,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         Raises `TypeError` for an invalid name, `LayerUnavailable` and `NotMigrated`.
         """
         name = self._operations.group(group)
-        return await self._loops.read(name, lambda engine: engine.group_channels(name))
+        return await self._loops.read(name, lambda engine, end: engine.group_channels(name, end))
 
     async def group_count(self, group: str) -> int:
         """Return the number of channels in a group, without channels of processes that have ended.
@@ -339,7 +339,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         Raises `TypeError` for an invalid name, `LayerUnavailable` and `NotMigrated`.
         """
         name = self._operations.group(group)
-        return await self._loops.read(name, lambda engine: engine.group_count(name))
+        return await self._loops.read(name, lambda engine, end: engine.group_count(name, end))
 
     # ------------------------------------------------------------------ all
 

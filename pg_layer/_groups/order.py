@@ -1,8 +1,7 @@
 """The order of the calls of this process that concern one group: ``docs/protocols.md``, section 4.
 
-Two kinds of calls do not commute: changes of the members, and calls that use them (`group_send`,
-`group_channels` and the like). A call waits for the earlier calls of the other kind. Calls of one
-kind do not wait for each other: the batchers keep their order. No I/O.
+A call that uses the members of a group (a *use*: `group_send`, `group_channels` and the like) waits
+for the changes that began before it. A change waits for nothing. No I/O.
 """
 
 from __future__ import annotations
@@ -10,161 +9,199 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection
 
 from pg_layer._process.threads import CHECK_INTERVAL
+from pg_layer.exceptions import LayerUnavailable
+
+# Seconds that a use must have left when it goes. With less its statement may be cut short, and
+# nobody would know whether it took effect.
+LEAST_LEFT = 0.1
 
 Loop = asyncio.AbstractEventLoop
 
 
-class Phase:
-    """Calls of one kind that concern one group, and need not wait for each other.
+class Call:
+    """A change that has not ended, or a use that waits.
 
-    ``calls``: how many of them have not ended, by the loop of the caller.
-    ``is_first``: they may run.
+    ``waiter``: None for a change. Otherwise it gets whether the use may go.
+    ``ahead``: the number of lines in which other calls are ahead of the use.
     """
 
-    __slots__ = ("ahead", "behind", "calls", "group", "is_change", "is_first", "waiters")
+    __slots__ = ("ahead", "groups", "loop", "waiter")
 
-    def __init__(self, group: str, ahead: Phase | None, loop: Loop, *, is_change: bool) -> None:
-        self.group = group
-        self.is_change = is_change
-        self.ahead = ahead
-        self.behind: Phase | None = None
-        self.is_first = ahead is None
-        self.calls = {loop: 1}
-        self.waiters: list[asyncio.Future[None]] = []
-
-
-# The place of a call: its phase for each of its groups.
-Turn = list[Phase]
+    def __init__(
+        self, groups: Collection[str], loop: Loop, waiter: asyncio.Future[bool] | None = None
+    ) -> None:
+        self.groups = groups
+        self.loop = loop  # the caller's
+        self.waiter = waiter
+        self.ahead = 0
 
 
 class GroupOrder:
-    """A line of phases for each group that a call concerns now. Thread-safe.
+    """A line of calls for each group with a change that has not ended. Thread-safe.
 
-    The calls of the first phase run. A call of the other kind begins a new phase at the end, and
-    later calls queue up behind it. So a call waits for finitely many others, and the calls of
-    unrelated groups do not meet.
+    A use may go when it is the first in the lines of all its groups. So the uses that wait keep
+    their order, too.
     """
 
     def __init__(self) -> None:
-        # A call enters all of its lines in one step. So no two calls wait for each other.
+        # A use enters all of its lines in one step. So no two calls wait for each other.
         self._lock = threading.Lock()
-        self._last: dict[str, Phase] = {}  # the last phase of each line
-        # Calls that have ended and are still in line. Python may delete the coroutine of a call
+        self._lines: dict[str, OrderedDict[Call, None]] = {}
+        self._changes: dict[Loop, set[Call]] = {}  # those in line, by the loop of the caller
+        # How many uses may go and have not continued yet. Later ones must not overtake them.
+        self._leaving: dict[Loop, int] = {}
+        # Calls that have ended and have not been removed. Python may delete the coroutine of a call
         # anywhere, also where this thread holds the lock: `end` must not wait for it.
-        self._ended: deque[tuple[Turn, Loop]] = deque()
+        self._ended: deque[Call] = deque()
 
     def __len__(self) -> int:
-        return len(self._last)
+        """Return 0 if no call is in line or about to leave: then no use needs to `wait`."""
+        return len(self._lines) + len(self._leaving)
 
-    def begin(self, groups: Collection[str], loop: Loop, *, is_change: bool) -> tuple[Turn, bool]:
-        """Enter a call. Return its turn, and whether it must `wait`. It must `end` in any case.
-
-        ``groups``: without duplicates. ``loop``: the running loop. ``is_change``: the call changes
-        the members of the groups.
-        """
-        turn: Turn = []
-        must_wait = False
-        if not groups:
-            return turn, must_wait
-        last = self._last
+    def begin(self, group: str, loop: Loop) -> Call:
+        """Enter a change. It must `end` in any case. ``loop``: the running loop."""
+        change = Call((group,), loop)
         with self._lock:
-            for group in groups:
-                phase = last.get(group)
-                if phase is not None and phase.is_change is is_change:
-                    phase.calls[loop] = phase.calls.get(loop, 0) + 1
-                else:
-                    ahead, phase = phase, Phase(group, phase, loop, is_change=is_change)
-                    last[group] = phase
-                    if ahead is not None:
-                        ahead.behind = phase
-                if not phase.is_first:
-                    must_wait = True
-                turn.append(phase)
-        if self._ended:
-            self._remove_ended()
-        return turn, must_wait
+            line = self._lines.get(group)
+            if line is None:
+                line = self._lines[group] = OrderedDict()
+            line[change] = None
+            self._changes.setdefault(loop, set()).add(change)
+        self._remove_ended()
+        return change
 
-    async def wait(self, turn: Turn, deadline: float) -> None:
-        """Return when the earlier calls of the other kind have ended, or at the deadline.
+    def end(self, call: Call) -> None:
+        """Let the uses behind a call proceed. From any thread, also in a finaliser."""
+        self._ended.append(call)
+        self._remove_ended()
 
-        ``deadline``: by time.monotonic(). Calls on loops that do not run are not waited for.
+    async def wait(self, groups: Collection[str], timeout: float) -> float:
+        """Wait for the changes of these groups that began before. Return the caller's deadline.
+
+        ``groups``: without duplicates. ``timeout``: the seconds that the caller has, this wait
+        included. Calls on loops that do not run are not waited for.
+
+        Raises `LayerUnavailable` if too little of the time is left.
         """
         loop = asyncio.get_running_loop()
-        for phase in turn:
-            waiter: asyncio.Future[None] = loop.create_future()
-            phase.waiters.append(waiter)  # before the check: another thread may change `is_first`
-            while not phase.is_first and (left := deadline - time.monotonic()) > 0:
-                await asyncio.wait((waiter,), timeout=min(CHECK_INTERVAL, left))
-                if not phase.is_first:
-                    self._end_stopped(phase)
+        begun_at = time.monotonic()
+        deadline = begun_at + timeout
+        latest = deadline - min(LEAST_LEFT, timeout / 2)
+        waiter: asyncio.Future[bool] = loop.create_future()
+        use = self._enter(Call(groups, loop, waiter))
+        if use is None:
+            return deadline
+        timer: asyncio.TimerHandle
 
-    def end(self, turn: Turn, loop: Loop) -> None:
-        """Let the later calls proceed. ``loop``: as for `begin`. From any thread."""
-        if not turn:
-            return
-        if self._lock.acquire(blocking=False):
-            try:
-                self._remove(turn, loop)
-            finally:
-                self._lock.release()
-        else:
-            self._ended.append((turn, loop))
-        if self._ended:
-            self._remove_ended()
+        def look() -> None:
+            """End the wait if it is time to. Let the use go if only stopped loops hold it."""
+            nonlocal timer
+            left = latest - time.monotonic()
+            if left <= 0 and not waiter.done():
+                waiter.set_result(False)
+            if len(self._changes) > (loop in self._changes):  # other loops have changes in line
+                self._end_stopped()
+                left = min(left, CHECK_INTERVAL)
+            timer = loop.call_later(left, look)
+
+        look()
+        try:
+            may_go = await waiter
+        finally:
+            timer.cancel()
+            self.end(use)
+        now = time.monotonic()
+        if not may_go or now >= latest:
+            raise LayerUnavailable(
+                f"The call waited for {now - begun_at:.1f} s for earlier calls of group_add and"
+                " group_discard in this process, which concern the same group and have not"
+                " returned. It did not take effect."
+            )
+        return deadline
+
+    def _enter(self, use: Call) -> Call | None:
+        """Enter a use. Return None if it need not wait."""
+        entered: Call | None = use
+        with self._lock:
+            if self._lines.keys().isdisjoint(use.groups):
+                if use.loop in self._leaving:
+                    self._let_go(use)
+                else:
+                    entered = None
+            else:
+                for group in use.groups:
+                    line = self._lines.get(group)
+                    if line is None:
+                        self._lines[group] = OrderedDict(((use, None),))
+                    else:
+                        line[use] = None
+                        use.ahead += 1
+        self._remove_ended()
+        return entered
 
     def _remove_ended(self) -> None:
         # If another thread has the lock, it removes these calls when it has released the lock.
         while self._ended and self._lock.acquire(blocking=False):
             try:
                 while self._ended:
-                    self._remove(*self._ended.popleft())
+                    self._remove(self._ended.popleft())
             finally:
                 self._lock.release()
 
-    def _remove(self, turn: Turn, loop: Loop) -> None:
-        for phase in turn:
-            calls = phase.calls.get(loop, 0)  # 0: see `_end_stopped`
-            if calls > 1:
-                phase.calls[loop] = calls - 1
-            elif calls:
-                del phase.calls[loop]
-                if phase.is_first and not phase.calls:
-                    self._advance(phase)
+    def _remove(self, call: Call) -> None:
+        loop = call.loop
+        if call.waiter is None:
+            changes = self._changes.get(loop, set())
+            if call in changes:  # otherwise see `_end_stopped`
+                changes.remove(call)
+                if not changes:
+                    del self._changes[loop]
+                self._leave(call)
+        elif call.ahead:
+            self._leave(call)  # it was cancelled, or has waited for too long
+        else:
+            self._leaving[loop] -= 1
+            if not self._leaving[loop]:
+                del self._leaving[loop]
 
-    def _advance(self, first: Phase) -> None:
-        """Let the next phase with calls run. ``first``: has no more calls."""
-        phase: Phase | None = first
-        while phase is not None and not phase.calls:
-            behind = phase.behind
-            if behind is None:
-                del self._last[phase.group]
-            else:
-                behind.ahead, behind.is_first = None, True
-                for waiter in list(behind.waiters):
-                    try:
-                        waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
-                    except RuntimeError:  # the loop is closed: no task waits
-                        pass
-            phase = behind
+    def _leave(self, call: Call) -> None:
+        """Take a call out of its lines, and let the uses go that are the first then."""
+        leaving = [call]
+        while leaving:
+            call = leaving.pop()
+            for group in call.groups:
+                line = self._lines[group]
+                was_first = next(iter(line)) is call
+                del line[call]
+                if not line:
+                    del self._lines[group]
+                elif was_first and (first := next(iter(line))).waiter is not None:
+                    first.ahead -= 1
+                    if not first.ahead:
+                        self._let_go(first)
+                        leaving.append(first)
 
-    def _end_stopped(self, phase: Phase) -> None:
-        """End the calls in the first phase of the line whose loops do not run any more."""
+    def _let_go(self, use: Call) -> None:
+        # Always by call_soon: so the uses of one loop continue in this order.
+        self._leaving[use.loop] = self._leaving.get(use.loop, 0) + 1
+        try:
+            use.loop.call_soon_threadsafe(_resume, use)
+        except RuntimeError:  # the loop is closed: no task waits
+            pass
+
+    def _end_stopped(self) -> None:
+        """Remove the changes whose loops do not run."""
         with self._lock:
-            first = phase
-            while first.ahead is not None:
-                first = first.ahead
-            if first is not phase:
-                for loop in [loop for loop in first.calls if not loop.is_running()]:
-                    del first.calls[loop]
-                if not first.calls:
-                    self._advance(first)
+            for loop in [each for each in self._changes if not each.is_running()]:
+                for change in list(self._changes[loop]):
+                    self._remove(change)
         self._remove_ended()
 
 
-def _resolve(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+def _resume(use: Call) -> None:
+    if use.waiter is not None and not use.waiter.done():
+        use.waiter.set_result(True)

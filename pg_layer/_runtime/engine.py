@@ -119,11 +119,17 @@ class Engine:
             pass
 
     async def bridge(
-        self, work: Callable[[], Coroutine[Any, Any, T]], *, is_read: bool = False
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        is_read: bool = False,
+        deadline: float | None = None,
     ) -> T:
         """Run work that may be done twice on the engine's loop. May be called on any loop.
 
         ``is_read``: the work changes nothing.
+        ``deadline``: when the work ends at the latest, by time.monotonic(). Default: after the
+        timeout.
 
         Raises `NotBegun` if the engine ends before the work does. Then the caller runs it on
         another engine.
@@ -133,8 +139,12 @@ class Engine:
                 return await work()
             if not self.is_running:
                 raise NotBegun
-            timeout = self.client.config.send_timeout + 1
-            return await run_on(self.loop, self.thread, self._serve(work), timeout, is_read=is_read)
+            timeout = (
+                self.client.config.send_timeout if deadline is None else deadline - time.monotonic()
+            )
+            return await run_on(
+                self.loop, self.thread, self._serve(work), timeout + 1, is_read=is_read
+            )
         except LayerUnavailable as error:
             if self.is_closed:  # the error only reports that the connections were closed
                 raise NotBegun(may_have_begun=isinstance(error, OutcomeUnknown)) from error
@@ -176,20 +186,19 @@ class Engine:
         """The number of operations that wait for a write in flight. From any thread."""
         return self.sender.waiting + (0 if self.owner is None else self.owner.changes.waiting)
 
-    async def change(self, change: Change, deadline: float | None = None) -> None:
+    async def change(self, change: Change) -> None:
         """Add a channel to a group, or discard it.
 
         If another process owns the channel, send its owner a membership request.
-        ``deadline``: see `Batcher.submit`.
 
         Raises `NotBegun` if this engine does not receive and the channel is its client's.
         """
         if not self.client.owns(change.channel):
-            await self.sender.submit(change, deadline)
+            await self.sender.submit(change)
         elif self.owner is None:
             raise NotBegun
         else:
-            await self.owner.changes.submit(change, deadline)
+            await self.owner.changes.submit(change)
 
     async def flush(self) -> lease.Flushed:
         """Remove all messages and memberships of the prefix. See `pg_layer._runtime.flush`."""
@@ -200,20 +209,23 @@ class Engine:
         work = partial(lease.unconfirmed, flushed=flushed)
         return await self.connections.run(work, timeout=timeout, is_read=True)
 
-    async def group_channels(self, group: str) -> list[str]:
-        """Return the channels in a group, except the channels of clients whose lease is over."""
+    async def group_channels(self, group: str, deadline: float) -> list[str]:
+        """Return the channels in a group, except the channels of clients whose lease is over.
+
+        ``deadline``: by time.monotonic().
+        """
         return await self._read(
-            partial(groups.group_channels, prefix=self.client.config.prefix, group=group)
+            partial(groups.group_channels, prefix=self.client.config.prefix, group=group), deadline
         )
 
-    async def group_count(self, group: str) -> int:
+    async def group_count(self, group: str, deadline: float) -> int:
         """Return the number of channels that `group_channels` returns."""
         return await self._read(
-            partial(groups.group_count, prefix=self.client.config.prefix, group=group)
+            partial(groups.group_count, prefix=self.client.config.prefix, group=group), deadline
         )
 
-    async def _read(self, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
-        timeout = self.client.config.send_timeout
+    async def _read(self, work: Callable[[Session], Coroutine[Any, Any, T]], deadline: float) -> T:
+        timeout = deadline - time.monotonic()
         return await self.connections.run(work, timeout=timeout, is_read=True)
 
     async def ping(self) -> bool:

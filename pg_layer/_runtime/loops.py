@@ -41,7 +41,7 @@ from pg_layer._process.loop_end import end_tasks_on_close
 from pg_layer._process.threads import are_threads_real, is_single_call_loop
 from pg_layer._runtime.engine import Engine
 from pg_layer._send.announcer import Announcer
-from pg_layer._send.operations import Change, GroupSend, Many, Operation, Send
+from pg_layer._send.operations import Change, GroupSend, Many, Operation
 from pg_layer._state import log_events
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
@@ -300,38 +300,43 @@ class Loops:
     async def submit(self, operation: Operation) -> Any:
         """Send, or change a membership, on the engine that does this now.
 
-        Calls that concern one group take effect in the order in which they began: see `GroupOrder`.
-        The time that a call waits for others counts for its timeout.
+        A send to groups waits for changes of them that began before: see `GroupOrder`. The wait
+        counts for its timeout.
 
         Return and raise what `Sender.submit` does; while the process stops, `Stopping` or
         `StoppingUnknown`.
         """
-        loop, order, deadline = asyncio.get_running_loop(), self._order, None
-        groups = _groups_of(operation)
-        turn, must_wait = order.begin(groups, loop, is_change=operation.__class__ is Change)
-        try:
-            if must_wait:
-                deadline = time.monotonic() + self._config.send_timeout
-                await order.wait(turn, deadline)
-            if isinstance(operation, Change):
-                return await self._change(operation, deadline)
-            client = self.client
-            while True:
-                try:
-                    main = self._main_engine
-                    if main is None or main.loop is not loop or main.is_closed:
-                        main = self.for_sending()
-                    return await main.sender.submit(operation, deadline)
-                except NotBegun:  # the engine has ended: another takes over
-                    await asyncio.sleep(0)
-                except LayerUnavailable as error:
-                    self._raise(error, client)
-        finally:
-            order.end(turn, loop)
+        if isinstance(operation, Change):
+            return await self._change(operation)
+        loop, client, deadline = asyncio.get_running_loop(), self.client, None
+        if len(self._order) and (groups := _groups_of(operation)):
+            deadline = await self._wait_for_changes(groups)
+        while True:
+            try:
+                main = self._main_engine
+                if main is None or main.loop is not loop or main.is_closed:
+                    main = self.for_sending()
+                return await main.sender.submit(operation, deadline)
+            except NotBegun:  # the engine has ended: another takes over
+                await asyncio.sleep(0)
+            except LayerUnavailable as error:
+                self._raise(error, client)
 
-    async def _change(self, change: Change, deadline: float | None) -> None:
-        find = self.for_own_changes if self.client.owns(change.channel) else self.for_sending
-        await self.run(find, lambda engine: engine.change(change, deadline))
+    async def _change(self, change: Change) -> None:
+        begun = self._order.begin(change.group, asyncio.get_running_loop())
+        try:
+            find = self.for_own_changes if self.client.owns(change.channel) else self.for_sending
+            await self.run(find, lambda engine: engine.change(change))
+        finally:
+            self._order.end(begun)
+
+    async def _wait_for_changes(self, groups: Collection[str]) -> float:
+        """Wait for earlier changes of groups. Return the deadline of the call that waits."""
+        client = self.client
+        try:
+            return await self._order.wait(groups, self._config.send_timeout)
+        except LayerUnavailable as error:
+            self._raise(error, client)
 
     def _raise(self, error: LayerUnavailable, client: Client) -> NoReturn:
         """Raise the error of a call, as `Stopping` or `StoppingUnknown` if that is expected.
@@ -342,22 +347,32 @@ class Loops:
             raise as_stopping(error) from error.__cause__
         raise error
 
-    async def read(self, group: str, work: Work[T]) -> T:
-        """Run work that reads the members of a group, in its order with their changes."""
-        order, loop = self._order, asyncio.get_running_loop()
-        turn, must_wait = order.begin((group,), loop, is_change=False)
-        try:
-            if must_wait:
-                await order.wait(turn, time.monotonic() + self._config.send_timeout)
-            return await self.run(self.for_sending, work, is_read=True)
-        finally:
-            order.end(turn, loop)
+    async def read(self, group: str, work: Callable[[Engine, float], Coroutine[Any, Any, T]]) -> T:
+        """Run work that reads the members of a group, after earlier changes of them.
 
-    async def run(self, find: Callable[[], Engine], work: Work[T], *, is_read: bool = False) -> T:
+        ``work``: gets the engine and the deadline of the call.
+        """
+        deadline = await self._wait_for_changes((group,))
+        return await self.run(
+            self.for_sending,
+            lambda engine: work(engine, deadline),
+            is_read=True,
+            deadline=deadline,
+        )
+
+    async def run(
+        self,
+        find: Callable[[], Engine],
+        work: Work[T],
+        *,
+        is_read: bool = False,
+        deadline: float | None = None,
+    ) -> T:
         """Run work that may be done twice. If its engine ends meanwhile, run it on the next.
 
         ``find``: returns the engine: one of the methods above.
         ``is_read``: the work changes nothing.
+        ``deadline``: see `Engine.bridge`.
 
         Raises `LayerUnavailable` if the client is closed meanwhile, and `OutcomeUnknown` if
         the work fails after an attempt that may have taken effect.
@@ -368,7 +383,9 @@ class Loops:
             while client is self.client:
                 engine = find()
                 try:
-                    return await engine.bridge(partial(work, engine), is_read=is_read)
+                    return await engine.bridge(
+                        partial(work, engine), is_read=is_read, deadline=deadline
+                    )
                 except NotBegun as error:
                     may_have_begun |= error.may_have_begun
                     await asyncio.sleep(0)
@@ -675,12 +692,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _groups_of(operation: Operation) -> Collection[str]:
-    """Return the groups that an operation concerns."""
-    if isinstance(operation, Send):
-        return ()
+    """Return the groups that an operation sends to."""
     if isinstance(operation, Many):
         return {each.group for each in operation.operations if isinstance(each, GroupSend)}
-    return (operation.group,)
+    return (operation.group,) if isinstance(operation, GroupSend) else ()
 
 
 def _stop(engine: Engine) -> None:

@@ -188,10 +188,7 @@ class Sync:
 
         if self._is_without_django(using):
             return self._finish(
-                self._loops.run,
-                self._loops.for_sending,
-                lambda engine: engine.group_channels(name),
-                is_read=True,
+                self._loops.read, name, lambda engine, end: engine.group_channels(name, end)
             )
         return self._run(self._connection(using), read, quiet=True, is_read=True)
 
@@ -207,10 +204,7 @@ class Sync:
 
         if self._is_without_django(using):
             count: int = self._finish(
-                self._loops.run,
-                self._loops.for_sending,
-                lambda engine: engine.group_count(name),
-                is_read=True,
+                self._loops.read, name, lambda engine, end: engine.group_count(name, end)
             )
             return count
         return self._run(self._connection(using), read, quiet=True, is_read=True)

@@ -1,9 +1,10 @@
-"""Calls of one process that concern one group take effect in the order in which they began."""
+"""Calls that use the members of a group wait for changes of their process that began before."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from asgiref.sync import async_to_sync
 
 from pg_layer import LayerUnavailable, OutcomeUnknown, PostgresChannelLayer
+from pg_layer._runtime.engine import Engine
 from tests.conftest import MakeLayer, Observer
 from tests.processes import TIMEOUT, UNHURRIED, listen, new_layer, receive, until
 
@@ -83,23 +85,26 @@ async def test_group_send_begun_after_a_discard_that_has_not_returned_misses_the
     assert await numbers(other, foreign) == []
 
 
-async def test_add_begun_after_a_group_send_that_has_not_returned_misses_the_message(
+async def test_changes_of_one_membership_that_have_not_returned_take_effect_in_order(
     make_layer: MakeLayer,
 ) -> None:
+    """Of own channels, and of those of another process."""
     layer, other = make_layer(), make_layer()
-    own, foreign = await layer.new_channel(), await other.new_channel()
-    member = await layer.new_channel()
-    await layer.group_add("room", member)
-    for number in range(ROUNDS):
-        await asyncio.gather(
-            layer.group_send("room", {"number": number}),
-            layer.group_add("room", own),
-            layer.group_add("room", foreign),
-        )
-        await asyncio.gather(layer.group_discard("room", own), layer.group_discard("room", foreign))
-    assert await numbers(layer, own) == []
-    assert await numbers(other, foreign) == []
-    assert await numbers(layer, member) == list(range(ROUNDS))
+    await listen(other)
+    for channel in (await layer.new_channel(), await other.new_channel()):
+        for last in (True, False):
+            changes = [
+                layer.group_add("room", channel) if added else layer.group_discard("room", channel)
+                for added in [not last, last] * (ROUNDS // 2)
+            ]
+            *_, channels = await asyncio.gather(*changes, layer.group_channels("room"))
+            assert channels == [channel] * last
+    await asyncio.gather(
+        layer.group_discard("room", channel),
+        layer.group_add("room", channel),
+        layer.group_send("room", {"number": 1}),
+    )
+    assert await numbers(other, channel) == [1]
 
 
 async def test_members_read_after_changes_that_have_not_returned_show_them(
@@ -130,8 +135,8 @@ def test_calls_of_other_threads_keep_the_order(migrated_dsn: str) -> None:
         send = async_to_sync(layer.group_send)
         thread = threading.Thread(target=send, args=("room", {"number": 1}), daemon=True)
         thread.start()
-        order = layer._loops._order
-        await until(lambda: getattr(order._last.get("room"), "ahead", None) is not None)
+        line = layer._loops._order._lines["room"]
+        await until(lambda: len(line) == 2)
         assert not adding.done()
         blocker.rollback()
         await adding
@@ -230,14 +235,11 @@ async def test_call_cancelled_while_it_waits_has_no_effect(
             await begun(asyncio.create_task(layer.group_send("room", {"number": number})))
             for number in range(2)
         ]
-        discarding = await begun(asyncio.create_task(layer.group_discard("room", channel)))
         sends[0].cancel()
-        discarding.cancel()
-        await asyncio.wait((sends[0], discarding))
+        await asyncio.wait((sends[0],))
         await connection.rollback()
     await asyncio.gather(adding, sends[1])
     assert await numbers(layer, channel) == [1]
-    assert await layer.group_channels("room") == [channel]
 
 
 async def test_call_behind_one_that_fails_proceeds_within_its_own_timeout(
@@ -260,23 +262,82 @@ async def test_call_behind_one_that_fails_proceeds_within_its_own_timeout(
     assert [(await receive(layer, member))["number"] for _ in expected] == expected
 
 
-async def test_discard_that_waits_for_longer_than_its_timeout_is_applied_here(
+async def test_change_behind_a_group_send_that_has_not_returned_proceeds(
     make_layer: MakeLayer, migrated_dsn: str
 ) -> None:
-    """As without an earlier call: a discard is applied in memory and raises `OutcomeUnknown`."""
-    layer = make_layer(**UNHURRIED, send_timeout=0.5)
+    layer = make_layer(**UNHURRIED)
     channel = await layer.new_channel()
     await layer.group_add("room", channel)
-    order = layer._loops._order
-    loop = asyncio.get_running_loop()
-    ahead, _ = order.begin(("room",), loop, is_change=False)
     with psycopg.connect(migrated_dsn) as blocker:
-        blocker.execute("LOCK TABLE pg_layer_membership IN SHARE MODE")
-        with pytest.raises(OutcomeUnknown):
-            await layer.group_discard("room", channel)
-    order.end(ahead, loop)
-    await layer.group_send("room", {"number": 1})
-    assert await numbers(layer, channel) == []
+        blocker.execute("LOCK TABLE pg_layer_message IN SHARE MODE")
+        sending = await begun(asyncio.create_task(layer.group_send("room", {"number": 1})))
+        await layer.group_discard("room", channel)
+        await layer.group_add("room", channel)
+        assert not sending.done()
+    await sending
+
+
+async def test_call_that_waits_until_its_timeout_raises_names_the_wait_and_has_no_effect(
+    make_layer: MakeLayer,
+) -> None:
+    layer, other = make_layer(send_timeout=0.5), make_layer()
+    channel = await other.new_channel()
+    await other.group_add("room", channel)
+    ahead = layer._loops._order.begin("room", asyncio.get_running_loop())
+    for call in (
+        layer.group_send("room", {"number": 1}),
+        layer.group_send_many([("other", {"number": 1}), ("room", {"number": 1})]),
+        layer.group_channels("room"),
+        layer.group_count("room"),
+    ):
+        with pytest.raises(LayerUnavailable, match=r"waited for .* group_discard in this") as error:
+            await call
+        assert not isinstance(error.value, OutcomeUnknown)
+    layer._loops._order.end(ahead)
+    assert layer.stats()["group_sent"] == 0
+    assert await numbers(other, channel) == []
+
+
+async def test_read_that_has_waited_has_only_the_rest_of_its_timeout(
+    make_layer: MakeLayer,
+) -> None:
+    layer = make_layer(send_timeout=TIMEOUT)
+    order = layer._loops._order
+
+    async def work(engine: Engine, deadline: float) -> float:
+        return deadline
+
+    ahead = order.begin("room", asyncio.get_running_loop())
+    reading = await begun(asyncio.create_task(layer._loops.read("room", work)))
+    begun_before = time.monotonic()
+    order.end(ahead)
+    assert await reading <= begun_before + TIMEOUT
+
+
+# --- Many at once
+
+
+async def test_joins_of_1000_channels_that_each_tell_the_group_stay_in_batches(
+    make_layer: MakeLayer,
+) -> None:
+    """A chat whose sockets reconnect: each adds itself, then sends to the group."""
+    layer = make_layer(**UNHURRIED)
+    await listen(layer)
+    before = layer.stats()["batches"]
+
+    async def join(number: int) -> None:
+        channel = await layer.new_channel()
+        await layer.group_add("lobby", channel)
+        await layer.group_send("lobby", {"number": number}, expiry=1)
+
+    joins: list[asyncio.Task[None]] = []
+    for number in range(1000):
+        joins.append(asyncio.create_task(join(number)))
+        await asyncio.sleep(0.0005)
+    await asyncio.gather(*joins)
+    assert await layer.group_count("lobby") == 1000
+    assert layer.stats()["batches"] - before < 500
+    assert not len(layer._loops._order)
 
 
 def test_call_on_a_loop_that_was_closed_is_not_waited_for(
