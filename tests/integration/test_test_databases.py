@@ -352,9 +352,6 @@ connection.close()
 def test_statement_of_django_runs_although_a_blocked_loop_cannot_close_the_layer(
     migrated_dsn: str, observer: Observer
 ) -> None:
-    layers = {
-        "default": {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": {"send_timeout": 0.2}}
-    }
     result = run_project(
         migrated_dsn,
         "-c",
@@ -367,7 +364,7 @@ from django.test.utils import setup_databases, setup_test_environment, teardown_
 setup_test_environment()
 before = setup_databases(0, False)
 loop, layer = asyncio.new_event_loop(), get_channel_layer()
-thread = threading.Thread(target=loop.run_forever)
+thread = threading.Thread(target=loop.run_forever, daemon=True)
 thread.start()
 
 async def use():
@@ -390,7 +387,6 @@ loop.call_soon_threadsafe(loop.stop)
 thread.join()
 loop.close()
 """,
-        settings={"CHANNEL_LAYERS": layers},
     )
     assert result.stdout.split() == ["dropped"], result.stderr
     assert "[close_failed] Could not close a layer before Django" in result.stderr
