@@ -6,7 +6,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 # Build in another folder than the demo runs in: there the source of pg_layer would hide the installed
 # package, whose migrations are in another place.
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE pg_layer_pytest.py ./
 COPY pg_layer pg_layer
 COPY migrations migrations
 RUN pip install ".[demo]" && rm -rf /src

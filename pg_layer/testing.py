@@ -204,30 +204,38 @@ def _layer(alias: str) -> PostgresChannelLayer:  # or its subclass in memory
 # ---------------------------------------------------------------------- clean layers
 
 
-def reset_layers(databases: Container[str] | None = None) -> None:
+def reset_layers(databases: Container[str] = ()) -> None:
     """Flush and close all layers that were used in this process. They can be used again.
 
-    A layer with a ``dsn`` is closed but not flushed, because its database may not be a test
-    database. ``databases``: the aliases that the test may use. A layer that was used on another
-    alias is flushed only in a test database. Otherwise the function raises `ImproperlyConfigured`.
-    May be called from any thread, also while an event loop runs in it.
+    Only a layer that was used in a test database of Django is flushed, or on an alias that
+    ``databases`` names. A layer with a ``dsn`` is closed but not flushed, because its database may
+    not be a test database. If another layer was not flushed, the function raises
+    `ImproperlyConfigured` when it has closed all.
+
+    May be called from any thread, also while an event loop runs in it. It does not wait until other
+    processes have emptied their channels: `PostgresChannelLayer.flush` does.
     """
+    close_layers(databases, may_leave=False)
+
+
+def close_layers(databases: Container[str] = (), *, may_leave: bool) -> None:
+    """Do what `reset_layers` does. ``may_leave``: do not raise if a layer was not flushed."""
     for memory in registered():
         if isinstance(memory, Memory):
             memory.reset()
-    strays = set()
+    left = set()
     with ExitStack() as stack:
         for loops in used_layers():
             alias = loops.using
-            may_flush = alias is not None and (
-                databases is None or alias in databases or is_test_database(alias)
-            )
+            may_flush = alias is not None and (alias in databases or is_test_database(alias))
             stack.callback(loops.close_now, is_flushing=may_flush)
             if alias is not None and not may_flush:
-                strays.add(alias)
-    if strays:
+                left.add(alias)
+    if left and not may_leave:
         raise ImproperlyConfigured(
-            "pg_layer: the test used the layer on a database that it did not request and that may "
-            f"be no test database: {', '.join(sorted(strays))}. Name it in `databases` of the test "
-            "case; with pytest, mark the test: @pytest.mark.django_db(transaction=True)."
+            "pg_layer: the layer was closed and not flushed, because it was used on a database that"
+            f" is no test database: {', '.join(sorted(left))}. Name it in `databases` of the test"
+            " case; with pytest, mark the test: @pytest.mark.django_db(transaction=True)."
+            " Or, if all messages and memberships in it may be removed, call"
+            f" reset_layers(databases={sorted(left)})."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -52,6 +53,16 @@ def settings_of(config: Config) -> Mapping[str, Any]:
     """
     settings: Mapping[str, Any] = {} if config.using is None else connections.settings[config.using]
     return settings
+
+
+def is_test_environment() -> bool:
+    """Return whether Django's `setup_test_environment()` was called, as by its runner or by pytest.
+
+    `mail.outbox`, which Django documents, exists also after a mail was sent with the backend
+    "locmem", in any process.
+    """
+    utils = sys.modules.get("django.test.utils")  # imported by the caller of that function
+    return hasattr(getattr(utils, "_TestState", None), "saved_data")
 
 
 def _place(parameters: Mapping[str, Any]) -> tuple[str, ...]:

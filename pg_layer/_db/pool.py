@@ -248,6 +248,11 @@ class Pool:
         for session in sessions:
             session.close()
 
+    def cut(self) -> None:
+        """Shut the sockets of all connections down. From any thread."""
+        for session in [*self._sessions, *self._preparing]:
+            session.cut()
+
 
 class Connections:
     """The execution of statements on a pool's sessions, with retries of those without effect.
@@ -405,6 +410,10 @@ class Connections:
     def abandon(self) -> None:
         """Close every connection at once. May be called when the loop does not run any more."""
         self._pool.abandon()
+
+    def cut(self) -> None:
+        """Shut the sockets of all connections down. From any thread."""
+        self._pool.cut()
 
 
 def connection_kwargs(

@@ -27,7 +27,7 @@ class Closable(Protocol):
     def close_at_exit(self) -> None: ...
 
 
-_closables: weakref.WeakSet[Closable] = weakref.WeakSet()
+_closables: set[weakref.ref[Closable]] = set()
 _prepared_child: int | None = None  # the process in which `close_at_end_of_child` was called
 _stopping_since = -math.inf  # by time.monotonic()
 
@@ -47,12 +47,15 @@ def _begin_to_stop() -> None:
 
 def register(closable: Closable) -> None:
     """Close an object at the end of the process. Keeps only a weak reference."""
-    _closables.add(closable)
+    _closables.add(weakref.ref(closable, _closables.discard))
 
 
 def registered() -> list[Closable]:
-    """Return the registered objects that still exist."""
-    return list(_closables)
+    """Return the registered objects that still exist. From any thread."""
+    # One step of the interpreter copies the set. During a loop over a WeakSet, another thread could
+    # register an object, or a finaliser in this one: Python raises a RuntimeError then.
+    references = _closables.copy()
+    return [closable for each in references if (closable := each()) is not None]
 
 
 def close_at_end_of_child() -> None:

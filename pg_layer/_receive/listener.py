@@ -207,6 +207,12 @@ class Listener:
         """Drop the connection. Works also if the loop does not run again."""
         self._drop()
 
+    def cut(self) -> None:
+        """Shut the socket down. From any thread."""
+        session = self._session
+        if session is not None:
+            session.cut()
+
 
 async def _nothing(session: Session) -> None:
     """Send no statement: `Listener._execute` has settled the session before."""

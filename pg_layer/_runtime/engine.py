@@ -436,6 +436,12 @@ class Engine:
         self._end_ownership()
         self.call(self._cancel_tasks)  # in case the loop runs again
 
+    def cut(self) -> None:
+        """Shut the sockets of the connections down. From any thread."""
+        if self.owner is not None:
+            self.owner.cut()
+        self.connections.cut()
+
     async def _wait_for_predecessor(self) -> None:
         """Wait until the previous owner no longer uses the state of receiving."""
         before = self._predecessor

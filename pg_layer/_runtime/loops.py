@@ -30,7 +30,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import psycopg
 
-from pg_layer._config.databases import settings_of
+from pg_layer._config.databases import is_test_environment, settings_of
 from pg_layer._config.options import Config
 from pg_layer._db.errors import NOTIFY_REFUSED, as_stopping
 from pg_layer._db.queries import lease
@@ -167,20 +167,29 @@ class Loops:
     def client(self) -> Client:
         """The client. A new one begins if Django's settings now name another database."""
         if self._settings.get("NAME") != self.database:  # 0.1 us for each call of the layer
-            self.follow_settings()
+            self._follow_settings()
         return self._client
 
-    def follow_settings(self) -> None:
+    def _follow_settings(self) -> None:
         """Begin a new client if Django's settings now name another database.
 
         Django's test runner switches to a test database, in the processes of ``--parallel`` without
         any signal. Does not wait: the lease in the former database ends by itself.
         """
         with self._lock:
-            if self.database in (None, settings_of(self._config).get("NAME")):
+            before, now = self.database, settings_of(self._config).get("NAME")
+            if before in (None, now):
                 return
             client, main, background = self._client, self._main_engine, self._background
             self._begin_client()
+        if not is_test_environment():
+            logger.warning(
+                "NAME of the layer's database in DATABASES has changed from %r to %r. The layer"
+                " begins anew there: its channels no longer exist.",
+                before,
+                now,
+                extra={"event": log_events.DATABASE_CHANGED},
+            )
         client.close()
         if main is not None:
             _stop(main)
@@ -572,6 +581,17 @@ class Loops:
         # In a thread of its own: asyncio.run() would change the current event loop of this one.
         with ThreadPoolExecutor(1, "pg_layer-close") as executor:
             executor.submit(asyncio.run, self._reset(is_flushing)).result()
+
+    def cut(self) -> None:
+        """Shut the sockets of all connections down, without waiting for an event loop.
+
+        For an event loop that is blocked: `close_now` has raised an error. From any thread.
+        """
+        with self._lock:
+            engines = [self._main_engine, *(engine for engine, _ in self._ending.values())]
+        for engine in engines:
+            if engine is not None:
+                engine.cut()
 
     async def _reset(self, is_flushing: bool) -> None:
         try:

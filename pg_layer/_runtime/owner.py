@@ -150,6 +150,11 @@ class Owner:
         if self._listener is not None:
             self._listener.abandon()
 
+    def cut(self) -> None:
+        """Shut the socket of the listening connection down. From any thread."""
+        if self._listener is not None:
+            self._listener.cut()
+
     # ------------------------------------------------------------------ calls
 
     def want(self, channel: str) -> None:

@@ -18,6 +18,7 @@ DATABASE_LOST = "database_lost"  # the connections to a database that was there 
 DATABASE_UNREACHABLE = "database_unreachable"  # the first connection could not be made
 RECEIVING_REFUSED = "receiving_refused"  # the database refuses what receiving needs
 DATABASE_BACK = "database_back"  # ends each of the three above
+DATABASE_CHANGED = "database_changed"  # NAME in DATABASES has changed
 LEASE_EXPIRED = "lease_expired"  # the lease had expired before this process renewed it
 
 # --- Notifications

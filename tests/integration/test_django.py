@@ -477,7 +477,7 @@ def drop_databases(dsn: str, names: list[str]) -> None:
 def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "pg_layer_pytest.py"):
         shutil.copy(ROOT / name, source)
     for name in ("pg_layer", "migrations"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -495,7 +495,10 @@ def test_wheel_installed_in_a_clean_environment_works(fresh_database: str, tmp_p
     }
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pg_layer").rglob("*.py")}
     assert modules <= names
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pg_layer"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "pg_layer",
+        "pg_layer_pytest.py",
+    }
 
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)

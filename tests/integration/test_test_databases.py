@@ -10,9 +10,11 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Observer
+from tests.integration.test_django import postgres
 from tests.integration.test_testing_support import IMPORTS, run, run_suite
 from tests.integration.test_testing_support import test_databases as find_test_databases
 from tests.project.commands import TIMEOUT, django
+from tests.project.commands import run as run_project
 
 find_test_databases.__test__ = False  # type: ignore[attr-defined]
 # Each test runs a suite in one to three processes, one of them twice.
@@ -263,6 +265,163 @@ connection.close()
 """,
     )
     assert output == "True True"
+
+
+@pytest.mark.parametrize("is_test", [False, True])
+def test_layer_in_a_process_that_has_sent_mail_is_closed_in_tests_only(
+    migrated_dsn: str, is_test: bool
+) -> None:
+    """The backend "locmem" makes `mail.outbox`, which else only tests have."""
+    name = f"{conninfo_to_dict(migrated_dsn)['dbname']}_tenant"
+    output = django(
+        migrated_dsn,
+        f"""
+from asgiref.sync import async_to_sync
+from channels.layers import get_channel_layer
+from django.conf import settings
+from django.core import mail
+from django.db import connection
+from django.test.utils import setup_test_environment, teardown_test_environment
+setup_test_environment()
+if not {is_test}:
+    teardown_test_environment()
+    settings.EMAIL_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
+mail.send_mail("subject", "text", "a@example.org", ["b@example.org"])
+layer = get_channel_layer()
+async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
+client = layer._loops.client
+with connection._nodb_cursor() as cursor:
+    cursor.execute('CREATE DATABASE "{name}"')
+    cursor.execute('DROP DATABASE "{name}"')
+print(len(mail.outbox), layer._loops.client is client)
+async_to_sync(layer.close)()
+""",
+    )
+    assert output == f"1 {not is_test}"
+
+
+def test_django_begins_although_the_driver_of_an_alias_is_missing(migrated_dsn: str) -> None:
+    """Only the commands that use that database need it."""
+    databases = {
+        "default": postgres(migrated_dsn),
+        "legacy": {"ENGINE": "missing_backend", "NAME": "x"},
+        "nameless": {"ENGINE": "missing_backend"},
+    }
+    output = django(
+        migrated_dsn,
+        """
+from django.db import connections
+from pg_layer._runtime.databases_of_tests import is_test_database
+print([is_test_database(alias) for alias in connections])
+connections.settings["legacy"]["NAME"] = "test_x"
+connections.settings["added"] = {"NAME": "y"}
+print([is_test_database(alias) for alias in connections])
+""",
+        settings={"DATABASES": databases},
+    )
+    assert output.splitlines() == ["[False, False, False]", "[False, True, False, False]"]
+
+
+def test_wrapper_of_the_project_ends_with_its_block(migrated_dsn: str) -> None:
+    """Also if the connection opens inside of the block."""
+    output = django(
+        migrated_dsn,
+        """
+from django.db import connection
+from django.test.utils import setup_test_environment
+setup_test_environment()
+
+def note(execute, sql, *arguments):
+    print(sql)
+    return execute(sql, *arguments)
+
+def run(sql):
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+
+with connection.execute_wrapper(note):
+    run("SELECT 1")
+run("SELECT 2")
+print(len(connection.execute_wrappers))
+connection.close()
+""",
+    )
+    assert output.splitlines() == ["SELECT 1", "1"]
+
+
+def test_statement_of_django_runs_although_a_blocked_loop_cannot_close_the_layer(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    result = run_project(
+        migrated_dsn,
+        "-c",
+        """
+import django; django.setup()
+import asyncio, threading
+from channels.layers import get_channel_layer
+from django.test.utils import setup_databases, setup_test_environment, teardown_databases
+
+setup_test_environment()
+before = setup_databases(0, False)
+loop, layer = asyncio.new_event_loop(), get_channel_layer()
+thread = threading.Thread(target=loop.run_forever, daemon=True)
+thread.start()
+
+async def use():
+    channel = await layer.new_channel()
+    await layer.group_add("room", channel)
+    await layer.group_send("room", {"type": "say"})
+    await layer.receive(channel)
+
+async def end():
+    await layer.close()
+
+asyncio.run_coroutine_threadsafe(use(), loop).result()
+released = threading.Event()
+loop.call_soon_threadsafe(released.wait)
+teardown_databases(before, 0)
+print("dropped")
+released.set()
+asyncio.run_coroutine_threadsafe(end(), loop).result()
+loop.call_soon_threadsafe(loop.stop)
+thread.join()
+loop.close()
+""",
+    )
+    assert result.stdout.split() == ["dropped"], result.stderr
+    assert "[close_failed] Could not close a layer before Django" in result.stderr
+    assert "code in that thread blocks it" in result.stderr
+    assert find_test_databases(observer) == []
+
+
+def test_database_changed_while_the_layer_is_used_is_logged_outside_of_tests(
+    migrated_dsn: str, fresh_database: str
+) -> None:
+    """All its consumers get an error, and nothing else would say why."""
+    first, second = (conninfo_to_dict(dsn)["dbname"] for dsn in (migrated_dsn, fresh_database))
+    code = f"""
+import django; django.setup()
+import asyncio
+from channels.layers import get_channel_layer
+from django.db import connections
+from django.test.utils import setup_test_environment
+
+async def main():
+    layer = get_channel_layer()
+    reader = asyncio.create_task(layer.receive(await layer.new_channel()))
+    await layer.send("jobs", {{"type": "job"}})
+    connections.settings["default"]["NAME"] = {second!r}
+    assert await layer.new_channel()
+    print(type((await asyncio.gather(reader, return_exceptions=True))[0]).__name__)
+    await layer.close()
+"""
+    result = run_project(migrated_dsn, "-c", f"{code}\nasyncio.run(main())")
+    assert result.stdout.split() == ["LayerUnavailable"], result.stderr
+    assert "[database_changed] NAME of the layer's database in DATABASES" in result.stderr
+    assert f"has changed from {first!r} to {second!r}" in result.stderr
+    code += "\nsetup_test_environment()\nasyncio.run(main())"
+    result = run_project(migrated_dsn, "-c", code)
+    assert (result.stdout.split(), result.stderr) == (["LayerUnavailable"], "")
 
 
 @pytest.mark.parametrize("how", ["django", "pytest"])

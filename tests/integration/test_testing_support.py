@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from tests.components import require
 from tests.conftest import Observer
 from tests.project.commands import ROOT, TIMEOUT, django, environment
 
@@ -53,7 +54,7 @@ def run(
 ) -> str:
     """Run `python` in development mode; return its output and its exit status."""
     everything = environment(dsn, settings) | (environ or {})
-    if importlib.util.find_spec("daphne") is None:
+    if find_spec("daphne") is None:
         # Imported by channels.testing, for a class that these tests do not need.
         stand_in = folder / "stand_in" / "daphne"
         stand_in.mkdir(parents=True, exist_ok=True)
@@ -701,6 +702,50 @@ def test_plugin_test_without_a_mark_in_the_test_database_is_accepted_and_leaves_
     assert test_databases(observer) == []
 
 
+# The fixture is as in the documentation of pytest-django.
+EXISTING_DATABASE = """
+    @pytest.fixture(scope="session")
+    def django_db_setup():
+        pass
+
+    @pytest.mark.django_db
+    def test_it():
+        async_to_sync(get_channel_layer().send)("jobs", say(2))
+        {last}
+
+    def test_layer_was_closed():
+        assert not get_channel_layer()._loops.is_used
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "channels"),
+    [("", ["theirs", "jobs"]), ("reset_layers(['default'])", [])],
+    ids=["by the plugin", "named"],
+)
+def test_reset_in_an_existing_database_flushes_only_if_it_is_named(
+    tmp_path: Path, migrated_dsn: str, observer: Observer, last: str, channels: list[str]
+) -> None:
+    """Live processes may use that database: their messages and memberships must not vanish."""
+    observer.execute("SELECT pg_layer_send('theirs', %s)", ['{"type": "say", "n": 1}'])
+    suite = EXISTING_DATABASE.replace("{last}", last)
+    output = run_suite("pytest", tmp_path, migrated_dsn, suite)
+    assert output.endswith("status 0"), output
+    assert "2 passed" in output
+    found = observer.execute("SELECT channel FROM pg_layer_message ORDER BY id").fetchall()
+    assert [channel for (channel,) in found] == channels
+
+
+def test_reset_layers_in_an_existing_database_not_named_raises(
+    tmp_path: Path, migrated_dsn: str, observer: Observer
+) -> None:
+    suite = EXISTING_DATABASE.replace("{last}", "reset_layers()")
+    output = run_suite("pytest", tmp_path, migrated_dsn, suite)
+    assert "1 failed, 1 passed" in output, output
+    assert "call reset_layers(databases=['default'])." in output
+    assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
+
+
 def test_reset_layers_on_another_database_names_databases_and_flushes_nothing(
     tmp_path: Path, migrated_dsn: str, fresh_database: str, observer: Observer
 ) -> None:
@@ -742,34 +787,57 @@ def test_reset_layers_on_another_database_names_databases_and_flushes_nothing(
     assert observer.execute("SELECT channel FROM pg_layer_message").fetchall() == [("jobs",)]
 
 
-def test_plugin_in_a_project_without_the_layer_does_nothing(
+def run_without_other_plugins(folder: Path, dsn: str) -> str:
+    """Run pytest with pg_layer's plugin alone, in a project without settings of Django."""
+    (folder / "pytest.ini").write_text("[pytest]")
+    return run(
+        folder,
+        dsn,
+        *("-m", "pytest", "-p", "pg_layer", "-p", "no:cacheprovider"),
+        *("-c", str(folder / "pytest.ini"), str(folder)),
+        environ={"DJANGO_SETTINGS_MODULE": "missing", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )
+
+
+def test_plugin_in_a_project_without_the_layer_imports_nothing(
     tmp_path: Path, migrated_dsn: str
 ) -> None:
-    """Settings are not read, and Django's test classes are not imported."""
-    (tmp_path / "test_nothing.py").write_text(
+    """A `conftest.py` that replaces modules, as gevent does, must be the first to import them."""
+    (tmp_path / "conftest.py").write_text(
         """
 import sys
 
-def test_nothing(request):
-    assert request.config.pluginmanager.hasplugin("pg_layer")
-
-def test_nothing_was_imported():
-    from django.conf import settings
-
-    assert not settings.configured
-    assert not {"django.test", "pg_layer.testing"} & sys.modules.keys()
+FORBIDDEN = {"asgiref", "asyncio", "channels", "django", "pg_layer", "psycopg", "ssl"}
+at_start = FORBIDDEN & sys.modules.keys()
 """
     )
-    (tmp_path / "pytest.ini").write_text(PYTEST_INI)
-    options = ["-p", "no:randomly", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
-    without_django = ["-p", "no:django", *options, str(tmp_path)]
-    output = run(
-        tmp_path,
-        migrated_dsn,
-        *("-m", "pytest", *without_django),
-        environ={"DJANGO_SETTINGS_MODULE": "missing"},
+    (tmp_path / "test_nothing.py").write_text(
+        """
+import sys
+from conftest import FORBIDDEN, at_start
+
+def test_nothing(request):
+    assert request.config.pluginmanager.hasplugin("pg_layer")
+    assert at_start == set()
+
+def test_nothing_was_imported_after_a_test():
+    assert FORBIDDEN & sys.modules.keys() == set()
+"""
     )
+    output = run_without_other_plugins(tmp_path, migrated_dsn)
     assert "2 passed" in output, output
+
+
+@pytest.mark.gevent
+def test_plugin_in_a_project_patched_by_gevent_leaves_pytest_working(
+    tmp_path: Path, migrated_dsn: str
+) -> None:
+    require("gevent", find_spec("gevent"), "Python's module gevent is not installed")
+    (tmp_path / "conftest.py").write_text("from gevent import monkey; monkey.patch_all()")
+    (tmp_path / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    output = run_without_other_plugins(tmp_path, migrated_dsn)
+    assert "1 passed" in output, output
+    assert output.endswith("status 0"), output
 
 
 def test_plugin_closes_layers_that_were_used_before_the_tests(
@@ -827,6 +895,41 @@ def test_plugin_on_the_thread_of_a_running_loop_resets_layers(
     )
     assert output.endswith("status 0"), output
     assert test_databases(observer) == []
+
+
+def test_plugin_thread_of_sync_to_async_that_stays_busy_is_an_error(
+    tmp_path: Path, migrated_dsn: str
+) -> None:
+    """Without a limit pytest would wait for ever."""
+    output = run_suite(
+        "pytest",
+        tmp_path,
+        migrated_dsn,
+        """
+        import threading
+        import pg_layer_pytest
+        from asgiref.sync import sync_to_async
+
+        pg_layer_pytest.CLOSE_TIMEOUT = 0.1
+        begun, released = threading.Event(), threading.Event()
+
+        def wait():
+            begun.set()
+            released.wait()
+
+        @pytest.mark.django_db
+        async def test_1_does_not_wait_for_its_function():
+            await get_channel_layer().send("jobs", say(1))
+            waiting = asyncio.ensure_future(sync_to_async(wait)())
+            await asyncio.to_thread(begun.wait)
+            waiting.cancel()
+
+        def test_2_releases_it():
+            released.set()
+        """,
+    )
+    assert "2 passed, 1 error" in output, output
+    assert "Make the test wait for it." in output
 
 
 def test_testing_module_imports_without_pytest() -> None:
