@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pg_layer._config.option_texts import OPTION_TEXTS
+from devtools.option_texts import OPTION_TEXTS
 from pg_layer._config.options import OPTIONS, Config
 from pg_layer.management.commands import pg_layer_status, pg_layer_sweep
 

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -48,10 +48,9 @@ class InMemoryChannelLayer(PostgresChannelLayer):
     groups. Inside `transaction.atomic` its ``sync`` sends after the commit, on any database.
     """
 
-    def __init__(self, **options: object) -> None:
-        super().__init__(**options)
-        self._memory = Memory(self.config, self._codec)
-        self._loops = self._memory  # type: ignore[assignment]  # the part of it that a layer uses
+    def _make_loops(self) -> Memory:  # type: ignore[override]  # the part of it that a layer uses
+        self._memory = Memory(self.config, self._codec, self._operations.queue_capacity)
+        return self._memory
 
     def _make_sync(self) -> Sync:
         return InMemorySync(self, self.config, self._operations, self._memory)
@@ -95,22 +94,23 @@ class InMemoryChannelLayer(PostgresChannelLayer):
                 ]
         for number, operation in sorted(recorded, key=lambda each: each[0]):
             if number > begun_at:
-                sent += self._memory.as_sent(operation)
+                sent += self._memory.as_sent(operation, self.deserialize)
 
 
 class Memory:
     """The channels and groups of a layer, in place of `pg_layer._runtime.loops.Loops`.
 
-    Thread-safe. A receiver is woken on its own event loop.
+    ``capacity_of``: see `Client`. Thread-safe. A receiver is woken on its own event loop.
     """
 
     receives_in_background = False
     main_engine = None
     gives_up = False
 
-    def __init__(self, config: Config, codec: Codec) -> None:
+    def __init__(self, config: Config, codec: Codec, capacity_of: Callable[[str], int]) -> None:
         self._config = config
         self._codec = codec
+        self._capacity_of = capacity_of
         self._counters = Counters()
         self._begin()
         register(self)
@@ -124,7 +124,7 @@ class Memory:
         self._begin_client()
 
     def _begin_client(self) -> None:
-        self.client = Client(self._config, self._codec, self._counters)
+        self.client = Client(self._config, self._codec, self._counters, self._capacity_of)
         self.client.clock.observe(self.client.clock.ticks(), time.time())
 
     # ------------------------------------------------------------------ the calls of the layer
@@ -207,19 +207,24 @@ class Memory:
             if change.added:
                 ends_at = math.inf if expiry is None else self.client.clock.now() + expiry
                 self._groups.setdefault(change.group, {})[change.channel] = ends_at
-            elif change.group in self._groups:
-                self._groups[change.group].pop(change.channel, None)
-                if not self._groups[change.group]:
-                    del self._groups[change.group]
+            else:
+                self._discard(change.group, [change.channel])
 
     def members(self, group: str) -> list[str]:
         """Return the channels in a group."""
         with self._lock:
             now = self.client.clock.now()
             channels = self._groups.get(group, {})
-            for channel in [name for name, ends_at in channels.items() if ends_at <= now]:
-                del channels[channel]
+            self._discard(group, [name for name, ends_at in channels.items() if ends_at <= now])
             return list(channels)
+
+    def _discard(self, group: str, channels: Iterable[str]) -> None:
+        """Remove channels from a group, and the group with its last channel."""
+        members = self._groups.get(group, {})
+        for channel in channels:
+            members.pop(channel, None)
+        if not members:
+            self._groups.pop(group, None)
 
     def state(self) -> State:
         """Return the state at this moment."""
@@ -259,9 +264,8 @@ class Memory:
         with self._lock:
             before = self.client
             self._begin_client()
-            for channels in self._groups.values():
-                for channel in [name for name in channels if "!" in name]:
-                    del channels[channel]
+            for group, channels in list(self._groups.items()):
+                self._discard(group, [name for name in channels if "!" in name])
             for queue in before.queues():
                 if "!" not in queue.channel:
                     for message in queue.pop_all():
@@ -306,18 +310,20 @@ class Memory:
         for recorder in self._recorders:
             recorder.append((number, operation))
 
-    def as_sent(self, operation: Send | GroupSend) -> list[Sent]:
+    def as_sent(
+        self, operation: Send | GroupSend, deserialize: Callable[[bytes], dict[str, Any]]
+    ) -> list[Sent]:
         """Return what an operation sent, also to normal channels in a group."""
         codec = self._codec
         if isinstance(operation, Send):
-            message = codec.decode(codec.open(operation.payload, operation.channel))
-            return [Sent(message, channel=operation.channel)]
+            payload = codec.open(operation.payload, operation.channel)
+            return [Sent(codec.decode(payload, deserialize), channel=operation.channel)]
         group, excluded = operation.group, operation.excluded
         payload = codec.open(operation.payload, group_name(group))
         jobs = [name for name in self.members(group) if "!" not in name and name != excluded]
         return [
-            Sent(codec.decode(payload), group, exclude=excluded),
-            *(Sent(codec.decode(payload), channel=name) for name in jobs),
+            Sent(codec.decode(payload, deserialize), group, exclude=excluded),
+            *(Sent(codec.decode(payload, deserialize), channel=name) for name in jobs),
         ]
 
 

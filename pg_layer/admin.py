@@ -3,7 +3,8 @@
 They show the database of the layer ``default`` if it is of this package, otherwise the database of
 the first layer of this package.
 
-A list page runs one query, which reads at most `MAX_LISTED` rows.
+A list page reads the prefixes, and at most `MAX_LISTED` rows, in one query each. The index and the
+pages of other apps run no query and connect to no server.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from channels import DEFAULT_CHANNEL_LAYER
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.utils import quote
 from django.contrib.admin.views.main import ChangeList
@@ -28,10 +29,12 @@ from django.http import HttpRequest
 from django.http.response import HttpResponse
 from django.template.defaultfilters import filesizeformat
 from django.urls import reverse
+from django.utils.functional import cached_property
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.timezone import is_aware, localtime
 
+from pg_layer._config.aliases import postgresql_aliases
 from pg_layer._config.options import Config
 from pg_layer._configured_layers import configurations
 from pg_layer._db.queries.groups import first_channels
@@ -51,6 +54,7 @@ MAX_MEMBERS = 200  # members that the page of a group shows
 MEMBERS_TIMEOUT = 10.0  # seconds for the query of the members
 MAX_DECODED = 16 * 1024 * 1024  # bytes of a payload; a larger payload is not fetched
 MAX_SHOWN = 4000  # characters
+FAILURE_REPEATED = 60.0  # seconds, before servers are asked again which database is the layer's
 READER = Codec("msgpack", MAX_DECODED)  # it also reads JSON
 
 if TYPE_CHECKING:
@@ -68,22 +72,43 @@ def _configurations() -> list[Config | ImproperlyConfigured]:
     return sorted(found.values(), key=lambda config: config is not found.get(DEFAULT_CHANNEL_LAYER))
 
 
-def _alias() -> str | None:
-    """Return the alias in DATABASES whose tables are shown; None if no alias leads to a layer's."""
-    for config in _configurations():
-        if isinstance(config, Config):
+def _may_have_alias() -> bool:
+    """Return whether an alias in DATABASES may lead to a layer's database. Asks no server."""
+    return any(
+        isinstance(config, Config) and (config.dsn is None or postgresql_aliases())
+        for config in _configurations()
+    )
+
+
+class Source:
+    """Where the pages of one request read."""
+
+    def __init__(self) -> None:
+        self.alias: str | None = None  # in DATABASES; None if no alias leads to a layer's database
+        self.problem = ""  # then: the reason
+        for config in _configurations():
             try:
-                return alias_of(config)
-            except (ImproperlyConfigured, LayerUnavailable):
-                continue
-    return None
+                if isinstance(config, Config):
+                    self.alias = alias_of(config, repeat_failure=FAILURE_REPEATED)
+                    return
+            except (ImproperlyConfigured, LayerUnavailable) as error:
+                self.problem = self.problem or str(error)
+
+    @cached_property
+    def prefixes(self) -> list[str]:
+        """The prefixes of the layers of this project, and of all that have had clients."""
+        found = {config.prefix for config in _configurations() if isinstance(config, Config)}
+        if self.alias is not None:
+            found.update(LeaseClock.objects.using(self.alias).values_list("prefix", flat=True))
+        return sorted(found)
 
 
-def _prefixes() -> list[str]:
-    """Return the prefixes of the layers of this project, and of all that have had clients."""
-    found = {config.prefix for config in _configurations() if isinstance(config, Config)}
-    found.update(LeaseClock.objects.using(_alias()).values_list("prefix", flat=True))
-    return sorted(found)
+def _source(request: HttpRequest) -> Source:
+    """Return the `Source` of a request, which is made once."""
+    if not hasattr(request, "_pg_layer_source"):
+        request._pg_layer_source = Source()  # type: ignore[attr-defined]
+    source: Source = request._pg_layer_source  # type: ignore[attr-defined]
+    return source
 
 
 def _in_prefix(prefix: str) -> Q:
@@ -141,14 +166,15 @@ class ReadOnlyAdmin(ModelAdmin[M]):
     show_facets = admin.ShowFacets.NEVER
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[M]:
-        rows = self.model.objects.using(_alias())
+        alias = _source(request).alias
+        rows = self.model.objects.none() if alias is None else self.model.objects.using(alias)
         queryset: QuerySet[M] = rows.annotate(now=Now())  # the clock of the database
         return queryset
 
     def get_list_display(self, request: HttpRequest) -> tuple[Any, ...]:
         """Return the columns. The last one is the prefix of the layer, if there are several."""
         columns = tuple(super().get_list_display(request))
-        return (*columns, "prefix") if len(_prefixes()) > 1 else columns
+        return (*columns, "prefix") if len(_source(request).prefixes) > 1 else columns
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
         return OneQueryChangeList
@@ -159,13 +185,17 @@ class ReadOnlyAdmin(ModelAdmin[M]):
         if isinstance(found := context.get("cl"), OneQueryChangeList):
             title = str(self.opts.verbose_name_plural).capitalize()
             context["title"] = f"{title} (only the first {MAX_LISTED})" if found.is_cut else title
+            if (source := _source(request)).alias is None:
+                self.message_user(request, source.problem, messages.WARNING)
         return response
 
+    # Each page of the admin calls these two.
+
     def has_view_permission(self, request: HttpRequest, obj: M | None = None) -> bool:
-        return _alias() is not None and super().has_view_permission(request, obj)
+        return super().has_view_permission(request, obj) and _may_have_alias()
 
     def has_module_permission(self, request: HttpRequest) -> bool:
-        return _alias() is not None and super().has_module_permission(request)
+        return super().has_module_permission(request) and _may_have_alias()
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -187,7 +217,7 @@ class PrefixFilter(admin.SimpleListFilter):
     parameter_name = "prefix"
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        prefixes = _prefixes()
+        prefixes = _source(request).prefixes
         return [(prefix, prefix) for prefix in prefixes] if len(prefixes) > 1 else []
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
@@ -246,7 +276,7 @@ class RecipientFilter(admin.SimpleListFilter):
     def queryset(self, request: HttpRequest, queryset: QuerySet[Message]) -> QuerySet[Message]:
         kind = self.value()
         condition = Q()
-        for prefix in _prefixes():
+        for prefix in _source(request).prefixes:
             groups = Q(address__startswith=group_address(prefix, ""))
             normal = Q(address__startswith=channel_address(prefix, ""))
             processes = _in_prefix(prefix) & ~groups & ~normal
@@ -332,12 +362,14 @@ class ClientAdmin(ReadOnlyAdmin[Client]):
 
     @admin.display
     def memberships(self, client: Client) -> str:
-        rows = Membership.objects.using(_alias()).filter(address=client.address, present=True)
+        rows = Membership.objects.using(client._state.db)
+        rows = rows.filter(address=client.address, present=True)
         return _count(rows)
 
     @admin.display(description="waiting messages")
     def waiting(self, client: Client) -> str:
-        rows = Message.objects.using(_alias()).filter(address=client.address, expires_at__gt=Now())
+        rows = Message.objects.using(client._state.db)
+        rows = rows.filter(address=client.address, expires_at__gt=Now())
         return _count(rows)
 
     @admin.display(description="counters")
@@ -379,7 +411,7 @@ class GroupAdmin(ReadOnlyAdmin[Group]):
     @admin.display(description="channels")
     def channels(self, group: Any) -> SafeString:
         """Return a table of the members, with the processes that they belong to."""
-        alias = _alias() or ""
+        alias = group._state.db
         session = DjangoSession(connections[alias], time.monotonic() + MEMBERS_TIMEOUT)
         names = finish(first_channels(session, group.prefix, group.group_name, MAX_MEMBERS))
         addresses = [channel_address(group.prefix, name) for name in names]
@@ -424,7 +456,7 @@ class MessageAdmin(ReadOnlyAdmin[Message]):
         if not name:
             return queryset, False
         condition = Q()
-        for prefix in _prefixes():
+        for prefix in _source(request).prefixes:
             condition |= Q(address__startswith=group_address(prefix, name))
             if "!" in name:
                 condition |= Q(address=channel_address(prefix, name), channel__startswith=name)

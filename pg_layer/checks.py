@@ -52,12 +52,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         try:
             first = aliases.setdefault(_parameters(config), alias)
         except ImproperlyConfigured as error:
-            hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or set 'dsn'."
-            kind: type[Error] | type[Warning] = Error
-            if settings.DEBUG and not postgresql_aliases():
-                hint += " To work without one: BACKEND 'pg_layer.testing.InMemoryChannelLayer'."
-                kind = Warning
-            found.append(kind(_one_line(error), hint=hint, obj=where, id="pg_layer.E002"))
+            found.append(_without_database(error, where))
             continue
         if first != alias:
             found.append(_same_layer(first, where))
@@ -68,6 +63,15 @@ def _parameters(config: Config) -> tuple[str, ...]:
     """Return values that are equal if two layers are one, as far as the settings determine it."""
     parameters = config.connect_kwargs("pool")
     return config.prefix, *(str(parameters.get(name) or "") for name in ("host", "port", "dbname"))
+
+
+def _without_database(error: ImproperlyConfigured, where: str) -> CheckMessage:
+    """Return an error, or in debug mode a warning for a project without PostgreSQL."""
+    hint = "Set 'using' in CONFIG to the alias of a PostgreSQL database, or set 'dsn'."
+    if settings.DEBUG and not postgresql_aliases():
+        hint += " To work without one: BACKEND 'pg_layer.testing.InMemoryChannelLayer'."
+        return Warning(_one_line(error), hint=hint, obj=where, id="pg_layer.W010")
+    return Error(_one_line(error), hint=hint, obj=where, id="pg_layer.E002")
 
 
 def _same_layer(first: str, where: str | None = None) -> Warning:

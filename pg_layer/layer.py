@@ -71,7 +71,7 @@ class PostgresChannelLayer(BaseChannelLayer):
         }
         self._has_own_deserialize = "deserialize" in overridden
         self._operations = OperationBuilder(self, config, self._codec, overridden)
-        self._loops = Loops(config, self._codec, self._operations.queue_capacity)
+        self._loops = self._make_loops()
         self._sync: Callable[[], Sync | None] = lambda: None  # a weak reference
         # Its attributes are properties here, which keep their values in `config`.
         super().__init__(config.expiry, config.capacity, config.channel_capacity)  # type: ignore[arg-type]
@@ -87,6 +87,9 @@ class PostgresChannelLayer(BaseChannelLayer):
             sync = self._make_sync()
             self._sync = weakref.ref(sync)
         return sync
+
+    def _make_loops(self) -> Loops:
+        return Loops(self.config, self._codec, self._operations.queue_capacity)
 
     def _make_sync(self) -> Sync:
         return Sync(self, self.config, self._operations, self._loops)
@@ -123,7 +126,11 @@ class PostgresChannelLayer(BaseChannelLayer):
 
     @property
     def capacity(self) -> int:
-        """The option ``capacity``. A change applies at once in this process."""
+        """The option ``capacity``. A change applies at once in this process.
+
+        Except to a normal channel in a group: the next `group_add` of the channel to the group
+        stores the capacity that then counts for the messages of the group.
+        """
         return self.config.capacity
 
     @capacity.setter
@@ -135,8 +142,7 @@ class PostgresChannelLayer(BaseChannelLayer):
     def channel_capacity(self) -> tuple[tuple[re.Pattern[str], int], ...]:
         """The option ``channel_capacity``, compiled: pairs of a pattern and a capacity.
 
-        Set it to a dict as in the option, or to such pairs. The change applies at once in this
-        process.
+        Set it to a dict as in the option, or to such pairs. A change applies as one of `capacity`.
         """
         return self.config.capacity_patterns
 

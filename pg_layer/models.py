@@ -18,6 +18,9 @@ else:  # Django's class is generic for the type checker only
     DateTimeField = models.DateTimeField
 
 
+DEFAULT_CHUNK = 2000  # rows, as in Django
+
+
 class EndField(DateTimeField):
     """The time of an end; None if there is no end.
 
@@ -40,9 +43,12 @@ class LayerQuerySet(models.QuerySet[Any]):
     of the tables is a view.
     """
 
-    def iterator(self, chunk_size: int | None = None) -> Iterator[Any]:
-        """Return nothing. ``dumpdata`` and ``serialized_rollback`` read rows by this method."""
-        return iter(())
+    def iterator(self, chunk_size: int | None = DEFAULT_CHUNK) -> Iterator[Any]:
+        """Return an iterator over the rows; over nothing, if ``chunk_size`` is None.
+
+        ``dumpdata`` and ``serialized_rollback`` pass None. Other code passes a number or nothing.
+        """
+        return iter(()) if chunk_size is None else super().iterator(chunk_size)
 
 
 class LayerModel(models.Model):

@@ -14,6 +14,7 @@ import fnmatch
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -90,7 +91,7 @@ class Config:
     Times are in seconds (int or float), sizes in bytes. `load` creates an instance from CONFIG; the
     constructor makes the same checks. Raises `ImproperlyConfigured`.
 
-    `option_texts.py` describes each option.
+    `devtools/option_texts.py` describes each option.
     """
 
     dsn: str | None = None
@@ -202,14 +203,15 @@ class Config:
         return f"Config({', '.join(shown)})"
 
     def change(self, name: str, value: object) -> None:
-        """Change one of the options in `CHANGEABLE`. From any thread.
+        """Change one of the options in `CHANGEABLE`. From any thread, one change at a time.
 
         Raises `ImproperlyConfigured`, and changes nothing, for a value that CONFIG cannot have.
         """
         assert name in CHANGEABLE
-        changed = dataclasses.replace(self, **cast("dict[str, Any]", {name: value}))
-        for each in (name, "capacity_patterns", "capacity_of"):
-            _set(self, each, getattr(changed, each))
+        with _changing:  # `capacity_of` is computed from two options
+            changed = dataclasses.replace(self, **cast("dict[str, Any]", {name: value}))
+            for each in (name, "capacity_patterns", "capacity_of"):
+                _set(self, each, getattr(changed, each))
 
     def connect_kwargs(self, role: Literal["pool", "listen"]) -> dict[str, Any]:
         """Return the current arguments for `psycopg.connect`. Call it for each connection.
@@ -230,6 +232,16 @@ class Config:
         kwargs["client_encoding"] = "UTF8"
         return kwargs
 
+
+_changing = threading.Lock()
+if hasattr(
+    os, "register_at_fork"
+):  # a child would wait for ever for a thread that it does not have
+    os.register_at_fork(
+        before=_changing.acquire,
+        after_in_parent=_changing.release,
+        after_in_child=_changing.release,
+    )
 
 # What code may change while the layer is used. Channels' base class has these as attributes.
 CHANGEABLE = frozenset(("expiry", "group_expiry", "capacity", "channel_capacity"))

@@ -6,6 +6,8 @@ socket, a service file, a pooler. The servers are asked only if the settings lea
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Hashable
 
 from django.core.exceptions import ImproperlyConfigured
@@ -19,12 +21,13 @@ from pg_layer._db.queries.identity import identity
 from pg_layer.exceptions import LayerUnavailable
 
 
-def alias_of(config: Config) -> str:
+def alias_of(config: Config, *, repeat_failure: float = 0.0) -> str:
     """Return the alias in DATABASES that leads to the layer's database.
 
     If no alias has the parameters of the layer's ``dsn``, open a connection to its database, and
     one to each PostgreSQL database in DATABASES, for a statement. A database that cannot be reached
-    is not the layer's.
+    is not the layer's. ``repeat_failure``: seconds for which the servers are not asked again if
+    that has found no alias.
 
     Raises `ImproperlyConfigured` if no alias leads to the layer's database; `LayerUnavailable` if
     that database cannot be reached; Django's `SynchronousOnlyOperation` on the thread of a running
@@ -32,25 +35,40 @@ def alias_of(config: Config) -> str:
     """
     alias = alias_by_settings(config)
     if alias is None:
-        alias = _ask_servers(config)
+        alias = _ask_servers(config, repeat_failure)
     if alias is None:
-        first = next(iter(postgresql_aliases()), "alias")
         raise ImproperlyConfigured(
             "pg_layer: no alias in DATABASES leads to the database and the search_path of"
             " CONFIG['dsn'], and layer.sync runs on one of Django's connections."
-            f" {name_postgresql_aliases()} Set CONFIG['using'] to an alias instead of 'dsn', or"
-            f" name one in the call: layer.sync.send(..., using={first!r})."
+            f" {name_postgresql_aliases()} Add an alias to DATABASES for the same database and"
+            " search_path as in CONFIG['dsn']."
         )
     return alias
 
 
-_found: dict[Hashable, str] = {}  # answers of the servers, by the settings for which they hold
+# Answers of the servers, by the settings for which they hold. Of a failure: its time by
+# time.monotonic(), and the text of the error, if the layer's database could not be reached.
+_found: dict[Hashable, str] = {}
+_failures: dict[Hashable, tuple[float, str | None]] = {}
 
 
-def _ask_servers(config: Config) -> str | None:
+def _ask_servers(config: Config, repeat_failure: float) -> str | None:
     settings = (config.dsn, *places_of_aliases())
-    alias = _found.get(settings) or _compare_servers(config)
-    if alias is not None:
+    if settings in _found:
+        return _found[settings]
+    failed_at, text = _failures.get(settings, (-math.inf, None))
+    if time.monotonic() < failed_at + repeat_failure:
+        if text is None:
+            return None
+        raise LayerUnavailable(text)
+    try:
+        alias = _compare_servers(config)
+    except LayerUnavailable as error:
+        _failures[settings] = time.monotonic(), str(error)
+        raise
+    if alias is None:
+        _failures[settings] = time.monotonic(), None
+    else:
         _found[settings] = alias
     return alias
 

@@ -22,7 +22,10 @@ def end_tasks_on_close(loop: asyncio.AbstractEventLoop) -> None:
     """Make ``loop.close()`` first cancel the tasks that wait in code of this package.
 
     These are the layer's own tasks, and tasks of the application in calls of the layer. They end
-    before the loop does, as with `asyncio.run`. May be called any number of times.
+    before the loop does, as with `asyncio.run`. Until then ``loop.close()`` runs the loop, and with
+    it all other tasks and callbacks of the application, for at most `END_TIMEOUT` seconds.
+
+    May be called any number of times.
     """
     if loop.close.__class__ is not _Close:
         with suppress(AttributeError):  # a loop of another library without a dict
@@ -42,19 +45,21 @@ class _Close:
         # A forked child must not touch the connections of its parent.
         if self._process == os.getpid() and not loop.is_running() and not loop.is_closed():
             tasks = {task for task in asyncio.all_tasks(loop) if _is_in_package(task)}
-            if tasks:
-                with suppress(Exception):  # the loop must be closed in any case
-                    self._run(_cancelled(tasks))
+            if tasks and asyncio._get_running_loop() is None:
+                self._end(tasks)
+            elif tasks:
+                # This code runs on another loop, and a thread runs one loop at a time.
+                thread = threading.Thread(target=self._end, args=(tasks,))
+                thread.start()
+                thread.join()
         self._close()
 
-    def _run(self, work: Any) -> None:
-        if asyncio._get_running_loop() is None:
-            self._loop.run_until_complete(work)
-            return
-        # This code runs on another loop, and a thread runs one loop at a time.
-        thread = threading.Thread(target=self._loop.run_until_complete, args=(work,))
-        thread.start()
-        thread.join()
+    def _end(self, tasks: set[asyncio.Task[Any]]) -> None:
+        with suppress(Exception):  # the loop must be closed in any case
+            ending = self._loop.create_task(_cancelled(tasks))
+            ending.add_done_callback(lambda _: self._loop.stop())
+            while not ending.done():  # the application may have stopped the loop
+                self._loop.run_forever()
 
 
 async def _cancelled(tasks: set[asyncio.Task[Any]]) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from pg_layer._messages.codec import Codec
 from tests.conftest import Observer
+from tests.integration.test_checks import nowhere
 from tests.integration.test_django import BACKEND, SQLITE, postgres
+from tests.integration.test_same_database import otherwise
 from tests.project.commands import django
 
 ADMIN: dict[str, Any] = {
@@ -380,11 +382,39 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 with CaptureQueriesContext(connection) as queries:
     assert len(shown("message")) == 1
-selects = [query["sql"] for query in queries if "pg_layer_message" in query["sql"]]
-print(len(selects), [sql for sql in selects if re.search(r'"payload",', sql)])
+print([query["sql"] for query in queries if re.search(r'"payload",', query["sql"])])
 """,
     )
-    assert output == "1 []"
+    assert output == "[]"
+
+
+@pytest.mark.parametrize(
+    ("model", "query"),
+    [
+        ("client", ""),
+        ("client", "?state=ended"),
+        ("group", "?q=hall"),
+        ("message", "?to=group"),
+        ("message", "?q=jobs"),
+    ],
+)
+def test_list_reads_the_prefixes_and_its_rows_in_one_query_each(
+    migrated_dsn: str, observer: Observer, model: str, query: str
+) -> None:
+    fill(observer)
+    output = ask(
+        migrated_dsn,
+        f"""
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+with CaptureQueriesContext(connection) as queries:
+    shown({model!r}, {query!r})
+for query in queries:
+    for table in re.findall(r'FROM "(pg_layer_\\w+)"', query["sql"]):
+        print(table)
+""",
+    )
+    assert sorted(output.split()) == sorted(["pg_layer_lease_clock", f"pg_layer_{model}"])
 
 
 MANY = """
@@ -626,14 +656,10 @@ print("hello there" in detail("message", {id}))
 
 @pytest.mark.parametrize(
     "entries",
-    [
-        {},
-        {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}},
-        {"default": {"BACKEND": BACKEND, "CONFIG": {"dsn": "postgresql://elsewhere/db"}}},
-    ],
-    ids=["none", "another", "out of reach"],
+    [{}, {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}],
+    ids=["none", "another"],
 )
-def test_pages_without_an_alias_do_not_exist(migrated_dsn: str, entries: dict[str, Any]) -> None:
+def test_pages_without_a_layer_do_not_exist(migrated_dsn: str, entries: dict[str, Any]) -> None:
     output = ask(
         migrated_dsn,
         """
@@ -643,6 +669,53 @@ print("Channel layer" in browser.get("/admin/").content.decode())
         CHANNEL_LAYERS=entries,
     )
     assert output.splitlines() == ["[403, 403, 403]", "False"]
+
+
+ASKED = """
+from pg_layer._db import same_database
+connected_now, asked = same_database.connected_now, []
+def counted(config):
+    asked.append(config)
+    return connected_now(config)
+same_database.connected_now = counted
+print("Channel layer" in browser.get("/admin/").content.decode(), len(asked))
+"""
+
+
+def test_index_asks_no_server_which_database_is_the_layers(
+    migrated_dsn: str, observer: Observer, tmp_path: Any
+) -> None:
+    fill(observer)
+    lite = {**SQLITE, "NAME": str(tmp_path / "db.sqlite3")}
+    output = ask(
+        migrated_dsn,
+        f"""{ASKED}
+print(len(shown("client")), len(asked) > 0)
+""",
+        DATABASES={"default": lite, "events": otherwise(migrated_dsn) | {"OPTIONS": {}}},
+        **layers(dsn=migrated_dsn),
+    )
+    assert output.splitlines() == ["True 0", "2 True"]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_lists_without_an_alias_say_so_and_ask_the_servers_once(
+    migrated_dsn: str, fresh_database: str, is_running: bool
+) -> None:
+    """A list without an alias is empty, not an error, and the other pages are not there."""
+    output = ask(
+        migrated_dsn,
+        f"""{ASKED}
+for model in ("client", "group", "message"):
+    page = unescape(strip_tags(browser.get(address(model)).content.decode()))
+    print(shown(model), *re.findall("no alias in DATABASES leads to|could not be reached", page))
+    print(browser.get(address(model, "change", "1")).status_code)
+print(len(asked))
+""",
+        **layers(dsn=fresh_database if is_running else nowhere(migrated_dsn)),
+    )
+    told = "no alias in DATABASES leads to" if is_running else "could not be reached"
+    assert output.splitlines() == ["True 0", *[f"[] {told}", "302"] * 3, "2" if is_running else "1"]
 
 
 def test_pages_without_a_default_layer_show_the_first(

@@ -123,6 +123,14 @@ def test_loop_closed_by_code_on_another_loop_is_silent(migrated_dsn: str) -> Non
     assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
 
 
+@pytest.mark.parametrize("close", ["loop.close()", IN_RUNNING_LOOP], ids=["here", "elsewhere"])
+def test_loop_stopped_and_closed_is_silent(migrated_dsn: str, close: str) -> None:
+    """A loop that was stopped while it did not run ends its next run at once."""
+    code = COMMON + WAITING["receivers"]
+    code += CLOSED.format(close=f"loop.stop()\n{close}", drop="del kept")
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
 def test_uvloop_closed_with_pending_calls_is_silent(migrated_dsn: str) -> None:
     pytest.importorskip("uvloop")
     code = COMMON + WAITING["receivers"]

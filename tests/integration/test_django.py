@@ -367,6 +367,10 @@ async def run():
     call_command("loaddata", {str(dump)!r}, verbosity=0)
     print(before, await layer.group_count("room"))
     call_command("dumpdata", "pg_layer")
+    for model in (models.Message, models.Membership, models.Client, models.Group):
+        assert list(model.objects.iterator()) == list(model.objects.all()) != [], model
+        assert list(model.objects.iterator(chunk_size=1)) == list(model.objects.all()), model
+        assert [row async for row in model.objects.aiterator()] != [], model
     await layer.close()
     connection.close()
 

@@ -40,12 +40,8 @@ async def received(channel):
     return await asyncio.wait_for(layer.receive(channel), 30)
 
 async def is_empty(channel):
-    await layer.group_send("unused", say(0))
-    try:
-        message = await asyncio.wait_for(layer.receive(channel), 0.05)
-    except asyncio.TimeoutError:
-        return True
-    raise AssertionError(message)
+    await layer.send(channel, say("marker"))
+    return await received(channel) == say("marker")
 
 layer = get_channel_layer()
 """
@@ -254,6 +250,35 @@ def test_captured_messages_are_the_same(backend: str, migrated_dsn: str) -> None
     )
 
 
+@both
+def test_captured_messages_are_those_of_an_overridden_deserialize(
+    backend: str, migrated_dsn: str
+) -> None:
+    run_on(
+        backend,
+        migrated_dsn,
+        """
+        from channels.layers import channel_layers
+
+        class Own(type(layer)):
+            def deserialize(self, payload):
+                return super().deserialize(payload) | {"is_own": True}
+
+        layer = Own()
+        channel_layers.set("default", layer)
+        layer.sync.group_add("room", "jobs")
+        with captured_messages(groups=["room"], channels=["jobs"]) as sent:
+            layer.sync.send("jobs", say(1))
+            layer.sync.group_send("room", say(2))
+        assert sent == [
+            Sent(say(1) | {"is_own": True}, channel="jobs"),
+            Sent(say(2) | {"is_own": True}, group="room"),
+            Sent(say(2) | {"is_own": True}, channel="jobs"),
+        ]
+        """,
+    )
+
+
 @pytest.mark.parametrize("runner", ["django", "pytest"])
 def test_suite_on_sqlite_runs_without_set_up(
     tmp_path: Path, migrated_dsn: str, runner: str
@@ -312,7 +337,8 @@ def test_check_without_postgresql_is_a_warning_in_debug_mode(
     settings = {"DATABASES": {"default": SQLITE}, "DEBUG": debug}
     checked = manage(migrated_dsn, "check", settings=settings)
     assert checked.returncode == (0 if debug else 1)
-    assert "(pg_layer.E002) CONFIG['using'] must be an alias of a PostgreSQL" in checked.stderr
+    id = "W010" if debug else "E002"
+    assert f"(pg_layer.{id}) CONFIG['using'] must be an alias of a PostgreSQL" in checked.stderr
     assert ("'pg_layer.testing.InMemoryChannelLayer'" in checked.stderr) == debug
 
 
@@ -383,6 +409,21 @@ def test_membership_ends_after_group_expiry() -> None:
     layer = InMemoryChannelLayer(group_expiry=0.01)
     asyncio.run(layer.group_add("room", "jobs"))
     eventually(lambda: asyncio.run(layer.group_channels("room")) == [], "membership")
+
+
+async def test_groups_without_members_are_forgotten() -> None:
+    layer = InMemoryChannelLayer(group_expiry=0.01)
+    for n in range(10):
+        await layer.group_add(f"left-{n}", "jobs")
+        await layer.group_discard(f"left-{n}", "jobs")
+        await layer.group_add(f"ended-{n}", await layer.new_channel())
+    for n in range(10):
+        await layer.group_add(f"expired-{n}", "jobs")
+    await layer.close()
+    assert set(layer._memory._groups) == {f"expired-{n}" for n in range(10)}
+    while layer._memory._groups:
+        for n in range(10):
+            await layer.group_send(f"expired-{n}", {"type": "say"})
 
 
 def test_child_after_fork_begins_empty() -> None:

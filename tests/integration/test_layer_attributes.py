@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from pg_layer import ChannelFull, InvalidMessage, MessageTooLarge, PostgresChannelLayer
 from pg_layer._state import log_events
+from pg_layer.testing import InMemoryChannelLayer
 from tests.conftest import MakeLayer, Observer
 from tests.logs import records
 from tests.processes import UNHURRIED, listen, receive
@@ -34,6 +35,15 @@ async def accepted(layer: PostgresChannelLayer, channel: str, limit: int = 60) -
         except ChannelFull:
             return number
     return limit
+
+
+def on_both(*classes: type[PostgresChannelLayer]) -> pytest.MarkDecorator:
+    """Run a test with each class of a project, and with its twin in memory."""
+    pairs = [
+        (each, type(f"{each.__name__}InMemory", (each, InMemoryChannelLayer), {}))
+        for each in classes
+    ]
+    return pytest.mark.parametrize("layer_class", [each for pair in pairs for each in pair])
 
 
 # --- Attributes
@@ -190,8 +200,11 @@ async def opened(layer: PostgresChannelLayer) -> Any:
         await layer.close()
 
 
-async def test_get_capacity_overridden_counts_for_channels_and_groups(migrated_dsn: str) -> None:
-    async with opened(Halved(dsn=migrated_dsn, capacity=10, **UNHURRIED)) as layer:
+@on_both(Halved)
+async def test_get_capacity_overridden_counts_for_channels_and_groups(
+    migrated_dsn: str, layer_class: type[PostgresChannelLayer]
+) -> None:
+    async with opened(layer_class(dsn=migrated_dsn, capacity=10, **UNHURRIED)) as layer:
         assert await accepted(layer, "jobs") == 5
         channel = await layer.new_channel()
         await layer.group_add("room", channel)
@@ -231,7 +244,7 @@ class ByExtension(PostgresChannelLayer):
         return message
 
 
-@pytest.mark.parametrize("layer_class", [OwnTypes, ByExtension])
+@on_both(OwnTypes, ByExtension)
 @pytest.mark.parametrize(
     "options", [{}, {"symmetric_encryption_keys": ["secret"]}], ids=["plain", "encrypted"]
 )
@@ -257,9 +270,12 @@ async def test_own_types_arrive_by_every_way_of_sending(
         assert len({id(each["ids"]) for each in received}) == 6
 
 
-async def test_own_types_may_be_encrypted_and_the_size_limit_applies(migrated_dsn: str) -> None:
+@on_both(OwnTypes)
+async def test_own_types_may_be_encrypted_and_the_size_limit_applies(
+    migrated_dsn: str, layer_class: type[PostgresChannelLayer]
+) -> None:
     keys = ["secret"]
-    layer = OwnTypes(dsn=migrated_dsn, symmetric_encryption_keys=keys, max_message_size=100)
+    layer = layer_class(dsn=migrated_dsn, symmetric_encryption_keys=keys, max_message_size=100)
     async with opened(layer):
         with pytest.raises(MessageTooLarge):
             await layer.send("jobs", {"id": uuid.UUID(int=5), "text": "x" * 100})
@@ -298,11 +314,12 @@ class Failing(PostgresChannelLayer):
         return message if "list" not in message else [message]  # type: ignore[return-value]
 
 
+@on_both(Failing)
 async def test_deserialize_that_fails_skips_the_message_and_logs_no_content(
-    migrated_dsn: str, caplog: pytest.LogCaptureFixture
+    migrated_dsn: str, caplog: pytest.LogCaptureFixture, layer_class: type[PostgresChannelLayer]
 ) -> None:
     caplog.set_level(logging.ERROR, logger="pg_layer")
-    async with opened(Failing(dsn=migrated_dsn, **UNHURRIED)) as layer:
+    async with opened(layer_class(dsn=migrated_dsn, **UNHURRIED)) as layer:
         await layer.send("jobs", {"raise": "secret"})
         await layer.send("jobs", {"list": "secret"})
         await layer.send("jobs", {"n": 1})

@@ -68,8 +68,8 @@ def test_alias_with_another_search_path_is_not_found(migrated_dsn: str, observer
     assert str(caught.value) == (
         "pg_layer: no alias in DATABASES leads to the database and the search_path of"
         " CONFIG['dsn'], and layer.sync runs on one of Django's connections. The aliases of"
-        " PostgreSQL databases are: 'shop'. Set CONFIG['using'] to an alias instead of 'dsn', or"
-        " name one in the call: layer.sync.send(..., using='shop')."
+        " PostgreSQL databases are: 'shop'. Add an alias to DATABASES for the same database and"
+        " search_path as in CONFIG['dsn']."
     )
 
 

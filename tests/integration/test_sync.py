@@ -686,7 +686,7 @@ def test_dsn_without_an_alias_raises_improperly_configured(
     layer = new_layer(migrated_dsn)
     with on_django(layer, default=postgres(fresh_database), lite=SQLITE):
         with pytest.raises(
-            ImproperlyConfigured, match=r"search_path.* Set CONFIG\['using'\].*using='default'"
+            ImproperlyConfigured, match=r"search_path.* Add an alias to DATABASES for the same"
         ):
             layer.sync.send("jobs", number(1))
         with pytest.raises(ImproperlyConfigured, match=r"'lite'.*is sqlite"):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,25 @@ def test_config_is_immutable() -> None:
     assert config.channel_capacity == {"a*": 5}
     with pytest.raises(TypeError):
         config.channel_capacity["a*"] = 6  # type: ignore[index]
+
+
+def test_config_changed_from_two_threads_has_both_changes() -> None:
+    """The capacity of a channel is computed from two options."""
+    config = load({"dsn": DSN})
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            for n in range(1, 500):
+                changes = [
+                    threads.submit(config.change, "capacity", n),
+                    threads.submit(config.change, "channel_capacity", {"a": n}),
+                ]
+                for change in changes:
+                    change.result()
+                assert (config.capacity_of("a"), config.capacity_of("b")) == (n, n)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_config_created_directly_is_checked() -> None:

@@ -10,8 +10,8 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 
 import pg_layer
+from devtools.option_texts import OPTION_TEXTS
 from devtools.reference import COMMANDS, PARTS, default_of, read_tables, updated
-from pg_layer._config.option_texts import OPTION_TEXTS
 from pg_layer._config.options import MAX_COUNT, MAX_MESSAGE_SIZE, MAX_SECONDS, OPTIONS, Config
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """What the documentation says about each option of `Config`.
 
 `python -m devtools.reference` writes these texts, with the defaults of `Config`, to
-docs/reference/options.md. Links are relative to that page. No code of the layer imports this.
+docs/reference/options.md. Links are relative to that page.
 """
 
 from __future__ import annotations
