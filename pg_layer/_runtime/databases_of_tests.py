@@ -13,7 +13,7 @@ from django.db.backends.signals import connection_created
 
 from pg_layer._config.databases import is_test_environment
 from pg_layer._process.shutdown import registered
-from pg_layer._runtime.loops import Loops
+from pg_layer._runtime.loops import Dropped, Loops
 from pg_layer._state import log_events
 
 logger = logging.getLogger("pg_layer")
@@ -45,6 +45,11 @@ def used_layers() -> list[Loops]:
     return [loops for loops in registered() if isinstance(loops, Loops) and loops.is_used]
 
 
+def _dropped_layers() -> list[Dropped]:
+    """Return what is left of layers that no longer exist."""
+    return [each for each in registered() if isinstance(each, Dropped) and each.is_used]
+
+
 def _watch(connection: BaseDatabaseWrapper, **_: Any) -> None:
     # Layers of other processes are not closed, whatever statements the application runs.
     if is_test_environment() and _close_before not in connection.execute_wrappers:
@@ -72,6 +77,9 @@ def _close_before(
         for loops in used_layers():
             if not is_truncation or ("pg_layer_" in sql and loops.database == database):
                 _close(loops)
+        for dropped in _dropped_layers():
+            if not is_truncation or ("pg_layer_" in sql and dropped.database == database):
+                dropped.close_now()
     return execute(sql, params, many, context)
 
 

@@ -57,6 +57,7 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         self.thread = threading.current_thread()
         self.is_closed = False
+        self.has_ended = threading.Event()  # it has no connections any more
         self.owner: Owner | None = None
         # Set when this engine no longer uses the state of receiving. The next owner
         # waits for it on another loop.
@@ -433,6 +434,7 @@ class Engine:
         if self.owner is not None:
             self.owner.abandon()
         self.connections.abandon()
+        self.has_ended.set()
         self._end_ownership()
         self.call(self._cancel_tasks)  # in case the loop runs again
 

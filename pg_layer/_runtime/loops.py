@@ -47,6 +47,9 @@ from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
 from pg_layer.exceptions import LayerUnavailable, NotBegun, OutcomeUnknown
 
+# Seconds for a dropped layer to close: its statement, its tasks, and a connection.
+DROPPED_TIMEOUT = 5.0
+
 T = TypeVar("T")
 Work = Callable[[Engine], Coroutine[Any, Any, T]]
 
@@ -75,6 +78,11 @@ class BackgroundLoop:
         self._ready.wait()
         if self._engine is None:
             raise LayerUnavailable(f"The channel layer's thread could not start: {self._error}")
+        return self._engine
+
+    @property
+    def engine_now(self) -> Engine | None:
+        """The engine; None if the thread has not started. Does not block."""
         return self._engine
 
     @property
@@ -556,8 +564,15 @@ class Loops:
         """
         if sys.is_finalizing():  # `close_at_exit` has been called
             return
-        for client in self._unclosed_clients():
-            _Unclosed(self._config, client)
+        engines = [self._main_engine, *(engine for engine, _ in self._ending.values())]
+        if self._background is not None:
+            engines.append(self._background.engine_now)
+        Dropped(
+            self._config,
+            self.database,
+            self._unclosed_clients(),
+            [engine for engine in engines if engine is not None],
+        )
         for each in (self._main_engine, self._background):
             if each is not None:
                 each.close_soon()
@@ -631,41 +646,70 @@ class Loops:
         self._begin_client()
 
 
-class _Unclosed:
-    """A client whose layer no longer exists. The end of the process closes it.
+class Dropped:
+    """What is left of a layer that no longer exists: its close has begun.
 
-    The close that has begun may fail, or its loop may end before.
+    The close may fail, or its loop may end before. Then the end of the process ends the leases.
     """
 
-    _all: ClassVar[set[_Unclosed]] = set()
+    _all: ClassVar[set[Dropped]] = set()
 
-    def __init__(self, config: Config, client: Client) -> None:
+    def __init__(
+        self,
+        config: Config,
+        database: object,
+        clients: Sequence[Client],
+        engines: Sequence[Engine],
+    ) -> None:
         self._config = config
-        self._client = client
-        self._expires_at = time.monotonic() + config.lease  # of the lease, at the latest
+        self.database = database
+        self._clients = clients
+        self._engines = engines
+        self._expires_at = time.monotonic() + config.lease  # of the leases, at the latest
         # A copy: a finaliser that runs meanwhile may add another one.
-        self._all.difference_update([each for each in list(self._all) if each._is_over()])
+        self._all.difference_update([each for each in list(self._all) if not each.is_used])
         self._all.add(self)
         termination.register(self)
 
-    def _is_over(self) -> bool:
-        return not self._client.has_lease or time.monotonic() > self._expires_at
+    @property
+    def is_used(self) -> bool:
+        """Whether it may still have connections or leases."""
+        return not all(engine.has_ended.is_set() for engine in self._engines) or (
+            any(client.has_lease for client in self._clients)
+            and time.monotonic() <= self._expires_at
+        )
 
     def unserved_addresses(self) -> set[str]:
-        """Return the address: the layer no longer exists, and nothing can receive."""
-        return {self._client.address}
+        """Return the addresses: the layer no longer exists, and nothing can receive."""
+        return {client.address for client in self._clients}
+
+    def close_now(self) -> None:
+        """Block until it has no connections, and end the leases. Does not raise."""
+        deadline = time.monotonic() + DROPPED_TIMEOUT
+        for engine in self._engines:
+            if engine.thread is threading.current_thread():  # its loop cannot run meanwhile
+                engine.abandon()
+            elif not engine.has_ended.wait(max(deadline - time.monotonic(), 0.0)):
+                engine.cut()
+        self.close_at_exit()
 
     def close_at_exit(self) -> None:
-        """End the lease. Does not raise."""
-        if self._client.has_lease and self._client.process == os.getpid():
-            _close_now(self._config, [self._client])
+        """End the leases. Does not raise."""
+        _close_now(
+            self._config,
+            [
+                client
+                for client in self._clients
+                if client.has_lease and client.process == os.getpid()
+            ],
+        )
 
 
 def unserved_addresses() -> set[str]:
     """Return the addresses of this process's clients that no loop receives for."""
     addresses: set[str] = set()
     for each in termination.registered():
-        if isinstance(each, (Loops, _Unclosed)):
+        if isinstance(each, (Loops, Dropped)):
             addresses |= each.unserved_addresses()
     return addresses
 
