@@ -143,7 +143,7 @@ class Reader:
             if block.language != "sh":
                 self.write(" ".join(block.sentence.split()), block.text)
                 continue
-            for command in block.text.splitlines():
+            for command in re.split(r"(?<!\\)\n", block.text.rstrip()):
                 if command.startswith(BACKGROUND):
                     self.start(command)
                 else:
