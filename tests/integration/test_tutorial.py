@@ -143,6 +143,8 @@ class Reader:
         """Take steps of the page. Return the output of each command that ends by itself."""
         outputs = {}
         for block in steps:
+            if block.language == "text":  # what a command prints
+                continue
             if block.language != "sh":
                 self.write(" ".join(block.sentence.split()), block.text)
                 continue
