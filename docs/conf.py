@@ -30,7 +30,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 72
 
 html_theme = "furo"
-pygments_style = "a11y-high-contrast-light"
+pygments_style = "a11y-light"
 pygments_dark_style = "a11y-dark"  # Furo's own underlines names, like links
 html_title = "pg_layer"
 html_static_path = ["_static"]
