@@ -130,9 +130,9 @@ OPTION_TEXTS: dict[str, OptionText] = {
     "lease": OptionText(
         "seconds",
         _SECONDS,
-        "How long a process without heartbeats counts as alive. After that its memberships no "
-        "longer count, and a sweep removes them. While the database is unavailable, no lease "
-        "expires.",
+        "How long a process counts as alive after it has last renewed its lease, which it does "
+        "at each `heartbeat`. When the lease expires, the memberships of the process no longer "
+        "count, and a sweep removes them. While the database is unavailable, no lease expires.",
         "Lower it, together with `heartbeat`, if `group_count` must forget killed processes "
         "sooner. Raise it if processes are stopped or blocked for longer.",
     ),
@@ -179,10 +179,20 @@ OPTION_TEXTS: dict[str, OptionText] = {
     "handle_sigterm": OptionText(
         "flag",
         "`True` or `False`",
-        "A process that receives closes the layer when SIGTERM ends it. For this the layer "
-        "installs a handler, unless the application has set one, and replaces `signal.signal`.",
+        "A process that receives closes the layer when SIGTERM ends it while its event loop runs "
+        "on the main thread. For this the layer installs a handler, unless the application has "
+        "set one, and replaces `signal.signal` by a function that installs the handler when a "
+        "server restores the default effect. The process tries to connect for two seconds, and to "
+        "close for five; then it ends like a killed process.\n\n"
+        "If the database is known to be unavailable at SIGTERM, no call waits for it. "
+        "`group_discard` of the process's own channels returns, because the memberships end with "
+        "the lease. Other calls raise `LayerUnavailable` at once, and Channels ends a consumer "
+        "that raises it, without a traceback. If the process still runs five minutes later, it is "
+        "not stopping, and calls wait again.",
         "Set it to `False` if your server or your code must be the only one that handles signals, "
-        "and call `await layer.close()` there.",
+        "and call `await layer.close()` there. Otherwise the process keeps its lease until that "
+        "expires. Your own handler must not raise an exception, which may interrupt asyncio while "
+        "it wakes a task: use `loop.add_signal_handler`.",
     ),
     "on_disconnect": OptionText(
         "type of a message",

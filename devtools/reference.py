@@ -20,6 +20,7 @@ from pg_layer.management.commands import pg_layer_status, pg_layer_sweep
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "reference"
 TABLES = ROOT / "migrations" / "0001_1_tables.sql"
+MAX_COLUMNS = 78  # of a command, without the backslash
 COMMANDS = {"pg_layer_status": pg_layer_status, "pg_layer_sweep": pg_layer_sweep}
 
 
@@ -61,8 +62,12 @@ def command(name: str) -> str:
     django = {"help", "version", "verbosity", "settings", "pythonpath", "traceback"}
     django |= {"no_color", "force_color", "skip_checks"}
     found = [action for action in parser._actions if action.dest not in django]
-    usage = " ".join(f"[{_with_value(action)}]" for action in found)
-    lines = [f"```sh\npython manage.py {name} {usage}\n```\n", "| argument | effect |", "|---|---|"]
+    usage = f"python manage.py {name}"
+    for action in found:
+        argument = f"[{_with_value(action)}]"
+        is_full = len(f"{usage} {argument}".splitlines()[-1]) > MAX_COLUMNS
+        usage += f" \\\n  {argument}" if is_full else f" {argument}"
+    lines = [f"```sh\n{usage}\n```\n", "| argument | effect |", "|---|---|"]
     lines += [f"| `{_with_value(action)}` | {action.help} |" for action in found]
     return f"{parser.description}\n\n" + "\n".join(lines)
 

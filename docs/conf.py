@@ -30,6 +30,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 72
 
 html_theme = "furo"
+pygments_style = "a11y-light"
+pygments_dark_style = "a11y-dark"  # Furo's own underlines names, like links
 html_title = "pg_layer"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -52,7 +54,7 @@ PAGES = {
 def read_page(app: object, docname: str, source: list[str]) -> None:
     """Insert a page of the repository, and adapt links that are valid in the repository.
 
-    A link to a file that is not part of the site becomes plain text.
+    A link to another file of the repository becomes a download, one to a folder plain text.
     """
     page = PAGES.get(docname)
     if page:
@@ -67,9 +69,9 @@ def read_page(app: object, docname: str, source: list[str]) -> None:
             return link[0]  # Sphinx reports a link without a target
         if target in names:
             target = DOCS / names[target]
-        if not target.is_relative_to(DOCS):
-            return link["text"]
         path = os.path.relpath(target, (DOCS / docname).parent)
+        if not target.is_relative_to(DOCS):
+            return f"{{download}}`{link['text']} <{path}>`" if target.is_file() else link["text"]
         return f"{link['mark']}[{link['text']}]({path}{hash_}{anchor})"
 
     source[0] = re.sub(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", adapt, source[0])

@@ -27,7 +27,7 @@ from pg_layer._send.sender import channel_full
 from pg_layer._state.channel_queue import ChannelQueue, QueuedMessage, Waiter
 from pg_layer._state.client import Client
 from pg_layer._state.counters import Counters, State
-from pg_layer._sync.api import Sync
+from pg_layer._sync.api import IN_ASYNC_CODE, Sync
 from pg_layer.layer import PostgresChannelLayer
 
 
@@ -390,7 +390,7 @@ class InMemorySync(Sync):
         if operations:
             transaction.on_commit(Delivery(self._memory, operations), using=connection.alias)
 
-    @async_unsafe("layer.sync is for synchronous code: use the asynchronous calls of the layer.")
+    @async_unsafe(IN_ASYNC_CODE)
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
         alias = using or self._config.using or "default"
         try:

@@ -290,6 +290,8 @@ class PostgresChannelLayer(BaseChannelLayer):
     async def group_discard(self, group: str, channel: str) -> None:
         """Remove a channel from a group. It is no error if the channel is not a member.
 
+        The channel may miss messages that were sent before and are not dispatched yet.
+
         Raises what `group_add` raises.
         """
         await self._loops.submit(self._operations.change(group, channel, added=False))

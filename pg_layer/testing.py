@@ -54,7 +54,7 @@ def captured_messages(
     messages to a channel that have been received. A normal channel that is a member of a group is
     sent its own message, which is listed if the channel is captured.
 
-    Messages to a group without members are not written. Therefore each group has an additional
+    Messages to a group without members may not be written. Therefore each group has an additional
     member during the block, which `group_count` counts.
 
     ``layer``: an alias in CHANNEL_LAYERS. ``using``: the alias in DATABASES that the calls of

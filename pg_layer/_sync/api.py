@@ -43,6 +43,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 logger = logging.getLogger("pg_layer")
 
+IN_ASYNC_CODE = (
+    "You cannot call this from an async context - use a thread or sync_to_async, or"
+    " `await layer.group_send(...)`, the asynchronous call, instead of `layer.sync`."
+)
 RETRY = 0.1  # seconds before the next attempt
 # Seconds after a refused NOTIFY, in which transactions unknown to Django do not notify.
 QUIET_AFTER_REFUSAL = 600.0
@@ -219,7 +223,7 @@ class Sync:
         """
         return self._config.dsn is not None and using is None and not has_databases()
 
-    @async_unsafe
+    @async_unsafe(IN_ASYNC_CODE)
     def _finish(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, **options: Any) -> T:
         """Run an asynchronous call to its end."""
         return async_to_sync(call)(*args, **options)
@@ -476,6 +480,7 @@ class Sync:
         client.notify_refused()
         client.log_unannounced(f"the server refuses NOTIFY: {error.diag.message_primary}.")
 
+    @async_unsafe(IN_ASYNC_CODE)
     def _connection(self, using: str | None) -> BaseDatabaseWrapper:
         """Return this thread's connection of an alias; None: the layer's alias."""
         alias = alias_of(self._config) if using is None else using

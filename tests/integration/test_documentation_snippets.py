@@ -358,3 +358,17 @@ def test_yaml_block_of_our_pages_is_valid(text: str) -> None:
 def test_unit_file_of_our_pages_is_valid(text: str) -> None:
     lines = [line for line in text.splitlines() if line]
     assert all(re.fullmatch(r"\[(Unit|Service|Install)\]|[A-Z]\w+=.+", line) for line in lines)
+
+
+MAX_COLUMNS = 82  # which fit the site in a window of 1280 pixels
+FOR_USERS = [page for page in PAGES if "architecture" not in page.as_posix()]
+
+
+@pytest.mark.parametrize("page", FOR_USERS, ids=lambda page: page.name)
+def test_listings_of_our_pages_are_not_wider_than_the_site(page: Path) -> None:
+    text = re.sub(r"^```{.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    listings = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for listing in listings for line in listing.splitlines()]
+    assert [
+        line for line in lines if len(line) > MAX_COLUMNS and "dropped_full 0" not in line
+    ] == []

@@ -165,7 +165,7 @@ def test_invalid_arguments_raise_the_same_errors(backend: str, migrated_dsn: str
         refuses(ImproperlyConfigured, "unknown option", type(layer), capacities=1)
 
         async def main():
-            with pytest.raises(SynchronousOnlyOperation):
+            with pytest.raises(SynchronousOnlyOperation, match="await layer.group_send"):
                 layer.sync.send("a", say(1))
 
         asyncio.run(main())

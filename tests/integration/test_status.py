@@ -648,7 +648,7 @@ def test_status_json_keys_are_documented(migrated_dsn: str, observer: Observer) 
 
 
 def test_status_options_are_documented() -> None:
-    (usage,) = re.findall(r"manage\.py pg_layer_status (\[.*\])", OPERATIONS)
+    (usage,) = re.findall(r"manage\.py pg_layer_status (\[.*?)```", OPERATIONS, re.DOTALL)
     from pg_layer.management.commands.pg_layer_status import Command
 
     parser = Command().create_parser("manage.py", "pg_layer_status")

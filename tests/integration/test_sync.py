@@ -869,9 +869,11 @@ def test_assume_role_applies_to_the_layers_own_connections(
         observer.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
 
 
-def test_send_on_the_thread_of_an_event_loop_is_refused(layer: PostgresChannelLayer) -> None:
+def test_send_on_the_thread_of_an_event_loop_names_the_asynchronous_call(
+    layer: PostgresChannelLayer,
+) -> None:
     async def send() -> None:
-        with pytest.raises(SynchronousOnlyOperation):
+        with pytest.raises(SynchronousOnlyOperation, match=r"await layer\.group_send\(\.\.\.\)"):
             layer.sync.send("jobs", number(1))
         # In a thread without an event loop the call works.
         await asyncio.to_thread(send_and_close)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import re
+=======
+import importlib.util
+>>>>>>> 6d77c34 (Testing shows the tutorial's project; listings fit the site; layer.sync in async code names the asynchronous call)
 import subprocess
 import sys
 import textwrap
@@ -17,8 +21,6 @@ from tests.components import require
 from tests.conftest import Observer
 from tests.project.commands import ROOT, TIMEOUT, django, environment
 
-DOCUMENTATION = ROOT / "docs" / "how-to" / "testing.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)
 RUNNERS = ["django", "pytest"]
 pytestmark = pytest.mark.timeout(10 * TIMEOUT)
 
@@ -134,33 +136,6 @@ def test_tests_of_the_demo_pass_and_leave_no_database(
     assert count in output
     assert "arning" not in output, output
     assert test_databases(observer) == []
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_documentation_examples_are_in_the_tests_of_the_demo(snippet: str) -> None:
-    # Each has the imports that it needs, and not those of the rest of its module.
-    _, _, code = snippet.rpartition("\n\n\n")
-    assert any(
-        code in path.read_text(encoding="utf-8") for path in (ROOT / "example/tests").glob("*.py")
-    )
-
-
-def test_documentation_examples_run_outside_of_the_demo(tmp_path: Path, migrated_dsn: str) -> None:
-    """Each snippet is a file of its own, with its own imports."""
-    (tmp_path / "pytest.ini").write_text(PYTEST_INI)
-    for number, snippet in enumerate(SNIPPETS):
-        (tmp_path / f"test_{number}.py").write_text(snippet)
-    options = ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]
-    environ = {"PG_LAYER_DSN": migrated_dsn, "DJANGO_SETTINGS_MODULE": "example.settings"}
-    output = run(tmp_path, migrated_dsn, "-m", "pytest", *options, environ=environ)
-    assert "6 passed" in output, output
-    assert output.endswith("status 0"), output
-
-
-def test_documentation_links_have_targets() -> None:
-    assert len(SNIPPETS) == 5
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", DOCUMENTATION.read_text(encoding="utf-8")):
-        assert (DOCUMENTATION.parent / target).exists(), target
 
 
 # ---------------------------------------------------------------------- what was sent

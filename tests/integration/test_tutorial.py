@@ -7,6 +7,8 @@ finds the packages of this environment instead of a network.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -31,6 +33,7 @@ from devtools.postgres.server import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tutorial" / "chat.md"
+TESTING = ROOT / "docs" / "how-to" / "testing.md"
 TIMEOUT = 60.0
 BACKGROUND = ("uvicorn", "python manage.py runworker", "python manage.py pg_layer_sweep")
 
@@ -140,10 +143,12 @@ class Reader:
         """Take steps of the page. Return the output of each command that ends by itself."""
         outputs = {}
         for block in steps:
+            if block.language == "text":  # what a command prints
+                continue
             if block.language != "sh":
                 self.write(" ".join(block.sentence.split()), block.text)
                 continue
-            for command in block.text.splitlines():
+            for command in re.split(r"(?<!\\)\n", block.text.rstrip()):
                 if command.startswith(BACKGROUND):
                     self.start(command)
                 else:
@@ -270,3 +275,25 @@ def test_tutorial_followed_to_the_letter_builds_the_chat(reader: Reader) -> None
     assert "Ran 2 tests" in outputs["python manage.py test"]
     for command in list(reader.running):
         assert reader.stop(command) == 0, command
+
+
+def test_examples_of_the_testing_page_pass_in_the_project_of_the_tutorial(reader: Reader) -> None:
+    """Each is a file of its own, with its own imports, for Django's runner and for pytest."""
+    until_migrated = (block for block in blocks() if not block.text.startswith(BACKGROUND))
+    reader.follow(
+        itertools.takewhile(lambda block: "Hello from SQL" not in block.text, until_migrated)
+    )
+    if importlib.util.find_spec("daphne") is None:
+        # Imported by channels.testing, for a class that these tests do not need.
+        (reader.folder / "daphne").mkdir()
+        (reader.folder / "daphne" / "__init__.py").touch()
+        (reader.folder / "daphne" / "testing.py").write_text("DaphneProcess = None")
+    page = TESTING.read_text(encoding="utf-8")
+    (settings,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (reader.folder / "pyproject.toml").write_text(settings)
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for number, example in enumerate(examples):
+        (reader.folder / "chat" / f"test_{number}.py").write_text(example)
+    assert "Ran 5 tests" in reader.run("python -W error manage.py test")
+    output = reader.run("python -m pytest -p no:cacheprovider")
+    assert "6 passed" in output, output
