@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import re
-=======
-import importlib.util
->>>>>>> 6d77c34 (Testing shows the tutorial's project; listings fit the site; layer.sync in async code names the asynchronous call)
 import subprocess
 import sys
 import textwrap
