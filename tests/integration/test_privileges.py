@@ -458,6 +458,38 @@ async def test_receive_without_privileges_logs_and_waits(
     await until(waiting.done)
 
 
+async def test_receive_another_refusal_is_logged_and_is_the_reason(
+    make_layer: MakeLayer,
+    make_role: MakeRole,
+    observer: Observer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After the first mend the log and the health name what else is missing."""
+    layer = make_layer(dsn=make_role("layer_user"))
+    role = f'"layer_user_{observer.info.dbname}"'
+    tables = ("pg_layer_client", "pg_layer_lease_clock")
+    for table in tables:
+        observer.execute(f"REVOKE ALL ON {table} FROM {role}".encode())
+    waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+
+    def named() -> list[str]:
+        said = [record.getMessage() for record in records(caplog, log_events.RECEIVING_REFUSED)]
+        return [table for each in said for table in tables if each.endswith(f"table {table}")]
+
+    [first] = await until(named)
+    [second] = {*tables} - {first}
+    observer.execute(f"GRANT ALL ON {first} TO {role}".encode())
+    await until(lambda: len(named()) > 1)
+    assert named() == [first, second]
+    problems = (await layer.health())["problems"]
+    assert f"Not connected: permission denied for table {second}" in problems
+    observer.execute(f"GRANT ALL ON {second} TO {role}".encode())
+    await until(lambda: records(caplog, log_events.DATABASE_BACK))
+    assert named() == [first, second]
+    waiting.cancel()
+    await until(waiting.done)
+
+
 # ---------------------------------------------------------------------- every privilege is needed
 
 LIVE, MINE = "asgi!live", "asgi!mine"
