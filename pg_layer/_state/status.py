@@ -15,8 +15,10 @@ DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full
 
 
 MAX_NAMED = 10  # clients or channels that a problem names
+LOST_TEXT = "The lease has expired: the process was killed, or is blocked, stopped or cut off."
 POLLING_ADVICE = (
-    "Their logs give the reason. Behind a connection pooler, CONFIG['listen_dsn'] must lead past it."
+    "Notifications do not arrive. The log of the process gives the reason. Behind a connection"
+    " pooler, CONFIG['listen_dsn'] must lead past it."
 )
 
 
@@ -96,8 +98,8 @@ class Status:
 
     The lists of clients, groups and channels are limited; the counts are complete.
 
-    ``lost``: clients whose lease has expired and that were swept within `LOST_FOR`; ``lost_clients``
-    counts all of them, also those that are not in this list. ``polling_clients``: live clients to
+    ``lost``: names of clients whose lease has expired and that were swept within `LOST_FOR`;
+    ``lost_clients`` counts all of them. ``polling_clients``: live clients to
     which notifications do not arrive. ``full_channels``: normal channels at their capacity.
     ``drops``: messages that live clients have dropped or refused since their start, by reason.
     ``failing_tasks``: tasks of live clients that fail with an unexpected error, as of the last
@@ -150,7 +152,7 @@ class Status:
         if self.lost_clients:
             problems.append(
                 f"Clients lost within {in_words(LOST_FOR)}: {_named(self.lost, self.lost_clients)}."
-                " Their leases have expired: they were killed, or are blocked or cut off."
+                f" {LOST_TEXT}"
             )
         if self.polling_clients:
             polling = [client.process for client in self.clients if not client.has_notifications]

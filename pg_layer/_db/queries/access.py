@@ -170,8 +170,8 @@ def privileges(conn: Connection[Any]) -> Problem | None:
     incomplete = {_place(p) for p in granted if p.name in _WRITES} - complete
     if not incomplete:
         return None
-    # The kind with the fewest missing privileges, of those that include all that the role may write.
-    # A smaller kind would leave a role that does more without a part of what it needs.
+    # The kind with the fewest missing privileges, of those that include all that the role may
+    # write. A smaller kind would leave a role that does more without a part of what it needs.
     kinds = [kind for kind, needed in KINDS.items() if incomplete <= {_place(p) for p in needed}]
     kind = min(kinds, key=lambda kind: len(missing[kind]))
     ((role,),) = run(ROLE)

@@ -146,7 +146,8 @@ def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
 # ---------------------------------------------------------------------- status
 
 # Clients that have neither closed nor been swept, those with expired leases first, then those to
-# which notifications do not arrive. Whether a lease that has expired is over depends also on the renewals of other clients.
+# which notifications do not arrive. Whether a lease that has expired is over depends also on the
+# renewals of other clients.
 CLIENTS = Statement(
     """
     SELECT split_part(address, '!', 2), host, pid, lease,
@@ -263,7 +264,10 @@ def status(
     lost = run(LOST, prefix, LOST_FOR, MAX_NAMED)
     groups = run(GROUPS, prefix, top)
     channels = run(CHANNELS, prefix, max(top, MAX_CHANNELS))
-    listed = [ChannelStatus(*channel[:3], capacity_of(channel[0])) for channel in channels]
+    listed = [
+        ChannelStatus(name, waiting, oldest_age, capacity_of(name))
+        for name, waiting, oldest_age, *_ in channels
+    ]
     counted: dict[str, int] = dict(run(COUNTER_SUMS, prefix, (*DROPS, "failing_tasks")))
     failing_tasks = counted.pop("failing_tasks")
     tables = run(TABLE_SIZES, TABLES)
