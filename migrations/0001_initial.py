@@ -47,7 +47,7 @@ class Migration(migrations.Migration):
                         ("sent_at", models.DateTimeField()),
                         ("expires_at", models.DateTimeField()),
                     ],
-                    options={"db_table": "pg_layer_message", "verbose_name": "waiting message"},
+                    options={"db_table": "pg_layer_message"},
                 ),
                 migrations.CreateModel(
                     name="Membership",

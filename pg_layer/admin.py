@@ -1,4 +1,4 @@
-"""Read-only pages of Django's admin for clients, groups and waiting messages.
+"""Read-only pages of Django's admin for clients, groups and messages.
 
 They show the database of the layer ``default`` if it is of this package, otherwise the database of
 the first layer of this package.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import reprlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,7 +41,7 @@ from pg_layer._db.queries.groups import first_channels
 from pg_layer._db.same_database import alias_of
 from pg_layer._messages.addresses import channel_address, group_address
 from pg_layer._messages.codec import Codec
-from pg_layer._state.status import DROPS, in_words
+from pg_layer._state.status import DROPS, LOST_TEXT, POLLING_ADVICE, in_words
 from pg_layer._sync.django_session import DjangoSession, finish
 from pg_layer.exceptions import LayerUnavailable, UndecodableMessage
 from pg_layer.models import Client, Group, LeaseClock, Membership, Message
@@ -161,6 +161,7 @@ class OneQueryChangeList(ChangeList):
 class ReadOnlyAdmin(ModelAdmin[M]):
     """Admin pages without permission to add, change or delete."""
 
+    about: str | None = None  # a sentence at the top of the list
     actions = None
     list_per_page = 50
     show_facets = admin.ShowFacets.NEVER
@@ -185,6 +186,7 @@ class ReadOnlyAdmin(ModelAdmin[M]):
         if isinstance(found := context.get("cl"), OneQueryChangeList):
             title = str(self.opts.verbose_name_plural).capitalize()
             context["title"] = f"{title} (only the first {MAX_LISTED})" if found.is_cut else title
+            context["subtitle"] = self.about
             if (source := _source(request)).alias is None:
                 self.message_user(request, source.problem, messages.WARNING)
         return response
@@ -251,12 +253,8 @@ class StateFilter(admin.SimpleListFilter):
         return [(name, title) for name, title, _ in self.STATES]
 
     def choices(self, changelist: Any) -> Iterator[Any]:
-        for name, title, _ in self.STATES:
-            query = changelist.get_query_string(
-                {} if name is None else {self.parameter_name: name},
-                [self.parameter_name] if name is None else [],
-            )
-            yield {"selected": self.value() == name, "query_string": query, "display": title}
+        titles = ((name, title) for name, title, _ in self.STATES)
+        yield from _choices(self, changelist, titles)
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Client]) -> QuerySet[Client]:
         conditions = {name: condition for name, _, condition in self.STATES}
@@ -265,25 +263,49 @@ class StateFilter(admin.SimpleListFilter):
 
 
 class RecipientFilter(admin.SimpleListFilter):
-    """A filter of messages by what they were sent to."""
+    """A filter of messages by what they were sent to. Without a choice, to normal channels.
+
+    Most rows are of groups. They stay until they expire, whether or not they were received.
+    """
 
     title = "recipient"
     parameter_name = "to"
 
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [("group", "groups"), ("normal", "normal channels"), ("process", "processes")]
+    TITLES = (
+        (None, "normal channels"),
+        ("group", "groups"),
+        ("process", "processes"),
+        ("all", "all"),
+    )
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[Any, str]]:
+        return list(self.TITLES)
+
+    def choices(self, changelist: Any) -> Iterator[Any]:
+        yield from _choices(self, changelist, self.TITLES)
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Message]) -> QuerySet[Message]:
-        kind = self.value()
         condition = Q()
         for prefix in _source(request).prefixes:
             groups = Q(address__startswith=group_address(prefix, ""))
             normal = Q(address__startswith=channel_address(prefix, ""))
             processes = _in_prefix(prefix) & ~groups & ~normal
-            conditions = {"group": groups, "normal": normal, "process": processes}
-            condition |= conditions.get(kind or "", Q())
+            conditions = {"group": groups, "process": processes, "all": Q()}
+            condition |= conditions.get(self.value() or "", normal)
         found: QuerySet[Message] = queryset.filter(condition)
         return found
+
+
+def _choices(
+    filter: admin.SimpleListFilter, changelist: Any, titles: Iterable[tuple[str | None, str]]
+) -> Iterator[Any]:
+    """Return the links of a filter, one of which stands for no choice."""
+    name = filter.parameter_name
+    for value, title in titles:
+        query = changelist.get_query_string(
+            {} if value is None else {name: value}, [name] if value is None else []
+        )
+        yield {"selected": filter.value() == value, "query_string": query, "display": title}
 
 
 # ---------------------------------------------------------------------- pages
@@ -293,10 +315,10 @@ class RecipientFilter(admin.SimpleListFilter):
 class ClientAdmin(ReadOnlyAdmin[Client]):
     """The processes that receive, or have received within a day; overdue ones first."""
 
-    list_display = ("shown_host", "shown_pid", "state", "lease_left", "started", "dropped")
+    list_display = ("shown_host", "shown_pid", "state", "lease_left", "dropped", "started")
     fields = (
         *("shown_host", "shown_pid", "prefix", "client_id", "state", "shown_lease"),
-        *("shown_start", "memberships", "waiting", "shown_counters"),
+        *("shown_start", "problem", "memberships", "waiting", "shown_counters"),
     )
     list_filter = (StateFilter, PrefixFilter)
     search_fields = ("host", "pid", "address")
@@ -329,7 +351,9 @@ class ClientAdmin(ReadOnlyAdmin[Client]):
             return "closed"
         if client.swept_at is not None:
             return "lost"
-        return "live" if client.expires_at is None or client.expires_at > client.now else "overdue"
+        if client.expires_at is not None and client.expires_at <= client.now:
+            return "overdue"
+        return "live, polls" if client.is_without_notifications else "live"
 
     @admin.display(description="lease", ordering="expires_at")
     def lease_left(self, client: Any) -> str:
@@ -356,9 +380,15 @@ class ClientAdmin(ReadOnlyAdmin[Client]):
         return _at(client.started_at, client.now)
 
     @admin.display
+    def problem(self, client: Any) -> str | None:
+        """Say what is wrong with the process, as `Status.problems` does."""
+        if self.state(client) == "lost":
+            return LOST_TEXT
+        return POLLING_ADVICE if client.is_without_notifications else None
+
+    @admin.display(description="dropped or refused")
     def dropped(self, client: Client) -> int:
-        counts = [client.counters.get(name) for name in DROPS]
-        return sum(count for count in counts if isinstance(count, int))
+        return sum(map(client.counter, DROPS))
 
     @admin.display
     def memberships(self, client: Client) -> str:
@@ -370,7 +400,8 @@ class ClientAdmin(ReadOnlyAdmin[Client]):
     def waiting(self, client: Client) -> str:
         rows = Message.objects.using(client._state.db)
         rows = rows.filter(address=client.address, expires_at__gt=Now())
-        return _count(rows)
+        queued = client.counter("queued_messages")
+        return f"{_count(rows)} in the table, {queued} in the memory of the process"
 
     @admin.display(description="counters")
     def shown_counters(self, client: Client) -> SafeString:
@@ -434,6 +465,10 @@ class MessageAdmin(ReadOnlyAdmin[Message]):
     expires.
     """
 
+    about = (
+        "Messages to a channel are deleted after they were received. Messages to a group stay until"
+        " they expire, also after all members have received them."
+    )
     list_display = ("recipient", "size", "sent", "expires")
     fields = (
         *("recipient", "prefix", "kind", "not_to", "size", "shown_sending", "shown_end"),

@@ -81,7 +81,6 @@ class Message(LayerModel):
 
     class Meta:
         db_table = "pg_layer_message"
-        verbose_name = "waiting message"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id} for {self.address}"
@@ -153,6 +152,16 @@ class Client(LayerModel):
     def is_unknown(self) -> bool:
         """Whether host and process are unknown: the client closed before it had a lease."""
         return self.host == "" and self.pid == 0
+
+    @property
+    def is_without_notifications(self) -> bool:
+        """Whether it polls because notifications do not arrive, as of its last heartbeat."""
+        return self.counter("without_notifications") > 0
+
+    def counter(self, name: str) -> int:
+        """Return one counter; 0 if it is missing or no integer, because any role may write it."""
+        count = self.counters.get(name)
+        return count if isinstance(count, int) else 0
 
 
 class LeaseClock(LayerModel):

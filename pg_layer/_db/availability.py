@@ -1,4 +1,7 @@
-"""The availability of the database. Logs one line when it is lost, and one when it returns."""
+"""The availability of the database. Logs one line when it is lost, and one when it returns.
+
+While the database refuses to let the client receive, each new reason is logged, too.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +43,33 @@ class Outage:
         self._is_listening = is_listening
         self.since = 0.0  # by time.monotonic()
         self.why: str | None = None  # the reason, while the database is unavailable
+        self._logged: set[str] = set()  # reasons of this outage
         self._was_connected = False  # before the outage
         self._is_refused = False  # the database is available, but refuses to let the client receive
         self._failing_since: float | None = None  # no connection could be made since then
 
     def begin(self, error: Exception) -> None:
-        """Note that the database is lost or cannot be reached. Further calls have no effect."""
-        if self.why is not None or self._is_over():
+        """Note that the database is lost, cannot be reached, or refuses to let the client receive.
+
+        During an outage only a refusal changes the reason, because it is an answer of the database.
+        Each refusal is logged once.
+        """
+        is_first = self.why is None
+        if self._is_over() or not (is_first or was_refused(error)):
             return
+        if is_first:
+            self.since, self._was_connected = time.monotonic(), self._client.renewed_at > 0
+        self.why = outage_reason(error)
+        if not is_first and self.why in self._logged:
+            return
+        self._logged = {self.why} if is_first else {*self._logged, self.why}
         event, what = self._describe(error)
-        self.why, self.since = outage_reason(error), time.monotonic()
         logger.warning("%s: %s", what, self.why, extra={"event": event})
-        self._client.send_to_consumers(self._client.config.on_disconnect)
+        if is_first:
+            self._client.send_to_consumers(self._client.config.on_disconnect)
 
     def _describe(self, error: Exception) -> tuple[str, str]:
         """Return the event to log, and the beginning of its line."""
-        self._was_connected = self._client.renewed_at > 0
         self._is_refused = was_refused(error)
         if self._is_refused:
             return log_events.RECEIVING_REFUSED, "Cannot receive"
@@ -87,10 +101,11 @@ class Outage:
             return
         self.why = None
         logger.warning(
-            "The database is %s after %.1f s: caught up with %d messages.",
+            "The database is %s after %.1f s: caught up with %d %s.",
             "back" if self._was_connected else "available",
             time.monotonic() - self.since,
             caught_up,
+            "message" if caught_up == 1 else "messages",
             extra={"event": log_events.DATABASE_BACK},
         )
         self._client.send_to_consumers(self._client.config.on_reconnect)

@@ -56,20 +56,23 @@ def _sections(status: Status) -> list[Section]:
     return [
         Section(
             f"Clients: {status.live_clients} live, {status.overdue_clients} overdue, "
-            f"{status.ended_clients} ended within a day",
+            f"{status.ended_clients} ended within a day, {status.lost_clients} lost within an hour",
             [
                 ("host", _LEFT),
                 ("process", _RIGHT),
                 ("lease renewed", _RIGHT),
                 ("lease left", _RIGHT),
-            ]
-            + [("connections", _RIGHT), ("client", _LEFT)],
+                ("notifications", _LEFT),
+                ("connections", _RIGHT),
+                ("client", _LEFT),
+            ],
             [
                 (
                     _shown(client.host),
                     str(client.pid),
                     "unknown" if client.lease_age is None else f"{in_words(client.lease_age)} ago",
                     _left(client.lease_left),
+                    "yes" if client.has_notifications else "no: polls",
                     "?" if client.connections is None else str(client.connections),
                     _shown(client.id),
                 )
@@ -89,7 +92,7 @@ def _sections(status: Status) -> list[Section]:
             f"with {status.all_waiting} messages",
             [("channel", _LEFT), ("waiting", _RIGHT), ("oldest", _RIGHT)],
             [
-                (_shown(channel.name), str(channel.waiting), in_words(channel.oldest_age))
+                (_shown(channel.name), channel.fill, in_words(channel.oldest_age))
                 for channel in status.channels
             ],
         ),

@@ -39,9 +39,7 @@ async def examine(engine: Engine) -> Health:
     # healthy.
     asked_at = time.monotonic()
     lease_age = asked_at - client.renewed_at if client.renewed_at else None
-    problems = client.failures.problems()
-    if lease_age is not None and lease_age > client.config.lease:
-        problems.append(f"The lease is over: it was last renewed {lease_age:.0f} s ago.")
+    problems: list[str] = []  # causes first
     round_trip: float | None = None
     try:
         if await engine.ping():
@@ -63,6 +61,10 @@ async def examine(engine: Engine) -> Health:
         if owner.polls_because is not None:
             problems.append(f"Polling: {owner.polls_because}")
         heard_at = owner.heard_at
+    problems += client.failures.problems()
+    if lease_age is not None and lease_age > client.config.lease:
+        # While the database is unavailable, no lease expires.
+        problems.append(f"The lease was not renewed for {lease_age:.0f} s.")
     return Health(
         lease_age=lease_age,
         listener="off" if owner is None else owner.listening,

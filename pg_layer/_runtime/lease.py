@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 
 from pg_layer._db.availability import Outage
@@ -37,6 +38,8 @@ class Lease:
 
     One statement renews the lease, reports counters, takes the snapshot that may become
     ``S`` of the cursor, and sends the ping that proves it.
+
+    ``has_notifications``: returns False if the process polls, because notifications do not arrive.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Lease:
         writer: MembershipWriter,
         outage: Outage,
         spawn: Spawn,
+        has_notifications: Callable[[], bool],
     ) -> None:
         self._client = client
         self._connections = connections
@@ -54,6 +58,7 @@ class Lease:
         self._writer = writer
         self._outage = outage
         self._spawn = spawn
+        self._has_notifications = has_notifications
         self._is_renewed = False  # on this loop
         self._boot = 0  # of the last renewal
         self._runs = 0  # of renewals that send a ping
@@ -105,7 +110,7 @@ class Lease:
             os.getpid(),
             config.lease,
             client.fence,
-            client.counts(),
+            client.counts(has_notifications=self._has_notifications()),
             token,
             cursor.known_boot,
             self._deleted_to,

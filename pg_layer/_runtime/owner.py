@@ -113,7 +113,13 @@ class Owner:
                 self._on_caught_up,
             )
             self._lease = Lease(
-                client, self._connections, self._receiver, self._writer, self._outage, self._spawn
+                client,
+                self._connections,
+                self._receiver,
+                self._writer,
+                self._outage,
+                self._spawn,
+                lambda: self.polls_because is None,
             )
             self._started.set()
             self._tasks.every(config.heartbeat, "The heartbeat", self._heartbeat)

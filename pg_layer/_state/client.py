@@ -278,9 +278,17 @@ class Client:
 
     # ------------------------------------------------------------------ counters and the end
 
-    def counts(self) -> dict[str, int]:
-        """Return the `Counts` since this client began, and how many tasks fail now."""
-        return {**self.counters.since(self._counted_before), "failing_tasks": len(self.failures)}
+    def counts(self, *, has_notifications: bool) -> dict[str, int]:
+        """Return what other processes see: the `Counts` since this client began, and its state.
+
+        ``has_notifications``: False if the process polls, because notifications do not arrive.
+        """
+        return {
+            **self.counters.since(self._counted_before),
+            "failing_tasks": len(self.failures),
+            "queued_messages": sum(map(len, self.queues())),
+            "without_notifications": int(not has_notifications),
+        }
 
     def close(self) -> list[Key]:
         """Close the channel queues, and those that are made later.

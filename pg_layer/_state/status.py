@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 FIRST_SWEEP = 3600.0  # seconds after the first use, within which there need be no sweep
 MAX_QUEUE_USAGE = 0.5  # of NOTIFY's queue; PostgreSQL refuses NOTIFY when all of it is used
+LOST_FOR = 3600.0  # seconds for which a client that was swept with its lease counts as lost
 DROPS = ("dropped_full", "dropped_expired", "dropped_undecodable", "refused_full")
+
+
+MAX_NAMED = 10  # clients or channels that a problem names
+LOST_TEXT = "The lease has expired: the process was killed, or is blocked, stopped or cut off."
+POLLING_ADVICE = (
+    "Notifications do not arrive. The log of the process gives the reason. Behind a connection"
+    " pooler, CONFIG['listen_dsn'] must lead past it."
+)
 
 
 class Problem(NamedTuple):
@@ -30,6 +39,7 @@ class ClientStatus:
     ``lease_age``: since its lease was renewed. ``lease_left``: until its lease expires; negative if
     it is overdue. Both are None if the lease never expires; the layer writes no such lease.
     ``connections``: None if they are unknown, because the user has set `application_name`.
+    ``has_notifications``: False if it polls, because notifications do not arrive.
     """
 
     id: str
@@ -38,6 +48,11 @@ class ClientStatus:
     lease_age: float | None
     lease_left: float | None
     connections: int | None
+    has_notifications: bool = True
+
+    @property
+    def process(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -51,11 +66,19 @@ class GroupStatus:
 
 @dataclass(frozen=True)
 class ChannelStatus:
-    """A normal channel in which messages wait: their number and the age of the oldest."""
+    """A normal channel in which messages wait: their number and the age of the oldest.
+
+    ``capacity``: how many may wait, by the options of this project.
+    """
 
     name: str
     waiting: int
     oldest_age: float
+    capacity: int
+
+    @property
+    def fill(self) -> str:
+        return f"{self.waiting} of {self.capacity}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,9 @@ class Status:
 
     The lists of clients, groups and channels are limited; the counts are complete.
 
+    ``lost``: names of clients whose lease has expired and that were swept within `LOST_FOR`;
+    ``lost_clients`` counts all of them. ``polling_clients``: live clients to
+    which notifications do not arrive. ``full_channels``: normal channels at their capacity.
     ``drops``: messages that live clients have dropped or refused since their start, by reason.
     ``failing_tasks``: tasks of live clients that fail with an unexpected error, as of the last
     heartbeats. ``notify_queue_usage``: the used part of the server's NOTIFY queue, from 0 to 1.
@@ -87,12 +113,16 @@ class Status:
     live_clients: int
     overdue_clients: int
     ended_clients: int
+    lost: list[str]
+    lost_clients: int
+    polling_clients: int
     groups: list[GroupStatus]
     all_groups: int
     all_members: int
     channels: list[ChannelStatus]
     all_channels: int
     all_waiting: int
+    full_channels: list[ChannelStatus]
     drops: dict[str, int]
     failing_tasks: int
     tables: list[TableStatus]
@@ -114,14 +144,28 @@ class Status:
             )
         if self.overdue_clients:
             overdue = [
-                client
+                client.process
                 for client in self.clients
                 if client.lease_left is not None and client.lease_left <= 0
             ]
-            names = [f"process {client.pid} on {client.host}" for client in overdue]
-            if len(names) < self.overdue_clients:
-                names.append("...")
-            problems.append(f"Overdue leases: {self.overdue_clients} ({', '.join(names)}).")
+            problems.append(f"Overdue leases: {_named(overdue, self.overdue_clients)}.")
+        if self.lost_clients:
+            problems.append(
+                f"Clients lost within {in_words(LOST_FOR)}: {_named(self.lost, self.lost_clients)}."
+                f" {LOST_TEXT}"
+            )
+        if self.polling_clients:
+            polling = [client.process for client in self.clients if not client.has_notifications]
+            problems.append(
+                f"Without notifications, and polling: {_named(polling, self.polling_clients)}."
+                f" {POLLING_ADVICE}"
+            )
+        if self.full_channels:
+            full = [f"{each.name} ({each.fill})" for each in self.full_channels[:MAX_NAMED]]
+            problems.append(
+                f"Full normal channels: {_named(full, len(self.full_channels))}. Start more"
+                " workers, or raise capacity or channel_capacity."
+            )
         if self.failing_tasks:
             problems.append(
                 f"Failing tasks of live clients: {self.failing_tasks}. See the processes' logs."
@@ -143,6 +187,8 @@ class Status:
                 "live": self.live_clients,
                 "overdue": self.overdue_clients,
                 "ended": self.ended_clients,
+                "lost": self.lost_clients,
+                "polling": self.polling_clients,
                 "list": [asdict(client) for client in self.clients],
             },
             "groups": {
@@ -161,6 +207,12 @@ class Status:
             "notify_queue_usage": self.notify_queue_usage,
             "last_sweep_age": self.last_sweep_age,
         }
+
+
+def _named(names: list[str], count: int) -> str:
+    """Return a number of things with the names of some."""
+    more = ["..."] if len(names) < count else []
+    return f"{count} ({', '.join([*names, *more])})"
 
 
 def in_words(seconds: float) -> str:

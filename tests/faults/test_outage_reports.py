@@ -208,6 +208,23 @@ async def test_close_without_a_database_logs_that_the_lease_remains(
     assert events(caplog)[-1] == log_events.CLOSE_FAILED
 
 
+async def test_view_for_probes_counts_a_process_that_polls_as_ready() -> None:
+    """Otherwise a pooler before the listener would take all processes out of the load balancer."""
+    page = (ROOT / "docs" / "how-to" / "operations.md").read_text(encoding="utf-8")
+    (condition,) = re.findall(r"is_ready = (.*)\n", page)
+    polls = "Polling: a connection pooler is between"
+    for listener, round_trip, problems, expected in (
+        ("listening", 0.1, [], True),
+        ("polling", 0.1, [polls], True),
+        ("polling", None, [polls], False),
+        ("connecting", 0.1, [], False),
+        ("listening", None, ["A notification to itself was not heard."], False),
+        ("off", 0.1, [], True),
+    ):
+        health = {"listener": listener, "round_trip": round_trip, "problems": problems}
+        assert eval(condition, {"health": health}) is expected
+
+
 VIEW = """
 import sys, types
 from django.conf import settings

@@ -334,6 +334,8 @@ async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
         assert health["listener"] == "polling"
         assert any("listen_dsn" in problem for problem in health["problems"])
         assert health["round_trip"] is not None
+        # Other processes see it in the row of the client.
+        await until(lambda: is_without_notifications(direct))
         # After several heartbeats the layer still polls, and has logged nothing more.
         renewed = [lease_end(direct)]
         while len(renewed) < 4:
@@ -344,6 +346,13 @@ async def test_pooler_without_listen_dsn_is_noticed_and_polled_through(
         assert await receive_numbers(layer, channel, 1) == [1]
         assert events(caplog) == [log_events.POLLING_STARTED]
     await assert_nothing_left(direct)
+
+
+def is_without_notifications(dsn: str) -> bool:
+    """Return whether the only client reports that it receives no notifications."""
+    with psycopg.connect(dsn) as conn:
+        ((counters,),) = conn.execute("SELECT counters FROM pg_layer_client").fetchall()
+    return bool(counters["without_notifications"])
 
 
 def lease_end(direct: str) -> object:

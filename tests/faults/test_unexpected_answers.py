@@ -223,5 +223,7 @@ async def test_health_when_the_lease_is_over_reports_it_and_renews_it(
     time.sleep(1.1)  # noqa: ASYNC251  # block the loop, as an application may
     health = await layer.health()
     assert (health["lease_age"] or 0) > 1
-    assert any(problem.startswith("The lease is over: ") for problem in health["problems"])
+    assert any(
+        problem.startswith("The lease was not renewed for ") for problem in health["problems"]
+    )
     assert (await layer.health())["problems"] == []

@@ -208,12 +208,36 @@ print("fence" in page.lower(), "dropped_full" in page)
 """,
     )
     live, late, lost, gone, *page = output.splitlines()
-    assert re.fullmatch(r"live \| [1-5]\d s left \| 3 h 5 min ago \| 12345", live)
-    assert re.fullmatch(r"overdue \| expired 1 min \d+ s ago \| \d+ s ago \| 12345", late)
+    assert re.fullmatch(r"live \| [1-5]\d s left \| 12345 \| 3 h 5 min ago", live)
+    assert re.fullmatch(r"overdue \| expired 1 min \d+ s ago \| 12345 \| \d+ s ago", late)
     assert gone.startswith("closed | closed 1 h ")
     assert lost.startswith("lost | expired, removed 1 h ")
     assert re.fullmatch(r"[1-5]\d s left; it lasts 60 s after each renewal", page[0])
-    assert page[1:] == ["3", "0", "False True"]
+    assert page[1:] == [
+        "3",
+        "0 in the table, 0 in the memory of the process",
+        "False True",
+    ]
+
+
+def test_client_pages_show_a_client_without_notifications(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    fill(observer)
+    observer.execute(
+        'UPDATE pg_layer_client SET counters = \'{"without_notifications": 1,'
+        " \"queued_messages\": 100}' WHERE address = 'asgi!live'"
+    )
+    output = ask(
+        migrated_dsn,
+        """
+print(json.dumps([row[:3] for row in shown("client", "?state=live")]))
+page = strip_tags(unescape(detail("client", "asgi!live")))
+print("listen_dsn" in page, "100 in the memory" in page)
+print("killed" in strip_tags(detail("client", "asgi!lost")))
+""",
+    )
+    assert output.splitlines() == ['[["host-live", "4711", "live, polls"]]', "True True", "True"]
 
 
 def test_client_pages_show_a_client_that_closed_without_a_lease(
@@ -306,10 +330,11 @@ def test_message_pages_show_waiting_messages(migrated_dsn: str, observer: Observ
     output = ask(
         migrated_dsn,
         f"""
-for row in shown("message"):
+for row in shown("message", "?to=all"):
     print(*row, sep=" | ")
-for query in ("?to=group", "?to=normal", "?to=process", "?to=nonsense", "?q=job", "?q=roo",
-              "?q=specific.live!1", "?q=specific.live!2", "?q=no", "?q=asgi"):
+for query in ("?to=group", "", "?to=process", "?to=nonsense", "?q=job", "?to=all&q=roo",
+              "?to=all&q=specific.live!1", "?to=all&q=specific.live!2", "?to=all&q=no",
+              "?to=all&q=asgi"):
     print(json.dumps([row[0] for row in shown("message", query)]))
 print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message", {id})))
 """,
@@ -321,7 +346,7 @@ print("{{'text': 'hello there', 'type': 'greet'}}" in unescape(detail("message",
     assert [row.split(" | ")[0] for row in rows] == [jobs, room, own]
     assert re.fullmatch(rf"{jobs} \| {size} bytes \| \d+ s ago \| in 59 min \d+ s", rows[0])
     assert [json.loads(line) for line in found] == [
-        *([room], [jobs], [own], [jobs, room, own], [jobs], [room]),
+        *([room], [jobs], [own], [jobs], [jobs], [room]),
         *([own], [], [], []),
     ]
     assert page == "True"
@@ -470,7 +495,7 @@ look(lambda: shown("message", "?q=nothing"), "message", "message")
 look(lambda: detail("group", "asgi!room-77"), "group", "membership")
 look(lambda: shown("group"), "group", "membership")
 title = browser.get(address("message")).content.decode()
-print("Waiting messages (only the first 1000)" in title, "1000 waiting messages" in title)
+print("Messages (only the first 1000)" in title, "1000 messages" in title)
 print(browser.get(address("message") + "?p=99").status_code)
 """,
     )

@@ -458,6 +458,38 @@ async def test_receive_without_privileges_logs_and_waits(
     await until(waiting.done)
 
 
+async def test_receive_another_refusal_is_logged_and_is_the_reason(
+    make_layer: MakeLayer,
+    make_role: MakeRole,
+    observer: Observer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After the first mend the log and the health name what else is missing."""
+    layer = make_layer(dsn=make_role("layer_user"))
+    role = f'"layer_user_{observer.info.dbname}"'
+    tables = ("pg_layer_client", "pg_layer_lease_clock")
+    for table in tables:
+        observer.execute(f"REVOKE ALL ON {table} FROM {role}".encode())
+    waiting = asyncio.create_task(layer.receive(await layer.new_channel()))
+
+    def named() -> list[str]:
+        said = [record.getMessage() for record in records(caplog, log_events.RECEIVING_REFUSED)]
+        return [table for each in said for table in tables if each.endswith(f"table {table}")]
+
+    [first] = await until(named)
+    [second] = {*tables} - {first}
+    observer.execute(f"GRANT ALL ON {first} TO {role}".encode())
+    await until(lambda: len(named()) > 1)
+    assert named() == [first, second]
+    problems = (await layer.health())["problems"]
+    assert f"Not connected: permission denied for table {second}" in problems
+    observer.execute(f"GRANT ALL ON {second} TO {role}".encode())
+    await until(lambda: records(caplog, log_events.DATABASE_BACK))
+    assert named() == [first, second]
+    waiting.cancel()
+    await until(waiting.done)
+
+
 # ---------------------------------------------------------------------- every privilege is needed
 
 LIVE, MINE = "asgi!live", "asgi!mine"
@@ -629,6 +661,11 @@ def lacking(dsn: str) -> str:
     return "" if fault is None else str(fault)
 
 
+def advised(said: str) -> bytes:
+    """Return the statements that a problem advises."""
+    return said.split("As the owner: ")[1].split(". See docs/")[0].encode()
+
+
 def problems(dsn: str) -> list[str]:
     shown: list[str] = json.loads(manage(dsn, "pg_layer_status", "--json").stdout)["problems"]
     return shown
@@ -654,6 +691,21 @@ def test_role_that_lacks_any_privilege_is_reported(
         assert f"GRANT {privilege}{listed} ON {relation} TO " in said
         observer.execute(f"GRANT {privilege}{listed} ON {relation} TO {role}".encode())
     assert lacking(dsn) == ""
+
+
+@pytest.mark.parametrize("name", ["layer_user", "layer_sender", "layer_receiver"])
+def test_role_that_lacks_a_table_is_advised_all_that_it_needs(
+    make_role: MakeRole, observer: Observer, name: str
+) -> None:
+    """A role that lost a whole table works again after the advised statements."""
+    dsn = make_role(name)
+    role = f'"{name}_{observer.info.dbname}"'
+    for table in maintenance.TABLES:
+        before = sorted(map(str, observer.execute(GRANTED, (role,)).fetchall()))
+        observer.execute(f"REVOKE ALL ON {table} FROM {role}".encode())
+        if said := lacking(dsn):
+            observer.execute(advised(said))
+        assert sorted(map(str, observer.execute(GRANTED, (role,)).fetchall())) == before, table
 
 
 def test_roles_that_do_less_or_combine_kinds_are_not_reported(
@@ -690,7 +742,10 @@ def test_functions_without_execute_privilege_are_reported(
         "EXECUTE ON FUNCTION pg_layer_sweepable(text)." in problem for problem in problems(dsn)
     ] == [True]
     observer.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC")
-    assert re.search(r": EXECUTE ON FUNCTION pg_layer_\w+\(.*\) and \d\d more\.", lacking(dsn))
+    said = lacking(dsn)
+    assert ": EXECUTE ON ALL FUNCTIONS IN SCHEMA public." in said
+    observer.execute(advised(said))
+    assert lacking(dsn) == ""
     [problem] = problems(watcher)
     assert "permission denied for function pg_layer_" in problem
     assert "Grant the role what docs/reference/permissions.md names." in problem

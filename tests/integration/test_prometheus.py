@@ -445,7 +445,12 @@ async def test_documented_query_for_all_processes_works(
             }
 
         await until(lambda: counters().get("delivered"))
-        assert set(counters()) == {*COUNTED, "failing_tasks"}
+        assert set(counters()) == {
+            *COUNTED,
+            "failing_tasks",
+            "queued_messages",
+            "without_notifications",
+        }
         assert counters()["sent"] == 1
         await layer.close()
         assert counters() == {}

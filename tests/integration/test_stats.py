@@ -662,7 +662,12 @@ async def test_counters_in_the_row_of_the_lease_are_those_of_the_client(
 
         await until(lambda: counters_of(observer, channel)["delivered"] == 3)  # noqa: B023
         counters = counters_of(observer, channel)
-        assert set(counters) == {*COUNTED, "failing_tasks"}
+        assert set(counters) == {
+            *COUNTED,
+            "failing_tasks",
+            "queued_messages",
+            "without_notifications",
+        }
         assert {name: counters[name] for name in ("sent", "received", "delivered")} == {
             "sent": 3,
             "received": 3,

@@ -29,7 +29,7 @@ from pg_layer import PostgresChannelLayer
 from pg_layer._config.options import load
 from pg_layer._db.pool import connection_kwargs
 from pg_layer._maintenance import status_text
-from pg_layer._state.status import Status, in_words
+from pg_layer._state.status import ChannelStatus, Status, in_words
 from pg_layer.management.commands import pg_layer_status
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.faults.test_notify_refused import full_queue
@@ -203,7 +203,9 @@ def test_status_ignores_expired_and_ended_rows(migrated_dsn: str, observer: Obse
     shown = look(migrated_dsn)
     assert shown["groups"] == {"count": 0, "members": 0, "list": []}
     assert shown["channels"] == {"count": 0, "waiting": 0, "list": []}
-    assert shown["clients"] == {"live": 0, "overdue": 0, "ended": 1, "list": []}
+    clients = shown["clients"]
+    assert (clients["live"], clients["overdue"], clients["ended"]) == (0, 0, 1)
+    assert clients["list"] == []
 
 
 def test_status_adds_up_drops_of_live_clients(migrated_dsn: str, observer: Observer) -> None:
@@ -441,6 +443,62 @@ def test_status_overdue_leases_are_a_problem(migrated_dsn: str, observer: Observ
     assert (after["clients"]["overdue"], after["clients"]["ended"]) == (0, 3)
 
 
+def test_status_lost_clients_are_a_problem_for_an_hour(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """A sweep removes the lease of a process that is blocked. The process may still be blocked."""
+    sweep(observer)
+    for client, swept in (("new", "59 minutes"), ("old", "61 minutes"), ("closed", "1 minute")):
+        ended = "1 minute" if client == "closed" else None
+        add_client(observer, client, "-2 hours", ended)
+        observer.execute(
+            "UPDATE pg_layer_client SET swept_at = clock_timestamp() - %s::interval"
+            " WHERE address = 'asgi!' || %s::text",
+            (swept, client),
+        )
+    shown = look(migrated_dsn)
+    assert (shown["clients"]["ended"], shown["clients"]["lost"]) == (3, 1)
+    [problem] = shown["problems"]
+    assert problem.startswith("Clients lost within 1 h: 1 (process 77 on host-of-new).")
+    assert "0 overdue, 3 ended within a day, 1 lost within an hour" in "\n".join(
+        read_text(migrated_dsn)[1]
+    )
+
+
+def test_status_client_without_notifications_is_a_problem(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    sweep(observer)
+    add_client(observer, "a-listens", "1 minute", without_notifications=0)
+    add_client(observer, "b-polls", "1 minute", without_notifications=1)
+    add_client(observer, "c-older", "1 minute")
+    add_client(observer, "d-ended", "1 minute", "1 minute", without_notifications=1)
+    shown = look(migrated_dsn, "--top", "1")
+    [client] = shown["clients"]["list"]
+    assert (client["host"], client["has_notifications"]) == ("host-of-b-polls", False)
+    assert shown["clients"]["polling"] == 1
+    [problem] = shown["problems"]
+    assert "polling: 1 (process 77 on host-of-b-polls)." in problem
+    assert "listen_dsn" in problem
+    [line] = [line for line in read_text(migrated_dsn)[1] if "  host-of-b-polls" in line]
+    assert "no: polls" in line
+
+
+def test_status_full_channel_is_a_problem(migrated_dsn: str, observer: Observer) -> None:
+    sweep(observer)
+    config = {"dsn": migrated_dsn, "channel_capacity": {"jobs": 3, "other": 3}}
+    backend = {"BACKEND": "pg_layer.PostgresChannelLayer", "CONFIG": config}
+    settings = {"CHANNEL_LAYERS": {"default": backend}}
+    for channel, count in (("jobs", 3), ("other", 2), ("many", 5)):
+        for _ in range(count):
+            observer.execute("SELECT pg_layer_send(%s, %s)", (channel, '{"type": "test"}'))
+    shown = look(migrated_dsn, "--top", "1", settings=settings)
+    [channel] = shown["channels"]["list"]
+    assert (channel["name"], channel["waiting"], channel["capacity"]) == ("many", 5, 100)
+    [problem] = shown["problems"]
+    assert problem.startswith("Full normal channels: 1 (jobs (3 of 3)). Start more workers")
+
+
 async def test_status_lists_a_client_with_members_or_a_listener(
     make_layer: MakeLayer, migrated_dsn: str, observer: Observer
 ) -> None:
@@ -663,12 +721,16 @@ def test_as_dict_contains_all_fields() -> None:
         live_clients=1,
         overdue_clients=2,
         ended_clients=3,
+        lost=["process 5 on a"],
+        lost_clients=2,
+        polling_clients=1,
         groups=[],
         all_groups=4,
         all_members=5,
         channels=[],
         all_channels=6,
         all_waiting=7,
+        full_channels=[ChannelStatus("jobs", 7, 1.0, 7)],
         drops={"dropped_full": 8},
         failing_tasks=10,
         tables=[],
@@ -680,7 +742,7 @@ def test_as_dict_contains_all_fields() -> None:
     assert status.as_dict(10) == {
         "ok": False,
         "problems": status.problems(10),
-        "clients": {"live": 1, "overdue": 2, "ended": 3, "list": []},
+        "clients": {"live": 1, "overdue": 2, "ended": 3, "lost": 2, "polling": 1, "list": []},
         "groups": {"count": 4, "members": 5, "list": []},
         "channels": {"count": 6, "waiting": 7, "list": []},
         "drops": {"dropped_full": 8},
@@ -689,8 +751,8 @@ def test_as_dict_contains_all_fields() -> None:
         "notify_queue_usage": 0.51,
         "last_sweep_age": 9.0,
     }
-    assert len(status.problems(10)) == 3
-    assert len(status.problems(8)) == 4
+    assert len(status.problems(10)) == 6
+    assert len(status.problems(8)) == 7
 
 
 # ---------------------------------------------------------------------- again and again

@@ -6,6 +6,8 @@ import asyncio
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +18,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from devtools.postgres import PostgresServer
 from pg_layer._config.options import load
@@ -23,7 +26,15 @@ from pg_layer._maintenance.sweeper import Sweeper
 from pg_layer.management.commands._layer import ended_by_signals
 from tests.conftest import MIGRATIONS, MakeLayer, Observer
 from tests.processes import listen, receive, until
-from tests.project.commands import Process, eventually, manage, started, succeeded
+from tests.project.commands import (
+    ROOT,
+    Process,
+    environment,
+    eventually,
+    manage,
+    started,
+    succeeded,
+)
 
 COMMAND = ("-m", "tests.project.manage", "pg_layer_sweep")
 
@@ -549,8 +560,46 @@ def test_sweeper_continues_after_a_restart_of_the_database(processes_to_end: Exi
         server.execute(add)
         assert process.expect("Removed") == "Removed 1 messages, 0 memberships, 0 clients."
         assert process.end(signal.SIGTERM) == 0
+    *errors, last = process.errors
+    for line, following in pairwise(process.errors):
+        assert (
+            line.startswith("The sweep failed and will be repeated: ")
+            or following != "The sweep works again."
+        )
+        assert "Check the settings" not in line
+    assert errors
+    assert last == "The sweep works again."
+
+
+def test_sweeper_with_a_wrong_password_names_the_settings(
+    migrated_dsn: str, processes_to_end: ExitStack
+) -> None:
+    dsn = make_conninfo(migrated_dsn, password="wrong")
+    process = start(processes_to_end, dsn, "--interval", "0.1")
+    eventually(lambda: len(process.errors) > 1, "complained")
+    assert process.end(signal.SIGTERM) == 0
     for line in process.errors:
-        assert line.startswith("The sweep failed and will be repeated: ")
+        assert line.endswith(" Check the settings of the database.")
+
+
+def test_sweeper_whose_output_is_a_pipe_prints_at_once(
+    migrated_dsn: str, observer: Observer
+) -> None:
+    """Python buffers what it prints into a pipe: a log would show nothing until the end."""
+    add_messages(observer, 3, PAST)
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND],
+        cwd=ROOT,
+        env={**environment(migrated_dsn), "PYTHONUNBUFFERED": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "Sweeping every 15 seconds.\n"
+        assert process.stdout.readline().startswith("Removed 3 messages")
+        process.terminate()
+        assert process.wait() == 0
 
 
 async def test_two_sweepers_beside_traffic_lose_no_message(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ GRANTED = Statement(
 )
 NOT_EXECUTABLE = Statement(
     """
-    SELECT p.oid::regprocedure::text FROM pg_proc AS p
+    SELECT p.oid::regprocedure::text, p.pronamespace::regnamespace::text FROM pg_proc AS p
     WHERE p.proname LIKE 'pg\\_layer\\_%' AND NOT has_function_privilege(p.oid, 'EXECUTE')
         AND p.pronamespace = (
             SELECT relnamespace FROM pg_class WHERE oid = 'pg_layer_message'::regclass)
@@ -161,7 +162,7 @@ def privileges(conn: Connection[Any]) -> Problem | None:
     granted = {
         privilege for privilege, (is_granted,) in zip(known, answers, strict=True) if is_granted
     }
-    not_executable = [function for (function,) in run(NOT_EXECUTABLE)]
+    not_executable = run(NOT_EXECUTABLE)
     if not not_executable:
         granted |= _FUNCTIONS
     missing = {kind: needed - granted for kind, needed in KINDS.items()}
@@ -169,8 +170,9 @@ def privileges(conn: Connection[Any]) -> Problem | None:
     incomplete = {_place(p) for p in granted if p.name in _WRITES} - complete
     if not incomplete:
         return None
-    # The kind with the fewest missing privileges, of those with a privilege that the role has.
-    kinds = [kind for kind, needed in KINDS.items() if incomplete & {_place(p) for p in needed}]
+    # The kind with the fewest missing privileges, of those that include all that the role may
+    # write. A smaller kind would leave a role that does more without a part of what it needs.
+    kinds = [kind for kind, needed in KINDS.items() if incomplete <= {_place(p) for p in needed}]
     kind = min(kinds, key=lambda kind: len(missing[kind]))
     ((role,),) = run(ROLE)
     grants = _grants(missing[kind], not_executable)
@@ -185,16 +187,20 @@ def _place(privilege: Privilege) -> tuple[str, str]:
     return privilege.name, privilege.relation
 
 
-def _grants(missing: frozenset[Privilege], not_executable: list[str]) -> list[str]:
-    """Return the missing privileges in the syntax of GRANT, columns of a relation together."""
+def _grants(missing: frozenset[Privilege], not_executable: Sequence[Any]) -> list[str]:
+    """Return the missing privileges in the syntax of GRANT, columns of a relation together.
+
+    ``not_executable``: functions with their schema.
+    """
     columns: dict[tuple[str, str], list[str]] = {}
     for privilege in sorted(missing):
         columns.setdefault(_place(privilege), []).append(privilege.column)
     grants = []
     for (name, relation), of in columns.items():
         if relation == FUNCTIONS:
-            more = f" and {len(not_executable) - 2} more" if not_executable[2:] else ""
-            grants.append(f"EXECUTE ON FUNCTION {', '.join(not_executable[:2])}{more}")
+            function, schema = not_executable[0]
+            of_all = f"ALL FUNCTIONS IN SCHEMA {schema}"
+            grants.append(f"EXECUTE ON {of_all if not_executable[1:] else f'FUNCTION {function}'}")
         else:
             listed = f" ({', '.join(of)})" if any(of) else ""
             kind = "SEQUENCE " if relation.endswith("_seq") else ""

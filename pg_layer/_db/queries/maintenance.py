@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from pg_layer._db.session import Session
 from pg_layer._db.statement import BOOL, FLOAT8, INT4, TEXT, TEXTS, Statement
 from pg_layer._state.status import (
     DROPS,
+    LOST_FOR,
+    MAX_NAMED,
     ChannelStatus,
     ClientStatus,
     GroupStatus,
@@ -28,6 +31,7 @@ SWEEP_TIMEOUT = 60.0  # seconds for one part
 LOOK_TIMEOUT = 10.0  # seconds for each statement that only reads
 FULL_PASS = 3600.0  # seconds between two sweeps that begin with the oldest message
 START = 0.0  # the ``after`` of the first part of a full pass
+MAX_CHANNELS = 1000  # normal channels whose capacity a status compares with their messages
 TABLES = (
     "pg_layer_message",
     "pg_layer_membership",
@@ -141,18 +145,22 @@ def unswept_for(conn: Connection[Any], prefix: str) -> float | None:
 
 # ---------------------------------------------------------------------- status
 
-# Clients that have neither closed nor been swept, those with expired leases first. Whether a lease
-# that has expired is over depends also on the renewals of other clients.
+# Clients that have neither closed nor been swept, those with expired leases first, then those to
+# which notifications do not arrive. Whether a lease that has expired is over depends also on the
+# renewals of other clients.
 CLIENTS = Statement(
     """
     SELECT split_part(address, '!', 2), host, pid, lease,
         (extract(epoch FROM expires_at) - extract(epoch FROM clock_timestamp()))::float8,
         (SELECT count(*) FROM pg_stat_activity
          WHERE datname = current_database()
-            AND application_name = 'pg_layer ' || split_part(address, '!', 2))
+            AND application_name = 'pg_layer ' || split_part(address, '!', 2)),
+        counters -> 'without_notifications' IS DISTINCT FROM '1'::jsonb
     FROM pg_layer_client
     WHERE address > $1 || '!' AND address < $1 || '"' AND ended_at IS NULL AND swept_at IS NULL
-    ORDER BY expires_at > clock_timestamp(), host, pid, address LIMIT $2
+    ORDER BY expires_at > clock_timestamp(),
+        counters -> 'without_notifications' IS DISTINCT FROM '1'::jsonb, host, pid, address
+    LIMIT $2
     """,
     *(TEXT, INT4),
 )
@@ -160,13 +168,25 @@ CLIENT_COUNTS = Statement(
     """
     SELECT count(*) FILTER (WHERE is_open AND expires_at > clock_timestamp()),
         count(*) FILTER (WHERE is_open AND expires_at <= clock_timestamp()),
-        count(*) FILTER (WHERE NOT is_open)
+        count(*) FILTER (WHERE NOT is_open),
+        count(*) FILTER (WHERE is_open AND expires_at > clock_timestamp()
+            AND counters -> 'without_notifications' = '1')
     FROM (
-        SELECT expires_at, ended_at IS NULL AND swept_at IS NULL AS is_open
+        SELECT expires_at, counters, ended_at IS NULL AND swept_at IS NULL AS is_open
         FROM pg_layer_client WHERE address > $1 || '!' AND address < $1 || '"'
     ) AS c
     """,
     TEXT,
+)
+# Clients that have not closed, and were swept at most $2 seconds ago because their lease was over.
+LOST = Statement(
+    """
+    SELECT host, pid, count(*) OVER () FROM pg_layer_client
+    WHERE address > $1 || '!' AND address < $1 || '"' AND ended_at IS NULL
+        AND swept_at > clock_timestamp() - make_interval(secs => $2)
+    ORDER BY swept_at DESC LIMIT $3
+    """,
+    *(TEXT, FLOAT8, INT4),
 )
 # A role that may write the counters may have written values that are not numbers. They are ignored.
 COUNTER_SUMS = Statement(
@@ -212,13 +232,19 @@ BOOT = Statement("SELECT boot FROM pg_layer_boot")
 
 
 def status(
-    conn: Connection[Any], prefix: str, top: int, *, are_named: bool, role_problems: list[Problem]
+    conn: Connection[Any],
+    prefix: str,
+    top: int,
+    *,
+    are_named: bool,
+    capacity_of: Callable[[str], int],
+    role_problems: list[Problem],
 ) -> Status:
     """Return the status of a prefix at one moment.
 
     ``top``: the largest number of clients, of groups and of channels to list. ``are_named``: the
-    names of connections show the client that they belong to. ``role_problems``: what
-    `access.role_problems` has returned.
+    names of connections show the client that they belong to. ``capacity_of``: returns how many
+    messages may wait in a channel. ``role_problems``: what `access.role_problems` has returned.
     """
     run = partial(Session(conn).execute_now, timeout=LOOK_TIMEOUT)
     run(BEGIN_SNAPSHOT)
@@ -230,12 +256,18 @@ def status(
             lease_age=None if math.isinf(left) else lease - left,
             lease_left=None if math.isinf(left) else left,
             connections=connections if are_named else None,
+            has_notifications=has_notifications,
         )
-        for id, host, pid, lease, left, connections in run(CLIENTS, prefix, top)
+        for id, host, pid, lease, left, connections, has_notifications in run(CLIENTS, prefix, top)
     ]
-    ((live, overdue, ended),) = run(CLIENT_COUNTS, prefix)
+    ((live, overdue, ended, polling),) = run(CLIENT_COUNTS, prefix)
+    lost = run(LOST, prefix, LOST_FOR, MAX_NAMED)
     groups = run(GROUPS, prefix, top)
-    channels = run(CHANNELS, prefix, top)
+    channels = run(CHANNELS, prefix, max(top, MAX_CHANNELS))
+    listed = [
+        ChannelStatus(name, waiting, oldest_age, capacity_of(name))
+        for name, waiting, oldest_age, *_ in channels
+    ]
     counted: dict[str, int] = dict(run(COUNTER_SUMS, prefix, (*DROPS, "failing_tasks")))
     failing_tasks = counted.pop("failing_tasks")
     tables = run(TABLE_SIZES, TABLES)
@@ -248,12 +280,16 @@ def status(
         live_clients=live,
         overdue_clients=overdue,
         ended_clients=ended,
+        lost=[f"process {pid} on {host}" for host, pid, _ in lost],
+        lost_clients=lost[0][2] if lost else 0,
+        polling_clients=polling,
         groups=[GroupStatus(*group[:3]) for group in groups],
         all_groups=groups[0][3] if groups else 0,
         all_members=groups[0][4] if groups else 0,
-        channels=[ChannelStatus(*channel[:3]) for channel in channels],
+        channels=listed[:top],
         all_channels=channels[0][3] if channels else 0,
         all_waiting=channels[0][4] if channels else 0,
+        full_channels=[channel for channel in listed if channel.waiting >= channel.capacity],
         drops=counted,
         failing_tasks=failing_tasks,
         tables=[TableStatus(*table) for table in tables],

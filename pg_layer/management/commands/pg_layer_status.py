@@ -95,6 +95,7 @@ class Command(LayerCommand):
                     config.prefix,
                     options["top"],
                     are_named=are_named(config),
+                    capacity_of=config.capacity_of,
                     role_problems=role_problems,
                 )
             problems = status.problems(sweep_age)
