@@ -85,7 +85,18 @@ class Command(LayerCommand):
         self, config: Config, options: dict[str, Any], show: Callable[..., None]
     ) -> list[str]:
         """Query the status and show it. Return the problems."""
-        sweep_age = options["sweep_age"]
+        status, problems = self._query_status(config, options)
+        show(status, problems, options)
+        return problems
+
+    def _query_status(
+        self, config: Config, options: dict[str, Any]
+    ) -> tuple[Status | None, list[str]]:
+        """Return the status and the problems; None if the database does not tell its status.
+
+        The connection is gone before anything is shown. A signal often follows what is shown, and
+        its exception must not meet the connection's finaliser, in which Python ignores it.
+        """
         role_problems: list[Problem] = []
         try:
             with connected_now(config) as conn:
@@ -98,14 +109,12 @@ class Command(LayerCommand):
                     capacity_of=config.capacity_of,
                     role_problems=role_problems,
                 )
-            problems = status.problems(sweep_age)
         except PgLayerError as error:
             problem = " ".join(str(error).split())
             if is_forbidden(error):
                 problem += ". Grant the role what docs/reference/permissions.md names."
-            status, problems = None, [*map(str, role_problems), problem]
-        show(status, problems, options)
-        return problems
+            return None, [*map(str, role_problems), problem]
+        return status, status.problems(options["sweep_age"])
 
     def _show_json(
         self, status: Status | None, problems: list[str], options: dict[str, Any]
