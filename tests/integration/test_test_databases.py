@@ -18,7 +18,7 @@ from tests.project.commands import run as run_project
 
 find_test_databases.__test__ = False  # type: ignore[attr-defined]
 # Each test runs a suite in one to three processes, one of them twice.
-pytestmark = pytest.mark.timeout(10 * TIMEOUT)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(10 * TIMEOUT)]
 
 SPAWNING = """
 import multiprocessing

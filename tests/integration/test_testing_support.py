@@ -17,7 +17,7 @@ from tests.conftest import Observer
 from tests.project.commands import ROOT, TIMEOUT, django, environment
 
 RUNNERS = ["django", "pytest"]
-pytestmark = pytest.mark.timeout(10 * TIMEOUT)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(10 * TIMEOUT)]
 
 PYTEST_INI = """
 [pytest]
