@@ -45,6 +45,8 @@ class MembershipWriter:
         self._due: dict[Pair, int] = {}
         self._may_have_old_rows = False
         self._is_writing = False
+        self._has_written = asyncio.Event()
+        self._has_written.set()
 
     @property
     def due(self) -> int:
@@ -130,6 +132,7 @@ class MembershipWriter:
     def _start(self) -> None:
         if not self._is_writing and self._next_step() is not None:
             self._is_writing = True
+            self._has_written.clear()
             self._spawn("The writing of memberships", self._write_due)
 
     async def _write_due(self) -> None:
@@ -142,6 +145,11 @@ class MembershipWriter:
                 pause = 0.0  # let callers of write() take the lock
             await asyncio.sleep(pause)
         self._is_writing = False
+        self._has_written.set()
+
+    async def written(self) -> None:
+        """Wait until the rows that were due have been written in the background."""
+        await self._has_written.wait()
 
     def _next_step(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
         if self._due:

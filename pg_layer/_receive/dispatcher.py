@@ -244,7 +244,15 @@ class Dispatcher:
         client.unplaced.clear()
         for queue in client.queues():
             client.delete_later(queue, queue.pop_all())
-        self._receiver.deletions.delete_now()  # the deletion of the row confirms the flush
+        self._spawn("The confirmation of a flush", self._confirm_flush)
+
+    async def _confirm_flush(self) -> None:
+        """Delete the row of a flush, which confirms it, when its memberships have no rows.
+
+        An owner that has just begun may have written them again after the flush had removed them.
+        """
+        await self._writer.written()
+        self._receiver.deletions.delete_now()
 
     def _apply_add(self, row: Row, change: dict[str, Any]) -> bool:
         client, memberships = self._client, self._client.memberships

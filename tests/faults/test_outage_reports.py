@@ -222,7 +222,7 @@ async def test_view_for_probes_counts_a_process_that_polls_as_ready() -> None:
         ("off", 0.1, [], True),
     ):
         health = {"listener": listener, "round_trip": round_trip, "problems": problems}
-        assert eval(condition, {"health": health}) is expected
+        assert eval(condition, {"now": health}) is expected
 
 
 VIEW = """

