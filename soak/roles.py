@@ -168,7 +168,8 @@ class Player:
         if not self.is_ending:
             self.is_ending = True
             self.on_end()
-            self.end.set_result(None)
+            if not self.end.done():  # the cancellation of a task that awaits it also cancels it
+                self.end.set_result(None)
 
 
 # ---------------------------------------------------------------------- sending

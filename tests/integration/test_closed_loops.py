@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from tests.project.commands import run, succeeded
+from tests.project.commands import django, run, succeeded
 
 COMMON = """
 import asyncio, contextlib, gc, os, threading, time
@@ -365,3 +366,58 @@ def test_loop_closed_in_a_forked_child_leaves_the_connections_of_the_parent(
     migrated_dsn: str,
 ) -> None:
     assert succeeded(run(migrated_dsn, "-W", "ignore", "-c", COMMON + FORKED)) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("cursor", "statement"),
+    [
+        ("connection.cursor()", "TRUNCATE pg_layer_message, pg_layer_membership"),
+        ("connection._nodb_cursor()", "DROP DATABASE {name}"),
+    ],
+    ids=["TRUNCATE", "DROP"],
+)
+def test_dropped_layers_have_closed_before_such_statements(
+    migrated_dsn: str, cursor: str, statement: str
+) -> None:
+    """As layers of `override_settings` do. Their close would go on beside the statement."""
+    name = f"{conninfo_to_dict(migrated_dsn)['dbname']}_dropped"
+    output = django(
+        migrated_dsn,
+        f"""
+import os
+import psycopg
+from asgiref.sync import async_to_sync
+from channels.layers import get_channel_layer
+from django.db import connection
+from django.test import override_settings
+from django.test.utils import setup_test_environment
+setup_test_environment()
+observer = psycopg.connect(os.environ["PG_LAYER_TEST_PROJECT_DSN"], autocommit=True)
+
+def count(execute, sql, *arguments):
+    for query in (
+        "SELECT count(*) FROM pg_layer_client WHERE ended_at IS NULL",
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'pg_layer%' AND datname = current_database()",
+    ):
+        print(*observer.execute(query).fetchone())
+    return execute(sql, *arguments)
+
+with connection._nodb_cursor() as cursor:
+    cursor.execute("CREATE DATABASE {name}")
+layers = []
+for _ in range(5):
+    entry = {{"BACKEND": "pg_layer.PostgresChannelLayer"}}
+    with override_settings(CHANNEL_LAYERS={{"default": entry}}):
+        layer = get_channel_layer()
+        async_to_sync(layer.group_add)("room", async_to_sync(layer.new_channel)())
+        layers.append(layer)
+        del layer
+with {cursor} as cursor, cursor.db.execute_wrapper(count):
+    layers.clear()
+    cursor.execute("{statement.format(name=name)}")
+observer.close()
+connection.close()
+""",
+    )
+    assert output == "0\n0"
