@@ -48,8 +48,8 @@ lowest: $(VENV)/.created ## run tests with the lowest versions that pyproject.to
 	$(pip_lowest) freeze --exclude-editable
 	$(pip_lowest) check
 	PYTHONDEVMODE=1 $(VENV)-lowest/bin/python $(pytest) -k "not discarded" \
-	  tests/unit/test_codec.py $(patsubst %,tests/integration/test_%.py,channels consumers \
-	  encryption installation prometheus session sync) $(ARGS)
+	  tests/unit/test_codec.py $(patsubst %,tests/integration/test_%.py,consumers encryption \
+	  installation prometheus session) $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, formatting, spelling and imports
 	$(VENV)/bin/ruff check .
