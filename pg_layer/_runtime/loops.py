@@ -665,6 +665,7 @@ class Dropped:
         self.database = database
         self._clients = clients
         self._engines = engines
+        self._process = os.getpid()  # a child must not touch the connections of its parent
         self._expires_at = time.monotonic() + config.lease  # of the leases, at the latest
         # A copy: a finaliser that runs meanwhile may add another one.
         self._all.difference_update([each for each in list(self._all) if not each.is_used])
@@ -673,7 +674,9 @@ class Dropped:
 
     @property
     def is_used(self) -> bool:
-        """Whether it may still have connections or leases."""
+        """Whether it may still have connections or leases in this process."""
+        if self._process != os.getpid():
+            return False
         return not all(engine.has_ended.is_set() for engine in self._engines) or (
             any(client.has_lease for client in self._clients)
             and time.monotonic() <= self._expires_at

@@ -337,6 +337,32 @@ finish()
     assert rows == [(True,)]
 
 
+def test_dropped_layer_of_the_parent_is_not_closed_by_a_child(migrated_dsn: str) -> None:
+    """To shut its sockets down would end the connections of the parent."""
+    code = (
+        COMMON
+        + """
+from pg_layer._runtime.loops import Dropped
+
+async def main():
+    layer = PostgresChannelLayer(dsn=dsn)
+    await use(layer)
+    dropped = Dropped(layer.config, None, [layer._loops.client], [layer._loops.main_engine])
+    assert dropped.is_used
+    child = os.fork()
+    if not child:
+        os._exit(dropped.is_used)
+    assert os.waitpid(child, 0)[1] == 0
+    await layer.close()
+    assert not dropped.is_used
+
+asyncio.run(asyncio.wait_for(main(), 30))
+finish()
+"""
+    )
+    assert succeeded(run(migrated_dsn, "-c", code)) == "finished"
+
+
 FORKED = """
 async def main():
     layer = PostgresChannelLayer(dsn=dsn)
